@@ -1,0 +1,236 @@
+"""Any source of a model → its config and official state dict → the module.
+
+Weights are mapped from their file and assigned to a module that was built without storage, so a
+model is never in memory twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dit_engine.config import NUMERICS, ModelConfig
+from dit_engine.convert import (
+    DIFFUSERS_CLASSES,
+    DIFFUSERS_MARK,
+    config_from_diffusers,
+    model_shapes,
+    normalise_vae_keys,
+    state_from_diffusers,
+    vae_shapes,
+    with_numerics,
+)
+from dit_engine.directory import open_directory
+from dit_engine.hub import locate
+from dit_engine.infer import count_blocks, infer_config, infer_vae_config
+from dit_engine.meta import without_storage
+from dit_engine.model import DiT
+from dit_engine.saving import NATIVE_CLASS, save_pretrained
+from dit_engine.vae import AutoencoderKL, VAEConfig
+from dit_engine.weights import (
+    check_all_finite,
+    check_shapes,
+    find_weights,
+    listing,
+    read_json,
+    read_tensors,
+)
+
+VAE_CLASS = "AutoencoderKL"
+
+__all__ = [
+    "Checkpoint",
+    "build_model",
+    "build_vae",
+    "load_checkpoint",
+    "load_model",
+    "save_pretrained",
+]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that a source holds.
+
+    state_dict has the official keys; vae_state_dict has diffusers' with to_q, to_k, to_v and
+    to_out.0. The tensors may be maps of the file; modules that are built from this share them.
+    """
+
+    config: ModelConfig
+    state_dict: dict[str, Tensor]
+    vae_config: VAEConfig | None
+    vae_state_dict: dict[str, Tensor] | None
+    label_names: tuple[str, ...] | None
+    source: str
+
+
+def load_checkpoint(
+    source: str | Path,
+    *,
+    vae: str | Path | None = None,
+    numerics: str | None = None,
+    num_heads: int | None = None,
+    check_finite: bool = False,
+) -> Checkpoint:
+    """Read a model.
+
+    Args:
+        source: an official ``.pt`` (weights alone, or a training checkpoint, of which the EMA is
+            taken), a ``.safetensors`` file, a native directory, a diffusers pipeline or
+            transformer directory, a hub id (owner/name) of one of these, or "builtin".
+        vae: AutoencoderKL to use, in place of the source's own if it has one: a file, a
+            directory (or a pipeline's, with ``vae/`` in it), or a hub id.
+        numerics: "official" or "diffusers" (see `ModelConfig`); None keeps the source's, which
+            is "diffusers" for diffusers directories.
+        num_heads: for files whose width does not tell it.
+        check_finite: look through every weight for NaN and infinity.
+
+    Raises:
+        ValueError: one line that names the file and what is wrong with it.
+        OSError: the file does not exist or cannot be read.
+    """
+    if numerics not in (None, *NUMERICS):
+        raise ValueError(f"numerics {numerics!r}: choose one of {', '.join(NUMERICS)}")
+    path = locate(source)
+    weights, vae_path, label_names = open_directory(path) if path.is_dir() else (path, None, None)
+    config, state = _read_transformer(weights, num_heads, check_finite)
+    if label_names is not None and len(label_names) != config.num_classes:
+        raise ValueError(f"{path}: {len(label_names)} label names, {config.num_classes} classes")
+    if vae is not None:
+        vae_path = locate(vae)
+    vae_config, vae_state = None, None
+    if vae_path is not None:
+        vae_config, vae_state = _read_vae(vae_path, check_finite)
+        if vae_config.latent_channels != config.in_channels:
+            raise ValueError(
+                f"{vae_path}: the VAE has {vae_config.latent_channels} latent channels, "
+                f"the model {config.in_channels}"
+            )
+    config = with_numerics(config, numerics)
+    return Checkpoint(config, state, vae_config, vae_state, label_names, str(source))
+
+
+def load_model(
+    source: str | Path,
+    *,
+    numerics: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    num_heads: int | None = None,
+    check_finite: bool = False,
+) -> DiT:
+    """The reference module of any `load_checkpoint` source, in eval mode; dtype None: the file's.
+
+    Raises ValueError and OSError as `load_checkpoint` does.
+    """
+    checkpoint = load_checkpoint(
+        source, numerics=numerics, num_heads=num_heads, check_finite=check_finite
+    )
+    return build_model(checkpoint, dtype, device)
+
+
+def build_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> DiT:
+    """The module, in eval mode; it shares the checkpoint's tensors unless dtype or device differ.
+
+    dtype None is that of the file's first weight, for all.
+    """
+    with without_storage():
+        model = DiT(checkpoint.config)
+    dtype = dtype or checkpoint.state_dict["x_embedder.proj.weight"].dtype
+    _assign(model, checkpoint.state_dict, dtype, device)
+    return model.eval()
+
+
+def build_vae(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> AutoencoderKL | None:
+    """As `build_model`; None where the checkpoint has no VAE."""
+    if checkpoint.vae_config is None or checkpoint.vae_state_dict is None:
+        return None
+    with without_storage():
+        vae = AutoencoderKL(checkpoint.vae_config)
+    dtype = dtype or checkpoint.vae_state_dict["decoder.conv_in.weight"].dtype
+    _assign(vae, checkpoint.vae_state_dict, dtype, device)
+    return vae.eval()
+
+
+def _assign(
+    module: torch.nn.Module,
+    state: dict[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> None:
+    moved = {key: tensor.to(device=device, dtype=dtype) for key, tensor in state.items()}
+    module.load_state_dict(moved, assign=True)
+
+
+def _read_transformer(
+    weights: Path, num_heads: int | None, check_finite: bool
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Config and official state dict of a weight file, with the config.json beside it if any."""
+    state = read_tensors(weights)
+    if check_finite:
+        check_all_finite(state, weights)
+    beside = weights.parent / "config.json"
+    values = read_json(beside) if beside.is_file() else {}
+    kind = values.pop("_class_name", None)
+    try:
+        if any(key.startswith(DIFFUSERS_MARK) for key in state):
+            if kind not in DIFFUSERS_CLASSES:
+                raise ValueError("a diffusers transformer needs its config.json beside it")
+            config = config_from_diffusers(values)
+            _check_depth(config, state, r"transformer_blocks\.(\d+)\.")
+            state = state_from_diffusers(state, config)
+        elif kind == NATIVE_CLASS:
+            config = ModelConfig.from_dict(values)
+            _check_depth(config, state, r"blocks\.(\d+)\.")
+        else:
+            config = infer_config(state, num_heads)
+        if num_heads is not None:
+            config = replace(config, num_heads=num_heads)
+        check_shapes(state, model_shapes(config))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{weights}: {error}") from None
+    return config, state
+
+
+def _check_depth(config: ModelConfig, state: dict[str, Tensor], pattern: str) -> None:
+    # Before anything of the config's size is built: the file's own size bounds what it may say.
+    blocks = count_blocks(state, pattern)
+    if blocks != config.depth:
+        raise ValueError(f"the config's depth is {config.depth}, the file holds {blocks} blocks")
+
+
+def _read_vae(path: Path, check_finite: bool) -> tuple[VAEConfig, dict[str, Tensor]]:
+    """Config and state dict of an AutoencoderKL's file, directory, or pipeline directory."""
+    if path.is_dir():
+        path = path / "vae" if (path / "vae").is_dir() else path
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path}: no VAE; it needs config.json, it holds {listing(path)}")
+        kind = read_json(path / "config.json").get("_class_name")
+        if kind != VAE_CLASS:
+            raise ValueError(f"{path}: config.json is of class {kind!r}; {VAE_CLASS} is needed")
+        path = find_weights(path)
+    state = normalise_vae_keys(read_tensors(path))
+    if check_finite:
+        check_all_finite(state, path)
+    beside = path.parent / "config.json"
+    values = read_json(beside) if beside.is_file() else {}
+    try:
+        if values.get("_class_name") == VAE_CLASS:
+            config = VAEConfig.from_dict(values)
+        else:
+            config = infer_vae_config(state)
+        check_shapes(state, vae_shapes(config))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return config, state

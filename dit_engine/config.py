@@ -1,0 +1,130 @@
+"""ModelConfig: the shape of a Diffusion Transformer, and the twelve published ones."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+# depth, hidden size, heads (Peebles & Xie 2022, table 1)
+FAMILIES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+PATCH_SIZES = (2, 4, 8)
+PUBLISHED = tuple(f"DiT-{family}/{p}" for family in FAMILIES for p in PATCH_SIZES)
+
+NUMERICS = ("official", "diffusers")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes a DiT's tensors and arithmetic.
+
+    Attributes:
+        input_size: side S of the square latent, in latent pixels (image side / 8 for SD's VAE).
+        learn_sigma: the model predicts a variance beside epsilon (2·in_channels outputs).
+        numerics: "official" is facebookresearch/DiT; "diffusers" is DiTTransformer2DModel, whose
+            time-step frequencies are spaced by 1/127 instead of 1/128 (another function of t).
+        mlp_norm_eps: epsilon of each block's second LayerNorm; every other is 1e-6. Diffusers
+            directories may hold another value here (`norm_eps`).
+    """
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    patch_size: int
+    input_size: int
+    in_channels: int = 4
+    num_classes: int = 1000
+    mlp_ratio: float = 4.0
+    learn_sigma: bool = True
+    numerics: Literal["official", "diffusers"] = "official"
+    mlp_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "hidden_size", "num_heads", "patch_size", "input_size",
+                     "in_channels", "num_classes"):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} {value!r} is not a positive integer")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
+            )
+        if self.hidden_size % 4:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4")
+        if self.input_size % self.patch_size:
+            raise ValueError(
+                f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if not self.mlp_ratio > 0:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio!r} is not above 0")
+        if self.numerics not in NUMERICS:
+            raise ValueError(f"numerics {self.numerics!r}: choose one of {', '.join(NUMERICS)}")
+        if not self.mlp_norm_eps > 0:
+            raise ValueError(f"mlp_norm_eps {self.mlp_norm_eps!r} is not above 0")
+
+    @property
+    def num_tokens(self) -> int:
+        """T, tokens of one image."""
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_hidden_size(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def null_class(self) -> int:
+        """Label of the unconditional class: one past the last."""
+        return self.num_classes
+
+    @classmethod
+    def named(cls, name: str, image_size: int = 256, **overrides: Any) -> ModelConfig:
+        """One of the twelve published sizes: "DiT-XL/2" … "DiT-S/8", with or without "DiT-".
+
+        Args:
+            image_size: pixels along a side; the latent is an eighth of it.
+            overrides: other fields, such as ``num_classes`` or ``learn_sigma``.
+
+        Raises:
+            ValueError: an unknown name, a size that does not divide into patches, or an
+                unknown field.
+        """
+        match = re.fullmatch(r"(?:DiT-)?(S|B|L|XL)[/-]([248])", name)
+        if not match:
+            raise ValueError(f"model {name!r} is unknown; choose one of {', '.join(PUBLISHED)}")
+        patch_size = int(match[2])
+        if not isinstance(image_size, int) or image_size < 1 or image_size % (8 * patch_size):
+            raise ValueError(
+                f"image_size {image_size!r} is not a positive multiple of {8 * patch_size}, "
+                f"as {name} needs"
+            )
+        depth, hidden_size, num_heads = FAMILIES[match[1]]
+        values = {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads,
+                  "patch_size": patch_size, "input_size": image_size // 8}  # fmt: skip
+        return cls.from_dict(values | overrides)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Raises ValueError for an unknown or a missing key."""
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ValueError(f"config key {key!r} is unknown; known are {', '.join(known)}")
+        for key in known[:5]:
+            if key not in values:
+                raise ValueError(f"config key {key!r} is missing")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"

@@ -1,0 +1,197 @@
+"""Other names for the same tensors: diffusers' transformer to the official keys, old VAE keys.
+
+Official keys are those of facebookresearch/DiT ``models.py``; diffusers' are those of
+``DiTTransformer2DModel`` (0.42) and, for the autoencoder, ``AutoencoderKL``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_engine.config import ModelConfig
+from dit_engine.meta import without_storage
+from dit_engine.model import NORM_EPS, DiT, position_embedding
+from dit_engine.vae import AutoencoderKL, VAEConfig
+from dit_engine.weights import check_shapes, one_line
+
+# Early diffusers saved DiT as a Transformer2DModel; the published directories still say so.
+DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+DIFFUSERS_NORM_EPS = 1e-5  # DiTTransformer2DModel's default; it reaches norm3 alone
+DIFFUSERS_MARK = "transformer_blocks.0."
+
+_TOP = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+_EMBEDDERS = {
+    "t_embedder.mlp.0.weight": "timestep_embedder.linear_1.weight",
+    "t_embedder.mlp.0.bias": "timestep_embedder.linear_1.bias",
+    "t_embedder.mlp.2.weight": "timestep_embedder.linear_2.weight",
+    "t_embedder.mlp.2.bias": "timestep_embedder.linear_2.bias",
+    "y_embedder.embedding_table.weight": "class_embedder.embedding_table.weight",
+}
+_BLOCK = {
+    "adaLN_modulation.1": ("norm1.linear",),
+    "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "attn.proj": ("attn1.to_out.0",),
+    "mlp.fc1": ("ff.net.0.proj",),
+    "mlp.fc2": ("ff.net.2",),
+}
+# A buffer that newer diffusers recomputes and older ones stored.
+STORED_POSITIONS = "pos_embed.pos_embed"
+
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def config_from_diffusers(values: Mapping[str, Any]) -> ModelConfig:
+    """ModelConfig (numerics "diffusers") of a ``DiTTransformer2DModel`` config.json.
+
+    ``norm_eps`` is the epsilon of the norm before the MLP (norm3) and of no other: norm1 and the
+    final norm are built with 1e-6 whatever it says.
+
+    Raises:
+        ValueError: the file asks for a network that is not a DiT.
+    """
+    needed = {
+        "norm_type": "ada_norm_zero",
+        "activation_fn": "gelu-approximate",
+        "norm_elementwise_affine": False,
+        "attention_bias": True,
+    }
+    for key, value in needed.items():
+        if values.get(key, value) != value:
+            raise ValueError(f"{key} is {values[key]!r}; a DiT has {value!r}")
+    heads = values.get("num_attention_heads", 16)
+    head_dim = values.get("attention_head_dim", 72)
+    in_channels = values.get("in_channels", 4)
+    out_channels = values.get("out_channels") or in_channels
+    numbers = {"num_attention_heads": heads, "attention_head_dim": head_dim,
+               "in_channels": in_channels, "out_channels": out_channels}  # fmt: skip
+    for key, value in numbers.items():
+        if not isinstance(value, int):
+            raise ValueError(f"{key} {value!r} is not a positive integer")
+    if out_channels not in (in_channels, 2 * in_channels):
+        raise ValueError(
+            f"out_channels {out_channels} is neither in_channels {in_channels} nor twice that"
+        )
+    return ModelConfig(
+        depth=values.get("num_layers", 28),
+        hidden_size=heads * head_dim,
+        num_heads=heads,
+        patch_size=values.get("patch_size", 2),
+        input_size=values.get("sample_size", 32),
+        in_channels=in_channels,
+        num_classes=values.get("num_embeds_ada_norm", 1000),
+        learn_sigma=out_channels == 2 * in_channels,
+        numerics="diffusers",
+        mlp_norm_eps=values.get("norm_eps", DIFFUSERS_NORM_EPS),
+    )
+
+
+def with_numerics(config: ModelConfig, numerics: str | None) -> ModelConfig:
+    """``config`` in the asked mode: None keeps its own; a change takes that mode's norm epsilon."""
+    if numerics in (None, config.numerics):
+        return config
+    eps = NORM_EPS if numerics == "official" else DIFFUSERS_NORM_EPS
+    return replace(config, numerics=numerics, mlp_norm_eps=eps)
+
+
+def model_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Official key → shape."""
+    return _shapes(DiT, config)
+
+
+def vae_shapes(config: VAEConfig) -> dict[str, torch.Size]:
+    """Key → shape of an AutoencoderKL."""
+    return _shapes(AutoencoderKL, config)
+
+
+def _shapes(build: Callable[[Any], nn.Module], config: object) -> dict[str, torch.Size]:
+    try:
+        with without_storage():
+            return {key: tensor.shape for key, tensor in build(config).state_dict().items()}
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise ValueError(f"config {config} cannot be built ({one_line(error)})") from None
+
+
+def state_from_diffusers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Official state dict of a diffusers one. Only q, k and v are copied (into one tensor).
+
+    diffusers keeps the time and label embedders once per block; they must be equal bit for bit,
+    since a DiT has one of each. ``pos_embed`` is computed, as diffusers does, unless it is there.
+
+    Raises:
+        ValueError: missing or unknown keys, wrong shapes, embedders that differ between blocks.
+    """
+    official_shapes = model_shapes(config)
+    key_map = {**dict(_key_map(config.depth)), "pos_embed": (STORED_POSITIONS,)}
+    shapes: dict[str, torch.Size] = {}
+    for official, names in key_map.items():
+        first, *rest = official_shapes[official]
+        shapes |= dict.fromkeys(names, torch.Size([first // len(names), *rest]))
+    for i in range(1, config.depth):
+        for official, name in _EMBEDDERS.items():
+            shapes[_embedder(i, name)] = official_shapes[official]
+    if STORED_POSITIONS not in state:
+        side = config.input_size // config.patch_size
+        table = position_embedding(config.hidden_size, side)
+        weight = state.get("pos_embed.proj.weight", table)
+        state = {**state, STORED_POSITIONS: table.to(weight)}
+    check_shapes(state, shapes)
+
+    for i in range(1, config.depth):
+        for name in _EMBEDDERS.values():
+            if not _same_bits(state[_embedder(i, name)], state[_embedder(0, name)]):
+                raise ValueError(
+                    f"{_embedder(i, name)} differs from block 0's; a DiT has one embedder"
+                )
+    return {
+        official: state[names[0]] if len(names) == 1 else torch.cat([state[n] for n in names])
+        for official, names in key_map.items()
+    }
+
+
+def _key_map(depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Official key → the diffusers keys that make it, stacked along the first dimension."""
+    for official, name in _EMBEDDERS.items():
+        yield official, (_embedder(0, name),)
+    for kind in ("weight", "bias"):
+        for official, name in _TOP.items():
+            yield f"{official}.{kind}", (f"{name}.{kind}",)
+        for i in range(depth):
+            for official, names in _BLOCK.items():
+                theirs = tuple(f"transformer_blocks.{i}.{name}.{kind}" for name in names)
+                yield f"blocks.{i}.{official}.{kind}", theirs
+
+
+def _embedder(block: int, name: str) -> str:
+    return f"transformer_blocks.{block}.norm1.emb.{name}"
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equality that holds for NaN too, which are reported as such elsewhere."""
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def normalise_vae_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """AutoencoderKL keys with attention as to_q, to_k, to_v, to_out.0 and 2-D weights.
+
+    Files from before diffusers 0.12 say query, key, value and proj_attn; files converted from
+    the original Stable Diffusion may hold these weights as 1×1 convolutions, (C, C, 1, 1).
+    """
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        match = re.fullmatch(r"(.+\.attentions\.\d+)\.(\w+)(?:\.0)?\.(weight|bias)", key)
+        if match and match[2] != "group_norm":
+            module = _OLD_ATTENTION.get(match[2])
+            key = f"{match[1]}.{module}.{match[3]}" if module else key
+            tensor = tensor[:, :, 0, 0] if tensor.shape[2:] == (1, 1) else tensor
+        renamed[key] = tensor
+    return renamed

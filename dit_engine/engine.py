@@ -1,0 +1,283 @@
+"""Engine: labels in, images out. `generate` reads in the order in which things happen."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit_engine._version import __version__
+from dit_engine.backends import Backend, create_backend, resolve_backend
+from dit_engine.checkpoint import build_model, build_vae, load_checkpoint
+from dit_engine.guidance import guided, parse_scales
+from dit_engine.labels import resolve_labels
+from dit_engine.memory import in_halves
+from dit_engine.model import DiT
+from dit_engine.noise import GivenNoise, NoiseSource, OfficialNoise, PerImageNoise
+from dit_engine.pixels import LatentDecoder, to_pil, to_uint8
+from dit_engine.sampler import SAMPLERS
+from dit_engine.schedule import make_schedule
+from dit_engine.settings import GenerateSettings, resolve_seeds
+from dit_engine.vae import AutoencoderKL
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback is told after every step.
+
+    step counts from 1 to steps; first and count say which images of the call this batch holds;
+    latents (count, C, S, S) is the sampler's state, not to be changed in place.
+    """
+
+    step: int
+    steps: int
+    first: int
+    count: int
+    total: int
+    latents: Tensor
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The outcome of `Engine.generate`.
+
+    images: a list of PIL images, uint8 (N, H, W, 3) for "np", float32 (N, 3, H, W) in [0, 1] for
+    "pt", or float32 latents (N, C, S, S) for "latent". labels and seeds hold one number an image
+    (a seed is None where all randomness was given as tensors or noise is "official").
+    """
+
+    images: Any
+    labels: list[int]
+    seeds: list[int]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Engine:
+    """A DiT, its VAE and the means to run them. Safe to share between threads.
+
+    Args:
+        model: the reference module in float32.
+        vae: the autoencoder, or None for a latents-only engine.
+        label_names: one name a class, if there are names.
+        device: "cpu", "cuda", …; None chooses CUDA where there is one.
+        max_batch_size: more images than this are made in several batches.
+        source: where the weights came from, recorded with every result.
+    """
+
+    def __init__(
+        self,
+        model: DiT,
+        vae: AutoencoderKL | None = None,
+        label_names: Sequence[str] | None = None,
+        device: torch.device | str | None = None,
+        max_batch_size: int = 32,
+        source: str = "memory",
+    ) -> None:
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if max_batch_size < 1:
+            raise ValueError(f"max_batch_size {max_batch_size} is not a positive integer")
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
+        self.vae = None if vae is None else vae.to(self.device).eval()
+        self._decode = None if self.vae is None else LatentDecoder(self.vae)
+        self.config = model.config
+        self.label_names = None if label_names is None else tuple(label_names)
+        self.max_batch_size = max_batch_size
+        self.source = source
+        self._backends: dict[tuple[str, str], Backend] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        vae: str | Path | None = None,
+        numerics: str | None = None,
+        num_heads: int | None = None,
+        check_finite: bool = False,
+        device: torch.device | str | None = None,
+        max_batch_size: int = 32,
+    ) -> Engine:
+        """Load ``source``: "builtin", a file, a directory, or a hub id ("owner/name").
+
+        Args:
+            vae: a VAE to use in place of the source's own (a file, a directory or a hub id).
+            numerics: "official" or "diffusers"; None takes what the source was made for.
+            num_heads: for bare weight files of an unpublished width, which do not tell it.
+            check_finite: look through every weight for NaN and infinity.
+
+        Raises:
+            ValueError, OSError: one line that says what is wrong with the source.
+        """
+        checkpoint = load_checkpoint(
+            source, vae=vae, numerics=numerics, num_heads=num_heads, check_finite=check_finite
+        )
+        return cls(
+            build_model(checkpoint, dtype=torch.float32),
+            build_vae(checkpoint, dtype=torch.float32),
+            checkpoint.label_names,
+            device,
+            max_batch_size,
+            checkpoint.source,
+        )
+
+    @property
+    def image_size(self) -> int | None:
+        """Pixels along a side of an image; None without a VAE."""
+        return None if self.vae is None else self.config.input_size * self.vae.config.downsampling
+
+    def generate(
+        self,
+        labels: int | str | Iterable[int | str],
+        *,
+        steps: int | None = None,
+        sampler: str = "ddpm",
+        eta: float = 0.0,
+        guidance_scale: float | Sequence[float] | Tensor = 4.0,
+        guidance_channels: int | None = 3,
+        guidance_interval: tuple[float, float] | None = None,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        noise: str = "per-image",
+        latents: Tensor | None = None,
+        step_noise: Tensor | None = None,
+        backend: str = "auto",
+        precision: str = "fp32",
+        output: str | None = None,
+        callback: Callable[[Progress], None] | None = None,
+    ) -> Generation:
+        """Make one image for every label.
+
+        Args:
+            labels: class numbers or names, one or many.
+            steps: denoising steps, 1 to 1000; None is the sampler's usual count.
+            sampler: "ddpm" (the reference's), "ddim", or "dpm++" (good from 20 steps).
+            eta: ddim only: 0 is deterministic, 1 as noisy as ddpm.
+            guidance_scale: classifier-free guidance, one number or one an image; 1 is none.
+            guidance_channels: how many latent channels are guided; None is all, 3 the reference.
+            guidance_interval: (low, high) noise levels σ = sqrt((1-ᾱ)/ᾱ) between which guidance
+                is on (Kynkäänniemi et al. 2024); outside, the unconditional half is not computed.
+            seed: image i is made from seed + i. Neither seed nor seeds: a random one, recorded.
+            seeds: one an image. An image depends on its own label, seed and settings only.
+            noise: "per-image", or "official": drawn as the reference does, the batch as a whole.
+            latents: (N, C, S, S) to start from, in place of noise.
+            step_noise: (steps, N, C, S, S), draw k for the k-th step taken.
+            backend: "auto", "eager" or "compile"; a named one works or raises.
+            precision: "fp32", "bf16" or "fp16", of the model; the sampler is always float32.
+            output: "pil", "np", "pt" or "latent"; None is "pil", or "latent" without a VAE.
+            callback: called with a `Progress` after every step.
+
+        Raises:
+            ValueError: an argument out of its range; the message names it and what is allowed.
+            BackendUnavailable: a backend that cannot run here.
+        """
+        numbers = resolve_labels(labels, self.config.num_classes, self.label_names)
+        n = len(numbers)
+        settings = GenerateSettings(
+            sampler, steps, eta, guidance_channels, guidance_interval, noise, precision,
+            resolve_backend(backend), output or ("latent" if self.vae is None else "pil"),
+        ).checked(self.config, has_vae=self.vae is not None)  # fmt: skip
+        scales = parse_scales(guidance_scale, n).expand(n)  # (N,)
+        image_seeds = resolve_seeds(seed, seeds, n, noise)
+        shape = (self.config.in_channels, self.config.input_size, self.config.input_size)
+        _check_shape("latents", latents, (n, *shape))
+        _check_shape("step_noise", step_noise, (settings.steps, n, *shape))
+        if noise == "official" and n > self.max_batch_size:
+            raise ValueError(
+                f"noise 'official' draws for the batch as a whole: {n} labels exceed "
+                f"max_batch_size {self.max_batch_size}"
+            )
+        runner = self._backend(settings.backend, precision)
+
+        def run(first: int, count: int) -> Any:
+            part = slice(first, first + count)
+            drawn: NoiseSource
+            if noise == "official":
+                guides = bool((scales != 1).any())
+                drawn = OfficialNoise(image_seeds[0], count, guides, shape, self.device)
+            else:
+                drawn = PerImageNoise(image_seeds[part], shape, self.device)
+            if latents is not None or step_noise is not None:
+                drawn = GivenNoise(
+                    None if latents is None else latents[part],
+                    None if step_noise is None else step_noise[:, part],
+                    drawn,
+                )
+
+            def report(step: int, z: Tensor) -> None:
+                if callback is not None:
+                    callback(Progress(step + 1, settings.steps, first, count, n, z))
+
+            z = self._sample(runner, numbers[part], scales[part], settings, drawn, report)
+            if settings.output == "latent":
+                return z
+            assert self._decode is not None
+            return self._decode(z, precision)
+
+        with torch.inference_mode():
+            limit = n if noise == "official" else self.max_batch_size
+            decoded = torch.cat(in_halves(run, n, limit, splittable=noise != "official"))
+        record = settings.record(scales) | {"model": self.source, "version": __version__}
+        return Generation(_present(decoded, settings.output), numbers, image_seeds, record)
+
+    def _sample(
+        self,
+        backend: Backend,
+        labels: list[int],
+        scales: Tensor,
+        settings: GenerateSettings,
+        noise: NoiseSource,
+        report: Callable[[int, Tensor], None],
+    ) -> Tensor:
+        """Noise to latents for one batch, (N, C, S, S) float32."""
+        sampler = SAMPLERS[settings.sampler]
+        schedule = make_schedule(settings.steps, sampler.spacing)
+        z = noise.start()  # (N, C, S, S)
+        n = len(labels)
+        if (scales != 1).any():
+            labels = labels + [self.config.null_class] * n
+        denoiser = backend.prepare(
+            torch.tensor(labels, device=self.device),
+            torch.tensor(schedule.timesteps.copy(), device=self.device),
+        )
+        denoise = guided(
+            denoiser, n, scales.to(self.device), settings.guidance_channels,
+            settings.guidance_interval, schedule.sigmas, self.config.in_channels,
+        )  # fmt: skip
+        options = {"eta": settings.eta} if settings.sampler == "ddim" else {}
+        return sampler.function(denoise, z, schedule, noise, report, **options)
+
+    def _backend(self, name: str, precision: str) -> Backend:
+        with self._lock:
+            if (name, precision) not in self._backends:
+                self._backends[name, precision] = create_backend(name, self.model, precision)
+            return self._backends[name, precision]
+
+
+def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is None:
+        return
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {shape} is needed")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinity")
+
+
+def _present(decoded: Tensor, output: str) -> Any:
+    if output == "latent":
+        return decoded
+    if output == "pt":
+        return (decoded.clamp(-1, 1) + 1) / 2
+    pixels: np.ndarray = to_uint8(decoded)
+    return pixels if output == "np" else to_pil(pixels)

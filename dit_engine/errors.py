@@ -1,0 +1,5 @@
+"""Errors that are a user's to mend and have no built-in class."""
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for by name that cannot run here; the message says what is missing."""

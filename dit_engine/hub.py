@@ -1,0 +1,81 @@
+"""From what a user names ("builtin", a path, a hub id) to a path on this machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from dit_engine.weights import SUFFIXES, one_line
+
+BUILTIN = "builtin"
+# Hub ids: owner/name (huggingface_hub's own rule is stricter; it has the last word).
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+COMPONENTS = ("", "transformer/", "vae/")
+
+
+def locate(source: str | Path) -> Path:
+    """The file or directory that ``source`` names, downloaded where it is a hub id.
+
+    Args:
+        source: "builtin", a path, or a hub id such as "facebook/DiT-XL-2-256". What exists here
+            is taken from here.
+
+    Raises:
+        FileNotFoundError: nothing of this name is here, and it is no hub id.
+        ValueError: the hub does not have it, or is out of reach and the cache does not have it.
+    """
+    if source == BUILTIN:
+        path = Path(__file__).parent / BUILTIN
+        if not path.is_dir():
+            raise FileNotFoundError(f"model 'builtin' is missing from this installation: {path}")
+        return path
+    if not str(source):
+        raise ValueError("model '' is empty; give 'builtin', a path or a hub id owner/name")
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if isinstance(source, str) and HUB_ID.fullmatch(source) and path.suffix not in SUFFIXES:
+        return download(source)
+    raise FileNotFoundError(
+        f"model {str(source)!r} does not exist; give 'builtin', a path or a hub id owner/name"
+    )
+
+
+def download(repo_id: str) -> Path:
+    """A snapshot of the model's configs and weights, safetensors where the hub has them.
+
+    Half-precision variants and other frameworks' files are left out. Files that are in the cache
+    already are not fetched again; without a network the cache alone serves.
+    """
+    patterns = ["model_index.json", "labels.json", "model.safetensors"]
+    for prefix in COMPONENTS:
+        patterns.append(f"{prefix}config.json")
+        patterns += _patterns(prefix, "safetensors")
+    path = _snapshot(repo_id, patterns)
+    pickled = [
+        pattern
+        for prefix in COMPONENTS
+        if (path / prefix / "config.json").exists()
+        and not any((path / prefix).glob("*.safetensors"))
+        for pattern in _patterns(prefix, "bin")
+    ]
+    return _snapshot(repo_id, pickled) if pickled else path
+
+
+def _patterns(prefix: str, suffix: str) -> list[str]:
+    stem = f"{prefix}diffusion_pytorch_model"
+    return [f"{stem}.{suffix}", f"{stem}-?????-of-?????.{suffix}", f"{stem}.{suffix}.index.json"]
+
+
+def _snapshot(repo_id: str, patterns: list[str]) -> Path:
+    import huggingface_hub  # slow to import, and only needed here
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=patterns))
+    except MemoryError:
+        raise
+    except Exception as error:  # which library raises for HTTP depends on the hub's version
+        raise ValueError(
+            f"model {repo_id!r} is no path here, and the Hugging Face hub did not give it: "
+            f"{type(error).__name__}: {one_line(error)}"
+        ) from None

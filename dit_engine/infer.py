@@ -1,0 +1,126 @@
+"""What a file's tensors tell of the network that they belong to, where no config does."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dit_engine.config import FAMILIES, ModelConfig
+from dit_engine.vae import VAEConfig
+from dit_engine.weights import some_of
+
+
+def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> ModelConfig:
+    """The config of an official state dict, from its shapes.
+
+    The number of heads leaves no trace there: it is ``num_heads`` where given, the published one
+    for a published width (384, 768, 1024, 1152), else a head dimension of 64 or, where D is no
+    multiple of 64, 72 (a warning says which was taken).
+
+    Raises:
+        ValueError: keys that the config is read from are missing or of an unknown shape, or the
+            width leaves the heads open.
+    """
+
+    def shape(key: str, dimensions: int) -> torch.Size:
+        if key not in state:
+            raise ValueError(
+                f"no DiT, key {key!r} is missing; it holds {some_of(state) or 'nothing'}"
+            )
+        if state[key].ndim != dimensions or not state[key].numel():
+            raise ValueError(
+                f"{key} is {tuple(state[key].shape)}, not of {dimensions} dimensions above 0"
+            )
+        return state[key].shape
+
+    hidden_size, in_channels, p, _ = shape("x_embedder.proj.weight", 4)
+    tokens = shape("pos_embed", 3)[1]
+    outputs = shape("final_layer.linear.weight", 2)[0]
+    if math.isqrt(tokens) ** 2 != tokens:
+        raise ValueError(f"pos_embed holds {tokens} tokens, which is no square")
+    if outputs not in (p * p * in_channels, 2 * p * p * in_channels):
+        raise ValueError(
+            f"final_layer.linear gives {outputs} values a token; patch {p} and "
+            f"{in_channels} channels need {p * p * in_channels} or {2 * p * p * in_channels}"
+        )
+    mlp_hidden_size = shape("blocks.0.mlp.fc1.weight", 2)[0]
+    mlp_ratio = mlp_hidden_size / hidden_size
+    if int(hidden_size * mlp_ratio) < mlp_hidden_size:  # the quotient was rounded down
+        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
+    return ModelConfig(
+        depth=count_blocks(state, r"blocks\.(\d+)\."),
+        hidden_size=hidden_size,
+        num_heads=num_heads or infer_heads(hidden_size),
+        patch_size=p,
+        input_size=math.isqrt(tokens) * p,
+        in_channels=in_channels,
+        num_classes=shape("y_embedder.embedding_table.weight", 2)[0] - 1,
+        mlp_ratio=mlp_ratio,
+        learn_sigma=outputs == 2 * p * p * in_channels,
+    )
+
+
+def infer_heads(hidden_size: int) -> int:
+    """Heads for a width; raises ValueError where nothing tells."""
+    published = {width: heads for _, width, heads in FAMILIES.values()}
+    if hidden_size in published:
+        return published[hidden_size]
+    fitting = [d for d in (64, 72) if hidden_size % d == 0]
+    if len(fitting) != 1:
+        raise ValueError(
+            f"hidden size {hidden_size} does not tell the number of heads "
+            f"({'both' if fitting else 'neither'} 64 and 72 divide it); give num_heads"
+        )
+    heads = hidden_size // fitting[0]
+    warnings.warn(
+        f"hidden size {hidden_size} is none of the published ones; "
+        f"taking {heads} heads of {fitting[0]} (give num_heads if it has others)",
+        stacklevel=2,
+    )
+    return heads
+
+
+def count_blocks(state: Mapping[str, Tensor], pattern: str) -> int:
+    """How many blocks the keys name, which must be 0, 1, …; the pattern captures the number."""
+    found = {int(match[1]) for key in state if (match := re.match(pattern, key))}
+    for expected, number in enumerate(sorted(found)):
+        if number != expected:
+            raise ValueError(f"block {expected} is missing, block {number} is there")
+    if not found:
+        raise ValueError(f"holds no block; it holds {some_of(state) or 'nothing'}")
+    return len(found)
+
+
+def infer_vae_config(state: Mapping[str, Tensor]) -> VAEConfig:
+    """The config of an AutoencoderKL's tensors (keys as after `normalise_vae_keys`).
+
+    The number of norm groups and the scaling factor leave no trace: they are Stable Diffusion's,
+    32 and 0.18215.
+
+    Raises ValueError where the tensors are not those of an AutoencoderKL.
+    """
+
+    def width(key: str, dimension: int) -> int:
+        if key not in state or state[key].ndim <= dimension:
+            raise ValueError(
+                f"no AutoencoderKL, key {key!r} is missing or has no dimension "
+                f"{dimension}; it holds {some_of(state) or 'nothing'}"
+            )
+        return state[key].shape[dimension]
+
+    levels = count_blocks(state, r"encoder\.down_blocks\.(\d+)\.")
+    return VAEConfig(
+        in_channels=width("encoder.conv_in.weight", 1),
+        out_channels=width("decoder.conv_out.weight", 0),
+        latent_channels=width("post_quant_conv.weight", 0),
+        block_out_channels=tuple(
+            width(f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 0) for i in range(levels)
+        ),
+        layers_per_block=count_blocks(state, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        mid_block_add_attention="encoder.mid_block.attentions.0.to_q.weight" in state,
+    )

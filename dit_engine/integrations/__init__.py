@@ -1,0 +1,1 @@
+"""Other libraries' objects with this engine inside, one module a library."""

@@ -1,0 +1,90 @@
+"""An existing diffusers ``DiTPipeline`` with its transformer replaced by ours.
+
+Example:
+    pipe = accelerate(DiTPipeline.from_pretrained("facebook/DiT-XL-2-256"))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_engine.convert import STORED_POSITIONS, config_from_diffusers, state_from_diffusers
+from dit_engine.meta import without_storage
+from dit_engine.model import DiT
+
+
+class DiTAdapter(nn.Module):
+    """Our forward pass behind ``DiTTransformer2DModel``'s call and attributes.
+
+    Args:
+        model: (x, t, y) → (N, C_out, S, S), here the reference module.
+        config: what the pipeline and its scheduler read (sample_size, out_channels, …).
+    """
+
+    def __init__(self, model: DiT, config: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.pos_embed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.pos_embed.device
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """hidden_states (N, C, S, S), timestep (N,) or one for all, class_labels (N,).
+
+        Returns Transformer2DModelOutput, or a tuple without ``return_dict``; sample is
+        (N, C_out, S, S). Raises ValueError for what a DiT cannot do.
+        """
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        if timestep is None or class_labels is None:
+            raise ValueError("timestep and class_labels are needed: a DiT is conditioned on both")
+        if cross_attention_kwargs:
+            raise ValueError(f"cross_attention_kwargs {cross_attention_kwargs!r}: only None works")
+        times = timestep.reshape(-1).expand(hidden_states.shape[0])
+        sample = self.model(hidden_states, times, class_labels)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+def accelerate(pipe: Any) -> Any:
+    """Replace ``pipe.transformer`` by our model with the same weights, and return ``pipe``.
+
+    The arithmetic stays diffusers' own (numerics "diffusers"), so images are equal within
+    rounding. The weights are shared with the old transformer but for the packed q, k and v. A
+    pipeline that was accelerated before is returned as it is.
+
+    Raises:
+        ValueError: no DiTPipeline, or a transformer whose options are not a DiT's.
+    """
+    transformer: Any = getattr(pipe, "transformer", None)
+    if isinstance(transformer, DiTAdapter):
+        return pipe
+    name = type(transformer).__name__
+    if name != "DiTTransformer2DModel":
+        raise ValueError(
+            f"the transformer of {type(pipe).__name__} is a {name}; "
+            f"a DiTPipeline's DiTTransformer2DModel is needed"
+        )
+    config = config_from_diffusers(transformer.config)
+    state = {key: tensor.detach() for key, tensor in transformer.state_dict().items()}
+    state[STORED_POSITIONS] = transformer.pos_embed.pos_embed
+    with without_storage():
+        model = DiT(config)
+    model.load_state_dict(state_from_diffusers(state, config), assign=True)
+    pipe.transformer = DiTAdapter(model.eval(), transformer.config)
+    return pipe

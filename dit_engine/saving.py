@@ -1,0 +1,100 @@
+"""Native model directories, written whole or not at all.
+
+``config.json`` (ModelConfig and ``"_class_name": "DiT"``), ``model.safetensors``, and optionally
+``labels.json`` (one name a class) and ``vae/`` in diffusers' format.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from dit_engine.model import DiT
+from dit_engine.vae import AutoencoderKL
+from dit_engine.weights import listing, read_json
+
+NATIVE_CLASS = "DiT"
+NATIVE_FILES = {"config.json", "model.safetensors", "labels.json", "vae"}
+MODEL_CARD = "README.md"
+
+
+def save_pretrained(
+    directory: str | Path,
+    model: DiT,
+    vae: AutoencoderKL | None = None,
+    label_names: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a native directory, whole or not at all.
+
+    It replaces an empty directory or an earlier native one, whose README.md is kept.
+
+    Args:
+        label_names: one for each of the model's classes.
+        dtype: of all weights in the files; None keeps the modules' own.
+
+    Raises:
+        ValueError: the directory holds something else, or the names do not fit the classes.
+        OSError: it cannot be written.
+    """
+    target = Path(directory)
+    if label_names is not None and len(label_names) != model.config.num_classes:
+        raise ValueError(f"{len(label_names)} label names for {model.config.num_classes} classes")
+    _check_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        partial.mkdir()
+        values = {"_class_name": NATIVE_CLASS, **model.config.to_dict()}
+        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        _write_tensors(partial / "model.safetensors", model, dtype)
+        if label_names is not None:
+            text = json.dumps(list(label_names), indent=2, ensure_ascii=False)
+            (partial / "labels.json").write_text(text + "\n", encoding="utf-8")
+        if vae is not None:
+            (partial / "vae").mkdir()
+            (partial / "vae" / "config.json").write_text(vae.config.to_json())
+            _write_tensors(partial / "vae" / "diffusion_pytorch_model.safetensors", vae, dtype)
+        if target.exists():
+            if (target / MODEL_CARD).is_file():
+                shutil.copy2(target / MODEL_CARD, partial / MODEL_CARD)
+            target.rename(old)
+        try:
+            partial.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    finally:
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if target.is_symlink() or not target.is_dir():
+        raise ValueError(f"{target}: exists and is no directory; nothing was written")
+    names = {entry.name for entry in target.iterdir()}
+    native = (
+        names <= {*NATIVE_FILES, MODEL_CARD}
+        and "config.json" in names
+        and read_json(target / "config.json").get("_class_name") == NATIVE_CLASS
+    )
+    if names and not native:
+        raise ValueError(f"{target}: holds something else ({listing(target)}); nothing was written")
+
+
+def _write_tensors(path: Path, module: torch.nn.Module, dtype: torch.dtype | None) -> None:
+    state = {
+        key: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        for key, tensor in module.state_dict().items()
+    }
+    safetensors.torch.save_file(state, path, metadata={"format": "pt"})

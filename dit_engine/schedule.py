@@ -1,0 +1,194 @@
+"""Noise schedule and time-step spacing: which steps a sampler takes, and their coefficients.
+
+The diffusion is the published one (facebookresearch/DiT ``diffusion/``): 1000 steps with betas
+linear from 1e-4 to 2e-2. A sampler visits a subset of them. Everything here is float64 numpy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+NUM_TRAIN_STEPS = 1000
+BETA_START, BETA_END = 1e-4, 2e-2
+
+SPACINGS = ("official", "ddim", "leading", "linspace", "trailing")
+
+
+@lru_cache(maxsize=1)
+def training_alphas_cumprod() -> np.ndarray:
+    """ᾱ_t (1000,) of the full diffusion, t = 0 … 999; read-only."""
+    betas = np.linspace(BETA_START, BETA_END, NUM_TRAIN_STEPS, dtype=np.float64)
+    alphas_cumprod = np.cumprod(1.0 - betas)
+    alphas_cumprod.setflags(write=False)
+    return alphas_cumprod
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """One run of a sampler; arrays are float64 in the order in which steps are taken.
+
+    Entry k = 0 belongs to the first step, which removes the most noise. The names are the
+    reference's (``GaussianDiffusion``), whose arrays run the other way.
+
+    Attributes:
+        timesteps: (steps,) int64, the original time step that the model is given at step k.
+        alphas_cumprod: (steps,) ᾱ of the latent that step k starts from.
+        alphas_cumprod_prev: (steps,) ᾱ of the latent that step k yields; the last is exactly 1.
+        betas: (steps,) 1 − ᾱ/ᾱ_prev, the betas of the respaced diffusion.
+    """
+
+    timesteps: np.ndarray
+    alphas_cumprod: np.ndarray
+    alphas_cumprod_prev: np.ndarray
+    betas: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @cached_property
+    def sigmas(self) -> np.ndarray:
+        """(steps,) noise level √((1−ᾱ)/ᾱ) at which the model is evaluated, 157.4 at t = 999 down
+        to 0.01 at t = 0: noise over signal, the σ of Karras et al. 2022."""
+        return np.sqrt((1.0 - self.alphas_cumprod) / self.alphas_cumprod)
+
+    @cached_property
+    def sqrt_recip_alphas_cumprod(self) -> np.ndarray:
+        """(steps,) factor of z in x0 = √(1/ᾱ)·z − √(1/ᾱ−1)·eps."""
+        return np.sqrt(1.0 / self.alphas_cumprod)
+
+    @cached_property
+    def sqrt_recipm1_alphas_cumprod(self) -> np.ndarray:
+        """(steps,) factor of eps in x0 = √(1/ᾱ)·z − √(1/ᾱ−1)·eps."""
+        return np.sqrt(1.0 / self.alphas_cumprod - 1)
+
+    @cached_property
+    def posterior_mean_coef1(self) -> np.ndarray:
+        """(steps,) factor of x0 in the mean of q(z_prev | z, x0) (Ho et al. 2020, eq. 7)."""
+        return self.betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_mean_coef2(self) -> np.ndarray:
+        """(steps,) factor of z in the same mean."""
+        one_minus_prev = 1.0 - self.alphas_cumprod_prev
+        return one_minus_prev * np.sqrt(1.0 - self.betas) / (1.0 - self.alphas_cumprod)
+
+    @cached_property
+    def log_betas(self) -> np.ndarray:
+        """(steps,) upper bound of the learned log variance."""
+        return np.log(self.betas)
+
+    @cached_property
+    def posterior_log_variance_clipped(self) -> np.ndarray:
+        """(steps,) lower bound of the learned log variance.
+
+        The last step's variance is 0: its logarithm is replaced by the step before's. It is never
+        used, since no noise is added there. (With one step the reference has no value at all.)
+        """
+        ratio = (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+        variance = self.betas * ratio  # (steps,)
+        if len(self) == 1:
+            return self.log_betas
+        variance[-1] = variance[-2]
+        return np.log(variance)
+
+
+def make_schedule(steps: int, spacing: str = "official") -> Schedule:
+    """The schedule of a sampler that takes ``steps`` of the 1000 steps.
+
+    Args:
+        steps: 1 to 1000.
+        spacing: see ``space_timesteps``.
+
+    Raises:
+        ValueError: steps out of range or no integer, an unknown spacing, or a number of steps
+            that the spacing cannot make.
+    """
+    return schedule_from_timesteps(space_timesteps(steps, spacing))
+
+
+def schedule_from_timesteps(timesteps: np.ndarray | list[int]) -> Schedule:
+    """The schedule that visits these time steps, given in the order taken: strictly falling.
+
+    Raises:
+        ValueError: none, out of 0 … 999, or not strictly falling.
+    """
+    taken = np.array(timesteps, dtype=np.int64)
+    if taken.ndim != 1 or len(taken) == 0:
+        raise ValueError(f"timesteps {timesteps!r} is not a list of at least one time step")
+    if taken.min() < 0 or taken.max() >= NUM_TRAIN_STEPS:
+        raise ValueError(f"timesteps reach from {taken.min()} to {taken.max()}: allowed is 0 … 999")
+    if (np.diff(taken) >= 0).any():
+        raise ValueError(f"timesteps {taken.tolist()} do not fall strictly")
+
+    # As the reference does it: betas from the ratios, then ᾱ from those betas. The detour moves ᾱ
+    # by parts in 1e16, which decides how a few coefficients round to float32.
+    wanted = training_alphas_cumprod()[taken[::-1]]
+    betas = 1.0 - wanted / np.append(1.0, wanted[:-1])
+    alphas_cumprod = np.cumprod(1.0 - betas)
+    alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
+    return Schedule(
+        timesteps=taken,
+        alphas_cumprod=alphas_cumprod[::-1].copy(),
+        alphas_cumprod_prev=alphas_cumprod_prev[::-1].copy(),
+        betas=betas[::-1].copy(),
+    )
+
+
+def space_timesteps(steps: int, spacing: str = "official") -> np.ndarray:
+    """(steps,) int64 time steps in the order taken, strictly falling.
+
+    Spacings:
+        official: the reference's respacing of one section (``space_timesteps`` of
+            facebookresearch/DiT): from 0 in strides of 999/(steps−1), so it ends at 999. One step
+            is [0], as there; for a picture in one step use linspace or trailing, whose step is 999.
+        ddim: the reference's "ddimN": the smallest integer stride that makes N steps from 0. Only
+            some N can be made.
+        leading: diffusers' name: integer stride ⌊1000/steps⌋ from 0 (DiTPipeline's).
+        linspace: as diffusers' DPMSolverMultistepScheduler: steps+1 points from 999 to 0, of which
+            the last is left out. 1000 steps, which would repeat one, are every step instead.
+        trailing: diffusers' name: from 999 down in strides of 1000/steps.
+
+    Raises:
+        ValueError: see ``make_schedule``.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)):
+        raise ValueError(f"steps {steps!r} is not an integer from 1 to {NUM_TRAIN_STEPS}")
+    if not 1 <= steps <= NUM_TRAIN_STEPS:
+        raise ValueError(f"steps {steps} is out of range: allowed is 1 to {NUM_TRAIN_STEPS}")
+    if spacing == "official":
+        return np.array(_official(int(steps))[::-1], dtype=np.int64)
+    if spacing == "ddim":
+        return np.arange(0, NUM_TRAIN_STEPS, _ddim_stride(int(steps)), dtype=np.int64)[::-1].copy()
+    if spacing == "leading":
+        return np.arange(steps, dtype=np.int64)[::-1] * (NUM_TRAIN_STEPS // steps)
+    if spacing == "linspace":
+        points = np.linspace(0, NUM_TRAIN_STEPS - 1, steps + 1).round()[:0:-1].astype(np.int64)
+        return np.arange(NUM_TRAIN_STEPS)[::-1].copy() if steps == NUM_TRAIN_STEPS else points
+    if spacing == "trailing":
+        points = NUM_TRAIN_STEPS - np.arange(steps) * (NUM_TRAIN_STEPS / steps)
+        return points.round().astype(np.int64) - 1
+    raise ValueError(f"spacing {spacing!r} is unknown; choose one of {', '.join(SPACINGS)}")
+
+
+def _official(steps: int) -> list[int]:
+    stride = (NUM_TRAIN_STEPS - 1) / (steps - 1) if steps > 1 else 1.0
+    timesteps, position = [], 0.0
+    for _ in range(steps):
+        timesteps.append(round(position))
+        position += stride  # accumulated, not multiplied: the sums round differently
+    return timesteps
+
+
+def _ddim_stride(steps: int) -> int:
+    counts = {stride: -(-NUM_TRAIN_STEPS // stride) for stride in range(NUM_TRAIN_STEPS, 0, -1)}
+    strides = {count: stride for stride, count in counts.items()}  # smallest stride of a count
+    if steps not in strides:
+        near = sorted(sorted(strides, key=lambda count: abs(count - steps))[:2])
+        raise ValueError(
+            f"steps {steps} has no integer stride for spacing 'ddim'; nearest are "
+            f"{near[0]} and {near[1]}"
+        )
+    return strides[steps]

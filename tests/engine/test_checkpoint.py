@@ -1,0 +1,367 @@
+"""Every form of model that `load_checkpoint` reads, and `save_pretrained`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Vectors
+from numerics import assert_close_to_reference
+from safetensors.torch import load_file, save_file
+from tiny import NAMES, tiny_dit, tiny_vae
+
+from dit_engine.checkpoint import (
+    build_model,
+    build_vae,
+    load_checkpoint,
+    load_model,
+    save_pretrained,
+)
+from dit_engine.config import ModelConfig
+from dit_engine.hub import locate
+from dit_engine.infer import infer_config, infer_heads
+from dit_engine.model import DiT
+
+
+def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+@pytest.mark.parametrize("form", ["plain.pt", "ema.pt", "training.pt", "legacy.pth",
+                                  "state_dict.ckpt", "file.safetensors"])  # fmt: skip
+def test_official_files_in_float64(vectors: Vectors, form: str, tmp_path: Path) -> None:
+    """The reference's weights through every kind of file give the reference's outputs.
+
+    Bit for bit those of the module that the weights were put into directly; that module against
+    the vectors is test_model.py's subject (in float64 they are 1e-7 apart on some machines).
+    """
+    state = vectors.model().state_dict()
+    other = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+    path = tmp_path / form
+    if form == "file.safetensors":
+        save_file(state, path)
+    elif form == "training.pt":  # what the published training script writes
+        args = argparse.Namespace(model="DiT-XL/2", image_size=256, global_batch_size=256)
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]).state_dict()
+        torch.save({"model": other, "ema": state, "opt": optimizer, "args": args}, path)
+    elif form == "legacy.pth":
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    else:
+        wrapped = {"plain": state, "ema": {"ema": state}, "state_dict": {"state_dict": state}}
+        torch.save(wrapped[path.stem], path)
+    # Widths 48 and 144 tell no number of heads (144 is 2 × 72).
+    model = load_model(path, num_heads=2)
+    assert model.config == vectors.config
+    assert not model.training
+    with torch.no_grad():
+        x, t, y = vectors["forward.x"].double(), vectors["forward.t"], vectors["forward.y"]
+        out = model(x, t, y)
+        assert torch.equal(out, vectors.model()(x, t, y))
+        assert_close_to_reference(out, vectors["forward.out"], tolerance=1e-5)
+        single = load_model(path, num_heads=2, dtype=torch.float32)
+        out = single(x.float(), t, y)
+        assert out.dtype == torch.float32
+        assert_close_to_reference(out, vectors["forward.out"], tolerance=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig.named("S/8", num_classes=3),
+        ModelConfig.named("B/4", image_size=512),
+        ModelConfig.named("XL/2", learn_sigma=False),
+        ModelConfig(2, 256, 4, 2, 8, num_classes=16),
+        ModelConfig(1, 144, 2, 4, 16, in_channels=16),
+        ModelConfig(1, 384, 6, 2, 4, mlp_ratio=1001 / 384),
+        ModelConfig(1, 768, 12, 2, 4, mlp_ratio=1000 / 768),
+    ],
+    ids=str,
+)
+def test_config_from_tensors(config: ModelConfig) -> None:
+    with torch.device("meta"):
+        state = DiT(config).state_dict()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        inferred = infer_config(state)
+    assert inferred.mlp_hidden_size == config.mlp_hidden_size
+    assert inferred.mlp_ratio == pytest.approx(config.mlp_ratio, rel=1e-12)
+    assert {**inferred.to_dict(), "mlp_ratio": 0} == {**config.to_dict(), "mlp_ratio": 0}
+    assert bool(caught) is (config.hidden_size in (256, 144))
+
+
+@pytest.mark.parametrize(
+    ("width", "heads"), [(384, 6), (768, 12), (1024, 16), (1152, 16), (512, 8), (216, 3)]
+)
+@pytest.mark.filterwarnings("ignore:hidden size")
+def test_heads_from_width(width: int, heads: int) -> None:
+    assert infer_heads(width) == heads
+
+
+@pytest.mark.parametrize(("width", "why"), [(576, "both 64 and 72"), (100, "neither 64 and 72")])
+def test_heads_that_the_width_leaves_open(width: int, why: str) -> None:
+    with pytest.raises(ValueError, match=f"hidden size {width} does not tell .*{why}"):
+        infer_heads(width)
+
+
+@pytest.mark.parametrize("names", [NAMES, None])
+@pytest.mark.parametrize("with_vae", [True, False])
+def test_native_directory_round_trip(
+    names: tuple[str, ...] | None, with_vae: bool, tmp_path: Path
+) -> None:
+    model = tiny_dit(numerics="diffusers", mlp_norm_eps=1e-5, learn_sigma=False)
+    vae = tiny_vae() if with_vae else None
+    save_pretrained(tmp_path / "deep" / "model", model, vae, names)
+    written = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    expected = {"config.json", "model.safetensors"}
+    expected |= {"labels.json"} if names else set()
+    expected |= {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"} if vae else set()
+    assert written == {f"deep/model/{name}" for name in expected}
+
+    checkpoint = load_checkpoint(tmp_path / "deep" / "model")
+    assert checkpoint.config == model.config
+    assert checkpoint.label_names == names
+    assert checkpoint.source == str(tmp_path / "deep" / "model")
+    assert_same(build_model(checkpoint).state_dict(), model.state_dict())
+    rebuilt = build_vae(checkpoint)
+    if vae is None:
+        assert rebuilt is None
+    else:
+        assert rebuilt is not None
+        assert rebuilt.config == vae.config
+        assert_same(rebuilt.state_dict(), vae.state_dict())
+    from_file = load_model(tmp_path / "deep" / "model" / "model.safetensors")
+    assert from_file.config == model.config
+
+
+def test_half_precision_files(tmp_path: Path) -> None:
+    model = tiny_dit()
+    save_pretrained(tmp_path / "m", model, tiny_vae(), dtype=torch.bfloat16)
+    for path in (tmp_path / "m").rglob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(path).values()} == {torch.bfloat16}
+    assert load_model(tmp_path / "m").pos_embed.dtype == torch.bfloat16
+    wide = load_model(tmp_path / "m", dtype=torch.float32)
+    assert_same(
+        wide.state_dict(),
+        {key: tensor.bfloat16().float() for key, tensor in model.state_dict().items()},
+    )
+
+
+def test_positions_come_from_the_file(tmp_path: Path) -> None:
+    model = tiny_dit()
+    model.pos_embed.data.fill_(0.5)
+    save_pretrained(tmp_path / "m", model)
+    assert (load_model(tmp_path / "m").pos_embed == 0.5).all()
+
+
+def test_building_does_not_load_the_compiler(tmp_path: Path) -> None:
+    """A module without storage draws no random numbers, which torch does there by way of sympy."""
+    save_pretrained(tmp_path / "m", tiny_dit(), tiny_vae())
+    code = (
+        "import sys; from dit_engine.checkpoint import *; c = load_checkpoint(sys.argv[1]); "
+        "build_model(c); build_vae(c); sys.exit('sympy' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], check=True)
+
+
+def test_mixed_dtypes_take_the_first_weights(tmp_path: Path) -> None:
+    state = tiny_dit().half().state_dict()
+    torch.save(state | {"pos_embed": state["pos_embed"].float()}, tmp_path / "mixed.pt")
+    model = load_model(tmp_path / "mixed.pt", num_heads=2)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+
+
+def test_numerics_by_name(tmp_path: Path) -> None:
+    save_pretrained(tmp_path / "m", tiny_dit())
+    assert load_model(tmp_path / "m").config.numerics == "official"
+    config = load_model(tmp_path / "m", numerics="diffusers").config
+    assert (config.numerics, config.mlp_norm_eps) == ("diffusers", 1e-5)
+    save_pretrained(tmp_path / "d", tiny_dit(numerics="diffusers", mlp_norm_eps=1e-3))
+    assert load_model(tmp_path / "d", numerics="diffusers").config.mlp_norm_eps == 1e-3
+    assert load_model(tmp_path / "d", numerics="official").config.mlp_norm_eps == 1e-6
+    with pytest.raises(ValueError, match="numerics 'exact': choose one of official, diffusers"):
+        load_model(tmp_path / "m", numerics="exact")
+
+
+def test_vae_of_another_directory(tmp_path: Path) -> None:
+    save_pretrained(tmp_path / "with", tiny_dit(), tiny_vae(seed=1))
+    torch.save(tiny_dit().state_dict(), tmp_path / "official.pt")
+    plain = load_checkpoint(tmp_path / "official.pt", num_heads=2)
+    assert plain.vae_config is None
+    assert plain.label_names is None
+    expected = tiny_vae(seed=1).state_dict()
+    for vae in (tmp_path / "with", tmp_path / "with" / "vae",
+                tmp_path / "with" / "vae" / "diffusion_pytorch_model.safetensors"):  # fmt: skip
+        checkpoint = load_checkpoint(tmp_path / "official.pt", vae=vae, num_heads=2)
+        assert checkpoint.vae_config == tiny_vae().config
+        assert checkpoint.vae_state_dict is not None
+        assert_same(checkpoint.vae_state_dict, expected)
+    save_pretrained(tmp_path / "own", tiny_dit(), tiny_vae(seed=2))
+    replaced = load_checkpoint(tmp_path / "own", vae=tmp_path / "with")
+    assert replaced.vae_state_dict is not None
+    assert_same(replaced.vae_state_dict, expected)
+
+
+def test_saving_over_an_earlier_model_keeps_its_card(tmp_path: Path) -> None:
+    target = tmp_path / "m"
+    target.mkdir()
+    save_pretrained(target, tiny_dit(0), tiny_vae(), NAMES)  # over an empty directory
+    (target / "README.md").write_text("card")
+    mapped = load_model(target)
+    save_pretrained(target, tiny_dit(1))
+    names = sorted(entry.name for entry in target.iterdir())
+    assert names == ["README.md", "config.json", "model.safetensors"]
+    assert (target / "README.md").read_text() == "card"
+    assert_same(load_model(target).state_dict(), tiny_dit(1).state_dict())
+    assert_same(mapped.state_dict(), tiny_dit(0).state_dict())  # its file's map outlives the name
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
+
+
+def test_saving_a_model_onto_itself(tmp_path: Path) -> None:
+    save_pretrained(tmp_path / "m", tiny_dit())
+    save_pretrained(tmp_path / "m", load_model(tmp_path / "m"), dtype=torch.float64)
+    assert load_model(tmp_path / "m").pos_embed.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", ["other files", "a model and more", "other config", "a file"])
+def test_saving_refuses_to_replace_something_else(kind: str, tmp_path: Path) -> None:
+    target = tmp_path / "m"
+    if kind == "a file":
+        target.write_text("thesis")
+    else:
+        target.mkdir()
+        if kind != "other files":
+            save_pretrained(target, tiny_dit())
+        if kind == "other config":
+            (target / "config.json").write_text(json.dumps({"_class_name": "BertModel"}))
+        else:
+            (target / "thesis.txt").write_text("years of work")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match="nothing was written") as caught:
+        save_pretrained(target, tiny_dit(1))
+    assert str(target) in str(caught.value)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+@pytest.mark.parametrize("broken", ["write", "rename"])
+def test_a_failed_save_leaves_what_was_there(
+    earlier: bool, broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "m"
+    if earlier:
+        save_pretrained(target, tiny_dit(0), tiny_vae())
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    rename = Path.rename
+    with monkeypatch.context() as patch:
+        if broken == "write":
+            patch.setattr("safetensors.torch.save_file", fail)
+        else:
+            patch.setattr(
+                Path,
+                "rename",
+                lambda self, to: fail() if self.suffix == ".partial" else rename(self, to),
+            )
+        with pytest.raises(OSError, match="no space left"):
+            save_pretrained(target, tiny_dit(1))
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert target.exists() is earlier
+
+
+def test_label_names_must_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="2 label names for 10 classes"):
+        save_pretrained(tmp_path / "m", tiny_dit(), label_names=["a", "b"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_source_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_pretrained("owner/name", tiny_dit())
+    assert locate("owner/name") == Path("owner/name")  # what is here is never sought elsewhere
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert locate("~/owner") == tmp_path / "owner"
+    (tmp_path / "builtin").mkdir()
+    assert locate("./builtin") == Path("builtin")
+    monkeypatch.setattr("dit_engine.hub.__file__", str(tmp_path / "package" / "hub.py"))
+    with pytest.raises(FileNotFoundError, match="'builtin' is missing from this installation"):
+        locate("builtin")
+    (tmp_path / "package" / "builtin").mkdir(parents=True)
+    assert locate("builtin") == tmp_path / "package" / "builtin"
+
+
+def test_hub_id_takes_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Safetensors are asked for first; pickles only where a component has none."""
+    from fnmatch import fnmatch
+
+    remote = {
+        "model_index.json", "README.md", "scheduler/scheduler_config.json",
+        "transformer/config.json", "transformer/diffusion_pytorch_model.bin",
+        "transformer/diffusion_pytorch_model.fp16.bin",
+        "vae/config.json", "vae/diffusion_pytorch_model.bin",
+        "vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors",
+    }  # fmt: skip
+    fetched: list[str] = []
+
+    def snapshot(repo_id: str, allow_patterns: list[str]) -> str:
+        assert repo_id == "facebook/DiT-XL-2-256"
+        for name in remote:
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (tmp_path / name).parent.mkdir(exist_ok=True)
+                (tmp_path / name).touch()
+                fetched.append(name)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert locate("facebook/DiT-XL-2-256") == tmp_path
+    assert sorted(fetched) == [
+        "model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model.bin",
+        "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+
+
+# getrusage's ru_maxrss would start at the parent's peak; VmHWM belongs to the new program alone.
+MEASURE = """
+import sys, torch
+from dit_engine.checkpoint import load_model
+torch.ones(1).sum(dtype=torch.float64)
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+before = peak()
+model = load_model(sys.argv[1])
+total = sum(p.detach().sum(dtype=torch.float64).item() for p in model.parameters())
+print(peak() - before, sum(p.numel() * p.element_size() for p in model.parameters()), total)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_loading_holds_one_copy(suffix: str, tmp_path: Path) -> None:
+    """Peak memory of loading and reading every weight of a DiT-B/2 (0.5 GB) is one copy."""
+    model = DiT(ModelConfig.named("B/2"))
+    path = tmp_path / f"DiT-B-2-256x256{suffix}"
+    state = model.state_dict()
+    torch.save({"ema": state}, path) if suffix == ".pt" else save_file(state, path)
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path)],
+        check=True, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    grown, size, total = map(float, run.stdout.split())
+    expected = sum(tensor.sum(dtype=torch.float64).item() for tensor in state.values())
+    assert total == pytest.approx(expected, rel=1e-9)
+    assert size > 5e8
+    assert 0.9 * size < grown < 1.2 * size  # measured: 1.06 to 1.10

@@ -1,0 +1,277 @@
+"""diffusers 0.42 as an independent reference: its DiT, its directories, its pipeline."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from numerics import assert_close_to_reference, relative_error
+from torch import Tensor
+
+from dit_engine.checkpoint import load_checkpoint, load_model
+from dit_engine.convert import config_from_diffusers
+from dit_engine.integrations.diffusers import DiTAdapter, accelerate
+from dit_engine.model import position_embedding
+
+diffusers = pytest.importorskip("diffusers")
+
+TINY = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "num_layers": 3,
+    "sample_size": 8,
+    "patch_size": 2,
+    "out_channels": 8,
+    "num_embeds_ada_norm": 10,
+}
+
+
+def reference(**overrides: Any) -> Any:
+    """A small DiTTransformer2DModel with random weights, its embedders equal in every block."""
+    torch.manual_seed(0)
+    model = diffusers.DiTTransformer2DModel(**(TINY | overrides)).eval()
+    for parameter in model.parameters():
+        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+        torch.nn.init.normal_(parameter, std=scale)
+    embedder = model.transformer_blocks[0].norm1.emb.state_dict()
+    for block in model.transformer_blocks:
+        block.norm1.emb.load_state_dict(embedder)
+    return model
+
+
+def inputs(side: int = 8, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 4, side, side, generator=generator, dtype=dtype)
+    return x, torch.tensor([0, 499, 999]), torch.tensor([0, 7, 10])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"norm_eps": 1e-6},
+        {"norm_eps": 1e-5},
+        {"norm_eps": 1e-2},  # large enough to show in which norm it acts
+        {"out_channels": None, "patch_size": 4, "sample_size": 16},
+        {"attention_head_dim": 72, "num_layers": 1},
+    ],
+    ids=str,
+)
+def test_transformer_directory_gives_the_same_outputs(
+    overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    theirs = reference(**overrides).double()
+    theirs.save_pretrained(tmp_path / "transformer")
+    ours = load_model(tmp_path / "transformer")
+    assert ours.config.numerics == "diffusers"
+    assert ours.config.learn_sigma is (overrides.get("out_channels", 8) == 8)
+    assert ours.pos_embed.dtype == torch.float64
+    x, t, y = inputs(ours.config.input_size)
+    with torch.no_grad():
+        expected = theirs(x, timestep=t, class_labels=y).sample
+        assert_close_to_reference(ours(x, t, y), expected, tolerance=1e-10)
+
+
+def test_norm_eps_reaches_the_mlp_norm_alone() -> None:
+    config = config_from_diffusers({**TINY, "norm_eps": 1e-2})
+    assert config.mlp_norm_eps == 1e-2
+    assert config_from_diffusers(TINY).mlp_norm_eps == 1e-5  # their default
+    block = reference(norm_eps=1e-2).transformer_blocks[0]
+    assert (block.norm1.norm.eps, block.norm3.eps) == (1e-6, 1e-2)
+    assert reference(norm_eps=1e-2).norm_out.eps == 1e-6
+
+
+def test_official_numerics_are_another_function(tmp_path: Path) -> None:
+    reference(norm_eps=1e-5).double().save_pretrained(tmp_path)
+    official = load_model(tmp_path, numerics="official")
+    assert official.config.numerics == "official"
+    assert official.config.mlp_norm_eps == 1e-6
+    kept = load_model(tmp_path)
+    x, t, y = inputs()
+    with torch.no_grad():
+        at_zero = relative_error(official(x, t * 0, y), kept(x, t * 0, y))
+        elsewhere = relative_error(official(x, t, y), kept(x, t, y))
+    assert at_zero < 1e-4  # only the epsilon differs: every frequency meets t = 0
+    assert elsewhere > 1e-2
+
+
+def test_positions_are_those_of_diffusers() -> None:
+    for side in (4, 16):
+        theirs = reference(sample_size=2 * side).pos_embed.pos_embed
+        assert (position_embedding(48, side) - theirs).abs().max() <= 6e-8  # half an ulp at 1
+
+
+def test_stored_positions_are_taken_from_the_file(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    reference().save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    stored = torch.full((1, 16, 48), 0.25)
+    save_file(load_file(path) | {"pos_embed.pos_embed": stored}, path)
+    assert torch.equal(load_model(tmp_path).pos_embed, stored)
+
+
+@pytest.mark.parametrize("form", ["sharded", "bin", "sharded bin"])
+def test_other_weight_files(form: str, tmp_path: Path) -> None:
+    model = reference()
+    shards = {"max_shard_size": "200KB"} if "sharded" in form else {}
+    model.save_pretrained(tmp_path, safe_serialization="bin" not in form, **shards)
+    suffix = "bin" if "bin" in form else "safetensors"
+    assert len(list(tmp_path.glob(f"*.{suffix}"))) == 1 or "sharded" in form
+    assert bool(list(tmp_path.glob("*.index.json"))) is ("sharded" in form)
+    x, t, y = inputs(dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(x, timestep=t, class_labels=y).sample
+        assert_close_to_reference(load_model(tmp_path)(x, t, y), expected, tolerance=1e-5)
+
+
+def test_a_file_beside_its_config_and_without(tmp_path: Path) -> None:
+    reference().save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    assert load_model(path).config == load_model(tmp_path).config
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"safetensors: a diffusers transformer needs its config"):
+        load_model(path)
+
+
+def test_embedders_that_differ_between_blocks_are_refused(tmp_path: Path) -> None:
+    model = reference()
+    with torch.no_grad():
+        model.transformer_blocks[2].norm1.emb.timestep_embedder.linear_2.bias[5] += 1e-3
+    model.save_pretrained(tmp_path)
+    expected = r"transformer_blocks\.2\..*linear_2\.bias differs from block 0's"
+    with pytest.raises(ValueError, match=expected):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm_type": "ada_norm_single"}, "norm_type is 'ada_norm_single'; a DiT has"),
+        ({"activation_fn": "geglu"}, "activation_fn is 'geglu'"),
+        ({"attention_bias": False}, "attention_bias is False"),
+        ({"out_channels": 5}, "out_channels 5 is neither in_channels 4"),
+        ({"num_attention_heads": "2"}, "num_attention_heads '2' is not a positive integer"),
+        ({"num_layers": 10**12}, "depth is 1000000000000, the file holds 3 blocks"),
+        ({"num_embeds_ada_norm": None}, "num_classes None is not a positive integer"),
+        ({"sample_size": 9}, "input_size 9 is not a multiple of patch_size 2"),
+    ],
+    ids=str,
+)
+def test_configs_of_other_networks(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    reference().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def pipeline() -> Any:
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    ).eval()
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    # DiTPipeline's null class is 1000, whatever the model's number of classes.
+    transformer = reference(num_embeds_ada_norm=1000)
+    pipe = diffusers.DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_pipeline_directory(tmp_path: Path) -> None:
+    pipe = pipeline()
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["id2label"] = {str(i): f"class {i}, alias {i}" for i in range(1000)}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint.label_names is not None
+    assert checkpoint.label_names[999] == "class 999, alias 999"
+    assert checkpoint.vae_config is not None
+    assert checkpoint.vae_config.block_out_channels == (8, 16)
+    assert checkpoint.vae_state_dict is not None
+    assert checkpoint.vae_state_dict.keys() == pipe.vae.state_dict().keys()
+
+    del index["id2label"]["17"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="id2label does not name the classes"):
+        load_checkpoint(tmp_path)
+    index["id2label"] = {"0": "ant", "1": "bee"}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="2 label names, 1000 classes"):
+        load_checkpoint(tmp_path)
+    del index["id2label"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    shutil.rmtree(tmp_path / "vae")
+    without = load_checkpoint(tmp_path)
+    assert without.vae_config is None
+    assert without.vae_state_dict is None
+    assert without.label_names is None
+    shutil.rmtree(tmp_path / "transformer")
+    with pytest.raises(ValueError, match="a DiTPipeline without transformer/"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("guidance_scale", "dtype", "tolerance"),
+    [(4.0, torch.float32, 1e-5), (1.0, torch.float32, 1e-5), (4.0, torch.bfloat16, 0.02)],
+    ids=str,
+)
+def test_accelerated_pipeline_gives_the_same_images(
+    guidance_scale: float, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Measured: bit-equal, in these dtypes and in float16."""
+    pipe = pipeline().to(dtype)
+
+    def run() -> Any:
+        return pipe(
+            [3, 77],
+            guidance_scale=guidance_scale,
+            generator=torch.Generator().manual_seed(5),
+            num_inference_steps=4,
+            output_type="np",
+        ).images
+
+    before, original = run(), pipe.transformer
+    assert accelerate(pipe) is pipe
+    assert isinstance(pipe.transformer, DiTAdapter)
+    assert pipe.transformer.dtype == dtype
+    assert pipe.transformer.device == torch.device("cpu")
+    assert pipe.transformer.config.sample_size == 8
+    assert before.shape == (2, 16, 16, 3)
+    assert before.std() > 0.05
+    assert_close_to_reference(run(), before, tolerance=tolerance)
+    adapter = pipe.transformer
+    shared = adapter.model.blocks[0].mlp.fc1.weight.data_ptr()
+    assert shared == original.transformer_blocks[0].ff.net[0].proj.weight.data_ptr()
+    assert accelerate(pipe).transformer is adapter
+    assert pipe.to(torch.float64).transformer.dtype == torch.float64
+
+
+def test_the_adapter_takes_the_call_of_the_transformer() -> None:
+    pipe = pipeline()
+    x, _, y = inputs(dtype=torch.float32)
+    t = torch.tensor(321)
+    with torch.no_grad():
+        expected = pipe.transformer(x, t.expand(3), y, return_dict=False)[0]
+        adapter = accelerate(pipe).transformer
+        (actual,) = adapter(x, timestep=t, class_labels=y, return_dict=False)
+        assert_close_to_reference(actual, expected, tolerance=1e-5)
+        assert torch.equal(adapter(x, t, y).sample, actual)
+        with pytest.raises(ValueError, match="class_labels are needed"):
+            adapter(x, t)
+        with pytest.raises(ValueError, match="cross_attention_kwargs"):
+            adapter(x, t, y, {"scale": 0.5})
+
+
+def test_accelerate_refuses_other_pipelines() -> None:
+    with pytest.raises(ValueError, match="transformer of object is a NoneType; a DiTPipeline's"):
+        accelerate(object())

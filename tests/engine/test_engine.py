@@ -1,0 +1,257 @@
+"""Engine.generate: randomness, batches, guidance, outputs, threads, memory, bad input."""
+
+from __future__ import annotations
+
+import re
+import threading
+
+import numpy as np
+import pytest
+import torch
+from tiny import NAMES, tiny_dit, tiny_engine
+
+from dit_engine import Engine
+from dit_engine.backends import Backend, Denoiser, create_backend
+from dit_engine.sampler import SAMPLERS
+
+FAST = {"steps": 4, "output": "latent"}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return tiny_engine()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_image_depends_on_its_own_label_and_seed_only(engine: Engine, sampler: str) -> None:
+    """Alone, in a batch of five, in another order: the same bits, float32 on the CPU."""
+    labels, seeds = [3, 1, 4, 1, 5], [11, 12, 13, 14, 15]
+    batch = engine.generate(labels, seeds=seeds, sampler=sampler, **FAST).images
+    order = [4, 2, 0, 1, 3]
+    shuffled = engine.generate(
+        [labels[i] for i in order], seeds=[seeds[i] for i in order], sampler=sampler, **FAST
+    ).images
+    for place, i in enumerate(order):
+        assert torch.equal(shuffled[place], batch[i])
+    for i, (label, seed) in enumerate(zip(labels, seeds, strict=True)):
+        alone = engine.generate(label, seed=seed, sampler=sampler, **FAST).images[0]
+        assert torch.equal(alone, batch[i]), (alone - batch[i]).abs().max()
+
+
+def test_seed_counts_up_and_random_seeds_are_recorded(engine: Engine) -> None:
+    by_seed = engine.generate([1, 2], seed=7, **FAST)
+    assert by_seed.seeds == [7, 8]
+    assert torch.equal(by_seed.images, engine.generate([1, 2], seeds=[7, 8], **FAST).images)
+    drawn = engine.generate([1, 2], **FAST)
+    again = engine.generate([1, 2], seeds=drawn.seeds, **FAST)
+    assert torch.equal(drawn.images, again.images)
+    assert drawn.seeds != engine.generate([1, 2], **FAST).seeds
+
+
+def test_batches_larger_than_the_limit_are_split(engine: Engine) -> None:
+    small = tiny_engine(max_batch_size=2)
+    seen = []
+    result = small.generate(
+        range(5), seed=3, callback=lambda p: seen.append((p.first, p.count, p.step)), **FAST
+    )
+    assert torch.equal(result.images, engine.generate(range(5), seed=3, **FAST).images)
+    assert seen == [(f, c, s) for f, c in ((0, 2), (2, 2), (4, 1)) for s in range(1, 5)]
+
+
+def test_official_noise_draws_as_the_reference(engine: Engine) -> None:
+    """z for N, then 2N a step, from one generator: given as tensors they make the same latents."""
+    generator = torch.Generator().manual_seed(5)
+    z = torch.randn(3, 4, 8, 8, generator=generator)
+    draws = torch.stack([torch.randn(6, 4, 8, 8, generator=generator)[:3] for _ in range(4)])
+    given = engine.generate([1, 2, 3], latents=z, step_noise=draws, **FAST).images
+    official = engine.generate([1, 2, 3], seed=5, noise="official", **FAST).images
+    assert torch.equal(given, official)
+    assert not torch.equal(official, engine.generate([1, 2, 3], seed=5, **FAST).images)
+
+
+def test_official_noise_without_guidance_draws_for_n(engine: Engine) -> None:
+    generator = torch.Generator().manual_seed(5)
+    z = torch.randn(2, 4, 8, 8, generator=generator)
+    draws = torch.stack([torch.randn(2, 4, 8, 8, generator=generator) for _ in range(4)])
+    options = FAST | {"guidance_scale": 1.0}
+    given = engine.generate([1, 2], latents=z, step_noise=draws, **options).images
+    official = engine.generate([1, 2], seed=5, noise="official", **options).images
+    assert torch.equal(given, official)
+
+
+def test_one_guidance_scale_an_image(engine: Engine) -> None:
+    mixed = engine.generate([1, 2, 3], seeds=[4, 5, 6], guidance_scale=[1.0, 2.5, 4.0], **FAST)
+    for i, scale in enumerate((1.0, 2.5, 4.0)):
+        alone = engine.generate([i + 1], seeds=[i + 4], guidance_scale=scale, **FAST)
+        assert torch.allclose(mixed.images[i], alone.images[0], atol=1e-5)
+    assert mixed.settings["guidance_scale"] == [1.0, 2.5, 4.0]
+
+
+def test_no_unconditional_half_where_guidance_is_off() -> None:
+    """Rows that the model really sees at each step: N without guidance, 2N with."""
+    engine, rows = tiny_engine(), [0]
+    engine.model.register_forward_pre_hook(lambda _, args: rows.append(rows.pop() + len(args[0])))
+
+    def rows_by_step(**options: object) -> list[int]:
+        rows[:] = [0]
+        engine.generate([1, 2], seed=0, callback=lambda _: rows.append(0), **options, **FAST)
+        return rows[:-1]
+
+    assert rows_by_step(guidance_scale=1.0) == [2] * 4
+    assert rows_by_step() == [4] * 4
+    # The four official steps 999, 666, 333 and 0 have noise levels 157, 9.6, 1.5 and 0.01.
+    bar = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))[[999, 666, 333, 0]]
+    levels = np.sqrt((1 - bar) / bar)
+    just_above_second, just_below_third = 1.001 * levels[1], 0.999 * levels[2]
+    assert rows_by_step(guidance_interval=(just_below_third, just_above_second)) == [2, 4, 4, 2]
+    assert rows_by_step(guidance_interval=(1.001 * levels[2], 200.0)) == [4, 4, 2, 2]
+
+
+def test_outputs(engine: Engine) -> None:
+    options = {"steps": 2, "seed": 1}
+    pil = engine.generate([1, 2], **options).images
+    array = engine.generate([1, 2], output="np", **options).images
+    tensor = engine.generate([1, 2], output="pt", **options).images
+    latents = engine.generate([1, 2], output="latent", **options).images
+    assert array.dtype == np.uint8 and array.shape == (2, 16, 16, 3)
+    assert [i.size for i in pil] == [(16, 16)] * 2
+    assert np.array_equal(np.stack([np.asarray(i) for i in pil]), array)
+    assert tensor.shape == (2, 3, 16, 16) and tensor.min() >= 0 and tensor.max() <= 1
+    assert np.abs(tensor.permute(0, 2, 3, 1).numpy() * 255 - array).max() <= 1.0
+    assert engine.vae is not None
+    with torch.inference_mode():
+        decoded = engine.vae.decode(latents / engine.vae.config.scaling_factor)
+    assert torch.allclose((decoded.clamp(-1, 1) + 1) / 2, tensor, atol=1e-6)
+
+
+def test_an_engine_without_vae_gives_latents() -> None:
+    engine = tiny_engine(vae=False)
+    assert engine.generate([1], steps=2, seed=0).images.shape == (1, 4, 8, 8)
+    with pytest.raises(ValueError, match="output 'pil' needs a VAE"):
+        engine.generate([1], steps=2, output="pil")
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("bf16", 0.05), ("fp16", 0.01)])
+def test_precisions_stay_near_float32(engine: Engine, precision: str, bound: float) -> None:
+    exact = engine.generate([1, 2], seed=0, guidance_scale=1.5, **FAST).images
+    rounded = engine.generate([1, 2], seed=0, guidance_scale=1.5, precision=precision, **FAST)
+    error = ((rounded.images - exact).norm() / exact.norm()).item()
+    assert 0 < error < bound
+
+
+@pytest.mark.slow
+def test_compile_equals_eager(engine: Engine) -> None:
+    eager = engine.generate([1, 2], seed=0, backend="eager", **FAST).images
+    compiled = engine.generate([1, 2], seed=0, backend="compile", **FAST).images
+    assert ((compiled - eager).norm() / eager.norm()).item() < 1e-4
+
+
+def test_four_threads_share_an_engine(engine: Engine) -> None:
+    expected = [engine.generate([i] * 2, seed=i, **FAST).images for i in range(4)]
+    results: list[list[torch.Tensor]] = [[] for _ in range(4)]
+
+    def work(i: int) -> None:
+        for _ in range(3):
+            results[i].append(engine.generate([i] * 2, seed=i, **FAST).images)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        assert len(results[i]) == 3
+        for images in results[i]:
+            assert torch.allclose(images, expected[i], atol=1e-5)
+
+
+class Limited:
+    """A backend that runs out of memory above ``rows`` rows."""
+
+    def __init__(self, inner: Backend, rows: int) -> None:
+        self.inner, self.rows = inner, rows
+
+    def prepare(self, labels: torch.Tensor, timesteps: torch.Tensor) -> Denoiser:
+        if len(labels) > self.rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.inner.prepare(labels, timesteps)
+
+
+def test_out_of_memory_halves_the_batch_and_says_so(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = engine.generate(range(6), seed=0, **FAST).images
+    limited = Limited(create_backend("eager", engine.model, "fp32"), rows=6)
+    monkeypatch.setattr(engine, "_backend", lambda *_: limited)
+    with pytest.warns(UserWarning, match="out of memory with a batch of 6: going on with 3"):
+        images = engine.generate(range(6), seed=0, **FAST).images
+    assert torch.equal(images, expected)
+    limited.rows = 1
+    with pytest.raises(MemoryError, match="a batch of 1"):
+        engine.generate([1], seed=0, **FAST)
+    with pytest.raises(MemoryError, match="a batch of 2"):  # its draws belong to the whole batch
+        engine.generate([1, 2], seed=0, noise="official", **FAST)
+
+
+def test_out_of_memory_in_the_vae_decodes_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine()
+    assert engine.vae is not None
+    options = {"steps": 2, "seed": 1, "output": "pt"}
+    expected = engine.generate([1, 2], **options).images
+    decode = engine.vae.decode
+
+    def refuse(z: torch.Tensor) -> torch.Tensor:
+        if len(z) > 1:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate")
+        return decode(z)
+
+    monkeypatch.setattr(engine.vae, "decode", refuse)
+    with pytest.warns(UserWarning, match="decoding image by image"):
+        images = engine.generate([1, 2], **options).images
+    assert torch.allclose(images, expected, atol=1e-6)
+
+
+BAD = [
+    ({"labels": 10}, "label 10 is out of range; allowed are 0 to 9"),
+    ({"labels": -1}, "label -1 is out of range"),
+    ({"labels": "unicorn"}, "label 'unicorn' is unknown; allowed are ant, bee"),
+    ({"labels": []}, "labels is empty"),
+    ({"labels": [1.5]}, "label 1.5 is neither"),
+    ({"steps": 0}, "steps 0 is not a whole number from 1 to 1000"),
+    ({"steps": 1001}, "steps 1001"),
+    ({"steps": 2.5}, "steps 2.5"),
+    ({"sampler": "euler"}, "sampler 'euler': choose one of ddpm, ddim, dpm"),
+    ({"eta": -1.0}, "eta -1.0"),
+    ({"guidance_scale": float("nan")}, "guidance_scale nan"),
+    ({"guidance_scale": [1.0, 2.0, 3.0]}, "guidance_scale of shape (3,) for 2 images"),
+    ({"guidance_channels": 5}, "guidance_channels 5 is out of range: allowed is 1 to 4"),
+    ({"guidance_interval": (5.0, 0.5)}, "guidance_interval (5.0, 0.5) is upside down"),
+    ({"guidance_interval": (float("nan"), 1.0)}, "guidance_interval (nan, 1.0) holds a NaN"),
+    ({"seed": -1}, "seed -1 is not a whole number"),
+    ({"seed": 1, "seeds": [1, 2]}, "give one of the two"),
+    ({"seeds": [1]}, "seeds holds 1 numbers for 2 labels"),
+    ({"noise": "pink"}, "noise 'pink': choose one of per-image, official"),
+    ({"latents": torch.zeros(1, 4, 8, 8)}, "latents has shape (1, 4, 8, 8); (2, 4, 8, 8)"),
+    ({"latents": torch.full((2, 4, 8, 8), torch.nan)}, "latents holds NaN"),
+    ({"step_noise": torch.zeros(3, 2, 4, 8, 8)}, "step_noise has shape (3, 2, 4, 8, 8)"),
+    ({"backend": "magic"}, "backend 'magic' is unknown; choose one of auto, eager"),
+    ({"precision": "fp4"}, "precision 'fp4': choose one of fp32, bf16, fp16"),
+    ({"output": "gif"}, "output 'gif': choose one of pil, np, pt, latent"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[m[:30] for _, m in BAD])
+def test_bad_input_is_one_line(engine: Engine, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        engine.generate(**({"labels": [1, 2], "steps": 2} | options))
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_by_name_numeral_and_case(engine: Engine) -> None:
+    assert engine.generate(["Cat", "3", 4, np.int64(5)], seed=0, **FAST).labels == [2, 3, 4, 5]
+    animals = Engine(tiny_dit(num_classes=3), label_names=("crane, bird", "crane", "tench, Tinca"))
+    assert animals.generate(["tinca", "bird", "crane"], seed=0, **FAST).labels == [2, 0, 1]
+    nameless = Engine(tiny_dit(), device="cpu")
+    with pytest.raises(ValueError, match="this model has no label names, use numbers 0 to 9"):
+        nameless.generate("cat", steps=1)
+    assert len(NAMES) == 10

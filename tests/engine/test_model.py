@@ -1,0 +1,249 @@
+"""The reference model against the original's vectors, the paper's table and independent formulas.
+
+See reference_embedding.py for why the vectors' time embeddings are recovered from the vectors.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import Vectors
+from numerics import assert_close_to_reference, relative_error
+from reference_embedding import (
+    FREQUENCY_OFFSET,
+    fit_time_embedding,
+    vector_timestep_embedding,
+)
+from torch import Tensor
+
+from dit_engine.config import PUBLISHED, ModelConfig
+from dit_engine.guidance import guided
+from dit_engine.model import DiT, position_embedding, timestep_embedding
+
+
+def fit(vectors: Vectors, model: DiT) -> Tensor:
+    """(N, D) the vectors' embedding of forward.t."""
+    x, t, y, out = (vectors[f"forward.{name}"] for name in ("x", "t", "y", "out"))
+    return fit_time_embedding(model, x.double(), t, y, out)
+
+
+def test_forward_is_the_originals(vectors: Vectors) -> None:
+    model = vectors.model()
+    x, t, y, out = (vectors[f"forward.{name}"] for name in ("x", "t", "y", "out"))
+    x = x.double()
+    embedding = fit(vectors, model)
+    fitted = model.forward_conditioned(x, embedding + model.y_embedder(y))
+    assert_close_to_reference(fitted, out, tolerance=1e-10)
+
+    # And the fitted embedding is the time embedding: two machines' libraries, each with a frequency
+    # of its own that is an ulp off, differ by at most twice what the most sensitive one brings.
+    rounded = model.t_embedder.mlp(vector_timestep_embedding(t, offset=None).double())
+    one_ulp = max(
+        relative_error(
+            model.t_embedder.mlp(vector_timestep_embedding(t, offset=(i, 1)).double()), rounded
+        )
+        for i in range(128)
+    )
+    assert one_ulp < 2e-6
+    assert_close_to_reference(model.t_embedder(t), embedding, tolerance=2 * one_ulp)
+    # On a machine with the same exp, cos and sin as the vectors' the next error is 1e-15.
+    assert_close_to_reference(model(x, t, y), out, tolerance=1e-6)
+
+
+def test_guidance_is_the_originals_with_nothing_fitted_to_it(vectors: Vectors) -> None:
+    """forward.out gives the time embedding; cfg.out is then predicted."""
+    model = vectors.model()
+    x, y = vectors["forward.x"].double(), torch.cat([vectors["forward.y"], vectors.null])
+    c = fit(vectors, model).repeat(2, 1) + model.y_embedder(y)  # (2N, D)
+    both = model.forward_conditioned(x.repeat(2, 1, 1, 1), c)
+    denoise = guided(
+        lambda z, k: model.forward_conditioned(z, c[: len(z)]), len(x), vectors.guidance_scale
+    )
+    expected = vectors["cfg.out"]  # (2N, 8, S, S); rows N … are the unconditional half's
+    assert_close_to_reference(denoise(x, 0), expected[: len(x)], tolerance=1e-10)
+    assert torch.equal(expected[len(x) :, :3], expected[: len(x), :3])
+    assert_close_to_reference(both[len(x) :, 3:], expected[len(x) :, 3:], tolerance=1e-10)
+
+
+def test_equal_time_steps_have_equal_fitted_embeddings(vectors: Vectors) -> None:
+    """The fit is no free parameter: two images at one time step lead to the same embedding."""
+    t = vectors["forward.t"]
+    embedding = fit(vectors, vectors.model())
+    if t[0] == t[1]:
+        assert relative_error(embedding[0], embedding[1]) < 1e-10
+    else:
+        assert relative_error(embedding[0], embedding[1]) > 1e-3
+
+
+def test_the_vectors_machine_had_one_frequency_an_ulp_off(vectors: Vectors) -> None:
+    """forward.out alone, in each file, points at one frequency of 128 and its direction."""
+    model = vectors.model()
+    embedding = fit(vectors, model)
+
+    def error(offset: tuple[int, int] | None) -> float:
+        sinusoids = vector_timestep_embedding(vectors["forward.t"], offset=offset)
+        return relative_error(model.t_embedder.mlp(sinusoids.double()), embedding)
+
+    candidates = {(i, ulps): error((i, ulps)) for i in range(128) for ulps in (-1, 1)}
+    best, second = sorted(candidates, key=candidates.__getitem__)[:2]
+    assert best == FREQUENCY_OFFSET
+    assert candidates[best] < 0.2 * error(None)
+    assert candidates[best] < 0.25 * candidates[second]
+    assert candidates[best] < 6e-8  # what is left is the size of float32 roundings of cos and sin
+
+
+def test_float32_forward(vectors: Vectors) -> None:
+    model = vectors.model(torch.float32)
+    out = model(vectors["forward.x"], vectors["forward.t"], vectors["forward.y"])
+    assert out.dtype == torch.float32
+    assert_close_to_reference(out, vectors["forward.out"], tolerance=1e-4)
+
+
+# Parameters in millions, Peebles & Xie 2022, table 4; the fixed position table is not counted.
+MILLIONS = {
+    "DiT-S/2": 33, "DiT-S/4": 33, "DiT-S/8": 33,
+    "DiT-B/2": 130, "DiT-B/4": 130, "DiT-B/8": 131,
+    "DiT-L/2": 458, "DiT-L/4": 458, "DiT-L/8": 459,
+    "DiT-XL/2": 675, "DiT-XL/4": 675, "DiT-XL/8": 676,
+}  # fmt: skip
+
+
+def meta_model(config: ModelConfig) -> DiT:
+    with torch.device("meta"):
+        return DiT(config)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_are_the_papers(name: str) -> None:
+    config = ModelConfig.named(name)
+    trained = sum(p.numel() for p in meta_model(config).parameters() if p.requires_grad)
+    assert round(trained / 1e6) == MILLIONS[name]
+    # Counted by hand: embedders, blocks (attention 4D², MLP 8D², adaLN 6D²), final layer.
+    d, p2 = config.hidden_size, config.patch_size**2
+    embedders = (4 * p2 * d + d) + (256 * d + d + d * d + d) + 1001 * d
+    block = (4 * d * d + 4 * d) + (8 * d * d + 5 * d) + (6 * d * d + 6 * d)
+    final = (8 * p2 * d + 8 * p2) + (2 * d * d + 2 * d)
+    assert trained == embedders + config.depth * block + final
+
+
+def expected_shapes(depth: int, d: int, p: int, t: int, classes: int, out: int) -> dict:
+    shapes = {
+        "x_embedder.proj.weight": (d, 4, p, p), "x_embedder.proj.bias": (d,),
+        "pos_embed": (1, t, d),
+        "t_embedder.mlp.0.weight": (d, 256), "t_embedder.mlp.0.bias": (d,),
+        "t_embedder.mlp.2.weight": (d, d), "t_embedder.mlp.2.bias": (d,),
+        "y_embedder.embedding_table.weight": (classes + 1, d),
+        "final_layer.linear.weight": (p * p * out, d), "final_layer.linear.bias": (p * p * out,),
+        "final_layer.adaLN_modulation.1.weight": (2 * d, d),
+        "final_layer.adaLN_modulation.1.bias": (2 * d,),
+    }  # fmt: skip
+    linears = {"attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc1": (4 * d, d),
+               "mlp.fc2": (d, 4 * d), "adaLN_modulation.1": (6 * d, d)}  # fmt: skip
+    for i in range(depth):
+        for name, shape in linears.items():
+            shapes[f"blocks.{i}.{name}.weight"] = shape
+            shapes[f"blocks.{i}.{name}.bias"] = shape[:1]
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("image_size", "overrides", "tokens", "classes", "out"),
+    [
+        (256, {}, 256, 1000, 8),
+        (512, {}, 1024, 1000, 8),
+        (256, {"num_classes": 24, "learn_sigma": False}, 256, 24, 4),
+    ],
+)
+def test_xl_2_state_dict(
+    image_size: int, overrides: dict, tokens: int, classes: int, out: int
+) -> None:
+    model = meta_model(ModelConfig.named("DiT-XL/2", image_size, **overrides))
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert len(shapes) == 292
+    assert shapes == expected_shapes(28, 1152, 2, tokens, classes, out)
+    assert not model.pos_embed.requires_grad
+
+
+def test_meta_construction_allocates_nothing_and_takes_tensors_by_assignment() -> None:
+    config = ModelConfig(2, 48, 2, 2, 8, num_classes=3)
+    model = meta_model(config)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert not list(model.buffers())
+    real = DiT(config)
+    model.load_state_dict(real.state_dict(), assign=True)
+    assert model.blocks[1].mlp.fc1.weight.data_ptr() == real.blocks[1].mlp.fc1.weight.data_ptr()
+    assert torch.equal(model.pos_embed, real.pos_embed)
+
+
+@pytest.mark.parametrize(("image_size", "learn_sigma"), [(64, True), (96, False), (512, True)])
+def test_forward_of_other_sizes(image_size: int, learn_sigma: bool) -> None:
+    config = ModelConfig(
+        1, 24, 2, 2, image_size // 8, num_classes=7, learn_sigma=learn_sigma, mlp_ratio=2.0
+    )
+    torch.manual_seed(0)
+    model = DiT(config).eval()
+    x = torch.randn(2, 4, image_size // 8, image_size // 8)
+    out = model(x, torch.tensor([0, 999]), torch.tensor([0, config.null_class]))
+    assert out.shape == (2, 8 if learn_sigma else 4, image_size // 8, image_size // 8)
+    assert out.isfinite().all()
+    assert not torch.equal(out[0], out[1])
+
+
+@pytest.mark.parametrize(("d", "side"), [(48, 4), (144, 4), (1152, 16), (384, 32)])
+def test_position_embedding_by_a_scalar_formula(d: int, side: int) -> None:
+    table = position_embedding(d, side)
+    assert table.shape == (1, side * side, d)
+    assert table.dtype == torch.float32
+    for row in (0, 1, side - 1):
+        for column in (0, 2, side - 1):
+            for channel in (0, 1, d // 4, d // 2 - 1, d // 2, d // 2 + 3, 3 * d // 4, d - 1):
+                position = column if channel < d // 2 else row
+                wave = math.sin if channel % (d // 2) < d // 4 else math.cos
+                expected = wave(position / 10000 ** ((channel % (d // 4)) / (d // 4)))
+                got = table[0, row * side + column, channel].item()
+                assert got == pytest.approx(expected, abs=6e-8)
+
+
+def test_position_embedding_is_the_one_in_the_vectors(vectors: Vectors) -> None:
+    stored = vectors["state_dict.pos_embed"]
+    side = vectors.config.input_size // vectors.config.patch_size
+    ours = position_embedding(vectors.config.hidden_size, side)
+    assert_close_to_reference(ours, stored, tolerance=1e-7)
+
+
+@pytest.mark.parametrize(("spacing", "shift"), [(128, 0), (127, 1)])
+def test_timestep_embedding_is_diffusers_with_its_frequency_shift(spacing: int, shift: int) -> None:
+    Timesteps = pytest.importorskip("diffusers.models.embeddings").Timesteps
+    t = torch.arange(1000)
+    theirs = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=shift)(t)
+    ours = timestep_embedding(t, spacing)
+    assert ours.dtype == torch.float32
+    # Frequencies may round differently by an ulp, which t multiplies by up to 999: 6e-5.
+    assert (ours - theirs).abs().max() < 6.2e-5
+    assert (ours[:100] - theirs[:100]).abs().max() < 6.2e-6
+
+
+def test_the_two_numerics_are_different_functions_of_time() -> None:
+    official, diffusers = (timestep_embedding(torch.tensor([999]), s) for s in (128, 127))
+    assert torch.cosine_similarity(official, diffusers).item() == pytest.approx(0.49, abs=0.01)
+    config = ModelConfig(1, 24, 2, 2, 4)
+    spacings = {
+        n: ModelConfig(**{**config.to_dict(), "numerics": n}) for n in ("official", "diffusers")
+    }
+    assert {n: DiT(c).t_embedder.spacing for n, c in spacings.items()} == {
+        "official": 128, "diffusers": 127,
+    }  # fmt: skip
+
+
+def test_a_new_model_starts_as_the_papers_identity() -> None:
+    """adaLN-Zero: blocks change nothing and the output is zero."""
+    torch.manual_seed(0)
+    model = DiT(ModelConfig(2, 48, 2, 2, 8, num_classes=3))
+    model.initialize_weights()
+    x, c = torch.randn(2, 16, 48), torch.randn(2, 48)
+    assert torch.equal(model.blocks[1](x, c), x)
+    assert not model(torch.randn(2, 4, 8, 8), torch.tensor([5, 9]), torch.tensor([0, 3])).any()
+    spread = model.t_embedder.mlp[2].weight.std().item()
+    assert spread == pytest.approx(0.02, rel=0.1)

@@ -1,0 +1,314 @@
+"""Samplers against the original's trajectories and diffusers' schedulers, and their manners."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Vectors
+from numerics import assert_close_to_reference, relative_error
+from reference_embedding import vector_timestep_embedding
+from torch import Tensor
+
+import dit_engine.model
+from dit_engine.guidance import guided
+from dit_engine.model import DiT
+from dit_engine.sampler import SAMPLERS, ddim, ddpm, dpm_solver_pp
+from dit_engine.schedule import Schedule, make_schedule
+
+# Against the original ------------------------------------------------------------------------
+
+
+def denoiser_of(model: DiT, schedule: Schedule, labels: Tensor) -> Callable[[Tensor, int], Tensor]:
+    def denoise(z: Tensor, k: int) -> Tensor:
+        t = torch.full((len(z),), int(schedule.timesteps[k]))
+        return model(z, t, labels[: len(z)])
+
+    return denoise
+
+
+RUNS = {
+    "ddpm": (ddpm, True, {}),
+    "ddim": (ddim, True, {}),
+    "ddim_eta1": (ddim, True, {"eta": 1.0}),
+    "ddpm_nocfg": (ddpm, False, {}),
+}
+
+
+def sample(vectors: Vectors, run: str, dtype: torch.dtype) -> Tensor:
+    sampler, guides, options = RUNS[run]
+    model, schedule = vectors.model(dtype), make_schedule(vectors.steps)
+    x, y = vectors["forward.x"].to(dtype), vectors["forward.y"]
+    draws = vectors[f"{run}.noise"]  # (steps, 2N or N, 4, S, S)
+    denoise = denoiser_of(model, schedule, torch.cat([y, vectors.null]))
+    if guides:
+        denoise = guided(denoise, len(x), vectors.guidance_scale)
+    return sampler(denoise, x, schedule, lambda k: draws[k, : len(x)], **options)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_float64_trajectories_are_the_originals(
+    vectors: Vectors, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the vectors' own float32 frequencies (reference_embedding.py), found from forward.out;
+    one frequency an ulp off moves these trajectories by 2e-7 in one file and 1.1e-6 in the other.
+    """
+    direct = sample(vectors, run, torch.float64)
+    monkeypatch.setattr(dit_engine.model, "timestep_embedding", vector_timestep_embedding)
+    out = sample(vectors, run, torch.float64)
+    assert out.dtype == torch.float64
+    assert_close_to_reference(out, vectors[f"{run}.out"], tolerance=2.5e-7)
+    # And as the engine runs on this machine, whatever its exp: at the most an ulp a frequency.
+    assert_close_to_reference(direct, vectors[f"{run}.out"], tolerance=3e-6)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_float32_trajectories_are_the_originals(vectors: Vectors, run: str) -> None:
+    out = sample(vectors, run, torch.float32)
+    assert out.dtype == torch.float32
+    assert_close_to_reference(out, vectors[f"{run}.out"], tolerance=1e-4)
+
+
+# Against diffusers ---------------------------------------------------------------------------
+
+
+def toy(z: Tensor, t: int) -> Tensor:
+    """A smooth, bounded, non-linear epsilon that depends on position and time."""
+    where = torch.linspace(-1, 1, z.shape[-1], dtype=z.dtype)
+    return torch.tanh(0.7 * z + where * math.cos(t / 150)) + 0.1 * z.mean((1, 2, 3), keepdim=True)
+
+
+def start(dtype: torch.dtype) -> Tensor:
+    return torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+def draws(k: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 + k)
+    return torch.randn(2, 4, 6, 6, generator=generator).double()
+
+
+BETAS = {"beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"}
+STEP_COUNTS = [1, 2, 20, 50]
+
+
+@pytest.mark.parametrize("steps", STEP_COUNTS)
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 6e-7), (torch.float32, 2e-6)])
+def test_ddim_is_diffusers(steps: int, eta: float, dtype: torch.dtype, tolerance: float) -> None:
+    """diffusers computes ᾱ in float32, as a product of 1000 factors: its own error is 3e-7."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=False, timestep_spacing="leading")
+    scheduler.set_timesteps(steps)
+    expected = start(dtype)
+    for k, t in enumerate(scheduler.timesteps.tolist()):
+        noise = draws(k).to(dtype) if eta else None
+        step = scheduler.step(toy(expected, t), t, expected, eta=eta, variance_noise=noise)
+        expected = step.prev_sample
+    schedule = make_schedule(steps, "leading")
+    assert schedule.timesteps.tolist() == scheduler.timesteps.tolist()
+    ours = ddim(
+        lambda z, k: toy(z, int(schedule.timesteps[k])), start(dtype), schedule, draws, eta=eta
+    )
+    assert ours.dtype == expected.dtype == dtype
+    assert_close_to_reference(ours, expected, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("steps", STEP_COUNTS)
+@pytest.mark.parametrize("spacing", ["linspace", "official"])
+def test_dpm_solver_is_diffusers(steps: int, spacing: str) -> None:
+    """In float32, which diffusers' scheduler casts to; ours runs in both dtypes."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        **BETAS, algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint",
+        prediction_type="epsilon", timestep_spacing="linspace", final_sigmas_type="zero",
+    )  # fmt: skip
+    schedule = make_schedule(steps, spacing)
+    if spacing == "linspace":
+        scheduler.set_timesteps(steps)
+    else:
+        scheduler.set_timesteps(timesteps=schedule.timesteps.tolist())
+    assert schedule.timesteps.tolist() == scheduler.timesteps.tolist()
+    expected = start(torch.float32)
+    for t in scheduler.timesteps:
+        expected = scheduler.step(toy(expected, int(t)), t, expected).prev_sample
+    for dtype in (torch.float32, torch.float64):
+        ours = dpm_solver_pp(
+            lambda z, k: toy(z, int(schedule.timesteps[k])), start(dtype), schedule, draws
+        )
+        assert ours.dtype == dtype
+        assert_close_to_reference(ours, expected, tolerance=2e-6)
+
+
+# Behaviour -----------------------------------------------------------------------------------
+
+
+def run(name: str, steps: int, spacing: str | None = None, **options: Any) -> tuple[Tensor, list]:
+    schedule = make_schedule(steps, spacing or SAMPLERS[name].spacing)
+    asked: list[int] = []
+
+    def noise(k: int) -> Tensor:
+        asked.append(k)
+        return draws(k)
+
+    z = start(torch.float32)
+    before = z.clone()
+    out = SAMPLERS[name].function(
+        lambda z, k: toy(z, int(schedule.timesteps[k])), z, schedule, noise, **options
+    )
+    assert torch.equal(z, before)
+    return out, asked
+
+
+def test_noise_is_asked_for_only_where_it_is_used() -> None:
+    assert run("ddpm", 5)[1] == [0, 1, 2, 3]
+    assert run("ddim", 5, eta=0.3)[1] == [0, 1, 2, 3]
+    assert run("ddim", 5)[1] == []
+    assert run("dpm++", 5)[1] == []
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 1000])
+def test_any_number_of_steps_is_finite(name: str, steps: int) -> None:
+    out, _ = run(name, steps)
+    assert out.dtype == torch.float32
+    assert out.isfinite().all()
+
+
+def test_full_noise_ddim_is_finite_where_the_radicand_is_nearly_zero() -> None:
+    for steps in range(1, 60):
+        for spacing in ("official", "trailing", "linspace", "leading"):
+            out, _ = run("ddim", steps, spacing, eta=1.0)
+            assert out.isfinite().all(), (steps, spacing)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_one_step_is_the_predicted_x0(name: str) -> None:
+    out, _ = run(name, 1, "trailing")
+    a = make_schedule(1000).alphas_cumprod[0]  # t = 999
+    z = start(torch.float64)
+    x0 = (z - math.sqrt(1 - a) * toy(z, 999)) / math.sqrt(a)
+    assert_close_to_reference(out, x0, tolerance=1e-5)
+
+
+def test_the_last_dpm_step_is_exactly_the_predicted_x0() -> None:
+    schedule = make_schedule(6, "linspace")
+    states: list[Tensor] = []
+    out = dpm_solver_pp(
+        lambda z, k: toy(z, int(schedule.timesteps[k])), start(torch.float64), schedule, draws,
+        lambda k, z: states.append(z),
+    )  # fmt: skip
+    before, a = states[-2], schedule.alphas_cumprod[-1]
+    x0 = (before - math.sqrt(1 - a) * toy(before, int(schedule.timesteps[-1]))) / math.sqrt(a)
+    assert relative_error(out, x0) < 1e-15
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_callback_sees_every_step_in_order(name: str) -> None:
+    seen: list[tuple[int, Tensor]] = []
+    out, _ = run(name, 4, callback=lambda k, z: seen.append((k, z)))
+    assert [k for k, _ in seen] == [0, 1, 2, 3]
+    assert torch.equal(seen[-1][1], out)
+    assert len({z.data_ptr() for _, z in seen}) == 4
+
+
+def test_fixed_variance_is_the_references_large_one() -> None:
+    """One step from 999 to 0 with unit noise: the distance from the mean is √beta."""
+    schedule = make_schedule(2)
+    z = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    states: list[Tensor] = []
+    ddpm(
+        lambda z, k: torch.zeros_like(z), z, schedule, lambda k: torch.ones_like(z),
+        lambda k, z: states.append(z),
+    )  # fmt: skip
+    full = make_schedule(1000).alphas_cumprod
+    assert states[0].item() == pytest.approx(math.sqrt(1 - full[0] / full[-1]), rel=1e-6)
+
+
+@pytest.mark.parametrize(("variance", "bound"), [(-1.0, "posterior"), (1.0, "beta")])
+def test_learned_variance_reaches_from_the_posterior_to_beta(variance: float, bound: str) -> None:
+    schedule = make_schedule(10)
+    z = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    states: list[Tensor] = []
+    answer = torch.tensor([0.0, variance], dtype=torch.float64).view(1, 2, 1, 1)
+    ddpm(
+        lambda z, k: answer, z, schedule, lambda k: torch.ones_like(z),
+        lambda k, z: states.append(z),
+    )  # fmt: skip
+    a, prev = schedule.alphas_cumprod[0], schedule.alphas_cumprod_prev[0]
+    beta = 1 - a / prev
+    expected = beta if bound == "beta" else beta * (1 - prev) / (1 - a)
+    assert states[0].item() == pytest.approx(math.sqrt(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_half_precision_model_leaves_the_trajectory_in_float32(name: str) -> None:
+    """Each prediction is rounded to bfloat16 once, by the model, and nothing else is."""
+    schedule = make_schedule(4)
+
+    def answer(z: Tensor, k: int) -> Tensor:
+        return torch.cat([toy(z, int(schedule.timesteps[k])), torch.tanh(z)], dim=1).bfloat16()
+
+    function = SAMPLERS[name].function
+    out = function(answer, start(torch.float32), schedule, draws)
+    expected = function(lambda z, k: answer(z, k).float(), start(torch.float32), schedule, draws)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, expected)
+
+
+def as_reference(coefficient: np.ndarray) -> Tensor:
+    """(steps,) as the published code reads it: float32, then whatever the latents are."""
+    return torch.from_numpy(coefficient.copy()).float().double()
+
+
+def test_coefficients_meet_the_latents_in_float32() -> None:
+    """One ddpm and one ddim step in float64, to the last bits."""
+    schedule, z = make_schedule(3), start(torch.float64)
+    noise, eps = draws(0), toy(z, 999)
+    place = toy(z, 500)  # −1 … 1
+    answer = torch.cat([eps, place], dim=1)
+    recip = as_reference(np.sqrt(1 / schedule.alphas_cumprod))[0]
+    recipm1 = as_reference(np.sqrt(1 / schedule.alphas_cumprod - 1))[0]
+    x0 = recip * z - recipm1 * eps
+
+    weight_x0 = as_reference(schedule.posterior_mean_coef1)[0]
+    weight_z = as_reference(schedule.posterior_mean_coef2)[0]
+    low = as_reference(schedule.posterior_log_variance_clipped)[0]
+    high = as_reference(np.log(schedule.betas))[0]
+    log_variance = (place + 1) / 2 * high + (1 - place) / 2 * low
+    states: list[Tensor] = []
+    ddpm(lambda z, k: answer, z, schedule, draws, lambda k, z: states.append(z))
+    expected = weight_x0 * x0 + weight_z * z + (log_variance / 2).exp() * noise
+    assert_close_to_reference(states[0], expected, tolerance=1e-14)
+
+    now = torch.from_numpy(schedule.alphas_cumprod).float()[0]
+    prev = torch.from_numpy(schedule.alphas_cumprod_prev).float()[0]
+    sigma = torch.sqrt((1 - prev) / (1 - now)) * torch.sqrt(1 - now / prev)
+    direction = torch.sqrt(1 - prev - sigma**2)
+    states.clear()
+    ddim(lambda z, k: answer, z, schedule, draws, lambda k, z: states.append(z), eta=1.0)
+    expected = prev.sqrt().double() * x0 + direction.double() * eps + sigma.double() * noise
+    assert_close_to_reference(states[0], expected, tolerance=1e-14)
+
+
+def test_defaults() -> None:
+    assert {name: (s.default_steps, s.spacing) for name, s in SAMPLERS.items()} == {
+        "ddpm": (250, "official"), "ddim": (50, "official"), "dpm++": (20, "linspace"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])
+def test_bad_eta(eta: float) -> None:
+    with pytest.raises(ValueError, match=r"^eta .* is out of range: allowed is 0 to 1$"):
+        run("ddim", 2, eta=eta)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_denoiser_with_a_wrong_number_of_channels(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^denoiser gave 3 channels for latents of 4"):
+        SAMPLERS[name].function(
+            lambda z, k: z[:, :3], start(torch.float32), make_schedule(2), draws
+        )

@@ -1,0 +1,65 @@
+"""What the machine that made tests/data took for exp, cos and sin.
+
+The published code computes the time step's sinusoids in float32 even inside a float64 model, with
+whatever ``exp``, ``cos`` and ``sin`` the machine's vector library has. Those differ between makes
+of CPU in the last bit: of the 128 frequencies exp(−ln(10000)·i/128), one or two come out one ulp
+(unit in the last place) from the correctly rounded value, and the time step multiplies that by up
+to 999. So on another make of machine the float64 model, run directly, is 1e-7 from the vectors,
+although everything after the conditioning vector c agrees to 1e-15. Tests that need more than 1e-7
+take the sinusoids, not the arithmetic, from the vectors:
+
+* ``fit_time_embedding`` recovers the embedding of a time step from forward.out;
+* ``vector_timestep_embedding`` has the frequencies of the vectors' machine. They were found from
+  forward.out alone, and test_model.py finds them again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dit_engine.model import DiT
+
+# (index, ulps): where the vectors' machine was off the correctly rounded frequency.
+FREQUENCY_OFFSET = (13, +1)
+
+
+def vector_timestep_embedding(
+    t: Tensor, spacing: int = 128, offset: tuple[int, int] | None = FREQUENCY_OFFSET
+) -> Tensor:
+    """(N,) → float32 (N, 256), with correctly rounded functions but for the offset frequency."""
+    exponents = -math.log(10000.0) * torch.arange(128, dtype=torch.float32) / spacing
+    frequencies = exponents.double().exp().float()  # correctly rounded
+    if offset is not None:
+        index, ulps = offset
+        towards = torch.tensor(math.copysign(math.inf, ulps))
+        for _ in range(abs(ulps)):
+            frequencies[index] = torch.nextafter(frequencies[index], towards)
+    angles = (t[:, None].float() * frequencies).double()
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+def fit_time_embedding(model: DiT, x: Tensor, t: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """The time embedding (N, D) with which ``model`` gives ``out`` (N, C_out, S, S) exactly.
+
+    Gauss-Newton from the model's own embedding, per sample: C_out·S² equations for D unknowns, so
+    a model that is wrong anywhere below c leaves a residual that no embedding removes.
+    """
+    labels = model.y_embedder(y)
+    fitted = []
+    for i in range(len(x)):
+        c = model.condition(t[i : i + 1], y[i : i + 1])[0]  # (D,)
+
+        def forward(c: Tensor, x: Tensor = x[i : i + 1]) -> Tensor:
+            return model.forward_conditioned(x, c[None]).flatten()  # (C_out·S²,)
+
+        for _ in range(3):
+            with sdpa_kernel(SDPBackend.MATH):  # the fused CPU kernel has no forward derivative
+                jacobian = torch.func.jacfwd(forward)(c)  # (C_out·S², D)
+            residual = out[i].flatten() - forward(c)
+            c = c + torch.linalg.lstsq(jacobian, residual).solution
+        fitted.append(c - labels[i])
+    return torch.stack(fitted)

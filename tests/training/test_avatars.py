@@ -1,0 +1,48 @@
+"""The avatar data set: deterministic, split by seed, CC0 only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dit_engine.training import avatars
+
+
+def test_images_are_a_function_of_style_and_seed() -> None:
+    first = avatars.render("planets", range(3), 32)
+    assert first.shape == (3, 32, 32, 3) and first.dtype == np.uint8
+    assert np.array_equal(first, avatars.render("planets", range(3), 32))
+    assert np.array_equal(first[1:], avatars.render("planets", range(1, 3), 32))
+    assert not np.array_equal(first[0], first[1])
+    assert first.std() > 20  # a picture, not a blank
+
+
+def test_splits_share_no_seed_and_are_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(avatars, "CLASSES", ("shadows", "stack"))
+    train = avatars.load_avatars(tmp_path, "train", 3, 16)
+    held_out = avatars.load_avatars(tmp_path, "held-out", 3, 16)
+    assert train.labels.tolist() == held_out.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    expected = [avatars.render(name, range(3), 16) for name in ("shadows", "stack")]
+    assert np.array_equal(train.images, np.concatenate(expected))
+    first = avatars.HELD_OUT_SEED
+    assert np.array_equal(
+        held_out.images[:3], avatars.render("shadows", range(first, first + 3), 16)
+    )
+    monkeypatch.setattr(avatars, "render", None)  # read, not rendered, the second time
+    again = avatars.load_avatars(tmp_path, "train", 3, 16)
+    assert np.array_equal(again.images, train.images)
+    with pytest.raises(ValueError, match="reaches the held-out seeds"):
+        avatars.load_avatars(tmp_path, "train", first + 1)
+    with pytest.raises(ValueError, match="split 'test': choose 'train' or 'held-out'"):
+        avatars.load_avatars(tmp_path, "test", 1)
+
+
+def test_only_cc0_styles_are_used() -> None:
+    with pytest.raises(ValueError, match="only 'CC0 1.0' is used"):
+        avatars.render("adventurer", range(1), 16)
+    for name in avatars.CLASSES:
+        assert avatars.render(name, range(1), 16).shape == (1, 16, 16, 3)

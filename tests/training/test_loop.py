@@ -1,0 +1,95 @@
+"""The training loop: it learns, resumes exactly, and averages its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dit_engine.training.loop import CHECKPOINT, Budget, LoopSettings, Trainer
+
+
+def regression(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    x = torch.randn(16, 3, generator=generator)
+    error = (model(x) - x @ torch.tensor([[1.0], [-2.0], [3.0]])).square().mean()
+    return {"loss": error}
+
+
+def trainer(directory: Path, steps: int, **options: object) -> Trainer:
+    torch.manual_seed(0)
+    settings = LoopSettings(Budget(steps=steps), 0.1, warmup_steps=5, ema_decay=0.9, **options)
+    return Trainer(nn.Linear(3, 1), regression, settings, directory)
+
+
+def test_learns_a_linear_map_and_logs_it(tmp_path: Path) -> None:
+    model = trainer(tmp_path, 300).run("test")
+    assert torch.allclose(model.weight, torch.tensor([[1.0, -2.0, 3.0]]), atol=1e-2)
+    rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert rows[0] == "step,seconds,lr,loss" and len(rows) == 1 + 300 // 50
+    assert float(rows[-1].split(",")[3]) < 1e-2 < float(rows[1].split(",")[3])
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_killed_run_resumes_as_if_never_stopped(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole", 120).run("whole")
+
+    class Killed(Exception):
+        pass
+
+    stopped = trainer(tmp_path / "killed", 120, save_seconds=0.0)
+    losses = stopped.loss
+
+    def fail_at_70(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        if stopped.step == 70:
+            raise Killed
+        return losses(model, generator)
+
+    stopped.loss = fail_at_70
+    with pytest.raises(Killed):
+        stopped.run("killed")
+    resumed = trainer(tmp_path / "killed", 120)
+    assert resumed.step == 70  # saved after every step
+    model = resumed.run("resumed")
+    assert torch.equal(model.weight, whole.weight) and torch.equal(model.bias, whole.bias)
+    steps = [row.split(",")[0] for row in (tmp_path / "killed/log.csv").read_text().splitlines()]
+    assert steps == ["step", "50", "100"]
+
+
+def test_checkpoints_load_without_running_code(tmp_path: Path) -> None:
+    trainer(tmp_path, 10).run("test")
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert state["step"] == 10 and set(state["ema"]) == {"weight", "bias"}
+
+
+def test_ema_is_the_weighted_mean_of_the_weights(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+    run = trainer(tmp_path, 40)
+    expected = run.model.weight.detach().clone()
+    losses = run.loss
+
+    def watch(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        seen.append(model.weight.detach().clone())
+        return losses(model, generator)
+
+    run.loss = watch
+    run.run("test")
+    final = torch.load(tmp_path / CHECKPOINT, weights_only=True)["model"]["weight"]
+    for step, weight in enumerate([*seen[1:], final], start=1):
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * weight
+    assert torch.allclose(run.model.weight, expected, atol=1e-6)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero() -> None:
+    assert Budget(steps=100).progress(25, 0.0) == 0.25
+    assert Budget(minutes=2.0).progress(5, 60.0) == 0.5
+    assert Budget(minutes=2.0).progress(5, 600.0) == 1.0
+
+
+@pytest.mark.parametrize("values", [{}, {"steps": 1, "minutes": 1.0}, {"steps": 0},
+                                    {"minutes": float("nan")}])  # fmt: skip
+def test_bad_budgets(values: dict) -> None:
+    with pytest.raises(ValueError, match=r"give exactly one|is not above 0"):
+        Budget(**values)

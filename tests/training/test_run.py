@@ -1,0 +1,113 @@
+"""dit-train end to end on a small folder of images: both stages, resumption, bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dit_engine import Engine
+from dit_engine.cli.train import main
+from dit_engine.training.data import ImageSet, load_image_folder
+from dit_engine.training.vae_stage import normalise_latents
+from dit_engine.vae import AutoencoderKL, VAEConfig
+
+SMALL = [
+    "--size", "16", "--vae-channels", "8", "16", "--depth", "1", "--hidden-size", "32",
+    "--num-heads", "2", "--batch-size", "4", "--vae-batch-size", "4", "--vae-steps", "3",
+    "--dit-steps", "3", "--device", "cpu",
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Ten noisy images of two classes, dark and light."""
+    random = np.random.default_rng(0)
+    for name, level in (("dark", 40), ("light", 200)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(5):
+            pixels = random.integers(level - 30, level + 30, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
+    return tmp_path / "data"
+
+
+def test_both_stages_give_a_model_that_the_engine_loads(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ["--data", str(folder), "-o", str(out), "--flip", "dark", *SMALL]
+    assert main(arguments) == 0
+    engine = Engine.from_pretrained(out / "model", device="cpu", check_finite=True)
+    assert engine.label_names == ("dark", "light") and engine.image_size == 16
+    assert engine.generate(["light"], steps=2, seed=0).images[0].size == (16, 16)
+    for stage, step in (("vae", 3), ("dit", 3)):
+        assert (out / stage / f"sheet-{step:06d}.png").is_file()
+        assert torch.load(out / stage / "last.pt", weights_only=True)["step"] == step
+    # Finished stages are not trained again: the same weights come out.
+    weights = (out / "model" / "model.safetensors").read_bytes()
+    assert main(arguments) == 0
+    assert (out / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_run_is_resumed_with_its_own_settings_only(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--data", str(folder), "-o", str(tmp_path / "run"), *SMALL]
+    assert main(arguments) == 0
+    assert main([*arguments, "--depth", "2"]) == 2
+    assert "holds a training with depth 1, not 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "image folder nowhere is not a directory"),
+        (["--size", "15"], "size 15 is not a multiple of"),
+        (["--num-heads", "5"], "is not a multiple of num_heads 5"),
+        (["--batch-size", "0"], "batch_size 0 is not a positive integer"),
+        (["--vae-channels", "12"], "12 is not a positive multiple of norm_num_groups 8"),
+        (["--dit-minutes", "nan"], "nan is not above 0"),
+    ],
+)
+def test_bad_settings_are_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["-o", "run", *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and error.startswith("error: ") and "\n" not in error
+
+
+def test_an_unreadable_image_is_named(folder: Path) -> None:
+    (folder / "dark" / "broken.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image"):
+        load_image_folder(folder, 16)
+    (folder / "dark" / "broken.png").unlink()
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match="class 'empty' holds no images"):
+        load_image_folder(folder, 16)
+
+
+def test_normalised_latents_have_unit_variance_and_decode_to_the_same_images() -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(VAEConfig(block_out_channels=(8, 8), norm_num_groups=4)).double().eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
+    data = ImageSet(pixels, np.zeros(64, int), ("noise",))
+    images = data.tensor(np.arange(64)).double()
+    with torch.no_grad():
+        mean, log_variance = vae.encode(images)
+        rebuilt = vae.decode(mean)
+        std = mean.std(dim=(0, 2, 3), keepdim=True)
+        vae.float()
+        normalise_latents(vae, data)
+        vae.double()
+        after, log_after = vae.encode(images)
+        assert torch.allclose(after.mean(dim=(0, 2, 3)), torch.zeros(4).double(), atol=1e-4)
+        assert torch.allclose(after.std(dim=(0, 2, 3)), torch.ones(4).double(), atol=1e-4)
+        assert torch.allclose(log_after, log_variance - 2 * std.log(), atol=1e-4)
+        assert torch.allclose(vae.decode(after), rebuilt, atol=1e-4)

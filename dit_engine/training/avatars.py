@@ -10,6 +10,7 @@ import io
 import json
 from concurrent.futures import ProcessPoolExecutor
 from importlib.resources import files
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,8 @@ def _render_all(first: int, per_class: int, size: int, description: str) -> np.n
         for name in CLASSES
         for start in range(0, per_class, _CHUNK)
     ]
-    with ProcessPoolExecutor() as pool:
+    # Spawned, not forked: torch's threads do not survive a fork.
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         parts = list(tqdm(pool.map(render, *zip(*jobs, strict=True)), description, len(jobs)))
     return np.concatenate(parts)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_engine.config import ModelConfig
 from dit_engine.model import DiT
@@ -48,11 +51,24 @@ def train_dit(
         noise = torch.randn(x0.shape, generator=generator).to(device)
 
         def denoise(xt: Tensor, t: Tensor) -> Tensor:
-            with torch.autocast(xt.device.type, torch.bfloat16):
-                return model(xt, t, y)
+            return forward_bf16(model, xt, t, y)
 
         return diffusion(denoise, x0, t, noise)
 
     trained = Trainer(model, loss, settings, directory, sheet).run("DiT")
     assert isinstance(trained, DiT)
     return trained
+
+
+def forward_bf16(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """The model computed in bfloat16 throughout, from its float32 weights, which get the gradients.
+
+    On a CPU with AVX-512 BF16 this took 0.76 s a step where autocast took 1.06 s (8 blocks of
+    width 256, 64 images of 64 tokens): a third of that by attention as plain products, whose
+    backward pass is 5 times as quick as the fused one's for so few tokens.
+    """
+    rounded = {name: weight.to(torch.bfloat16) for name, weight in model.named_parameters()}
+    on_cpu = x.device.type == "cpu"
+    attention = sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext()
+    with attention:
+        return functional_call(model, rounded, (x.to(torch.bfloat16), t, y))

@@ -42,7 +42,7 @@ def test_splits_share_no_seed_and_are_cached(
 
 
 def test_only_cc0_styles_are_used() -> None:
-    with pytest.raises(ValueError, match="only 'CC0 1.0' is used"):
+    with pytest.raises(ValueError, match=r"only 'CC0 1\.0' is used"):
         avatars.render("adventurer", range(1), 16)
     for name in avatars.CLASSES:
         assert avatars.render(name, range(1), 16).shape == (1, 16, 16, 3)

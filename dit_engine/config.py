@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -56,21 +56,20 @@ class ModelConfig:
             raise ValueError(
                 f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}"
             )
-        if not self.mlp_ratio > 0:
-            raise ValueError(f"mlp_ratio {self.mlp_ratio!r} is not above 0")
+        for name in ("mlp_ratio", "mlp_norm_eps"):
+            value = getattr(self, name)
+            real = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not real or not 0 < value < math.inf:
+                raise ValueError(f"{name} {value!r} is not a finite number above 0")
+        if not isinstance(self.learn_sigma, bool):
+            raise ValueError(f"learn_sigma {self.learn_sigma!r} is neither True nor False")
         if self.numerics not in NUMERICS:
             raise ValueError(f"numerics {self.numerics!r}: choose one of {', '.join(NUMERICS)}")
-        if not self.mlp_norm_eps > 0:
-            raise ValueError(f"mlp_norm_eps {self.mlp_norm_eps!r} is not above 0")
 
     @property
     def num_tokens(self) -> int:
         """T, tokens of one image."""
         return (self.input_size // self.patch_size) ** 2
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
 
     @property
     def mlp_hidden_size(self) -> int:
@@ -125,6 +124,3 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dit_engine._version import __version__
 from dit_engine.backends import Backend, create_backend, resolve_backend
 from dit_engine.checkpoint import build_model, build_vae, load_checkpoint
-from dit_engine.guidance import guided, parse_scales
+from dit_engine.device import parse_device
+from dit_engine.guidance import guided, needs_unconditional, parse_scales
 from dit_engine.labels import resolve_labels
 from dit_engine.memory import in_halves
 from dit_engine.model import DiT
@@ -48,13 +49,14 @@ class Generation:
     """The outcome of `Engine.generate`.
 
     images: a list of PIL images, uint8 (N, H, W, 3) for "np", float32 (N, 3, H, W) in [0, 1] for
-    "pt", or float32 latents (N, C, S, S) for "latent". labels and seeds hold one number an image
-    (a seed is None where all randomness was given as tensors or noise is "official").
+    "pt", or float32 latents (N, C, S, S) for "latent"; tensors are on the CPU. labels and seeds
+    hold one number an image; seeds is None where none was used, all noise having been given.
+    settings: everything else that is needed to make the images again.
     """
 
     images: Any
     labels: list[int]
-    seeds: list[int]
+    seeds: list[int] | None
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -65,12 +67,13 @@ class Engine:
     """A DiT, its VAE and the means to run them. Safe to share between threads.
 
     Args:
-        model: the reference module in float32.
+        model: the reference module, in any dtype; backends make the copies that they need, so
+            it stays where it is (a memory-mapped file costs nothing).
         vae: the autoencoder, or None for a latents-only engine.
         label_names: one name a class, if there are names.
         device: "cpu", "cuda", …; None chooses CUDA where there is one.
         max_batch_size: more images than this are made in several batches.
-        source: where the weights came from, recorded with every result.
+        sources: where the weights came from, recorded with every result.
     """
 
     def __init__(
@@ -80,20 +83,18 @@ class Engine:
         label_names: Sequence[str] | None = None,
         device: torch.device | str | None = None,
         max_batch_size: int = 32,
-        source: str = "memory",
+        sources: dict[str, str] | None = None,
     ) -> None:
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size {max_batch_size} is not a positive integer")
-        self.device = torch.device(device)
-        self.model = model.to(self.device).eval()
-        self.vae = None if vae is None else vae.to(self.device).eval()
-        self._decode = None if self.vae is None else LatentDecoder(self.vae)
+        self.device = parse_device(device)
+        self.model = model.eval()
+        self.vae = None if vae is None else vae.eval()
+        self._decode = None if vae is None else LatentDecoder(vae, self.device)
         self.config = model.config
         self.label_names = None if label_names is None else tuple(label_names)
         self.max_batch_size = max_batch_size
-        self.source = source
+        self.sources = sources or {"model": "memory"}
         self._backends: dict[tuple[str, str], Backend] = {}
         self._lock = threading.Lock()
 
@@ -123,13 +124,16 @@ class Engine:
         checkpoint = load_checkpoint(
             source, vae=vae, numerics=numerics, num_heads=num_heads, check_finite=check_finite
         )
+        sources = {"model": checkpoint.source}
+        if vae is not None:
+            sources["vae"] = str(vae)
         return cls(
-            build_model(checkpoint, dtype=torch.float32),
-            build_vae(checkpoint, dtype=torch.float32),
+            build_model(checkpoint),
+            build_vae(checkpoint),
             checkpoint.label_names,
             device,
             max_batch_size,
-            checkpoint.source,
+            sources,
         )
 
     @property
@@ -143,6 +147,7 @@ class Engine:
         *,
         steps: int | None = None,
         sampler: str = "ddpm",
+        spacing: str | None = None,
         eta: float = 0.0,
         guidance_scale: float | Sequence[float] | Tensor = 4.0,
         guidance_channels: int | None = 3,
@@ -163,6 +168,8 @@ class Engine:
             labels: class numbers or names, one or many.
             steps: denoising steps, 1 to 1000; None is the sampler's usual count.
             sampler: "ddpm" (the reference's), "ddim", or "dpm++" (good from 20 steps).
+            spacing: which of the 1000 steps are taken (see `space_timesteps`); None is the
+                sampler's usual choice. DiTPipeline's is "leading".
             eta: ddim only: 0 is deterministic, 1 as noisy as ddpm.
             guidance_scale: classifier-free guidance, one number or one an image; 1 is none.
             guidance_channels: how many latent channels are guided; None is all, 3 the reference.
@@ -174,7 +181,8 @@ class Engine:
             latents: (N, C, S, S) to start from, in place of noise.
             step_noise: (steps, N, C, S, S), draw k for the k-th step taken.
             backend: "auto", "eager" or "compile"; a named one works or raises.
-            precision: "fp32", "bf16" or "fp16", of the model; the sampler is always float32.
+            precision: "fp32", "bf16" or "fp16", of the model. The sampler is always float32; the
+                VAE decodes in bfloat16 for "bf16" and in float32 otherwise.
             output: "pil", "np", "pt" or "latent"; None is "pil", or "latent" without a VAE.
             callback: called with a `Progress` after every step.
 
@@ -184,26 +192,35 @@ class Engine:
         """
         numbers = resolve_labels(labels, self.config.num_classes, self.label_names)
         n = len(numbers)
-        settings = GenerateSettings(
-            sampler, steps, eta, guidance_channels, guidance_interval, noise, precision,
-            resolve_backend(backend), output or ("latent" if self.vae is None else "pil"),
-        ).checked(self.config, has_vae=self.vae is not None)  # fmt: skip
+        settings = GenerateSettings.of(
+            sampler=sampler,
+            steps=steps,
+            spacing=spacing,
+            eta=eta,
+            guidance_channels=guidance_channels,
+            guidance_interval=guidance_interval,
+            noise=noise,
+            precision=precision,
+            backend=resolve_backend(backend),
+            output=output or ("latent" if self.vae is None else "pil"),
+        ).checked(self.config, has_vae=self.vae is not None)
         scales = parse_scales(guidance_scale, n).expand(n)  # (N,)
         image_seeds = resolve_seeds(seed, seeds, n, noise)
         shape = (self.config.in_channels, self.config.input_size, self.config.input_size)
-        _check_shape("latents", latents, (n, *shape))
-        _check_shape("step_noise", step_noise, (settings.steps, n, *shape))
-        if noise == "official" and n > self.max_batch_size:
+        _check_given("latents", latents, (n, *shape))
+        _check_given("step_noise", step_noise, (settings.steps, n, *shape))
+        as_a_whole = noise == "official"
+        if as_a_whole and n > self.max_batch_size:
             raise ValueError(
                 f"noise 'official' draws for the batch as a whole: {n} labels exceed "
                 f"max_batch_size {self.max_batch_size}"
             )
         runner = self._backend(settings.backend, precision)
 
-        def run(first: int, count: int) -> Any:
+        def run(first: int, count: int) -> Tensor:
             part = slice(first, first + count)
             drawn: NoiseSource
-            if noise == "official":
+            if as_a_whole:
                 guides = bool((scales != 1).any())
                 drawn = OfficialNoise(image_seeds[0], count, guides, shape, self.device)
             else:
@@ -219,17 +236,15 @@ class Engine:
                 if callback is not None:
                     callback(Progress(step + 1, settings.steps, first, count, n, z))
 
-            z = self._sample(runner, numbers[part], scales[part], settings, drawn, report)
-            if settings.output == "latent":
-                return z
-            assert self._decode is not None
-            return self._decode(z, precision)
+            return self._sample(runner, numbers[part], scales[part], settings, drawn, report)
 
         with torch.inference_mode():
-            limit = n if noise == "official" else self.max_batch_size
-            decoded = torch.cat(in_halves(run, n, limit, splittable=noise != "official"))
-        record = settings.record(scales) | {"model": self.source, "version": __version__}
-        return Generation(_present(decoded, settings.output), numbers, image_seeds, record)
+            z = torch.cat(in_halves(run, n, self.max_batch_size, splittable=not as_a_whole))
+            images = self._present(z, settings)
+        record = self.sources | {"numerics": self.config.numerics, "version": __version__}
+        record |= settings.record(scales) | _digests(latents=latents, step_noise=step_noise)
+        drew = latents is None or (settings.uses_step_noise and step_noise is None)
+        return Generation(images, numbers, image_seeds if drew else None, record)
 
     def _sample(
         self,
@@ -241,31 +256,50 @@ class Engine:
         report: Callable[[int, Tensor], None],
     ) -> Tensor:
         """Noise to latents for one batch, (N, C, S, S) float32."""
-        sampler = SAMPLERS[settings.sampler]
-        schedule = make_schedule(settings.steps, sampler.spacing)
+        schedule = make_schedule(settings.steps, settings.spacing)
         z = noise.start()  # (N, C, S, S)
         n = len(labels)
-        if (scales != 1).any():
+        if needs_unconditional(scales, settings.guidance_interval, schedule.sigmas):
             labels = labels + [self.config.null_class] * n
         denoiser = backend.prepare(
             torch.tensor(labels, device=self.device),
-            torch.tensor(schedule.timesteps.copy(), device=self.device),
+            torch.tensor(schedule.timesteps, device=self.device),
         )
         denoise = guided(
-            denoiser, n, scales.to(self.device), settings.guidance_channels,
-            settings.guidance_interval, schedule.sigmas, self.config.in_channels,
-        )  # fmt: skip
+            denoiser,
+            n,
+            scales.to(self.device),
+            settings.guidance_channels,
+            settings.guidance_interval,
+            schedule.sigmas,
+            self.config.in_channels,
+        )
         options = {"eta": settings.eta} if settings.sampler == "ddim" else {}
-        return sampler.function(denoise, z, schedule, noise, report, **options)
+        sampler = SAMPLERS[settings.sampler].function
+        return sampler(denoise, z, schedule, noise, report, **options)
+
+    def _present(self, z: Tensor, settings: GenerateSettings) -> Any:
+        """Latents z (N, C, S, S) in the form that was asked for."""
+        if settings.output == "latent":
+            return z.cpu()
+        assert self._decode is not None
+        parts = z.split(self.max_batch_size)
+        decoded = torch.cat([self._decode(part, settings.precision).cpu() for part in parts])
+        if settings.output == "pt":
+            return (decoded.clamp(-1, 1) + 1) / 2
+        pixels = to_uint8(decoded)
+        return pixels if settings.output == "np" else to_pil(pixels)
 
     def _backend(self, name: str, precision: str) -> Backend:
         with self._lock:
             if (name, precision) not in self._backends:
-                self._backends[name, precision] = create_backend(name, self.model, precision)
+                self._backends[name, precision] = create_backend(
+                    name, self.model, precision, self.device
+                )
             return self._backends[name, precision]
 
 
-def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+def _check_given(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
     if tensor is None:
         return
     if tuple(tensor.shape) != shape:
@@ -274,10 +308,10 @@ def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> No
         raise ValueError(f"{name} holds NaN or infinity")
 
 
-def _present(decoded: Tensor, output: str) -> Any:
-    if output == "latent":
-        return decoded
-    if output == "pt":
-        return (decoded.clamp(-1, 1) + 1) / 2
-    pixels: np.ndarray = to_uint8(decoded)
-    return pixels if output == "np" else to_pil(pixels)
+def _digests(**tensors: Tensor | None) -> dict[str, str]:
+    """SHA-256 of given tensors as float32, so that a record tells which ones were used."""
+    return {
+        f"{name}_sha256": hashlib.sha256(tensor.float().cpu().numpy().tobytes()).hexdigest()
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }

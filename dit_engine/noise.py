@@ -43,11 +43,13 @@ class PerImageNoise:
 
 
 class OfficialNoise:
-    """Random numbers drawn as facebookresearch/DiT ``sample.py`` draws them.
+    """Random numbers drawn as facebookresearch/DiT draws them.
 
     One generator on the sampling device; z (N, C, S, S) first; then every step, the last one
-    included, one draw for the whole guided batch of 2N, of which the first half is used.
-    (Without guidance the reference runs, and draws for, N.)
+    included, one draw for the whole guided batch of 2N, of which the first half is used. Without
+    guidance it draws for N, as ``sample_ddp.py`` does. (``sample.py`` seeds before it builds the
+    model, whose initial weights use up draws of the CPU's generator: on the CPU its images are
+    those of another z.)
     """
 
     def __init__(

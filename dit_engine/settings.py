@@ -13,6 +13,7 @@ from dit_engine.backends import PRECISIONS
 from dit_engine.config import ModelConfig
 from dit_engine.guidance import check_channels, check_interval
 from dit_engine.sampler import SAMPLERS
+from dit_engine.schedule import SPACINGS, make_schedule
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 NOISES = ("per-image", "official")
@@ -22,7 +23,8 @@ _SEED_LIMIT = 2**63
 @dataclass(frozen=True)
 class GenerateSettings:
     sampler: str
-    requested_steps: int | None
+    steps: int
+    spacing: str
     eta: float
     guidance_channels: int | None
     guidance_interval: tuple[float, float] | None
@@ -31,27 +33,40 @@ class GenerateSettings:
     backend: str
     output: str
 
+    @classmethod
+    def of(
+        cls, sampler: str, steps: int | None, spacing: str | None, **others: Any
+    ) -> GenerateSettings:
+        """Settings with the sampler's own number and spacing of steps where None are given."""
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        usual = SAMPLERS[sampler]
+        return cls(
+            sampler=sampler,
+            steps=usual.default_steps if steps is None else steps,
+            spacing=usual.spacing if spacing is None else spacing,
+            **others,
+        )
+
     @property
-    def steps(self) -> int:
-        if self.requested_steps is None:
-            return SAMPLERS[self.sampler].default_steps
-        return self.requested_steps
+    def uses_step_noise(self) -> bool:
+        return self.sampler == "ddpm" or self.eta > 0
 
     def checked(self, config: ModelConfig, has_vae: bool) -> GenerateSettings:
         """Itself, or a ValueError that names the first setting out of its range."""
         for name, value, allowed in (
-            ("sampler", self.sampler, tuple(SAMPLERS)),
+            ("spacing", self.spacing, SPACINGS),
             ("noise", self.noise, NOISES),
-            ("precision", self.precision, tuple(PRECISIONS)),
+            ("precision", self.precision, PRECISIONS),
             ("output", self.output, OUTPUTS),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} {value!r}: choose one of {', '.join(allowed)}")
-        steps = self.steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 1000:
-            raise ValueError(f"steps {steps!r} is not a whole number from 1 to 1000")
+        make_schedule(self.steps, self.spacing)
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"eta {self.eta!r} is not in 0 to 1")
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta {self.eta!r} is for sampler 'ddim', not {self.sampler!r}")
         check_channels(self.guidance_channels, config.in_channels)
         if self.output != "latent" and not has_vae:
             raise ValueError(f"output {self.output!r} needs a VAE; without one only 'latent' works")
@@ -61,8 +76,8 @@ class GenerateSettings:
 
     def record(self, scales: Tensor) -> dict[str, Any]:
         """What is needed to make the images again, beside labels and seeds."""
-        values = asdict(self) | {"steps": self.steps}
-        del values["requested_steps"], values["output"]
+        values = asdict(self)
+        del values["output"]
         values["guidance_scale"] = scales.tolist() if len(scales.unique()) > 1 else scales[0].item()
         return values
 

@@ -1,7 +1,7 @@
 """AutoencoderKL: the autoencoder of latent diffusion (Rombach et al. 2022), in plain torch.
 
 Module names are those of diffusers and of the published Stable Diffusion files, so their
-weights load as they are; ``checkpoint.py`` renames the older attention keys. Shape letters:
+weights load as they are; ``checkpoint`` renames the older attention keys. Shape letters:
 N images, H and W pixels, c latent channels, h and w latent rows and columns (H = f·h).
 """
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -31,6 +30,13 @@ from dit_bench.frechet import frechet_distance, moments_of
 from dit_bench.hardware import describe_hardware
 from dit_bench.held_out import Features, Halves, load_halves
 from dit_bench.lite0 import FEATURES, WEIGHTS_SHA256, Lite0, extract, load_lite0
+from dit_engine.cli.arguments import (
+    Parser,
+    add_model_argument,
+    add_sampling_arguments,
+    sampling_options,
+)
+from dit_engine.cli.destination import check_file
 from dit_engine.cli.errors import run_command
 from dit_engine.files import atomic_path
 
@@ -124,7 +130,8 @@ def generate_features(
     from tqdm import tqdm
 
     parts, record = [], {}
-    with tqdm(total=len(labels), desc="generating", unit="img") as bar:
+    # The delay keeps an empty bar from being drawn above the error for an invalid setting.
+    with tqdm(total=len(labels), desc="generating", unit="img", delay=0.5) as bar:
         for start in range(0, len(labels), _CHUNK):
             part = [int(label) for label in labels[start : start + _CHUNK]]
             seeds = list(range(first_seed + start, first_seed + start + len(part)))
@@ -162,13 +169,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         halves.labels,
         arguments.first_seed,
         network,
-        steps=arguments.steps,
-        sampler=arguments.sampler,
-        guidance_scale=arguments.guidance_scale,
-        guidance_channels=arguments.guidance_channels,
-        guidance_interval=arguments.guidance_interval,
-        backend=arguments.backend,
-        precision=arguments.precision,
+        **sampling_options(arguments),
     )
     seconds["generated"] = time.perf_counter() - clock
     clock = time.perf_counter()
@@ -205,44 +206,20 @@ def format_report(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def check_output(path: Path) -> None:
-    """Find out before the long run whether ``path`` can be written. Raises ValueError."""
-    if path.is_dir():
-        raise ValueError(f"--json {path} is a directory; a file is needed")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"--json {path}: the directory {path.parent} does not exist")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise ValueError(f"--json {path}: the directory {path.parent} cannot be written")
-
-
 def write_report(report: dict[str, Any], path: Path) -> None:
     """Write the report as JSON, whole or not at all."""
     with atomic_path(path) as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def _channels(text: str) -> int | None:
-    return None if text == "all" else int(text)
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dit_bench.quality",
-        description="FD-Lite0 of a model's images against held-out avatars.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = Parser(
+        "python -m dit_bench.quality", "FD-Lite0 of a model's images against held-out avatars."
     )
+    add_model_argument(parser)
+    add_sampling_arguments(parser, steps=50, one_scale=True)
     add = parser.add_argument
-    add("--model", default="builtin", help="file, directory, hub id, or 'builtin'")
     add("--samples", type=int, default=2400, help="generated images, over all classes")
-    add("--steps", type=int, default=50, help="1 to 1000")
-    add("--sampler", default="ddpm", help="ddpm, ddim or dpm++")
-    add("--guidance-scale", type=float, default=4.0, metavar="SCALE", help="1 is none")
-    add("--guidance-channels", type=_channels, default=3, metavar="COUNT",
-        help="latent channels that are guided, or 'all'")  # fmt: skip
-    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="noise levels between which guidance is on")  # fmt: skip
-    add("--backend", default="auto", help="of the engine")
-    add("--precision", default="fp32", help="fp32, bf16 or fp16")
     add("--first-seed", type=int, default=0, help="image i is made from first seed + i")
     add("--data", type=Path, default=Path("runs/data"), help="cache of held-out images, features")
     add("--allow-few", action="store_true", help="accept fewer images than features (1280)")
@@ -255,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         if arguments.json is not None:
-            check_output(arguments.json)
+            check_file(arguments.json)  # before the long run
         report = measure(arguments)
         print(format_report(report))
         if arguments.json is not None:

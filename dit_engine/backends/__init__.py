@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_engine.model import DiT
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 # name → (module, factory); the order is that of messages and help texts.
 _FACTORIES = {
@@ -41,6 +41,9 @@ class Backend(Protocol):
         ...
 
 
+Factory = Callable[[DiT, str, torch.device], Backend]
+
+
 def resolve_backend(name: str) -> str:
     """The backend that ``name`` stands for; "auto" picks one. ValueError lists the known ones."""
     if name == "auto":
@@ -50,8 +53,8 @@ def resolve_backend(name: str) -> str:
     return name
 
 
-def create_backend(name: str, model: DiT, precision: str) -> Backend:
-    """Build the backend ``name`` (resolved) around ``model``, which stays unchanged.
+def create_backend(name: str, model: DiT, precision: str, device: torch.device) -> Backend:
+    """Build the backend ``name`` for ``model``, which stays as and where it is.
 
     Raises ValueError for an unknown name or precision and `BackendUnavailable` where the backend
     cannot run on this machine: a backend asked for by name never gives way to another.
@@ -59,5 +62,5 @@ def create_backend(name: str, model: DiT, precision: str) -> Backend:
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
     module, factory_name = _FACTORIES[resolve_backend(name)]
-    factory: Callable[[DiT, torch.dtype], Backend] = getattr(import_module(module), factory_name)
-    return factory(model, PRECISIONS[precision])
+    factory: Factory = getattr(import_module(module), factory_name)
+    return factory(model, precision, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -11,18 +10,19 @@ from torch import Tensor
 from dit_engine.backends import Denoiser
 from dit_engine.model import DiT
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class EagerBackend:
     """On the CPU in float32 images go through one by one, so that their bits do not depend on the
     batch: a matrix product's order of summation may change with its number of rows.
     """
 
-    def __init__(self, model: DiT, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        parameter = next(model.parameters())
-        self.model = model if parameter.dtype == dtype else copy.deepcopy(model).to(dtype)
+    def __init__(self, model: DiT, precision: str, device: torch.device) -> None:
+        self.dtype = DTYPES[precision]
+        self.model = placed(model, self.dtype, device)
         self.forward: Callable[[Tensor, Tensor, Tensor], Tensor] = self.model
-        self.one_by_one = parameter.device.type == "cpu" and dtype == torch.float32
+        self.one_by_one = device.type == "cpu" and self.dtype == torch.float32
 
     def prepare(self, labels: Tensor, timesteps: Tensor) -> Denoiser:
         # A plain (x, t, y) function cannot hoist anything: it remembers its conditions.
@@ -35,3 +35,19 @@ class EagerBackend:
             return self.forward(x.to(self.dtype), t, y).to(x.dtype)
 
         return denoise
+
+
+def placed(model: DiT, dtype: torch.dtype, device: torch.device) -> DiT:
+    """``model`` itself if it is there in that dtype, else a twin whose weights are.
+
+    Weights are converted one by one, so that no second full-width copy is ever made.
+    """
+    state = model.state_dict()
+    there = torch.empty(0, device=device).device  # "cuda" has an index once a tensor is there
+    if all(v.dtype == dtype and v.device == there for v in state.values()):
+        return model
+    with torch.device("meta"):
+        twin = DiT(model.config)
+    converted = {name: value.to(device, dtype) for name, value in state.items()}
+    twin.load_state_dict(converted, assign=True)
+    return twin.eval().requires_grad_(False)

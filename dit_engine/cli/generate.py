@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dit_engine._version import __version__
+from dit_engine.cli.arguments import (
+    Parser,
+    add_model_argument,
+    add_sampling_arguments,
+    sampling_options,
+)
+from dit_engine.cli.destination import check_destination, output_kind
 from dit_engine.cli.errors import run_command
 
 if TYPE_CHECKING:
@@ -19,18 +24,13 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    return run_command(lambda: generate(arguments))
+    return run_command(lambda: generate(arguments), arguments.quiet)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dit-generate",
-        description="Make images from class labels with a Diffusion Transformer.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("dit-generate", "Make images from class labels with a Diffusion Transformer.")
+    add_model_argument(parser)
     add = parser.add_argument
-    add("--version", action="version", version=f"%(prog)s {__version__}")
-    add("--model", default="builtin", help="file, directory, hub id, or 'builtin'")
     add("--vae", help="another VAE: file, directory or hub id")
     add("--numerics", help="official or diffusers (what the model was made for, unless given)")
     add("--num-heads", type=int, help="for bare weight files of an unpublished width")
@@ -38,58 +38,62 @@ def build_parser() -> argparse.ArgumentParser:
     add("--labels", nargs="+", metavar="LABEL", help="class names or numbers, one image each")
     add("--list-labels", action="store_true", help="print the model's classes and stop")
     add("-o", "--output", type=Path, default=Path("sheet.png"),
-        help="a .png: one sheet; anything else: a directory for one file an image")  # fmt: skip
+        help="a .png: all images on one sheet; a .npy: uint8 images (N, H, W, 3); "
+        "a .safetensors: latents (N, C, S, S), not decoded; "
+        "any other name: a directory for one .png an image")  # fmt: skip
     add("--columns", type=int, help="of the sheet; about square unless given")
-    add("--steps", type=int, help="1 to 1000; the sampler's usual count unless given")
-    add("--sampler", default="ddpm", help="ddpm, ddim or dpm++")
-    add("--eta", type=float, default=0.0, help="ddim: 0 deterministic, 1 as noisy as ddpm")
-    add("--guidance-scale", type=float, nargs="+", default=[4.0], metavar="SCALE",
-        help="one, or one an image; 1 is none")  # fmt: skip
-    add("--guidance-channels", type=_channels, default=3, metavar="COUNT",
-        help="latent channels that are guided, or 'all'")  # fmt: skip
-    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="noise levels between which guidance is on")  # fmt: skip
+    add_sampling_arguments(parser)
     add("--seed", type=int, help="image i is made from seed + i; random unless given")
     add("--seeds", type=int, nargs="+", metavar="SEED", help="one an image")
     add("--noise", default="per-image", help="per-image or official (as the reference draws)")
-    add("--latents", type=Path, help=".safetensors, .npy: latents to start from (N,C,S,S)")
-    add("--step-noise", type=Path, help="likewise: the noise of every step (steps,N,C,S,S)")
-    add("--backend", default="auto", help="auto, eager or compile")
-    add("--precision", default="fp32", help="fp32, bf16 or fp16")
+    add("--latents", type=Path, help=".safetensors, .npy: latents to start from (N, C, S, S)")
+    add("--step-noise", type=Path, help="likewise: the noise of every step (steps, N, C, S, S)")
     add("--device", help="cpu, cuda, …; CUDA where there is one unless given")
     add("--max-batch-size", type=int, default=32, help="more images are made in several batches")
-    add("--quiet", action="store_true", help="no progress bar, nothing but errors")
+    add("--quiet", action="store_true", help="no progress bar, no notes, nothing but errors")
     return parser
 
 
-def _channels(text: str) -> int | None:
-    return None if text == "all" else int(text)
-
-
 def generate(arguments: argparse.Namespace) -> int:
-    from dit_engine.cli.pictures import check_writable, save_latents, save_pictures
-
     if arguments.list_labels:
         return list_labels(arguments)
     if not arguments.labels:
         raise ValueError("--labels is missing: give class names or numbers (see --list-labels)")
-    check_writable(arguments.output)
+    if arguments.columns is not None and arguments.columns < 1:
+        raise ValueError(f"columns {arguments.columns} is not a positive integer")
+    check_destination(arguments.output)
+
+    from dit_engine.cli.pictures import save
+    from dit_engine.cli.tensors import read_tensor
+
+    output = output_kind(arguments.output)
+    options = sampling_options(arguments) | {
+        "seed": arguments.seed,
+        "seeds": arguments.seeds,
+        "noise": arguments.noise,
+        "latents": read_tensor(arguments.latents),
+        "step_noise": read_tensor(arguments.step_noise),
+        "output": output,
+    }
     engine = load_engine(arguments)
+    if engine.vae is None and output != "latent":
+        raise ValueError(
+            f"this model has no VAE, so {arguments.output} cannot be made: "
+            "use a .safetensors output for its latents, or give --vae"
+        )
     began = time.perf_counter()
-    result = run_with_progress(engine, arguments)
+    result = run_with_progress(engine, arguments.labels, options, arguments.quiet)
     seconds = time.perf_counter() - began
-    if engine.vae is None:
-        written = save_latents(result, arguments.output)
-    else:
-        written = save_pictures(result, arguments.output, engine.label_names, arguments.columns)
+    save(result, arguments.output, engine.label_names, arguments.columns)
     if not arguments.quiet:
-        kind = "latents" if engine.vae is None else "images"
-        n = len(result)
-        print(f"{n} {kind} in {seconds:.1f} s ({n / seconds:.2f} a second) → {written}")
+        kind, n = "latents" if output == "latent" else "images", len(result)
+        rate = f"{n / seconds:.2f} a second"
+        print(f"{n} {kind} in {seconds:.1f} s ({rate}) → {arguments.output}")
     return 0
 
 
 def load_engine(arguments: argparse.Namespace) -> Engine:
+    from dit_engine.device import parse_device
     from dit_engine.engine import Engine
 
     return Engine.from_pretrained(
@@ -98,7 +102,7 @@ def load_engine(arguments: argparse.Namespace) -> Engine:
         numerics=arguments.numerics,
         num_heads=arguments.num_heads,
         check_finite=arguments.check_finite,
-        device=arguments.device,
+        device=parse_device(arguments.device),  # before the weights are read
         max_batch_size=arguments.max_batch_size,
     )
 
@@ -112,38 +116,27 @@ def list_labels(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def run_with_progress(engine: Engine, arguments: argparse.Namespace) -> Generation:
+def run_with_progress(
+    engine: Engine, labels: list[str], options: dict[str, Any], quiet: bool
+) -> Generation:
     """`Engine.generate` with a bar that counts image-steps over all batches."""
     from tqdm import tqdm
 
-    from dit_engine.cli.pictures import read_tensor
-
-    scales = arguments.guidance_scale
-    bar = tqdm(disable=arguments.quiet, unit="step", desc="sampling", file=sys.stderr)
+    bar: tqdm[Any] | None = None
 
     def advance(progress: Progress) -> None:
-        bar.total = progress.steps * progress.total
-        bar.update(progress.count)
+        nonlocal bar
+        done = progress.first * progress.steps + progress.step * progress.count
+        if bar is None:  # not earlier: an invalid option would leave an empty bar behind
+            total = progress.total * progress.steps
+            bar = tqdm(total=total, initial=done, unit="step", desc="sampling", file=sys.stderr)
+        bar.update(done - bar.n)  # back, when a batch is tried again in halves
 
-    with bar, warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: tqdm.write(f"note: {message}", sys.stderr)
-        return engine.generate(
-            arguments.labels,
-            steps=arguments.steps,
-            sampler=arguments.sampler,
-            eta=arguments.eta,
-            guidance_scale=scales[0] if len(scales) == 1 else scales,
-            guidance_channels=arguments.guidance_channels,
-            guidance_interval=arguments.guidance_interval,
-            seed=arguments.seed,
-            seeds=arguments.seeds,
-            noise=arguments.noise,
-            latents=read_tensor(arguments.latents),
-            step_noise=read_tensor(arguments.step_noise),
-            backend=arguments.backend,
-            precision=arguments.precision,
-            callback=advance,
-        )
+    try:
+        return engine.generate(labels, callback=None if quiet else advance, **options)
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 if __name__ == "__main__":

@@ -1,20 +1,17 @@
-"""Writing what was generated: PNG files that say how to make them again."""
+"""Writing what was generated, in the form that the output's name asks for."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
+from dit_engine.cli.destination import file_name
+from dit_engine.cli.metadata import call_record, image_record, png_text
 from dit_engine.engine import Generation
 from dit_engine.files import atomic_path
 
@@ -22,56 +19,51 @@ _CAPTION_HEIGHT = 14
 _MARGIN = 4
 
 
-def check_writable(output: Path) -> None:
-    """Raise OSError now, and not after minutes of sampling, if ``output`` cannot be written."""
-    if output.suffix and output.is_dir():
-        raise IsADirectoryError(f"output {output} is a directory; a file name is needed")
-    if not output.suffix and output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"output {output} is a file; a directory or a .png is needed")
-    if output.suffix and output.suffix.lower() not in (".png", ".safetensors"):
-        raise ValueError(f"output {output}: use a .png for a sheet, or a directory")
-    parent = output.absolute() if output.is_dir() else output.absolute().parent
-    while not output.suffix and not parent.exists():
-        parent = parent.parent  # directories are made as needed
-    if not parent.is_dir():
-        raise FileNotFoundError(f"output {output}: {parent} is not a directory")
-    if not os.access(parent, os.W_OK):
-        raise PermissionError(f"output {output}: {parent} cannot be written")
+def save(
+    result: Generation, output: Path, names: Sequence[str] | None, columns: int | None = None
+) -> None:
+    """Write ``result``, made with the `destination.output_kind` of ``output``.
+
+    A .png gets one captioned sheet, a .npy the uint8 images (N, H, W, 3), a .safetensors the
+    latents (N, C, S, S); anything else is a directory that gets a PNG an image. All but the .npy
+    tell how to make them again. columns: of the sheet; None is about square.
+    """
+    suffix = output.suffix.lower()
+    if suffix == ".safetensors":
+        _save_latents(result, output)
+    elif suffix == ".npy":
+        with atomic_path(output) as partial, partial.open("wb") as file:
+            np.save(file, result.images)
+    elif suffix == ".png":
+        captions = [names[label] if names else str(label) for label in result.labels]
+        info = png_text(call_record(result))
+        with atomic_path(output) as partial:
+            make_sheet(result.images, captions, columns).save(partial, "PNG", pnginfo=info)
+    else:
+        _save_each(result, output, names)
 
 
-def save_pictures(
-    result: Generation, output: Path, names: Sequence[str] | None, columns: int | None
-) -> Path:
-    """Write one captioned sheet to a .png, or one file an image into a directory."""
-    captions = [names[label] if names else str(label) for label in result.labels]
-    if output.suffix.lower() == ".png":
-        _save_png(make_sheet(result.images, captions, columns), output, _sheet_record(result))
-        return output
-    output.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(result.images):
-        name = f"{i:05d}-{captions[i]}-seed{result.seeds[i]}.png"
-        _save_png(image, output / name, _image_record(result, i))
-    return output
-
-
-def save_latents(result: Generation, output: Path) -> Path:
-    """Write latents (N, C, S, S) with their settings as .safetensors."""
+def _save_latents(result: Generation, path: Path) -> None:
     from safetensors.torch import save_file
 
-    path = output.with_suffix(".safetensors")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"dit_engine": json.dumps(call_record(result))}
     with atomic_path(path) as partial:
-        record = {"dit_engine": json.dumps(_sheet_record(result))}
         save_file({"latents": result.images.cpu().contiguous()}, partial, record)
-    return path
+
+
+def _save_each(result: Generation, directory: Path, names: Sequence[str] | None) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for i, (image, label) in enumerate(zip(result.images, result.labels, strict=True)):
+        seed = None if result.seeds is None else result.seeds[i]
+        name = file_name(i, label, names[label] if names else None, seed)
+        with atomic_path(directory / name) as partial:
+            image.save(partial, "PNG", pnginfo=png_text(image_record(result, i)))
 
 
 def make_sheet(
     images: Sequence[Image.Image], captions: Sequence[str], columns: int | None = None
 ) -> Image.Image:
     """Images of one size in a grid, each with its caption below."""
-    if columns is not None and columns < 1:
-        raise ValueError(f"columns {columns} is not a positive integer")
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     width, height = images[0].size
     scale = max(1, 128 // width)  # small images are shown enlarged, pixel by pixel
@@ -88,42 +80,3 @@ def make_sheet(
         sheet.paste(enlarged, (x, y))
         draw.text((x, y + height * scale + 1), caption, fill="black")
     return sheet
-
-
-def _image_record(result: Generation, i: int) -> dict[str, Any]:
-    record = dict(result.settings)
-    if isinstance(record["guidance_scale"], list):
-        record["guidance_scale"] = record["guidance_scale"][i]
-    return record | {"label": result.labels[i], "seed": result.seeds[i]}
-
-
-def _sheet_record(result: Generation) -> dict[str, Any]:
-    return result.settings | {"labels": result.labels, "seeds": result.seeds}
-
-
-def _save_png(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
-    """Save with one text chunk a setting, and all of them as JSON under "dit_engine"."""
-    info = PngInfo()
-    for key, value in record.items():
-        info.add_text(key, value if isinstance(value, str) else json.dumps(value))
-    info.add_text("dit_engine", json.dumps(record))
-    with atomic_path(path) as partial:
-        image.save(partial, "PNG", pnginfo=info)
-
-
-def read_tensor(path: Path | None) -> Tensor | None:
-    """The one tensor in a .npy or .safetensors file, float32."""
-    if path is None:
-        return None
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if path.suffix == ".npy":
-        return torch.from_numpy(np.load(path, allow_pickle=False)).float()
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: use a .npy or a .safetensors file")
-    from safetensors.torch import load_file
-
-    tensors = load_file(path)
-    if len(tensors) != 1:
-        raise ValueError(f"{path} holds {sorted(tensors)}; one tensor is needed")
-    return next(iter(tensors.values())).float()

@@ -9,16 +9,26 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from dit_engine._version import __version__
+from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
 
+# One for every field of TrainSettings.
 _HELP = {
     "data": "'avatars', or a folder with one directory of images a class",
     "size": "pixels along a side",
     "images_per_class": "avatars only: how many to render of each class",
     "vae_channels": "widths of the autoencoder's levels; each but the first halves the size",
+    "vae_batch_size": "images in one step of the autoencoder",
+    "vae_learning_rate": "of the autoencoder after warm-up; falls to 0 over the budget",
     "kl_weight": "weight of the latents' KL divergence",
-    "flip": "classes whose images may be mirrored",
+    "depth": "transformer blocks",
+    "hidden_size": "width of the transformer",
+    "num_heads": "attention heads; they share the width evenly",
+    "patch_size": "latent pixels along a side of one token",
+    "batch_size": "latents in one step of the transformer",
+    "learning_rate": "of the transformer after warm-up; falls to 0 over the budget",
+    "ema_decay": "of the average of the transformer's weights, which is what is kept",
+    "flip": "classes whose images are also learnt mirrored",
     "seed": "of the initial weights and of every draw",
 }
 
@@ -26,25 +36,22 @@ _HELP = {
 def build_parser() -> argparse.ArgumentParser:
     from dit_engine.training.run import TrainSettings
 
-    parser = argparse.ArgumentParser(
-        prog="dit-train",
-        description="Train a VAE, then a DiT on its latents. Run it again to resume.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser = Parser("dit-train", "Train a VAE, then a DiT on its latents. Run it again to resume.")
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory of the run")
-    parser.add_argument("--device", default=None, help="CUDA where there is one unless given")
-    for stage, minutes in (("vae", 30.0), ("dit", 90.0)):
+    parser.add_argument("--device", help="cpu, cuda, …; CUDA where there is one unless given")
+    for stage, name, minutes in (("vae", "autoencoder", 30.0), ("dit", "transformer", 90.0)):
         budget = parser.add_mutually_exclusive_group()
-        budget.add_argument(f"--{stage}-minutes", type=float, default=minutes, help="budget")
-        budget.add_argument(f"--{stage}-steps", type=int, help="budget in steps instead")
+        budget.add_argument(f"--{stage}-minutes", type=float, default=minutes,
+                            help=f"how long to train the {name}")  # fmt: skip
+        budget.add_argument(f"--{stage}-steps", type=int,
+                            help=f"train the {name} for so many steps instead")  # fmt: skip
     for field in fields(TrainSettings):
         default = field.default
         many = isinstance(default, tuple)
         kind = (int if field.name == "vae_channels" else str) if many else type(default)
         parser.add_argument(
             f"--{field.name.replace('_', '-')}", type=kind, default=default,
-            nargs="+" if many else None, help=_HELP.get(field.name, "as in the paper's code"),
+            nargs="+" if many else None, help=_HELP[field.name],
         )  # fmt: skip
     return parser
 
@@ -55,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    import torch
-
+    from dit_engine.device import parse_device
     from dit_engine.training.loop import Budget
     from dit_engine.training.run import TrainSettings, train
 
@@ -66,13 +72,12 @@ def _train(arguments: argparse.Namespace) -> int:
     def budget(steps: int | None, minutes: float) -> Budget:
         return Budget(steps, None if steps is not None else minutes)
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     finished = train(
         TrainSettings(**values),
         budget(arguments.vae_steps, arguments.vae_minutes),
         budget(arguments.dit_steps, arguments.dit_minutes),
         arguments.output,
-        device,
+        parse_device(arguments.device),
     )
     print(f"Engine.from_pretrained({str(finished)!r}) loads the trained model")
     return 0

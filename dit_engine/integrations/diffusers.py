@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_engine.convert import STORED_POSITIONS, config_from_diffusers, state_from_diffusers
-from dit_engine.meta import without_storage
+from dit_engine.checkpoint.convert import (
+    STORED_POSITIONS,
+    config_from_diffusers,
+    state_from_diffusers,
+)
+from dit_engine.checkpoint.meta import without_storage
 from dit_engine.model import DiT
 
 

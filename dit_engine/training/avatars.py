@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from dit_engine.files import atomic_path
 from dit_engine.training.data import ImageSet
 
 CLASSES = (
@@ -46,10 +47,8 @@ def load_avatars(cache: Path, split: str, per_class: int, size: int = 64) -> Ima
     if not path.exists():
         images = _render_all(first, per_class, size, f"rendering {split} avatars")
         cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
+        with atomic_path(path) as partial, partial.open("wb") as file:
             np.save(file, images)
-        partial.replace(path)
     return ImageSet(np.load(path, mmap_mode="r"), labels, CLASSES)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -147,9 +148,14 @@ class Trainer:
         plot_losses(self.directory / "log.csv", self.directory / "loss.png")
 
     def _load(self) -> None:
-        state = torch.load(self.directory / CHECKPOINT, map_location="cpu", weights_only=True)
+        path = self.directory / CHECKPOINT
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"{path} is damaged: remove it to begin again") from error
         self.model.load_state_dict(state["model"])
-        self.ema = state["ema"]
+        for name, average in self.ema.items():
+            average.copy_(state["ema"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
         _drop_rows_after(self.directory / "log.csv", self.step)
@@ -207,6 +213,8 @@ def plot_losses(log: Path, picture: Path) -> None:
 
     with log.open(newline="") as file:
         rows = list(csv.DictReader(file))
+    if not rows:
+        return
     names = [n for n in rows[0] if n not in ("step", "seconds", "lr")]
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):

@@ -86,9 +86,12 @@ def train(
 
     Called again with the same settings it goes on from where it was stopped.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    _check_same(settings, directory / "settings.json")
+    _require_matplotlib()
     data = _load_data(settings, directory / "data")
+    for name in settings.flip:
+        if name not in data.class_names:
+            raise ValueError(f"flip {name!r} is no class; there are {', '.join(data.class_names)}")
+    _check_same(settings, data, directory / "settings.json")
     vae = _stage_one(settings, vae_budget, data, directory / "vae", device)
     means, deviations, labels = _latents(settings, vae, data, directory / "latents.safetensors")
     config = settings.model_config(len(data.class_names))
@@ -105,18 +108,28 @@ def train(
     return finished
 
 
-def _check_same(settings: TrainSettings, path: Path) -> None:
-    text = json.dumps(asdict(settings), indent=2) + "\n"
+def _require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install 'dit-engine[train]'") from error
+
+
+def _check_same(settings: TrainSettings, data: ImageSet, path: Path) -> None:
+    """Write the settings and what the data is, or compare with those of the run's beginning."""
+    now = asdict(settings) | {"class_names": data.class_names, "images": len(data)}
+    text = json.dumps(now, indent=2) + "\n"
     if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as partial:
             partial.write_text(text)
         return
-    before, now = json.loads(path.read_text()), json.loads(text)
-    for name, value in now.items():
+    before = json.loads(path.read_text())
+    for name, value in json.loads(text).items():
         if before.get(name) != value:
             raise ValueError(
                 f"{path.parent} holds a training with {name} {before.get(name)!r}, not {value!r}: "
-                "use the same settings to resume it, or another directory"
+                "resume it with what it began with, or use another directory"
             )
 
 
@@ -141,7 +154,7 @@ def _stage_one(
     loop = LoopSettings(budget, settings.vae_learning_rate, ema_decay=0.998, seed=settings.seed)
     vae = train_vae(
         data, settings.vae_config(), loop, directory, settings.vae_batch_size,
-        settings.kl_weight, device,
+        settings.kl_weight, settings.flip, device,
     )  # fmt: skip
     with atomic_path(path) as partial:
         save_file({k: v.contiguous() for k, v in vae.state_dict().items()}, partial)
@@ -155,9 +168,6 @@ def _latents(
     if not path.exists():
         means, deviations = encode_all(vae, data)
         labels = torch.from_numpy(data.labels)
-        for name in settings.flip:
-            if name not in data.class_names:
-                raise ValueError(f"flip {name!r} is no class; there are {data.class_names}")
         if settings.flip:
             chosen = [data.class_names[label] in settings.flip for label in data.labels]
             mirrored = ImageSet(data.images[chosen][:, :, ::-1], data.labels[chosen], ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +24,25 @@ def train_vae(
     directory: Path,
     batch_size: int = 32,
     kl_weight: float = 1e-4,
+    flip: Sequence[str] = (),
     device: torch.device | str = "cpu",
 ) -> AutoencoderKL:
-    """Train on ``data`` and return the normalised EMA model (float32, eval mode)."""
+    """Train on ``data`` and return the normalised EMA model (float32, eval mode).
+
+    flip: classes of which half of the images are mirrored.
+    """
     torch.manual_seed(settings.seed)
     vae = AutoencoderKL(config).to(device)
     vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    may_flip = torch.tensor([name in flip for name in data.class_names])[data.labels]  # (N,)
 
     def loss(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         assert isinstance(model, AutoencoderKL)
         chosen = torch.randint(len(data), (batch_size,), generator=generator)
         images = data.tensor(chosen.numpy())
-        flip = torch.rand(batch_size, generator=generator) < 0.5
-        images[flip] = images[flip].flip(-1)
+        mirrored = may_flip[chosen] & (torch.rand(batch_size, generator=generator) < 0.5)
+        images[mirrored] = images[mirrored].flip(-1)
         return vae_loss(model, images.to(device), generator, kl_weight)
 
     examples = data.tensor(np.linspace(0, len(data) - 1, 32).astype(int)).to(device)

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from published import GMACS_AND_MILLIONS
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_bench.cost import Cost, dit_cost, total, vae_decoder_cost
 from dit_engine.config import PUBLISHED, ModelConfig
 from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL, VAEConfig
-
-# Peebles & Xie 2022, the appendix's table of all models at 256 px: "Flops (G)", "Params (M)".
-TABLE = {
-    "DiT-S/8": (0.36, 33), "DiT-S/4": (1.41, 33), "DiT-S/2": (6.06, 33),
-    "DiT-B/8": (1.42, 131), "DiT-B/4": (5.56, 130), "DiT-B/2": (23.01, 130),
-    "DiT-L/8": (5.01, 459), "DiT-L/4": (19.70, 458), "DiT-L/2": (80.71, 458),
-    "DiT-XL/8": (7.39, 676), "DiT-XL/4": (29.05, 675), "DiT-XL/2": (118.64, 675),
-}  # fmt: skip
 
 
 def assert_as_printed(value: float, printed: float, last_digit: float) -> None:
@@ -28,7 +21,7 @@ def assert_as_printed(value: float, printed: float, last_digit: float) -> None:
 def test_all_sizes_are_the_papers(name: str) -> None:
     config = ModelConfig.named(name)
     cost = total(dit_cost(config))
-    gmacs, million_parameters = TABLE[name]
+    gmacs, million_parameters = GMACS_AND_MILLIONS[name]
     assert_as_printed(cost.macs / 1e9, gmacs, 0.01)
     assert cost.flops == 2 * cost.macs
     trained = cost.parameters - config.num_tokens * config.hidden_size  # less the position table

@@ -45,16 +45,52 @@ def native(tmp_path: Path) -> Path:
     return tmp_path / "native"
 
 
-@pytest.mark.parametrize("name", ["no/such/model.pt", "model.safetensors", "nothing", "a/b.pt"])
+@pytest.mark.parametrize(
+    "name", ["no/such/model.pt", "model.safetensors", "nothing", "a/b.pt", "a/b/c", " ", "../x/y"]
+)
 def test_missing_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     expected = f"model '{name}' does not exist; give 'builtin', a path or a hub id owner/name"
     refused(name, re.escape(expected), FileNotFoundError)
 
 
-def test_empty_name() -> None:
-    with pytest.raises(ValueError, match="model '' is empty"):
-        load_checkpoint("")
+@pytest.mark.parametrize(
+    ("name", "message", "kind"),
+    [
+        ("", "^model '' is empty", ValueError),
+        ("~nobody-of-this-name/x.pt", "^model '~nobody-of-this-name/x.pt': the home", ValueError),
+        ("nul\0.pt", r"^model 'nul\\x00.pt' does not exist", FileNotFoundError),
+        ("two\nlines.pt", r"^model 'two\\nlines.pt' does not exist", FileNotFoundError),
+        ("x" * 5000, "xxx", OSError),
+        (None, "^model None is neither a string nor a path$", ValueError),
+        (b"model.pt", "^model b'model.pt' is neither", ValueError),
+    ],
+    ids=["empty", "home of nobody", "nul", "newline", "too long", "none", "bytes"],
+)
+def test_odd_names(name: Any, message: str, kind: type[Exception], native: Path) -> None:
+    sources = [{"source": name}]
+    if name is not None:  # no VAE is a choice
+        sources.append({"source": native, "vae": name})
+    for options in sources:
+        with pytest.raises(kind, match=message) as caught:
+            load_checkpoint(**options)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read it all")
+@pytest.mark.parametrize("mode", [0o000, 0o100, 0o400])
+def test_directory_without_permission(mode: int, native: Path) -> None:
+    (native / "config.json").unlink()
+    native.chmod(mode)
+    try:
+        with pytest.raises(OSError, match=r"Permission denied: .*native") as caught:
+            load_checkpoint(native)
+        assert "\n" not in str(caught.value)
+    finally:
+        native.chmod(0o700)
+    (native / "model.safetensors").chmod(0)
+    with pytest.raises(PermissionError, match=r"Permission denied: .*model\.safetensors"):
+        load_checkpoint(native / "model.safetensors")
 
 
 @pytest.mark.parametrize("kept", [0, 3, 100, 0.5, 0.99])
@@ -249,9 +285,19 @@ def test_damaged_config(native: Path, config: str | bytes, message: str) -> None
         ({"num_heads": 7}, "hidden_size 48 is not a multiple of num_heads 7"),
         ({"hidden_size": 96}, "wrong shapes: pos_embed is"),
         ({"hidden_size": 4 * 10**18}, "cannot be built|wrong shapes"),
-        ({"mlp_ratio": "four"}, "mlp_ratio|not supported"),
-        ({"mlp_ratio": float("nan")}, "mlp_ratio nan is not above 0"),
+        ({"mlp_ratio": "four"}, "mlp_ratio 'four' is not a finite number above 0$"),
+        ({"mlp_ratio": None}, "mlp_ratio None is not a finite number above 0$"),
+        ({"mlp_ratio": True}, "mlp_ratio True is not a finite number above 0$"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio nan is not a finite number above 0$"),
+        ({"mlp_ratio": float("inf")}, "mlp_ratio inf is not a finite number above 0$"),
+        ({"mlp_ratio": 0}, "mlp_ratio 0 is not a finite number above 0$"),
         ({"mlp_ratio": 1e300}, "cannot be built|wrong shapes"),
+        ({"mlp_ratio": 10**30}, "cannot be built"),
+        ({"mlp_norm_eps": "1e-6"}, "mlp_norm_eps '1e-6' is not a finite number above 0$"),
+        ({"mlp_norm_eps": False}, "mlp_norm_eps False is not a finite number above 0$"),
+        ({"mlp_norm_eps": [1e-6]}, r"mlp_norm_eps \[1e-06\] is not a finite number above 0$"),
+        ({"learn_sigma": 1}, "learn_sigma 1 is neither True nor False$"),
+        ({"learn_sigma": "no"}, "learn_sigma 'no' is neither True nor False$"),
         ({"numerics": "exact"}, "numerics 'exact': choose one of official, diffusers"),
     ],
     ids=str,

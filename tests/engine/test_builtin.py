@@ -13,9 +13,10 @@ from dit_engine.training.avatars import CLASSES, HELD_OUT_SEED, render
 ROOT = Path(__file__).resolve().parents[2]
 BUILTIN = ROOT / "dit_engine" / "builtin"
 
-# Measured: see the comment beside each; the margins are for other machines' rounding.
-RECOGNISED_AT_LEAST = 0.85
-DISTANCE_OVER_FLOOR_AT_MOST = 2.0
+EACH = 12
+RECOGNISED_OF_EACH_CLASS = 0.5
+RECOGNISED_OF_ALL = 0.85
+DISTANCE_OVER_FLOOR = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_readme_example(engine: Engine) -> None:
 
 @pytest.mark.slow
 def test_generated_images_are_near_the_held_out_ones(engine: Engine) -> None:
-    """FD-Lite0 and recognition of a small sample, against bounds from the committed results.
+    """FD-Lite0 and recognition, by class, of a small sample.
 
     A small N raises a Fréchet distance, so the bound is relative to the floor of the same N: held-
     out images of other seeds.
@@ -48,25 +49,26 @@ def test_generated_images_are_near_the_held_out_ones(engine: Engine) -> None:
     from dit_bench.lite0 import extract, load_lite0
     from dit_bench.quality import recognised
 
-    each = 8
-    labels = np.repeat(np.arange(len(CLASSES)), each)
+    labels = np.repeat(np.arange(len(CLASSES)), EACH)
     made = engine.generate(
         labels.tolist(), steps=20, sampler="dpm++", guidance_scale=2.0, seed=0, output="np"
     ).images
     network = load_lite0()
 
     def held_out(first: int) -> np.ndarray:
-        seeds = range(HELD_OUT_SEED + first, HELD_OUT_SEED + first + each)
+        seeds = range(HELD_OUT_SEED + first, HELD_OUT_SEED + first + EACH)
         return extract(np.concatenate([render(name, seeds, 64) for name in CLASSES]), network)
 
-    reference, other = held_out(0), held_out(each)
-    features = extract(made, network)
-    hits = recognised(features, labels, reference, labels).mean()
+    reference, other, features = held_out(0), held_out(EACH), extract(made, network)
+    hits = recognised(features, labels, reference, labels).reshape(len(CLASSES), EACH)
+    by_class = dict(zip(CLASSES, hits.mean(axis=1), strict=True))
     distance, floor = (
         frechet_distance(moments_of(f), moments_of(reference), allow_few=True)
         for f in (features, other)
     )
-    assert hits >= RECOGNISED_AT_LEAST, hits
-    assert distance / floor <= DISTANCE_OVER_FLOOR_AT_MOST, (distance, floor)
-    # The bound can fail: images of one class under another's label are not recognised.
-    assert recognised(np.roll(features, each, axis=0), labels, reference, labels).mean() < 0.1
+    print(f"FD-Lite0 {distance:.1f}, floor {floor:.1f}, recognised {hits.mean():.3f}: {by_class}")
+    assert min(by_class.values()) >= RECOGNISED_OF_EACH_CLASS, by_class
+    assert hits.mean() >= RECOGNISED_OF_ALL
+    assert distance / floor <= DISTANCE_OVER_FLOOR
+    # These bounds can fail: images of one class under another's label are not recognised.
+    assert recognised(np.roll(features, EACH, axis=0), labels, reference, labels).mean() < 0.1

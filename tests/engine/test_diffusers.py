@@ -13,7 +13,8 @@ from numerics import assert_close_to_reference, relative_error
 from torch import Tensor
 
 from dit_engine.checkpoint import load_checkpoint, load_model
-from dit_engine.convert import config_from_diffusers
+from dit_engine.checkpoint.convert import config_from_diffusers
+from dit_engine.engine import Engine
 from dit_engine.integrations.diffusers import DiTAdapter, accelerate
 from dit_engine.model import position_embedding
 
@@ -218,6 +219,38 @@ def test_pipeline_directory(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "transformer")
     with pytest.raises(ValueError, match="a DiTPipeline without transformer/"):
         load_checkpoint(tmp_path)
+
+
+def test_the_engine_makes_the_pipelines_images(tmp_path: Path) -> None:
+    """DiTPipeline is ddim with "leading" spacing and guidance on every channel of epsilon."""
+    pipe, steps = pipeline(), 7
+    pipe.save_pretrained(tmp_path)
+    latents: list[Tensor] = []
+    decode = pipe.vae.decode
+    pipe.vae.decode = lambda z: latents.append(z) or decode(z)
+    images = pipe(
+        [3, 77],
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(5),
+        num_inference_steps=steps,
+        output_type="np",
+    ).images  # (N, H, W, 3) in [0, 1]
+
+    engine = Engine.from_pretrained(tmp_path, device="cpu")
+    assert engine.config.numerics == "diffusers"
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+
+    def run(output: str, spacing: str | None = "leading", channels: int | None = None) -> Tensor:
+        return engine.generate(
+            [3, 77], sampler="ddim", steps=steps, spacing=spacing, guidance_scale=4.0,
+            guidance_channels=channels, latents=z, backend="eager", output=output,
+        ).images  # fmt: skip
+
+    expected = latents[0] * pipe.vae.config.scaling_factor
+    assert_close_to_reference(run("latent"), expected, tolerance=1e-4)
+    assert_close_to_reference(run("pt").permute(0, 2, 3, 1), images, tolerance=1e-4)
+    assert relative_error(run("latent", spacing=None), expected) > 1e-2  # both matter
+    assert relative_error(run("latent", channels=3), expected) > 1e-2
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,14 @@ def test_a_killed_run_resumes_as_if_never_stopped(tmp_path: Path) -> None:
     assert steps == ["step", "50", "100"]
 
 
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    trainer(tmp_path, 10).run("test")
+    path = tmp_path / CHECKPOINT
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"last\.pt is damaged: remove it"):
+        trainer(tmp_path, 20)
+
+
 def test_checkpoints_load_without_running_code(tmp_path: Path) -> None:
     trainer(tmp_path, 10).run("test")
     state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
@@ -82,7 +90,17 @@ def test_ema_is_the_weighted_mean_of_the_weights(tmp_path: Path) -> None:
     assert torch.allclose(run.model.weight, expected, atol=1e-6)
 
 
-def test_learning_rate_warms_up_and_falls_to_zero() -> None:
+def test_learning_rate_warms_up_and_falls_to_zero(tmp_path: Path) -> None:
+    settings = LoopSettings(Budget(steps=200), 0.1, warmup_steps=80)
+    Trainer(nn.Linear(3, 1), regression, settings, tmp_path).run("test")
+    rows = (tmp_path / "log.csv").read_text().splitlines()[1:]
+    rates = {int(row.split(",")[0]): float(row.split(",")[2]) for row in rows}
+    # The rate of the step before the row's, counted from 0: warm-up times what is left.
+    assert rates[50] == pytest.approx(0.1 * 50 / 80 * (1 - 49 / 200), rel=1e-4)
+    assert rates[200] == pytest.approx(0.1 * (1 - 199 / 200), rel=1e-4)
+
+
+def test_progress_of_both_kinds_of_budget() -> None:
     assert Budget(steps=100).progress(25, 0.0) == 0.25
     assert Budget(minutes=2.0).progress(5, 60.0) == 0.5
     assert Budget(minutes=2.0).progress(5, 600.0) == 1.0

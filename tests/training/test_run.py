@@ -57,6 +57,10 @@ def test_a_run_is_resumed_with_its_own_settings_only(
     assert main(arguments) == 0
     assert main([*arguments, "--depth", "2"]) == 2
     assert "holds a training with depth 1, not 2" in capsys.readouterr().err
+    (folder / "aaa").mkdir()  # a class before the others would shift every label
+    Image.new("RGB", (16, 16)).save(folder / "aaa" / "0.png")
+    assert main(arguments) == 2
+    assert "holds a training with class_names ['dark', 'light'], not" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -68,19 +72,23 @@ def test_a_run_is_resumed_with_its_own_settings_only(
         (["--batch-size", "0"], "batch_size 0 is not a positive integer"),
         (["--vae-channels", "12"], "12 is not a positive multiple of norm_num_groups 8"),
         (["--dit-minutes", "nan"], "nan is not above 0"),
+        (["--data", "{folder}", "--size", "16", "--flip", "drk"], "flip 'drk' is no class; there"),
     ],
 )
 def test_bad_settings_are_one_line(
     arguments: list[str],
     message: str,
+    folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    arguments = [argument.format(folder=folder) for argument in arguments]
     assert main(["-o", "run", *arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and error.startswith("error: ") and "\n" not in error
+    assert not Path("run").exists()  # so that the corrected command is not refused
 
 
 def test_an_unreadable_image_is_named(folder: Path) -> None:

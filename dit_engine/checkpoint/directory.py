@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dit_engine.convert import DIFFUSERS_CLASSES
-from dit_engine.saving import NATIVE_CLASS
-from dit_engine.weights import find_weights, listing, read_json
+from dit_engine.checkpoint.convert import DIFFUSERS_CLASSES
+from dit_engine.checkpoint.saving import NATIVE_CLASS
+from dit_engine.checkpoint.weights import find_weights, listing, read_json
 
 
 def open_directory(path: Path) -> tuple[Path, Path | None, tuple[str, ...] | None]:

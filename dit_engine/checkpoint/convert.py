@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_engine.checkpoint.meta import without_storage
+from dit_engine.checkpoint.weights import check_shapes, one_line
 from dit_engine.config import ModelConfig
-from dit_engine.meta import without_storage
 from dit_engine.model import NORM_EPS, DiT, position_embedding
 from dit_engine.vae import AutoencoderKL, VAEConfig
-from dit_engine.weights import check_shapes, one_line
 
 # Early diffusers saved DiT as a Transformer2DModel; the published directories still say so.
 DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
-from dit_engine.weights import SUFFIXES, one_line
+from dit_engine.checkpoint.weights import SUFFIXES, one_line
 
 BUILTIN = "builtin"
+BUILTIN_DIRECTORY = Path(__file__).parents[1] / BUILTIN
 # Hub ids: owner/name (huggingface_hub's own rule is stricter; it has the last word).
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMPONENTS = ("", "transformer/", "vae/")
@@ -22,16 +24,24 @@ def locate(source: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: nothing of this name is here, and it is no hub id.
-        ValueError: the hub does not have it, or is out of reach and the cache does not have it.
+        OSError: it is where one may not look, or its name is longer than names can be.
+        ValueError: the hub does not have it, or is out of reach and the cache does not have it;
+            or ``source`` is empty, neither a string nor a path, or under a home that is unknown.
     """
     if source == BUILTIN:
-        path = Path(__file__).parent / BUILTIN
-        if not path.is_dir():
-            raise FileNotFoundError(f"model 'builtin' is missing from this installation: {path}")
-        return path
+        if not BUILTIN_DIRECTORY.is_dir():
+            raise FileNotFoundError(
+                f"model 'builtin' is missing from this installation: {BUILTIN_DIRECTORY}"
+            )
+        return BUILTIN_DIRECTORY
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"model {source!r} is neither a string nor a path")
     if not str(source):
         raise ValueError("model '' is empty; give 'builtin', a path or a hub id owner/name")
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:  # "~name" of nobody here
+        raise ValueError(f"model {str(source)!r}: the home directory is not known") from None
     if path.exists():
         return path
     if isinstance(source, str) and HUB_ID.fullmatch(source) and path.suffix not in SUFFIXES:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-import os
+import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +15,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from dit_engine.checkpoint.weights import listing, read_json
 from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL
-from dit_engine.weights import listing, read_json
 
 NATIVE_CLASS = "DiT"
 NATIVE_FILES = {"config.json", "model.safetensors", "labels.json", "vae"}
@@ -33,7 +33,8 @@ def save_pretrained(
 ) -> None:
     """Write a native directory, whole or not at all.
 
-    It replaces an empty directory or an earlier native one, whose README.md is kept.
+    It replaces an empty directory or an earlier native one, whose README.md is kept. Should it be
+    interrupted, the earlier one is there as it was.
 
     Args:
         label_names: one for each of the model's classes.
@@ -48,8 +49,8 @@ def save_pretrained(
         raise ValueError(f"{len(label_names)} label names for {model.config.num_classes} classes")
     _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    stem = f".{target.name}.{secrets.token_hex(4)}"
+    partial, old = target.with_name(f"{stem}.partial"), target.with_name(f"{stem}.old")
     try:
         partial.mkdir()
         values = {"_class_name": NATIVE_CLASS, **model.config.to_dict()}
@@ -62,19 +63,33 @@ def save_pretrained(
             (partial / "vae").mkdir()
             (partial / "vae" / "config.json").write_text(vae.config.to_json())
             _write_tensors(partial / "vae" / "diffusion_pytorch_model.safetensors", vae, dtype)
-        if target.exists():
-            if (target / MODEL_CARD).is_file():
-                shutil.copy2(target / MODEL_CARD, partial / MODEL_CARD)
-            target.rename(old)
-        try:
-            partial.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
+        if (target / MODEL_CARD).is_file():
+            shutil.copy2(target / MODEL_CARD, partial / MODEL_CARD)
+        _replace(target, partial, old)
     finally:
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(target: Path, new: Path, old: Path) -> None:
+    """Give ``new`` the name ``target``; the earlier target, as ``old``, is kept until that is done.
+
+    No system call exchanges two directories everywhere, so there are two renames, and an
+    exception (a KeyboardInterrupt too) may arrive between them.
+    """
+    try:
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            try:
+                old.rename(target)
+            except OSError as error:
+                raise OSError(
+                    f"{target}: not written, and the earlier model is now {old} ({error})"
+                ) from None
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_replaceable(target: Path) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dit_engine.checkpoint.weights import some_of
 from dit_engine.config import FAMILIES, ModelConfig
 from dit_engine.vae import VAEConfig
-from dit_engine.weights import some_of
 
 
 def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> ModelConfig:

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dit_engine.config import NUMERICS, ModelConfig
-from dit_engine.convert import (
+from dit_engine.checkpoint.convert import (
     DIFFUSERS_CLASSES,
     DIFFUSERS_MARK,
     config_from_diffusers,
@@ -23,14 +22,12 @@ from dit_engine.convert import (
     vae_shapes,
     with_numerics,
 )
-from dit_engine.directory import open_directory
-from dit_engine.hub import locate
-from dit_engine.infer import count_blocks, infer_config, infer_vae_config
-from dit_engine.meta import without_storage
-from dit_engine.model import DiT
-from dit_engine.saving import NATIVE_CLASS, save_pretrained
-from dit_engine.vae import AutoencoderKL, VAEConfig
-from dit_engine.weights import (
+from dit_engine.checkpoint.directory import open_directory
+from dit_engine.checkpoint.hub import locate
+from dit_engine.checkpoint.infer import count_blocks, infer_config, infer_vae_config
+from dit_engine.checkpoint.meta import without_storage
+from dit_engine.checkpoint.saving import NATIVE_CLASS
+from dit_engine.checkpoint.weights import (
     check_all_finite,
     check_shapes,
     find_weights,
@@ -38,17 +35,11 @@ from dit_engine.weights import (
     read_json,
     read_tensors,
 )
+from dit_engine.config import NUMERICS, ModelConfig
+from dit_engine.model import DiT
+from dit_engine.vae import AutoencoderKL, VAEConfig
 
 VAE_CLASS = "AutoencoderKL"
-
-__all__ = [
-    "Checkpoint",
-    "build_model",
-    "build_vae",
-    "load_checkpoint",
-    "load_model",
-    "save_pretrained",
-]
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    with path.open("rb"):
+        pass  # safetensors would say of a file that may not be read that it does not exist
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:

@@ -1,0 +1,76 @@
+"""What the commands' arguments have in common."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NoReturn
+
+from dit_engine._version import __version__
+from dit_engine.cli.errors import one_line
+
+
+class Parser(argparse.ArgumentParser):
+    """Defaults in the help, --version, and errors of one line like those of `run_command`."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(prog=prog, description=description, formatter_class=formatter)
+        self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {one_line(message)} (see {self.prog} --help)\n")
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="builtin", help="file, directory, hub id, or 'builtin'")
+
+
+def add_sampling_arguments(
+    parser: argparse.ArgumentParser, steps: int | None = None, one_scale: bool = False
+) -> None:
+    """The options of `Engine.generate` that `sampling_options` reads back.
+
+    steps is the default; one_scale: the guidance scale is one number and not one an image.
+    """
+    scale = "1 is none" if one_scale else "one, or one an image; 1 is none"
+    usual = "the sampler's usual count unless given" if steps is None else "of denoising"
+    add = parser.add_argument
+    add("--steps", type=int, default=steps, help=f"1 to 1000; {usual}")
+    add("--sampler", default="ddpm", help="ddpm, ddim or dpm++")
+    add("--spacing", help="official, ddim, leading, linspace or trailing; usual unless given")
+    add("--eta", type=float, default=0.0, help="ddim: 0 deterministic, 1 as noisy as ddpm")
+    add("--guidance-scale", type=float, nargs=1 if one_scale else "+", default=[4.0],
+        metavar="SCALE", help=scale)  # fmt: skip
+    add("--guidance-channels", type=_channels, default=3, metavar="COUNT",
+        help="latent channels that are guided, or 'all'")  # fmt: skip
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="noise levels between which guidance is on")  # fmt: skip
+    add("--backend", default="auto", help="auto, eager or compile")
+    add("--precision", default="fp32", help="fp32, bf16 or fp16")
+
+
+def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keywords for `Engine.generate` from the arguments of `add_sampling_arguments`."""
+    scales, interval = arguments.guidance_scale, arguments.guidance_interval
+    return {
+        "steps": arguments.steps,
+        "sampler": arguments.sampler,
+        "spacing": arguments.spacing,
+        "eta": arguments.eta,
+        "guidance_scale": scales[0] if len(scales) == 1 else scales,
+        "guidance_channels": arguments.guidance_channels,
+        "guidance_interval": None if interval is None else tuple(interval),
+        "backend": arguments.backend,
+        "precision": arguments.precision,
+    }
+
+
+def _channels(text: str) -> int | None:
+    if text == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number of latent channels (1, 2, …) nor 'all'"
+        ) from None

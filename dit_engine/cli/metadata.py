@@ -1,0 +1,41 @@
+"""What is written beside pictures and latents: all that is needed to make them again."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from PIL.PngImagePlugin import PngInfo
+
+from dit_engine.engine import Generation
+
+
+def call_record(result: Generation) -> dict[str, Any]:
+    """Of a whole call: settings, labels and seeds."""
+    return result.settings | {"labels": result.labels, "seeds": result.seeds}
+
+
+def image_record(result: Generation, i: int) -> dict[str, Any]:
+    """Of image i alone; index is its place in tensors that were given for the whole call.
+
+    noise "official" draws for the batch as a whole, so there the whole batch's labels and
+    guidance scales are recorded.
+    """
+    record = dict(result.settings)
+    if record["noise"] == "official":
+        record["labels"] = result.labels
+    elif isinstance(record["guidance_scale"], list):
+        record["guidance_scale"] = record["guidance_scale"][i]
+    seed = None if result.seeds is None else result.seeds[i]
+    return record | {"label": result.labels[i], "seed": seed, "index": i}
+
+
+def png_text(record: dict[str, Any]) -> PngInfo:
+    """One text chunk a setting, and all of them as JSON under "dit_engine"."""
+    info = PngInfo()
+    for key, value in record.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        # Paths may hold bytes that are no text.
+        info.add_text(key, text.encode("utf-8", "backslashreplace").decode())
+    info.add_text("dit_engine", json.dumps(record))
+    return info

@@ -1,0 +1,36 @@
+"""Devices as people name them."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """The torch device that ``device`` names; None is CUDA where there is one, else the CPU.
+
+    Raises ValueError, naming the allowed ones, for a device that is unknown or not there.
+    """
+    counts = _counts()
+    if device is None:
+        return torch.device("cuda" if counts["cuda"] else "cpu")
+    parsed = None
+    if isinstance(device, str | torch.device):  # torch.device(3) would be an accelerator's index
+        with contextlib.suppress(RuntimeError):
+            parsed = torch.device(device)
+    if parsed is None or (parsed.index or 0) >= counts.get(parsed.type, 0):
+        allowed = [name for name, count in counts.items() if count]
+        allowed += [f"cuda:{i}" for i in range(counts["cuda"])]
+        raise ValueError(f"device {str(device)!r} is not available; allowed: {', '.join(allowed)}")
+    return parsed
+
+
+def _counts() -> dict[str, int]:
+    """How many devices of each kind this torch can use here."""
+    return {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "xpu": torch.xpu.device_count() if torch.xpu.is_available() else 0,
+    }

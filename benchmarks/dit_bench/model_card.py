@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
 from dit_engine.files import atomic_path
 
@@ -56,7 +56,7 @@ def update_document(text: str, table: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dit_bench.model_card", description=__doc__)
+    parser = Parser(prog="python -m dit_bench.model_card", description="Write figures into files.")
     parser.add_argument("results", type=Path, help="JSON of python -m dit_bench.quality")
     parser.add_argument("documents", type=Path, nargs="+")
     arguments = parser.parse_args(argv)

@@ -244,7 +244,10 @@ def test_out_of_memory_in_the_vae_decodes_in_slices(monkeypatch: pytest.MonkeyPa
         tiled = engine.generate([1, 2], **options).images
     assert tiled.shape == expected.shape
     limit["numel"] = 0
-    with pytest.warns(UserWarning, match="in tiles"), pytest.raises(MemoryError, match="with tiles of 4 latents"):
+    with (
+        pytest.warns(UserWarning, match="in tiles"),
+        pytest.raises(MemoryError, match="with tiles of 4 latents"),
+    ):
         engine.generate([1, 2], **options)
 
 

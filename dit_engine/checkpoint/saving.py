@@ -12,10 +12,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from dit_engine.checkpoint.weights import listing, read_json
+from dit_engine.files import save_tensors
 from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL
 
@@ -109,7 +109,7 @@ def _check_replaceable(target: Path) -> None:
 
 def _write_tensors(path: Path, module: torch.nn.Module, dtype: torch.dtype | None) -> None:
     state = {
-        key: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        key: tensor.detach().to("cpu", dtype or tensor.dtype)
         for key, tensor in module.state_dict().items()
     }
-    safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+    save_tensors(state, path, {"format": "pt"})

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from dit_engine.cli.destination import file_name
 from dit_engine.cli.metadata import call_record, image_record, png_text
 from dit_engine.engine import Generation
-from dit_engine.files import atomic_path
+from dit_engine.files import atomic_path, save_tensors
 
 _CAPTION_HEIGHT = 14
 _MARGIN = 4
@@ -44,11 +44,9 @@ def save(
 
 
 def _save_latents(result: Generation, path: Path) -> None:
-    from safetensors.torch import save_file
-
     record = {"dit_engine": json.dumps(call_record(result))}
     with atomic_path(path) as partial:
-        save_file({"latents": result.images.cpu().contiguous()}, partial, record)
+        save_tensors({"latents": result.images}, partial, record)
 
 
 def _save_each(result: Generation, directory: Path, names: Sequence[str] | None) -> None:

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.config import ModelConfig
 from dit_engine.engine import Engine
-from dit_engine.files import atomic_path
+from dit_engine.files import atomic_path, save_tensors
 from dit_engine.model import DiT
 from dit_engine.training.avatars import load_avatars
 from dit_engine.training.data import ImageSet, load_image_folder
@@ -157,7 +157,7 @@ def _stage_one(
         settings.kl_weight, settings.flip, device,
     )  # fmt: skip
     with atomic_path(path) as partial:
-        save_file({k: v.contiguous() for k, v in vae.state_dict().items()}, partial)
+        save_tensors(vae.state_dict(), partial)
     return vae
 
 
@@ -175,7 +175,7 @@ def _latents(
             means, deviations = torch.cat([means, more[0]]), torch.cat([deviations, more[1]])
             labels = torch.cat([labels, torch.from_numpy(mirrored.labels)])
         with atomic_path(path) as partial:
-            save_file({"means": means, "deviations": deviations, "labels": labels}, partial)
+            save_tensors({"means": means, "deviations": deviations, "labels": labels}, partial)
     tensors = load_file(path)
     return tensors["means"], tensors["deviations"], tensors["labels"]
 

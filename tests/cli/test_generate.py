@@ -149,6 +149,11 @@ def test_odd_class_names_make_plain_file_names(tmp_path: Path) -> None:
     ]
 
 
+def test_tensor_files_are_as_readable_as_others(model: Path) -> None:
+    modes = {p.stat().st_mode & 0o777 for p in model.rglob("*") if p.is_file()}
+    assert len(modes) == 1, [oct(mode) for mode in modes]
+
+
 def test_list_labels(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(model, "--list-labels") == 0
     lines = capsys.readouterr().out.splitlines()

@@ -15,6 +15,7 @@ recognised is the ceiling for the generated images.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -110,6 +111,7 @@ def reconstruct(
 
     from dit_engine.pixels import to_uint8
 
+    vae = copy.deepcopy(vae).float()  # the stored weights may be half as wide
     device = vae.post_quant_conv.weight.device
     made = np.empty_like(images)
     for start in tqdm(range(0, len(images), batch_size), "VAE reconstructions"):

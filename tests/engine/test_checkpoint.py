@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Vectors
 from numerics import assert_close_to_reference
 from safetensors.torch import save_file
 from tiny import tiny_dit, tiny_vae
+from vectors import Vectors
 
 from dit_engine.checkpoint import (
     load_checkpoint,

@@ -9,11 +9,11 @@ import math
 
 import pytest
 import torch
-from conftest import Vectors
 from numerics import assert_close_to_reference, relative_error
 from published import GMACS_AND_MILLIONS
 from reference_embedding import fit_time_embedding, one_ulp_effect
 from torch import Tensor
+from vectors import Vectors
 
 from dit_engine.config import PUBLISHED, ModelConfig
 from dit_engine.guidance import guided

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Vectors
 from numerics import assert_close_to_reference, relative_error
 from reference_embedding import one_ulp_effect, vector_timestep_embedding
 from torch import Tensor
+from vectors import Vectors
 
 import dit_engine.model
 from dit_engine.guidance import guided

@@ -28,7 +28,8 @@ help: ## list these commands
 
 demo: $(VENV)/.base ## generate a labelled sheet with the built-in model (installs on first use)
 	@mkdir -p demo
-	$(BIN)/dit-generate --model builtin --labels $(DEMO_LABELS) --steps 50 -o demo/sheet.png
+	$(BIN)/dit-generate --model builtin --labels $(DEMO_LABELS) --steps 25 --sampler dpm++ \
+		--guidance-scale 2.5 --guidance-channels all --seed 100 -o demo/sheet.png
 
 test: $(VENV)/.test ## run the whole test suite; a part of it: make test ARGS="-k guidance"
 	$(BIN)/python -m pytest $(ARGS)

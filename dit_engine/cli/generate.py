@@ -86,7 +86,8 @@ def generate(arguments: argparse.Namespace) -> int:
     seconds = time.perf_counter() - began
     save(result, arguments.output, engine.label_names, arguments.columns)
     if not arguments.quiet:
-        kind, n = "latents" if output == "latent" else "images", len(result)
+        n = len(result)
+        kind = "latents" if output == "latent" else "image" if n == 1 else "images"
         rate = f"{n / seconds:.2f} a second"
         print(f"{n} {kind} in {seconds:.1f} s ({rate}) → {arguments.output}")
     return 0

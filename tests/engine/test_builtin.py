@@ -16,8 +16,8 @@ BUILTIN = ROOT / "dit_engine" / "builtin"
 EACH = 12
 # Bounds of the sample below, each with what was measured on a Zen 4 CPU.
 CLASSES_MOSTLY_RECOGNISED = 13  # of 16; 14: "slice" and "thumbs" are not
-RECOGNISED_OF_ALL = 0.75  # 0.81
-DISTANCE_OVER_FLOOR = 3.6  # 153.5 / 46.9 = 3.3
+RECOGNISED_OF_ALL = 0.72  # 0.79
+DISTANCE_OVER_FLOOR = 3.6  # 154.5 / 46.9 = 3.3
 
 
 @pytest.fixture(scope="module")

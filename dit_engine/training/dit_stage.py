@@ -63,9 +63,8 @@ def train_dit(
 def forward_bf16(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """The model computed in bfloat16 throughout, from its float32 weights, which get the gradients.
 
-    On a CPU with AVX-512 BF16 this took 0.76 s a step where autocast took 1.06 s (8 blocks of
-    width 256, 64 images of 64 tokens): a third of that by attention as plain products, whose
-    backward pass is 5 times as quick as the fused one's for so few tokens.
+    Autocast spends its time on converting activations, and the fused attention's backward pass is
+    slow on the CPU for so few tokens: there it is computed as plain products.
     """
     rounded = {name: weight.to(torch.bfloat16) for name, weight in model.named_parameters()}
     on_cpu = x.device.type == "cpu"

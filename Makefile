@@ -11,8 +11,10 @@ PYTHON ?= $(firstword $(shell for p in python3 python3.13 python3.12 python3.11 
 
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-# An installation is stale when the metadata, the pins or the set of import packages changed.
-INPUTS := setup.py constraints.txt dit_engine/_version.py \
+# An installation is stale when the metadata, the pins, the set of import packages or the sources of
+# the native kernels changed.
+INPUTS := setup.py constraints.txt dit_engine/_version.py CMakeLists.txt \
+	$(wildcard kernels/csrc/cpu/*.cpp kernels/csrc/cpu/*.h) \
 	$(wildcard kernels/dit_kernels/__init__.py export/dit_export/__init__.py \
 	benchmarks/dit_bench/__init__.py)
 
@@ -21,10 +23,10 @@ DEMO_LABELS := clay critters cutouts landscape marbles moods open-peeps pixel-ar
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint format train clean
+.PHONY: help demo test asan bench-cpu lint format train clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.base ## generate a labelled sheet with the built-in model (installs on first use)
 	@mkdir -p demo
@@ -33,6 +35,17 @@ demo: $(VENV)/.base ## generate a labelled sheet with the built-in model (instal
 
 test: $(VENV)/.test ## run the whole test suite; a part of it: make test ARGS="-k guidance"
 	$(BIN)/python -m pytest $(ARGS)
+
+asan: $(VENV)/.test ## run the native kernels' tests under AddressSanitizer and UBSan
+	$(BIN)/cmake -S . -B build/asan -DDIT_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX)
+	$(BIN)/cmake --build build/asan --parallel
+	LD_PRELOAD="$(foreach l,libasan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$l))" \
+		ASAN_OPTIONS=detect_leaks=0 DIT_KERNELS_LIBRARY=$(CURDIR)/build/asan/libdit_kernels_cpu.so \
+		$(BIN)/python -m pytest -q tests/kernels/test_native*.py \
+		--ignore tests/kernels/test_native_library.py $(ARGS)
+
+bench-cpu: $(VENV)/.bench ## measure the lean forward beside its peers, on an idle machine; write JSON
+	$(BIN)/python -m dit_bench.cpu $(ARGS)
 
 lint: $(VENV)/.lint ## check style, format and types
 	$(BIN)/ruff check .
@@ -48,6 +61,7 @@ train: $(VENV)/.train ## train a small model on the avatar set: two hours on 2 c
 
 clean: ## remove .venv, caches, build results and the demo's pictures
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .ruff_cache
+	rm -f kernels/dit_kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -66,6 +80,10 @@ $(VENV)/.test: $(INPUTS) | $(BIN)/python
 
 $(VENV)/.train: $(INPUTS) | $(BIN)/python
 	$(PIP_INSTALL) -e '.[train]'
+	@touch $(VENV)/.base $@
+
+$(VENV)/.bench: $(INPUTS) | $(BIN)/python
+	$(PIP_INSTALL) -e '.[bench,peers]'
 	@touch $(VENV)/.base $@
 
 # The type checker reads the optional packages too, so lint stands on the test installation.

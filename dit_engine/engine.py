@@ -15,8 +15,9 @@ from torch import Tensor
 from dit_engine._version import __version__
 from dit_engine.backends import Backend, create_backend, resolve_backend
 from dit_engine.checkpoint import build_model, build_vae, load_checkpoint
-from dit_engine.device import parse_device
-from dit_engine.guidance import guided, needs_unconditional, parse_scales
+from dit_engine.device import limited_threads, parse_device
+from dit_engine.fused_sampling import FusedDenoiser, sample_fused, step_coefficients, uses_noise
+from dit_engine.guidance import guided, guided_steps, parse_scales
 from dit_engine.labels import resolve_labels
 from dit_engine.memory import in_halves
 from dit_engine.model import DiT
@@ -73,6 +74,7 @@ class Engine:
         label_names: one name a class, if there are names.
         device: "cpu", "cuda", …; None chooses CUDA where there is one.
         max_batch_size: more images than this are made in several batches.
+        threads: CPU threads while generating, 1 or more; None leaves torch's setting alone.
         sources: where the weights came from, recorded with every result.
     """
 
@@ -83,10 +85,14 @@ class Engine:
         label_names: Sequence[str] | None = None,
         device: torch.device | str | None = None,
         max_batch_size: int = 32,
+        threads: int | None = None,
         sources: dict[str, str] | None = None,
     ) -> None:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size {max_batch_size} is not a positive integer")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads {threads} is not a positive integer")
+        self.threads = threads
         self.device = parse_device(device)
         self.model = model.eval()
         self.vae = None if vae is None else vae.eval()
@@ -109,6 +115,7 @@ class Engine:
         check_finite: bool = False,
         device: torch.device | str | None = None,
         max_batch_size: int = 32,
+        threads: int | None = None,
     ) -> Engine:
         """Load ``source``: "builtin", a file, a directory, or a hub id ("owner/name").
 
@@ -133,6 +140,7 @@ class Engine:
             checkpoint.label_names,
             device,
             max_batch_size,
+            threads,
             sources,
         )
 
@@ -180,9 +188,10 @@ class Engine:
             noise: "per-image", or "official": drawn as the reference does, the batch as a whole.
             latents: (N, C, S, S) to start from, in place of noise.
             step_noise: (steps, N, C, S, S), draw k for the k-th step taken.
-            backend: "auto", "eager" or "compile"; a named one works or raises.
-            precision: "fp32", "bf16" or "fp16", of the model. The sampler is always float32; the
-                VAE decodes in bfloat16 for "bf16" and in float32 otherwise.
+            backend: "auto", "lean", "eager" or "compile"; a named one works or raises.
+            precision: "fp32", "bf16" or "fp16", of the model; with "lean" also "int8" (on the CPU)
+                and "fp8" (on CUDA), which quantise the blocks' matrix products. The sampler is
+                always float32; the VAE decodes in float32 for "fp32" and "fp16", else in bfloat16.
             output: "pil", "np", "pt" or "latent"; None is "pil", or "latent" without a VAE.
             callback: called with a `Progress` after every step.
 
@@ -238,7 +247,7 @@ class Engine:
 
             return self._sample(runner, numbers[part], scales[part], settings, drawn, report)
 
-        with torch.inference_mode():
+        with torch.inference_mode(), limited_threads(self.threads):
             z = torch.cat(in_halves(run, n, self.max_batch_size, splittable=not as_a_whole))
             images = self._present(z, settings)
         record = self.sources | {"numerics": self.config.numerics, "version": __version__}
@@ -259,12 +268,20 @@ class Engine:
         schedule = make_schedule(settings.steps, settings.spacing)
         z = noise.start()  # (N, C, S, S)
         n = len(labels)
-        if needs_unconditional(scales, settings.guidance_interval, schedule.sigmas):
+        guides = guided_steps(scales, len(schedule), settings.guidance_interval, schedule.sigmas)
+        if guides.any():
             labels = labels + [self.config.null_class] * n
         denoiser = backend.prepare(
             torch.tensor(labels, device=self.device),
             torch.tensor(schedule.timesteps, device=self.device),
         )
+        if (fuse := getattr(denoiser, "fuse", None)) is not None:
+            table = step_coefficients(
+                settings.sampler, schedule, self.config.learn_sigma, settings.eta
+            )
+            channels = settings.guidance_channels or self.config.in_channels
+            fused: FusedDenoiser = fuse(table, scales, channels)
+            return sample_fused(fused, z, uses_noise(table), guides, noise, report)
         denoise = guided(
             denoiser,
             n,
@@ -284,7 +301,8 @@ class Engine:
             return z.cpu()
         assert self._decode is not None
         parts = z.split(self.max_batch_size)
-        decoded = torch.cat([self._decode(part, settings.precision).cpu() for part in parts])
+        lean = settings.backend == "lean"
+        decoded = torch.cat([self._decode(part, settings.precision, lean).cpu() for part in parts])
         if settings.output == "pt":
             return (decoded.clamp(-1, 1) + 1) / 2
         pixels = to_uint8(decoded)

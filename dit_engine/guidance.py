@@ -34,8 +34,8 @@ def guided(
 
     Args:
         denoiser: ``denoiser(x, k)``, x with M rows, uses the first M of its prepared labels. It was
-            prepared with 2N labels, [labels, null], or, where ``needs_unconditional`` is False,
-            with N.
+            prepared with 2N labels, [labels, null], or, where no step is guided
+            (``guided_steps``), with N.
         n: N.
         guidance_scale: one number, or one for each image. An image at exactly 1.0 is the
             conditional prediction, unguided; if all are, the unconditional half is never computed.
@@ -76,19 +76,20 @@ def guided(
     return denoise
 
 
-def needs_unconditional(
+def guided_steps(
     guidance_scale: float | Sequence[float] | Tensor,
+    steps: int,
     interval: Interval | None = None,
     sigmas: np.ndarray | None = None,
-) -> bool:
-    """Whether any step of ``guided`` with these arguments computes the unconditional half.
+) -> np.ndarray:
+    """(steps,) bool: the steps at which ``guided`` computes the unconditional half.
 
     Raises:
         ValueError: see ``guided``.
     """
     active = _active_steps(interval, sigmas)
     guides = bool((parse_scales(guidance_scale) != 1).any())
-    return guides and (active is None or bool(active.any()))
+    return np.full(steps, guides) if active is None else active & guides
 
 
 def parse_scales(guidance_scale: float | Sequence[float] | Tensor, n: int | None = None) -> Tensor:

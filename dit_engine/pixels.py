@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_engine.lean_vae import LeanDecoder
 from dit_engine.memory import is_out_of_memory
 from dit_engine.vae import AutoencoderKL
 
@@ -24,41 +25,50 @@ class LatentDecoder:
 
     def __init__(self, vae: AutoencoderKL, device: torch.device) -> None:
         self.vae, self.device = vae, device
-        self._placed: dict[torch.dtype, AutoencoderKL] = {}
+        self._plain: dict[torch.dtype, AutoencoderKL] = {}
+        self._lean: dict[torch.dtype, LeanDecoder] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, z: Tensor, precision: str) -> Tensor:
+    def __call__(self, z: Tensor, precision: str, lean: bool = False) -> Tensor:
         """Sampler latents z (N, c, h, w) → float32 images (N, 3, H, W), about [-1, 1].
 
-        Decoding is in bfloat16 for precision "bf16", else in float32: Stable Diffusion's decoder
-        overflows float16. In float32 on the CPU it goes image by image, so that an image's bits do
-        not depend on the batch. When memory runs short it goes image by image too, then tile by
-        tile, with a warning (tiles change colours a little).
+        Decoding is in float32 for precision "fp32" and "fp16" (Stable Diffusion's decoder
+        overflows float16), else in bfloat16; lean: by `LeanDecoder`. In float32 on the CPU it goes
+        image by image, so that an image's bits do not depend on the batch. When memory runs short
+        it goes image by image too, then tile by tile, with a warning (tiles change colours a
+        little).
         """
-        vae = self._in_dtype(torch.bfloat16 if precision == "bf16" else torch.float32)
-        z = (z / vae.config.scaling_factor).to(vae.post_quant_conv.weight.dtype)
+        dtype = torch.float32 if precision in ("fp32", "fp16") else torch.bfloat16
+        z = z / self.vae.config.scaling_factor
+        whole = self._lean_in(dtype) if lean else self._plain_in(dtype).decode
         tile = max(z.shape[-1] // 2, 4)
         attempts: list[tuple[str, Callable[[Tensor], Tensor]]] = [
-            ("image by image", vae.decode_sliced),
-            ("in tiles", lambda z: vae.decode_tiled(z, tile, tile // 4)),
+            ("image by image", lambda z: torch.cat([whole(part) for part in z.split(1)])),
+            ("in tiles", lambda z: self._plain_in(dtype).decode_tiled(z, tile, tile // 4)),
         ]
-        if self.device.type != "cpu" or precision == "bf16":
-            attempts.insert(0, ("whole", vae.decode))
+        if self.device.type != "cpu" or dtype != torch.float32:
+            attempts.insert(0, ("whole", whole))
         for i, (name, decode) in enumerate(attempts):
             if i > 0:
                 warnings.warn(f"out of memory in the VAE: decoding {name}", stacklevel=2)
             try:
-                return decode(z).float()
+                return decode(z.to(dtype)).float()
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
         raise MemoryError(f"out of memory in the VAE with tiles of {tile} latents")
 
-    def _in_dtype(self, dtype: torch.dtype) -> AutoencoderKL:
+    def _plain_in(self, dtype: torch.dtype) -> AutoencoderKL:
         with self._lock:
-            if dtype not in self._placed:
-                self._placed[dtype] = copy.deepcopy(self.vae).to(self.device, dtype)
-            return self._placed[dtype]
+            if dtype not in self._plain:
+                self._plain[dtype] = copy.deepcopy(self.vae).to(self.device, dtype)
+            return self._plain[dtype]
+
+    def _lean_in(self, dtype: torch.dtype) -> LeanDecoder:
+        with self._lock:
+            if dtype not in self._lean:
+                self._lean[dtype] = LeanDecoder(self.vae, dtype, self.device)
+            return self._lean[dtype]
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

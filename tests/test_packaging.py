@@ -101,7 +101,7 @@ def test_metadata_of_the_wheel(metadata: Message) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     base = {canonicalize_name(r.name) for r in requirements(metadata) if r.marker is None}
     assert base == {"torch", "numpy", "safetensors", "pillow", "huggingface-hub", "tqdm"}
-    extras = {"train", "bench", "diffusers", "test", "lint"}
+    extras = {"train", "bench", "diffusers", "peers", "test", "lint"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from dit_engine.model import DiT
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
 
 # name → (module, factory); the order is that of messages and help texts.
 _FACTORIES = {
     "eager": ("dit_engine.backends.eager", "EagerBackend"),
     "compile": ("dit_engine.backends.compile", "CompileBackend"),
+    "lean": ("dit_engine.backends.lean", "LeanBackend"),
 }
 BACKENDS = ("auto", *_FACTORIES)
 
@@ -45,9 +46,12 @@ Factory = Callable[[DiT, str, torch.device], Backend]
 
 
 def resolve_backend(name: str) -> str:
-    """The backend that ``name`` stands for; "auto" picks one. ValueError lists the known ones."""
+    """The backend that ``name`` stands for; "auto" is the quickest exact one.
+
+    Raises ValueError, which lists the known ones.
+    """
     if name == "auto":
-        return "eager"
+        return "lean"
     if name not in _FACTORIES:
         raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
     return name

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_engine.backends import Denoiser
+from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -19,6 +20,10 @@ class EagerBackend:
     """
 
     def __init__(self, model: DiT, precision: str, device: torch.device) -> None:
+        if precision not in DTYPES:
+            raise BackendUnavailable(
+                f"precision {precision!r} is for backend 'lean'; this one has {', '.join(DTYPES)}"
+            )
         self.dtype = DTYPES[precision]
         self.model = placed(model, self.dtype, device)
         self.forward: Callable[[Tensor, Tensor, Tensor], Tensor] = self.model

@@ -131,7 +131,7 @@ def state_from_diffusers(state: Mapping[str, Tensor], config: ModelConfig) -> di
         ValueError: missing or unknown keys, wrong shapes, embedders that differ between blocks.
     """
     official_shapes = model_shapes(config)
-    key_map = {**dict(_key_map(config.depth)), "pos_embed": (STORED_POSITIONS,)}
+    key_map = {**dict(official_to_diffusers(config.depth)), "pos_embed": (STORED_POSITIONS,)}
     shapes: dict[str, torch.Size] = {}
     for official, names in key_map.items():
         first, *rest = official_shapes[official]
@@ -158,7 +158,7 @@ def state_from_diffusers(state: Mapping[str, Tensor], config: ModelConfig) -> di
     }
 
 
-def _key_map(depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+def official_to_diffusers(depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Official key → the diffusers keys that make it, stacked along the first dimension."""
     for official, name in _EMBEDDERS.items():
         yield official, (_embedder(0, name),)

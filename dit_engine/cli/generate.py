@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--step-noise", type=Path, help="likewise: the noise of every step (steps, N, C, S, S)")
     add("--device", help="cpu, cuda, …; CUDA where there is one unless given")
     add("--max-batch-size", type=int, default=32, help="more images are made in several batches")
+    add("--threads", type=int, help="of the CPU; torch's own choice unless given")
     add("--quiet", action="store_true", help="no progress bar, no notes, nothing but errors")
     return parser
 
@@ -105,6 +106,7 @@ def load_engine(arguments: argparse.Namespace) -> Engine:
         check_finite=arguments.check_finite,
         device=parse_device(arguments.device),  # before the weights are read
         max_batch_size=arguments.max_batch_size,
+        threads=arguments.threads,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from tiny import tiny_dit, tiny_engine
 
 from dit_engine import Engine, __version__
 from dit_engine.backends import Backend, Denoiser, create_backend
+from dit_engine.lean import LeanTransformer
+from dit_engine.lean_vae import LeanDecoder
 from dit_engine.sampler import SAMPLERS
 from dit_engine.vae import AutoencoderKL
 
@@ -93,14 +96,25 @@ def test_one_guidance_scale_an_image(engine: Engine) -> None:
     assert mixed.settings["guidance_scale"] == [1.0, 2.5, 4.0]
 
 
-def test_no_unconditional_half_where_guidance_is_off() -> None:
+@pytest.mark.parametrize("backend", ["eager", "lean"])
+def test_no_unconditional_half_where_guidance_is_off(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows that the model really sees at each step: N without guidance, 2N with."""
     engine, rows = tiny_engine(), [0]
     engine.model.register_forward_pre_hook(lambda _, args: rows.append(rows.pop() + len(args[0])))
+    forward = LeanTransformer.forward
+
+    def counted(self: LeanTransformer, x: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        rows.append(rows.pop() + len(x))
+        return forward(self, x, modulation)
+
+    monkeypatch.setattr(LeanTransformer, "forward", counted)
 
     def rows_by_step(**options: object) -> list[int]:
         rows[:] = [0]
-        engine.generate([1, 2], seed=0, callback=lambda _: rows.append(0), **options, **FAST)
+        engine.generate([1, 2], seed=0, backend=backend, callback=lambda _: rows.append(0),
+                        **options, **FAST)  # fmt: skip
         return rows[:-1]
 
     assert rows_by_step(guidance_scale=1.0) == [2] * 4
@@ -176,6 +190,23 @@ def test_four_threads_share_a_fresh_engine(engine: Engine) -> None:
             assert np.array_equal(images, expected[i])
 
 
+def test_threads_hold_while_generating_and_no_longer() -> None:
+    engine, before = tiny_engine(threads=1), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        seen: list[int] = []
+        engine.generate(1, seed=0, callback=lambda _: seen.append(torch.get_num_threads()), **FAST)
+        assert seen == [1] * 4
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ValueError, match=r"^labels? "):
+            engine.generate(99, **FAST)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ValueError, match=r"^threads 0 is not a positive integer$"):
+        tiny_engine(threads=0)
+
+
 def test_what_a_generation_records(engine: Engine) -> None:
     z, draws = torch.zeros(1, 4, 8, 8), torch.ones(4, 1, 4, 8, 8)
     plain = engine.generate(1, seed=3, **FAST)
@@ -184,7 +215,7 @@ def test_what_a_generation_records(engine: Engine) -> None:
         "model": "memory", "numerics": "official", "version": __version__, "sampler": "ddpm",
         "steps": 4, "spacing": "official", "eta": 0.0, "guidance_scale": 4.0,
         "guidance_channels": 3, "guidance_interval": None, "noise": "per-image",
-        "precision": "fp32", "backend": "eager",
+        "precision": "fp32", "backend": "lean",
     }  # fmt: skip
     given = engine.generate(1, seed=3, latents=z, step_noise=draws, **FAST)
     assert given.seeds is None  # no random number was drawn
@@ -209,7 +240,7 @@ class Limited:
 def test_out_of_memory_halves_the_batch_and_says_so(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = engine.generate(range(6), seed=0, **FAST).images
+    expected = engine.generate(range(6), seed=0, backend="eager", **FAST).images
     limited = Limited(create_backend("eager", engine.model, "fp32", engine.device), rows=6)
     monkeypatch.setattr(engine, "_backend", lambda *_: limited)
     with pytest.warns(UserWarning, match="out of memory with a batch of 6: going on with 3"):
@@ -222,20 +253,26 @@ def test_out_of_memory_halves_the_batch_and_says_so(
         engine.generate([1, 2], seed=0, noise="official", **FAST)
 
 
-def test_out_of_memory_in_the_vae_decodes_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["eager", "lean"])
+def test_out_of_memory_in_the_vae_decodes_in_slices(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whole, then image by image, then in tiles of half the side (bf16: fp32 is never whole)."""
     engine = tiny_engine()
-    options = {"steps": 2, "seed": 1, "output": "pt", "precision": "bf16"}
+    options = {"steps": 2, "seed": 1, "output": "pt", "precision": "bf16", "backend": backend}
     expected = engine.generate([1, 2], **options).images
     limit = {"numel": 4 * 8 * 8}
-    decode = AutoencoderKL.decode
 
-    def refuse(vae: AutoencoderKL, z: torch.Tensor) -> torch.Tensor:
-        if z.numel() > limit["numel"]:
-            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate")
-        return decode(vae, z)
+    def limited(decode: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def refuse(decoder: object, z: torch.Tensor) -> torch.Tensor:
+            if z.numel() > limit["numel"]:
+                raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate")
+            return decode(decoder, z)
 
-    monkeypatch.setattr(AutoencoderKL, "decode", refuse)
+        return refuse
+
+    monkeypatch.setattr(AutoencoderKL, "decode", limited(AutoencoderKL.decode))
+    monkeypatch.setattr(LeanDecoder, "__call__", limited(LeanDecoder.__call__))
     with pytest.warns(UserWarning, match="decoding image by image"):
         images = engine.generate([1, 2], **options).images
     assert torch.allclose(images, expected, atol=0.02)  # bfloat16 in another order of summation

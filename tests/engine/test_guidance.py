@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_engine.guidance import check_channels, guided, needs_unconditional, parse_scales
+from dit_engine.guidance import check_channels, guided, guided_steps, parse_scales
 from dit_engine.schedule import make_schedule
 
 N, C, S = 3, 4, 2
@@ -72,7 +72,7 @@ def test_scale_one_never_computes_the_unconditional_half(scale: object) -> None:
     out = guided(model, N, scale)(z(), 0)
     assert model.rows == [N]
     assert torch.equal(out, model.output[:N])
-    assert not needs_unconditional(scale)
+    assert not guided_steps(scale, 5).any()
 
 
 def test_interval_computes_the_unconditional_half_only_inside() -> None:
@@ -88,14 +88,16 @@ def test_interval_computes_the_unconditional_half_only_inside() -> None:
         assert torch.equal(out, full if inside else model.output[:N])
 
 
-def test_needs_unconditional() -> None:
+def test_guided_steps() -> None:
     sigmas = make_schedule(10).sigmas
-    assert needs_unconditional(4.0)
-    assert needs_unconditional([1.0, 1.0, 1.5])
-    assert needs_unconditional(0.0)
-    assert needs_unconditional(4.0, (0.0, math.inf), sigmas)
-    assert not needs_unconditional(4.0, (200.0, 300.0), sigmas)
-    assert not needs_unconditional(1.0, (0.0, math.inf), sigmas)
+    assert guided_steps(4.0, 10).all()
+    assert guided_steps([1.0, 1.0, 1.5], 10).all()
+    assert guided_steps(0.0, 10).all()
+    assert guided_steps(4.0, 10, (0.0, math.inf), sigmas).all()
+    assert not guided_steps(4.0, 10, (200.0, 300.0), sigmas).any()
+    assert not guided_steps(1.0, 10, (0.0, math.inf), sigmas).any()
+    inside = guided_steps(4.0, 10, (float(sigmas[6]), float(sigmas[3])), sigmas)
+    assert inside.tolist() == [k in (3, 4, 5) for k in range(10)]
 
 
 def test_half_precision_predictions_are_combined_in_the_latents_dtype() -> None:

@@ -1,0 +1,158 @@
+"""Speed of the lean forward on this CPU beside its peers, as ratios from one interleaved run.
+
+``python -m dit_bench.cpu`` compares DiT-XL/2 at 256 px, DiT-S/2, the built-in model and the VAE's
+decoder with diffusers, OpenVINO and torch.compile on the same weights and inputs, prints a table
+and writes it as JSON. Every peer's result is compared with float32 eager first. Ratios mean
+something on an idle machine only: the load at the start is recorded. ``--profile`` tells where
+the lean forward's time goes instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_bench.cpu_report import environment, format_profile, format_table, slug
+from dit_bench.cpu_sections import (
+    Log,
+    Section,
+    Settings,
+    run_decode,
+    run_forward,
+    run_memory,
+    run_profile,
+)
+from dit_bench.hardware import cpu_model
+from dit_engine.cli.arguments import Parser
+from dit_engine.cli.destination import check_file
+from dit_engine.cli.errors import run_command
+from dit_engine.files import atomic_path
+
+# Models with the batches that they are measured at; then what is measured otherwise.
+BATCHES = {"XL/2": (2,), "S/2": (2, 16), "builtin": (2, 16)}
+WORKLOADS = (*BATCHES, "vae", "memory")
+COMPILE_MODES = ("default", "max-autotune")
+ROUNDS, QUICK_ROUNDS = 15, 3
+BUSY = 0.3  # load average above which the table says so
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def plan(arguments: argparse.Namespace, log: Log) -> list[Callable[[], Section]]:
+    """The sections to be measured, in order."""
+    quick = arguments.quick
+    settings = Settings(
+        arguments.rounds or (QUICK_ROUNDS if quick else ROUNDS),
+        arguments.threads,
+        COMPILE_MODES[:1] if quick else COMPILE_MODES,
+    )
+    if arguments.profile:
+        models = arguments.only or ["S/2" if quick else "XL/2"]
+        return [lambda name=name: run_profile(name, settings, log) for name in models]
+    chosen = arguments.only or (["S/2"] if quick else WORKLOADS)
+    jobs: list[Callable[[], Section]] = [
+        lambda name=name, batch=batch: run_forward(name, batch, settings, log)
+        for name in BATCHES
+        if name in chosen
+        for batch in (BATCHES[name][:1] if quick else BATCHES[name])
+    ]
+    if "vae" in chosen:
+        jobs.append(lambda: run_decode(settings, log))
+    if "memory" in chosen:
+        jobs.append(lambda: run_memory("S/2" if quick else "XL/2", settings, log))
+    return jobs
+
+
+def measure(arguments: argparse.Namespace, log: Log = print) -> dict[str, Any]:
+    """Everything that was asked for, as one JSON-ready dictionary."""
+    load = os.getloadavg()[0]
+    torch.set_num_threads(arguments.threads)
+    sections = []
+    for job in plan(arguments, log):
+        sections.append(job())
+        torch.compiler.reset()  # what was compiled holds its model's weights
+        gc.collect()
+    return {"load_average": load, **environment(), "sections": sections}
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The table of everything measured, and what it was measured on."""
+    hardware, versions = report["hardware"], report["versions"]
+    rows = [row for section in report["sections"] for row in section.get("rows", [])]
+    lines = [format_table(rows)] if rows else []
+    lines += [format_profile(section) for section in report["sections"] if "profile" in section]
+    found = ", ".join(f"{name} {value or '(not installed)'}" for name, value in versions.items())
+    threads, instructions = hardware["torch_threads"], " ".join(report["instruction_sets"])
+    lines += ["", f"{hardware['cpu']}, {threads} threads, {instructions}; {found}"]
+    if report["load_average"] > BUSY:
+        lines.append(
+            f"The machine was busy (load average {report['load_average']:.2f} at the start): "
+            f"these figures are not to be quoted."
+        )
+    return "\n".join(lines)
+
+
+def destination(arguments: argparse.Namespace) -> Path | None:
+    """Where the JSON goes: as asked, else among the results if the run was a whole one."""
+    if arguments.json is not None:
+        return arguments.json
+    whole = not (arguments.quick or arguments.only or arguments.profile)
+    return RESULTS / f"cpu-{slug(cpu_model())}.json" if whole and RESULTS.is_dir() else None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser("python -m dit_bench.cpu", "The lean forward beside its peers on this CPU.")
+    add = parser.add_argument
+    add("--quick", action="store_true", help=f"S/2 at batch 2, {QUICK_ROUNDS} rounds, one compile")
+    add("--rounds", type=_positive, help=f"of interleaved timing ({ROUNDS} unless given)")
+    add("--threads", type=_positive, default=torch.get_num_threads(), help="of every runtime")
+    add("--only", nargs="+", choices=WORKLOADS, metavar="WORKLOAD", help=", ".join(WORKLOADS))
+    add("--profile", action="store_true", help="where the lean forward's time goes, and no peers")
+    add("--json", type=Path, help="write every figure here (whole runs: benchmarks/results)")
+    return parser
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raise a one-line ValueError for options that do not go together."""
+    count = os.cpu_count() or 1
+    if arguments.threads > count:
+        raise ValueError(f"threads {arguments.threads} is above the {count} of this machine")
+    for name in arguments.only or ():
+        if arguments.profile and name not in BATCHES:
+            raise ValueError(f"--profile {name}: choose one of {', '.join(BATCHES)}")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+
+    def command() -> int:
+        check(arguments)
+        path = destination(arguments)
+        if path is not None:
+            check_file(path)  # before the long run
+        report = measure(arguments)
+        print(format_report(report))
+        if path is not None:
+            with atomic_path(path) as partial:
+                partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            print(f"written to {path}")
+        return 0
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

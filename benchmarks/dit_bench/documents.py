@@ -1,0 +1,109 @@
+"""Writes measured figures into documents, so that none is ever typed.
+
+``python -m dit_bench.documents results.json README.md …`` replaces what stands between
+``<!-- quality -->`` and ``<!-- /quality -->`` in each file by the table of a `dit_bench.quality`
+report, or between ``<!-- cpu -->`` and ``<!-- /cpu -->`` by that of a `dit_bench.cpu` report.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dit_engine.cli.arguments import Parser
+from dit_engine.cli.errors import run_command
+from dit_engine.files import atomic_path
+
+_NAMES = {
+    "generated": "generated images",
+    "vae_reconstruction": "held-out images through the VAE (the best a DiT could do)",
+    "floor": "held-out images, the other half (the floor of this N)",
+}
+
+
+def quality_table(report: dict[str, Any]) -> str:
+    """Markdown of a `dit_bench.quality` report: distances with their N, recognition, settings."""
+    settings, hardware = report["settings"], report["hardware"]
+    lines = [f"| {report['metric']} to held-out images | N | distance |", "|---|---|---|"]
+    for key, name in _NAMES.items():
+        d = report["distances"][key]
+        lines.append(f"| {name} | {d['n']} against {d['n_reference']} | {d['value']:.1f} |")
+    made, real = (report["recognised"][key] for key in ("generated", "held_out"))
+    speed = made["n"] / report["seconds"]["generated"]
+    interval = settings["guidance_interval"]
+    between = f" for σ in {interval[0]:g} to {interval[1]:g}" if interval else ""
+    summary = (
+        f"{made['fraction']:.1%} of the generated images lie nearest to their own class's mean "
+        f"feature, {real['fraction']:.1%} of the held-out ones do. {settings['sampler']}, "
+        f"{settings['steps']} steps, guidance {settings['guidance_scale']:g}{between} on "
+        f"{settings['guidance_channels'] or 'all'} channels, {settings['precision']}, backend "
+        f"{settings['backend']}; {speed:.1f} images a second, features included, on "
+        f"{hardware['cpu']} with {hardware['torch_threads']} threads."
+    )
+    lines += ["", summary]
+    return "\n".join(lines) + "\n"
+
+
+def cpu_table(report: dict[str, Any]) -> str:
+    """Markdown of a `dit_bench.cpu` report: every ratio with both times, and what it ran on."""
+    rows = [row for section in report["sections"] for row in section.get("rows", [])]
+    lines = ["| on the CPU | ratio | at most | ms |", "|---|---|---|---|"]
+    for row in rows:
+        bar = "" if row["bar"] is None else f"{row['bar']:.2f}"
+        if "skipped" in row:
+            continue
+        if "memory" in row:
+            ratio, times = row["memory"]["ratio"], ""
+            name = "peak memory ÷ (weights + activations)"
+        else:
+            ratio = row["ratio"]["median"]
+            times = f"{row['ours_ms']:.3g} ÷ {row['theirs_ms']:.3g}"
+            name = f"{row['ours']} ÷ {row['theirs']}"
+        lines.append(f"| {row['workload']}: {name} | {ratio:.2f} | {bar} | {times} |")
+    hardware, versions = report["hardware"], report["versions"]
+    known = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    summary = (
+        f"{hardware['cpu']}, {hardware['torch_threads']} threads, with "
+        f"{', '.join(report['instruction_sets'])}; {known}. Medians of interleaved rounds; the "
+        "same weights and inputs, results compared before timing."
+    )
+    lines += ["", summary]
+    return "\n".join(lines) + "\n"
+
+
+def update_document(text: str, block: str, table: str) -> str:
+    """``text`` with ``table`` in its ``block``. Raises ValueError where there is none."""
+    pattern = re.compile(f"(<!-- {block} -->\n).*?(<!-- /{block} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"no '<!-- {block} -->' … '<!-- /{block} -->' block")
+    return pattern.sub(lambda match: match[1] + table + match[2], text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m dit_bench.documents", description="Write figures into files.")
+    parser.add_argument("results", type=Path, help="JSON of python -m dit_bench.quality or .cpu")
+    parser.add_argument("documents", type=Path, nargs="+")
+    arguments = parser.parse_args(argv)
+
+    def command() -> int:
+        report = json.loads(arguments.results.read_text(encoding="utf-8"))
+        block = "cpu" if "sections" in report else "quality"
+        table = cpu_table(report) if block == "cpu" else quality_table(report)
+        for path in arguments.documents:
+            try:
+                text = update_document(path.read_text(encoding="utf-8"), block, table)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            with atomic_path(path) as partial:
+                partial.write_text(text, encoding="utf-8")
+        return 0
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

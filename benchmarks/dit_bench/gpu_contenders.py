@@ -1,0 +1,118 @@
+"""Ways to run a whole model, each behind the same two calls: evaluate it, and time it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit_engine.backends import Backend, Denoiser
+from dit_engine.errors import BackendUnavailable
+
+Evaluate = Callable[[Tensor, int], Tensor]
+
+# x0 = ε and z' = x0: a sampler's step whose outcome is the model's own prediction.
+_PREDICTION = (0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A backend in a precision, run in some form.
+
+    Attributes:
+        form: "forward" calls the denoiser. "graph" replays a CUDA graph of that call, which takes
+            the launches out: what a plain model could be at best. "step" is a whole sampler step
+            of a backend that fuses it, which is more than a forward.
+        late: measured after the others, because it takes long to get ready.
+        timed: timed after the check, or checked only, with two rows.
+    """
+
+    name: str
+    backend: str
+    precision: str
+    form: Literal["forward", "graph", "step"] = "forward"
+    late: bool = False
+    timed: bool = True
+
+    @property
+    def quantized(self) -> bool:
+        return self.precision in ("int8", "fp8")
+
+    @property
+    def generates(self) -> bool:
+        """`Engine.generate` knows backends and precisions, and chooses the form itself."""
+        return self.form == "forward" and self.timed
+
+
+EAGER = Contender("eager bf16", "eager", "bf16")
+CUDA_CONTENDERS = (
+    EAGER,
+    Contender("eager bf16 graph", "eager", "bf16", "graph"),
+    Contender("lean bf16", "lean", "bf16"),
+    Contender("lean bf16 step", "lean", "bf16", "step"),
+    Contender("lean fp8", "lean", "fp8"),
+    Contender("lean fp8 step", "lean", "fp8", "step"),
+    Contender("lean fp32", "lean", "fp32", timed=False),
+    Contender("compile bf16", "compile", "bf16", late=True),
+    Contender("compile bf16 graph", "compile", "bf16", "graph", late=True),
+)
+
+
+def evaluator(
+    contender: Contender, backend: Backend, labels: Tensor, timesteps: Tensor, like: Tensor
+) -> Evaluate:
+    """(x (B, C, S, S), step) → the prediction, all its channels or epsilon's alone.
+
+    Args:
+        labels: (B,); timesteps: (K,); like: an x, for its shape and device.
+
+    Raises BackendUnavailable for a form that the backend does not have.
+    """
+    denoiser = backend.prepare(labels, timesteps)
+    if contender.form == "step":
+        return _stepped(contender, denoiser, len(timesteps), like)
+    if contender.form == "graph":
+        return _graphed(denoiser, like)
+    return denoiser
+
+
+def _stepped(contender: Contender, denoiser: Denoiser, steps: int, like: Tensor) -> Evaluate:
+    fuse = getattr(denoiser, "fuse", None)
+    if fuse is None:
+        raise BackendUnavailable(f"backend {contender.backend!r} has no fused sampler step")
+    scales = torch.ones(len(like))
+    fused = fuse(np.tile(np.array(_PREDICTION), (steps, 1)), scales, like.shape[1])
+    zeros = torch.zeros_like(like)
+    return lambda x, step: fused.guided_step(x, zeros, zeros, step, False)[0]
+
+
+def _graphed(denoiser: Denoiser, like: Tensor) -> Evaluate:
+    """A graph a step, captured when first asked for; its result is overwritten by the next."""
+    static = torch.empty_like(like)
+    graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def capture(step: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        stream = torch.cuda.Stream(like.device)
+        stream.wait_stream(torch.cuda.current_stream(like.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # libraries allocate their workspaces before the capture
+                denoiser(static, step)
+        torch.cuda.current_stream(like.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = denoiser(static, step)
+        return graph, result
+
+    def evaluate(x: Tensor, step: int) -> Tensor:
+        static.copy_(x)
+        if step not in graphs:
+            graphs[step] = capture(step)
+        graph, result = graphs[step]
+        graph.replay()
+        return result
+
+    return evaluate

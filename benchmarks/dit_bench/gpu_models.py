@@ -1,0 +1,264 @@
+"""Forward passes and whole generations of the published sizes, checked before they are timed.
+
+The weights are random, the modulations' too (as initialised for training they would be zero, and
+every block the identity); a pass takes as long as with trained ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_bench.budget import Budget, OutOfTime
+from dit_bench.ceilings import Ceilings
+from dit_bench.gpu_contenders import CUDA_CONTENDERS, EAGER, Contender, Evaluate, evaluator
+from dit_bench.gpu_inputs import TIMESTEPS, Inputs, loop_flops, own_backend, random_model
+from dit_bench.gpu_report import Report, failure, skipped
+from dit_bench.operator_checks import DeviceLost, check_device, largest, relative_error, rms_error
+from dit_bench.timing import interleave
+from dit_engine.config import ModelConfig
+from dit_engine.engine import Engine
+from dit_engine.errors import BackendUnavailable
+from dit_engine.memory import is_out_of_memory
+from dit_kernels import Unavailable
+
+ERROR_RATIO = 2.0
+"""Of a half-precision forward: its error over the eager model's in bf16, at most."""
+FP32_ERROR = 1e-5
+"""Of a float32 forward, at most, relative to the eager model."""
+QUANTIZED_RMS = 0.25
+"""Of a quantised forward: beyond it the output is wrong. How good it is, the record says."""
+LATENT_RATIO = 4.0
+"""Of a generation's latents: half precision's error over the eager model's in bf16, at most."""
+CHECK_BATCH = 2
+ITEM_SECONDS = 100.0
+STEPS, GUIDANCE = 20, 4.0
+_REFERENCE_IMAGES = 8  # float32 is slow: batches up to this are compared with it
+
+Row = dict[str, Any]
+
+
+@dataclass
+class ModelBenchmark:
+    """Records rows in ``report``'s sections "forwards" and "generate".
+
+    Attributes:
+        batches: rows of a forward; images: of a generation, two rows each for guidance.
+    """
+
+    report: Report
+    device: torch.device
+    budget: Budget
+    ceilings: Ceilings
+    contenders: Sequence[Contender] = CUDA_CONTENDERS
+    batches: Sequence[int] = (1, 2, 8, 32, 64)
+    images: Sequence[int] = (1, 8, 32)
+    rounds: int = 20
+    _dead: dict[str, str] = field(default_factory=dict)
+
+    def run(self, configs: dict[str, ModelConfig]) -> None:
+        """Measure each model, in order; each may use as much of the time left as those to come,
+        the first three times that.
+
+        Raises `DeviceLost` where nothing more could be measured.
+        """
+        whole = self.budget
+        for i, (name, config) in enumerate(configs.items()):
+            weight = 3 if i == 0 else 1
+            self.budget = whole.part(weight / (len(configs) - i - 1 + weight))
+            row = {"model": name, "contender": "all", "batch": "all"}
+            try:
+                self._measure(name, config)
+            except OutOfTime as late:
+                self.report.record("forwards", row | skipped(late))
+            except DeviceLost:
+                raise
+            except Exception as broken:
+                check_device(self.device, name)
+                self.report.record("forwards", row | failure(broken))
+        self.budget = whole
+
+    def _measure(self, name: str, config: ModelConfig) -> None:
+        with self.budget.limit(ITEM_SECONDS):
+            engine = Engine(random_model(config, self.device), device=self.device,
+                            max_batch_size=max(self.images))  # fmt: skip
+        self._dead = {}
+        for waits in (False, True):
+            chosen = [c for c in self.contenders if c.late == waits]
+            for batch in self.batches if chosen else ():
+                self._forwards(name, engine, batch, chosen)
+            for images in self.images:
+                self._generations(name, engine, images, [c for c in chosen if c.generates])
+        torch.compiler.reset()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _forwards(
+        self, name: str, engine: Engine, batch: int, contenders: Sequence[Contender]
+    ) -> None:
+        contenders = [c for c in contenders if c.timed or batch == CHECK_BATCH]
+        rows: dict[str, Row] = {}
+        passed: dict[str, Evaluate] = {}
+
+        def attempt(contender: Contender, find: Callable[[], tuple[Row, Evaluate]]) -> None:
+            row = {"model": name, "contender": contender.name, "batch": batch}
+            if contender.name in self._dead:
+                row |= skipped(self._dead[contender.name])
+            else:
+                row |= self._guarded(contender.name, find, passed)
+            rows[contender.name] = row
+
+        try:
+            with self.budget.limit(ITEM_SECONDS):
+                inputs = Inputs(engine, batch)
+                eager = self._evaluator(EAGER, engine, inputs)
+                allowed = [inputs.error(eager, step) for step in range(len(TIMESTEPS))]
+        except OutOfTime as late:
+            for contender in contenders:
+                row = {"model": name, "contender": contender.name, "batch": batch}
+                self.report.record("forwards", row | skipped(late))
+            return
+        for contender in contenders:
+            attempt(contender, lambda c=contender: self._check(c, engine, inputs, allowed))
+        timed = {c.name: passed[c.name] for c in contenders if c.timed and c.name in passed}
+        if timed:
+            # The eager model anchors every group: ratios to it come from the same rounds.
+            calls = {k: _bound(f, inputs.x) for k, f in {EAGER.name: eager, **timed}.items()}
+            try:
+                with self.budget.limit(ITEM_SECONDS):
+                    taken = interleave(calls, self.rounds, device=self.device, seconds=2.0)
+            except OutOfTime as late:
+                for key in timed:
+                    rows[key] |= skipped(late)
+            except Exception as broken:
+                check_device(self.device, f"the timing of {name}")
+                for key in timed:
+                    rows[key] |= failure(broken)
+            else:
+                flops = loop_flops(engine.config) * batch
+                ceiling = self.ceilings.matmul_tflop_s.get("bf16")
+                for key in timed:
+                    ms = taken.ms(key)
+                    rate = flops / ms.median / 1e9
+                    rows[key] |= {
+                        "ms": {"q10": ms.low, "median": ms.median, "q90": ms.high},
+                        "rounds": taken.rounds,
+                        "tflop_s": rate,
+                        "percent_of_bf16_ceiling": 100 * rate / ceiling if ceiling else None,
+                        "speedup_over_eager": taken.ratio(EAGER.name, key).median,
+                    }
+        for row in rows.values():
+            self.report.record("forwards", row)
+
+    def _evaluator(self, contender: Contender, engine: Engine, inputs: Inputs) -> Evaluate:
+        backend = own_backend(engine, contender.backend, contender.precision)
+        return evaluator(contender, backend, inputs.labels, inputs.timesteps, inputs.x)
+
+    def _check(
+        self, contender: Contender, engine: Engine, inputs: Inputs, allowed: Sequence[float]
+    ) -> tuple[Row, Evaluate]:
+        run = self._evaluator(contender, engine, inputs)
+        worst: Row = {"status": "ok", "error": 0.0, "rms_error": 0.0, "eager_bf16_error": 0.0}
+        for step, budget in enumerate(allowed):
+            output = run(inputs.xs[step], step).clone()  # buffers may be used again
+            exact = inputs.exact[step][:, : output.shape[1]]
+            error, rms = relative_error(output, exact), rms_error(output, exact)
+            for name, value in (
+                ("error", error),
+                ("rms_error", rms),
+                ("eager_bf16_error", budget),
+            ):
+                worst[name] = largest([worst[name], value])
+            if contender.quantized:
+                wrong = not rms <= QUANTIZED_RMS
+                rule = f"rms error {rms:.3g}, allowed is {QUANTIZED_RMS:g}"
+            else:
+                limit = FP32_ERROR if contender.precision == "fp32" else ERROR_RATIO * budget
+                wrong = not error <= limit
+                rule = f"error {error:.3g}, allowed is {limit:.3g}"
+            if wrong:
+                raise Wrong(f"{rule} (time step {TIMESTEPS[step]})", worst)
+        return worst, run
+
+    def _guarded(
+        self, key: str, find: Callable[[], tuple[Row, Any]], passed: dict[str, Any]
+    ) -> Row:
+        """The outcome of ``find`` as a row's part; what comes with it goes into ``passed``."""
+        if self.budget.left() <= 0:
+            return skipped("time budget")
+        try:
+            with self.budget.limit(ITEM_SECONDS):
+                row, passed[key] = find()
+                return row
+        except OutOfTime as late:
+            self._dead[key] = f"{late} at another batch size"  # and would again
+            return skipped(late)
+        except Wrong as wrong:
+            return wrong.row | {"status": "failed", "reason": str(wrong)}
+        except (BackendUnavailable, Unavailable, ImportError) as reason:
+            return skipped(reason)
+        except Exception as broken:
+            if is_out_of_memory(broken):
+                return skipped("out of memory")
+            check_device(self.device, key)
+            return failure(broken)
+
+    def _generations(
+        self, name: str, engine: Engine, images: int, contenders: Sequence[Contender]
+    ) -> None:
+        references: dict[str, Tensor] = {}
+
+        def latents(backend: str, precision: str) -> Tensor:
+            labels = [i % engine.config.num_classes for i in range(images)]
+            return engine.generate(
+                labels, steps=STEPS, sampler="dpm++", guidance_scale=GUIDANCE, seed=0,
+                backend=backend, precision=precision, output="latent",
+            ).images  # fmt: skip
+
+        def measure(contender: Contender) -> tuple[Row, None]:
+            if images <= _REFERENCE_IMAGES and not references:
+                for precision in ("fp32", "bf16"):
+                    references[precision] = latents("eager", precision)
+            found = latents(contender.backend, contender.precision)  # and the warm-up
+            row: Row = {"status": "ok", "steps": STEPS, "guidance_scale": GUIDANCE}
+            if not bool(found.isfinite().all()):
+                raise Wrong("latents hold NaN or infinity", row)
+            if references:
+                error = rms_error(found, references["fp32"])
+                eager = rms_error(references["bf16"], references["fp32"])
+                row |= {"rms_error": error, "eager_bf16_rms_error": eager}
+                if not contender.quantized and not error <= LATENT_RATIO * eager:
+                    limit = LATENT_RATIO * eager
+                    raise Wrong(f"latents' rms error {error:.3g}, allowed is {limit:.3g}", row)
+            seconds = []
+            while len(seconds) < 3 and sum(seconds) < 4.0:
+                start = time.perf_counter()
+                latents(contender.backend, contender.precision)
+                seconds.append(time.perf_counter() - start)
+            middle = sorted(seconds)[len(seconds) // 2]
+            return row | {"seconds": seconds, "images_per_s": images / middle}, None
+
+        for contender in contenders:
+            row = {"model": name, "contender": contender.name, "batch": images}
+            if contender.name in self._dead:
+                row |= skipped(self._dead[contender.name])
+            else:
+                row |= self._guarded(contender.name, lambda c=contender: measure(c), {})
+            self.report.record("generate", row)
+
+
+class Wrong(Exception):
+    """An output outside its error budget; ``row`` holds what is known of it."""
+
+    def __init__(self, message: str, row: Row) -> None:
+        super().__init__(message)
+        self.row = row
+
+
+def _bound(run: Evaluate, x: Tensor) -> Callable[[], Tensor]:
+    return lambda: run(x, 1)

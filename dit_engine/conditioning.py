@@ -1,0 +1,92 @@
+"""Everything that depends on (time step, label) alone, computed before the sampling loop.
+
+A DiT block sees t and y only through its six modulation vectors (paper, section 3.2), which do not
+depend on the latents. Hoisting them takes the adaLN weights, a third of DiT-XL's parameters, out of
+the loop.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_engine.model import Block, DiT, FinalLayer
+
+TABLE_BYTES = 256 * 2**20
+"""Bound of a table's memory, unless a single step needs more: later steps wait their turn."""
+
+
+class Conditioning:
+    """Copies of a DiT's conditioning weights; those of adaLN are in ``dtype``, on ``device``.
+
+    The embedders stay in the model's own dtype: they run once a table. Nothing here refers to the
+    model, whose file, if it is mapped into memory, could not leave it otherwise.
+    """
+
+    def __init__(self, model: DiT, dtype: torch.dtype, device: torch.device) -> None:
+        self.config = model.config
+        self.dtype, self.device = dtype, device
+        self.t_embedder = copy.deepcopy(model.t_embedder)
+        self.y_embedder = copy.deepcopy(model.y_embedder)
+        heads: list[nn.Linear] = []
+        for layer in [*model.blocks, model.final_layer]:
+            assert isinstance(layer, Block | FinalLayer)
+            head = layer.adaLN_modulation[1]
+            assert isinstance(head, nn.Linear)
+            heads.append(head)
+        self.heads = [
+            (h.weight.to(device, dtype, copy=True), h.bias.to(device, dtype, copy=True))
+            for h in heads
+        ]
+        self.width = sum(len(bias) for _, bias in self.heads)
+
+    def rows(self, timesteps: Tensor, labels: Tensor, by_label: bool) -> Tensor:
+        """Modulations (K, L, width) of time steps (K,) × labels (L,).
+
+        by_label: one product a label, so that a label's bits do not depend on the others.
+        """
+        home = self.y_embedder.embedding_table.weight.device
+        t = self.t_embedder(timesteps.to(home))  # (K, D)
+        y = self.y_embedder(labels.to(home))  # (L, D)
+        c = F.silu(t[:, None] + y).to(self.device, self.dtype)  # (K, L, D)
+        table = torch.empty(*c.shape[:2], self.width, dtype=self.dtype, device=self.device)
+        for part in range(len(labels)) if by_label else (slice(None),):
+            at = 0
+            for weight, bias in self.heads:
+                table[:, part, at : at + len(bias)] = F.linear(c[:, part], weight, bias)
+                at += len(bias)
+        return table
+
+
+class ModulationTable:
+    """Modulations of every step for a batch's labels, a bounded number of steps at a time.
+
+    Args:
+        labels: (N,) class of each row; timesteps: (K,) in the order in which they are taken.
+        by_label: see `Conditioning.rows`; the number of steps at a time then does not depend on
+            the other labels either.
+    """
+
+    def __init__(
+        self, conditioning: Conditioning, labels: Tensor, timesteps: Tensor, by_label: bool
+    ) -> None:
+        self.conditioning, self.timesteps, self.by_label = conditioning, timesteps, by_label
+        self.labels, self.index = labels.unique(return_inverse=True)  # (L,), (N,)
+        row = conditioning.width * torch.empty(0, dtype=conditioning.dtype).element_size()
+        step = row * (conditioning.config.num_classes + 1 if by_label else len(self.labels))
+        self.chunk = max(1, min(len(timesteps), TABLE_BYTES // step))
+        self._first = -1
+        self._table = torch.empty(0)
+
+    def step(self, k: int, rows: int, out: Tensor | None = None) -> Tensor:
+        """Modulations (rows, width) of step k for the first ``rows`` labels."""
+        first = k - k % self.chunk
+        if first != self._first:
+            self._table = torch.empty(0)  # freed before the next chunk is made
+            steps = self.timesteps[first : first + self.chunk]
+            self._table = self.conditioning.rows(steps, self.labels, self.by_label)
+            self._first = first
+        return torch.index_select(self._table[k - first], 0, self.index[:rows], out=out)

@@ -1,0 +1,173 @@
+"""The lean forward: packed weights, fused operators, and nothing in the loop that can be outside.
+
+The same function as `dit_engine.model.DiT.forward_conditioned`, from modulations that were made
+before the loop (`dit_engine.conditioning`). Shape letters: M rows, T tokens, D width, p patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_engine.model import NORM_EPS, Block, DiT
+from dit_kernels import PackedLinear, QuantizedLinear
+from dit_kernels.checks import HEAD_DIM_LIMIT
+from dit_kernels.choose import implementation, launcher
+from dit_kernels.linear import row_quantizer
+
+Run = Callable[..., Any]
+
+
+class Product(Protocol):
+    """A linear layer from the norm's or an activation's output to ``dtype``."""
+
+    def __call__(self, h: Any, /, gelu: bool = False) -> Tensor: ...
+
+
+@dataclass
+class LeanBlock:
+    qkv: Product
+    proj: Product
+    fc1: Product
+    fc2: Product
+
+
+class LeanTransformer:
+    """A DiT's weights, packed in ``dtype`` on ``device``; the model itself is left as it is.
+
+    Args:
+        quantized: None, or "int8" (CPU) or "fp8" (CUDA): the four linears of every block then
+            run in it, with one scale a row; the others stay in ``dtype``.
+    """
+
+    def __init__(
+        self, model: DiT, dtype: torch.dtype, device: torch.device, quantized: str | None = None
+    ) -> None:
+        self.config, self.dtype, self.device = model.config, dtype, device
+        self.norms: Norms = QuantizedNorms(device, quantized) if quantized else Norms(device)
+        self.attention = _attention(model, device)
+
+        def packed(layer: nn.Linear) -> Product:
+            weight, bias = layer.weight.to(device, dtype), layer.bias.to(device, dtype)
+            if quantized is None:
+                return PackedLinear(weight, bias)
+            product = QuantizedLinear(layer.weight.to(device), layer.bias.to(device), quantized,
+                                      dtype)  # fmt: skip
+            return lambda h, gelu=False: product(*h, gelu=gelu).view(*h[1].shape, -1)
+
+        self.blocks: list[LeanBlock] = []
+        for b in model.blocks:
+            assert isinstance(b, Block)
+            layers = (b.attn.qkv, b.attn.proj, b.mlp.fc1, b.mlp.fc2)
+            self.blocks.append(LeanBlock(*map(packed, layers)))
+        embed = model.x_embedder.proj
+        assert embed.bias is not None
+        # The input is narrow (p·p·C): in float32 it costs nothing and rounds nothing.
+        weight = embed.weight.flatten(1).to(device, torch.float32)  # (D, C·p·p)
+        self.patches = PackedLinear(weight, embed.bias.to(device, torch.float32))
+        self.positions = model.pos_embed.to(device, torch.float32, copy=True)  # (1, T, D)
+        final = model.final_layer.linear
+        self.final = PackedLinear(final.weight.to(device, dtype), final.bias.to(device, dtype))
+        self.rows_are_independent = self.final.rows_are_independent
+
+    def embed(self, z: Tensor, out: Tensor) -> None:
+        """Latents z (M, C, S, S) → tokens (M, T, D) in ``out``."""
+        m, c, s, _ = z.shape
+        p = self.config.patch_size
+        patches = z.view(m, c, s // p, p, s // p, p).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(m, -1, c * p * p).float()  # (M, T, C·p·p)
+        out.copy_(self.patches(patches).add_(self.positions))
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """Tokens x (M, T, D), overwritten, and modulations (M, 6·D·depth + 2·D) → the final
+        layer's output (M, T, p·p·C_out)."""
+        config, norms = self.config, self.norms
+        d, eps = config.hidden_size, config.mlp_norm_eps
+        vectors = modulation.split(d, dim=1)  # 6 a block and 2 at the end, each (M, D)
+        h = norms.first(x, vectors[0], vectors[1], NORM_EPS)
+        for i, block in enumerate(self.blocks):
+            _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors[6 * i : 6 * i + 6]
+            attended = self.attention(block.qkv(h), config.num_heads)  # (M, T, D)
+            y = block.proj(norms.activation(attended))
+            h = norms.next(x, y, gate_msa, shift_mlp, scale_mlp, eps)
+            y = block.fc2(norms.activation(block.fc1(h, gelu=True)))
+            # The end of this block with the start of the next, or of the final layer.
+            shift, scale = vectors[6 * i + 6 : 6 * i + 8]
+            if i + 1 < len(self.blocks):
+                h = norms.next(x, y, gate_mlp, shift, scale, NORM_EPS)
+            else:
+                h = norms.last(x, y, gate_mlp, shift, scale, NORM_EPS)
+        return self.final(h)
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """(M, T, p·p·C_out) → (M, C_out, S, S)."""
+        p, c = self.config.patch_size, self.config.out_channels
+        side = self.config.input_size // p
+        patches = tokens.view(-1, side, side, p, p, c).permute(0, 5, 1, 3, 2, 4)
+        return patches.reshape(-1, c, side * p, side * p)
+
+
+def _attention(model: DiT, device: torch.device) -> Run:
+    """(packed qkv (M, T, 3·D), heads) → (M, T, D)."""
+    config = model.config
+    d = config.hidden_size // config.num_heads
+    fused = launcher("attention", device)
+    if d % 8 == 0 and d <= HEAD_DIM_LIMIT and implementation("attention", "auto", device) is fused:
+        return fused
+
+    def by_torch(qkv: Tensor, num_heads: int) -> Tensor:
+        q, k, v = qkv.unflatten(2, (3, num_heads, d)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    return by_torch
+
+
+class Norms:
+    """adaLN between the products: x is updated in place, its modulated norm returned."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._first: Run = launcher("layernorm_modulate", device)
+        self._next: Run = launcher("gate_residual_layernorm_modulate", device)
+
+    def first(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Any:
+        return self._first(x, shift, scale, eps)
+
+    def next(
+        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+    ) -> Any:
+        return self.last(x, y, gate, shift, scale, eps)
+
+    def last(
+        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+    ) -> Tensor:
+        # y has been read when its row is written: the norm takes its memory.
+        self._next(x, y, gate, shift, scale, eps, out=(x, y))
+        return y
+
+    def activation(self, h: Tensor) -> Any:
+        """What the next product takes, from an activation h (M, T, K)."""
+        return h
+
+
+class QuantizedNorms(Norms):
+    """The same, with (codes, row scales) for the next product."""
+
+    def __init__(self, device: torch.device, kind: str) -> None:
+        super().__init__(device)
+        self._quantize = row_quantizer(kind, device)
+
+    def first(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Any:
+        return self._quantize(super().first(x, shift, scale, eps))
+
+    def next(
+        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+    ) -> Any:
+        return self._quantize(self.last(x, y, gate, shift, scale, eps))
+
+    def activation(self, h: Tensor) -> Any:
+        return self._quantize(h)

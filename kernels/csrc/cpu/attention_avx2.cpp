@@ -1,0 +1,7 @@
+#include "attention_float.h"
+
+namespace dit {
+
+int attention_avx2(const AttentionCall& call) { return float_attention(call); }
+
+}  // namespace dit

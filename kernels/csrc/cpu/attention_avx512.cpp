@@ -1,0 +1,7 @@
+#include "attention_float.h"
+
+namespace dit {
+
+int attention_avx512(const AttentionCall& call) { return float_attention(call); }
+
+}  // namespace dit

@@ -1,0 +1,53 @@
+// Argument checks of the C interface.
+
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "api.h"
+
+namespace dit {
+namespace {
+
+inline int64_t size_of(int dtype) { return dtype == Dtype::f32 || dtype == Dtype::s32 ? 4 : 2; }
+
+inline bool known(int dtype) { return dtype >= Dtype::f32 && dtype <= Dtype::f16; }
+
+inline bool aligned(const void* p, int64_t bytes) {
+    return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
+}
+
+// What turns an int8 code into the one that was asked for.
+inline uint8_t flip_of(int unsigned_codes) { return unsigned_codes ? 0x80 : 0; }
+
+// All sizes ≥ 0 and their product representable, so that offsets in bytes are too.
+template <class... Sizes>
+bool sizes_fit(Sizes... sizes) {
+    int64_t total = 16;
+    for (const int64_t size : {static_cast<int64_t>(sizes)...}) {
+        if (size < 0 || __builtin_mul_overflow(total, size == 0 ? 1 : size, &total)) return false;
+    }
+    return true;
+}
+
+struct Pointer {
+    const void* data;
+    int64_t alignment;
+    bool required = true;
+};
+
+template <int count>
+int check_pointers(const Pointer (&pointers)[count]) {
+    for (const Pointer& p : pointers) {
+        if (p.data == nullptr && p.required) return null_pointer;
+        if (!aligned(p.data, p.alignment)) return misaligned;
+    }
+    return ok;
+}
+
+}  // namespace
+}  // namespace dit
+
+#define DIT_CHECK(condition, error) \
+    if (!(condition)) return error

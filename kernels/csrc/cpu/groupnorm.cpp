@@ -1,0 +1,118 @@
+// Group norm, with or without SiLU, over channels-last images.
+
+#include <cmath>
+
+#include "checks.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace dit {
+namespace {
+
+struct Moments {
+    double mean, squares;  // squares: Σ (x − mean)²
+};
+
+// Of a group of channels, from the sums about each channel's first value.
+Moments merge_channels(const float* first, const float* sum, const float* squares, int64_t channels,
+                       double pixels) {
+    double mean = 0, within = 0, between = 0;
+    for (int64_t i = 0; i < channels; ++i) mean += first[i] + sum[i] / pixels;
+    mean /= static_cast<double>(channels);
+    for (int64_t i = 0; i < channels; ++i) {
+        const double offset = sum[i] / pixels, centre = first[i] + offset - mean;
+        within += squares[i] - sum[i] * offset;
+        between += centre * centre;
+    }
+    return {mean, within + pixels * between};
+}
+
+// The pixels of one piece of an image. It depends on the image alone: the sums, and so the result,
+// are the same for any number of threads.
+int64_t piece_of(int64_t pixels) {
+    const int64_t sixteenth = pixels / 16;
+    return sixteenth < 64 ? 64 : sixteenth > 512 ? 512 : sixteenth;
+}
+
+}  // namespace
+}  // namespace dit
+
+using namespace dit;
+
+extern "C" {
+
+// x, out (n, pixels, c), contiguous; weight and bias (c,). out may be x.
+DIT_API int dit_groupnorm_silu(const void* x, const void* weight, const void* bias, void* out,
+                               int64_t n, int64_t pixels, int64_t c, int64_t groups, float eps,
+                               int dtype, int weight_dtype, int has_silu, int threads) {
+    DIT_CHECK(known(dtype) && known(weight_dtype), bad_dtype);
+    DIT_CHECK(threads >= 1, bad_threads);
+    DIT_CHECK(c >= 1 && groups >= 1 && c % groups == 0 && sizes_fit(n, pixels, c), bad_size);
+    if (n * pixels == 0) return ok;
+    const int64_t size = size_of(dtype), weight_size = size_of(weight_dtype);
+    const int wrong = check_pointers(
+        {{x, size}, {out, size}, {weight, weight_size}, {bias, weight_size}});
+    if (wrong != ok) return wrong;
+    const Kernels* table = kernels();
+    DIT_CHECK(table != nullptr, no_isa);
+
+    const int64_t piece = piece_of(pixels), pieces = (pixels + piece - 1) / piece;
+    const int64_t channels = c / groups;
+    const Scratch<float> scratch(3 * c * threads), factors((2 * n + 2) * c);
+    const Scratch<Moments> moments(n * pieces * groups);
+    DIT_CHECK(scratch.data() && factors.data() && moments.data(), no_memory);
+    float *mean = factors.data(), *factor = mean + n * c;
+    float *wide_weight = factor + n * c, *wide_bias = wide_weight + c;
+    table->to_float[weight_dtype](weight, wide_weight, c);
+    table->to_float[weight_dtype](bias, wide_bias, c);
+    const auto each_piece = [&](const auto& f) {
+        share(n * pieces, rows_per_thread(piece * c), threads,
+              [&](int64_t begin, int64_t end, int thread) {
+                  for (int64_t k = begin; k < end; ++k) {
+                      const int64_t first = k % pieces * piece, left = pixels - first;
+                      const int64_t offset = (k / pieces * pixels + first) * c * size;
+                      f(k, offset, left < piece ? left : piece, thread);
+                  }
+              });
+    };
+
+    each_piece([&](int64_t k, int64_t offset, int64_t count, int thread) {
+        float *first = scratch.data() + 3 * c * thread, *sum = first + c, *squares = sum + c;
+        table->moments[dtype](static_cast<const char*>(x) + offset, count, c, first, sum, squares);
+        for (int64_t g = 0; g < groups; ++g) {
+            const int64_t at = g * channels;
+            moments.data()[k * groups + g] = merge_channels(
+                first + at, sum + at, squares + at, channels, static_cast<double>(count));
+        }
+    });
+
+    for (int64_t image = 0; image < n; ++image) {
+        for (int64_t g = 0; g < groups; ++g) {
+            double count = 0;
+            Moments all{0, 0};
+            for (int64_t k = 0; k < pieces; ++k) {  // two sets of numbers into one (Chan et al.)
+                const Moments& m = moments.data()[(image * pieces + k) * groups + g];
+                const int64_t left = pixels - k * piece;
+                const auto more = static_cast<double>((left < piece ? left : piece) * channels);
+                const double apart = m.mean - all.mean, total = count + more;
+                all.squares += m.squares + apart * apart * count * more / total;
+                all.mean += apart * more / total;
+                count = total;
+            }
+            const double inverse = 1 / std::sqrt(all.squares / count + eps);
+            for (int64_t i = image * c + g * channels; i < image * c + (g + 1) * channels; ++i) {
+                mean[i] = static_cast<float>(all.mean);
+                factor[i] = static_cast<float>(inverse * wide_weight[i - image * c]);
+            }
+        }
+    }
+
+    each_piece([&](int64_t k, int64_t offset, int64_t count, int) {
+        const int64_t at = k / pieces * c;
+        table->normalize[dtype](static_cast<const char*>(x) + offset,
+                                static_cast<char*>(out) + offset, count, c, mean + at, factor + at,
+                                wide_bias, has_silu != 0);
+    });
+    return ok;
+}
+}

@@ -1,0 +1,62 @@
+// The two passes of group norm over channels-last pixels.
+
+#pragma once
+
+namespace dit {
+namespace {
+
+template <class T>
+void moments(const void* x, int64_t pixels, int64_t c, float* first, float* sum, float* squares) {
+    const T* pixel = static_cast<const T*>(x);
+    sweep(c, [&](int64_t i, auto part, int) __attribute__((always_inline)) {
+        store(first + i, load(pixel + i, part), part);
+        store(sum + i, set(0), part);
+        store(squares + i, set(0), part);
+    });
+    // Few enough pixels at a time that all their channels stay in the first-level cache.
+    constexpr int64_t cached = 16384;
+    const int64_t fitting = cached / (c * static_cast<int64_t>(sizeof(T)));
+    const int64_t step = fitting < 4 ? 4 : fitting;
+    for (int64_t begin = 0; begin < pixels; begin += step) {
+        const int64_t end = begin + step < pixels ? begin + step : pixels;
+        sweep(c, [&](int64_t i, auto part, int) __attribute__((always_inline)) {
+            const Vec origin = load(first + i, part);
+            Vec total = load(sum + i, part), total_squares = load(squares + i, part);
+            for (int64_t k = begin; k < end; ++k) {
+                const Vec v = sub(load(pixel + k * c + i, part), origin);
+                total = add(total, v);
+                total_squares = fma(v, v, total_squares);
+            }
+            store(sum + i, total, part);
+            store(squares + i, total_squares, part);
+        });
+    }
+}
+
+template <bool has_silu, class T>
+void normalize_pixels(const void* x, void* out, int64_t pixels, int64_t c, const float* mean,
+                      const float* factor, const float* bias) {
+    for (int64_t k = 0; k < pixels; ++k) {
+        const T* from = static_cast<const T*>(x) + k * c;
+        T* to = static_cast<T*>(out) + k * c;
+        sweep(c, [&](int64_t i, auto part, int) __attribute__((always_inline)) {
+            const Vec centred = sub(load(from + i, part), load(mean + i, part));
+            Vec v = fma(centred, load(factor + i, part), load(bias + i, part));
+            if constexpr (has_silu) v = silu<T>(v);
+            store(to + i, v, part);
+        });
+    }
+}
+
+template <class T>
+void normalize(const void* x, void* out, int64_t pixels, int64_t c, const float* mean,
+               const float* factor, const float* bias, bool has_silu) {
+    if (has_silu) {
+        normalize_pixels<true, T>(x, out, pixels, c, mean, factor, bias);
+    } else {
+        normalize_pixels<false, T>(x, out, pixels, c, mean, factor, bias);
+    }
+}
+
+}  // namespace
+}  // namespace dit

@@ -1,0 +1,97 @@
+// The inner loops that exist once for each instruction set, and the table to choose them from.
+
+#pragma once
+
+#include <cstdint>
+
+#include "api.h"
+
+namespace dit {
+
+// A row (D,) for each image, its own number of elements apart (0: the same for all).
+struct Modulation {
+    const void* data;
+    int64_t stride;
+    int dtype;
+};
+
+// Rows of x (N·T, D) in one pass: x + gate·y if y is given → residual; then the modulated norm → out,
+// or its codes and scales if scales is given; neither if out is null.
+struct NormArgs {
+    const void* x;
+    const void* y;
+    Modulation gate, shift, scale;
+    void* residual;
+    void* out;
+    float* scales;
+    int64_t t, d;
+    float eps;
+    uint8_t flip;  // 0x80 for codes + 128 in uint8, otherwise 0
+};
+
+// Rows of x (rows, d) → codes and scales, of GELU(x + bias) if gelu.
+struct QuantizeArgs {
+    const void* x;
+    const float* bias;
+    uint8_t* codes;
+    float* scales;
+    int64_t d;
+    bool gelu;
+    uint8_t flip;
+};
+
+// out = acc · row_scale · col_scale + bias for rows of acc (rows, cols), less col_offset first.
+// All but acc, row_scale and out may be null.
+struct DequantizeArgs {
+    const void* acc;
+    const float* row_scale;
+    const float* col_scale;
+    const int32_t* col_offset;
+    const float* bias;
+    void* out;
+    int64_t cols;
+    bool gelu;
+};
+
+struct GuidedStepArgs {
+    const void* tokens;  // (M, T, p·p·C_out)
+    const float* z;      // (N, C, S, S), like x0_before, noise, z_next and x0
+    const float* x0_before;
+    const float* noise;
+    const float* guidance_scale;  // (N,)
+    const float* coefficients;    // (9,)
+    float* z_next;
+    float* x0;
+    int64_t n, c, c_out, s, p, guided_channels;
+    bool guided, learned;
+};
+
+constexpr int dtypes = 3;
+
+// Functions of [begin, end) do those rows. Arrays are indexed by Dtype.
+struct Kernels {
+    // scratch: 4·d floats
+    void (*norm[dtypes])(const NormArgs&, int64_t begin, int64_t end, float* scratch);
+    // scratch: d floats
+    void (*quantize[dtypes])(const QuantizeArgs&, int64_t begin, int64_t end, float* scratch);
+    // [type of x][type of out]; null where there is none. bias may be null.
+    void (*gelu[dtypes][dtypes])(const void* x, const float* bias, void* out, int64_t count);
+    // [type of acc][type of out]; null where there is none
+    void (*dequantize[dtypes + 1][dtypes])(const DequantizeArgs&, int64_t begin, int64_t end);
+    // For each channel of x (pixels, c): its first value, and Σ(x − first), Σ(x − first)².
+    void (*moments[dtypes])(const void* x, int64_t pixels, int64_t c, float* first, float* sum,
+                            float* squares);
+    // out = (x − mean) · factor + bias, then SiLU if asked.
+    void (*normalize[dtypes])(const void* x, void* out, int64_t pixels, int64_t c,
+                              const float* mean, const float* factor, const float* bias, bool silu);
+    // Rows of pixels of all images: [0, N·S).
+    void (*guided_step[dtypes])(const GuidedStepArgs&, int64_t begin, int64_t end);
+    void (*to_float[dtypes])(const void* x, float* out, int64_t count);
+};
+
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
+
+// Those of isa(), or null if this machine has none.
+const Kernels* kernels();
+
+}  // namespace dit

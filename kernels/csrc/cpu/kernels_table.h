@@ -1,0 +1,36 @@
+// The table of kernels for the vectors that were included before this file.
+
+#pragma once
+
+#include "kernels.h"
+#include "vector_math.h"
+
+#include "elementwise_kernels.h"
+#include "groupnorm_kernels.h"
+#include "guided_step_kernels.h"
+#include "norm_kernels.h"
+#include "quantize_kernels.h"
+
+namespace dit {
+namespace {
+
+constexpr Kernels make_kernels() {
+    return {
+        {norm<float>, norm<Bf16>, norm<F16>},
+        {quantize<float>, quantize<Bf16>, quantize<F16>},
+        {{gelu_all<float, float>, gelu_all<float, Bf16>, gelu_all<float, F16>},
+         {nullptr, gelu_all<Bf16, Bf16>, nullptr},
+         {nullptr, nullptr, gelu_all<F16, F16>}},
+        {{dequantize<float, float>, dequantize<float, Bf16>, dequantize<float, F16>},
+         {nullptr, dequantize<Bf16, Bf16>, nullptr},
+         {nullptr, nullptr, dequantize<F16, F16>},
+         {dequantize<int32_t, float>, dequantize<int32_t, Bf16>, dequantize<int32_t, F16>}},
+        {moments<float>, moments<Bf16>, moments<F16>},
+        {normalize<float>, normalize<Bf16>, normalize<F16>},
+        {guided_step<float>, guided_step<Bf16>, guided_step<F16>},
+        {to_float<float>, to_float<Bf16>, to_float<F16>},
+    };
+}
+
+}  // namespace
+}  // namespace dit

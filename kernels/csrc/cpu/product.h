@@ -1,0 +1,44 @@
+// y = x·Wᵀ + b with weights packed once: their layout, and the calls.
+//
+// A step is the 4 bytes of an input row that one instruction multiplies: 1 float32, 2 bfloat16 or 4
+// codes. A panel is 48 outputs, 3 vectors (the last may have fewer): for each step the 4 bytes of
+// every output, one after another, zeros where K or M ends. Panels follow each other.
+
+#pragma once
+
+#include <cstdint>
+
+namespace dit {
+
+constexpr int codes_dtype = 4;  // int8 weights; beside Dtype
+
+constexpr int64_t vector_width = 16, panel_vectors = 3, panel_width = vector_width * panel_vectors;
+
+namespace {
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+// Sizes: x (rows, k), bias (m,), out (rows, m). For codes: x is code + 128 as uint8, with a scale a
+// row and a scale an output; col_offset (m,) is 128 · the sum of an output's weights.
+struct ProductCall {
+    const void* x;
+    const void* packed;
+    const float* bias;  // may be null
+    void* out;
+    const float* row_scale;
+    const float* col_scale;
+    const int32_t* col_offset;
+    int64_t rows, k, m;
+    int out_dtype;
+    bool gelu;
+    int threads;
+};
+
+// Each returns an Error. The order in which an output's products are added depends on k alone.
+int product_f32_avx512bf16(const ProductCall& call);
+int product_bf16_avx512bf16(const ProductCall& call);
+int product_codes_avx512bf16(const ProductCall& call);
+
+}  // namespace dit

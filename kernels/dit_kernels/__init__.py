@@ -1,0 +1,31 @@
+"""Fused operators of Diffusion Transformers: torch references, Triton and native CPU kernels."""
+
+from dit_kernels import library as library  # registers dit_kernels::* with torch.library
+from dit_kernels.choose import IMPLEMENTATIONS, Unavailable, available
+from dit_kernels.linear import PackedLinear, QuantizedLinear, linear, linear_gelu
+from dit_kernels.operators import (
+    attention,
+    gate_residual,
+    gate_residual_layernorm_modulate,
+    groupnorm_silu,
+    guided_step,
+    layernorm_modulate,
+    layernorm_modulate_quantize,
+)
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "PackedLinear",
+    "QuantizedLinear",
+    "Unavailable",
+    "attention",
+    "available",
+    "gate_residual",
+    "gate_residual_layernorm_modulate",
+    "groupnorm_silu",
+    "guided_step",
+    "layernorm_modulate",
+    "layernorm_modulate_quantize",
+    "linear",
+    "linear_gelu",
+]

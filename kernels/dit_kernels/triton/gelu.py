@@ -1,0 +1,38 @@
+"""tanh-GELU, elementwise: for products whose library has no such epilogue."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_kernels.triton.launch import launch
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _gelu_kernel(
+    x,  # contiguous
+    out,  # contiguous
+    total,  # number of elements
+    BLOCK: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = tl.arange(0, BLOCK)
+    mask = first + offsets < total
+    value = tl.load(x + first + offsets, mask=mask, other=0.0).to(tl.float32)
+    # ½(1 + tanh u) is sigmoid(2u), with √(2/π)(x + 0.044715x³) for u.
+    inner = 1.5957691216057308 * value * (1 + 0.044715 * value * value)
+    tl.store(out + first + offsets, (value * tl.sigmoid(inner)).to(out.dtype.element_ty), mask=mask)
+
+
+def gelu(x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """x of any shape, contiguous; ``out`` may be x."""
+    if out is None:
+        out = torch.empty_like(x)
+    if x.numel() == 0:
+        return out
+    launch(_gelu_kernel, -(-x.numel() // _BLOCK), x, out, x.numel(), BLOCK=_BLOCK, num_warps=4)
+    return out

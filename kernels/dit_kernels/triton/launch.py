@@ -1,0 +1,52 @@
+"""What every launcher needs: a launch on the right device, and tile sizes that fit a width."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def launch(kernel: Any, programs: int, x: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Start ``programs`` of a kernel whose first argument is x, on x's device and current stream.
+
+    Triton launches on the current device, which need not be the tensor's.
+    """
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    with torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext():
+        kernel[(programs,)](x, *arguments, **constants)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is at least ``size``."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def split(size: int, smallest_tail: int = 1) -> tuple[int, int]:
+    """``size`` as a power of two and a smaller one, the second 0 when one is enough.
+
+    A tile's length is a power of two: 1152 as 1024 + 128 wastes nothing where 2048 wastes 44 %.
+    The last part may reach past ``size`` and is masked: 72 with tails of at least 16 is 64 + 16.
+    """
+    head = power_of_two(size + 1) // 2
+    if head == size:
+        return size, 0
+    tail = max(power_of_two(size - head), smallest_tail)
+    return (head, tail) if tail < head else (2 * head, 0)
+
+
+class RowTiles(NamedTuple):
+    """Tiles of the kernels that take whole rows of width D."""
+
+    head: int
+    tail: int
+    rows: int  # of one image, in one program: they share the loads of its shift, scale and gate
+    num_warps: int
+
+
+def row_tiles(width: int) -> RowTiles:
+    head, tail = split(width)
+    # About 2,048 elements a program: 16 a thread, and at DiT's widths a row is never shared.
+    return RowTiles(head, tail, min(max(2048 // head, 1), 4), min(max(head // 256, 4), 16))

@@ -1,0 +1,174 @@
+"""The lean forward against the reference model."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from numerics import assert_close_to_reference, relative_error
+from tiny import tiny_dit, tiny_engine
+from torch import Tensor
+
+import dit_engine.conditioning as conditioning_module
+from dit_engine.backends import create_backend
+from dit_engine.config import ModelConfig
+from dit_engine.errors import BackendUnavailable
+from dit_engine.model import DiT
+from dit_engine.sampler import SAMPLERS
+
+CPU = torch.device("cpu")
+WIDTHS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # published widths and their heads
+
+
+def inputs(model: DiT, n: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    config = model.config
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 4, config.input_size, config.input_size, generator=generator)
+    timesteps = torch.tensor([999, 400, 0])
+    labels = torch.tensor([1, config.null_class, 1, 5][:n])
+    return x, timesteps, labels
+
+
+def run(backend: str, model: DiT, precision: str, n: int = 3) -> Tensor:
+    x, timesteps, labels = inputs(model, n)
+    denoise = create_backend(backend, model, precision, CPU).prepare(labels, timesteps)
+    with torch.inference_mode():
+        return torch.stack([denoise(x, k) for k in range(len(timesteps))])
+
+
+def exact(model: DiT, n: int = 3) -> Tensor:
+    """float64, from float32 embeddings of t as everywhere."""
+    x, timesteps, labels = inputs(model, n)
+    wide = copy.deepcopy(model).double()
+    with torch.no_grad():
+        return torch.stack([wide(x.double(), t.expand(n), labels) for t in timesteps])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_float32_equals_eager_on_every_published_width(width: int) -> None:
+    model = tiny_dit(hidden_size=width, num_heads=WIDTHS[width], input_size=12)
+    assert relative_error(run("lean", model, "fp32"), run("eager", model, "fp32")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"learn_sigma": False},
+        {"patch_size": 4},
+        {"num_heads": 4, "hidden_size": 48},  # head dimension 12: no kernel has it
+        {"depth": 1},
+        {"numerics": "diffusers"},
+    ],
+)
+def test_float32_equals_eager_on_other_shapes(overrides: dict[str, object]) -> None:
+    model = tiny_dit(**overrides)
+    assert relative_error(run("lean", model, "fp32"), run("eager", model, "fp32")) < 1e-5
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_bfloat16_is_at_most_twice_as_far_off_as_eager(width: int) -> None:
+    model = tiny_dit(hidden_size=width, num_heads=WIDTHS[width], input_size=12, depth=4)
+    eager = run("eager", model, "bf16")
+    assert_close_to_reference(run("lean", model, "bf16"), exact(model), same_dtype=eager)
+
+
+def test_int8_error_is_that_of_seven_bits() -> None:
+    model = tiny_dit(hidden_size=384, num_heads=6, depth=4)
+    error = relative_error(run("lean", model, "int8"), exact(model))
+    # A step of 1/127 of a row's maximum, over four blocks of random weights; a wrong scale, zero
+    # point or channel would give an error near 1.
+    assert 1e-3 < error < 0.05
+
+
+def test_the_model_is_left_as_it_is() -> None:
+    model = tiny_dit()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for precision in ("fp32", "bf16", "int8"):
+        run("lean", model, precision)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("limit", [1, 50_000])
+def test_a_table_of_few_steps_gives_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    model = tiny_dit()
+    whole = run("lean", model, "fp32")
+    monkeypatch.setattr(conditioning_module, "TABLE_BYTES", limit)
+    assert relative_error(run("lean", model, "fp32"), whole) < 1e-6
+
+
+def test_the_table_stays_within_its_bound() -> None:
+    model = DiT(ModelConfig.named("DiT-S/8", image_size=256)).eval()
+    backend = create_backend("lean", model, "bf16", CPU)
+    steps = torch.arange(999, -1, -1)
+    denoise = backend.prepare(torch.arange(8), steps)
+    for k in (0, 500, 999):
+        denoise(torch.zeros(8, 4, 32, 32), k)
+        table = denoise.table._table
+        assert 0 < table.nbytes <= conditioning_module.TABLE_BYTES
+        assert len(table) < len(steps)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_generate_equals_eager(sampler: str) -> None:
+    engine = tiny_engine()
+    options = {"labels": ["ant", 3, "cat"], "steps": 5, "sampler": sampler, "seed": 4,
+               "guidance_scale": [1.0, 4.0, 2.0], "output": "latent"}  # fmt: skip
+    eager = engine.generate(backend="eager", **options).images
+    assert relative_error(engine.generate(backend="lean", **options).images, eager) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance_interval": (0.5, 10.0)},
+        {"guidance_scale": 1.0},
+        {"guidance_channels": None},
+        {"noise": "official"},
+    ],
+)
+def test_generate_equals_eager_with_options(options: dict[str, object]) -> None:
+    engine = tiny_engine()
+    common = {"labels": [1, 2], "steps": 6, "seed": 0, "output": "latent"} | options
+    eager = engine.generate(backend="eager", **common).images
+    assert relative_error(engine.generate(backend="lean", **common).images, eager) < 1e-5
+
+
+def test_an_image_depends_on_its_own_label_and_seed_only() -> None:
+    engine = tiny_engine()
+    options = {"steps": 4, "output": "latent", "backend": "lean"}
+    batch = engine.generate([3, 1, 4], seeds=[11, 12, 13], **options).images
+    for i, (label, seed) in enumerate(((3, 11), (1, 12), (4, 13))):
+        assert torch.equal(engine.generate(label, seed=seed, **options).images[0], batch[i])
+    reverse = engine.generate([4, 1, 3], seeds=[13, 12, 11], **options).images
+    assert torch.equal(reverse.flip(0), batch)
+
+
+def test_threads_share_an_engine() -> None:
+    engine = tiny_engine()
+    options = {"steps": 4, "output": "latent", "backend": "lean"}
+    expected = [engine.generate(i, seed=i, **options).images for i in range(4)]
+    results: dict[int, Tensor] = {}
+
+    def work(i: int) -> None:
+        results[i] = engine.generate(i, seed=i, **options).images
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        assert torch.equal(results[i], expected[i])
+
+
+def test_precisions_that_a_backend_or_device_has_not() -> None:
+    model = tiny_dit()
+    with pytest.raises(BackendUnavailable, match=r"^precision 'int8' is for backend 'lean'"):
+        create_backend("eager", model, "int8", CPU)
+    with pytest.raises(BackendUnavailable, match=r"^precision 'fp8': fp8 products are for CUDA"):
+        create_backend("lean", model, "fp8", CPU)

@@ -1,0 +1,275 @@
+"""What every kernel needs on every GPU: registers, shared memory, matrix instructions.
+
+``python tests/kernels/triton/kernel_resources.py`` (with kernels/ and tests/ on PYTHONPATH)
+compiles, without a GPU, what the launchers launch, and writes ``resources.json`` beside it; run it
+after a change of a kernel or of Triton and read the difference.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+TABLE = Path(__file__).with_name("resources.json")
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+PROCESSORS = 132
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
+}
+
+
+class Case(NamedTuple):
+    """One call of a launcher, compiled for one compute capability."""
+
+    operator: str
+    capability: int
+    dtype: torch.dtype
+    sizes: tuple[int, ...]  # as the functions in ARGUMENTS take them
+    codes: torch.dtype | None = None
+
+    @property
+    def name(self) -> str:
+        types = [TYPES[t] for t in (self.dtype, self.codes) if t is not None]
+        sizes = "x".join(map(str, self.sizes))
+        return f"sm_{self.capability} {self.operator} {sizes} {' '.join(types)}"
+
+
+class Resources(NamedTuple):
+    registers: int  # a thread
+    shared_bytes: int
+    spills: int  # instructions that move registers to or from local memory
+    matrix: dict[str, int]  # tensor-core instruction → how many
+
+
+def cases() -> list[Case]:
+    """What is compiled.
+
+    Attention: every architecture, head dimension and 16-bit dtype, as the code differs in each.
+    Row kernels: every published width and both dtypes on 9.0; elsewhere the widest and the
+    narrowest in bfloat16, since the compiler sees the same program: no tensor cores, the same tile
+    sizes, and only the conversion instructions differ between the dtypes.
+    """
+    half, brain, full = torch.float16, torch.bfloat16, torch.float32
+    found: list[Case] = []
+    for sm in CAPABILITIES:
+        variants = ["attention"] + ["attention_tma"] * (sm >= 90)
+        for d in (64, 72):
+            for variant in variants:
+                # 16 images fill a GPU with tiles of 128 queries, 2 images take those of 64.
+                found += [Case(variant, sm, t, (16, 256, 16, d)) for t in (brain, half)]
+                found += [Case(variant, sm, brain, (2, 256, 16, d))]
+        for width in (384, 1152):
+            found += [
+                Case(operator, sm, brain, (2, 256, width))
+                for operator in ("layernorm_modulate", "gate_residual_layernorm_modulate")
+            ]
+        found.append(Case("gate_residual", sm, brain, (2, 256, 1152)))
+        for codes in [torch.int8] + [torch.float8_e4m3fn] * (sm >= 89):
+            found.append(Case("layernorm_modulate_quantize", sm, brain, (2, 256, 1152), codes))
+            found.append(Case("quantize_rows", sm, brain, (2, 256, 4608), codes))
+        found.append(Case("groupnorm_silu", sm, brain, (1, 512, 64)))
+        found.append(Case("guided_step", sm, brain, (2, 32)))
+        found.append(Case("gelu", sm, brain, (2, 256, 4608)))
+    for sm in (80, 90):  # ragged tokens, a small model's, and exact float32
+        found.append(Case("attention", sm, brain, (16, 1001, 16, 72)))
+        found.append(Case("attention", sm, brain, (2, 16, 4, 32)))
+        found.append(Case("attention", sm, brain, (16, 256, 16, 128)))
+        found += [Case("attention", sm, full, (2, 256, 16, d)) for d in (64, 72, 128)]
+    found.append(Case("attention_tma", 90, brain, (16, 1001, 16, 72)))
+    # A size of 1 becomes a constant, which is another program.
+    found += [
+        Case(variant, 90, brain, (1, 1, 16, 72)) for variant in ("attention", "attention_tma")
+    ]
+    found.append(Case("gate_residual_layernorm_modulate", 90, brain, (1, 1, 1152)))
+    found.append(Case("groupnorm_silu", 90, brain, (1, 128, 1)))
+    for width in (384, 768, 1024, 1152):
+        for operator in ("layernorm_modulate", "gate_residual_layernorm_modulate"):
+            found += [Case(operator, 90, t, (2, 256, width)) for t in (brain, half, full)]
+        found.append(Case("gate_residual", 90, brain, (2, 256, width)))
+        found.append(Case("layernorm_modulate_quantize", 90, brain, (2, 256, width), torch.int8))
+    found += [Case("groupnorm_silu", 90, brain, (1, c, 256)) for c in (128, 256)]
+    return list(dict.fromkeys(found))
+
+
+def _modulated(case: Case, count: int) -> list[Tensor]:
+    n, tokens, width = case.sizes
+    x = torch.empty(n, tokens, width, dtype=case.dtype, device="meta")
+    return [x, *torch.empty(n, 6 * width, dtype=case.dtype, device="meta").chunk(6, 1)[:count]]
+
+
+def _attention(case: Case) -> list[Any]:
+    n, tokens, heads, d = case.sizes
+    return [torch.empty(n, tokens, 3 * heads * d, dtype=case.dtype, device="meta"), heads]
+
+
+def _groupnorm_silu(case: Case) -> list[Any]:
+    n, channels, side = case.sizes
+    x = torch.empty(n, channels, side, side, dtype=case.dtype, device="meta")
+    affine = torch.empty(2, channels, dtype=case.dtype, device="meta")
+    return [x.to(memory_format=torch.channels_last), 32, *affine, 1e-6]
+
+
+def _guided_step(case: Case) -> list[Any]:
+    n, side = case.sizes
+    tokens = torch.empty(2 * n, side * side // 4, 32, dtype=case.dtype, device="meta")
+    latents = torch.empty(3, n, 4, side, side, device="meta")
+    return [tokens, *latents, torch.empty(n, device="meta"), torch.empty(9, device="meta"), 3, 2]
+
+
+def _gate_residual(case: Case) -> list[Tensor]:
+    x, gate = _modulated(case, 1)
+    return [x, x, gate]
+
+
+def _gate_residual_layernorm_modulate(case: Case) -> list[Any]:
+    x, *modulation = _modulated(case, 3)
+    return [x, x, *modulation, 1e-6]
+
+
+ARGUMENTS: dict[str, Callable[[Case], list[Any]]] = {
+    "layernorm_modulate": lambda case: [*_modulated(case, 2), 1e-6],
+    "gate_residual": _gate_residual,
+    "gate_residual_layernorm_modulate": _gate_residual_layernorm_modulate,
+    "layernorm_modulate_quantize": lambda case: [*_modulated(case, 2), 1e-6, case.codes],
+    "quantize_rows": lambda case: [*_modulated(case, 0), case.codes],
+    "gelu": lambda case: _modulated(case, 0),
+    "attention": _attention,
+    "attention_tma": _attention,
+    "groupnorm_silu": _groupnorm_silu,
+    "guided_step": _guided_step,
+}
+
+
+class _Recorder:
+    """Stands in for a kernel, and keeps the arguments of its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.launches: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *arguments: Any, **named: Any) -> None:
+        self.launches.append(dict(zip(self.kernel.arg_names, arguments, strict=False)) | named)
+
+
+def _launches(case: Case) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """(kernel, its arguments by name) for every launch that the launcher makes on such a GPU."""
+    from triton.runtime.jit import JITFunction
+
+    module = import_module(f"dit_kernels.triton.{case.operator}")
+    kernels = {
+        name: _Recorder(value)
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and name.endswith("_kernel")
+    }
+    # On meta tensors, which hold no numbers, so that a launcher costs no more than its Python.
+    facts = {"device_facts": lambda device: (case.capability // 10, PROCESSORS)}
+    if "device_facts" not in vars(module):
+        facts = {}
+    with patch.multiple(module, **facts, **kernels):
+        getattr(module, case.operator)(*ARGUMENTS[case.operator](case))
+    for recorder in kernels.values():
+        for arguments in recorder.launches:
+            yield recorder.kernel, arguments
+
+
+def _compile(kernel: Any, arguments: dict[str, Any], capability: int) -> Any:
+    """As a launch would: 1 and None are constants, what 16 divides is marked."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for position, name in enumerate(kernel.arg_names):
+        value, parameter = arguments[name], kernel.params[position]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name] = "constexpr"
+            constants[(position,)] = value
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif type(value) is int:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        elif type(value) is float:
+            signature[name] = "fp32"
+        else:  # a tensor descriptor
+            block = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {name: value for name, value in arguments.items() if name not in kernel.arg_names}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _inspect(compiled: Any) -> Resources:
+    import triton.backends
+
+    programs = Path(triton.backends.__file__).parent / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+        usage = run([programs / "cuobjdump", "--dump-resource-usage", cubin.name]).stdout
+        code = run([programs / "nvdisasm", "-c", cubin.name]).stdout
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, usage
+    matrix: dict[str, int] = {}
+    for name in re.findall(r"\b(HGMMA|HMMA|UTCHMMA)\b", code):
+        matrix[name] = matrix.get(name, 0) + 1
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
+    return Resources(int(registers[1]), compiled.metadata.shared, spills, matrix)
+
+
+def measure(case: Case) -> dict[str, Resources]:
+    """kernel → its resources, for every kernel that the case launches."""
+    return {
+        kernel.__name__: _inspect(_compile(kernel, arguments, case.capability))
+        for kernel, arguments in _launches(case)
+    }
+
+
+def _as_json(measured: dict[str, Resources]) -> dict[str, Any]:
+    return {kernel: resources._asdict() for kernel, resources in measured.items()}
+
+
+def main() -> None:
+    import triton
+    from triton_workers import compilers
+
+    every = cases()
+    table = {
+        "triton": triton.__version__,
+        "cases": {
+            case.name: _as_json(measured)
+            for case, measured in zip(every, compilers().map(measure, every), strict=True)
+        },
+    }
+    # One line a case, so that a difference reads as one.
+    lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in table["cases"].items())
+    TABLE.write_text(f'{{"triton": {json.dumps(table["triton"])}, "cases": {{\n{lines}\n}}}}\n')
+    print(f"{len(every)} cases with Triton {triton.__version__} in {TABLE.name}")
+
+
+if __name__ == "__main__":
+    # By its import name, so that the workers unpickle the same classes.
+    import_module("kernel_resources").main()

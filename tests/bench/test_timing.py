@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import time
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from dit_bench import ceilings, timing
-from dit_bench.budget import Budget, OutOfTime, time_limit
+from dit_bench.budget import Budget
 from dit_bench.ceilings import measure_ceilings
 from dit_bench.timing import Interleaved, Quantiles, interleave, quantiles
 
@@ -124,29 +123,39 @@ def test_a_budget_and_its_parts() -> None:
     assert budget.left() == 0
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
-def test_a_limit_stops_work_that_handles_every_exception() -> None:
-    def stubborn() -> None:
+LIMITS = """
+import contextlib, signal, time
+from dit_bench.budget import Budget, OutOfTime, time_limit
+before, start = signal.getsignal(signal.SIGALRM), time.monotonic()
+try:
+    with time_limit(0.05):
         while time.monotonic() < start + 30:
             with contextlib.suppress(Exception):  # as a library's own handler would
                 time.sleep(0.01)
-
-    before = signal.getsignal(signal.SIGALRM)
-    start = time.monotonic()
-    with pytest.raises(OutOfTime, match="took longer than 0 s"), time_limit(0.05):
-        stubborn()
-    assert time.monotonic() - start < 10
-    with time_limit(30):
-        pass
-    assert signal.getsignal(signal.SIGALRM) == before
-    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-
-
-def test_a_limit_is_never_beyond_the_budget() -> None:
-    start = time.monotonic()
-    with pytest.raises(OutOfTime, match="time budget"), Budget(0.05).limit(30):
+except OutOfTime as error:
+    assert str(error) == "took longer than 0 s", error
+assert time.monotonic() - start < 10
+with time_limit(30):
+    pass
+assert signal.getsignal(signal.SIGALRM) == before
+assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+start = time.monotonic()
+try:
+    with Budget(0.05).limit(30):
         time.sleep(30)
-    assert time.monotonic() - start < 10
+except OutOfTime as error:
+    assert "time budget" in str(error), error
+assert time.monotonic() - start < 10
+print("both limits held")
+"""
+
+
+def test_limits_stop_work_that_handles_every_exception_and_keep_to_the_budget() -> None:
+    # In a process of its own: after torch.compile has run, CPython 3.11 crashes when a signal
+    # handler raises in this one.
+    command = [sys.executable, "-c", LIMITS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "both limits held\n", done.stderr
 
 
 def test_ceilings_in_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,7 +163,7 @@ def openvino_function(
 
     Raises ImportError without openvino, RuntimeError where it would run in another precision.
     """
-    import openvino
+    import openvino  # pyright: ignore[reportMissingImports]
 
     hint = {"fp32": "f32", "bf16": "bf16"}[precision]
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():

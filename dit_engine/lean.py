@@ -18,7 +18,7 @@ from dit_engine.model import NORM_EPS, Block, DiT
 from dit_kernels import PackedLinear, QuantizedLinear
 from dit_kernels.checks import HEAD_DIM_LIMIT
 from dit_kernels.choose import implementation, launcher
-from dit_kernels.linear import row_quantizer
+from dit_kernels.quantized import quantizer
 
 Run = Callable[..., Any]
 
@@ -159,15 +159,7 @@ class QuantizedNorms(Norms):
 
     def __init__(self, device: torch.device, kind: str) -> None:
         super().__init__(device)
-        self._quantize = row_quantizer(kind, device)
-
-    def first(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Any:
-        return self._quantize(super().first(x, shift, scale, eps))
-
-    def next(
-        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
-    ) -> Any:
-        return self._quantize(self.last(x, y, gate, shift, scale, eps))
-
-    def activation(self, h: Tensor) -> Any:
-        return self._quantize(h)
+        quantize = quantizer(kind, device)
+        self.first: Run = quantize.norm
+        self.next: Run = quantize.gated_norm
+        self.activation: Run = quantize.rows

@@ -36,7 +36,7 @@ def environment() -> dict[str, dict[str, object]]:
     from torch import device
 
     from dit_kernels import available
-    from dit_kernels.linear import quantized_why_not
+    from dit_kernels.quantized import quantized_why_not
 
     gpu = describe_hardware().get("gpu")
     products = {

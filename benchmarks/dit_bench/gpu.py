@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from dit_bench.budget import Budget, OutOfTime
+from dit_bench.budget import Budget
 from dit_bench.ceilings import Ceilings, measure_ceilings
 from dit_bench.gpu_contenders import CUDA_CONTENDERS, Contender
 from dit_bench.gpu_environment import describe_environment, gpu_state
@@ -80,9 +80,8 @@ def run(plan: Plan, report: Report, budget: Budget) -> int:
 def _sections(plan: Plan, report: Report, budget: Budget) -> None:
     nothing = Ceilings(float("nan"), {}, 0, 0)
 
-    def ceilings(part: Budget) -> Ceilings:
-        with part.limit(part.left()):
-            found = measure_ceilings(plan.device, **plan.ceilings)
+    def ceilings(_: Budget) -> Ceilings:
+        found = measure_ceilings(plan.device, **plan.ceilings)
         report.put("ceilings", vars(found))
         report.put("gpu_state", report.values["gpu_state"] | {"warm": gpu_state(plan.device)})
         return found
@@ -112,9 +111,6 @@ def _section(name: str, measure: Callable[[Budget], Any], report: Report, part: 
         result = measure(part)
     except DeviceLost:
         raise
-    except OutOfTime as late:
-        report.record("sections", row | skipped(late))
-        return None
     except Exception as error:
         report.record("sections", row | failure(error))
         return None

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_bench.budget import Budget, OutOfTime
+from dit_bench.budget import Budget
 from dit_bench.ceilings import Ceilings
 from dit_bench.gpu_contenders import CUDA_CONTENDERS, EAGER, Contender, Evaluate, evaluator
 from dit_bench.gpu_inputs import TIMESTEPS, Inputs, loop_flops, own_backend, random_model
@@ -36,7 +36,8 @@ QUANTIZED_RMS = 0.25
 LATENT_RATIO = 4.0
 """Of a generation's latents: half precision's error over the eager model's in bf16, at most."""
 CHECK_BATCH = 2
-ITEM_SECONDS = 100.0
+LATE_SECONDS = 60.0
+"""What a contender that takes long to get ready must have left to be begun."""
 STEPS, GUIDANCE = 20, 4.0
 _REFERENCE_IMAGES = 8  # float32 is slow: batches up to this are compared with it
 
@@ -59,82 +60,77 @@ class ModelBenchmark:
     batches: Sequence[int] = (1, 2, 8, 32, 64)
     images: Sequence[int] = (1, 8, 32)
     rounds: int = 20
-    _dead: dict[str, str] = field(default_factory=dict)
 
     def run(self, configs: dict[str, ModelConfig]) -> None:
-        """Measure each model, in order; each may use as much of the time left as those to come,
-        the first three times that.
+        """Measure each model, in order; then, again, with the contenders that are late.
+
+        At first each may use as much of the time left as those to come, the first three times
+        that; then whatever is left.
 
         Raises `DeviceLost` where nothing more could be measured.
         """
         whole = self.budget
-        for i, (name, config) in enumerate(configs.items()):
-            weight = 3 if i == 0 else 1
-            self.budget = whole.part(weight / (len(configs) - i - 1 + weight))
-            row = {"model": name, "contender": "all", "batch": "all"}
-            try:
-                self._measure(name, config)
-            except OutOfTime as late:
-                self.report.record("forwards", row | skipped(late))
-            except DeviceLost:
-                raise
-            except Exception as broken:
-                check_device(self.device, name)
-                self.report.record("forwards", row | failure(broken))
+        for late in (False, True):
+            chosen = [c for c in self.contenders if c.late == late]
+            for i, (name, config) in enumerate(configs.items() if chosen else ()):
+                weight = 3 if i == 0 else 1
+                share = 1 if late else weight / (len(configs) - i - 1 + weight)
+                self.budget = whole.part(share)
+                self._model(name, config, chosen)
         self.budget = whole
 
-    def _measure(self, name: str, config: ModelConfig) -> None:
-        with self.budget.limit(ITEM_SECONDS):
-            engine = Engine(random_model(config, self.device), device=self.device,
-                            max_batch_size=max(self.images))  # fmt: skip
-        self._dead = {}
-        for waits in (False, True):
-            chosen = [c for c in self.contenders if c.late == waits]
-            for batch in self.batches if chosen else ():
-                self._forwards(name, engine, batch, chosen)
-            for images in self.images:
-                self._generations(name, engine, images, [c for c in chosen if c.generates])
+    def _model(self, name: str, config: ModelConfig, contenders: Sequence[Contender]) -> None:
+        row = {"model": name, "contender": "all", "batch": "all"}
+        if self.budget.left() <= 0:
+            self.report.record("forwards", row | skipped("time budget"))
+            return
+        try:
+            self._measure(name, config, contenders)
+        except DeviceLost:
+            raise
+        except Exception as broken:
+            check_device(self.device, name)
+            self.report.record("forwards", row | failure(broken))
         torch.compiler.reset()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _measure(self, name: str, config: ModelConfig, contenders: Sequence[Contender]) -> None:
+        engine = Engine(random_model(config, self.device), device=self.device,
+                        max_batch_size=max(self.images))  # fmt: skip
+        for batch in self.batches:
+            self._forwards(name, engine, batch, contenders)
+        for images in self.images:
+            self._generations(name, engine, images, [c for c in contenders if c.generates])
 
     def _forwards(
         self, name: str, engine: Engine, batch: int, contenders: Sequence[Contender]
     ) -> None:
         contenders = [c for c in contenders if c.timed or batch == CHECK_BATCH]
+        if self.budget.left() <= 0:
+            for contender in contenders:
+                row = {"model": name, "contender": contender.name, "batch": batch}
+                self.report.record("forwards", row | skipped("time budget"))
+            return
         rows: dict[str, Row] = {}
         passed: dict[str, Evaluate] = {}
 
-        def attempt(contender: Contender, find: Callable[[], tuple[Row, Evaluate]]) -> None:
-            row = {"model": name, "contender": contender.name, "batch": batch}
-            if contender.name in self._dead:
-                row |= skipped(self._dead[contender.name])
-            else:
-                row |= self._guarded(contender.name, find, passed)
-            rows[contender.name] = row
-
-        try:
-            with self.budget.limit(ITEM_SECONDS):
-                inputs = Inputs(engine, batch)
-                eager = self._evaluator(EAGER, engine, inputs)
-                allowed = [inputs.error(eager, step) for step in range(len(TIMESTEPS))]
-        except OutOfTime as late:
-            for contender in contenders:
-                row = {"model": name, "contender": contender.name, "batch": batch}
-                self.report.record("forwards", row | skipped(late))
-            return
+        inputs = Inputs(engine, batch)
+        eager = self._evaluator(EAGER, engine, inputs)
+        allowed = [inputs.error(eager, step) for step in range(len(TIMESTEPS))]
         for contender in contenders:
-            attempt(contender, lambda c=contender: self._check(c, engine, inputs, allowed))
+            row = {"model": name, "contender": contender.name, "batch": batch}
+
+            def check(c: Contender = contender) -> tuple[Row, Evaluate]:
+                return self._check(c, engine, inputs, allowed)
+
+            rows[contender.name] = row | self._guarded(contender, check, passed)
         timed = {c.name: passed[c.name] for c in contenders if c.timed and c.name in passed}
         if timed:
             # The eager model anchors every group: ratios to it come from the same rounds.
             calls = {k: _bound(f, inputs.x) for k, f in {EAGER.name: eager, **timed}.items()}
             try:
-                with self.budget.limit(ITEM_SECONDS):
-                    taken = interleave(calls, self.rounds, device=self.device, seconds=2.0)
-            except OutOfTime as late:
-                for key in timed:
-                    rows[key] |= skipped(late)
+                taken = interleave(calls, self.rounds, device=self.device, seconds=2.0)
             except Exception as broken:
                 check_device(self.device, f"the timing of {name}")
                 for key in timed:
@@ -186,18 +182,14 @@ class ModelBenchmark:
         return worst, run
 
     def _guarded(
-        self, key: str, find: Callable[[], tuple[Row, Any]], passed: dict[str, Any]
+        self, contender: Contender, find: Callable[[], tuple[Row, Any]], passed: dict[str, Any]
     ) -> Row:
         """The outcome of ``find`` as a row's part; what comes with it goes into ``passed``."""
-        if self.budget.left() <= 0:
+        if self.budget.left() <= (LATE_SECONDS if contender.late else 0):
             return skipped("time budget")
         try:
-            with self.budget.limit(ITEM_SECONDS):
-                row, passed[key] = find()
-                return row
-        except OutOfTime as late:
-            self._dead[key] = f"{late} at another batch size"  # and would again
-            return skipped(late)
+            row, passed[contender.name] = find()
+            return row
         except Wrong as wrong:
             return wrong.row | {"status": "failed", "reason": str(wrong)}
         except (BackendUnavailable, Unavailable, ImportError) as reason:
@@ -205,7 +197,7 @@ class ModelBenchmark:
         except Exception as broken:
             if is_out_of_memory(broken):
                 return skipped("out of memory")
-            check_device(self.device, key)
+            check_device(self.device, contender.name)
             return failure(broken)
 
     def _generations(
@@ -245,10 +237,7 @@ class ModelBenchmark:
 
         for contender in contenders:
             row = {"model": name, "contender": contender.name, "batch": images}
-            if contender.name in self._dead:
-                row |= skipped(self._dead[contender.name])
-            else:
-                row |= self._guarded(contender.name, lambda c=contender: measure(c), {})
+            row |= self._guarded(contender, lambda c=contender: measure(c), {})
             self.report.record("generate", row)
 
 

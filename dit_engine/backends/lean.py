@@ -12,7 +12,7 @@ from dit_engine.errors import BackendUnavailable
 from dit_engine.lean import LeanTransformer
 from dit_engine.model import DiT
 from dit_kernels.choose import launcher
-from dit_kernels.linear import quantized_why_not
+from dit_kernels.quantized import quantized_why_not
 
 # Quantised products stand among bfloat16 activations.
 QUANTIZED = {"int8": torch.bfloat16, "fp8": torch.bfloat16}

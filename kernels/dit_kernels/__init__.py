@@ -2,7 +2,7 @@
 
 from dit_kernels import library as library  # registers dit_kernels::* with torch.library
 from dit_kernels.choose import IMPLEMENTATIONS, Unavailable, available
-from dit_kernels.linear import PackedLinear, QuantizedLinear, linear, linear_gelu
+from dit_kernels.linear import PackedLinear, linear, linear_gelu
 from dit_kernels.operators import (
     attention,
     gate_residual,
@@ -12,6 +12,7 @@ from dit_kernels.operators import (
     layernorm_modulate,
     layernorm_modulate_quantize,
 )
+from dit_kernels.quantized import QuantizedLinear
 
 __all__ = [
     "IMPLEMENTATIONS",

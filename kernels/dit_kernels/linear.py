@@ -6,14 +6,12 @@ the bias and applies the tanh-GELU. Letters: R rows, K inputs, M outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_kernels import checks, native_product, reference
-from dit_kernels.choose import Unavailable, implementation, launcher
+from dit_kernels import checks, native_product
+from dit_kernels.choose import Unavailable, implementation
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:
@@ -106,102 +104,3 @@ def onednn_takes(dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return dtype == torch.float32
-
-
-class QuantizedLinear:
-    """A linear layer in int8 (CPU: VNNI or AMX through oneDNN) or fp8 (Hopper and later).
-
-    Weights are quantised symmetrically with one scale an output channel, activations come with one
-    scale a row.
-
-    Args:
-        weight: (M, K); bias: (M,).
-        kind: "int8" on the CPU, "fp8" on CUDA.
-        dtype: of the results.
-
-    Raises:
-        ValueError: an unknown kind.
-        Unavailable: a kind that this device does not have.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor, kind: str, dtype: torch.dtype) -> None:
-        checks.check_linear(weight.new_empty(0, weight.shape[1]), weight, bias)
-        if kind not in ("int8", "fp8"):
-            raise ValueError(f"kind {kind!r}: choose one of int8, fp8")
-        if (reason := quantized_why_not(kind, weight.device)) is not None:
-            raise Unavailable(reason)
-        self.kind, self.dtype = kind, dtype
-        self.out_features, self.in_features = weight.shape
-        self.bias = bias.to(dtype, copy=True)
-        codes, self.scale = reference.quantize_rows(weight, torch.int8 if kind == "int8" else FP8)
-        self.native = kind == "int8" and native_product.why_not(torch.int8) is None
-        if self.native:
-            self.weight, self.bias = native_product.pack(codes), bias.float()
-        elif kind == "int8":
-            self.weight = torch.ops.onednn.qlinear_prepack(codes, [1, self.in_features])
-            self.zero = torch.zeros(self.out_features, dtype=torch.int32)
-        else:
-            self.weight = codes  # (M, K); its transpose is the column-major operand
-
-    def __call__(self, codes: Tensor, scales: Tensor, gelu: bool = False) -> Tensor:
-        """What `row_quantizer` gave, codes (…, K) and scales (…) of R rows in all → (R, M) of
-        ``dtype``, with tanh-GELU if asked for."""
-        codes, scales = codes.view(-1, self.in_features), scales.view(-1)
-        if self.kind == "fp8":
-            out = torch.ops.aten._scaled_mm(
-                codes, self.weight.t(), scales[:, None], self.scale[None], self.bias,
-                out_dtype=self.dtype,
-            )  # fmt: skip
-            return gelu_(out) if gelu else out
-        if self.native:
-            return native_product.linear_int8(
-                codes, scales, self.weight, self.scale, self.bias, self.dtype, gelu
-            )
-        out = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, 128, self.weight, self.scale, self.zero, None, 1.0, 0, self.dtype,
-            "none", [], "",
-        )  # fmt: skip
-        return dequantize_rows_(out, scales, self.bias, gelu)
-
-
-FP8 = torch.float8_e4m3fn
-
-
-def row_quantizer(kind: str, device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """x (…, K) → codes (…, K) and float32 scales (…), as `QuantizedLinear` of ``kind`` takes them.
-
-    int8 codes come as uint8 with 128 added: oneDNN multiplies unsigned by signed bytes.
-    """
-    run = launcher("quantize_rows", device)
-    if kind == "fp8":
-        return lambda x: run(x, FP8)
-    if not run.__module__.endswith("native"):
-        run = reference.quantize_rows
-    return lambda x: run(x, torch.uint8)
-
-
-def dequantize_rows_(x: Tensor, scales: Tensor, bias: Tensor, gelu: bool) -> Tensor:
-    """x (R, M) · scales (R,) + bias (M,), with tanh-GELU if asked for, in place."""
-    from dit_kernels import native
-
-    if native.why_not() is None:
-        return native.dequantize_rows(x, scales, bias, gelu, out=x)
-    wide = x.float() * scales[:, None] + bias.float()
-    return x.copy_(F.gelu(wide, approximate="tanh") if gelu else wide)
-
-
-def quantized_why_not(kind: str, device: torch.device) -> str | None:
-    """Why products of this kind cannot run on ``device``, or None."""
-    if kind == "int8":
-        if device.type != "cpu":
-            return f"int8 products are for the CPU, not for {device}; 'fp8' is for CUDA"
-        if "fbgemm" not in torch.backends.quantized.supported_engines and not (
-            torch.backends.mkldnn.is_available()
-        ):
-            return "int8 products need a torch with oneDNN"
-        return None
-    if device.type != "cuda":
-        return f"fp8 products are for CUDA, not for {device}; 'int8' is for the CPU"
-    if torch.cuda.get_device_capability(device) < (9, 0):
-        return "fp8 products with a scale a row need compute capability 9.0 (Hopper) or later"
-    return None

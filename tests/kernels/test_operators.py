@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import dit_kernels
 from dit_kernels import Unavailable, choose, reference
+from dit_kernels.quantized import Quantizer, _Separate, quantizer
 
 N, T, D = 2, 5, 48
 Results = Tensor | tuple[Tensor, ...]
@@ -132,9 +133,7 @@ def test_quantized_linear_equals_its_own_codes_multiplied_exactly() -> None:
     a, a_scales = reference.quantize_rows(x, torch.int8)
     w, w_scales = reference.quantize_rows(weight, torch.int8)
     exact = (a.double() @ w.double().T) * a_scales.double()[:, None] * w_scales.double()
-    from dit_kernels.linear import row_quantizer
-
-    codes, scales = row_quantizer("int8", torch.device("cpu"))(x)
+    codes, scales = quantizer("int8", torch.device("cpu")).rows(x)
     for gelu in (False, True):
         expected = exact + bias.double()
         expected = F.gelu(expected, approximate="tanh") if gelu else expected
@@ -144,6 +143,26 @@ def test_quantized_linear_equals_its_own_codes_multiplied_exactly() -> None:
         dit_kernels.QuantizedLinear(weight, bias, "int4", torch.float32)
     with pytest.raises(Unavailable, match=r"^fp8 products are for CUDA"):
         dit_kernels.QuantizedLinear(weight, bias, "fp8", torch.bfloat16)
+
+
+@pytest.mark.parametrize("make", [quantizer, _Separate], ids=["chosen", "separate"])
+def test_a_quantizer_gives_the_codes_of_the_unrounded_norm(
+    make: Callable[[str, torch.device], Quantizer],
+) -> None:
+    quantize = make("int8", torch.device("cpu"))
+    norm = (SHIFT, SCALE, 1e-6)
+    residual = X + GATE[:, None] * Y
+    x = X.clone()
+    for (codes, scales), expected in (
+        (quantize.rows(X), X),
+        (quantize.norm(X, *norm), reference.layernorm_modulate(X, *norm)),
+        (quantize.gated_norm(x, Y, GATE, *norm), reference.layernorm_modulate(residual, *norm)),
+    ):
+        assert codes.dtype == torch.uint8 and scales.shape == (N, T)
+        assert torch.equal((codes.int() - 128).abs().amax(-1), torch.full((N, T), 127).int())
+        error = ((codes.double() - 128) * scales[..., None] - expected).abs()
+        assert (error <= 0.501 * scales[..., None]).all()
+    assert relative_error(x, residual) < 1e-6  # in place
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -1,0 +1,187 @@
+"""Quantised matrix products, and what feeds them: int8 on the CPU, fp8 on CUDA.
+
+Weights have one scale an output channel, activations one scale a row; both are symmetric. Letters:
+R rows, K inputs, M outputs, N images, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_kernels import checks, native_product, reference
+from dit_kernels.choose import Unavailable, launcher
+from dit_kernels.linear import gelu_
+
+FP8 = torch.float8_e4m3fn
+
+Codes = tuple[Tensor, Tensor]  # codes (…, K) and float32 scales (…)
+
+
+class QuantizedLinear:
+    """A linear layer in int8 (CPU: VNNI or AMX through oneDNN) or fp8 (Hopper and later).
+
+    Weights are quantised symmetrically with one scale an output channel, activations come with one
+    scale a row.
+
+    Args:
+        weight: (M, K); bias: (M,).
+        kind: "int8" on the CPU, "fp8" on CUDA.
+        dtype: of the results.
+
+    Raises:
+        ValueError: an unknown kind.
+        Unavailable: a kind that this device does not have.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, kind: str, dtype: torch.dtype) -> None:
+        checks.check_linear(weight.new_empty(0, weight.shape[1]), weight, bias)
+        if kind not in ("int8", "fp8"):
+            raise ValueError(f"kind {kind!r}: choose one of int8, fp8")
+        if (reason := quantized_why_not(kind, weight.device)) is not None:
+            raise Unavailable(reason)
+        self.kind, self.dtype = kind, dtype
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias.to(dtype, copy=True)
+        codes, self.scale = reference.quantize_rows(weight, torch.int8 if kind == "int8" else FP8)
+        self.native = kind == "int8" and native_product.why_not(torch.int8) is None
+        if self.native:
+            self.weight, self.bias = native_product.pack(codes), bias.float()
+        elif kind == "int8":
+            self.weight = torch.ops.onednn.qlinear_prepack(codes, [1, self.in_features])
+            self.zero = torch.zeros(self.out_features, dtype=torch.int32)
+        else:
+            self.weight = codes  # (M, K); its transpose is the column-major operand
+
+    def __call__(self, codes: Tensor, scales: Tensor, gelu: bool = False) -> Tensor:
+        """What a `Quantizer` gave, codes (…, K) and scales (…) of R rows in all → (R, M) of
+        ``dtype``, with tanh-GELU if asked for."""
+        codes, scales = codes.view(-1, self.in_features), scales.view(-1)
+        if self.kind == "fp8":
+            out = torch.ops.aten._scaled_mm(
+                codes, self.weight.t(), scales[:, None], self.scale[None], self.bias,
+                out_dtype=self.dtype,
+            )  # fmt: skip
+            return gelu_(out) if gelu else out
+        if self.native:
+            return native_product.linear_int8(
+                codes, scales, self.weight, self.scale, self.bias, self.dtype, gelu
+            )
+        out = torch.ops.onednn.qlinear_pointwise(
+            codes, 1.0, 128, self.weight, self.scale, self.zero, None, 1.0, 0, self.dtype,
+            "none", [], "",
+        )  # fmt: skip
+        return dequantize_rows_(out, scales, self.bias, gelu)
+
+
+class Quantizer(Protocol):
+    """Activations as `QuantizedLinear` takes them.
+
+    int8 codes come as uint8 with 128 added: oneDNN multiplies unsigned by signed bytes.
+    """
+
+    def rows(self, x: Tensor) -> Codes:
+        """x (…, K) → codes (…, K) and float32 scales (…)."""
+        ...
+
+    def norm(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Codes:
+        """Those of `operators.layernorm_modulate`'s unrounded result."""
+        ...
+
+    def gated_norm(
+        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+    ) -> Codes:
+        """The same after x + gate · y, which is written over x."""
+        ...
+
+
+def quantizer(kind: str, device: torch.device) -> Quantizer:
+    """The quickest one for ``kind`` ("int8" or "fp8") on ``device``."""
+    from dit_kernels import native
+
+    if kind == "int8" and native.why_not() is None:
+        return _Native()
+    return _Separate(kind, device)
+
+
+class _Native:
+    """One pass over memory each."""
+
+    def __init__(self) -> None:
+        from dit_kernels import native
+
+        self._native = native
+
+    def rows(self, x: Tensor) -> Codes:
+        return self._native.quantize_rows(x, torch.uint8)
+
+    def norm(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Codes:
+        return self._native.layernorm_modulate_quantize(x, shift, scale, eps, torch.uint8)
+
+    def gated_norm(
+        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+    ) -> Codes:
+        codes = y.new_empty(y.shape, dtype=torch.uint8)
+        scales = y.new_empty(y.shape[:-1], dtype=torch.float32)
+        self._native.gate_residual_layernorm_modulate_quantize(
+            x, y, gate, shift, scale, eps, torch.uint8, out=(x, codes, scales)
+        )
+        return codes, scales
+
+
+class _Separate:
+    """The gated residual apart from the norm, which is quantised as it is made.
+
+    For Triton: residual (3 passes over x's bytes), then norm and codes (1½), less than the fused
+    norm (4) with its result quantised (1½).
+    """
+
+    def __init__(self, kind: str, device: torch.device) -> None:
+        self._dtype = FP8 if kind == "fp8" else torch.uint8
+        run: Any = launcher
+        if kind != "fp8":  # Triton's codes are int8 without the 128
+            run = lambda name, _: getattr(reference, name)
+        self._rows = run("quantize_rows", device)
+        self._norm = run("layernorm_modulate_quantize", device)
+        self._residual = launcher("gate_residual", device)
+
+    def rows(self, x: Tensor) -> Codes:
+        return self._rows(x, self._dtype)
+
+    def norm(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Codes:
+        return self._norm(x, shift, scale, eps, self._dtype)
+
+    def gated_norm(
+        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+    ) -> Codes:
+        return self.norm(self._residual(x, y, gate, out=x), shift, scale, eps)
+
+
+def dequantize_rows_(x: Tensor, scales: Tensor, bias: Tensor, gelu: bool) -> Tensor:
+    """x (R, M) · scales (R,) + bias (M,), with tanh-GELU if asked for, in place."""
+    from dit_kernels import native
+
+    if native.why_not() is None:
+        return native.dequantize_rows(x, scales, bias, gelu, out=x)
+    wide = x.float() * scales[:, None] + bias.float()
+    return x.copy_(F.gelu(wide, approximate="tanh") if gelu else wide)
+
+
+def quantized_why_not(kind: str, device: torch.device) -> str | None:
+    """Why products of this kind cannot run on ``device``, or None."""
+    if kind == "int8":
+        if device.type != "cpu":
+            return f"int8 products are for the CPU, not for {device}; 'fp8' is for CUDA"
+        if "fbgemm" not in torch.backends.quantized.supported_engines and not (
+            torch.backends.mkldnn.is_available()
+        ):
+            return "int8 products need a torch with oneDNN"
+        return None
+    if device.type != "cuda":
+        return f"fp8 products are for CUDA, not for {device}; 'int8' is for the CPU"
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return "fp8 products with a scale a row need compute capability 9.0 (Hopper) or later"
+    return None

@@ -39,7 +39,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser("dit-train", "Train a VAE, then a DiT on its latents. Run it again to resume.")
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory of the run")
     parser.add_argument("--device", help="cpu, cuda, …; CUDA where there is one unless given")
-    for stage, name, minutes in (("vae", "autoencoder", 30.0), ("dit", "transformer", 90.0)):
+    for stage, name, minutes in (
+        ("vae", "autoencoder", 30.0),
+        ("dit", "transformer", 90.0),
+        ("decoder", "autoencoder's decoder alone, at the end,", None),
+    ):
         budget = parser.add_mutually_exclusive_group()
         budget.add_argument(f"--{stage}-minutes", type=float, default=minutes,
                             help=f"how long to train the {name}")  # fmt: skip
@@ -69,15 +73,21 @@ def _train(arguments: argparse.Namespace) -> int:
     values: dict[str, Any] = {f.name: getattr(arguments, f.name) for f in fields(TrainSettings)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
-    def budget(steps: int | None, minutes: float) -> Budget:
+    def budget(stage: str) -> Budget | None:
+        steps, minutes = (getattr(arguments, f"{stage}_{unit}") for unit in ("steps", "minutes"))
+        if steps is None and minutes is None:
+            return None
         return Budget(steps, None if steps is not None else minutes)
 
+    vae, dit = budget("vae"), budget("dit")
+    assert vae is not None and dit is not None  # they have defaults
     finished = train(
         TrainSettings(**values),
-        budget(arguments.vae_steps, arguments.vae_minutes),
-        budget(arguments.dit_steps, arguments.dit_minutes),
+        vae,
+        dit,
         arguments.output,
         parse_device(arguments.device),
+        budget("decoder"),
     )
     print(f"Engine.from_pretrained({str(finished)!r}) loads the trained model")
     return 0

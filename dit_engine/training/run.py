@@ -18,6 +18,7 @@ from dit_engine.files import atomic_path, save_tensors
 from dit_engine.model import DiT
 from dit_engine.training.avatars import load_avatars
 from dit_engine.training.data import ImageSet, load_image_folder
+from dit_engine.training.decoder_stage import train_decoder
 from dit_engine.training.dit_stage import train_dit
 from dit_engine.training.loop import Budget, LoopSettings
 from dit_engine.training.sheets import save_sheet
@@ -81,10 +82,12 @@ def train(
     dit_budget: Budget,
     directory: Path,
     device: torch.device | str = "cpu",
+    decoder_budget: Budget | None = None,
 ) -> Path:
     """Train a VAE, then a DiT; returns the directory for `Engine.from_pretrained`.
 
-    Called again with the same settings it goes on from where it was stopped.
+    Called again with the same settings it goes on from where it was stopped. With
+    ``decoder_budget`` the VAE's decoder is trained on at the end; the latents stay as they are.
     """
     _require_matplotlib()
     data = _load_data(settings, directory / "data")
@@ -103,6 +106,15 @@ def train(
         (means, deviations), labels, config, loop, directory / "dit", settings.batch_size,
         _sheet_maker(vae, data.class_names), device,
     )  # fmt: skip
+    if decoder_budget is not None:
+        loop = LoopSettings(
+            decoder_budget, settings.vae_learning_rate, ema_decay=0.998, seed=settings.seed + 1
+        )
+        n = len(data)
+        vae = train_decoder(
+            vae, data, (means[:n], deviations[:n]), loop, directory / "decoder",
+            settings.vae_batch_size,
+        )  # fmt: skip
     finished = directory / "model"
     save_pretrained(finished, model, vae, data.class_names, dtype=torch.float16)
     return finished

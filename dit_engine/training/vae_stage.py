@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -63,21 +62,26 @@ def train_vae(
 def vae_loss(
     vae: AutoencoderKL, images: Tensor, generator: torch.Generator, kl_weight: float
 ) -> dict[str, Tensor]:
-    """Absolute error of pixels and of their differences, plus the weighted KL to N(0, 1).
-
-    The differences sharpen edges, which absolute error alone leaves soft.
-    images: (N, 3, S, S) in [-1, 1].
-    """
+    """`reconstruction_losses` and the weighted KL to N(0, 1); images (N, 3, S, S) in [-1, 1]."""
     images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, torch.bfloat16):
         mean, log_variance = (t.float() for t in vae.encode(images))
         noise = torch.randn(mean.shape, generator=generator).to(mean.device)
         rebuilt = vae.decode(mean + (0.5 * log_variance).exp() * noise).float()
-    pixel = F.l1_loss(rebuilt, images)
-    error = rebuilt - images
-    edge = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    losses = reconstruction_losses(rebuilt, images)
     kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()
-    return {"loss": pixel + 0.5 * edge + kl_weight * kl, "pixel": pixel, "edge": edge, "kl": kl}
+    return losses | {"loss": losses["loss"] + kl_weight * kl, "kl": kl}
+
+
+def reconstruction_losses(rebuilt: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """Absolute error of pixels, plus half of that of their differences.
+
+    The differences sharpen edges, which absolute error alone leaves soft.
+    """
+    error = rebuilt - images
+    pixel = error.abs().mean()
+    edge = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return {"loss": pixel + 0.5 * edge, "pixel": pixel, "edge": edge}
 
 
 @torch.no_grad()

@@ -6,14 +6,15 @@ R rows, K inputs, M outputs, N images, T tokens, D width.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dit_kernels import checks, native_product, reference
-from dit_kernels.choose import Unavailable, launcher
+from dit_kernels.choose import Unavailable, implementation, launcher
 from dit_kernels.linear import gelu_
 
 FP8 = torch.float8_e4m3fn
@@ -132,6 +133,10 @@ class _Native:
         return codes, scales
 
 
+def _reference(operator: str, device: torch.device) -> Callable[..., Codes]:
+    return implementation(operator, "reference", device)
+
+
 class _Separate:
     """The gated residual apart from the norm, which is quantised as it is made.
 
@@ -141,9 +146,8 @@ class _Separate:
 
     def __init__(self, kind: str, device: torch.device) -> None:
         self._dtype = FP8 if kind == "fp8" else torch.uint8
-        run: Any = launcher
-        if kind != "fp8":  # Triton's codes are int8 without the 128
-            run = lambda name, _: getattr(reference, name)
+        # Triton's int8 codes are without the 128.
+        run = launcher if kind == "fp8" else _reference
         self._rows = run("quantize_rows", device)
         self._norm = run("layernorm_modulate_quantize", device)
         self._residual = launcher("gate_residual", device)

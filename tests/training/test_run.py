@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dit_engine import Engine
 from dit_engine.cli.train import main
@@ -50,6 +51,24 @@ def test_both_stages_give_a_model_that_the_engine_loads(folder: Path, tmp_path: 
     assert (out / "model" / "model.safetensors").read_bytes() == weights
 
 
+def test_a_decoder_trained_on_leaves_the_encoder_and_the_transformer(
+    folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    arguments = ["--data", str(folder), "-o", str(out), "--flip", "dark", *SMALL]
+    assert main(arguments) == 0
+    before = load_model_files(out / "model")
+    assert main([*arguments, "--decoder-steps", "2"]) == 0
+    after = load_model_files(out / "model")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
+    assert torch.load(out / "decoder" / "last.pt", weights_only=True)["step"] == 2
+
+
+def load_model_files(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "model.safetensors") | load_file(next(path.glob("vae/*.safetensors")))
+
+
 def test_a_run_is_resumed_with_its_own_settings_only(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,6 +91,7 @@ def test_a_run_is_resumed_with_its_own_settings_only(
         (["--batch-size", "0"], "batch_size 0 is not a positive integer"),
         (["--vae-channels", "12"], "12 is not a positive multiple of norm_num_groups 8"),
         (["--dit-minutes", "nan"], "nan is not above 0"),
+        (["--decoder-steps", "0"], "0 is not above 0"),
         (["--data", "{folder}", "--size", "16", "--flip", "drk"], "flip 'drk' is no class; there"),
     ],
 )

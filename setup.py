@@ -206,8 +206,14 @@ setup(
         "console_scripts": [
             "dit-generate=dit_engine.cli.generate:main",
             "dit-train=dit_engine.cli.train:main",
+            "dit-export=dit_export.cli:main",
             "dit-bench=dit_bench.cli:main",
-        ]
+        ],
+        "dit_engine.backends": [
+            "onnxruntime=dit_export.backends.onnxruntime:OnnxRuntimeBackend",
+            "tensorrt=dit_export.backends.tensorrt:TensorRTBackend",
+            "triton=dit_export.backends.triton:TritonBackend",
+        ],
     },
     cmdclass=NATIVE if "dit_kernels" in PACKAGES else {},
     zip_safe=False,

@@ -1,9 +1,14 @@
-"""Backends: ways to run the denoiser. Each is one file, imported when it is first asked for."""
+"""Backends: ways to run the denoiser. Each is one file, imported when it is first asked for.
+
+Other packages add theirs as entry points of the group "dit_engine.backends", each a `Factory`. A
+name may carry an address, as in "triton://host:port", which its factory is given.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol
 
 import torch
@@ -19,7 +24,9 @@ _FACTORIES = {
     "compile": ("dit_engine.backends.compile", "CompileBackend"),
     "lean": ("dit_engine.backends.lean", "LeanBackend"),
 }
-BACKENDS = ("auto", *_FACTORIES)
+ENTRY_POINTS = "dit_engine.backends"
+# Other names for the same.
+ALIASES = {"auto": "lean", "trt": "tensorrt"}
 
 
 class Denoiser(Protocol):
@@ -42,7 +49,14 @@ class Backend(Protocol):
         ...
 
 
-Factory = Callable[[DiT, str, torch.device], Backend]
+Factory = Callable[..., Backend]
+"""(model, precision, device) → Backend, with ``address=`` where the name carried one."""
+
+
+def known_backends() -> tuple[str, ...]:
+    """Every name that `create_backend` takes, "auto" first."""
+    added = sorted({point.name for point in entry_points(group=ENTRY_POINTS)})
+    return ("auto", *_FACTORIES, *added)
 
 
 def resolve_backend(name: str) -> str:
@@ -50,11 +64,17 @@ def resolve_backend(name: str) -> str:
 
     Raises ValueError, which lists the known ones.
     """
-    if name == "auto":
-        return "lean"
-    if name not in _FACTORIES:
-        raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    return name
+    kind, scheme, address = name.partition("://")
+    kind = ALIASES.get(kind, kind)
+    if kind not in _FACTORIES and _added(kind) is None:
+        raise ValueError(
+            f"backend {name!r} is unknown; choose one of {', '.join(known_backends())}"
+        )
+    return kind + scheme + address
+
+
+def _added(name: str) -> EntryPoint | None:
+    return next(iter(entry_points(group=ENTRY_POINTS, name=name)), None)
 
 
 def create_backend(name: str, model: DiT, precision: str, device: torch.device) -> Backend:
@@ -65,6 +85,12 @@ def create_backend(name: str, model: DiT, precision: str, device: torch.device) 
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
-    module, factory_name = _FACTORIES[resolve_backend(name)]
+    kind, scheme, address = resolve_backend(name).partition("://")
+    options = {"address": address} if scheme else {}
+    if (added := _added(kind)) is not None:
+        return added.load()(model, precision, device, **options)
+    if scheme:
+        raise ValueError(f"backend {name!r}: {kind} takes no address")
+    module, factory_name = _FACTORIES[kind]
     factory: Factory = getattr(import_module(module), factory_name)
     return factory(model, precision, device)

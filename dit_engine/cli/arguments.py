@@ -45,7 +45,11 @@ def add_sampling_arguments(
         help="latent channels that are guided, or 'all'")  # fmt: skip
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="noise levels between which guidance is on")  # fmt: skip
-    add("--backend", default="auto", help="auto, lean, eager or compile")
+    add(
+        "--backend",
+        default="auto",
+        help="auto, lean, eager, compile, or one that another package adds",
+    )
     add("--precision", default="fp32", help="fp32, bf16 or fp16; lean also int8 (CPU), fp8 (CUDA)")
 
 

@@ -1,0 +1,1 @@
+"""Exports of Diffusion Transformers: ONNX graphs, TensorRT engines, Triton Server repositories."""

@@ -1,0 +1,48 @@
+"""Which backends there are: our own by name, others' by entry point."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+
+import pytest
+import torch
+from tiny import tiny_dit
+
+from dit_engine import backends
+from dit_engine.backends import create_backend, known_backends, resolve_backend
+
+CPU = torch.device("cpu")
+
+
+class Remote:
+    def __init__(self, model, precision, device, address: str = "none") -> None:
+        self.address = address
+
+
+@pytest.fixture
+def remote(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend "remote" that another package has registered."""
+    point = EntryPoint("remote", f"{__name__}:Remote", backends.ENTRY_POINTS)
+
+    def entry_points(group: str, name: str | None = None) -> list[EntryPoint]:
+        assert group == "dit_engine.backends"
+        return [point] if name in (None, "remote") else []
+
+    monkeypatch.setattr(backends, "entry_points", entry_points)
+
+
+def test_names_stand_for_backends() -> None:
+    assert resolve_backend("auto") == "lean" and resolve_backend("eager") == "eager"
+    assert known_backends()[:4] == ("auto", "eager", "compile", "lean")
+
+
+@pytest.mark.usefixtures("remote")
+def test_an_entry_point_adds_a_backend_which_may_take_an_address() -> None:
+    assert known_backends() == ("auto", "eager", "compile", "lean", "remote")
+    model = tiny_dit()
+    assert create_backend("remote", model, "fp32", CPU).address == "none"
+    assert create_backend("remote://host:80", model, "fp32", CPU).address == "host:80"
+    with pytest.raises(ValueError, match=r"^backend 'eager://host': eager takes no address$"):
+        create_backend("eager://host", model, "fp32", CPU)
+    with pytest.raises(ValueError, match=r"'magic' is unknown; choose one of auto, .*, remote$"):
+        resolve_backend("magic")

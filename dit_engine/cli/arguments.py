@@ -26,11 +26,15 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_arguments(
-    parser: argparse.ArgumentParser, steps: int | None = None, one_scale: bool = False
+    parser: argparse.ArgumentParser,
+    steps: int | None = None,
+    one_scale: bool = False,
+    backend: bool = True,
 ) -> None:
     """The options of `Engine.generate` that `sampling_options` reads back.
 
-    steps is the default; one_scale: the guidance scale is one number and not one an image.
+    steps is the default; one_scale: the guidance scale is one number and not one an image;
+    backend: whether there are options for the backend and its precision.
     """
     scale = "1 is none" if one_scale else "one, or one an image; 1 is none"
     usual = "the sampler's usual count unless given" if steps is None else "of denoising"
@@ -45,6 +49,8 @@ def add_sampling_arguments(
         help="latent channels that are guided, or 'all'")  # fmt: skip
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="noise levels between which guidance is on")  # fmt: skip
+    if not backend:
+        return
     add(
         "--backend",
         default="auto",
@@ -56,7 +62,7 @@ def add_sampling_arguments(
 def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keywords for `Engine.generate` from the arguments of `add_sampling_arguments`."""
     scales, interval = arguments.guidance_scale, arguments.guidance_interval
-    return {
+    options = {
         "steps": arguments.steps,
         "sampler": arguments.sampler,
         "spacing": arguments.spacing,
@@ -64,9 +70,10 @@ def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "guidance_scale": scales[0] if len(scales) == 1 else scales,
         "guidance_channels": arguments.guidance_channels,
         "guidance_interval": None if interval is None else tuple(interval),
-        "backend": arguments.backend,
-        "precision": arguments.precision,
     }
+    if "backend" in arguments:
+        options |= {"backend": arguments.backend, "precision": arguments.precision}
+    return options
 
 
 def _channels(text: str) -> int | None:

@@ -9,6 +9,7 @@ says what the arithmetic costs; two Fréchet distances would mostly differ by th
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from dit_bench.hardware import describe_hardware
 from dit_bench.quality import write_report
+from dit_engine.backends import PRECISIONS, resolve_backend
 from dit_engine.cli.arguments import (
     Parser,
     add_model_argument,
@@ -96,13 +98,10 @@ def compare(
 def _decode(engine: Engine, latents: Tensor) -> Tensor | None:
     if engine.vae is None:
         return None
-    vae = engine.vae
-    weight = vae.post_quant_conv.weight
+    vae = copy.deepcopy(engine.vae).float()  # the stored weights may be half as wide
+    z = (latents / vae.config.scaling_factor).to(vae.post_quant_conv.weight.device)
     with torch.inference_mode():
-        parts = [
-            vae.decode(z.to(weight)).float().cpu()
-            for z in (latents / vae.config.scaling_factor).split(8)
-        ]
+        parts = [vae.decode(part).cpu() for part in z.split(8)]
     return (torch.cat(parts).clamp(-1, 1) + 1) / 2
 
 
@@ -132,7 +131,10 @@ def parse_subject(text: str) -> tuple[str, str]:
     backend, slash, precision = text.rpartition("/")
     if not slash or not backend or not precision:
         raise ValueError(f"subject {text!r} is no backend/precision, such as lean/bf16")
-    return backend, precision
+    if precision not in PRECISIONS:
+        known = ", ".join(PRECISIONS)
+        raise ValueError(f"subject {text!r}: precision {precision!r} is none of {known}")
+    return resolve_backend(backend), precision
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -64,7 +64,8 @@ def test_the_command_writes_what_it_prints(
     [
         (["--subjects", "lean"], "subject 'lean' is no backend/precision"),
         (["--samples", "0"], "samples 0 is not a positive integer"),
-        (["--subjects", "eager/int4"], "precision 'int4'"),
+        (["--subjects", "eager/int4"], "subject 'eager/int4': precision 'int4' is none of fp32"),
+        (["--subjects", "magic/fp32"], "backend 'magic' is unknown"),
     ],
 )
 def test_bad_arguments_are_one_line(

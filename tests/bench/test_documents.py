@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dit_bench.documents import main, quality_table, update_document
+from dit_bench.documents import cpu_table, main, quality_table, update_document
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/builtin-quality.json"
@@ -19,6 +19,21 @@ def test_documents_show_the_committed_results(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     assert update_document(text, "quality", quality_table(report)) == text
     assert f"| {report['distances']['generated']['value']:.1f} |" in text
+
+
+def test_the_readme_shows_the_committed_cpu_results() -> None:
+    (results,) = (ROOT / "benchmarks/results").glob("cpu-*.json")
+    report = json.loads(results.read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert update_document(text, "cpu", cpu_table(report)) == text
+    xl = report["sections"][0]
+    ratios = [row["ratio"]["median"] for row in xl["rows"]]
+    (line,) = (line for line in text.splitlines() if line.startswith("| XL/2, batch 2 |"))
+    assert sorted(f"{r:.2f}" for r in ratios) == sorted(line.strip("| ").split(" | ")[2:])
+    assert (
+        f"peak memory ÷ (weights + activations) {report['sections'][-1]['rows'][0]['memory']['ratio']:.2f}"
+        in text
+    )
 
 
 def test_a_document_is_changed_in_its_block_only(

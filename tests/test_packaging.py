@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -36,18 +38,32 @@ NOT_AT_IMPORT = (
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the sources, by the installed setuptools, without network."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for folder in PARTS.values():
-        if (ROOT / folder).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / folder, source / folder, ignore=ignored)
-    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", build, str(out)], cwd=source, check=True)
+    """A wheel of the Python sources alone, as where the native kernels cannot be built."""
+    path, said = build_wheel(tmp_path_factory.mktemp("build"))
+    assert "NOT building the native CPU kernels: " in said
+    return path
+
+
+def build_wheel(folder: Path, *more: str) -> tuple[Path, str]:
+    """A wheel built from a copy of the sources, by the installed setuptools, without network; and
+    what the build said. more: files or folders beside the Python parts."""
+    source, out = folder / "source", folder / "wheel"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", *more):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name)
+        else:
+            shutil.copy(ROOT / name, source)
+    for part in PARTS.values():
+        if (ROOT / part).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(ROOT / part, source / part, ignore=ignored)
+    script = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    command = [sys.executable, "-c", script, str(out)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     (built,) = out.glob("*.whl")
-    return built
+    return built, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -158,16 +174,43 @@ print(json.dumps({'files': parts, 'version': dit_engine.__version__}))
     assert [Path(file).parents[1] for file in found["files"]] == [tmp_path] * len(parts)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64" or shutil.which("g++") is None,
+    reason="the native kernels need Linux on x86-64 and a C++ compiler",
+)
+def test_wheel_holds_the_native_kernels_where_they_can_be_built(tmp_path: Path) -> None:
+    built, said = build_wheel(tmp_path, "CMakeLists.txt", "kernels/csrc")
+    assert "NOT building" not in said
+    assert built.name == f"dit_engine-{__version__}-py3-none-linux_x86_64.whl"
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(tmp_path / "installed")
+    code = """
+import json, dit_kernels, torch
+x = torch.randn(2, 3, 8)
+y = dit_kernels.layernorm_modulate(x, x[:, 0], x[:, 1], impl='native')
+print(json.dumps({'native': dit_kernels.available()['native'], 'shape': list(y.shape)}))
+"""
+    found = run_python(code, tmp_path / "installed")
+    assert found["native"].startswith("yes") and found["shape"] == [2, 3, 8]
+
+
 def test_console_scripts_resolve(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [n for n in archive.namelist() if n.endswith("/entry_points.txt")]
         text = archive.read(name).decode()
-    group = "console_scripts"
-    lines = [line.partition("=") for line in text.splitlines() if "=" in line]
-    scripts = {
-        n.strip(): importlib.metadata.EntryPoint(n.strip(), v.strip(), group) for n, _, v in lines
+    groups = configparser.ConfigParser(delimiters=("=",))
+    groups.read_string(text)
+    points = {
+        group: {n: importlib.metadata.EntryPoint(n, v, group) for n, v in groups.items(group)}
+        for group in groups.sections()
     }
-    assert scripts.keys() == {"dit-bench", "dit-generate", "dit-train"}
+    assert points.keys() == {"console_scripts", "dit_engine.backends"}
+    assert points["dit_engine.backends"].keys() == {"onnxruntime", "tensorrt", "triton"}
+    for backend in points["dit_engine.backends"].values():
+        assert callable(backend.load())
+    scripts = points["console_scripts"]
+    assert scripts.keys() == {"dit-bench", "dit-export", "dit-generate", "dit-train"}
     for script in scripts.values():
         with pytest.raises(SystemExit) as stopped:
             script.load()(["--version"])

@@ -50,7 +50,7 @@ ERRORS = {
     -3: "a dtype that it does not take",
     -4: "a number of threads below 1",
     -5: "a tensor whose address is no multiple of its element size",
-    -6: "a processor without AVX2, FMA and F16C",
+    -6: "a processor without the instructions that it needs (see dit_kernels.native.isa)",
     -7: "a negative or too great stride",
     -8: "more memory than there is",
 }

@@ -30,10 +30,8 @@ def test_the_readme_shows_the_committed_cpu_results() -> None:
     ratios = [row["ratio"]["median"] for row in xl["rows"]]
     (line,) = (line for line in text.splitlines() if line.startswith("| XL/2, batch 2 |"))
     assert sorted(f"{r:.2f}" for r in ratios) == sorted(line.strip("| ").split(" | ")[2:])
-    assert (
-        f"peak memory ÷ (weights + activations) {report['sections'][-1]['rows'][0]['memory']['ratio']:.2f}"
-        in text
-    )
+    memory = report["sections"][-1]["rows"][0]["memory"]["ratio"]
+    assert f"peak memory ÷ (weights + activations) {memory:.2f}" in text
 
 
 def test_a_document_is_changed_in_its_block_only(

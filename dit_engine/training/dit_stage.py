@@ -37,7 +37,25 @@ def train_dit(
     torch.manual_seed(settings.seed)
     model = DiT(config)
     model.initialize_weights()
-    model.to(device)
+    trained = train_denoiser(
+        model.to(device), config.null_class, latents, labels, settings, directory, batch_size, sheet
+    )
+    assert isinstance(trained, DiT)
+    return trained
+
+
+def train_denoiser(
+    model: nn.Module,
+    null_class: int,
+    latents: tuple[Tensor, Tensor],
+    labels: Tensor,
+    settings: LoopSettings,
+    directory: Path,
+    batch_size: int,
+    sheet: Callable[[nn.Module, Path], None] | None = None,
+) -> nn.Module:
+    """`train_dit` for any network (x (N, C, S, S), t (N,), y (N,)) → (N, C or 2C, S, S)."""
+    device = next(model.parameters()).device
     diffusion = DiffusionLoss(device)
     means, deviations = latents
 
@@ -46,7 +64,7 @@ def train_dit(
         jitter = torch.randn((batch_size, *means.shape[1:]), generator=generator)
         x0 = (means[chosen].float() + deviations[chosen].float() * jitter).to(device)
         dropped = torch.rand(batch_size, generator=generator) < LABEL_DROPOUT
-        y = labels[chosen].masked_fill(dropped, config.null_class).to(device)
+        y = labels[chosen].masked_fill(dropped, null_class).to(device)
         t = torch.randint(diffusion.steps, (batch_size,), generator=generator).to(device)
         noise = torch.randn(x0.shape, generator=generator).to(device)
 
@@ -55,9 +73,7 @@ def train_dit(
 
         return diffusion(denoise, x0, t, noise)
 
-    trained = Trainer(model, loss, settings, directory, sheet).run("DiT")
-    assert isinstance(trained, DiT)
-    return trained
+    return Trainer(model, loss, settings, directory, sheet).run(type(model).__name__)
 
 
 def forward_bf16(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

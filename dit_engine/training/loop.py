@@ -14,9 +14,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dit_engine.files import atomic_path
+from dit_engine.files import atomic_path, save_tensors
 
 CHECKPOINT = "last.pt"
+
+
+def kept_path(directory: Path, step: int) -> Path:
+    """Where the EMA weights of ``step`` are, if it is one of `LoopSettings.keep_steps`."""
+    return directory / f"ema-{step:06d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class LoopSettings:
     save_seconds: float = 120.0
     sheet_seconds: float = 600.0
     seed: int = 0
+    keep_steps: tuple[int, ...] = ()  # after which the EMA weights are kept in a file of their own
 
 
 class Trainer:
@@ -114,6 +120,9 @@ class Trainer:
             self.optimizer.step()
             self.step += 1
             self._update_ema()
+            if self.step in settings.keep_steps:
+                with atomic_path(kept_path(self.directory, self.step)) as partial:
+                    save_tensors(self.ema, partial)
             now = time.monotonic()
             self.seconds += now - began
             window.append({k: float(v.detach()) for k, v in losses.items()})

@@ -1,0 +1,134 @@
+"""The DiT paper's two claims in miniature: more Gflops, a lower distance; and beside a U-Net.
+
+``python -m dit_bench.scaling train --run runs/own -o runs/scaling`` trains DiTs of two sizes at two
+patch sizes, and a U-Net that costs as much as the largest of them, on the latents of a finished
+``dit-train`` run: the same images, steps, batch, optimiser and seed for all. Killed, it resumes.
+``python -m dit_bench.scaling measure …`` then samples each with the same noise and compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dit_engine.cli.arguments import Parser
+from dit_engine.cli.errors import run_command
+from dit_engine.config import ModelConfig
+from dit_engine.model import DiT
+from dit_engine.training.dit_stage import train_denoiser
+from dit_engine.training.loop import Budget, LoopSettings
+
+STEPS, BATCH, LEARNING_RATE = 3000, 64, 8e-4
+SIZES = {"small": (4, 128, 2), "large": (6, 192, 3)}  # depth, width, heads
+PATCHES = (4, 2)
+UNET_CHANNELS = (40, 96)
+
+
+class ClassUNet(nn.Module):
+    """diffusers' UNet2DModel as (x, t, y) → (N, 2C, S, S): ADM's kind of network, residual blocks
+    at two resolutions with attention at the lower one."""
+
+    def __init__(self, channels: int, size: int, num_classes: int) -> None:
+        super().__init__()
+        try:
+            from diffusers.models.unets.unet_2d import UNet2DModel
+        except ImportError as error:
+            raise ImportError(f"{error}: pip install 'dit-engine[diffusers]'") from error
+        self.unet = UNet2DModel(
+            sample_size=size,
+            in_channels=channels,
+            out_channels=2 * channels,
+            block_out_channels=UNET_CHANNELS,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=32,
+            norm_num_groups=8,
+            layers_per_block=2,
+            num_class_embeds=num_classes + 1,
+        )
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.unet(x, t, class_labels=y).sample
+
+
+def networks(channels: int, size: int, num_classes: int) -> dict[str, Callable[[], nn.Module]]:
+    """Name → a function that makes the network with fresh weights."""
+
+    def dit(depth: int, width: int, heads: int, patch: int) -> DiT:
+        model = DiT(
+            ModelConfig(
+                depth=depth, hidden_size=width, num_heads=heads, patch_size=patch,
+                input_size=size, in_channels=channels, num_classes=num_classes,
+            )
+        )  # fmt: skip
+        model.initialize_weights()
+        return model
+
+    found: dict[str, Callable[[], nn.Module]] = {
+        f"DiT {name}/{patch}": lambda shape=shape, patch=patch: dit(*shape, patch)
+        for name, shape in SIZES.items()
+        for patch in PATCHES
+    }
+    return found | {"U-Net": lambda: ClassUNet(channels, size, num_classes)}
+
+
+def folder(name: str) -> str:
+    """A network's name as that of its directory: "DiT small/4" → "dit-small-4"."""
+    return name.lower().replace(" ", "-").replace("/", "-")
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Every network in turn, the cheapest first."""
+    path = arguments.run / "latents.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: --run is a directory of dit-train")
+    if arguments.steps < 2:
+        raise ValueError(f"steps {arguments.steps} is below 2")
+    tensors = load_file(path)
+    means, labels = tensors["means"], tensors["labels"]
+    classes = int(labels.max()) + 1
+    made = networks(means.shape[1], means.shape[2], classes)
+    chosen = arguments.only or list(made)
+    for name in chosen:
+        if name not in made:
+            raise ValueError(f"network {name!r} is unknown; choose among {', '.join(made)}")
+    settings = LoopSettings(
+        Budget(steps=arguments.steps), LEARNING_RATE, warmup_steps=200, ema_decay=0.999,
+        keep_steps=(arguments.steps // 2, arguments.steps),
+    )  # fmt: skip
+    for name in chosen:
+        torch.manual_seed(settings.seed)
+        train_denoiser(
+            made[name](), classes, (means, tensors["deviations"]), labels, settings,
+            arguments.output / folder(name), BATCH,
+        )  # fmt: skip
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser("python -m dit_bench.scaling", "More Gflops, a lower distance: in miniature.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    about = "train every network, or go on"
+    training = commands.add_parser("train", help=about, description=about)
+    training.add_argument("--run", type=Path, required=True, help="a finished run of dit-train")
+    training.add_argument("-o", "--output", type=Path, required=True)
+    training.add_argument("--steps", type=int, default=STEPS)
+    training.add_argument("--only", nargs="+", help="networks by name")
+    training.set_defaults(function=train)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments: Any = build_parser().parse_args(argv)
+    return run_command(lambda: arguments.function(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

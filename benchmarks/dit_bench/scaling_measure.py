@@ -1,0 +1,190 @@
+"""The measuring half of `dit_bench.scaling`: FD-Lite0 of every network against its Gflops."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dit_bench.frechet import frechet_distance, moments_of
+from dit_bench.hardware import describe_hardware
+from dit_bench.held_out import Features, Halves, load_halves
+from dit_bench.lite0 import extract, load_lite0
+from dit_bench.quality import METRIC, recognised
+from dit_engine.files import atomic_path
+from dit_engine.noise import PerImageNoise
+from dit_engine.pixels import LatentDecoder, to_uint8
+from dit_engine.sampler import SAMPLERS
+from dit_engine.schedule import make_schedule
+from dit_engine.training.loop import kept_path
+from dit_engine.vae import AutoencoderKL
+
+SAMPLER, SAMPLING_STEPS, SPACING = "dpm++", 25, "linspace"
+CHUNK = 64  # images sampled at once
+
+
+def sample(network: nn.Module, labels: Sequence[int], seeds: Sequence[int], size: int) -> Tensor:
+    """Latents (N, 4, size, size) without guidance, as the paper's figures have it; image i starts
+    from ``seeds[i]``'s noise whatever the network."""
+    schedule = make_schedule(SAMPLING_STEPS, SPACING)
+    y = torch.tensor(labels)
+    timesteps = torch.tensor(schedule.timesteps.copy())
+    noise = PerImageNoise(seeds, (4, size, size), torch.device("cpu"))
+
+    def denoise(z: Tensor, k: int) -> Tensor:
+        x = z.to(torch.bfloat16)
+        return network(x, timesteps[k].expand(len(z)), y).to(z.dtype)
+
+    with torch.inference_mode():
+        z = noise.start()
+        return SAMPLERS[SAMPLER].function(denoise, z, schedule, noise, lambda *_: None)
+
+
+def features_of(
+    network: nn.Module, labels: Sequence[int], size: int, decode: LatentDecoder, extractor: Any
+) -> Features:
+    """(N, 1280) of one image a label, from seeds 0, 1, …"""
+    parts = []
+    for start in tqdm(range(0, len(labels), CHUNK), "sampling"):
+        part = labels[start : start + CHUNK]
+        z = sample(network, part, range(start, start + len(part)), size)
+        parts.append(extract(to_uint8(decode(z, "bf16", lean=True)), extractor))
+    return np.concatenate(parts)
+
+
+def macs_of(network: nn.Module, size: int) -> int:
+    """Multiply-adds of one forward of one image, by torch's operator counting."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    # The fused attention of CPUs is not among the operators that are counted.
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.inference_mode():
+        network(torch.zeros(1, 4, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    return counter.get_total_flops() // 2
+
+
+def measure(
+    made: dict[str, Callable[[], nn.Module]],
+    folders: dict[str, Path],
+    steps: Sequence[int],
+    vae: AutoencoderKL,
+    data: Path,
+    samples: int,
+    kept: Path,
+    num_classes: int,
+) -> dict[str, Any]:
+    """One row a network and number of steps; those in ``kept`` are not measured again.
+
+    Args:
+        folders: network → its directory, which holds `kept_path`'s files.
+        samples: of each row, a multiple of the number of classes.
+    """
+    size = _input_size(made)
+    network_of_features = load_lite0()
+    halves: Halves | None = None
+    rows: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.is_file() else []
+    done = {(row["network"], row["steps"], row["distance"]["n"]) for row in rows}
+    decode = LatentDecoder(vae, torch.device("cpu"))
+    for name, make in made.items():
+        for step in steps:
+            path = kept_path(folders[name], step)
+            if not path.is_file():
+                raise ValueError(f"{path} does not exist: train {name!r} for {max(steps)} steps")
+            if (name, step, samples) in done:
+                continue
+            if halves is None:
+                halves = load_halves(
+                    data,
+                    samples // num_classes,
+                    size * vae.config.downsampling,
+                    network_of_features,
+                )
+            network = make()
+            macs = macs_of(network, size)
+            network.load_state_dict(load_file(path))
+            network.to(torch.bfloat16).eval().requires_grad_(False)
+            features = features_of(
+                network, halves.labels.tolist(), size, decode, network_of_features
+            )
+            reference = moments_of(halves.features_b)
+            hits = recognised(features, halves.labels, halves.features_a, halves.labels)
+            rows.append(
+                {
+                    "network": name,
+                    "steps": step,
+                    "macs": macs,
+                    "parameters": sum(p.numel() for p in network.parameters()),
+                    "distance": {
+                        "value": frechet_distance(moments_of(features), reference),
+                        "n": len(features),
+                        "n_reference": reference.count,
+                    },
+                    "recognised": float(hits.mean()),
+                }
+            )
+            with atomic_path(kept) as partial:
+                partial.write_text(json.dumps(rows, indent=2))
+    return {
+        "metric": METRIC,
+        "rows": rows,
+        "sampling": {"sampler": SAMPLER, "steps": SAMPLING_STEPS, "spacing": SPACING,
+                     "guidance_scale": 1.0, "precision": "bf16"},
+        "training_seeds": 1,
+        "hardware": describe_hardware(),
+    }  # fmt: skip
+
+
+def _input_size(made: dict[str, Callable[[], nn.Module]]) -> int:
+    from dit_engine.model import DiT
+
+    for make in made.values():
+        network = make()
+        if isinstance(network, DiT):
+            return network.config.input_size
+    raise ValueError("no DiT among the networks")
+
+
+def orders(rows: Sequence[dict[str, Any]], steps: int) -> list[tuple[str, float, float]]:
+    """(network, Gflops, distance) of the DiTs at ``steps``, by Gflops: the claim is that the last
+    column falls."""
+    chosen = [r for r in rows if r["steps"] == steps and r["network"].startswith("DiT")]
+    found = [(r["network"], r["macs"] / 1e9, r["distance"]["value"]) for r in chosen]
+    return sorted(found, key=lambda row: row[1])
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """The paper's figure: distance against Gflops, a line for each number of training steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = report["rows"]
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for steps in sorted({row["steps"] for row in rows}):
+        found = orders(rows, steps)
+        (line,) = axis.plot(
+            [g for _, g, _ in found], [d for _, _, d in found], "o-", label=f"DiT, {steps} steps"
+        )
+        for name, gflops, distance in found:
+            axis.annotate(name.removeprefix("DiT "), (gflops, distance), xytext=(4, 5),
+                          textcoords="offset points", fontsize=8)  # fmt: skip
+        for row in rows:
+            if row["steps"] == steps and not row["network"].startswith("DiT"):
+                axis.plot(row["macs"] / 1e9, row["distance"]["value"], "s", color=line.get_color(),
+                          mfc="white", label=f"{row['network']}, {steps} steps")  # fmt: skip
+    axis.set(xscale="log", xlabel="Gflops (multiply-adds) of a forward", ylabel=report["metric"])
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    with atomic_path(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+    plt.close(figure)

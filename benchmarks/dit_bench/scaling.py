@@ -1,9 +1,10 @@
 """The DiT paper's two claims in miniature: more Gflops, a lower distance; and beside a U-Net.
 
 ``python -m dit_bench.scaling train --run runs/own -o runs/scaling`` trains DiTs of two sizes at two
-patch sizes, and a U-Net that costs as much as the largest of them (2.5 % more), on the latents of a finished
-``dit-train`` run: the same images, steps, batch, optimiser and seed for all. Killed, it resumes.
-``python -m dit_bench.scaling measure …`` then samples each with the same noise and compares.
+patch sizes, and a U-Net that costs 2.5 % more than the largest of them, on the latents of a
+finished ``dit-train`` run: the same images, steps, batch, optimiser and seed for all. Killed, it
+resumes. ``python -m dit_bench.scaling measure …`` then samples each from the same noise, compares
+and draws the figure.
 """
 
 from __future__ import annotations

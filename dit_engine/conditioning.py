@@ -8,6 +8,7 @@ the loop.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 from dit_engine.model import Block, DiT, FinalLayer
 
 TABLE_BYTES = 256 * 2**20
-"""Bound of a table's memory, unless a single step needs more: later steps wait their turn."""
+"""Bound of a table's memory, unless so few steps as `GRAIN` need more: later ones wait."""
+GRAIN = 8
+"""Steps in one product where labels go one by one. A product's bits may depend on its number of
+rows, so that this number must not depend on the other labels of a batch."""
 
 
 class Conditioning:
@@ -43,21 +47,28 @@ class Conditioning:
         ]
         self.width = sum(len(bias) for _, bias in self.heads)
 
-    def rows(self, timesteps: Tensor, labels: Tensor, by_label: bool) -> Tensor:
-        """Modulations (K, L, width) of time steps (K,) × labels (L,).
+    def embed(self, timesteps: Tensor) -> Tensor:
+        """Time steps (K,) → their embeddings (K, D), where the embedders are."""
+        return self.t_embedder(timesteps.to(self.y_embedder.embedding_table.weight.device))
 
-        by_label: one product a label, so that a label's bits do not depend on the others.
+    def rows(self, t: Tensor, labels: Tensor, by_label: bool) -> Tensor:
+        """Modulations (K, L, width) of `embed`ded time steps t (K, D) × labels (L,).
+
+        by_label: products of one label and `GRAIN` steps, so that a label's bits do not depend on
+            the other labels.
         """
-        home = self.y_embedder.embedding_table.weight.device
-        t = self.t_embedder(timesteps.to(home))  # (K, D)
-        y = self.y_embedder(labels.to(home))  # (L, D)
+        y = self.y_embedder(labels.to(t.device))  # (L, D)
         c = F.silu(t[:, None] + y).to(self.device, self.dtype)  # (K, L, D)
         table = torch.empty(*c.shape[:2], self.width, dtype=self.dtype, device=self.device)
-        for part in range(len(labels)) if by_label else (slice(None),):
-            at = 0
-            for weight, bias in self.heads:
-                table[:, part, at : at + len(bias)] = F.linear(c[:, part], weight, bias)
-                at += len(bias)
+        parts: list[tuple[Any, Any]] = [(slice(None), slice(None))]
+        if by_label:
+            starts = range(0, len(t), GRAIN)
+            parts = [(slice(k, k + GRAIN), n) for k in starts for n in range(len(labels))]
+        at = 0
+        for weight, bias in self.heads:
+            for part in parts:
+                table[part[0], part[1], at : at + len(bias)] = F.linear(c[part], weight, bias)
+            at += len(bias)
         return table
 
 
@@ -66,18 +77,20 @@ class ModulationTable:
 
     Args:
         labels: (N,) class of each row; timesteps: (K,) in the order in which they are taken.
-        by_label: see `Conditioning.rows`; the number of steps at a time then does not depend on
-            the other labels either.
+        by_label: see `Conditioning.rows`.
     """
 
     def __init__(
         self, conditioning: Conditioning, labels: Tensor, timesteps: Tensor, by_label: bool
     ) -> None:
-        self.conditioning, self.timesteps, self.by_label = conditioning, timesteps, by_label
+        self.conditioning, self.by_label = conditioning, by_label
+        self._t: Tensor | None = None  # (K, D), of all steps at once: rows of a product, too
+        self.timesteps = timesteps
         self.labels, self.index = labels.unique(return_inverse=True)  # (L,), (N,)
         row = conditioning.width * torch.empty(0, dtype=conditioning.dtype).element_size()
-        step = row * (conditioning.config.num_classes + 1 if by_label else len(self.labels))
-        self.chunk = max(1, min(len(timesteps), TABLE_BYTES // step))
+        self.chunk = max(1, min(len(timesteps), TABLE_BYTES // (row * len(self.labels))))
+        if by_label:  # products begin at the same steps whatever the chunk
+            self.chunk = max(GRAIN, self.chunk - self.chunk % GRAIN)
         self._first = -1
         self._table = torch.empty(0)
 
@@ -86,7 +99,9 @@ class ModulationTable:
         first = k - k % self.chunk
         if first != self._first:
             self._table = torch.empty(0)  # freed before the next chunk is made
-            steps = self.timesteps[first : first + self.chunk]
-            self._table = self.conditioning.rows(steps, self.labels, self.by_label)
+            if self._t is None:
+                self._t = self.conditioning.embed(self.timesteps)
+            t = self._t[first : first + self.chunk]
+            self._table = self.conditioning.rows(t, self.labels, self.by_label)
             self._first = first
         return torch.index_select(self._table[k - first], 0, self.index[:rows], out=out)

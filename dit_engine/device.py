@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -31,17 +34,36 @@ def parse_device(device: str | torch.device | None) -> torch.device:
 def limited_threads(threads: int | None) -> Iterator[None]:
     """So many CPU threads for this block, and what was set before after it; None changes nothing.
 
-    torch's setting is that of the calling thread's OpenMP regions, which the native kernels share.
+    It is the setting of the calling thread, which torch's OpenMP regions and the native kernels
+    go by; other threads keep theirs, and those to come get the process's default as before.
     """
     before = torch.get_num_threads()
     if threads is None or threads == before:
         yield
         return
-    torch.set_num_threads(threads)
+    _set_for_this_thread(threads)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        _set_for_this_thread(before)
+
+
+_setting = threading.Lock()
+
+
+def _set_for_this_thread(threads: int) -> None:
+    """torch.set_num_threads sets the calling thread's number and the default of threads that have
+    not used torch yet; another thread puts that default back."""
+
+    def run(function: Callable[..., Any], *arguments: Any) -> Any:
+        with ThreadPoolExecutor(1) as fresh:
+            return fresh.submit(function, *arguments).result()
+
+    with _setting:
+        default = run(torch.get_num_threads)
+        torch.set_num_threads(threads)
+        if default != threads:
+            run(torch.set_num_threads, default)
 
 
 def _counts() -> dict[str, int]:

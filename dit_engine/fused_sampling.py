@@ -107,9 +107,10 @@ def sample_fused(
 
     draws, guides: (steps,) bool: which steps add noise, and which are guided.
     """
+    z = z.contiguous()  # given latents have any strides
     x0 = torch.zeros_like(z)
     for k in range(len(draws)):
-        drawn = noise(k).to(z) if draws[k] else x0  # not read where no noise is added
+        drawn = noise(k).to(z).contiguous() if draws[k] else x0  # not read where no noise is added
         z, x0 = denoiser.guided_step(z, x0, drawn, k, bool(guides[k]))
         callback(k, z)
     return z

@@ -52,6 +52,8 @@ def check_qkv(qkv: Tensor, num_heads: int) -> None:
     """qkv is (N, T, 3·H·d) with a head dimension d that is a multiple of 8, at most 128."""
     check_tokens("qkv", qkv)
     width = qkv.shape[2]
+    if not isinstance(num_heads, int):
+        raise ValueError(f"num_heads {num_heads!r} is no integer")
     if num_heads < 1 or width % (3 * num_heads):
         raise ValueError(f"num_heads {num_heads} does not divide a third of qkv's width {width}")
     d = width // 3 // num_heads
@@ -67,6 +69,8 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor) -> None:
             f"weight has shape {tuple(weight.shape)}; x of shape {tuple(x.shape)} needs "
             f"(M, {x.shape[-1] if x.ndim else '?'})"
         )
+    if weight.shape[1] == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; (M, K) with K > 0 is needed")
     if tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; ({weight.shape[0]},) is needed")
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -93,6 +97,7 @@ def check_images(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> None:
                 f"{name} is {tensor.dtype} on {tensor.device}; {x.dtype} or float32 on {x.device} "
                 "is needed"
             )
+        _check_contiguous(name, tensor)
 
 
 def check_guided_step(
@@ -129,6 +134,7 @@ def check_guided_step(
             raise ValueError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}; float32 ({size},) is needed"
             )
+        _check_contiguous(name, tensor)
     if any(v.device != z.device for v in (tokens, guidance_scale, coefficients)):
         raise ValueError(f"tokens, guidance_scale and coefficients must be on {z.device}, as z is")
     if not 1 <= guided_channels <= c:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_kernels import operators
+from dit_kernels import native_product, operators
 
 
 @torch.library.custom_op("dit_kernels::layernorm_modulate", mutates_args=())
@@ -112,3 +112,39 @@ def _(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, impl: str
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("dit_kernels::packed_linear", mutates_args=())
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor, m: int, gelu: bool) -> Tensor:
+    return native_product.linear(x, packed, bias, m, gelu)
+
+
+@packed_linear.register_fake
+def _(x: Tensor, packed: Tensor, bias: Tensor, m: int, gelu: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], m)
+
+
+@torch.library.custom_op("dit_kernels::packed_linear_int8", mutates_args=())
+def packed_linear_int8(
+    codes: Tensor,
+    scales: Tensor,
+    packed: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    gelu: bool,
+) -> Tensor:
+    return native_product.linear_int8(codes, scales, packed, weight_scales, bias, dtype, gelu)
+
+
+@packed_linear_int8.register_fake
+def _(
+    codes: Tensor,
+    scales: Tensor,
+    packed: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    gelu: bool,
+) -> Tensor:
+    return codes.new_empty(codes.shape[0], weight_scales.shape[0], dtype=dtype)

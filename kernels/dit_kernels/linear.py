@@ -1,7 +1,8 @@
-"""Matrix products: the library's own, with weights packed once and with their epilogue fused.
+"""Matrix products with weights packed once and with their epilogue fused.
 
-On the CPU that is oneDNN with weights in its blocked layout; on CUDA cuBLASLt, whose epilogue adds
-the bias and applies the tanh-GELU. Letters: R rows, K inputs, M outputs.
+On CUDA they are cuBLASLt's, whose epilogue adds the bias and applies the tanh-GELU; on the CPU
+oneDNN's with weights in its blocked layout, or our own where those beat it (`native_product`).
+Letters: R rows, K inputs, M outputs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,12 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor, impl: str, gelu: bool) -> 
         name = "linear_gelu" if gelu else "linear"
         return implementation(name, impl, x.device)(x, weight, bias)
     if impl != "auto":
-        raise Unavailable(f"impl {impl!r}: matrix products stay with the library (impl 'auto')")
+        raise Unavailable(
+            f"impl {impl!r}: products of unpacked weights stay with the library (impl 'auto')"
+        )
+    if torch.compiler.is_compiling():  # what the compiler sees, it fuses
+        out = F.linear(x, weight, bias)
+        return F.gelu(out, approximate="tanh") if gelu else out
     rows = x.reshape(-1, x.shape[-1])
     if x.is_cuda and gelu:
         out = torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True)  # tanh
@@ -64,7 +70,7 @@ class PackedLinear:
     def __init__(self, weight: Tensor, bias: Tensor, rows: int | None = None) -> None:
         checks.check_linear(weight.new_empty(0, weight.shape[1]), weight, bias)
         self.out_features, self.in_features = weight.shape
-        self.dtype = weight.dtype
+        self.dtype, self.device = weight.dtype, weight.device
         self.bias = bias.clone()  # no view that would keep a mapped file in memory
         on_cpu = weight.device.type == "cpu"
         self.native = on_cpu and native_product.why_not(weight.dtype) is None
@@ -83,9 +89,14 @@ class PackedLinear:
 
     def __call__(self, x: Tensor, gelu: bool = False) -> Tensor:
         """x (…, K) → (…, M), with tanh-GELU if asked for."""
-        if x.shape[-1] != self.in_features or x.dtype != self.dtype:
+        if x.shape[-1:] != (self.in_features,) or x.dtype != self.dtype or x.device != self.device:
             raise ValueError(
-                f"x is {x.dtype} {tuple(x.shape)}; {self.dtype} (…, {self.in_features}) is needed"
+                f"x is {x.dtype} {tuple(x.shape)} on {x.device}; {self.dtype} "
+                f"(…, {self.in_features}) on {self.device} is needed"
+            )
+        if self.native and torch.compiler.is_compiling():
+            return torch.ops.dit_kernels.packed_linear(
+                x, self.weight, self.bias, self.out_features, gelu
             )
         if self.native:
             return native_product.linear(x, self.weight, self.bias, self.out_features, gelu)

@@ -7,11 +7,14 @@ one line. Under torch.compile and torch.export each call is one node, ``dit_kern
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dit_kernels import checks
-from dit_kernels.choose import implementation
+from dit_kernels.choose import Unavailable, implementation
 
 
 def layernorm_modulate(
@@ -27,7 +30,7 @@ def layernorm_modulate(
     checks.check_tokens("x", x)
     checks.check_modulation(x, shift=shift, scale=scale)
     checks.check_eps(eps)
-    return implementation("layernorm_modulate", impl, x.device)(x, shift, scale, eps)
+    return _chosen("layernorm_modulate", impl, x, shift, scale)(x, shift, scale, eps)
 
 
 def gate_residual_layernorm_modulate(
@@ -52,7 +55,7 @@ def gate_residual_layernorm_modulate(
     checks.check_same("y", y, x)
     checks.check_modulation(x, gate=gate, shift=shift, scale=scale)
     checks.check_eps(eps)
-    run = implementation("gate_residual_layernorm_modulate", impl, x.device)
+    run = _chosen("gate_residual_layernorm_modulate", impl, x, y, gate, shift, scale)
     return run(x, y, gate, shift, scale, eps)
 
 
@@ -63,7 +66,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, impl: str = "auto") -> 
     checks.check_tokens("x", x)
     checks.check_same("y", y, x)
     checks.check_modulation(x, gate=gate)
-    return implementation("gate_residual", impl, x.device)(x, y, gate)
+    return _chosen("gate_residual", impl, x, y, gate)(x, y, gate)
 
 
 def attention(qkv: Tensor, num_heads: int, *, impl: str = "auto") -> Tensor:
@@ -74,7 +77,7 @@ def attention(qkv: Tensor, num_heads: int, *, impl: str = "auto") -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.dit_kernels.attention(qkv, num_heads, impl)
     checks.check_qkv(qkv, num_heads)
-    return implementation("attention", impl, qkv.device)(qkv, num_heads)
+    return _chosen("attention", impl, qkv)(qkv, num_heads)
 
 
 def groupnorm_silu(
@@ -88,7 +91,7 @@ def groupnorm_silu(
         return torch.ops.dit_kernels.groupnorm_silu(x, groups, weight, bias, eps, impl)
     checks.check_images(x, groups, weight, bias)
     checks.check_eps(eps)
-    return implementation("groupnorm_silu", impl, x.device)(x, groups, weight, bias, eps)
+    return _chosen("groupnorm_silu", impl, x, weight, bias)(x, groups, weight, bias, eps)
 
 
 def guided_step(
@@ -125,7 +128,7 @@ def guided_step(
     if torch.compiler.is_compiling():
         return torch.ops.dit_kernels.guided_step(*arguments, impl)
     checks.check_guided_step(*arguments)
-    return implementation("guided_step", impl, z.device)(*arguments)
+    return _chosen("guided_step", impl, z, tokens, x0_before, noise)(*arguments)
 
 
 def layernorm_modulate_quantize(
@@ -148,5 +151,27 @@ def layernorm_modulate_quantize(
     checks.check_modulation(x, shift=shift, scale=scale)
     checks.check_eps(eps)
     checks.check_codes(dtype)
-    run = implementation("layernorm_modulate_quantize", impl, x.device)
+    if impl == "auto" and dtype.is_floating_point and not _has_fused_fp8(x.device):
+        impl = "reference"
+    run = _chosen("layernorm_modulate_quantize", impl, x, shift, scale)
     return run(x, shift, scale, eps, dtype)
+
+
+def _chosen(operator: str, impl: str, *tensors: Tensor) -> Callable[..., Any]:
+    """The implementation for these tensors, the first of which gives the device.
+
+    Only the reference has a backward pass: "auto" takes it where a gradient is wanted, and a named
+    kernel is refused rather than dropping the gradient.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        if impl in ("triton", "native"):
+            raise Unavailable(
+                f"impl {impl!r}: {operator} has no backward pass there; use impl 'reference', or "
+                "torch.no_grad() where no gradient is needed"
+            )
+        impl = "reference" if impl == "auto" else impl
+    return implementation(operator, impl, tensors[0].device)
+
+
+def _has_fused_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

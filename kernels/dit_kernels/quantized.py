@@ -1,11 +1,14 @@
 """Quantised matrix products, and what feeds them: int8 on the CPU, fp8 on CUDA.
 
+int8 is our own product where that beats oneDNN's (`native_product`), else oneDNN's.
+
 Weights have one scale an output channel, activations one scale a row; both are symmetric. Letters:
 R rows, K inputs, M outputs, N images, T tokens, D width.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -18,12 +21,17 @@ from dit_kernels.choose import Unavailable, implementation, launcher
 from dit_kernels.linear import gelu_
 
 FP8 = torch.float8_e4m3fn
+RESULTS = {
+    "int8": (torch.float32, torch.bfloat16),
+    "fp8": (torch.float32, torch.bfloat16, torch.float16),
+}
+CODES = {"int8": (torch.int8, torch.uint8), "fp8": (FP8,)}
 
 Codes = tuple[Tensor, Tensor]  # codes (…, K) and float32 scales (…)
 
 
 class QuantizedLinear:
-    """A linear layer in int8 (CPU: VNNI or AMX through oneDNN) or fp8 (Hopper and later).
+    """A linear layer in int8 (CPUs with VNNI or AMX) or fp8 (Hopper and later).
 
     Weights are quantised symmetrically with one scale an output channel, activations come with one
     scale a row.
@@ -31,10 +39,10 @@ class QuantizedLinear:
     Args:
         weight: (M, K); bias: (M,).
         kind: "int8" on the CPU, "fp8" on CUDA.
-        dtype: of the results.
+        dtype: of the results: float32 or bfloat16, with "fp8" also float16.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: an unknown kind, or a dtype that it does not have.
         Unavailable: a kind that this device does not have.
     """
 
@@ -44,7 +52,10 @@ class QuantizedLinear:
             raise ValueError(f"kind {kind!r}: choose one of int8, fp8")
         if (reason := quantized_why_not(kind, weight.device)) is not None:
             raise Unavailable(reason)
-        self.kind, self.dtype = kind, dtype
+        if dtype not in RESULTS[kind]:
+            allowed = ", ".join(str(d).removeprefix("torch.") for d in RESULTS[kind])
+            raise ValueError(f"dtype {dtype}: results of {kind!r} are {allowed}")
+        self.kind, self.dtype, self.device = kind, dtype, weight.device
         self.out_features, self.in_features = weight.shape
         self.bias = bias.to(dtype, copy=True)
         codes, self.scale = reference.quantize_rows(weight, torch.int8 if kind == "int8" else FP8)
@@ -58,24 +69,56 @@ class QuantizedLinear:
             self.weight = codes  # (M, K); its transpose is the column-major operand
 
     def __call__(self, codes: Tensor, scales: Tensor, gelu: bool = False) -> Tensor:
-        """What a `Quantizer` gave, codes (…, K) and scales (…) of R rows in all → (R, M) of
-        ``dtype``, with tanh-GELU if asked for."""
-        codes, scales = codes.view(-1, self.in_features), scales.view(-1)
+        """Codes (…, K) and float32 scales (…) of R rows in all → (R, M) of ``dtype``, with
+        tanh-GELU if asked for.
+
+        They are what `layernorm_modulate_quantize` or a `Quantizer` gave: float8_e4m3fn, or int8,
+        which may come as uint8 with 128 added.
+        """
+        codes, scales = self._checked(codes, scales)
         if self.kind == "fp8":
             out = torch.ops.aten._scaled_mm(
                 codes, self.weight.t(), scales[:, None], self.scale[None], self.bias,
                 out_dtype=self.dtype,
             )  # fmt: skip
             return gelu_(out) if gelu else out
+        if codes.dtype == torch.int8:
+            codes = codes.view(torch.uint8) ^ 0x80
         if self.native:
-            return native_product.linear_int8(
-                codes, scales, self.weight, self.scale, self.bias, self.dtype, gelu
+            compiling = torch.compiler.is_compiling()
+            run = (
+                torch.ops.dit_kernels.packed_linear_int8
+                if compiling
+                else native_product.linear_int8
             )
+            return run(codes, scales, self.weight, self.scale, self.bias, self.dtype, gelu)
         out = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, 128, self.weight, self.scale, self.zero, None, 1.0, 0, self.dtype,
             "none", [], "",
         )  # fmt: skip
         return dequantize_rows_(out, scales, self.bias, gelu)
+
+    def _checked(self, codes: Tensor, scales: Tensor) -> Codes:
+        """As (R, K) and (R,), contiguous. Raises ValueError for what is not this layer's."""
+        if (
+            codes.dtype not in CODES[self.kind]
+            or codes.shape[-1:] != (self.in_features,)
+            or codes.device != self.device
+        ):
+            raise ValueError(
+                f"codes are {codes.dtype} {tuple(codes.shape)} on {codes.device}; {self.kind} "
+                f"(…, {self.in_features}) on {self.device} is needed"
+            )
+        if (
+            scales.dtype != torch.float32
+            or scales.shape != codes.shape[:-1]
+            or scales.device != self.device
+        ):
+            raise ValueError(
+                f"scales are {scales.dtype} {tuple(scales.shape)} on {scales.device}; float32 "
+                f"{tuple(codes.shape[:-1])} on {self.device} is needed"
+            )
+        return codes.reshape(-1, self.in_features).contiguous(), scales.reshape(-1).contiguous()
 
 
 class Quantizer(Protocol):
@@ -179,13 +222,32 @@ def quantized_why_not(kind: str, device: torch.device) -> str | None:
     if kind == "int8":
         if device.type != "cpu":
             return f"int8 products are for the CPU, not for {device}; 'fp8' is for CUDA"
-        if "fbgemm" not in torch.backends.quantized.supported_engines and not (
-            torch.backends.mkldnn.is_available()
-        ):
+        if native_product.why_not(torch.int8) is None:
+            return None
+        if not torch.backends.mkldnn.is_available():
             return "int8 products need a torch with oneDNN"
+        if not _onednn_is_exact():
+            return "int8 products need a processor with VNNI or AMX: oneDNN's sums saturate here"
         return None
     if device.type != "cuda":
         return f"fp8 products are for CUDA, not for {device}; 'int8' is for the CPU"
     if torch.cuda.get_device_capability(device) < (9, 0):
         return "fp8 products with a scale a row need compute capability 9.0 (Hopper) or later"
     return None
+
+
+@functools.cache
+def _onednn_is_exact() -> bool:
+    """Whether oneDNN's unsigned-by-signed product keeps its sums: without VNNI it adds pairs of
+    products in 16 bits, which the largest codes overflow."""
+    k = 64
+    largest = torch.full((1, k), 127, dtype=torch.int8)
+    try:
+        out = torch.ops.onednn.qlinear_pointwise(
+            largest.view(torch.uint8) ^ 0x80, 1.0, 128,
+            torch.ops.onednn.qlinear_prepack(largest, [1, k]), torch.ones(1),
+            torch.zeros(1, dtype=torch.int32), None, 1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+    except RuntimeError:
+        return False
+    return float(out) == k * 127**2

@@ -190,6 +190,28 @@ def test_four_threads_share_a_fresh_engine(engine: Engine) -> None:
             assert np.array_equal(images, expected[i])
 
 
+def test_threads_of_one_engine_are_not_those_of_other_threads() -> None:
+    engine, before = tiny_engine(threads=1), torch.get_num_threads()
+    torch.set_num_threads(2)
+    fresh: list[int] = []
+
+    def count() -> None:
+        torch.zeros(1).add_(1)  # its first use of torch
+        fresh.append(torch.get_num_threads())
+
+    def other_thread(_: object) -> None:
+        thread = threading.Thread(target=count)
+        thread.start()
+        thread.join()
+
+    try:
+        engine.generate(1, seed=0, callback=other_thread, **FAST)
+        other_thread(None)
+        assert fresh and set(fresh) == {2}
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_threads_hold_while_generating_and_no_longer() -> None:
     engine, before = tiny_engine(threads=1), torch.get_num_threads()
     torch.set_num_threads(2)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -12,8 +15,8 @@ from numerics import relative_error
 from torch import Tensor, nn
 
 import dit_kernels
-from dit_kernels import Unavailable, choose, reference
-from dit_kernels.quantized import Quantizer, _Separate, quantizer
+from dit_kernels import Unavailable, choose, native, reference
+from dit_kernels.quantized import FP8, Quantizer, _Separate, quantizer
 
 N, T, D = 2, 5, 48
 Results = Tensor | tuple[Tensor, ...]
@@ -123,7 +126,7 @@ def test_linear_and_gelu_against_float64() -> None:
     for out in (dit_kernels.linear_gelu(x, weight, bias), packed(x, gelu=True),
                 dit_kernels.linear_gelu(x, weight, bias, impl="reference")):  # fmt: skip
         assert relative_error(out, expected) < 2e-6
-    with pytest.raises(Unavailable, match="matrix products stay with the library"):
+    with pytest.raises(Unavailable, match="products of unpacked weights stay with the library"):
         dit_kernels.linear(x, weight, bias, impl="native")
 
 
@@ -143,6 +146,92 @@ def test_quantized_linear_equals_its_own_codes_multiplied_exactly() -> None:
         dit_kernels.QuantizedLinear(weight, bias, "int4", torch.float32)
     with pytest.raises(Unavailable, match=r"^fp8 products are for CUDA"):
         dit_kernels.QuantizedLinear(weight, bias, "fp8", torch.bfloat16)
+
+
+def test_int8_codes_of_the_public_operator_feed_a_quantized_linear() -> None:
+    weight, bias = random(24, D, seed=1), random(24, seed=2)
+    layer = dit_kernels.QuantizedLinear(weight, bias, "int8", torch.float32)
+    codes, scales = dit_kernels.layernorm_modulate_quantize(X, SHIFT, SCALE)
+    expected = F.linear(reference.layernorm_modulate(X, SHIFT, SCALE, 1e-6), weight, bias)
+    out = layer(codes, scales).view(N, T, 24)
+    assert relative_error(out, expected) < 0.02
+    assert torch.equal(out, layer((codes.int() + 128).to(torch.uint8), scales).view(N, T, 24))
+    strided = codes.repeat(1, 1, 2)[..., :D]  # rows apart
+    assert torch.equal(out, layer(strided, scales).view(N, T, 24))
+    for bad, message in (
+        ((codes[..., :8], scales), r"codes are torch\.int8 \(2, 5, 8\) on cpu; int8 \(…, 48\)"),
+        ((codes.float(), scales), "codes are torch.float32"),
+        ((codes, scales[:, :1]), r"scales are torch\.float32 \(2, 1\) on cpu; float32 \(2, 5\)"),
+        ((codes, scales.double()), "scales are torch.float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(*bad)
+    with pytest.raises(
+        ValueError, match=r"^dtype torch.float16: results of 'int8' are float32, bf"
+    ):
+        dit_kernels.QuantizedLinear(weight, bias, "int8", torch.float16)
+
+
+SATURATING = """
+import torch, dit_kernels
+weight = torch.ones(8, 256)
+try:
+    layer = dit_kernels.QuantizedLinear(weight, torch.zeros(8), "int8", torch.float32)
+    codes, scales = dit_kernels.layernorm_modulate_quantize(
+        torch.randn(1, 4, 256), torch.ones(1, 256), torch.full((1, 256), -1.0))
+    print(layer(codes, scales)[0, 0].item())
+except dit_kernels.Unavailable as reason:
+    print(reason)
+"""
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "DEFAULT"])
+def test_int8_is_exact_or_refused_whatever_onednn_has(isa: str) -> None:
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa, "DIT_KERNELS_ISA": "avx2"}
+    done = subprocess.run([sys.executable, "-c", SATURATING], env=environment,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    said = done.stdout.strip()
+    assert said == (
+        "int8 products need a processor with VNNI or AMX: oneDNN's sums saturate here"
+    ) or float(said) == pytest.approx(256, rel=1e-4), done.stderr
+
+
+def test_fp8_codes_come_from_the_reference_where_no_kernel_has_them() -> None:
+    codes, scales = dit_kernels.layernorm_modulate_quantize(X, SHIFT, SCALE, 1e-6, FP8)
+    expected = reference.layernorm_modulate(X, SHIFT, SCALE, 1e-6)
+    assert codes.dtype == FP8
+    assert relative_error(codes.float() * scales[..., None], expected) < 2**-4
+
+
+@pytest.mark.parametrize("name", ["layernorm_modulate", "attention", "groupnorm_silu"])
+def test_gradients_come_from_the_reference_and_are_never_dropped(name: str) -> None:
+    run, (x, *rest) = CALLS[name]
+    x = x.clone().requires_grad_()
+    out = run(x, *rest)
+    (got,) = torch.autograd.grad(out.square().sum(), x)
+    (expected,) = torch.autograd.grad(run(x, *rest, impl="reference").square().sum(), x)
+    assert relative_error(got, expected) < 1e-6
+    with torch.no_grad():
+        assert not run(x, *rest).requires_grad
+    if native.available():
+        with pytest.raises(Unavailable, match=f"{name} has no backward pass there"):
+            run(x, *rest, impl="native")
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_torch_compile_takes_the_linears_whole(gelu: bool) -> None:
+    x, weight, bias = random(2, 5, 64), random(24, 64, seed=1), random(24, seed=2)
+    packed = dit_kernels.PackedLinear(weight, bias)
+    quantized = dit_kernels.QuantizedLinear(weight, bias, "int8", torch.float32)
+    codes = reference.quantize_rows(x, torch.int8)
+    public = dit_kernels.linear_gelu if gelu else dit_kernels.linear
+    for run, arguments in (
+        (public, (x, weight, bias)),
+        (lambda h: packed(h, gelu), (x,)),
+        (lambda c, s: quantized(c, s, gelu), codes),
+    ):
+        compiled = torch.compile(run, backend="eager", fullgraph=True)
+        assert relative_error(compiled(*arguments), run(*arguments)) < 1e-5
 
 
 @pytest.mark.parametrize("make", [quantizer, _Separate], ids=["chosen", "separate"])

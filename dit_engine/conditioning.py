@@ -26,15 +26,15 @@ rows, so that this number must not depend on the other labels of a batch."""
 class Conditioning:
     """Copies of a DiT's conditioning weights; those of adaLN are in ``dtype``, on ``device``.
 
-    The embedders stay in the model's own dtype: they run once a table. Nothing here refers to the
-    model, whose file, if it is mapped into memory, could not leave it otherwise.
+    The embedders are in float32, however the model is stored: they run once a table. Nothing here
+    refers to the model, whose file, if it is mapped into memory, could not leave it otherwise.
     """
 
     def __init__(self, model: DiT, dtype: torch.dtype, device: torch.device) -> None:
         self.config = model.config
         self.dtype, self.device = dtype, device
-        self.t_embedder = copy.deepcopy(model.t_embedder)
-        self.y_embedder = copy.deepcopy(model.y_embedder)
+        self.t_embedder = copy.deepcopy(model.t_embedder).float()
+        self.y_embedder = copy.deepcopy(model.y_embedder).float()
         heads: list[nn.Linear] = []
         for layer in [*model.blocks, model.final_layer]:
             assert isinstance(layer, Block | FinalLayer)

@@ -103,8 +103,9 @@ def test_openvino_computes_our_function(forward: Forward, decode: Decode) -> Non
 
 
 @pytest.mark.slow
-def test_compiled_model_computes_our_function(forward: Forward) -> None:
-    checked([Peer("compile bf16", "bf16", lambda: forward.compiled("default"))], forward)
+@pytest.mark.parametrize("mode", ["default", "frozen default"])
+def test_compiled_model_computes_our_function(forward: Forward, mode: str) -> None:
+    checked([Peer("compile bf16", "bf16", lambda: forward.compiled(mode))], forward)
 
 
 def test_eager_peers_are_in_bf16(forward: Forward, decode: Decode) -> None:

@@ -79,6 +79,12 @@ def test_float32_equals_eager_on_other_shapes(overrides: dict[str, object]) -> N
     assert relative_error(run("lean", model, "fp32"), run("eager", model, "fp32")) < 1e-5
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_float32_equals_eager_whatever_the_weights_are_stored_in(stored: torch.dtype) -> None:
+    model = tiny_dit().to(stored)
+    assert relative_error(run("lean", model, "fp32"), run("eager", model, "fp32")) < 2e-6
+
+
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("width", WIDTHS)
 def test_bfloat16_is_at_most_twice_as_far_off_as_eager(width: int) -> None:

@@ -167,7 +167,7 @@ def test_console_scripts_resolve(wheel: Path) -> None:
     scripts = {
         n.strip(): importlib.metadata.EntryPoint(n.strip(), v.strip(), group) for n, _, v in lines
     }
-    assert scripts.keys() == {"dit-bench", "dit-generate", "dit-train"}
+    assert scripts.keys() == {"dit-bench", "dit-export", "dit-generate", "dit-train"}
     for script in scripts.values():
         with pytest.raises(SystemExit) as stopped:
             script.load()(["--version"])

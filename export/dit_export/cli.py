@@ -25,10 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("usage: dit-export COMMAND [options]; dit-export COMMAND --help lists them\n")
         for known, (_, line) in _COMMANDS.items():
             print(f"  {known:10s} {line}")
-        return 0
+        raise SystemExit(0)
     if name == "--version":
         print(f"dit-export {__version__}")
-        return 0
+        raise SystemExit(0)
 
     def command() -> int:
         if name not in _COMMANDS:

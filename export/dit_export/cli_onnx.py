@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance-channels", type=int, default=3, metavar="COUNT",
         help="latent channels that guided_step guides")  # fmt: skip
     add("--vae-dtype", help=f"{', '.join(FLOATS)}; bf16 with bf16, else fp32, unless given")
-    add("--external-data", type=int, default=1900, metavar="MIB",
+    add("--external-data", type=int, default=512, metavar="MIB",
         help="graphs above this size keep their weights in a file beside them")  # fmt: skip
     add("--calibration-images", type=int, default=8, metavar="COUNT",
         help="int8, fp8: trajectories that the ranges of activations are taken from")  # fmt: skip

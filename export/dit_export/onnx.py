@@ -59,8 +59,9 @@ class ExportOptions:
         vae_dtype: None is "bf16" with bf16, else "fp32" (see `targets.vae_dtype`).
         calibration_images, calibration_steps: of the trajectories that int8 and fp8 take the
             ranges of their activations from.
-        external_data_mib: a graph above this size has its weights in a file of its own; protobuf
-            ends at 2 GiB.
+        external_data_mib: a graph above this size has its weights in a file of its own. protobuf
+            ends at 2 GiB, and writing one takes five times its size in memory, while a file of
+            weights is written one by one.
     """
 
     dtype: str = "fp16"
@@ -69,7 +70,7 @@ class ExportOptions:
     graphs: tuple[str, ...] | None = None
     guided_channels: int = OFFICIAL_CHANNELS
     vae_dtype: str | None = None
-    external_data_mib: int = 1900
+    external_data_mib: int = 512
     calibration_images: int = 8
     calibration_steps: int = 8
 

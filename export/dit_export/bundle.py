@@ -1,0 +1,217 @@
+"""An export directory: ONNX graphs and the manifest that says what they are.
+
+``manifest.json`` is written last, and lists every other file with its size and SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_engine._version import __version__
+from dit_engine.config import ModelConfig
+from dit_engine.vae import VAEConfig
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+LABELS = "labels.json"
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph's input or output; a dimension that is a name may have any size."""
+
+    name: str
+    dtype: str  # "float32" or "int64"
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX file of a bundle.
+
+    Attributes:
+        dtype: of the graph's arithmetic; its inputs and outputs are float32 and int64 all the same.
+        error: {"against", "relative", "bound"} of the run after the export, relative being
+            max |graph − torch| / max |torch|; None where nothing here could run the graph.
+        accuracy: of a quantised graph, {"against", "relative", "rms"}, against the model as it was;
+            error is then against torch with the same rounding.
+        verified_by: what looked at the graph after the export.
+    """
+
+    name: str
+    file: str
+    dtype: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    error: dict[str, Any] | None = None
+    accuracy: dict[str, Any] | None = None
+    verified_by: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, name: str, values: dict[str, Any]) -> Graph:
+        def specs(key: str) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in values[key])
+
+        return cls(
+            name, values["file"], values["dtype"], specs("inputs"), specs("outputs"),
+            values.get("error"), values.get("accuracy"), tuple(values.get("verified_by", ())),
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "name"}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An export directory that has been read and, by default, checked.
+
+    Attributes:
+        dtype: what was asked for: "fp32", "fp16", "bf16", "int8" or "fp8".
+        target: the runtime that the graphs were written for.
+        checkpoint: SHA-256 of the transformer's weights (`dit_export.source.weights_hash`);
+            vae_checkpoint: likewise of the VAE's, None without one.
+        guided_channels: latent channels that ``guided_step`` guides.
+        manifest: all of manifest.json.
+    """
+
+    path: Path
+    config: ModelConfig
+    vae: VAEConfig | None
+    label_names: tuple[str, ...] | None
+    dtype: str
+    opset: int
+    target: str
+    checkpoint: str
+    vae_checkpoint: str | None
+    guided_channels: int
+    graphs: dict[str, Graph]
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = True) -> Bundle:
+        """Read the export at ``path``; verify: compare every file with its size and SHA-256.
+
+        Raises ValueError, one line that names the directory or file, for what is no export, a
+        format of another version, and a file that is missing or has changed.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        try:
+            bundle = cls._from_manifest(path, manifest)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path / MANIFEST}: cannot be read: {error!r}") from None
+        for graph in bundle.graphs.values():
+            if graph.file not in manifest["files"]:
+                raise ValueError(f"{path / MANIFEST}: {graph.file} is not among the files")
+        if verify:
+            for name, listed in manifest["files"].items():
+                _check_file(path, name, listed)
+        return bundle
+
+    @classmethod
+    def _from_manifest(cls, path: Path, manifest: dict[str, Any]) -> Bundle:
+        names = manifest["label_names"]
+        vae = manifest["vae"]
+        graphs = {name: Graph.from_dict(name, g) for name, g in manifest["graphs"].items()}
+        for name, listed in manifest["files"].items():
+            if name != Path(name).name or {"bytes", "sha256"} - set(listed):
+                raise ValueError(f"file {name!r}")
+        return cls(
+            path=path,
+            config=ModelConfig.from_dict(manifest["model"]),
+            vae=None if vae is None else VAEConfig.from_dict(vae),
+            label_names=None if names is None else tuple(names),
+            dtype=manifest["dtype"],
+            opset=manifest["opset"],
+            target=manifest["target"],
+            checkpoint=manifest["checkpoint"],
+            vae_checkpoint=manifest.get("vae_checkpoint"),
+            guided_channels=manifest["guided_channels"],
+            graphs=graphs,
+            manifest=manifest,
+        )
+
+    def graph(self, name: str) -> Graph:
+        """Raises ValueError, which lists the graphs that are there."""
+        if name not in self.graphs:
+            raise ValueError(f"{self.path}: no graph {name!r}; it holds {', '.join(self.graphs)}")
+        return self.graphs[name]
+
+    def file(self, name: str) -> Path:
+        """The ONNX file of graph ``name``; its weights may lie beside it."""
+        return self.path / self.graph(name).file
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Raises a one-line ValueError for what is no export of this format."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path}: no export; {MANIFEST} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path / MANIFEST}: no JSON: {error}") from None
+    if not isinstance(manifest, dict) or not str(manifest.get("producer")).startswith("dit-engine"):
+        raise ValueError(f"{path / MANIFEST}: not written by dit-export")
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{path / MANIFEST}: format {manifest.get('format')!r}; {FORMAT} is what is read"
+        )
+    return manifest
+
+
+def write_manifest(directory: Path, values: dict[str, Any], graphs: list[Graph]) -> None:
+    """``manifest.json`` for the files that lie in ``directory``; the last file to be written."""
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": file_hash(file)}
+        for file in sorted(directory.iterdir())
+    }
+    manifest = {
+        "format": FORMAT,
+        "producer": f"dit-engine {__version__}",
+        **values,
+        "graphs": {graph.name: graph.to_dict() for graph in graphs},
+        "files": files,
+    }
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def replaceable(overwrite: bool) -> Any:
+    """For `new_directory`: only an earlier export may be replaced, and only if that was asked."""
+
+    def reason(path: Path) -> str | None:
+        try:
+            earlier = read_manifest(path)
+        except ValueError:
+            names = ", ".join(sorted(entry.name for entry in path.iterdir())[:4])
+            return f"holds something else ({names})"
+        if overwrite:
+            return None
+        what = f"{earlier.get('dtype')} for {earlier.get('target')}"
+        return f"holds another export ({what}); --overwrite replaces it"
+
+    return reason
+
+
+def file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_file(path: Path, name: str, listed: dict[str, Any]) -> None:
+    file = path / name
+    if not file.is_file():
+        raise ValueError(f"{file}: is missing, though {MANIFEST} lists it")
+    size = file.stat().st_size
+    if size != listed["bytes"]:
+        raise ValueError(f"{file}: {size} bytes, where {MANIFEST} has {listed['bytes']}")
+    if file_hash(file) != listed["sha256"]:
+        raise ValueError(f"{file}: has changed since the export (SHA-256 differs)")

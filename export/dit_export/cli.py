@@ -1,0 +1,46 @@
+"""``dit-export``: graphs, engines and server repositories from a model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from dit_engine._version import __version__
+from dit_engine.cli.arguments import Parser
+from dit_engine.cli.errors import run_command
+
+# name → (module with add_arguments and run, one line of help); only the one asked for is imported.
+_COMMANDS = {
+    "onnx": ("dit_export.cli_onnx", "ONNX graphs of the transformer, a sampler step and the VAE"),
+    "tensorrt": ("dit_export.cli_tensorrt", "TensorRT engines from an ONNX export"),
+    "triton": ("dit_export.cli_triton", "a model repository for Triton Inference Server"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print("usage: dit-export COMMAND [options]; dit-export COMMAND --help lists them\n")
+        for known, (_, line) in _COMMANDS.items():
+            print(f"  {known:10s} {line}")
+        raise SystemExit(0)
+    if name == "--version":
+        print(f"dit-export {__version__}")
+        raise SystemExit(0)
+
+    def command() -> int:
+        if name not in _COMMANDS:
+            raise ValueError(f"command {name!r}: choose one of {', '.join(_COMMANDS)}")
+        module_name, line = _COMMANDS[name]
+        module = import_module(module_name)
+        parser = Parser(f"dit-export {name}", line[0].upper() + line[1:] + ".")
+        module.add_arguments(parser)
+        return module.run(parser.parse_args(arguments[1:]))
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

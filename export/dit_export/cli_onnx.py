@@ -1,0 +1,60 @@
+"""``dit-export onnx``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dit_export.graphs import GRAPHS
+from dit_export.source import add_source_arguments, load_source
+from dit_export.targets import DTYPES, FLOATS, TARGETS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_source_arguments(parser)
+    add = parser.add_argument
+    add("-o", "--output", type=Path, required=True, help="directory to make")
+    add("--dtype", default="fp16", help=", ".join(DTYPES))
+    add("--target", default="onnxruntime", help=f"the runtime it is for: {', '.join(TARGETS)}")
+    add("--opset", type=int, help="operator set; the best for dtype and target unless given")
+    add("--graphs", nargs="+", metavar="GRAPH", help=f"some of {', '.join(GRAPHS)}; all there are")
+    add("--guidance-channels", type=int, default=3, metavar="COUNT",
+        help="latent channels that guided_step guides")  # fmt: skip
+    add("--vae-dtype", help=f"{', '.join(FLOATS)}; bf16 with bf16, else fp32, unless given")
+    add("--external-data", type=int, default=512, metavar="MIB",
+        help="graphs above this size keep their weights in a file beside them")  # fmt: skip
+    add("--calibration-images", type=int, default=8, metavar="COUNT",
+        help="int8, fp8: trajectories that the ranges of activations are taken from")  # fmt: skip
+    add("--calibration-steps", type=int, default=8, metavar="COUNT", help="and their steps")
+    add("--overwrite", action="store_true", help="replace an earlier export")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from dit_export.onnx import ExportOptions, export_onnx
+
+    options = ExportOptions(
+        dtype=arguments.dtype,
+        target=arguments.target,
+        opset=arguments.opset,
+        graphs=None if arguments.graphs is None else tuple(arguments.graphs),
+        guided_channels=arguments.guidance_channels,
+        vae_dtype=arguments.vae_dtype,
+        external_data_mib=arguments.external_data,
+        calibration_images=arguments.calibration_images,
+        calibration_steps=arguments.calibration_steps,
+    ).checked()
+    source = load_source(arguments)
+    bundle = export_onnx(
+        source.model,
+        arguments.output,
+        options,
+        vae=source.vae,
+        label_names=source.label_names,
+        overwrite=arguments.overwrite,
+        report=print,
+    )
+    size = sum(file["bytes"] for file in bundle.manifest["files"].values())
+    print(
+        f"{len(bundle.graphs)} graphs, {size / 2**20:.1f} MiB, opset {bundle.opset} → {bundle.path}"
+    )
+    return 0

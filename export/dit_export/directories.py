@@ -1,0 +1,63 @@
+"""Directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_destination(target: Path, replaceable: Callable[[Path], str | None]) -> None:
+    """Raise a one-line ValueError unless ``target`` is free, empty, or may be replaced.
+
+    replaceable: given a directory that holds something, why it must stay; None to replace it.
+    """
+    if not target.exists() and not target.is_symlink():
+        return
+    if target.is_symlink() or not target.is_dir():
+        raise ValueError(f"{target}: exists and is no directory; nothing was written")
+    if any(target.iterdir()) and (reason := replaceable(target)) is not None:
+        raise ValueError(f"{target}: {reason}; nothing was written")
+
+
+@contextmanager
+def new_directory(
+    target: Path, replaceable: Callable[[Path], str | None] = lambda _: "holds something else"
+) -> Iterator[Path]:
+    """Yield an empty neighbour of ``target`` that takes its name once the block ends well.
+
+    If the block raises, nothing is left of the neighbour, and ``target`` is as it was. What is
+    replaced keeps its place until the new directory is complete.
+
+    Raises:
+        ValueError: see `check_destination`.
+        OSError: it cannot be written.
+    """
+    check_destination(target, replaceable)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stem = f".{target.name}.{secrets.token_hex(4)}"
+    partial, old = target.with_name(f"{stem}.partial"), target.with_name(f"{stem}.old")
+    try:
+        partial.mkdir()
+        yield partial
+        check_destination(target, replaceable)  # another process may have been quicker
+        _exchange(target, partial, old)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(target: Path, new: Path, old: Path) -> None:
+    # No system call exchanges two directories everywhere, so there are two renames, and an
+    # exception (a KeyboardInterrupt too) may arrive between them.
+    try:
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    finally:
+        if old.exists():
+            if target.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.rename(target)

@@ -1,0 +1,59 @@
+"""Which number formats and operator sets (opsets) an export may have, by the runtime it is for."""
+
+from __future__ import annotations
+
+import torch
+
+TARGETS = ("onnxruntime", "tensorrt", "openvino")
+FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+QUANTIZED = ("int8", "fp8")
+DTYPES = (*FLOATS, *QUANTIZED)
+
+ATTENTION_OPSET = 23
+"""The first with an Attention operator."""
+HIGHEST_OPSET = 25
+"""The last that torch's exporter writes; beyond it, it falls back to 18 with no more than a log."""
+
+# bfloat16 convolutions came with 22, half-precision scales of QuantizeLinear with 19, and 18 is
+# where torch's exporter starts.
+_LOWEST = {"fp32": 18, "fp16": 18, "bf16": 22, "int8": 19, "fp8": 19}
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} {value!r}: choose one of {', '.join(allowed)}")
+
+
+def float_dtype(dtype: str, target: str) -> str:
+    """The format of what is not quantised: that of ``dtype`` itself, or of what surrounds it.
+
+    TensorRT is quickest around float16. onnxruntime on the CPU has integer products that read and
+    write float32 alone.
+    """
+    if dtype not in QUANTIZED:
+        return dtype
+    return "fp16" if target == "tensorrt" else "fp32"
+
+
+def vae_dtype(dtype: str, target: str) -> str:
+    """As `Engine.generate` decodes: Stable Diffusion's decoder overflows float16."""
+    return "bf16" if float_dtype(dtype, target) == "bf16" else "fp32"
+
+
+def choose_opset(dtype: str, target: str, opset: int | None = None) -> int:
+    """``opset`` if it can be written and read, or the best one for None.
+
+    Raises ValueError, which names the allowed range.
+    """
+    check_choice("dtype", dtype, DTYPES)
+    check_choice("target", target, TARGETS)
+    lowest, highest = _LOWEST[dtype], HIGHEST_OPSET
+    if target == "tensorrt" and float_dtype(dtype, target) == "fp32":
+        highest = 20  # TensorRT has no float32 kernel for the Attention operator
+    if opset is None:
+        return min(highest, ATTENTION_OPSET)
+    if not lowest <= opset <= highest:
+        raise ValueError(
+            f"opset {opset} for {dtype} and {target}: allowed is {lowest} to {highest}"
+        )
+    return opset

@@ -1,0 +1,265 @@
+"""ONNX graphs to TensorRT engines; one way for the standard TensorRT and TensorRT for RTX.
+
+Networks are strongly typed: precision is what the graph says, in its casts and QDQ pairs.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dit_engine.files import atomic_path
+from dit_export.bundle import Bundle, file_hash
+from dit_export.cuda_devices import require_device
+from dit_export.engine_files import (
+    EngineFile,
+    EngineKey,
+    EngineRefused,
+    description_path,
+    engine_path,
+    read_description,
+    write_engine,
+)
+from dit_export.profiles import Profiles
+from dit_export.tensorrt_flavour import Flavour
+from dit_export.tensorrt_reports import last_error, make_logger, make_progress, parser_errors
+
+GIB = 2**30
+TIMING_CACHE = "timing.cache"
+VAE_GRAPH = "vae_decoder"
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What an engine is built with, beside its graph.
+
+    Attributes:
+        profiles: of every graph; those whose size is fixed ignore the profile's size.
+        workspace_gib: bound of what layers may use beside weights and activations; None is none.
+        capabilities: compute capabilities such as "8.9", for TensorRT for RTX; none is any.
+        device: the GPU that the standard TensorRT builds on and for.
+        rebuild: build anew what is there, whatever its state.
+        quiet: no progress bar.
+    """
+
+    profiles: Profiles
+    workspace_gib: float | None = None
+    capabilities: tuple[str, ...] = ()
+    device: int = 0
+    rebuild: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workspace_gib is not None and not 0 < self.workspace_gib < 2**20:
+            raise ValueError(f"workspace {self.workspace_gib} GiB: a number above 0 is needed")
+
+
+def build_bundle(
+    bundle: Bundle,
+    directory: Path,
+    flavour: Flavour,
+    options: BuildOptions,
+    graphs: tuple[str, ...] | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, EngineFile]:
+    """Engines in ``directory`` for some of a bundle's graphs (all, unless given), by name.
+
+    An engine that is there with the same key is verified and kept.
+
+    Raises:
+        ValueError: a graph that is not there, or that TensorRT refuses (with the node's name).
+        EngineRefused: an engine that is there, but not as it was written; see ``rebuild``.
+        BackendUnavailable: the standard TensorRT without a GPU.
+    """
+    names = tuple(bundle.graphs) if graphs is None else graphs
+    files = {name: bundle.file(name) for name in names}
+    engines = {}
+    for name, path in files.items():
+        began = time.perf_counter()
+        weights = (bundle.vae_checkpoint if name == VAE_GRAPH else bundle.checkpoint) or ""
+        key = engine_key(graph_hash(bundle, name), bundle.graphs[name], flavour, options)
+        engine = existing(directory, name, key) if not options.rebuild else None
+        if engine is None:
+            engine = build_engine(path, name, weights, key, directory, flavour, options)
+            how = f"built in {time.perf_counter() - began:.1f} s"
+        else:
+            how = "is there already"
+        report(f"{name}: {engine.bytes / 2**20:.1f} MiB, {how} → {engine.path}")
+        engines[name] = engine
+    return engines
+
+
+def graph_hash(bundle: Bundle, name: str) -> str:
+    """SHA-256 over a graph's own file and the files of weights beside it."""
+    own = bundle.graphs[name].file
+    digest = hashlib.sha256()
+    for file, listed in sorted(bundle.manifest["files"].items()):
+        if file == own or file.startswith(f"{own}."):
+            digest.update(f"{listed['sha256']}\n".encode())
+    return digest.hexdigest()
+
+
+def engine_key(graph_sha256: str, graph: Any, flavour: Flavour, options: BuildOptions) -> EngineKey:
+    """graph: a `dit_export.bundle.Graph`."""
+    free = any(isinstance(n, str) for tensor in graph.inputs for n in tensor.shape[1:])
+    profiles = options.profiles
+    if not free:
+        profiles = tuple(dict.fromkeys(replace(profile, size=None) for profile in profiles))
+    workspace = 0 if options.workspace_gib is None else int(options.workspace_gib * GIB)
+    return EngineKey(
+        graph_sha256, flavour.name, flavour.version, _target(flavour, options), profiles, workspace
+    )
+
+
+def _target(flavour: Flavour, options: BuildOptions) -> str:
+    if not flavour.builds_without_gpu:
+        if options.capabilities:
+            raise ValueError(
+                f"capability {options.capabilities[0]}: the standard TensorRT builds for the GPU "
+                "that is here; only TensorRT for RTX builds for others"
+            )
+        return str(require_device(options.device, "building with the standard TensorRT"))
+    return " ".join(options.capabilities) or "any"
+
+
+def existing(directory: Path, name: str, key: EngineKey) -> EngineFile | None:
+    """The engine of that key, verified; None if it was never finished.
+
+    Raises `EngineRefused` for one that has changed since.
+    """
+    path = engine_path(directory, name, key)
+    if not description_path(path).exists():
+        return None
+    engine = read_description(path)
+    if engine.key != key:
+        raise EngineRefused(f"{engine.description}: describes another engine")
+    if not path.exists() or path.stat().st_size != engine.bytes or file_hash(path) != engine.sha256:
+        engine.read()  # says what is wrong
+    return engine
+
+
+def build_engine(
+    onnx: Path,
+    name: str,
+    checkpoint: str,
+    key: EngineKey,
+    directory: Path,
+    flavour: Flavour,
+    options: BuildOptions,
+) -> EngineFile:
+    """Build one engine and write it with its description. Raises as `build_bundle` does."""
+    trt = flavour.load()
+    logger = make_logger(trt)
+    progress = make_progress(trt, name, options.quiet)
+    try:
+        data, inputs, outputs = _build(trt, onnx, key, directory, flavour, logger, progress)
+    finally:
+        progress.close()
+        gc.collect()
+    path = engine_path(directory, name, key)
+    return write_engine(EngineFile(path, name, checkpoint, key, inputs, outputs, "", 0), data)
+
+
+def _build(
+    trt: Any,
+    onnx: Path,
+    key: EngineKey,
+    directory: Path,
+    flavour: Flavour,
+    logger: Any,
+    progress: Any,
+) -> tuple[Any, dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    builder = trt.Builder(logger)
+    network, parser = parse(trt, builder, logger, onnx)
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    outputs = [network.get_output(i) for i in range(network.num_outputs)]
+    config = builder.create_builder_config()
+    config.progress_monitor = progress
+    if key.workspace_bytes:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, key.workspace_bytes)
+    if flavour.name == "rtx" and key.target != "any":
+        _set_capabilities(trt, config, key.target.split())
+    for profile in key.profiles:
+        bounds = builder.create_optimization_profile()
+        for tensor in inputs:
+            bounds.set_shape(tensor.name, *profile.shapes(tuple(tensor.shape)))
+        if config.add_optimization_profile(bounds) < 0:
+            raise ValueError(
+                f"{onnx}: TensorRT refuses the profile {profile}: {last_error(logger)}"
+            )
+    if flavour.has_timing_cache:
+        _attach_timing_cache(config, directory / TIMING_CACHE)
+    data = builder.build_serialized_network(network, config)
+    if progress.interrupted:
+        raise KeyboardInterrupt
+    if data is None:
+        raise ValueError(f"{onnx}: {flavour} builds no engine: {last_error(logger)}")
+    if flavour.has_timing_cache:
+        _save_timing_cache(config, directory / TIMING_CACHE)
+    shapes = ({t.name: tuple(t.shape) for t in tensors} for tensors in (inputs, outputs))
+    result = data, *shapes
+    del parser  # before the network that it refers to
+    return result
+
+
+def parse(trt: Any, builder: Any, logger: Any, onnx: Path) -> tuple[Any, Any]:
+    """(network, parser) of an ONNX file; the parser must not outlive the network.
+
+    Raises ValueError, one line with the nodes' names, for a graph that TensorRT refuses.
+    """
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(onnx)):
+        reasons = parser_errors(parser) or [last_error(logger)]
+        del parser, network
+        raise ValueError(f"{onnx}: TensorRT refuses it: {'; '.join(reasons)}")
+    return network, parser
+
+
+def check_supported(flavour: Flavour, onnx: Path) -> list[str]:
+    """Why TensorRT's parser does not support a graph; nothing where it does."""
+    trt = flavour.load()
+    logger = make_logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    supported = parser.supports_model_v2(onnx.read_bytes(), str(onnx))
+    reasons = [] if supported else parser_errors(parser) or [last_error(logger)]
+    del parser, network
+    return reasons
+
+
+def _set_capabilities(trt: Any, config: Any, capabilities: list[str]) -> None:
+    config.num_compute_capabilities = len(capabilities)
+    for index, capability in enumerate(capabilities):
+        config.set_compute_capability(_capability(trt, capability), index)
+
+
+def _capability(trt: Any, capability: str) -> Any:
+    known = {
+        f"{name[2:-1]}.{name[-1]}": value
+        for name, value in trt.ComputeCapability.__members__.items()
+        if name.startswith("SM")
+    }
+    if capability not in known:
+        raise ValueError(f"capability {capability!r}: choose from {', '.join(known)}")
+    return known[capability]
+
+
+def _attach_timing_cache(config: Any, path: Path) -> None:
+    """Timings of earlier builds; those of another device or version are left out by TensorRT."""
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    if not config.set_timing_cache(cache, False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+def _save_timing_cache(config: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as partial:
+        partial.write_bytes(config.get_timing_cache().serialize())

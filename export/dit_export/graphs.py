@@ -91,7 +91,8 @@ class GuidedStep(nn.Module):
         c, wide = config.in_channels, z.to(self.dit.pos_embed.dtype)
         labels = torch.cat([y, torch.full_like(y, config.null_class)])  # (2N,)
         output = self.dit(torch.cat([wide, wide]), torch.cat([t, t]), labels)  # (2N, C_out, S, S)
-        cond, uncond = output.float().chunk(2)  # 2 × (N, C_out, S, S)
+        n = z.shape[0]
+        cond, uncond = output[:n].float(), output[n:].float()  # each (N, C_out, S, S)
         scale = guidance_scale[:, None, None, None]  # (N, 1, 1, 1)
         guided = uncond[:, :g] + scale * (cond[:, :g] - uncond[:, :g])
         guided = torch.where(scale == 1, cond[:, :g], guided)

@@ -25,8 +25,8 @@ class Source:
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default="builtin",
-        help="file, directory, hub id or 'builtin'; or a size (DiT-XL/2) with --checkpoint")  # fmt: skip
+    sources = "file, directory, hub id or 'builtin'; or a size (DiT-XL/2) with --checkpoint"
+    add("--model", default="builtin", help=sources)
     add("--checkpoint", help="the weights, where --model is a size: file, directory or hub id")
     add("--vae", help="another VAE: file, directory or hub id")
     add("--numerics", help="official or diffusers (what the model was made for, unless given)")
@@ -36,10 +36,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 def load_source(arguments: argparse.Namespace) -> Source:
     """Raises ValueError and OSError of one line, as `load_checkpoint` does."""
     name, checkpoint = arguments.model, arguments.checkpoint
-    sized = name.removeprefix("DiT-").replace("-", "/") in {
-        p.removeprefix("DiT-") for p in PUBLISHED
-    }
-    sized = sized and not Path(name).exists()
+    sized = name in PUBLISHED and not Path(name).exists()
     if sized and checkpoint is None:
         raise ValueError(f"--model {name} is a size: give its weights with --checkpoint")
     if checkpoint is not None and not sized:

@@ -1,0 +1,313 @@
+"""ONNX graphs of a DiT and its VAE, written, checked and run before they get their final name."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_engine._version import __version__
+from dit_engine.guidance import OFFICIAL_CHANNELS, check_channels
+from dit_engine.model import DiT
+from dit_engine.vae import AutoencoderKL
+from dit_export.bundle import LABELS, Bundle, Graph, replaceable, write_manifest
+from dit_export.directories import check_destination, new_directory
+from dit_export.graphs import (
+    GRAPHS,
+    TRANSFORMER_GRAPHS,
+    VAE_GRAPH,
+    VAEDecoder,
+    exportable,
+    signature,
+    transformer_graph,
+)
+from dit_export.naming import make_readable
+from dit_export.source import model_name, weights_hash
+from dit_export.targets import (
+    DTYPES,
+    FLOATS,
+    TARGETS,
+    check_choice,
+    choose_opset,
+    float_dtype,
+    vae_dtype,
+)
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to write.
+
+    Attributes:
+        dtype: "fp32", "fp16", "bf16", or "int8" or "fp8", which quantise the blocks' linears.
+        target: the runtime, which decides the opset and what surrounds quantised products.
+        opset: None is the best for dtype and target.
+        graphs: some of `GRAPHS`; None is all, the VAE's where there is a VAE.
+        guided_channels: latent channels that ``guided_step`` guides.
+        vae_dtype: None is "bf16" with bf16, else "fp32" (see `targets.vae_dtype`).
+        external_data_mib: a graph above this size has its weights in a file of its own; protobuf
+            ends at 2 GiB.
+    """
+
+    dtype: str = "fp16"
+    target: str = "onnxruntime"
+    opset: int | None = None
+    graphs: tuple[str, ...] | None = None
+    guided_channels: int = OFFICIAL_CHANNELS
+    vae_dtype: str | None = None
+    external_data_mib: int = 1900
+
+    def checked(self) -> ExportOptions:
+        """Itself, or a ValueError that names the first option out of its range."""
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("target", self.target, TARGETS)
+        choose_opset(self.dtype, self.target, self.opset)
+        for graph in self.graphs or ():
+            check_choice("graph", graph, GRAPHS)
+        if self.graphs == ():
+            raise ValueError(f"no graphs: choose some of {', '.join(GRAPHS)}")
+        if self.vae_dtype is not None:
+            check_choice("vae_dtype", self.vae_dtype, tuple(FLOATS))
+            choose_opset(self.vae_dtype, self.target, self.opset)
+        if not 0 <= self.external_data_mib < 2048:
+            raise ValueError(
+                f"external data above {self.external_data_mib} MiB: allowed is 0 to 2047"
+            )
+        return self
+
+
+def export_onnx(
+    model: DiT,
+    directory: str | Path,
+    options: ExportOptions | None = None,
+    *,
+    vae: AutoencoderKL | None = None,
+    label_names: tuple[str, ...] | None = None,
+    overwrite: bool = False,
+    report: Report = lambda _: None,
+) -> Bundle:
+    """Write an export directory (`dit_export.bundle`), whole or not at all.
+
+    Every graph is checked by onnx, and run beside torch on random inputs; one whose error is
+    above its bound is no export but an error.
+
+    Args:
+        model: in any dtype; it stays as it is.
+        overwrite: replace an earlier export; anything else in ``directory`` is refused.
+        report: told one line for every graph.
+
+    Raises:
+        ValueError: an option out of its range, a graph that cannot be made, or a destination that
+            holds something else.
+        OSError: it cannot be written. ImportError: a package of the extra "onnx" is missing.
+    """
+    require_onnx()
+    options = (options or ExportOptions()).checked()
+    check_channels(options.guided_channels, model.config.in_channels)
+    if options.graphs is not None and VAE_GRAPH in options.graphs and vae is None:
+        raise ValueError(f"graph {VAE_GRAPH!r}: this model has no VAE; give one with --vae")
+    names = tuple(g for g in GRAPHS if g in (options.graphs or GRAPHS))
+    names = tuple(g for g in names if g != VAE_GRAPH or vae is not None)
+    target, may_replace = Path(directory), replaceable(overwrite)
+    check_destination(target, may_replace)
+    opset = choose_opset(options.dtype, options.target, options.opset)
+    facts = {
+        "model": model.config.to_dict(),
+        "vae": None if vae is None else json.loads(vae.config.to_json()),
+        "checkpoint": weights_hash(model),
+        "vae_checkpoint": None if vae is None else weights_hash(vae),
+        "dtype": options.dtype,
+        "float_dtype": float_dtype(options.dtype, options.target),
+        "opset": opset,
+        "target": options.target,
+        "guided_channels": options.guided_channels,
+        "label_names": None if label_names is None else list(label_names),
+    }
+    with new_directory(target, may_replace) as partial:
+        writer = _Writer(partial, model, vae, options, opset, facts, report)
+        graphs = writer.write(names)
+        if label_names is not None:
+            text = json.dumps(list(label_names), indent=2, ensure_ascii=False)
+            (partial / LABELS).write_text(text + "\n", encoding="utf-8")
+        write_manifest(partial, facts | writer.notes, graphs)
+    return Bundle.open(target, verify=False)
+
+
+class _Writer:
+    """One graph after the other, so that the memory of one is free before the next."""
+
+    def __init__(
+        self,
+        directory: Path,
+        model: DiT,
+        vae: AutoencoderKL | None,
+        options: ExportOptions,
+        opset: int,
+        facts: dict[str, Any],
+        report: Report,
+    ) -> None:
+        self.directory, self.model, self.vae = directory, model, vae
+        self.options, self.opset, self.facts, self.report = options, opset, facts, report
+        self.notes: dict[str, Any] = {}
+
+    def write(self, names: tuple[str, ...]) -> list[Graph]:
+        from dit_export.verify import verify_graph
+
+        written: list[tuple[str, str]] = []
+        if any(name in TRANSFORMER_GRAPHS for name in names):
+            kind = float_dtype(self.options.dtype, self.options.target)
+            twin = exportable(self.model, FLOATS[kind])
+            for name in names:
+                if name in TRANSFORMER_GRAPHS:
+                    module = transformer_graph(name, twin, self.options.guided_channels)
+                    self._export(name, module)
+                    written.append((name, self.options.dtype))
+            del twin, module
+        if VAE_GRAPH in names:
+            assert self.vae is not None
+            kind = self.options.vae_dtype or vae_dtype(self.options.dtype, self.options.target)
+            self._export(VAE_GRAPH, VAEDecoder(self.vae, FLOATS[kind]).eval())
+            written.append((VAE_GRAPH, kind))
+        graphs = []
+        for name, dtype in written:
+            gc.collect()
+            module = self._reference(name)
+            inputs, outputs = self._signature(name)
+            graph = Graph(name, f"{name}.onnx", dtype, inputs, outputs)
+            graph = verify_graph(self.directory, graph, module, self.options.target)
+            self.report(_summary(graph, self.directory))
+            graphs.append(graph)
+        return graphs
+
+    def _signature(self, name: str):
+        return signature(name, self.model.config, None if self.vae is None else self.vae.config)
+
+    def _reference(self, name: str) -> nn.Module:
+        """The graph's module in float32, over the weights as they were before any rounding."""
+        if name == VAE_GRAPH:
+            assert self.vae is not None
+            return VAEDecoder(self.vae, torch.float32).eval()
+        twin = exportable(self.model, torch.float32)
+        return transformer_graph(name, twin, self.options.guided_channels)
+
+    def _export(self, name: str, module: nn.Module) -> None:
+        inputs, outputs = self._signature(name)
+        model = to_onnx(module, name, inputs, outputs, self.opset)
+        model.producer_name, model.producer_version = "dit-engine", __version__
+        model.metadata_props.update(
+            {
+                "graph": name,
+                "model": model_name(self.model.config),
+                "dtype": self.options.dtype,
+                "checkpoint": self.facts["vae_checkpoint" if name == VAE_GRAPH else "checkpoint"],
+                "version": __version__,
+            }
+        )
+        save(model, self.directory / f"{name}.onnx", self.options.external_data_mib)
+
+
+def to_onnx(module: nn.Module, name: str, inputs: Any, outputs: Any, opset: int) -> Any:
+    """``module`` as an onnx_ir Model of standard operators of ``opset``, with readable names.
+
+    inputs, outputs: `TensorSpec` of each; every dimension with a name is dynamic.
+    """
+    example = tuple(random_input(spec, torch.Generator().manual_seed(0)) for spec in inputs)
+    symbols: dict[str, Any] = {}
+    dynamic = tuple(
+        {
+            i: symbols.setdefault(size, torch.export.Dim(size))
+            for i, size in enumerate(spec.shape)
+            if isinstance(size, str)
+        }
+        for spec in inputs
+    )
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            module,
+            example,
+            dynamo=True,
+            verbose=False,
+            opset_version=opset,
+            input_names=[spec.name for spec in inputs],
+            output_names=[spec.name for spec in outputs],
+            dynamic_shapes=dynamic,
+        )
+    assert program is not None
+    model = program.model
+    if dict(model.opset_imports) != {"": opset} or model.functions:
+        raise RuntimeError(
+            f"{name}: opset {opset} was asked for, torch wrote {dict(model.opset_imports)}"
+        )
+    for value, spec in zip(
+        (*model.graph.inputs, *model.graph.outputs), (*inputs, *outputs), strict=True
+    ):
+        shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+        if (value.name, shape) != (spec.name, spec.shape):
+            raise RuntimeError(f"{name}: {value.name} {shape}, where {spec} was meant")
+    make_readable(model)
+    return model
+
+
+def random_input(spec: Any, generator: torch.Generator, **sizes: int) -> Tensor:
+    """A tensor for ``spec``; dynamic sizes are those given, else small and all different."""
+    sizes = {"batch": 2, "height": 6, "width": 5} | sizes
+    shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+    if spec.dtype == "int64":
+        return torch.randint(0, 2, shape, generator=generator)
+    return torch.randn(shape, generator=generator)
+
+
+def save(model: Any, path: Path, external_data_mib: int) -> None:
+    """Write an onnx_ir Model; above the limit its weights go to ``<path>.data``."""
+    ir = import_module("onnx_ir")
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    if size > external_data_mib * 2**20:
+        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
+    else:
+        ir.save(model, path)
+
+
+def require_onnx() -> None:
+    """Raises ImportError, naming the extra, unless all that an export needs is installed."""
+    missing = [p for p in ("onnx", "onnxscript", "onnxruntime") if find_spec(p) is None]
+    if missing:
+        raise ImportError(f"{missing[0]} is not installed: pip install 'dit-engine[onnx]'")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's notes about packages and interfaces that are not used here."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _summary(graph: Graph, directory: Path) -> str:
+    size = sum(file.stat().st_size for file in directory.glob(f"{graph.file}*"))
+    head = f"{graph.name:12s} {graph.dtype:5s} {size / 2**20:8.1f} MiB  "
+    if graph.error is None:
+        return head + f"not run: {', '.join(graph.verified_by)} alone"
+    error = graph.error
+    return head + (
+        f"error {error['relative']:.1e} (bound {error['bound']:.0e}) against {error['against']}, "
+        f"by {graph.verified_by[-1]}"
+    )

@@ -1,0 +1,131 @@
+"""What looks at a graph after its export: onnx's checker, and a run beside torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dit_engine.fused_sampling import step_coefficients
+from dit_engine.schedule import make_schedule
+from dit_export.bundle import Graph
+from dit_export.graphs import VAE_GRAPH, Conditioner, Denoiser
+
+BOUNDS = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2}
+"""Of max |graph − torch| / max |torch|, torch being in float32 with the weights as they came."""
+
+Runner = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
+
+
+def verify_graph(directory: Path, graph: Graph, module: nn.Module, target: str) -> Graph:
+    """``graph`` with its error and with what looked at it.
+
+    module: the same function in torch, in float32.
+
+    Raises RuntimeError, naming the graph, where it is no valid ONNX or its error is too large.
+    """
+    path = directory / graph.file
+    verified = [check(path, graph.name)]
+    runner, runs_with = _runner(path, graph.dtype)
+    if runner is None:
+        return replace(graph, verified_by=tuple(verified))
+    relative = 0.0
+    for batch in (1, 3):  # 3 is no batch that the export has seen
+        inputs = random_inputs(graph, module, batch)
+        with torch.inference_mode():
+            expected = module(*inputs.values())
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        actual = runner({name: value.numpy() for name, value in inputs.items()})
+        for a, b in zip(actual, expected, strict=True):
+            relative = max(relative, relative_error(a, b))
+    bound = BOUNDS[graph.dtype]
+    if not relative <= bound:
+        raise RuntimeError(
+            f"{graph.name}: {runs_with} and torch differ by {relative:.2e}, above {bound:.0e}"
+        )
+    error = {"against": "torch in float32", "relative": relative, "bound": bound}
+    return replace(graph, error=error, verified_by=(*verified, runs_with))
+
+
+def check(path: Path, name: str) -> str:
+    """onnx's checker with strict shape inference; returns what it is called in the manifest."""
+    onnx = import_module("onnx")
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise RuntimeError(f"{name}: no valid ONNX: {error}") from None
+    return f"onnx.checker {onnx.__version__} with shape inference"
+
+
+def relative_error(actual: Any, expected: Tensor) -> float:
+    """max |actual − expected| / max |expected|; infinite where either is not finite."""
+    a, b = torch.as_tensor(actual).double(), expected.double()
+    if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
+        return float("inf")
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+
+
+def random_inputs(graph: Graph, module: nn.Module, batch: int) -> dict[str, Tensor]:
+    """Inputs as sampling would give them: steps and labels of every kind, and their modulations."""
+    generator = torch.Generator().manual_seed(batch)
+    inputs: dict[str, Tensor] = {}
+    for spec in graph.inputs:
+        sizes = {"batch": batch, "height": 8 + batch, "width": 8}
+        shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+        inputs[spec.name] = torch.randn(shape, generator=generator)
+    if graph.name == VAE_GRAPH:
+        return inputs
+    dit: Any = module.dit
+    t = torch.randint(0, 1000, (batch,), generator=generator)
+    y = torch.randint(0, dit.config.num_classes + 1, (batch,), generator=generator)
+    if "t" in inputs:
+        inputs |= {"t": t, "y": y}
+    if "guidance_scale" in inputs:
+        inputs["guidance_scale"] = torch.tensor([1.5, 1.0, 4.0])[torch.arange(batch) % 3]
+        steps = torch.arange(batch) * 5 + 8
+        table = step_coefficients("ddpm", make_schedule(20, "official"), dit.config.learn_sigma)
+        inputs["coefficients"] = torch.from_numpy(table).float()[steps]
+    if isinstance(module, Denoiser):
+        with torch.inference_mode():
+            inputs["modulations"] = Conditioner(dit)(t, y)
+    return inputs
+
+
+def _runner(path: Path, dtype: str) -> tuple[Runner | None, str]:
+    """Something here that runs the graph, and its name; None where nothing does.
+
+    onnxruntime has hardly a bfloat16 operator for the CPU; OpenVINO, an optional package, has.
+    """
+    if dtype != "bf16":
+        return _onnxruntime(path)
+    return _openvino(path) if find_spec("openvino") else (None, "nothing")
+
+
+def _onnxruntime(path: Path) -> tuple[Runner, str]:
+    ort = import_module("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # One run each: packed weights would be one more copy of all of them, for nothing.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(None, inputs), f"onnxruntime {ort.__version__}"
+
+
+def _openvino(path: Path) -> tuple[Runner, str]:
+    openvino = import_module("openvino")
+    core = openvino.Core()
+    compiled = core.compile_model(str(path), "CPU")
+
+    def run(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        results = compiled(inputs)
+        return [results[output] for output in compiled.outputs]
+
+    return run, f"OpenVINO {openvino.__version__.split('-')[0]}"

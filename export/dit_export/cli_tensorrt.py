@@ -25,13 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--flavour", default="auto", help=f"which TensorRT: {', '.join(FLAVOURS)}")
     add("--graphs", nargs="+", metavar="GRAPH", help=f"some of {', '.join(GRAPHS)}; all there are")
     add("--batch", action="append", metavar="MIN,BEST,MAX",
-        help=f"batch sizes of a profile, {DEFAULT_BATCH} unless given; again for another profile")  # fmt: skip
+        help=f"of a profile, {DEFAULT_BATCH} unless given; again for another profile")  # fmt: skip
     add("--size", metavar="MIN,BEST,MAX",
         help="sides of the VAE's latents; the model's own unless given")  # fmt: skip
     add("--workspace-gb", type=float, help="GiB that layers may use beside weights; no limit")
     add("--capability", action="append", default=[], metavar="X.Y",
         help="TensorRT for RTX: compute capability to build for; all unless given")  # fmt: skip
     add("--device", type=int, default=0, help="GPU that the standard TensorRT builds on")
+    add("--plugin", action="store_true", help="standard TensorRT: adaLN as our fused operator")
     add("--rebuild", action="store_true", help="build anew what is there, whatever its state")
     add("--quiet", action="store_true", help="no progress bar")
 
@@ -61,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
             workspace_gib=arguments.workspace_gb,
             capabilities=tuple(arguments.capability),
             device=arguments.device,
+            plugin=arguments.plugin,
             rebuild=arguments.rebuild,
             quiet=arguments.quiet,
         )

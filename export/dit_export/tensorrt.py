@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from dit_export.engine_files import (
     read_description,
     write_engine,
 )
+from dit_export.plugin import PLUGIN, register_plugin
+from dit_export.plugin_graph import fuse_file
 from dit_export.profiles import Profiles
 from dit_export.tensorrt_flavour import Flavour
 from dit_export.tensorrt_reports import last_error, make_logger, make_progress, parser_errors
@@ -43,6 +46,7 @@ class BuildOptions:
         workspace_gib: bound of what layers may use beside weights and activations; None is none.
         capabilities: compute capabilities such as "8.9", for TensorRT for RTX; none is any.
         device: the GPU that the standard TensorRT builds on and for.
+        plugin: adaLN as our fused operator, which the standard TensorRT alone can hold.
         rebuild: build anew what is there, whatever its state.
         quiet: no progress bar.
     """
@@ -51,6 +55,7 @@ class BuildOptions:
     workspace_gib: float | None = None
     capabilities: tuple[str, ...] = ()
     device: int = 0
+    plugin: bool = False
     rebuild: bool = False
     quiet: bool = False
 
@@ -110,9 +115,16 @@ def engine_key(graph_sha256: str, graph: Any, flavour: Flavour, options: BuildOp
     profiles = options.profiles
     if not free:
         profiles = tuple(dict.fromkeys(replace(profile, size=None) for profile in profiles))
-    workspace = 0 if options.workspace_gib is None else int(options.workspace_gib * GIB)
+    if options.plugin and flavour.name != "tensorrt":
+        raise ValueError(f"the adaLN plugin needs the standard TensorRT, and this is {flavour}")
     return EngineKey(
-        graph_sha256, flavour.name, flavour.version, _target(flavour, options), profiles, workspace
+        graph=graph_sha256,
+        flavour=flavour.name,
+        version=flavour.version,
+        target=_target(flavour, options),
+        profiles=profiles,
+        workspace_bytes=0 if options.workspace_gib is None else int(options.workspace_gib * GIB),
+        plugins=(PLUGIN,) if options.plugin else (),
     )
 
 
@@ -156,11 +168,17 @@ def build_engine(
     trt = flavour.load()
     logger = make_logger(trt)
     progress = make_progress(trt, name, options.quiet)
-    try:
-        data, inputs, outputs = _build(trt, onnx, key, directory, flavour, logger, progress)
-    finally:
-        progress.close()
-        gc.collect()
+    with tempfile.TemporaryDirectory(prefix="dit-export-") as folder:
+        if key.plugins:
+            register_plugin(require_device(options.device).capability)
+            fused = Path(folder) / onnx.name
+            fuse_file(onnx, fused)
+            onnx = fused
+        try:
+            data, inputs, outputs = _build(trt, onnx, key, directory, flavour, logger, progress)
+        finally:
+            progress.close()
+            gc.collect()
     path = engine_path(directory, name, key)
     return write_engine(EngineFile(path, name, checkpoint, key, inputs, outputs, "", 0), data)
 
@@ -212,8 +230,10 @@ def parse(trt: Any, builder: Any, logger: Any, onnx: Path) -> tuple[Any, Any]:
 
     Raises ValueError, one line with the nodes' names, for a graph that TensorRT refuses.
     """
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    # Where a flag is unknown, it is how every network is, or there is nothing that it could prefer.
+    flags = trt.NetworkDefinitionCreationFlag.__members__
+    wanted = [flags.get("STRONGLY_TYPED"), flags.get("PREFER_AOT_PYTHON_PLUGINS")]
+    network = builder.create_network(sum(1 << int(flag) for flag in wanted if flag is not None))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx)):
         reasons = parser_errors(parser) or [last_error(logger)]

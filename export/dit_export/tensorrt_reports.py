@@ -7,6 +7,7 @@ import sys
 import threading
 from typing import Any
 
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} {postfix}"
 _LOG = logging.getLogger(__name__)
 
 
@@ -61,8 +62,9 @@ def make_progress(trt: Any, title: str, quiet: bool) -> Any:
     class Progress(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.bar = tqdm(desc=title, total=1.0, file=sys.stderr, disable=quiet, leave=False,
-                            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} {postfix}")  # fmt: skip
+            self.bar = tqdm(
+                desc=title, total=1.0, file=sys.stderr, disable=quiet, leave=False, bar_format=_BAR
+            )
             self.interrupted = False
             self._lock = threading.Lock()
             # phase → (parent, steps, steps done)

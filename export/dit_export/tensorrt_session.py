@@ -110,10 +110,7 @@ class LoadedEngine:
         rows, sides = set(), set()
         for name, shape in shapes.items():
             wanted = self.file.inputs[name]
-            fits = len(shape) == len(wanted)
-            if not fits or any(
-                n not in (w, -1) and w != -1 for n, w in zip(shape, wanted, strict=True)
-            ):
+            if not fits(shape, wanted):
                 raise ValueError(f"input {name} has shape {shape}; {wanted} is needed (-1 is free)")
             rows.add(shape[0])
             sides.add(tuple(n for n, w in zip(shape[1:], wanted[1:], strict=True) if w == -1))
@@ -121,6 +118,13 @@ class LoadedEngine:
             raise ValueError(f"inputs have different batches: {sorted(rows)}")
         free = next((s for s in sides if s), ())
         return choose_profile(self.file.key.profiles, rows.pop(), free)
+
+
+def fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether ``shape`` is ``wanted``, where -1 stands for any size."""
+    return len(shape) == len(wanted) and all(
+        w in (n, -1) for n, w in zip(shape, wanted, strict=True)
+    )
 
 
 @dataclass

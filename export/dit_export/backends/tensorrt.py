@@ -177,9 +177,8 @@ def given_engines(
     engines = {}
     for graph in GRAPHS:
         found = find_engines(directory, graph, checkpoint)
-        fitting = [
-            f for f in found if (f.key.flavour, f.key.version) == (flavour.name, flavour.version)
-        ]
+        here = (flavour.name, flavour.version)
+        fitting = [f for f in found if (f.key.flavour, f.key.version) == here]
         engines[graph] = (fitting or found)[0]
         engines[graph].check(flavour.name, flavour.version, gpu)
     return engines

@@ -5,8 +5,10 @@ Only the standard TensorRT has such plugins.
 """
 
 # No postponed annotations here: TensorRT reads the functions' annotations as types.
+# pyright: reportInvalidTypeForm=false
 
 import functools
+from importlib import import_module
 from typing import Any
 
 NAMESPACE, NAME = "dit", "layernorm_modulate"
@@ -20,15 +22,14 @@ def register_plugin(capability: str) -> None:
     Raises ImportError where TensorRT, its plugin module or Triton is missing.
     """
     try:
-        import tensorrt  # pyright: ignore[reportMissingImports]
-        import tensorrt.plugin as trtp  # pyright: ignore[reportMissingImports]
-        import triton  # noqa: F401
+        trt, trtp = import_module("tensorrt"), import_module("tensorrt.plugin")
+        import_module("triton")
     except ImportError as error:
         raise ImportError(
             f"the adaLN plugin needs the standard TensorRT and Triton ({error}): "
             "pip install 'dit-engine[tensorrt]'"
         ) from None
-    _register(tensorrt, trtp, capability)
+    _register(trt, trtp, capability)
 
 
 @functools.cache

@@ -1,7 +1,4 @@
-"""ONNX graphs to TensorRT engines; one way for the standard TensorRT and TensorRT for RTX.
-
-Networks are strongly typed: precision is what the graph says, in its casts and QDQ pairs.
-"""
+"""ONNX graphs to TensorRT engines; one way for the standard TensorRT and TensorRT for RTX."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dit_engine.files import atomic_path
 from dit_export.bundle import Bundle, file_hash
 from dit_export.cuda_devices import require_device
 from dit_export.engine_files import (
@@ -30,10 +26,10 @@ from dit_export.plugin import PLUGIN, register_plugin
 from dit_export.plugin_graph import fuse_file
 from dit_export.profiles import Profiles
 from dit_export.tensorrt_flavour import Flavour
-from dit_export.tensorrt_reports import last_error, make_logger, make_progress, parser_errors
+from dit_export.tensorrt_network import build_serialized
+from dit_export.tensorrt_reports import make_progress, process_logger
 
 GIB = 2**30
-TIMING_CACHE = "timing.cache"
 VAE_GRAPH = "vae_decoder"
 
 
@@ -166,7 +162,8 @@ def build_engine(
 ) -> EngineFile:
     """Build one engine and write it with its description. Raises as `build_bundle` does."""
     trt = flavour.load()
-    logger = make_logger(trt)
+    logger = process_logger(trt)
+    logger.errors.clear()
     progress = make_progress(trt, name, options.quiet)
     with tempfile.TemporaryDirectory(prefix="dit-export-") as folder:
         if key.plugins:
@@ -175,111 +172,11 @@ def build_engine(
             fuse_file(onnx, fused)
             onnx = fused
         try:
-            data, inputs, outputs = _build(trt, onnx, key, directory, flavour, logger, progress)
+            data, inputs, outputs = build_serialized(
+                trt, onnx, key, directory, flavour, logger, progress
+            )
         finally:
             progress.close()
             gc.collect()
     path = engine_path(directory, name, key)
     return write_engine(EngineFile(path, name, checkpoint, key, inputs, outputs, "", 0), data)
-
-
-def _build(
-    trt: Any,
-    onnx: Path,
-    key: EngineKey,
-    directory: Path,
-    flavour: Flavour,
-    logger: Any,
-    progress: Any,
-) -> tuple[Any, dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    builder = trt.Builder(logger)
-    network, parser = parse(trt, builder, logger, onnx)
-    inputs = [network.get_input(i) for i in range(network.num_inputs)]
-    outputs = [network.get_output(i) for i in range(network.num_outputs)]
-    config = builder.create_builder_config()
-    config.progress_monitor = progress
-    if key.workspace_bytes:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, key.workspace_bytes)
-    if flavour.name == "rtx" and key.target != "any":
-        _set_capabilities(trt, config, key.target.split())
-    for profile in key.profiles:
-        bounds = builder.create_optimization_profile()
-        for tensor in inputs:
-            bounds.set_shape(tensor.name, *profile.shapes(tuple(tensor.shape)))
-        if config.add_optimization_profile(bounds) < 0:
-            raise ValueError(
-                f"{onnx}: TensorRT refuses the profile {profile}: {last_error(logger)}"
-            )
-    if flavour.has_timing_cache:
-        _attach_timing_cache(config, directory / TIMING_CACHE)
-    data = builder.build_serialized_network(network, config)
-    if progress.interrupted:
-        raise KeyboardInterrupt
-    if data is None:
-        raise ValueError(f"{onnx}: {flavour} builds no engine: {last_error(logger)}")
-    if flavour.has_timing_cache:
-        _save_timing_cache(config, directory / TIMING_CACHE)
-    shapes = ({t.name: tuple(t.shape) for t in tensors} for tensors in (inputs, outputs))
-    result = data, *shapes
-    del parser  # before the network that it refers to
-    return result
-
-
-def parse(trt: Any, builder: Any, logger: Any, onnx: Path) -> tuple[Any, Any]:
-    """(network, parser) of an ONNX file; the parser must not outlive the network.
-
-    Raises ValueError, one line with the nodes' names, for a graph that TensorRT refuses.
-    """
-    # Where a flag is unknown, it is how every network is, or there is nothing that it could prefer.
-    flags = trt.NetworkDefinitionCreationFlag.__members__
-    wanted = [flags.get("STRONGLY_TYPED"), flags.get("PREFER_AOT_PYTHON_PLUGINS")]
-    network = builder.create_network(sum(1 << int(flag) for flag in wanted if flag is not None))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(onnx)):
-        reasons = parser_errors(parser) or [last_error(logger)]
-        del parser, network
-        raise ValueError(f"{onnx}: TensorRT refuses it: {'; '.join(reasons)}")
-    return network, parser
-
-
-def check_supported(flavour: Flavour, onnx: Path) -> list[str]:
-    """Why TensorRT's parser does not support a graph; nothing where it does."""
-    trt = flavour.load()
-    logger = make_logger(trt)
-    builder = trt.Builder(logger)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, logger)
-    supported = parser.supports_model_v2(onnx.read_bytes(), str(onnx))
-    reasons = [] if supported else parser_errors(parser) or [last_error(logger)]
-    del parser, network
-    return reasons
-
-
-def _set_capabilities(trt: Any, config: Any, capabilities: list[str]) -> None:
-    config.num_compute_capabilities = len(capabilities)
-    for index, capability in enumerate(capabilities):
-        config.set_compute_capability(_capability(trt, capability), index)
-
-
-def _capability(trt: Any, capability: str) -> Any:
-    known = {
-        f"{name[2:-1]}.{name[-1]}": value
-        for name, value in trt.ComputeCapability.__members__.items()
-        if name.startswith("SM")
-    }
-    if capability not in known:
-        raise ValueError(f"capability {capability!r}: choose from {', '.join(known)}")
-    return known[capability]
-
-
-def _attach_timing_cache(config: Any, path: Path) -> None:
-    """Timings of earlier builds; those of another device or version are left out by TensorRT."""
-    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
-    if not config.set_timing_cache(cache, False):
-        config.set_timing_cache(config.create_timing_cache(b""), False)
-
-
-def _save_timing_cache(config: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as partial:
-        partial.write_bytes(config.get_timing_cache().serialize())

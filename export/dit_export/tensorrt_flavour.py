@@ -99,20 +99,17 @@ def probe_import(module: str) -> tuple[str | None, str]:
     return (None, reason) if output is None else (output, "")
 
 
-def run_probe(
-    code: str, *arguments: str, timeout_seconds: float = PROBE_SECONDS
-) -> tuple[Any, str]:
+def run_probe(code: str, *arguments: str, timeout_seconds: float | None = None) -> tuple[Any, str]:
     """Run Python code that prints one line of JSON in another process: (the value, "").
 
     Where the process fails, aborts or takes too long: (None, why).
     """
     command = [sys.executable, "-c", code, *arguments]
+    limit = PROBE_SECONDS if timeout_seconds is None else timeout_seconds
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_seconds, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
-        return None, f"no answer within {timeout_seconds:.0f} s"
+        return None, f"no answer within {limit:g} s"
     if done.returncode < 0:
         return None, f"it ended with signal {-done.returncode}"
     if done.returncode > 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -41,15 +42,15 @@ class CudaCoreMemory:
 
     def __init__(self, device: int = 0) -> None:
         try:
-            from cuda.core import Device, LegacyPinnedMemoryResource
+            core: Any = import_module("cuda.core")
         except ImportError as error:
             raise ImportError(
                 f"cuda-core cannot be imported ({error}): pip install 'dit-engine[tensorrt]'"
             ) from None
-        self.device = Device(device)
+        self.device = core.Device(device)
         self.device.set_current()
         self._stream = self.device.create_stream()
-        self._pinned = LegacyPinnedMemoryResource()
+        self._pinned = core.LegacyPinnedMemoryResource()
         self.stream = int(self._stream.handle)
 
     def enter(self) -> None:
@@ -58,7 +59,7 @@ class CudaCoreMemory:
     def empty(self, shape: tuple[int, ...], dtype: str) -> Staged:
         size = max(int(np.prod(shape)) * np.dtype(dtype).itemsize, 1)
         pinned = self._pinned.allocate(size)
-        raw = (ctypes.c_char * size).from_address(int(pinned.handle))
+        raw: Any = (ctypes.c_char * size).from_address(int(pinned.handle))
         count = int(np.prod(shape))
         array = np.frombuffer(raw, np.dtype(dtype), count).reshape(shape)
         return Staged(array, pinned, self.device.allocate(size, stream=self._stream))
@@ -93,7 +94,7 @@ class PycudaMemory:
 
     def __init__(self, device: int = 0) -> None:
         try:
-            import pycuda.driver as cuda  # pyright: ignore[reportMissingImports]
+            cuda: Any = import_module("pycuda.driver")
         except ImportError as error:
             raise ImportError(
                 f"pycuda cannot be imported ({error}): pip install 'dit-engine[pycuda]'"

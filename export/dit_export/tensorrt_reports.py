@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import threading
+from collections import deque
 from typing import Any
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} {postfix}"
 _LOG = logging.getLogger(__name__)
 
 
-def make_logger(trt: Any) -> Any:
-    """An ILogger that keeps the errors, for the exception that follows, and logs the rest.
+@functools.cache
+def process_logger(trt: Any) -> Any:
+    """An ILogger that keeps the last errors, for the exception that follows, and logs the rest.
 
-    Its ``errors`` (list of str) are this object's; the Python logger is this module's.
+    TensorRT keeps a process's first logger for itself, so there is one, which lives on.
     """
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.errors: list[str] = []
+            self.errors: deque[str] = deque(maxlen=16)
 
         def log(self, severity: Any, msg: str) -> None:
             levels = trt.ILogger.Severity

@@ -44,10 +44,13 @@ class TensorRTEngine:
         flavour = choose_flavour(file.key.flavour)
         first = make_memory(memory, device)
         loaded = LoadedEngine(file, flavour, gpu)
-        if graphs is None:
-            graphs = first.captures
         self.file = file
-        self._pool = SessionPool(loaded, lambda: make_memory(memory, device), streams, graphs)
+        self._pool = SessionPool(
+            loaded,
+            lambda: make_memory(memory, device),
+            streams,
+            first.captures if graphs is None else graphs,
+        )
 
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Arrays by input name → arrays by output name.

@@ -16,7 +16,7 @@ from dit_export.cuda_devices import CudaDevice
 from dit_export.engine_files import EngineFile, EngineRefused
 from dit_export.profiles import choose_profile
 from dit_export.tensorrt_flavour import Flavour
-from dit_export.tensorrt_reports import last_error, make_logger
+from dit_export.tensorrt_reports import last_error, process_logger
 
 CONTEXT_LIMIT = 4
 """Shapes that a session is prepared for at once; the one unused for longest is dropped."""
@@ -68,7 +68,8 @@ class LoadedEngine:
         data = file.read()
         self.file = file
         self.trt = flavour.load()
-        self.logger = make_logger(self.trt)
+        self.logger = process_logger(self.trt)
+        self.logger.errors.clear()
         self.runtime = self.trt.Runtime(self.logger)
         self.engine = self.runtime.deserialize_cuda_engine(data)
         if self.engine is None:

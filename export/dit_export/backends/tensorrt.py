@@ -100,8 +100,20 @@ class TensorRTBackend:
             )
             for name, file in engines.items()
         }
-        self.denoiser = pools["denoiser"]
-        self.conditioning = EngineConditioning(model, pools["conditioner"], device)
+        self._pair = EnginePair(model, pools["conditioner"], pools["denoiser"], device)
+
+    def prepare(self, labels: Tensor, timesteps: Tensor) -> Denoiser:
+        return self._pair.prepare(labels, timesteps)
+
+
+class EnginePair:
+    """The transformer as two engines, of which the conditioner runs before the sampling loop."""
+
+    def __init__(
+        self, model: DiT, conditioner: SessionPool, denoiser: SessionPool, device: torch.device
+    ) -> None:
+        self.denoiser = denoiser
+        self.conditioning = EngineConditioning(model, conditioner, device)
 
     def prepare(self, labels: Tensor, timesteps: Tensor) -> Denoiser:
         conditioning = cast(Conditioning, self.conditioning)

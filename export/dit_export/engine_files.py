@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from dit_engine.files import atomic_path
-from dit_export.bundle import file_hash
 from dit_export.profiles import Profile, Profiles
 
 FORMAT = 1
@@ -75,7 +74,7 @@ class EngineFile:
 
     Attributes:
         graph: which graph of an export it is, such as "denoiser".
-        checkpoint: SHA-256 of the weights that the export was made of.
+        checkpoint: SHA-256 of the weights that the export was made of; dtype: of the graph.
         inputs, outputs: name → shape, -1 where it is free.
         sha256, bytes: of the engine.
     """
@@ -83,6 +82,7 @@ class EngineFile:
     path: Path
     graph: str
     checkpoint: str
+    dtype: str
     key: EngineKey
     inputs: dict[str, tuple[int, ...]]
     outputs: dict[str, tuple[int, ...]]
@@ -142,13 +142,15 @@ def write_engine(engine: EngineFile, data: Any) -> EngineFile:
     engine.path.parent.mkdir(parents=True, exist_ok=True)
     # An engine without a description is none: nothing is found that is not complete.
     engine.description.unlink(missing_ok=True)
+    view = memoryview(data)
+    written = replace(engine, sha256=hashlib.sha256(view).hexdigest(), bytes=view.nbytes)
     with atomic_path(engine.path) as partial:
-        partial.write_bytes(data)
-        written = replace(engine, sha256=file_hash(partial), bytes=partial.stat().st_size)
+        partial.write_bytes(view)
     values = {
         "format": FORMAT,
         "graph": written.graph,
         "checkpoint": written.checkpoint,
+        "dtype": written.dtype,
         "key": written.key.to_dict(),
         "inputs": written.inputs,
         "outputs": written.outputs,
@@ -170,6 +172,7 @@ def read_description(engine: Path) -> EngineFile:
             path=engine,
             graph=values["graph"],
             checkpoint=values["checkpoint"],
+            dtype=values["dtype"],
             key=EngineKey.from_dict(values["key"]),
             inputs={name: tuple(shape) for name, shape in values["inputs"].items()},
             outputs={name: tuple(shape) for name, shape in values["outputs"].items()},
@@ -182,16 +185,22 @@ def read_description(engine: Path) -> EngineFile:
         raise EngineRefused(f"{path}: cannot be read: {error!r}") from None
 
 
-def find_engines(directory: Path, graph: str, checkpoint: str | None = None) -> list[EngineFile]:
-    """The engines of ``graph`` in a directory, newest first; of one model's weights if given.
+def find_engines(
+    directory: Path, graph: str, checkpoint: str | None = None, dtype: str | None = None
+) -> list[EngineFile]:
+    """The engines of ``graph`` in a directory, newest first; of one model and precision if given.
 
     Raises `EngineRefused` where there is none, or only those of other weights.
     """
-    paths = sorted(directory.glob(f"{graph}-*{SUFFIX}"), key=lambda p: -p.stat().st_mtime)
+    paths = sorted(directory.glob(f"{graph}-*{SUFFIX}"), key=lambda p: -p.stat().st_mtime_ns)
     found = [read_description(path) for path in paths]
     if not found:
         raise EngineRefused(f"{directory}: holds no engine of {graph}; see dit-export tensorrt")
-    fitting = [engine for engine in found if checkpoint in (None, engine.checkpoint)]
-    if not fitting:
+    ours = [engine for engine in found if checkpoint in (None, engine.checkpoint)]
+    if not ours:
         raise EngineRefused(f"{directory}: its {graph} was built from another model's weights")
+    fitting = [engine for engine in ours if dtype in (None, engine.dtype)]
+    if not fitting:
+        there = ", ".join(sorted({engine.dtype for engine in ours}))
+        raise EngineRefused(f"{directory}: its {graph} is in {there}; precision {dtype!r} is asked")
     return fitting

@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from dit_export.bundle import Bundle, file_hash
+from dit_export.bundle import Bundle, Graph, file_hash
 from dit_export.cuda_devices import require_device
 from dit_export.engine_files import (
     EngineFile,
@@ -86,7 +85,8 @@ def build_bundle(
         key = engine_key(graph_hash(bundle, name), bundle.graphs[name], flavour, options)
         engine = existing(directory, name, key) if not options.rebuild else None
         if engine is None:
-            engine = build_engine(path, name, weights, key, directory, flavour, options)
+            graph = bundle.graphs[name]
+            engine = build_engine(path, graph, weights, key, directory, flavour, options)
             how = f"built in {time.perf_counter() - began:.1f} s"
         else:
             how = "is there already"
@@ -105,8 +105,9 @@ def graph_hash(bundle: Bundle, name: str) -> str:
     return digest.hexdigest()
 
 
-def engine_key(graph_sha256: str, graph: Any, flavour: Flavour, options: BuildOptions) -> EngineKey:
-    """graph: a `dit_export.bundle.Graph`."""
+def engine_key(
+    graph_sha256: str, graph: Graph, flavour: Flavour, options: BuildOptions
+) -> EngineKey:
     free = any(isinstance(n, str) for tensor in graph.inputs for n in tensor.shape[1:])
     profiles = options.profiles
     if not free:
@@ -153,7 +154,7 @@ def existing(directory: Path, name: str, key: EngineKey) -> EngineFile | None:
 
 def build_engine(
     onnx: Path,
-    name: str,
+    graph: Graph,
     checkpoint: str,
     key: EngineKey,
     directory: Path,
@@ -164,7 +165,7 @@ def build_engine(
     trt = flavour.load()
     logger = process_logger(trt)
     logger.errors.clear()
-    progress = make_progress(trt, name, options.quiet)
+    progress = make_progress(trt, graph.name, options.quiet)
     with tempfile.TemporaryDirectory(prefix="dit-export-") as folder:
         if key.plugins:
             register_plugin(require_device(options.device).capability)
@@ -178,5 +179,6 @@ def build_engine(
         finally:
             progress.close()
             gc.collect()
-    path = engine_path(directory, name, key)
-    return write_engine(EngineFile(path, name, checkpoint, key, inputs, outputs, "", 0), data)
+    path = engine_path(directory, graph.name, key)
+    made = EngineFile(path, graph.name, checkpoint, graph.dtype, key, inputs, outputs, "", 0)
+    return write_engine(made, data)

@@ -81,24 +81,25 @@ class LoadedEngine:
         self.inputs, self.outputs = tuple(file.inputs), tuple(file.outputs)
         assert set(names) == {*self.inputs, *self.outputs}
 
-    def create_context(self, profile: int, stream: int) -> tuple[Any, bool]:
-        """(an execution context of that profile, whether it captures CUDA graphs by itself)."""
-        itself = False
-        config = self.engine.create_runtime_config()
-        if hasattr(config, "cuda_graph_strategy"):
-            # TensorRT for RTX compiles kernels as it meets shapes, and knows when it has them all.
+    @property
+    def captures_itself(self) -> bool:
+        """TensorRT for RTX compiles kernels as it meets shapes, and knows when a graph is due."""
+        return hasattr(self.trt, "CudaGraphStrategy")
+
+    def create_context(self, profile: int, stream: int, graphs: bool) -> Any:
+        """An execution context of that profile; graphs: for those that capture by themselves."""
+        if self.captures_itself and graphs:
+            config = self.engine.create_runtime_config()
             config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             context = self.engine.create_execution_context(config)
-            itself = True
         else:
             context = self.engine.create_execution_context()
         if context is None:
-            raise MemoryError(
-                f"{self.file.path}: out of memory for a context: {last_error(self.logger)}"
-            )
+            reason = last_error(self.logger)
+            raise MemoryError(f"{self.file.path}: out of memory for a context: {reason}")
         if not context.set_optimization_profile_async(profile, stream):
             raise RuntimeError(f"{self.file.path}: {last_error(self.logger)}")
-        return context, itself
+        return context
 
     def choose_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """The profile for inputs of these shapes.
@@ -145,7 +146,7 @@ class Session:
     """
 
     def __init__(self, engine: LoadedEngine, memory: Memory, graphs: bool = True) -> None:
-        if graphs and not memory.captures and not hasattr(engine.trt, "CudaGraphStrategy"):
+        if graphs and not (memory.captures or engine.captures_itself):
             raise ValueError(f"{type(memory).__name__} captures no CUDA graphs: use graphs=False")
         self.engine, self.memory, self.graphs = engine, memory, graphs
         self._prepared: OrderedDict[Shapes, _Prepared] = OrderedDict()
@@ -173,7 +174,7 @@ class Session:
 
     def _prepare(self, shapes: dict[str, tuple[int, ...]], profile: int) -> _Prepared:
         engine, memory = self.engine, self.memory
-        context, itself = engine.create_context(profile, memory.stream)
+        context = engine.create_context(profile, memory.stream, self.graphs)
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 raise RuntimeError(f"{engine.file.path}: {last_error(engine.logger)}")
@@ -193,7 +194,7 @@ class Session:
             {name: buffers[name] for name in engine.outputs},
             lambda: execute(memory.stream),
         )
-        if self.graphs and not itself:
+        if self.graphs and not engine.captures_itself:
 
             def first() -> None:
                 # What is done only once, such as loading kernels, must not be captured.

@@ -43,7 +43,7 @@ def test_the_narrowest_profile_that_holds_is_taken():
 
 
 def test_batch_outside_names_the_profiles():
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="outside") as caught:
         choose_profile(parse_profiles(["1,2,8", "16"]), 9)
     assert str(caught.value) == (
         "batch 9 is outside the engine's profile: batch 1 to 8 (best at 2); batch 16"

@@ -22,18 +22,16 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dit_engine._version import __version__
 from dit_engine.backends import Denoiser
 from dit_engine.conditioning import Conditioning, ModulationTable
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
-from dit_export.bundle import Bundle
 from dit_export.cuda_devices import CudaDevice, require_device
 from dit_export.engine_files import EngineFile, find_engines
-from dit_export.profiles import parse_profiles
+from dit_export.graphs import modulation_width
+from dit_export.profiles import Profiles, parse_profiles
 from dit_export.source import weights_hash
-from dit_export.targets import DTYPES
-from dit_export.tensorrt_flavour import Flavour, choose_flavour
+from dit_export.tensorrt_flavour import FLAVOURS, Flavour, choose_flavour
 from dit_export.tensorrt_memory import TorchMemory
 from dit_export.tensorrt_session import LoadedEngine, SessionPool
 
@@ -45,29 +43,31 @@ DEFAULT_BATCH = "1,8,64"
 class Settings:
     """What the environment says; see the module."""
 
-    cache: Path
-    flavour: str = "auto"
-    batch: str = DEFAULT_BATCH
-    streams: int = 1
-    rebuild: bool = False
+    flavour: str
+    profiles: Profiles
+    streams: int
+    rebuild: bool
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Settings:
         """Raises ValueError, which names the variable."""
-        cache = environment.get("DIT_ENGINE_CACHE") or "~/.cache/dit-engine"
+        batch = environment.get("DIT_TENSORRT_BATCH", DEFAULT_BATCH)
+        try:
+            profiles = parse_profiles(batch.split(";"))
+        except ValueError as error:
+            raise ValueError(f"DIT_TENSORRT_BATCH: {error}") from None
         streams = environment.get("DIT_TENSORRT_STREAMS", "1")
         if not streams.isdecimal() or int(streams) < 1:
             raise ValueError(f"DIT_TENSORRT_STREAMS {streams!r} is not a positive integer")
         rebuild = environment.get("DIT_TENSORRT_REBUILD", "0")
-        if rebuild not in ("", "0", "1"):
+        if rebuild not in ("0", "1"):
             raise ValueError(f"DIT_TENSORRT_REBUILD {rebuild!r}: 0 or 1")
-        return cls(
-            Path(cache).expanduser(),
-            environment.get("DIT_TENSORRT_FLAVOUR", "auto"),
-            environment.get("DIT_TENSORRT_BATCH", DEFAULT_BATCH),
-            int(streams),
-            rebuild == "1",
-        )
+        flavour = environment.get("DIT_TENSORRT_FLAVOUR", "auto")
+        if flavour not in FLAVOURS:
+            raise ValueError(
+                f"DIT_TENSORRT_FLAVOUR {flavour!r}: choose one of {', '.join(FLAVOURS)}"
+            )
+        return cls(flavour, profiles, int(streams), rebuild == "1")
 
 
 class TensorRTBackend:
@@ -77,7 +77,6 @@ class TensorRTBackend:
         self, model: DiT, precision: str, device: torch.device, address: str | None = None
     ) -> None:
         settings = Settings.read(os.environ)
-        parse_profiles(settings.batch.split(";"))  # before anything is exported
         index = device.index or 0
         gpu = require_device(index, "backend 'tensorrt'")
         try:
@@ -91,7 +90,7 @@ class TensorRTBackend:
         if address is None:
             engines = cached_engines(model, precision, index, flavour, settings)
         else:
-            engines = given_engines(model, Path(address), flavour, gpu)
+            engines = given_engines(model, precision, Path(address), flavour, gpu)
         pools = {
             name: SessionPool(
                 LoadedEngine(file, flavour, gpu),
@@ -116,10 +115,12 @@ class EnginePair:
         self.conditioning = EngineConditioning(model, conditioner, device)
 
     def prepare(self, labels: Tensor, timesteps: Tensor) -> Denoiser:
-        conditioning = cast(Conditioning, self.conditioning)
+        conditioning, config = cast(Conditioning, self.conditioning), self.conditioning.config
         table = ModulationTable(conditioning, labels, timesteps, by_label=False)
 
         def denoise(x: Tensor, step: int) -> Tensor:
+            if len(x) == 0:  # no profile holds it
+                return x.new_empty(0, config.out_channels, *x.shape[2:])
             inputs = {"x": x.float(), "modulations": table.step(step, len(x))}
             return self.denoiser.run(inputs)["output"].to(x.dtype)
 
@@ -132,7 +133,7 @@ class EngineConditioning:
     def __init__(self, model: DiT, pool: SessionPool, device: torch.device) -> None:
         self.config, self.pool, self.device = model.config, pool, device
         self.dtype = torch.float32
-        self.width = (6 * model.config.depth + 2) * model.config.hidden_size
+        self.width = modulation_width(model.config)
 
     def rows(self, timesteps: Tensor, labels: Tensor, by_label: bool) -> Tensor:
         """Modulations (K, L, width) of time steps (K,) × labels (L,)."""
@@ -160,36 +161,29 @@ def cached_engines(
 ) -> dict[str, EngineFile]:
     """The engines of this model in the cache, exported and built if they are not there.
 
-    Raises as `export_onnx` and `build_bundle` do.
+    Raises as `cached_export` and `build_bundle` do.
     """
-    from dit_export.onnx import ExportOptions, export_onnx
+    from dit_export.cache import cache_directory, cached_export
+    from dit_export.onnx import ExportOptions
     from dit_export.tensorrt import BuildOptions, build_bundle
 
-    if precision not in DTYPES:
-        raise BackendUnavailable(f"precision {precision!r}: choose one of {', '.join(DTYPES)}")
-    name = f"{weights_hash(model)[:16]}-{model.config.numerics}-{precision}-{__version__}"
-    directory = settings.cache / "tensorrt" / name
-    onnx = directory / "onnx"
-    if onnx.exists() and not settings.rebuild:
-        bundle = Bundle.open(onnx)
-    else:
-        options = ExportOptions(dtype=precision, target="tensorrt", graphs=GRAPHS)
-        bundle = export_onnx(model, onnx, options, overwrite=settings.rebuild)
-    options = BuildOptions(
-        parse_profiles(settings.batch.split(";")), device=device, rebuild=settings.rebuild
-    )
-    return build_bundle(bundle, directory, flavour, options, GRAPHS)
+    bundle = cached_export(model, ExportOptions(precision, "tensorrt", graphs=GRAPHS))
+    options = BuildOptions(settings.profiles, device=device, rebuild=settings.rebuild)
+    return build_bundle(bundle, cache_directory() / "tensorrt", flavour, options, GRAPHS)
 
 
 def given_engines(
-    model: DiT, directory: Path, flavour: Flavour, gpu: CudaDevice
+    model: DiT, precision: str, directory: Path, flavour: Flavour, gpu: CudaDevice
 ) -> dict[str, EngineFile]:
-    """The newest engines for ``model`` in a directory; raises `EngineRefused` where none fits."""
-    checkpoint = weights_hash(model)
+    """The newest engines for ``model`` in a directory.
+
+    Raises `EngineRefused` where there is none of its weights and precision, or none that this
+    TensorRT and this device can run.
+    """
+    checkpoint, here = weights_hash(model), (flavour.name, flavour.version)
     engines = {}
     for graph in GRAPHS:
-        found = find_engines(directory, graph, checkpoint)
-        here = (flavour.name, flavour.version)
+        found = find_engines(directory, graph, checkpoint, precision)
         fitting = [f for f in found if (f.key.flavour, f.key.version) == here]
         engines[graph] = (fitting or found)[0]
         engines[graph].check(flavour.name, flavour.version, gpu)

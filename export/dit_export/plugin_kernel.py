@@ -81,7 +81,9 @@ def compile_kernel(width: int, dtype: str, rows: int, capability: str) -> Plugin
     )
     major, minor = capability.split(".")
     target = GPUTarget("cuda", int(major) * 10 + int(minor), 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True  # an engine need not know our paths
+        compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
     facts = compiled.metadata
     if facts.global_scratch_size:
         raise ValueError(f"the kernel needs {facts.global_scratch_size} bytes of scratch memory")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dit_engine._version import __version__
 from dit_export.bundle import Bundle, Graph, file_hash
 from dit_export.cuda_devices import require_device
 from dit_export.engine_files import (
@@ -121,7 +122,7 @@ def engine_key(
         target=_target(flavour, options),
         profiles=profiles,
         workspace_bytes=0 if options.workspace_gib is None else int(options.workspace_gib * GIB),
-        plugins=(PLUGIN,) if options.plugin else (),
+        plugins=(f"{PLUGIN} {__version__}",) if options.plugin else (),
     )
 
 

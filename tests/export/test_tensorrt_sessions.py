@@ -19,7 +19,6 @@ from fake_tensorrt import (
 from tiny import tiny_dit, tiny_engine
 
 from dit_engine.backends import create_backend
-from dit_engine.config import ModelConfig
 from dit_engine.errors import BackendUnavailable
 from dit_export import cuda_devices, tensorrt_memory
 from dit_export.backends import tensorrt as backend
@@ -394,11 +393,3 @@ def test_the_runtime_is_free_of_torch(tmp_path: Path):
     code = "import sys, dit_export.tensorrt_runtime; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-
-
-def test_configs_are_those_of_the_model():
-    config = ModelConfig.named("DiT-S/2")
-    model = torch.nn.Module()
-    model.config = config  # pyright: ignore
-    conditioning = backend.EngineConditioning(model, None, torch.device("cpu"))  # pyright: ignore
-    assert conditioning.width == 6 * 384 * 12 + 2 * 384

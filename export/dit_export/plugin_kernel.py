@@ -15,10 +15,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dit_export.plugin import EPS
 from dit_kernels.triton.launch import row_tiles
 from dit_kernels.triton.layernorm_modulate import _layernorm_modulate_kernel
 
-EPS = 1e-6
 DTYPES = ("fp32", "fp16", "bf16")
 ROWS = (1, 2, 4)
 """Rows of one program, which are the plugin's tactics: TensorRT times them and takes one."""

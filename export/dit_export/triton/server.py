@@ -97,7 +97,9 @@ def _of_environment(python: Path) -> ServerBinary:
         path.chmod(path.stat().st_mode | 0o755)
     environment = {
         "LD_LIBRARY_PATH": f"{Path(site) / 'nvidia_pytriton.libs'}:{libraries}",
-        "PYTHONPATH": site,
+        # The Python inside the server heeds no PYTHONPATH: it takes the packages of the environment
+        # in which PATH has its first python3.
+        "PATH": f"{python.parent}:{os.environ.get('PATH', os.defpath)}",
     }
     return ServerBinary(path, root / "backends", stub, environment)
 
@@ -110,19 +112,16 @@ def assemble_backends(server: ServerBinary, folder: Path) -> Path:
     complete = (server.backends / "onnxruntime").is_dir() and server.stub is None
     if complete:
         return server.backends
-    for backend in server.backends.iterdir():
-        if backend.is_dir():
-            (folder / backend.name).mkdir()
-            for file in backend.iterdir():
-                (folder / backend.name / file.name).symlink_to(file)
+    for backend in ("python", "tensorrt"):  # copies: the server refuses links that lead out
+        if (server.backends / backend).is_dir():
+            shutil.copytree(server.backends / backend, folder / backend)
     if server.stub is not None:
         stub = folder / "python" / server.stub.name
         shutil.copyfile(server.stub, stub)
         stub.chmod(0o755)
-    if not (folder / "onnxruntime").exists():
-        (folder / "onnxruntime").mkdir()
-        source = source_of("dit_export.triton.onnxruntime_backend.model")
-        (folder / "onnxruntime" / "model.py").write_text(source, encoding="utf-8")
+    (folder / "onnxruntime").mkdir()
+    source = source_of("dit_export.triton.onnxruntime_backend.model")
+    (folder / "onnxruntime" / "model.py").write_text(source, encoding="utf-8")
     return folder
 
 

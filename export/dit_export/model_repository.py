@@ -34,7 +34,7 @@ SOURCES = (
     "dit_export.triton.torch_random",
 )
 
-_ENTRY = '''"""The loop on the server; the packages beside this file are parts of DiT Engine {version}."""
+_ENTRY = '''"""The loop on the server. Packages beside this file: of DiT Engine {version}."""
 
 import sys
 from pathlib import Path

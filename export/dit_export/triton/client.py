@@ -31,7 +31,7 @@ def main() -> None:
         inputs.append(triton.InferInput(name, column.shape, kind))
         inputs[-1].set_data_from_numpy(column)
     client = triton.InferenceServerClient(asked.url, network_timeout=3600, connection_timeout=10)
-    images = client.infer("dit", inputs).as_numpy("images")  # (N, H, W, 3) uint8
+    images = np.asarray(client.infer("dit", inputs).as_numpy("images"))  # (N, H, W, 3) uint8
     Image.fromarray(np.concatenate(list(images), axis=1)).save(asked.output)
     print(f"{n} of {images.shape[1]}×{images.shape[2]} pixels → {asked.output}")
 

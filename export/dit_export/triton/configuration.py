@@ -168,8 +168,8 @@ def _optimization(bundle: Bundle, options: ServingOptions) -> dict[str, Any]:
             "trt_engine_cache_path": "/tmp/trt-cache",
             "trt_timing_cache_enable": "1",
         }
-    accelerator = {"name": options.accelerator,
-                   "parameters": [{"key": k, "value": v} for k, v in parameters.items()]}  # fmt: skip
+    pairs = [{"key": key, "value": setting} for key, setting in parameters.items()]
+    accelerator = {"name": options.accelerator, "parameters": pairs}
     return value | {"execution_accelerators": {"gpu_execution_accelerator": [accelerator]}}
 
 

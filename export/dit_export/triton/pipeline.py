@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from dit_export.triton.sampling import Row, sample, to_uint8
 
 STEP_MODEL, DECODER_MODEL = "dit_guided_step", "vae_decoder"
 DEFAULT_GUIDANCE_SCALE = 4.0
-_NUMBER_INPUTS = ("labels", "seeds", "steps", "guidance_scale")
 
 
 @dataclass(frozen=True)
@@ -99,64 +99,70 @@ class TritonPythonModel:
         """All requests go through the loop together, but none fails for another's fault."""
         import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
 
-        def refused(error: Exception) -> Any:
-            message = " ".join(str(error).split())
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))
+        def response(result: np.ndarray | Exception) -> Any:
+            if isinstance(result, Exception):
+                message = " ".join(str(result).split())
+                return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))
+            return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("images", result)])
 
-        responses: list[Any] = [None] * len(requests)
-        taken: list[int] = []
-        rows: list[list[Row]] = []
-        for i, request in enumerate(requests):
-            try:
-                inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-                rows.append(parse_rows(inputs, self.facts))
-                taken.append(i)
-            except ValueError as error:
-                responses[i] = refused(error)
-        if taken:
+        asked = [self._rows(request) for request in requests]
+        good = {i: rows for i, rows in enumerate(asked) if isinstance(rows, list)}
 
-            def unwanted() -> bool:
-                return all(requests[i].is_cancelled() for i in taken)
+        def unwanted() -> bool:
+            return all(requests[i].is_cancelled() for i in good)
 
-            try:
-                latents = self._sample([row for part in rows for row in part], unwanted)
-                parts = np.split(latents, np.cumsum([len(part) for part in rows])[:-1])
-                for i, part in zip(taken, parts, strict=True):
-                    try:
-                        images = pb_utils.Tensor("images", self._decode(part))
-                        responses[i] = pb_utils.InferenceResponse(output_tensors=[images])
-                    except (ValueError, pb_utils.TritonModelException) as error:
-                        responses[i] = refused(error)
-            except pb_utils.TritonModelException as error:
-                for i in taken:
-                    responses[i] = refused(error)
-        return responses
+        made = dict(zip(good, self._images(list(good.values()), unwanted), strict=True))
+        results = (made[i] if isinstance(rows, list) else rows for i, rows in enumerate(asked))
+        return [response(result) for result in results]
 
-    def _sample(self, rows: list[Row], unwanted: Any) -> np.ndarray:
-        """Latents (N, C, S, S)."""
+    def _rows(self, request: Any) -> list[Row] | ValueError:
+        try:
+            inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            return parse_rows(inputs, self.facts)
+        except ValueError as error:
+            return error
+
+    def _images(
+        self, requests: list[list[Row]], unwanted: Callable[[], bool]
+    ) -> list[np.ndarray | Exception]:
+        """uint8 images (N, H, W, 3), or what went wrong, for each request."""
+        if not requests:
+            return []
 
         def step(inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
             z, x0 = _infer(STEP_MODEL, inputs, ["z_next", "x0"])
             return z, x0
 
-        return sample(rows, self.facts.shape, self.facts.learn_sigma, step, unwanted)
+        rows = [row for part in requests for row in part]
+        shape, learned = self.facts.shape, self.facts.learn_sigma
+        try:
+            latents = sample(rows, shape, learned, step, unwanted)  # (ΣN, C, S, S)
+        except Refused as error:
+            return [error] * len(requests)
+        ends = np.cumsum([len(part) for part in requests])[:-1]
+        return [_decode(part) for part in np.split(latents, ends)]
 
-    def _decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents (N, C, S, S) → uint8 images (N, H, W, 3)."""
-        if not np.isfinite(latents).all():
-            raise ValueError("the latents are not finite: a smaller guidance_scale is needed")
+
+class Refused(Exception):
+    """Another model of this server answered with an error."""
+
+
+def _decode(latents: np.ndarray) -> np.ndarray | Exception:
+    """Latents (N, C, S, S) → uint8 images (N, H, W, 3), or what went wrong."""
+    if not np.isfinite(latents).all():
+        return ValueError("the latents are not finite: a smaller guidance_scale is needed")
+    try:
         (images,) = _infer(DECODER_MODEL, {"z": latents}, ["images"])
-        return to_uint8(images)
+    except Refused as error:
+        return error
+    return to_uint8(images)
 
 
 _SCALARS = ("t", "y", "guidance_scale")
 
 
 def _infer(model: str, inputs: dict[str, np.ndarray], outputs: list[str]) -> list[np.ndarray]:
-    """Ask another model of this server.
-
-    Raises TritonModelException with the other model's message.
-    """
+    """Ask another model of this server. Raises `Refused`."""
     import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
 
     tensors = [
@@ -167,8 +173,13 @@ def _infer(model: str, inputs: dict[str, np.ndarray], outputs: list[str]) -> lis
     request = pb_utils.InferenceRequest(
         model_name=model, requested_output_names=outputs, inputs=tensors
     )
-    response = request.exec()
+    try:
+        response = request.exec()
+    except pb_utils.TritonModelException as error:  # it is not loaded
+        raise Refused(f"{model}: {error}") from None
     if response.has_error():
-        raise pb_utils.TritonModelException(f"{model}: {response.error().message()}")
+        raise Refused(f"{model}: {response.error().message()}")
     found = [pb_utils.get_output_tensor_by_name(response, name) for name in outputs]
-    return [np.array(tensor.as_numpy()) for tensor in found]  # the response's memory is the server's
+    return [
+        np.array(tensor.as_numpy()) for tensor in found
+    ]  # the response's memory is the server's

@@ -26,7 +26,8 @@ def find_plan(directory: Path, bundle: Bundle, graph: str, max_batch_size: int) 
         batches = [profile.batch for profile in engine.key.profiles]
         if any(batch.smallest == 1 and max_batch_size <= batch.largest for batch in batches):
             return engine.path
+    first = standard[0]
     raise ValueError(
-        f"{standard[0].path}: its profile takes batches of {batches[0]}; "
+        f"{first.path}: its profile takes batches of {first.key.profiles[0].batch}; "
         f"1 to {max_batch_size} are needed"
     )

@@ -11,13 +11,13 @@ _TEXT = """\
 
 | model | does | inputs → outputs |
 |---|---|---|
-| `dit` | whole images, the sampling loop on the server | see below → `images` (N, {pixels}, {pixels}, 3) uint8 |
-| `dit_guided_step` | one guided step of any sampler | `z`, `x0_before`, `noise`, `t`, `y`, `guidance_scale`, `coefficients` → `z_next`, `x0` |
+| `dit` | whole images | see below → `images` (N, {pixels}, {pixels}, 3) uint8 |
+| `dit_guided_step` | one guided step of any sampler | see its config.pbtxt |
 | `dit_transformer` | the transformer alone | `x`, `t`, `y` → `output` |
 | `vae_decoder` | latents to images | `z` → `images` (N, 3, H, W) float32, about −1 to 1 |
 
-The graphs are {platform}, {dtype}; guidance acts on {guided} latent channels. At most {batch} images
-a request. Numbers of a row, such as `t`, are sent as (N, 1).
+The graphs are {platform}, {dtype}; guidance acts on {guided} latent channels.
+At most {batch} images a request. Numbers of a row, such as `t`, are sent as (N, 1).
 
 Inputs of `dit`, each (N, 1), one row an image:
 

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -170,9 +170,9 @@ def running_server(
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
             try:
-                addresses = [f"{host}:{port}" for port in chosen]
-                _wait_until_ready(process, addresses[0], ready_seconds, log)
-                yield Running(*addresses, process)
+                http, grpc, metrics = (f"{host}:{port}" for port in chosen)
+                _wait_until_ready(process, http, ready_seconds, log)
+                yield Running(http, grpc, metrics, process)
             finally:
                 _stop(process)
 
@@ -229,14 +229,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     """The server, and whatever of its helpers is left."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(20)
-        except subprocess.TimeoutExpired:
-            pass
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -6,6 +6,8 @@ every operator has a standard ONNX form. Shape letters are those of `dit_engine.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -44,11 +46,18 @@ def exportable(model: DiT, dtype: torch.dtype) -> DiT:
         twin = DiT(model.config)
     state = {name: value.to("cpu", dtype) for name, value in model.state_dict().items()}
     twin.load_state_dict(state, assign=True)
-    for name, module in list(twin.named_modules()):
-        if isinstance(module, nn.Linear) and (name.endswith(LINEARS) or name == FINAL_LINEAR):
-            parent, _, child = name.rpartition(".")
-            setattr(twin.get_submodule(parent), child, MatMulLinear(module))
+    replace_linears(twin, lambda name: name.endswith((*LINEARS, FINAL_LINEAR)), MatMulLinear)
     return twin.eval().requires_grad_(False)
+
+
+def replace_linears(
+    model: nn.Module, chosen: Callable[[str], bool], made: Callable[[nn.Linear], nn.Module]
+) -> None:
+    """Put ``made(linear)`` in the place of every linear layer whose name is chosen."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and chosen(name):
+            parent, _, child = name.rpartition(".")
+            model.get_submodule(parent).register_module(child, made(module))
 
 
 LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -154,6 +163,7 @@ class VAEDecoder(nn.Module):
             self.vae = AutoencoderKL(vae.config)
         state = {name: value.to("cpu", dtype) for name, value in vae.state_dict().items()}
         self.vae.load_state_dict(state, assign=True)
+        replace_linears(self.vae, lambda _: True, MatMulLinear)  # of the mid block's attention
         self.vae.eval().requires_grad_(False)
         self.dtype = dtype
 

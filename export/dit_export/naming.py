@@ -56,9 +56,13 @@ def make_readable(model: Any) -> None:
 
 def _module(node: Any) -> str:
     """ "blocks.3.attn.qkv/" of a node, or nothing where the exporter has lost it."""
-    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "['', '']"))
-    name = _rooted(scopes[-2]) if len(scopes) > 1 else ""
-    return f"{name}/" if name else ""
+    if _SCOPES not in node.metadata_props:  # a Split of what the node before it made
+        before = node.inputs[0].name if node.inputs and node.inputs[0] is not None else ""
+        return before.rpartition("/")[0] + "/" if "/" in before else ""
+    scopes = ast.literal_eval(node.metadata_props[_SCOPES])
+    name = scopes[-2] if len(scopes) > 1 else ""
+    # Sizes of inputs are read in no module, which torch writes as a name of its own.
+    return f"{_rooted(name)}/" if name.partition(".")[0] in _ROOTS and "." in name else ""
 
 
 def _rooted(name: str) -> str:
@@ -69,6 +73,8 @@ def _rooted(name: str) -> str:
 def _constant_name(tensor: Any) -> str:
     kind = tensor.dtype.name.lower()
     if tensor.size <= _SHOWN:
-        shown = "_".join(f"{value:g}" for value in tensor.numpy().astype("float64").ravel())
+        values = tensor.numpy().ravel()
+        whole = values.dtype.kind in "iub"
+        shown = "_".join(str(int(v)) if whole else f"{float(v):g}" for v in values)
         return f"{kind}_{shown}"
     return f"{kind}_{'x'.join(map(str, tensor.shape))}"

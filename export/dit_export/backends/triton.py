@@ -6,6 +6,7 @@ guided as that graph guides, else to "dit_transformer".
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -40,18 +41,20 @@ class TritonBackend:
             raise ValueError("backend 'triton' needs an address: triton://host:port")
         self.server, self.device = RemoteServer(address), device
         config = self.server.config(TRANSFORMER)
-        self._check(config, weights_hash(model), precision)
+        self._check(config, model, precision)
         self.largest = int(config["max_batch_size"])
         self.guided_channels = int(_parameter(config, "guided_channels") or 0)
 
-    def _check(self, config: dict[str, Any], checkpoint: str, precision: str) -> None:
-        address = self.server.address
+    def _check(self, config: dict[str, Any], model: DiT, precision: str) -> None:
+        address, checkpoint = self.server.address, weights_hash(model)
         served, dtype = _parameter(config, "checkpoint"), _parameter(config, "dtype")
         if served != checkpoint:
             raise BackendUnavailable(
                 f"{address}: serves another model: its weights are {str(served)[:12]}…, "
                 f"this one's {checkpoint[:12]}…"
             )
+        if json.loads(_parameter(config, "model") or "null") != model.config.to_dict():
+            raise BackendUnavailable(f"{address}: serves these weights with another config")
         if dtype != precision:
             raise BackendUnavailable(
                 f"precision {precision!r}: {address} serves {dtype!r}; ask for that"

@@ -75,6 +75,7 @@ def graph_config(name: str, bundle: Bundle, options: ServingOptions) -> str:
         "dtype": graph.dtype,
         "graph": graph.name,
         "guided_channels": str(bundle.guided_channels),
+        "model": json.dumps(bundle.config.to_dict()),
         "producer": bundle.manifest["producer"],
     }
     side = bundle.config.input_size

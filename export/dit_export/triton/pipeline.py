@@ -54,6 +54,8 @@ def parse_rows(inputs: dict[str, np.ndarray], facts: Facts) -> list[Row]:
     columns = {name: column.reshape(-1).tolist() for name, column in inputs.items()}
     if ("labels" in columns) == ("label_names" in columns):
         raise ValueError("give one of labels (numbers) and label_names")
+    if "seeds" not in columns:
+        raise ValueError("seeds is missing: give one an image")
     asked = columns.get("labels")
     if asked is None:
         asked = [_text(name) for name in columns["label_names"]]

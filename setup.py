@@ -35,6 +35,16 @@ TRITON = ["triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'
 PEERS = ["openvino>=2026.4"]  # what dit_bench.cpu compares with, beside diffusers
 TRITON_CLIENT = ["tritonclient[http,grpc]>=2.50"]  # of Triton Inference Server
 DIFFUSERS = ["diffusers==0.42.*; python_version >= '3.11'"]
+# TensorRT's own libraries come from NVIDIA's index, from which its package fetches them. TensorRT
+# for RTX builds engines without a GPU, so that tests can.
+CUDA_CORE = [
+    "cuda-core>=1.0; sys_platform == 'linux'",
+    "cuda-bindings>=13; sys_platform == 'linux'",
+]
+TENSORRT = ["tensorrt>=10.9; sys_platform == 'linux'", *CUDA_CORE]
+ON_LINUX = "sys_platform == 'linux' and platform_machine == 'x86_64'"
+TENSORRT_RTX = [f"tensorrt-rtx>=1.7; {ON_LINUX}"]
+PYCUDA = ["pycuda>=2025.1"]
 TEST = [
     "pytest>=8",
     "scipy>=1.11",
@@ -201,7 +211,14 @@ setup(
         "peers": [*DIFFUSERS, *PEERS],
         "diffusers": DIFFUSERS,
         "triton-client": TRITON_CLIENT,
-        "test": list(dict.fromkeys([*TEST, *TRITON, *TRITON_CLIENT, *DIFFUSERS, *TRAIN, *BENCH])),
+        "tensorrt": TENSORRT,
+        "tensorrt-rtx": [*TENSORRT_RTX, *CUDA_CORE],
+        "pycuda": PYCUDA,
+        "test": list(
+            dict.fromkeys(
+                [*TEST, *TRITON, *TRITON_CLIENT, *TENSORRT_RTX, *DIFFUSERS, *TRAIN, *BENCH]
+            )
+        ),
         "lint": ["ruff==0.17.6", "basedpyright==1.40.2"],
     },
     entry_points={

@@ -38,6 +38,8 @@ class Graph:
         dtype: of the graph's arithmetic; its inputs and outputs are float32 and int64 all the same.
         error: {"against", "relative", "bound"} of the run after the export, relative being
             max |graph − torch| / max |torch|; None where nothing here could run the graph.
+        accuracy: of a quantised graph, {"against", "relative", "rms"}, against the model as it was;
+            error is then against torch with the same rounding.
         verified_by: what looked at the graph after the export.
     """
 
@@ -47,6 +49,7 @@ class Graph:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     error: dict[str, Any] | None = None
+    accuracy: dict[str, Any] | None = None
     verified_by: tuple[str, ...] = ()
 
     @classmethod
@@ -56,7 +59,7 @@ class Graph:
 
         return cls(
             name, values["file"], values["dtype"], specs("inputs"), specs("outputs"),
-            values.get("error"), tuple(values.get("verified_by", ())),
+            values.get("error"), values.get("accuracy"), tuple(values.get("verified_by", ())),
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vae-dtype", help=f"{', '.join(FLOATS)}; bf16 with bf16, else fp32, unless given")
     add("--external-data", type=int, default=1900, metavar="MIB",
         help="graphs above this size keep their weights in a file beside them")  # fmt: skip
+    add("--calibration-images", type=int, default=8, metavar="COUNT",
+        help="int8, fp8: trajectories that the ranges of activations are taken from")  # fmt: skip
+    add("--calibration-steps", type=int, default=8, metavar="COUNT", help="and their steps")
     add("--overwrite", action="store_true", help="replace an earlier export")
 
 
@@ -37,6 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
         guided_channels=arguments.guidance_channels,
         vae_dtype=arguments.vae_dtype,
         external_data_mib=arguments.external_data,
+        calibration_images=arguments.calibration_images,
+        calibration_steps=arguments.calibration_steps,
     ).checked()
     source = load_source(arguments)
     bundle = export_onnx(

@@ -17,8 +17,13 @@ from dit_engine.vae import AutoencoderKL, VAEConfig
 from dit_export.bundle import TensorSpec
 
 TRANSFORMER_GRAPHS = ("transformer", "guided_step", "conditioner", "denoiser")
+QUANTIZED_GRAPHS = ("transformer", "guided_step", "denoiser")
+"""Those with linear layers over tokens, which are what int8 and fp8 quantise."""
 VAE_GRAPH = "vae_decoder"
 GRAPHS = (*TRANSFORMER_GRAPHS, VAE_GRAPH)
+
+
+MakeLayer = Callable[[str, nn.Linear], nn.Module]
 
 
 class MatMulLinear(nn.Module):
@@ -28,7 +33,7 @@ class MatMulLinear(nn.Module):
     it away, a nameless copy of the weight.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, _: str, linear: nn.Linear) -> None:
         super().__init__()
         self.weight = nn.Parameter(linear.weight.detach().t(), requires_grad=False)  # (in, out)
         self.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
@@ -37,27 +42,29 @@ class MatMulLinear(nn.Module):
         return torch.matmul(x, self.weight) + self.bias
 
 
-def exportable(model: DiT, dtype: torch.dtype) -> DiT:
+def exportable(model: DiT, dtype: torch.dtype, layer: MakeLayer = MatMulLinear) -> DiT:
     """A twin on the CPU in ``dtype`` with `MatMulLinear` over its tokens.
 
     Weights that have the dtype already are shared, others are converted one by one.
+
+    Args:
+        layer: made of the name and the linear layer for the four of each block.
     """
     with torch.device("meta"):
         twin = DiT(model.config)
     state = {name: value.to("cpu", dtype) for name, value in model.state_dict().items()}
     twin.load_state_dict(state, assign=True)
-    replace_linears(twin, lambda name: name.endswith((*LINEARS, FINAL_LINEAR)), MatMulLinear)
+    replace_linears(twin, lambda name: name.endswith(LINEARS), layer)
+    replace_linears(twin, lambda name: name == FINAL_LINEAR, MatMulLinear)
     return twin.eval().requires_grad_(False)
 
 
-def replace_linears(
-    model: nn.Module, chosen: Callable[[str], bool], made: Callable[[nn.Linear], nn.Module]
-) -> None:
-    """Put ``made(linear)`` in the place of every linear layer whose name is chosen."""
+def replace_linears(model: nn.Module, chosen: Callable[[str], bool], made: MakeLayer) -> None:
+    """Put ``made(name, linear)`` in the place of every linear layer whose name is chosen."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and chosen(name):
             parent, _, child = name.rpartition(".")
-            model.get_submodule(parent).register_module(child, made(module))
+            model.get_submodule(parent).register_module(child, made(name, module))
 
 
 LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")

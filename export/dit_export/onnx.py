@@ -16,11 +16,12 @@ from dit_engine._version import __version__
 from dit_engine.guidance import OFFICIAL_CHANNELS, check_channels
 from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL
-from dit_export.bundle import LABELS, Bundle, Graph, replaceable, write_manifest
+from dit_export.bundle import LABELS, Bundle, Graph, TensorSpec, replaceable, write_manifest
 from dit_export.directories import check_destination, new_directory
 from dit_export.exporter import require_onnx, save, to_onnx
 from dit_export.graphs import (
     GRAPHS,
+    QUANTIZED_GRAPHS,
     TRANSFORMER_GRAPHS,
     VAE_GRAPH,
     VAEDecoder,
@@ -28,16 +29,19 @@ from dit_export.graphs import (
     signature,
     transformer_graph,
 )
+from dit_export.quantization import Quantization
 from dit_export.source import model_name, weights_hash
 from dit_export.targets import (
     DTYPES,
     FLOATS,
+    QUANTIZED,
     TARGETS,
     check_choice,
     choose_opset,
     float_dtype,
     vae_dtype,
 )
+from dit_export.verify import verify_graph
 
 Report = Callable[[str], None]
 
@@ -53,6 +57,8 @@ class ExportOptions:
         graphs: some of `GRAPHS`; None is all, the VAE's where there is a VAE.
         guided_channels: latent channels that ``guided_step`` guides.
         vae_dtype: None is "bf16" with bf16, else "fp32" (see `targets.vae_dtype`).
+        calibration_images, calibration_steps: of the trajectories that int8 and fp8 take the
+            ranges of their activations from.
         external_data_mib: a graph above this size has its weights in a file of its own; protobuf
             ends at 2 GiB.
     """
@@ -64,6 +70,8 @@ class ExportOptions:
     guided_channels: int = OFFICIAL_CHANNELS
     vae_dtype: str | None = None
     external_data_mib: int = 1900
+    calibration_images: int = 8
+    calibration_steps: int = 8
 
     def checked(self) -> ExportOptions:
         """Itself, or a ValueError that names the first option out of its range."""
@@ -81,6 +89,9 @@ class ExportOptions:
             raise ValueError(
                 f"external data above {self.external_data_mib} MiB: allowed is 0 to 2047"
             )
+        for name, least in (("calibration_images", 1), ("calibration_steps", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)}: allowed is {least} or more")
         return self
 
 
@@ -137,7 +148,9 @@ def export_onnx(
         if label_names is not None:
             text = json.dumps(list(label_names), indent=2, ensure_ascii=False)
             (partial / LABELS).write_text(text + "\n", encoding="utf-8")
-        write_manifest(partial, facts | writer.notes, graphs)
+        if writer.quantization is not None:
+            facts["quantization"] = writer.quantization.record()
+        write_manifest(partial, facts, graphs)
     return Bundle.open(target, verify=False)
 
 
@@ -156,61 +169,66 @@ class _Writer:
     ) -> None:
         self.directory, self.model, self.vae = directory, model, vae
         self.options, self.opset, self.facts, self.report = options, opset, facts, report
-        self.notes: dict[str, Any] = {}
+        self.float_dtype = float_dtype(options.dtype, options.target)
+        self.quantization: Quantization | None = None
 
     def write(self, names: tuple[str, ...]) -> list[Graph]:
-        from dit_export.verify import verify_graph
-
-        written: list[tuple[str, str]] = []
-        if any(name in TRANSFORMER_GRAPHS for name in names):
-            kind = float_dtype(self.options.dtype, self.options.target)
-            twin = exportable(self.model, FLOATS[kind])
-            for name in names:
-                if name in TRANSFORMER_GRAPHS:
-                    self._export(name, transformer_graph(name, twin, self.options.guided_channels))
-                    written.append((name, self.options.dtype))
+        if self.options.dtype in QUANTIZED and set(names) & set(QUANTIZED_GRAPHS):
+            self.quantization = Quantization.of(self.model, self.options, self.float_dtype)
+            self.report(str(self.quantization))
+        transformer = [name for name in names if name in TRANSFORMER_GRAPHS]
+        if transformer:
+            twin = exportable(self.model, FLOATS[self.float_dtype])
+            for name in transformer:
+                self._export(name, transformer_graph(name, twin, self.options.guided_channels))
             del twin
         if VAE_GRAPH in names:
             assert self.vae is not None
-            kind = self.options.vae_dtype or vae_dtype(self.options.dtype, self.options.target)
-            self._export(VAE_GRAPH, VAEDecoder(self.vae, FLOATS[kind]).eval())
-            written.append((VAE_GRAPH, kind))
-        graphs = []
-        for name, dtype in written:
-            gc.collect()
-            module = self._reference(name)
-            inputs, outputs = self._signature(name)
-            graph = Graph(name, f"{name}.onnx", dtype, inputs, outputs)
-            graph = verify_graph(self.directory, graph, module, self.options.target)
-            self.report(_summary(graph, self.directory))
-            graphs.append(graph)
-        return graphs
+            self._export(VAE_GRAPH, VAEDecoder(self.vae, FLOATS[self._dtype(VAE_GRAPH)]).eval())
+        return [self._verified(name) for name in names]
 
-    def _signature(self, name: str):
+    def _dtype(self, name: str) -> str:
+        if name == VAE_GRAPH:
+            usual = vae_dtype(self.options.dtype, self.options.target)
+            return self.options.vae_dtype or usual
+        return self.options.dtype if name in QUANTIZED_GRAPHS else self.float_dtype
+
+    def _signature(self, name: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         return signature(name, self.model.config, None if self.vae is None else self.vae.config)
 
-    def _reference(self, name: str) -> nn.Module:
-        """The graph's module in float32, over the weights as they were before any rounding."""
-        if name == VAE_GRAPH:
-            assert self.vae is not None
-            return VAEDecoder(self.vae, torch.float32).eval()
-        twin = exportable(self.model, torch.float32)
-        return transformer_graph(name, twin, self.options.guided_channels)
-
     def _export(self, name: str, module: nn.Module) -> None:
-        inputs, outputs = self._signature(name)
-        model = to_onnx(module, name, inputs, outputs, self.opset)
+        model = to_onnx(module, name, *self._signature(name), self.opset)
+        if self.quantization is not None and name in QUANTIZED_GRAPHS:
+            self.quantization.apply(model)
         model.producer_name, model.producer_version = "dit-engine", __version__
         model.metadata_props.update(
             {
                 "graph": name,
                 "model": model_name(self.model.config),
-                "dtype": self.options.dtype,
+                "dtype": self._dtype(name),
                 "checkpoint": self.facts["vae_checkpoint" if name == VAE_GRAPH else "checkpoint"],
                 "version": __version__,
             }
         )
         save(model, self.directory / f"{name}.onnx", self.options.external_data_mib)
+
+    def _verified(self, name: str) -> Graph:
+        gc.collect()
+        graph = Graph(name, f"{name}.onnx", self._dtype(name), *self._signature(name))
+        exact = None
+        if name == VAE_GRAPH:
+            assert self.vae is not None
+            module = VAEDecoder(self.vae, torch.float32).eval()
+        else:
+            # In float32, over the weights as they were before any rounding to the graph's dtype.
+            channels = self.options.guided_channels
+            module = transformer_graph(name, exportable(self.model, torch.float32), channels)
+            if self.quantization is not None and name in QUANTIZED_GRAPHS:
+                exact = module
+                module = transformer_graph(name, self.quantization.twin(self.model), channels)
+        graph = verify_graph(self.directory, graph, module, exact)
+        self.report(_summary(graph, self.directory))
+        return graph
 
 
 def _summary(graph: Graph, directory: Path) -> str:
@@ -219,7 +237,13 @@ def _summary(graph: Graph, directory: Path) -> str:
     if graph.error is None:
         return head + f"not run: {', '.join(graph.verified_by)} alone"
     error = graph.error
-    return head + (
+    line = head + (
         f"error {error['relative']:.1e} (bound {error['bound']:.0e}) against {error['against']}, "
         f"by {graph.verified_by[-1]}"
     )
+    if graph.accuracy is not None:
+        line += (
+            f"; {graph.accuracy['relative']:.1e} at most and {graph.accuracy['rms']:.1e} rms "
+            f"against {graph.accuracy['against']}"
+        )
+    return line

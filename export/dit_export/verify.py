@@ -18,16 +18,21 @@ from dit_engine.schedule import make_schedule
 from dit_export.bundle import Graph
 from dit_export.graphs import VAE_GRAPH, Conditioner, Denoiser
 
-BOUNDS = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2}
-"""Of max |graph − torch| / max |torch|, torch being in float32 with the weights as they came."""
+BOUNDS = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2, "int8": 5e-2, "fp8": 5e-2}
+"""Of max |graph − torch| / max |torch|, torch in float32 with the weights as they came. A value at
+the edge between two codes may be rounded either way, which is a whole step of the grid."""
 
 Runner = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 
 
-def verify_graph(directory: Path, graph: Graph, module: nn.Module, target: str) -> Graph:
-    """``graph`` with its error and with what looked at it.
+def verify_graph(
+    directory: Path, graph: Graph, module: nn.Module, exact: nn.Module | None = None
+) -> Graph:
+    """``graph`` with its errors and with what looked at it.
 
-    module: the same function in torch, in float32.
+    Args:
+        module: the same function in torch, in float32.
+        exact: for a quantised graph the function without the rounding, in float32.
 
     Raises RuntimeError, naming the graph, where it is no valid ONNX or its error is too large.
     """
@@ -36,22 +41,33 @@ def verify_graph(directory: Path, graph: Graph, module: nn.Module, target: str) 
     runner, runs_with = _runner(path, graph.dtype)
     if runner is None:
         return replace(graph, verified_by=tuple(verified))
-    relative = 0.0
+    relative, accuracy = 0.0, [0.0, 0.0]
     for batch in (1, 3):  # 3 is no batch that the export has seen
         inputs = random_inputs(graph, module, batch)
-        with torch.inference_mode():
-            expected = module(*inputs.values())
-        expected = expected if isinstance(expected, tuple) else (expected,)
         actual = runner({name: value.numpy() for name, value in inputs.items()})
-        for a, b in zip(actual, expected, strict=True):
+        for a, b in zip(actual, _call(module, inputs), strict=True):
             relative = max(relative, relative_error(a, b))
+        for a, b in zip(actual, _call(exact, inputs) if exact else (), strict=False):
+            errors = relative_error(a, b), rms_error(a, b)
+            accuracy = [max(pair) for pair in zip(accuracy, errors, strict=True)]
     bound = BOUNDS[graph.dtype]
     if not relative <= bound:
         raise RuntimeError(
             f"{graph.name}: {runs_with} and torch differ by {relative:.2e}, above {bound:.0e}"
         )
-    error = {"against": "torch in float32", "relative": relative, "bound": bound}
-    return replace(graph, error=error, verified_by=(*verified, runs_with))
+    rounding = ", rounded alike" if exact is not None else ""
+    error = {"against": f"torch in float32{rounding}", "relative": relative, "bound": bound}
+    graph = replace(graph, error=error, verified_by=(*verified, runs_with))
+    if exact is None:
+        return graph
+    measured = dict(zip(("relative", "rms"), accuracy, strict=True))
+    return replace(graph, accuracy={"against": "torch in float32, not quantised", **measured})
+
+
+def _call(module: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    with torch.inference_mode():
+        outputs = module(*inputs.values())
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def check(path: Path, name: str) -> str:
@@ -70,6 +86,12 @@ def relative_error(actual: Any, expected: Tensor) -> float:
     if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
         return float("inf")
     return ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+
+
+def rms_error(actual: Any, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖."""
+    a, b = torch.as_tensor(actual).double(), expected.double()
+    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
 
 
 def random_inputs(graph: Graph, module: nn.Module, batch: int) -> dict[str, Tensor]:

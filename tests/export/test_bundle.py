@@ -17,7 +17,7 @@ GRAPH = Graph(
     "denoiser", "denoiser.onnx", "fp32",
     (TensorSpec("x", "float32", ("batch", 4, 8, 8)),),
     (TensorSpec("output", "float32", ("batch", 8, 8, 8)),),
-    {"against": "torch", "relative": 1e-6, "bound": 1e-5}, ("a checker",),
+    {"against": "torch", "relative": 1e-6, "bound": 1e-5}, None, ("a checker",),
 )  # fmt: skip
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from http.client import HTTPException
 from importlib import import_module
 from typing import Any, TypeVar
 
 import numpy as np
 
+from dit_engine.cli.errors import one_line
 from dit_engine.errors import BackendUnavailable
 
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 600.0
@@ -71,14 +73,17 @@ class RemoteServer:
         try:
             return question(self._client())
         except self.refused as error:
-            message: Any = getattr(error, "message", None)
-            text = " ".join(str(message() if callable(message) else error).split())
+            text = one_line(error)
+            if "UNAVAILABLE" in text:  # gRPC's word for a connection that cannot be made
+                raise self._nobody(text) from None
             raise BackendUnavailable(f"{self.address}: {text}") from None
-        except OSError as error:  # timeouts too
-            reason = error.strerror or error or type(error).__name__
-            raise BackendUnavailable(
-                f"{self.address}: no Triton Inference Server answers there: {reason}"
-            ) from None
+        except (OSError, HTTPException) as error:  # timeouts too
+            raise self._nobody(one_line(getattr(error, "strerror", None) or error)) from None
+
+    def _nobody(self, reason: str) -> BackendUnavailable:
+        return BackendUnavailable(
+            f"{self.address}: no Triton Inference Server answers there: {reason}"
+        )
 
     def _client(self) -> Any:
         if not hasattr(self._own, "client"):

@@ -181,6 +181,7 @@ def serve(
     repository: Path, given: Path | None, host: str, ports: tuple[int, int, int]
 ) -> int:  # pragma: no cover
     """Run a server until Ctrl-C (or SIGTERM); print where it answers once it is ready."""
+    read_marker(repository)
     server = find_server(given)
 
     def interrupt(*_: object) -> None:

@@ -1,0 +1,81 @@
+"""``dit-export tensorrt``."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+from dit_export.profiles import parse_profiles
+from dit_export.source import add_source_arguments, load_source
+from dit_export.targets import DTYPES, check_choice
+from dit_export.tensorrt_flavour import FLAVOURS, choose_flavour
+
+DEFAULT_BATCH = "1,2,8"
+GRAPHS = ("transformer", "guided_step", "conditioner", "denoiser", "vae_decoder")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--onnx", type=Path, help="a directory of dit-export onnx; without it, --model is exported")
+    add_source_arguments(parser)
+    add("--dtype", default="fp16", help=f"of a model that is exported: {', '.join(DTYPES)}")
+    add("-o", "--output", type=Path, required=True, help="directory for the engines")
+    add("--flavour", default="auto", help=f"which TensorRT: {', '.join(FLAVOURS)}")
+    add("--graphs", nargs="+", metavar="GRAPH", help=f"some of {', '.join(GRAPHS)}; all there are")
+    add("--batch", action="append", metavar="MIN,BEST,MAX",
+        help=f"of a profile, {DEFAULT_BATCH} unless given; again for another profile")  # fmt: skip
+    add("--size", metavar="MIN,BEST,MAX",
+        help="sides of the VAE's latents; the model's own unless given")  # fmt: skip
+    add("--workspace-gb", type=float, help="GiB that layers may use beside weights; no limit")
+    add("--capability", action="append", default=[], metavar="X.Y",
+        help="TensorRT for RTX: compute capability to build for; all unless given")  # fmt: skip
+    add("--device", type=int, default=0, help="GPU that the standard TensorRT builds on")
+    add("--plugin", action="store_true", help="standard TensorRT: adaLN as our fused operator")
+    add("--rebuild", action="store_true", help="build anew what is there, whatever its state")
+    add("--quiet", action="store_true", help="no progress bar")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    parse_profiles(arguments.batch or [DEFAULT_BATCH], arguments.size)  # before anything is loaded
+    check_choice("dtype", arguments.dtype, DTYPES)
+    for graph in arguments.graphs or ():
+        check_choice("graph", graph, GRAPHS)
+    if arguments.output.exists() and not arguments.output.is_dir():
+        raise NotADirectoryError(f"{arguments.output} is a file; a directory is needed")
+    flavour = choose_flavour(arguments.flavour)
+
+    from dit_export.bundle import Bundle
+    from dit_export.tensorrt import BuildOptions, build_bundle
+
+    graphs = None if arguments.graphs is None else tuple(dict.fromkeys(arguments.graphs))
+    with ExitStack() as stack:
+        if arguments.onnx is not None:
+            bundle = Bundle.open(arguments.onnx)
+        else:
+            parent = stack.enter_context(tempfile.TemporaryDirectory(prefix="dit-export-"))
+            bundle = _export(arguments, Path(parent) / "onnx", graphs)
+        size = arguments.size or str(bundle.config.input_size)
+        options = BuildOptions(
+            profiles=parse_profiles(arguments.batch or [DEFAULT_BATCH], size),
+            workspace_gib=arguments.workspace_gb,
+            capabilities=tuple(arguments.capability),
+            device=arguments.device,
+            plugin=arguments.plugin,
+            rebuild=arguments.rebuild,
+            quiet=arguments.quiet,
+        )
+        build_bundle(bundle, arguments.output, flavour, options, graphs, report=print)
+    return 0
+
+
+def _export(arguments: argparse.Namespace, directory: Path, graphs: tuple[str, ...] | None):
+    from dit_export.onnx import ExportOptions, export_onnx
+
+    options = ExportOptions(dtype=arguments.dtype, target="tensorrt", graphs=graphs).checked()
+    source = load_source(arguments)
+    return export_onnx(
+        source.model, directory, options, vae=source.vae, label_names=source.label_names,
+        report=print,
+    )  # fmt: skip

@@ -1,0 +1,232 @@
+"""Exported graphs compute what the reference computes, and say what they are."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import onnx
+import pytest
+import torch
+from exports import exported, manifest, random_dit, random_vae, run
+from numerics import assert_close_to_reference, relative_error
+from tiny import NAMES
+
+from dit_engine import __version__
+from dit_engine.fused_sampling import step_coefficients
+from dit_engine.guidance import guided
+from dit_engine.noise import GivenNoise, PerImageNoise
+from dit_engine.sampler import SAMPLERS
+from dit_engine.schedule import make_schedule
+from dit_export.bundle import Bundle
+from dit_export.source import weights_hash
+
+X = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+T = torch.tensor([0, 999, 500, 3, 750])
+Y = torch.tensor([1, 10, 0, 9, 5])  # 10 is the null class
+
+
+@pytest.fixture(scope="module")
+def fp32() -> Bundle:
+    return exported("fp32")
+
+
+def exact(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        model = random_dit().double()
+        return model(x.double(), t, y)
+
+
+def test_transformer_is_the_model_at_every_batch(fp32: Bundle) -> None:
+    for n in (1, 2, 5):
+        (output,) = run(fp32, "transformer", x=X[:n], t=T[:n], y=Y[:n])
+        assert_close_to_reference(output, exact(X[:n], T[:n], Y[:n]), tolerance=1e-5)
+
+
+def test_the_hoisted_pair_is_the_model(fp32: Bundle) -> None:
+    (modulations,) = run(fp32, "conditioner", t=T, y=Y)
+    assert modulations.shape == (5, 48 * (6 * 2 + 2))
+    (output,) = run(fp32, "denoiser", x=X, modulations=modulations)
+    assert_close_to_reference(output, exact(X, T, Y), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_vae_decoder_divides_by_the_scale_and_takes_every_size(fp32: Bundle, n: int) -> None:
+    vae = random_vae().double()
+    z = torch.randn(n, 4, 6 + n, 9, generator=torch.Generator().manual_seed(2))
+    (images,) = run(fp32, "vae_decoder", z=z)
+    assert images.shape == (n, 3, 2 * (6 + n), 18) and images.dtype == torch.float32
+    with torch.inference_mode():
+        expected = vae.decode(z.double() / 0.18215)
+    assert_close_to_reference(images, expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.7), ("dpm++", 0.0)])
+def test_guided_step_in_a_loop_is_the_sampler(fp32: Bundle, sampler: str, eta: float) -> None:
+    """The sampler itself runs on the float64 model; the graph is driven with tensors alone."""
+    steps, n = 4, 3
+    schedule = make_schedule(steps, SAMPLERS[sampler].spacing)
+    scales = torch.tensor([4.0, 1.0, 2.5])  # the second is not guided
+    noise = PerImageNoise([1, 2, 3], (4, 8, 8), torch.device("cpu"))
+    start = noise.start()
+    draws = torch.stack([noise(k) for k in range(steps)])
+    model, labels = random_dit().double(), torch.tensor([1, 7, 3])
+    both, times = torch.cat([labels, torch.full((n,), 10)]), torch.tensor(schedule.timesteps)
+
+    def denoiser(x: torch.Tensor, k: int) -> torch.Tensor:
+        return model(x, times[k].expand(len(x)), both[: len(x)])
+
+    options = {"eta": eta} if sampler == "ddim" else {}
+    given = GivenNoise(start.double(), draws.double(), noise)
+    with torch.inference_mode():
+        expected = SAMPLERS[sampler].function(
+            guided(denoiser, n, scales), start.double(), schedule, given, **options
+        )
+    table = step_coefficients(sampler, schedule, learned=True, eta=eta).astype("float32")
+    z, x0 = start, torch.zeros_like(start)
+    for k in range(steps):
+        z, x0 = run(
+            fp32, "guided_step", z=z, x0_before=x0, noise=draws[k], t=times[k].expand(n).numpy(),
+            y=labels, guidance_scale=scales, coefficients=torch.from_numpy(table[k]).expand(n, 9),
+        )  # fmt: skip
+    assert_close_to_reference(z, expected, tolerance=1e-4)
+
+
+def test_rows_of_one_batch_may_be_at_different_steps(fp32: Bundle) -> None:
+    schedule = make_schedule(6, "linspace")
+    table = torch.from_numpy(step_coefficients("dpm++", schedule, learned=True)).float()
+    rows = torch.tensor([0, 3, 5])
+    inputs = {
+        "z": X[:3], "x0_before": X[1:4], "noise": X[2:5],
+        "t": torch.tensor(schedule.timesteps)[rows], "y": Y[2:5],
+        "guidance_scale": torch.tensor([1.0, 4.0, 1.5]), "coefficients": table[rows],
+    }  # fmt: skip
+    together = run(fp32, "guided_step", **inputs)
+    for i in range(3):
+        alone = run(fp32, "guided_step", **{k: v[i : i + 1] for k, v in inputs.items()})
+        for a, b in zip(together, alone, strict=True):
+            assert relative_error(a[i : i + 1], b) < 1e-5
+
+
+def test_guided_channels_are_those_asked_for() -> None:
+    """x0 differs from the unguided one in exactly the guided channels."""
+    bundle = exported("fp32", "guided_step", guided_channels=2)
+    assert bundle.guided_channels == 2
+    inputs = {
+        "z": X, "x0_before": X, "noise": X, "t": T, "y": Y.clamp(max=9),
+        "coefficients": torch.tensor([1.0, -0.5, 1, 0, 0, 0, 0, 0, 0]).expand(5, 9),
+    }  # fmt: skip
+    _, guided_x0 = run(bundle, "guided_step", guidance_scale=torch.full((5,), 3.0), **inputs)
+    _, plain_x0 = run(bundle, "guided_step", guidance_scale=torch.ones(5), **inputs)
+    changed = (guided_x0 != plain_x0).flatten(2).any(-1).all(0)
+    same = (guided_x0 == plain_x0).flatten(2).all(-1).all(0)
+    assert changed.tolist() == [True, True, False, False]
+    assert same.tolist() == [False, False, True, True]
+
+
+def test_fp16_is_within_its_tolerance_and_its_time_embedding_is_not_half() -> None:
+    bundle = exported("fp16", "transformer")
+    (output,) = run(bundle, "transformer", x=X, t=T, y=Y)
+    assert 1e-6 < relative_error(output, exact(X, T, Y)) < 5e-3
+    graph = onnx.load(bundle.file("transformer")).graph
+    types = {i.name: i.data_type for i in graph.initializer}
+    assert types["blocks.0.attn.qkv.weight"] == onnx.TensorProto.FLOAT16
+    frequencies = [name for name in types if name.endswith("1x128")]
+    assert [types[name] for name in frequencies] == [onnx.TensorProto.FLOAT]
+    for value in (*graph.input, *graph.output):
+        expected = onnx.TensorProto.INT64 if value.name in "ty" else onnx.TensorProto.FLOAT
+        assert value.type.tensor_type.elem_type == expected
+
+
+def test_names_can_be_read(fp32: Bundle) -> None:
+    model = onnx.load(fp32.file("transformer"))
+    state = random_dit().state_dict()
+    weights = {i.name: tuple(i.dims) for i in model.graph.initializer if i.name in state}
+    assert weights.keys() == state.keys()
+    assert weights["blocks.1.mlp.fc1.weight"] == (48, 192)  # as MatMul reads it
+    names = Counter(node.name for node in model.graph.node)
+    assert max(names.values()) == 1
+    expected = {
+        "blocks.1.attn.qkv/MatMul", "blocks.0.attn/Attention", "t_embedder/Cos",
+        "blocks.0.adaLN_modulation.1/Gemm", "final_layer.linear/MatMul",
+    }  # fmt: skip
+    assert expected <= names.keys()
+    for value in (*names, *(i.name for i in model.graph.initializer)):
+        assert not re.search(r"val_|node_|_empty|\.py|e\+", value), value
+
+
+def test_nothing_of_the_exporting_machine_is_inside(fp32: Bundle) -> None:
+    for graph in fp32.graphs:
+        content = fp32.file(graph).read_bytes()
+        assert b"site-packages" not in content and b"stack_trace" not in content
+        assert b".py" not in content
+
+
+def test_metadata_says_what_it_is(fp32: Bundle) -> None:
+    model = onnx.load(fp32.file("denoiser"))
+    assert {p.key: p.value for p in model.metadata_props} == {
+        "graph": "denoiser", "model": "DiT-2x48/2", "dtype": "fp32", "version": __version__,
+        "checkpoint": weights_hash(random_dit()),
+    }  # fmt: skip
+    assert (model.producer_name, model.producer_version) == ("dit-engine", __version__)
+    other = random_dit()
+    other.final_layer.linear.bias.data[0] += 1e-3
+    assert weights_hash(other) != fp32.checkpoint
+
+
+def test_the_manifest_says_what_was_verified(fp32: Bundle) -> None:
+    values = manifest(fp32)
+    assert values["vae"]["block_out_channels"] == [32, 64] and values["guided_channels"] == 3
+    assert values["label_names"] == list(NAMES) and fp32.label_names == NAMES
+    assert list(fp32.graphs) == ["transformer", "guided_step", "conditioner", "denoiser",
+                                 "vae_decoder"]  # fmt: skip
+    for graph in fp32.graphs.values():
+        assert graph.error is not None and 0 < graph.error["relative"] <= 1e-5
+        assert [v.split()[0] for v in graph.verified_by] == ["onnx.checker", "onnxruntime"]
+    step = fp32.graphs["guided_step"]
+    assert [(t.name, t.dtype, t.shape) for t in step.inputs] == [
+        ("z", "float32", ("batch", 4, 8, 8)), ("x0_before", "float32", ("batch", 4, 8, 8)),
+        ("noise", "float32", ("batch", 4, 8, 8)), ("t", "int64", ("batch",)),
+        ("y", "int64", ("batch",)), ("guidance_scale", "float32", ("batch",)),
+        ("coefficients", "float32", ("batch", 9)),
+    ]  # fmt: skip
+
+
+def test_weights_above_the_limit_have_a_file_of_their_own() -> None:
+    bundle = exported("fp32", "transformer", external_data_mib=0)
+    assert {p.name for p in bundle.path.iterdir()} == {
+        "transformer.onnx", "transformer.onnx.data", "labels.json", "manifest.json",
+    }  # fmt: skip
+    assert (bundle.path / "transformer.onnx.data").stat().st_size > 300_000
+    assert bundle.file("transformer").stat().st_size < 100_000
+    (output,) = run(bundle, "transformer", x=X, t=T, y=Y)
+    assert_close_to_reference(output, exact(X, T, Y), tolerance=1e-5)
+    data = bundle.path / "transformer.onnx.data"
+    original = data.read_bytes()
+    data.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"transformer\.onnx\.data: has changed since the export"):
+        Bundle.open(bundle.path)
+    data.write_bytes(original)
+
+
+def test_opset_20_for_tensorrt_in_fp32_has_no_attention_operator() -> None:
+    bundle = exported("fp32", "transformer", target="tensorrt")
+    model = onnx.load(bundle.file("transformer"))
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 20)]
+    assert not {"Attention"} & {node.op_type for node in model.graph.node}
+    (output,) = run(bundle, "transformer", x=X, t=T, y=Y)
+    assert_close_to_reference(output, exact(X, T, Y), tolerance=1e-5)
+
+
+def test_bf16_says_that_onnxruntime_did_not_run_it() -> None:
+    bundle = exported("bf16", "transformer")
+    graph = onnx.load(bundle.file("transformer")).graph
+    types = {i.name: i.data_type for i in graph.initializer}
+    assert types["blocks.0.attn.qkv.weight"] == onnx.TensorProto.BFLOAT16
+    verified = bundle.graphs["transformer"]
+    assert not any("onnxruntime" in by for by in verified.verified_by)
+    if verified.error is None:
+        assert len(verified.verified_by) == 1
+    else:
+        assert verified.verified_by[1].startswith("OpenVINO")
+        assert 1e-4 < verified.error["relative"] <= 5e-2

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dit_export.bundle import Bundle
+from dit_export.bundle import Bundle, file_hash
 
 
 def find_plan(directory: Path, bundle: Bundle, graph: str, max_batch_size: int) -> Path:
     """The newest engine of ``graph`` in ``directory`` that takes 1 to ``max_batch_size`` rows.
 
-    Raises ValueError where there is none, naming what the engines that are there are for.
+    Raises ValueError where there is none, saying what the engine that is there is for.
     """
     from dit_export.engine_files import find_engines
+    from dit_export.tensorrt import graph_hash
 
     checkpoint = bundle.vae_checkpoint if graph == "vae_decoder" else bundle.checkpoint
     engines = find_engines(directory, graph, checkpoint)
-    standard = [engine for engine in engines if engine.key.flavour == "tensorrt"]
-    if not standard:
-        raise ValueError(
-            f"{directory}: its engine of {graph} is for {engines[0].key.flavour}; the server loads "
-            "those of standard TensorRT"
-        )
-    for engine in standard:
-        batches = [profile.batch for profile in engine.key.profiles]
-        if any(batch.smallest == 1 and max_batch_size <= batch.largest for batch in batches):
+    wanted, reasons = graph_hash(bundle, graph), []
+    for engine in engines:
+        batch = engine.key.profiles[0].batch  # the server takes the first profile
+        if engine.key.graph != wanted:
+            reasons.append(f"was built from another export than {bundle.path}")
+        elif engine.key.flavour != "tensorrt":
+            reasons.append(f"is for {engine.key.flavour}; the server loads standard TensorRT's")
+        elif engine.key.plugins:
+            reasons.append("holds a plugin that the server does not have")
+        elif not (batch.smallest == 1 and max_batch_size <= batch.largest):
+            reasons.append(f"takes batches of {batch}; 1 to {max_batch_size} are needed")
+        elif file_hash(engine.path) != engine.sha256:
+            reasons.append("has changed since it was built (SHA-256 differs)")
+        else:
             return engine.path
-    first = standard[0]
-    raise ValueError(
-        f"{first.path}: its profile takes batches of {first.key.profiles[0].batch}; "
-        f"1 to {max_batch_size} are needed"
-    )
+    raise ValueError(f"{engines[0].path}: {reasons[0]}")

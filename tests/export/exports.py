@@ -14,6 +14,7 @@ import torch
 from tiny import NAMES, tiny_dit, tiny_vae
 from torch import Tensor
 
+from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL
 from dit_export.bundle import MANIFEST, Bundle
 from dit_export.onnx import ExportOptions, export_onnx
@@ -31,7 +32,13 @@ def exported(dtype: str, *graphs: str, target: str = "onnxruntime", **options: A
     return export_onnx(random_dit(), Path(folder.name) / "out", made, vae=vae, label_names=NAMES)
 
 
-def random_dit():
+def quantized(dtype: str, target: str) -> Bundle:
+    """A denoiser, and the conditioner with it for onnxruntime."""
+    graphs = ("conditioner", "denoiser") if target == "onnxruntime" else ("denoiser",)
+    return exported(dtype, *graphs, target=target, calibration_images=2, calibration_steps=3)
+
+
+def random_dit() -> DiT:
     return tiny_dit()
 
 

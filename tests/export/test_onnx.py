@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 
 import onnx
 import pytest
@@ -19,6 +20,7 @@ from dit_engine.noise import GivenNoise, PerImageNoise
 from dit_engine.sampler import SAMPLERS
 from dit_engine.schedule import make_schedule
 from dit_export.bundle import Bundle
+from dit_export.graphs import GuidedStep
 from dit_export.source import weights_hash
 
 X = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -108,20 +110,26 @@ def test_rows_of_one_batch_may_be_at_different_steps(fp32: Bundle) -> None:
             assert relative_error(a[i : i + 1], b) < 1e-5
 
 
-def test_guided_channels_are_those_asked_for() -> None:
+def test_guided_channels_are_those_asked_for(fp32: Bundle) -> None:
     """x0 differs from the unguided one in exactly the guided channels."""
-    bundle = exported("fp32", "guided_step", guided_channels=2)
-    assert bundle.guided_channels == 2
-    inputs = {
-        "z": X, "x0_before": X, "noise": X, "t": T, "y": Y.clamp(max=9),
-        "coefficients": torch.tensor([1.0, -0.5, 1, 0, 0, 0, 0, 0, 0]).expand(5, 9),
-    }  # fmt: skip
-    _, guided_x0 = run(bundle, "guided_step", guidance_scale=torch.full((5,), 3.0), **inputs)
-    _, plain_x0 = run(bundle, "guided_step", guidance_scale=torch.ones(5), **inputs)
-    changed = (guided_x0 != plain_x0).flatten(2).any(-1).all(0)
-    same = (guided_x0 == plain_x0).flatten(2).all(-1).all(0)
-    assert changed.tolist() == [True, True, False, False]
-    assert same.tolist() == [False, False, True, True]
+    coefficients = torch.tensor([1.0, -0.5, 1, 0, 0, 0, 0, 0, 0]).expand(5, 9)
+    y = Y.clamp(max=9)
+
+    def changed(step: Callable[[torch.Tensor], torch.Tensor]) -> list[bool]:
+        guided_x0, plain_x0 = step(torch.full((5,), 3.0)), step(torch.ones(5))
+        differs = (guided_x0 != plain_x0).flatten(2)
+        assert torch.equal(differs.any(-1), differs.all(-1))
+        return differs.all(-1).all(0).tolist()
+
+    def of_graph(scale: torch.Tensor) -> torch.Tensor:
+        return run(fp32, "guided_step", z=X, x0_before=X, noise=X, t=T, y=y, guidance_scale=scale,
+                   coefficients=coefficients)[1]  # fmt: skip
+
+    assert fp32.guided_channels == 3 and changed(of_graph) == [True, True, True, False]
+    for channels, expected in ((2, [True, True, False, False]), (4, [True] * 4)):
+        module = GuidedStep(random_dit(), channels)
+        with torch.inference_mode():
+            assert changed(lambda scale: module(X, X, X, T, y, scale, coefficients)[1]) == expected  # noqa: B023
 
 
 def test_fp16_is_within_its_tolerance_and_its_time_embedding_is_not_half() -> None:
@@ -192,19 +200,18 @@ def test_the_manifest_says_what_was_verified(fp32: Bundle) -> None:
     ]  # fmt: skip
 
 
-def test_weights_above_the_limit_have_a_file_of_their_own() -> None:
-    bundle = exported("fp32", "transformer", external_data_mib=0)
+def test_weights_above_the_limit_have_a_file_of_their_own(fp32: Bundle) -> None:
+    bundle = exported("fp32", "conditioner", external_data_mib=0)
     assert {p.name for p in bundle.path.iterdir()} == {
-        "transformer.onnx", "transformer.onnx.data", "labels.json", "manifest.json",
+        "conditioner.onnx", "conditioner.onnx.data", "labels.json", "manifest.json",
     }  # fmt: skip
-    assert (bundle.path / "transformer.onnx.data").stat().st_size > 300_000
-    assert bundle.file("transformer").stat().st_size < 100_000
-    (output,) = run(bundle, "transformer", x=X, t=T, y=Y)
-    assert_close_to_reference(output, exact(X, T, Y), tolerance=1e-5)
-    data = bundle.path / "transformer.onnx.data"
+    data = bundle.path / "conditioner.onnx.data"
+    assert data.stat().st_size > 150_000 > 20_000 > bundle.file("conditioner").stat().st_size
+    (outside,), (inside,) = (run(b, "conditioner", t=T, y=Y) for b in (bundle, fp32))
+    assert torch.equal(outside, inside)
     original = data.read_bytes()
     data.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"transformer\.onnx\.data: has changed since the export"):
+    with pytest.raises(ValueError, match=r"conditioner\.onnx\.data: has changed since the export"):
         Bundle.open(bundle.path)
     data.write_bytes(original)
 

@@ -7,28 +7,27 @@ import onnx
 import onnx.numpy_helper
 import pytest
 import torch
-from exports import exported, manifest, random_dit, run
+from exports import manifest, quantized, random_dit, run
 from numerics import relative_error
 
 from dit_export.bundle import Bundle
 from dit_export.calibration import calibrate
+from dit_export.graphs import Conditioner
 from dit_export.quantize import QuantizedLinear, rounded
 
 LAYERS = [f"blocks.{i}.{name}" for i in range(2)
           for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]  # fmt: skip
 X = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(5))
 T, Y = torch.tensor([20, 500, 960]), torch.tensor([1, 10, 4])
-FEW = {"calibration_images": 2, "calibration_steps": 3}
 
 
 @pytest.fixture(params=[("int8", "onnxruntime"), ("int8", "tensorrt"), ("fp8", "tensorrt")])
 def bundle(request: pytest.FixtureRequest) -> Bundle:
-    dtype, target = request.param
-    return exported(dtype, "transformer", target=target, **FEW)
+    return quantized(*request.param)
 
 
 def test_every_linear_layer_of_a_block_and_nothing_else_is_quantised(bundle: Bundle) -> None:
-    graph = onnx.load(bundle.file("transformer")).graph
+    graph = onnx.load(bundle.file("denoiser")).graph
     made = {output: node for node in graph.node for output in node.output}
     constants = {i.name: i for i in graph.initializer}
     pairs = []
@@ -54,7 +53,7 @@ def test_every_linear_layer_of_a_block_and_nothing_else_is_quantised(bundle: Bun
 def test_codes_times_scales_are_the_weights(bundle: Bundle) -> None:
     constants = {
         i.name: onnx.numpy_helper.to_array(i).astype(np.float64)
-        for i in onnx.load(bundle.file("transformer")).graph.initializer
+        for i in onnx.load(bundle.file("denoiser")).graph.initializer
     }
     # Half a step, in units of the scale (E4M3's step below 448 is 32), and a scale's own rounding.
     tolerance = 0.6 if bundle.dtype == "int8" else 16.5
@@ -71,11 +70,13 @@ def test_codes_times_scales_are_the_weights(bundle: Bundle) -> None:
 
 
 def test_the_graph_is_near_the_model_and_says_how_near(bundle: Bundle) -> None:
+    model = random_dit()
     with torch.inference_mode():
-        expected = random_dit().double()(X.double(), T, Y)
-    (output,) = run(bundle, "transformer", x=X, t=T, y=Y)
+        modulations = Conditioner(model)(T, Y)
+        expected = model.double()(X.double(), T, Y)
+    (output,) = run(bundle, "denoiser", x=X, modulations=modulations)
     assert 1e-4 < relative_error(output, expected) < 0.1
-    graph = bundle.graphs["transformer"]
+    graph = bundle.graphs["denoiser"]
     assert graph.error is not None and graph.error["relative"] <= graph.error["bound"] == 5e-2
     assert graph.accuracy is not None and 1e-4 < graph.accuracy["rms"] < 0.1
     record = manifest(bundle)["quantization"]

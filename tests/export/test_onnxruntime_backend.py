@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -10,7 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from exports import exported, random_dit
+from exports import exported, quantized, random_dit
 from numerics import relative_error
 from tiny import tiny_dit
 
@@ -20,6 +22,7 @@ from dit_export import cache, exporter
 from dit_export.backends import onnxruntime as backend_module
 from dit_export.backends.onnxruntime import OnnxRuntimeBackend
 from dit_export.bundle import Bundle
+from dit_export.sessions import Session
 
 CPU = torch.device("cpu")
 PAIR = ("conditioner", "denoiser")
@@ -35,6 +38,12 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
         return [point] if name in (None, "onnxruntime") else []
 
     monkeypatch.setattr(backends, "entry_points", entry_points)
+
+
+@pytest.fixture(scope="module")
+def given() -> str:
+    """The address of an export in fp32 that other tests read too."""
+    return str(exported("fp32").path)
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +72,12 @@ def latents(engine: Engine, backend: str, **options: object) -> torch.Tensor:
         {"sampler": "ddpm", "guidance_channels": None},
     ],
 )
-def test_latents_are_eagers(options: dict[str, object]) -> None:
+def test_latents_are_eagers(given: str, options: dict[str, object]) -> None:
     options = dict(options)
     engine = Engine(random_dit(), device="cpu", max_batch_size=options.pop("max_batch_size", 32))
     expected = latents(engine, "eager", **options)
-    assert relative_error(latents(engine, "onnxruntime", **options), expected) < 1e-4
+    actual = latents(engine, f"onnxruntime://{given}", **options)
+    assert relative_error(actual, expected) < 1e-4
 
 
 def test_fp16_latents_are_within_its_tolerance() -> None:
@@ -78,7 +88,7 @@ def test_fp16_latents_are_within_its_tolerance() -> None:
 
 
 def test_int8_latents_resemble_eagers() -> None:
-    bundle = exported("int8", *PAIR, calibration_images=2, calibration_steps=3)
+    bundle = quantized("int8", "onnxruntime")
     engine = Engine(random_dit(), device="cpu")
     expected = latents(engine, "eager", sampler="dpm++")
     address = f"onnxruntime://{bundle.path}"
@@ -86,6 +96,7 @@ def test_int8_latents_resemble_eagers() -> None:
     assert 1e-4 < relative_error(actual, expected) < 0.5
 
 
+@pytest.mark.slow
 def test_images_of_the_builtin_model_are_eagers() -> None:
     engine = Engine.from_pretrained("builtin", device="cpu")
     options = {"steps": 4, "sampler": "dpm++", "seed": 0, "output": "np"}
@@ -95,15 +106,15 @@ def test_images_of_the_builtin_model_are_eagers() -> None:
     assert expected.std() > 20 and difference.max() <= 1 and (difference > 0).mean() < 1e-2
 
 
-def test_modulations_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(random_dit(), device="cpu")
-    whole = latents(engine, "onnxruntime", sampler="ddpm")
+def test_modulations_in_chunks_are_the_same(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, backend = Engine(random_dit(), device="cpu"), f"onnxruntime://{given}"
+    whole = latents(engine, backend, sampler="ddpm")
     monkeypatch.setattr(backend_module, "TABLE_BYTES", 4 * 672 * 6 * 4)  # 4 of the 6 steps
-    assert relative_error(latents(engine, "onnxruntime", sampler="ddpm"), whole) < 1e-6
+    assert relative_error(latents(engine, backend, sampler="ddpm"), whole) < 1e-6
 
 
-def test_denoiser_takes_fewer_rows_and_other_dtypes() -> None:
-    backend = OnnxRuntimeBackend(random_dit(), "fp32", CPU)
+def test_denoiser_takes_fewer_rows_and_other_dtypes(given: str) -> None:
+    backend = OnnxRuntimeBackend(random_dit(), "fp32", CPU, given)
     labels, timesteps = torch.tensor([7, 2, 7, 10]), torch.tensor([900, 400])
     denoiser = backend.prepare(labels, timesteps)
     model = random_dit()
@@ -117,8 +128,8 @@ def test_denoiser_takes_fewer_rows_and_other_dtypes() -> None:
     assert denoiser(torch.zeros(0, 4, 8, 8), 0).shape == (0, 8, 8, 8)
 
 
-def test_results_are_bound_and_not_copied() -> None:
-    backend = OnnxRuntimeBackend(random_dit(), "fp32", CPU)
+def test_results_are_bound_and_not_copied(given: str) -> None:
+    backend = OnnxRuntimeBackend(random_dit(), "fp32", CPU, given)
     denoiser = backend.prepare(torch.tensor([1, 2]), torch.tensor([900, 400]))
     x = torch.randn(2, 4, 8, 8)
     first = denoiser(x, 0)
@@ -127,7 +138,7 @@ def test_results_are_bound_and_not_copied() -> None:
     assert second.data_ptr() == pointer and not torch.equal(second, before)
 
 
-def test_threads_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_those_of_the_engine(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     session = backend_module.Session
 
@@ -137,15 +148,16 @@ def test_threads_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(backend_module, "Session", counted)
     engine = Engine(random_dit(), device="cpu", threads=2)
-    latents(engine, "onnxruntime", sampler="dpm++")
-    latents(engine, "onnxruntime", sampler="dpm++")
+    latents(engine, f"onnxruntime://{given}", sampler="dpm++")
+    latents(engine, f"onnxruntime://{given}", sampler="dpm++")
     assert made == [2, 2]  # two graphs, opened once
 
 
 def test_an_export_is_made_once_and_again_when_damaged(
     cached: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = OnnxRuntimeBackend(random_dit(), "fp32", CPU).bundle
+    shallow = tiny_dit(depth=1)  # which is quicker to export
+    first = OnnxRuntimeBackend(shallow, "fp32", CPU).bundle
     assert first.path.parent == cached / "onnx"
     export, exports = cache.export_onnx, []
 
@@ -154,14 +166,14 @@ def test_an_export_is_made_once_and_again_when_damaged(
         return export(*arguments, **options)
 
     monkeypatch.setattr(cache, "export_onnx", counted)
-    assert OnnxRuntimeBackend(random_dit(), "fp32", CPU).bundle.manifest == first.manifest
+    assert OnnxRuntimeBackend(shallow, "fp32", CPU).bundle.manifest == first.manifest
     assert exports == []
     with first.file("denoiser").open("r+b") as file:  # one byte of the weights
         file.seek(-1000, 2)
         byte = file.read(1)
         file.seek(-1000, 2)
         file.write(bytes([byte[0] ^ 1]))
-    again = OnnxRuntimeBackend(random_dit(), "fp32", CPU).bundle
+    again = OnnxRuntimeBackend(shallow, "fp32", CPU).bundle
     assert len(exports) == 1 and again.path == first.path
     Bundle.open(again.path)  # whole
 
@@ -179,7 +191,7 @@ def test_models_that_differ_do_not_share_an_export() -> None:
 
 
 def test_an_export_of_another_model_is_refused(tmp_path: Path) -> None:
-    bundle = exported("int8", *PAIR, calibration_images=2, calibration_steps=3)
+    bundle = quantized("int8", "onnxruntime")
     address = str(bundle.path)
     with pytest.raises(ValueError, match=r": an export of another model$"):
         OnnxRuntimeBackend(tiny_dit(seed=1), "int8", CPU, address)
@@ -188,7 +200,7 @@ def test_an_export_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r": an export in int8; precision 'fp32' is asked$"):
         OnnxRuntimeBackend(random_dit(), "fp32", CPU, address)
     with pytest.raises(ValueError, match=r"no graph 'conditioner'; it holds transformer"):
-        OnnxRuntimeBackend(random_dit(), "fp32", CPU, str(exported("fp32", "transformer").path))
+        OnnxRuntimeBackend(random_dit(), "fp16", CPU, str(exported("fp16", "transformer").path))
     with pytest.raises(ValueError, match=r": no export; manifest\.json is missing$"):
         OnnxRuntimeBackend(random_dit(), "fp32", CPU, str(tmp_path))
 
@@ -207,8 +219,9 @@ def test_what_cannot_run_here_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         OnnxRuntimeBackend(model, "fp32", CPU)
 
 
-def test_running_out_of_memory_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the engine goes on with a smaller batch."""
+def test_running_out_of_memory_halves_the_batch(
+    given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, sizes = Engine(random_dit(), device="cpu"), []
     session = backend_module.Session
     run = session.run
@@ -222,13 +235,29 @@ def test_running_out_of_memory_is_a_memory_error(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(session, "run", small)
     with pytest.warns(UserWarning, match="out of memory with a batch of 3: going on with 1"):
-        latents(engine, "onnxruntime", sampler="dpm++")
+        latents(engine, f"onnxruntime://{given}", sampler="dpm++")
     assert sizes[0] == 6 and set(sizes[1:]) == {2, 1}
 
 
-def test_importing_the_parts_loads_no_optional_package() -> None:
-    import subprocess
+def test_onnxruntimes_own_refusal_of_memory_is_a_memory_error(given: str) -> None:
+    session = Session(Bundle.open(given).file("denoiser"), CPU, 1)
 
+    class Refusing:
+        def io_binding(self):
+            return session.session.io_binding()
+
+        def run_with_iobinding(self, _: object) -> None:
+            raise onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException(
+                "Failed to allocate memory for requested buffer of size 8589934592"
+            )
+
+    refusing = copy.copy(session)
+    refusing.session = Refusing()
+    with pytest.raises(MemoryError, match=r"^onnxruntime: Failed to allocate memory"):
+        refusing.run({"x": torch.zeros(1, 4, 8, 8)}, {})
+
+
+def test_importing_the_parts_loads_no_optional_package() -> None:
     code = (
         "import sys, dit_export.onnx, dit_export.bundle, dit_export.cli, dit_export.cli_onnx\n"
         "import dit_export.backends.onnxruntime\n"

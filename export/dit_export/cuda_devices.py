@@ -5,6 +5,7 @@ A broken driver may abort a process, and one that has spoken to the driver can n
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from dataclasses import dataclass
 
@@ -67,3 +68,20 @@ def require_device(index: int = 0, what: str = "TensorRT") -> CudaDevice:
     if not 0 <= index < len(devices):
         raise BackendUnavailable(f"{what}: no GPU {index}; there are {len(devices)}")
     return devices[index]
+
+
+def make_current(index: int) -> None:
+    """Let the CUDA calls of this thread, also those of libraries, go to GPU ``index``.
+
+    For a GPU that `require_device` has found. Raises `BackendUnavailable` where the driver refuses.
+    """
+    cuda = ctypes.CDLL("libcuda.so.1")
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    code = (
+        cuda.cuInit(0)
+        or cuda.cuDeviceGet(ctypes.byref(device), index)
+        or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+        or cuda.cuCtxSetCurrent(context)
+    )
+    if code:
+        raise BackendUnavailable(f"GPU {index}: the driver answers {code}")

@@ -13,6 +13,9 @@ from typing import Any
 
 NAMESPACE, NAME = "dit", "layernorm_modulate"
 PLUGIN = f"{NAMESPACE}::{NAME}"
+EPS = 1e-6
+"""Of its LayerNorm; there is no other."""
+
 IO = ("x", "shift", "scale", "output")
 
 

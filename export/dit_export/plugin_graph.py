@@ -7,10 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_export.plugin import NAME, NAMESPACE
-
-EPS = 1e-6
-"""The plugin's only epsilon; a LayerNormalization with another one stays."""
+from dit_export.plugin import EPS, NAME, NAMESPACE
 
 
 def fuse_file(source: Path, target: Path) -> int:

@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dit_export.plugin import EPS
 from dit_kernels.triton.launch import row_tiles
 from dit_kernels.triton.layernorm_modulate import _layernorm_modulate_kernel
 
-EPS = 1e-6
 DTYPES = ("fp32", "fp16", "bf16")
 ROWS = (1, 2, 4)
 """Rows of one program, which are the plugin's tactics: TensorRT times them and takes one."""
@@ -81,8 +82,8 @@ def compile_kernel(width: int, dtype: str, rows: int, capability: str) -> Plugin
     )
     major, minor = capability.split(".")
     target = GPUTarget("cuda", int(major) * 10 + int(minor), 32)
-    with triton.knobs.compilation.scope():
-        triton.knobs.compilation.disable_line_info = True  # an engine need not know our paths
+    with knobs.compilation.scope():
+        knobs.compilation.disable_line_info = True  # an engine need not know our paths
         compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
     facts = compiled.metadata
     if facts.global_scratch_size:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dit_engine._version import __version__
 from dit_export.bundle import Bundle, Graph, file_hash
-from dit_export.cuda_devices import require_device
+from dit_export.cuda_devices import make_current, require_device
 from dit_export.engine_files import (
     EngineFile,
     EngineKey,
@@ -164,6 +164,8 @@ def build_engine(
 ) -> EngineFile:
     """Build one engine and write it with its description. Raises as `build_bundle` does."""
     trt = flavour.load()
+    if not flavour.builds_without_gpu:
+        make_current(options.device)
     logger = process_logger(trt)
     logger.errors.clear()
     progress = make_progress(trt, graph.name, options.quiet)

@@ -6,7 +6,8 @@ Each class is a `dit_export.tensorrt_session.Memory`.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -53,8 +54,10 @@ class CudaCoreMemory:
         self._pinned = core.LegacyPinnedMemoryResource()
         self.stream = int(self._stream.handle)
 
-    def enter(self) -> None:
+    @contextmanager
+    def current(self) -> Iterator[None]:
         self.device.set_current()
+        yield
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Staged:
         size = max(int(np.prod(shape)) * np.dtype(dtype).itemsize, 1)
@@ -102,13 +105,17 @@ class PycudaMemory:
         cuda.init()
         self._cuda = cuda
         self._context = cuda.Device(device).retain_primary_context()
-        self.enter()
-        self._stream = cuda.Stream()
+        with self.current():
+            self._stream = cuda.Stream()
         self.stream = int(self._stream.handle)
 
-    def enter(self) -> None:
-        if self._cuda.Context.get_current() is None:
-            self._context.push()
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        self._context.push()
+        try:
+            yield
+        finally:
+            self._cuda.Context.pop()
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Staged:
         array = self._cuda.pagelocked_empty(shape, np.dtype(dtype))
@@ -149,8 +156,11 @@ class TorchMemory:
         self._stream = torch.cuda.Stream(self.device)
         self.stream = self._stream.cuda_stream
 
-    def enter(self) -> None:
-        self._stream.wait_stream(self._torch.cuda.current_stream(self.device))
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        with self._torch.cuda.device(self.device):
+            self._stream.wait_stream(self._torch.cuda.current_stream(self.device))
+            yield
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         with self._torch.cuda.stream(self._stream):

@@ -43,7 +43,8 @@ class TensorRTEngine:
         gpu = require_device(device)
         flavour = choose_flavour(file.key.flavour)
         first = make_memory(memory, device)
-        loaded = LoadedEngine(file, flavour, gpu)
+        with first.current():  # the engine is loaded onto the current device
+            loaded = LoadedEngine(file, flavour, gpu)
         self.file = file
         self._pool = SessionPool(
             loaded,

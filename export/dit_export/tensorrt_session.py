@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,8 +33,8 @@ class Memory(Protocol):
     stream: int  # the CUDA stream's handle
     captures: bool  # whether `capture` works
 
-    def enter(self) -> None:
-        """Make the device current in the calling thread, and let its pending work come first."""
+    def current(self) -> AbstractContextManager[None]:
+        """The device is current in the calling thread, and its work so far comes first."""
         ...
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
@@ -155,12 +156,12 @@ class Session:
         """Arrays by input name → the caller's own arrays by output name."""
         shapes = {name: tuple(value.shape) for name, value in inputs.items()}
         profile = self.engine.choose_profile(shapes)
-        self.memory.enter()
-        prepared = self._of(shapes, profile)
-        for name, buffer in prepared.inputs.items():
-            self.memory.write(buffer, inputs[name])
-        prepared.launch()
-        return {name: self.memory.read(buffer) for name, buffer in prepared.outputs.items()}
+        with self.memory.current():
+            prepared = self._of(shapes, profile)
+            for name, buffer in prepared.inputs.items():
+                self.memory.write(buffer, inputs[name])
+            prepared.launch()
+            return {name: self.memory.read(buffer) for name, buffer in prepared.outputs.items()}
 
     def _of(self, shapes: dict[str, tuple[int, ...]], profile: int) -> _Prepared:
         key = tuple(sorted(shapes.items()))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -159,8 +160,10 @@ class FakeMemory:
         self.stream, self.log = id(self), []
         self.engines = engines or []
 
-    def enter(self) -> None:
+    @contextmanager
+    def current(self) -> Iterator[None]:
         self.log.append("enter")
+        yield
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         return np.full(shape, 77, dtype)

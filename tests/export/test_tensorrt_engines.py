@@ -245,6 +245,7 @@ def test_refused_node_is_named(bundles, flavour: Flavour, options: BuildOptions,
     assert "Nonesuch" in check_supported(flavour, path)[0]
 
 
+@pytest.mark.slow
 def test_what_the_builder_refuses_is_said(bundles, flavour: Flavour, tmp_path: Path):
     """TensorRT has no float32 kernel for the Attention operator of opset 23."""
     from dit_export.onnx import ExportOptions, export_onnx

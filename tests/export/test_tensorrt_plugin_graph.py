@@ -45,7 +45,7 @@ def evaluate(proto: Any, feeds: dict[str, np.ndarray]) -> np.ndarray:
             return (reference.layernorm_modulate(*tensors, 1e-6).numpy(),)
 
     (output,) = ReferenceEvaluator(proto, new_ops=[layernorm_modulate]).run(None, feeds)
-    return output
+    return np.asarray(output)
 
 
 def test_fused_graph_computes_the_same():

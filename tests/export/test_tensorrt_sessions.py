@@ -363,6 +363,7 @@ def test_given_engines_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         given_engines(model, "fp16", tmp_path, newer, GPU)
 
 
+@pytest.mark.slow
 def test_cached_engines_are_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("tensorrt_rtx")
     pytest.importorskip("onnxscript")

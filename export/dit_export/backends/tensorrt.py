@@ -91,14 +91,14 @@ class TensorRTBackend:
             engines = cached_engines(model, precision, index, flavour, settings)
         else:
             engines = given_engines(model, precision, Path(address), flavour, gpu)
-        pools = {
-            name: SessionPool(
-                LoadedEngine(file, flavour, gpu),
-                lambda: TorchMemory(torch.device("cuda", index)),
-                settings.streams,
-            )
-            for name, file in engines.items()
-        }
+        cuda = torch.device("cuda", index)
+        with torch.cuda.device(cuda):  # engines are loaded onto the current one
+            pools = {
+                name: SessionPool(
+                    LoadedEngine(file, flavour, gpu), lambda: TorchMemory(cuda), settings.streams
+                )
+                for name, file in engines.items()
+            }
         self._pair = EnginePair(model, pools["conditioner"], pools["denoiser"], device)
 
     def prepare(self, labels: Tensor, timesteps: Tensor) -> Denoiser:

@@ -18,12 +18,19 @@ INPUTS := setup.py constraints.txt dit_engine/_version.py CMakeLists.txt \
 	$(wildcard kernels/dit_kernels/__init__.py export/dit_export/__init__.py \
 	benchmarks/dit_bench/__init__.py)
 
+# The server that the tests run, in an environment of its own: it needs numpy below 2. Its wheel is
+# for Linux on x86-64 with glibc 2.35 or later; elsewhere its tests are skipped.
+SERVES := import platform, sys; libc = platform.libc_ver(); sys.exit(not (platform.machine() \
+	== "x86_64" and libc[0] == "glibc" and tuple(map(int, libc[1].split("."))) >= (2, 35) \
+	and (3, 10) <= sys.version_info[:2] <= (3, 12)))
+SERVER := $(shell $(PYTHON) -c '$(SERVES)' 2>/dev/null && echo .venv-server/.done)
+
 DEMO_LABELS := clay critters cutouts landscape marbles moods open-peeps pixel-art \
 	planets shadows slice sprouts stack thumbs voxel-bot waves
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test asan bench-cpu lint format train clean
+.PHONY: help demo test server asan bench-cpu lint format train clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -33,8 +40,10 @@ demo: $(VENV)/.base ## generate a labelled sheet with the built-in model (instal
 	$(BIN)/dit-generate --model builtin --labels $(DEMO_LABELS) --steps 25 --sampler dpm++ \
 		--guidance-scale 2.5 --guidance-channels all --seed 100 -o demo/sheet.png
 
-test: $(VENV)/.test ## run the whole test suite; a part of it: make test ARGS="-k guidance"
+test: $(VENV)/.test $(SERVER) ## run the whole test suite; a part of it: make test ARGS="-k guidance"
 	$(BIN)/python -m pytest $(ARGS)
+
+server: $(SERVER) ## install a Triton Inference Server in .venv-server, for the tests and for trying
 
 asan: $(VENV)/.test ## run the native kernels' tests under AddressSanitizer and UBSan
 	$(BIN)/cmake -S . -B build/asan -DDIT_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX)
@@ -60,7 +69,7 @@ train: $(VENV)/.train ## train a small model on the avatar set: two hours on 2 c
 	$(BIN)/dit-train -o runs/own $(ARGS)
 
 clean: ## remove .venv, caches, build results and the demo's pictures
-	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-server build dist demo *.egg-info .pytest_cache .ruff_cache
 	rm -f kernels/dit_kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -77,6 +86,11 @@ $(VENV)/.base: $(INPUTS) | $(BIN)/python
 $(VENV)/.test: $(INPUTS) | $(BIN)/python
 	$(PIP_INSTALL) -e '.[test]'
 	@touch $(VENV)/.base $@
+
+.venv-server/.done: constraints-server.txt
+	$(PYTHON) -m venv --clear .venv-server
+	.venv-server/bin/python -m pip install --disable-pip-version-check --no-deps -r $<
+	@touch $@
 
 $(VENV)/.train: $(INPUTS) | $(BIN)/python
 	$(PIP_INSTALL) -e '.[train]'

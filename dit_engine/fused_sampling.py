@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_engine.coefficients import step_coefficients, uses_noise
 from dit_engine.noise import NoiseSource
-from dit_engine.schedule import Schedule
+
+__all__ = ["FusedDenoiser", "sample_fused", "step_coefficients", "uses_noise"]
 
 
 class FusedDenoiser(Protocol):
@@ -26,73 +28,6 @@ class FusedDenoiser(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Latents z (N, C, S, S) at the ``step``-th time step → (the next z, the predicted x0)."""
         ...
-
-
-def step_coefficients(name: str, schedule: Schedule, learned: bool, eta: float = 0.0) -> np.ndarray:
-    """(steps, 9) float64: a, b, c₁, c₂, c₃, c₄, low, high, s of `dit_kernels.guided_step`.
-
-    Args:
-        name: "ddpm", "ddim" or "dpm++".
-        learned: whether the model predicts a variance (which only ddpm uses).
-        eta: of ddim.
-    """
-    rows = {"ddpm": _ddpm, "ddim": _ddim, "dpm++": _dpm_solver_pp}[name](schedule, eta, learned)
-    rows[-1, 8] = 0.0  # no sampler adds noise at its last step
-    return rows
-
-
-def uses_noise(coefficients: np.ndarray) -> np.ndarray:
-    """(steps,) bool: which steps draw noise."""
-    return coefficients[:, 8] != 0
-
-
-def _ddpm(schedule: Schedule, eta: float, learned: bool) -> np.ndarray:
-    del eta
-    rows = np.zeros((len(schedule), 9))
-    rows[:, 0] = schedule.sqrt_recip_alphas_cumprod
-    rows[:, 1] = -schedule.sqrt_recipm1_alphas_cumprod
-    rows[:, 2] = schedule.posterior_mean_coef1
-    rows[:, 3] = schedule.posterior_mean_coef2
-    if learned:
-        rows[:, 6] = schedule.posterior_log_variance_clipped
-        rows[:, 7] = schedule.log_betas
-        rows[:, 8] = 1.0
-    else:
-        rows[:, 8] = np.exp(0.5 * schedule.log_betas)
-    return rows
-
-
-def _ddim(schedule: Schedule, eta: float, learned: bool) -> np.ndarray:
-    del learned
-    # float32 in between, as in `sampler.ddim`: 1 − ᾱ near ᾱ = 1 shows the rounding.
-    now = schedule.alphas_cumprod.astype(np.float32)
-    before = schedule.alphas_cumprod_prev.astype(np.float32)
-    sigmas = np.float32(eta) * np.sqrt((1 - before) / (1 - now)) * np.sqrt(1 - now / before)
-    rows = np.zeros((len(schedule), 9))
-    rows[:, 0] = schedule.sqrt_recip_alphas_cumprod
-    rows[:, 1] = -schedule.sqrt_recipm1_alphas_cumprod
-    rows[:, 2] = np.sqrt(before)
-    rows[:, 4] = np.sqrt(1 - before - sigmas**2)
-    rows[:, 8] = sigmas
-    return rows
-
-
-def _dpm_solver_pp(schedule: Schedule, eta: float, learned: bool) -> np.ndarray:
-    del eta, learned
-    now, before = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
-    rows = np.zeros((len(schedule), 9))
-    rows[:, 0] = 1 / np.sqrt(now)
-    rows[:, 1] = -np.sqrt(1 - now) / np.sqrt(now)
-    rows[-1, 2] = 1.0  # the last step's result is x0
-    lambdas = np.log(np.sqrt(now) / np.sqrt(1 - now))
-    for k in range(len(schedule) - 1):
-        h = lambdas[k + 1] - lambdas[k]
-        toward = -np.sqrt(before[k]) * np.expm1(-h)
-        bend = 0.5 * h / (lambdas[k] - lambdas[k - 1]) if k > 0 else 0.0
-        rows[k, 2] = toward * (1 + bend)
-        rows[k, 3] = np.sqrt((1 - before[k]) / (1 - now[k]))
-        rows[k, 5] = -toward * bend
-    return rows
 
 
 def sample_fused(

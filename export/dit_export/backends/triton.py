@@ -1,0 +1,150 @@
+"""Backend "triton://host:port": the transformer runs on a Triton Inference Server.
+
+The sampling loop stays here; each step is one request, to "dit_guided_step" where the step is
+guided as that graph guides, else to "dit_transformer".
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit_engine.errors import BackendUnavailable
+from dit_engine.model import DiT
+from dit_export.source import weights_hash
+from dit_export.triton.remote import RemoteServer
+from dit_kernels.reference import guided_step
+
+TRANSFORMER, STEP = "dit_transformer", "dit_guided_step"
+
+
+class TritonBackend:
+    """See `dit_engine.backends.Backend`.
+
+    Args:
+        model: must be the one that the server has; it is not run here.
+        precision: of the graphs on the server.
+        device: where the results go.
+        address: "host:port" for HTTP, "grpc+host:port" for gRPC.
+
+    Raises:
+        ValueError: no address, or one that cannot be.
+        BackendUnavailable: no server there, the model not loaded, or another model or precision.
+    """
+
+    def __init__(self, model: DiT, precision: str, device: torch.device, address: str = "") -> None:
+        if not address:
+            raise ValueError("backend 'triton' needs an address: triton://host:port")
+        self.server, self.device = RemoteServer(address), device
+        config = self.server.config(TRANSFORMER)
+        self._check(config, model, precision)
+        self.largest = int(config["max_batch_size"])
+        self.guided_channels = int(_parameter(config, "guided_channels") or 0)
+
+    def _check(self, config: dict[str, Any], model: DiT, precision: str) -> None:
+        address, checkpoint = self.server.address, weights_hash(model)
+        served, dtype = _parameter(config, "checkpoint"), _parameter(config, "dtype")
+        if served != checkpoint:
+            raise BackendUnavailable(
+                f"{address}: serves another model: its weights are {str(served)[:12]}…, "
+                f"this one's {checkpoint[:12]}…"
+            )
+        if json.loads(_parameter(config, "model") or "null") != model.config.to_dict():
+            raise BackendUnavailable(f"{address}: serves these weights with another config")
+        if dtype != precision:
+            raise BackendUnavailable(
+                f"precision {precision!r}: {address} serves {dtype!r}; ask for that"
+            )
+
+    def prepare(self, labels: Tensor, timesteps: Tensor) -> TritonDenoiser:
+        return TritonDenoiser(self, labels, timesteps)
+
+    def infer(self, model: str, inputs: dict[str, np.ndarray], outputs: list[str]) -> list[Tensor]:
+        """In as many requests as the server's largest batch asks for."""
+        n = len(next(iter(inputs.values())))
+        parts = [
+            self.server.infer(
+                model, {k: v[i : i + self.largest] for k, v in inputs.items()}, outputs
+            )
+            for i in range(0, n, self.largest)
+        ]
+        columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return [torch.from_numpy(column).to(self.device) for column in columns]
+
+
+class TritonDenoiser:
+    def __init__(self, backend: TritonBackend, labels: Tensor, timesteps: Tensor) -> None:
+        self.backend = backend
+        self.labels = labels.cpu().numpy().astype(np.int64)  # (N,) or, guided, (2N,)
+        self.timesteps = timesteps.cpu().numpy().astype(np.int64)  # (steps,)
+
+    def __call__(self, x: Tensor, step: int) -> Tensor:
+        inputs = {"x": _array(x), **self.conditions(len(x), step)}
+        (output,) = self.backend.infer(TRANSFORMER, inputs, ["output"])
+        return output.to(x.dtype)
+
+    def conditions(self, rows: int, step: int) -> dict[str, np.ndarray]:
+        t = np.full((rows, 1), self.timesteps[step])
+        return {"t": t, "y": self.labels[:rows, None]}
+
+    def fuse(
+        self, coefficients: np.ndarray, scales: Tensor, guided_channels: int
+    ) -> FusedTritonDenoiser:
+        """See `dit_engine.fused_sampling`: coefficients (steps, 9), scales (N,)."""
+        return FusedTritonDenoiser(self, coefficients, scales, guided_channels)
+
+
+class FusedTritonDenoiser:
+    """See `dit_engine.fused_sampling.FusedDenoiser`."""
+
+    def __init__(
+        self, denoiser: TritonDenoiser, coefficients: np.ndarray, scales: Tensor, channels: int
+    ) -> None:
+        self.denoiser, self.channels = denoiser, channels
+        self.coefficients = coefficients.astype(np.float32)
+        self.scales = scales.float().cpu()
+
+    def guided_step(
+        self, z: Tensor, x0_before: Tensor, noise: Tensor, step: int, guide: bool
+    ) -> tuple[Tensor, Tensor]:
+        if guide and self.channels == self.denoiser.backend.guided_channels:
+            return self._there(z, x0_before, noise, step)
+        return self._here(z, x0_before, noise, step, guide)
+
+    def _there(
+        self, z: Tensor, x0_before: Tensor, noise: Tensor, step: int
+    ) -> tuple[Tensor, Tensor]:
+        n = len(z)
+        inputs = {
+            "z": _array(z),
+            "x0_before": _array(x0_before),
+            "noise": _array(noise),
+            **self.denoiser.conditions(n, step),
+            "guidance_scale": self.scales.numpy()[:, None],
+            "coefficients": np.tile(self.coefficients[step], (n, 1)),
+        }
+        after, x0 = self.denoiser.backend.infer(STEP, inputs, ["z_next", "x0"])
+        return after, x0
+
+    def _here(
+        self, z: Tensor, x0_before: Tensor, noise: Tensor, step: int, guide: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Unguided, or guided on other channels than the server's graph guides."""
+        output = self.denoiser(torch.cat([z, z]) if guide else z, step)  # (M, C_out, S, S)
+        tokens = output.flatten(2).transpose(1, 2)  # one a latent pixel, (M, S·S, C_out)
+        return guided_step(
+            tokens, z, x0_before, noise, self.scales.to(z.device),
+            torch.from_numpy(self.coefficients[step]), self.channels, patch_size=1,
+        )  # fmt: skip
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().float().cpu().numpy()
+
+
+def _parameter(config: dict[str, Any], name: str) -> str | None:
+    return config.get("parameters", {}).get(name, {}).get("string_value")

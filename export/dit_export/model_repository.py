@@ -1,0 +1,184 @@
+"""A model repository for Triton Inference Server, from an export directory.
+
+```
+dit_transformer/  vae_decoder/  dit_guided_step/   config.pbtxt, 1/model.onnx (or model.plan)
+dit/                                               config.pbtxt, 1/model.py: the loop on the server
+repository.json, README.md, client.py
+```
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dit_engine._version import __version__
+from dit_export.bundle import Bundle
+from dit_export.directories import check_destination, new_directory
+from dit_export.triton.configuration import GRAPHS, ServingOptions, graph_config, pipeline_config
+from dit_export.triton.readme import readme
+
+MARKER = "repository.json"
+FORMAT = 1
+
+# Copied into dit/1 as they are installed here, so that the server's loop cannot drift from ours.
+SOURCES = (
+    "dit_engine.coefficients",
+    "dit_engine.labels",
+    "dit_engine.schedule",
+    "dit_export.triton.pipeline",
+    "dit_export.triton.sampling",
+    "dit_export.triton.torch_random",
+)
+
+_ENTRY = '''"""The loop on the server. Packages beside this file: of DiT Engine {version}."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # before any other version installed here
+
+from dit_export.triton.pipeline import TritonPythonModel  # noqa: E402, F401
+'''
+
+
+def write_repository(
+    bundle: Bundle,
+    directory: str | Path,
+    options: ServingOptions | None = None,
+    *,
+    engines: str | Path | None = None,
+    overwrite: bool = False,
+    move: bool = False,
+) -> Path:
+    """Write a model repository, whole or not at all.
+
+    Args:
+        engines: for platform "tensorrt", the directory of engines built from ``bundle``.
+        overwrite: replace an earlier repository; anything else in ``directory`` is refused.
+        move: take the graphs' files out of the bundle, which is then no longer one.
+
+    Raises:
+        ValueError: an option out of its range, a bundle without one of the graphs, engines that do
+            not fit, or a destination that holds something else. OSError: it cannot be written.
+    """
+    options = (options or ServingOptions()).checked()
+    target = Path(directory)
+    check_bundle(bundle)
+    files = {name: _model_files(bundle, name, options, engines) for name in GRAPHS}
+    with new_directory(target, replaceable(overwrite)) as partial:
+        for name, sources in files.items():
+            version = partial / name / "1"
+            version.mkdir(parents=True)
+            for file, source in sources.items():
+                (shutil.move if move else shutil.copyfile)(source, version / file)
+            _write(partial / name / "config.pbtxt", graph_config(name, bundle, options))
+        _write_pipeline(partial / "dit", bundle, options)
+        _write(partial / "README.md", readme(bundle, options))
+        _write(partial / "client.py", source_of("dit_export.triton.client"))
+        marker = {
+            "format": FORMAT,
+            "producer": f"dit-engine {__version__}",
+            "checkpoint": bundle.checkpoint,
+            "dtype": bundle.dtype,
+            "platform": options.platform,
+            "models": [*GRAPHS, "dit"],
+        }
+        _write(partial / MARKER, json.dumps(marker, indent=2) + "\n")
+    return target
+
+
+def check_bundle(bundle: Bundle) -> None:
+    """Raises ValueError unless everything that a repository needs is there."""
+    if bundle.vae is None:
+        raise ValueError(f"{bundle.path}: has no VAE, and a server of images needs one")
+    for graph in GRAPHS.values():
+        bundle.graph(graph)
+
+
+def check_free(directory: str | Path, overwrite: bool) -> None:
+    """Raises ValueError, before any work, where `write_repository` would refuse to write."""
+    check_destination(Path(directory), replaceable(overwrite))
+
+
+def read_marker(path: Path) -> dict[str, Any]:
+    """Raises a one-line ValueError for what is no repository of ours."""
+    try:
+        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path}: no model repository; {MARKER} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path / MARKER}: no JSON: {error}") from None
+    if not isinstance(marker, dict) or marker.get("format") != FORMAT:
+        raise ValueError(f"{path / MARKER}: not written by this version of dit-export")
+    return marker
+
+
+def replaceable(overwrite: bool) -> Any:
+    """For `new_directory`: only an earlier repository may be replaced, if that was asked."""
+
+    def reason(path: Path) -> str | None:
+        try:
+            read_marker(path)
+        except ValueError:
+            names = ", ".join(sorted(entry.name for entry in path.iterdir())[:4])
+            return f"holds something else ({names})"
+        return None if overwrite else "holds a model repository; --overwrite replaces it"
+
+    return reason
+
+
+def source_of(module: str) -> str:
+    """The source text of an installed module."""
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _model_files(
+    bundle: Bundle, name: str, options: ServingOptions, engines: str | Path | None
+) -> dict[str, Path]:
+    """Name in the version's directory → the file to put there."""
+    graph = bundle.file(GRAPHS[name])
+    if options.platform == "onnxruntime":
+        # The graph names its file of weights, which must lie beside it under the same name.
+        weights = graph.with_name(f"{graph.name}.data")
+        return {"model.onnx": graph} | ({weights.name: weights} if weights.is_file() else {})
+    if engines is None:
+        raise ValueError("platform 'tensorrt' needs --engines, the directory of built engines")
+    from dit_export.triton.plans import find_plan
+
+    return {"model.plan": find_plan(Path(engines), bundle, GRAPHS[name], options.max_batch_size)}
+
+
+def _write_pipeline(folder: Path, bundle: Bundle, options: ServingOptions) -> None:
+    from dit_engine.sampler import SAMPLERS
+
+    version = folder / "1"
+    for module in SOURCES:
+        *parents, name = module.split(".")
+        package = version
+        for parent in parents:
+            package = package / parent
+            package.mkdir(parents=True, exist_ok=True)
+            _write(package / "__init__.py", '"""Parts of DiT Engine."""\n')
+        _write(package / f"{name}.py", source_of(module))
+    config = bundle.config
+    facts = {
+        "shape": [config.in_channels, config.input_size, config.input_size],
+        "learn_sigma": config.learn_sigma,
+        "num_classes": config.num_classes,
+        "label_names": None if bundle.label_names is None else list(bundle.label_names),
+        "samplers": {name: [s.default_steps, s.spacing] for name, s in SAMPLERS.items()},
+    }
+    text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+    _write(version / "pipeline.json", text)
+    _write(version / "model.py", _ENTRY.format(version=__version__))
+    _write(folder / "config.pbtxt", pipeline_config(bundle, options))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

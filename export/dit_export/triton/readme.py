@@ -1,0 +1,105 @@
+"""README.md of a model repository."""
+
+from __future__ import annotations
+
+from dit_export.bundle import Bundle
+from dit_export.source import model_name
+from dit_export.triton.configuration import ServingOptions
+
+_TEXT = """\
+# {model} on Triton Inference Server
+
+| model | does | inputs → outputs |
+|---|---|---|
+| `dit` | whole images | see below → `images` (N, {pixels}, {pixels}, 3) uint8 |
+| `dit_guided_step` | one guided step of any sampler | see its config.pbtxt |
+| `dit_transformer` | the transformer alone | `x`, `t`, `y` → `output` |
+| `vae_decoder` | latents to images | `z` → `images` (N, 3, H, W) float32, about −1 to 1 |
+
+The graphs are {platform}, {dtype}; guidance acts on {guided} latent channels.
+At most {batch} images a request. Numbers of a row, such as `t`, are sent as (N, 1).
+
+Inputs of `dit`, each (N, 1), one row an image:
+
+| input | type | |
+|---|---|---|
+| `labels` | INT64 | class numbers 0 to {last}; or else: |
+| `label_names` | BYTES | {names} |
+| `seeds` | INT64 | 0 or above; an image depends on its own row alone |
+| `steps` | INT64 | optional, 1 to 1000; the sampler's usual count |
+| `guidance_scale` | FP32 | optional, 4.0; 1 is no guidance |
+| `sampler` | BYTES | optional: ddpm (the usual one), ddim, dpm++ |
+
+With the same seeds the images are those of `Engine.generate`, as far as {dtype} carries. Requests
+that wait at the same time share the loop's batches, also with different samplers and numbers of
+steps; the answer to all of them comes when the longest is through.
+
+## Start a server
+
+In a container, from this directory{gpu}:
+
+```
+docker run --rm --gpus all --shm-size 1g -p 8000:8000 -p 8001:8001 -p 8002:8002 \\
+    -v "$PWD":/models:ro nvcr.io/nvidia/tritonserver:<yy.mm>-py3 \\
+    tritonserver --model-repository=/models --disable-auto-complete-config
+```
+
+{needs}
+
+By hand, for trying things out: `dit-export triton --serve .` takes the `tritonserver` that is on
+PATH, or the one of a virtual environment made with
+
+```
+python -m venv .venv-server
+.venv-server/bin/pip install --no-deps nvidia-pytriton==0.7.0 numpy==1.26.4 \\
+    onnxruntime flatbuffers packaging protobuf
+dit-export triton --serve . --server .venv-server
+```
+
+(Linux, x86-64, Python 3.10 to 3.12). That server runs the graphs on the CPU.
+
+## Ask it
+
+```
+pip install 'tritonclient[http]' pillow
+python client.py {example} --steps 50 --seed 1 -o images.png
+```
+
+`Engine.generate(..., backend="triton://localhost:8000", precision="{precision}")` runs its
+loop here and the transformer there; `triton://grpc+localhost:8001` does so over gRPC.
+
+State: `curl localhost:8000/v2/health/ready`, `localhost:8000/v2/models/dit/stats`, and
+`localhost:8002/metrics`.
+"""
+
+
+def readme(bundle: Bundle, options: ServingOptions) -> str:
+    config, vae, names = bundle.config, bundle.vae, bundle.label_names
+    assert vae is not None
+    onnx = options.platform == "onnxruntime"
+    return _TEXT.format(
+        model=model_name(config),
+        pixels=config.input_size * vae.downsampling,
+        platform="ONNX" if onnx else "TensorRT engines",
+        dtype=bundle.dtype,
+        precision=bundle.dtype,
+        guided=f"the first {bundle.guided_channels} of {config.in_channels}",
+        batch=options.max_batch_size,
+        last=config.num_classes - 1,
+        names="this model has none" if names is None else _some(names),
+        gpu=" (without a GPU, leave out `--gpus all`)" if onnx else "",
+        needs=_ONNX_NEEDS.format(opset=bundle.opset) if onnx else _PLAN_NEEDS,
+        example=" ".join(["0", "1"] if names is None else [repr(n) for n in names[:2]]),
+    )
+
+
+_ONNX_NEEDS = """\
+The graphs are of ONNX opset {opset}: the release's onnxruntime must know it (1.23 knows 23; the
+release notes name the version). `dit-export triton --opset` writes an earlier one."""
+_PLAN_NEEDS = """\
+Engines load only in the TensorRT version that built them: take the release whose notes name it."""
+
+
+def _some(names: tuple[str, ...]) -> str:
+    first = ", ".join(name.split(",")[0] for name in names[:4])
+    return first + (f" … ({len(names)} in all)" if len(names) > 4 else "")

@@ -1,0 +1,94 @@
+"""A Triton Inference Server as seen by a client: what it serves, and questions to its models."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from http.client import HTTPException
+from importlib import import_module
+from typing import Any, TypeVar
+
+import numpy as np
+
+from dit_engine.cli.errors import one_line
+from dit_engine.errors import BackendUnavailable
+
+CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 600.0
+_TYPES = {"float32": "FP32", "int64": "INT64"}
+_GRPC = "grpc+"
+
+T = TypeVar("T")
+
+
+class RemoteServer:
+    """The server at "host:port" (HTTP) or "grpc+host:port". Threads may share it.
+
+    Raises ValueError for an address that is none, ImportError without tritonclient. Every question
+    raises `BackendUnavailable`, one line with the address and what went wrong.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.url = address.removeprefix(_GRPC)
+        host, _, port = self.url.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError(
+                f"address {address!r}: give host:port, or grpc+host:port, as in localhost:8000"
+            )
+        self.protocol = "grpc" if address.startswith(_GRPC) else "http"
+        try:
+            self.module: Any = import_module(f"tritonclient.{self.protocol}")
+            utils = import_module("tritonclient.utils")
+        except ImportError:
+            raise ImportError(
+                "tritonclient is not installed: pip install 'dit-engine[triton-client]'"
+            ) from None
+        self.refused: type[Exception] = utils.InferenceServerException
+        self._own = threading.local()  # the HTTP client belongs to the thread that made it
+
+    def config(self, model: str) -> dict[str, Any]:
+        """The configuration of a model that is loaded."""
+        if not self._ask(lambda client: client.is_server_live()):
+            raise BackendUnavailable(f"{self.address}: the server is not live")
+        if not self._ask(lambda client: client.is_model_ready(model)):
+            raise BackendUnavailable(f"{self.address}: model {model!r} is not loaded there")
+        if self.protocol == "grpc":
+            return self._ask(lambda client: client.get_model_config(model, as_json=True))["config"]
+        return self._ask(lambda client: client.get_model_config(model))
+
+    def infer(
+        self, model: str, inputs: dict[str, np.ndarray], outputs: list[str]
+    ) -> list[np.ndarray]:
+        tensors = []
+        for name, value in inputs.items():
+            tensor = self.module.InferInput(name, list(value.shape), _TYPES[value.dtype.name])
+            tensor.set_data_from_numpy(np.ascontiguousarray(value))
+            tensors.append(tensor)
+        wanted = [self.module.InferRequestedOutput(name) for name in outputs]
+        limit = {"client_timeout": ANSWER_SECONDS} if self.protocol == "grpc" else {}
+        result = self._ask(lambda client: client.infer(model, tensors, outputs=wanted, **limit))
+        return [result.as_numpy(name) for name in outputs]
+
+    def _ask(self, question: Callable[[Any], T]) -> T:
+        try:
+            return question(self._client())
+        except self.refused as error:
+            text = one_line(error)
+            if "UNAVAILABLE" in text:  # gRPC's word for a connection that cannot be made
+                raise self._nobody(text) from None
+            raise BackendUnavailable(f"{self.address}: {text}") from None
+        except (OSError, HTTPException) as error:  # timeouts too
+            raise self._nobody(one_line(getattr(error, "strerror", None) or error)) from None
+
+    def _nobody(self, reason: str) -> BackendUnavailable:
+        return BackendUnavailable(
+            f"{self.address}: no Triton Inference Server answers there: {reason}"
+        )
+
+    def _client(self) -> Any:
+        if not hasattr(self._own, "client"):
+            limits = {}
+            if self.protocol == "http":
+                limits = {"connection_timeout": CONNECT_SECONDS, "network_timeout": ANSWER_SECONDS}
+            self._own.client = self.module.InferenceServerClient(self.url, **limits)
+        return self._own.client

@@ -1,0 +1,262 @@
+"""The model repository on a real Triton Inference Server: what it answers, and what it refuses.
+
+Images may differ from the engine's by one level: both compute in float32, but sum in another order,
+and truncation to uint8 turns a difference of 1e-5 into a whole level wherever a value lies just at
+a level's edge. Such pixels must be few.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MAX_BATCH_SIZE, Served
+from PIL import Image
+from triton_requests import column, executions, infer, names, numbers, scales
+
+MODELS = ("dit", "dit_guided_step", "dit_transformer", "vae_decoder")
+PROTOCOLS = ("http", "grpc")
+
+
+def address(served: Served, protocol: str) -> str:
+    return getattr(served.running, protocol)
+
+
+def assert_same_images(actual: np.ndarray, expected: np.ndarray) -> None:
+    assert actual.dtype == np.uint8 and actual.shape == expected.shape
+    difference = np.abs(actual.astype(int) - expected.astype(int))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
+
+
+def engine_images(served: Served, label: int | str, seed: int, **settings: object) -> np.ndarray:
+    made = served.engine.generate(label, seed=seed, backend="eager", output="np", **settings)
+    return made.images  # (1, H, W, 3)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_all_models_are_loaded(served: Served, protocol: str) -> None:
+    module = import_module(f"tritonclient.{protocol}")
+    with module.InferenceServerClient(address(served, protocol)) as client:
+        assert client.is_server_ready()
+        assert [model for model in MODELS if not client.is_model_ready(model)] == []
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_images_are_the_engines(served: Served, protocol: str) -> None:
+    """One request of four rows, each with its own sampler, number of steps and guidance."""
+    rows = [
+        ("planets", 7, "ddpm", 8, 4.0),
+        ("clay", 2**40 + 3, "ddim", 5, 2.5),
+        ("waves", 0, "dpm++", 6, 1.5),
+        ("moods", 99, "ddpm", 3, 1.0),
+    ]
+    label, seed, sampler, steps, scale = zip(*rows, strict=True)
+    inputs = {
+        "label_names": names(*label),
+        "seeds": numbers(*seed),
+        "sampler": names(*sampler),
+        "steps": numbers(*steps),
+        "guidance_scale": scales(*scale),
+    }
+    images = infer(address(served, protocol), inputs, protocol)
+    expected = [
+        engine_images(served, label, seed, sampler=sampler, steps=steps, guidance_scale=scale)
+        for label, seed, sampler, steps, scale in rows
+    ]
+    assert_same_images(images, np.concatenate(expected))
+
+
+def test_numbers_and_defaults(served: Served) -> None:
+    """ddim's usual count of steps is 50, and 4.0 the guidance scale, as in `Engine.generate`."""
+    inputs = {"labels": numbers(3), "seeds": numbers(5), "sampler": names("ddim")}
+    expected = engine_images(served, 3, 5, sampler="ddim", steps=50, guidance_scale=4.0)
+    assert_same_images(infer(served.running.http, inputs), expected)
+
+
+def test_concurrent_clients_share_batches(served: Served) -> None:
+    n, steps = 8, 4
+    before = {model: executions(served.running.http, model) for model in MODELS}
+
+    def ask(i: int) -> np.ndarray:
+        protocol = PROTOCOLS[i % 2]
+        inputs = {"labels": numbers(i), "seeds": numbers(50 + i), "steps": numbers(steps)}
+        return infer(address(served, protocol), inputs, protocol)
+
+    with ThreadPoolExecutor(n) as pool:
+        images = list(pool.map(ask, range(n)))
+    for i, image in enumerate(images):
+        assert_same_images(image, engine_images(served, i, 50 + i, steps=steps))
+    after = {model: executions(served.running.http, model) for model in MODELS}
+    counts = {m: tuple(a - b for a, b in zip(after[m], before[m], strict=True)) for m in MODELS}
+    rows = {model: rows for model, (rows, _) in counts.items()}
+    batches = {model: batches for model, (_, batches) in counts.items()}
+    assert rows == {"dit": n, "dit_guided_step": n * steps, "dit_transformer": 0, "vae_decoder": n}
+    assert batches["dit"] < n
+    assert batches["dit_guided_step"] < n * steps
+
+
+def test_dynamic_batches_of_one_graph(served: Served) -> None:
+    """Requests to the transformer itself, which is what other clients' loops send."""
+    n = 16
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((n, 4, 16, 16), dtype=np.float32)
+    before = executions(served.running.http, "dit_transformer")
+
+    def ask(i: int) -> np.ndarray:
+        inputs = {"x": x[i : i + 1], "t": numbers(60 * i), "y": numbers(i)}
+        return infer(served.running.grpc, inputs, "grpc", "dit_transformer", "output")
+
+    with ThreadPoolExecutor(n) as pool:
+        together = np.concatenate(list(pool.map(ask, range(n))))
+    rows, batches = np.subtract(executions(served.running.http, "dit_transformer"), before)
+    assert rows == n and batches < n
+    torch = import_module("torch")
+    with torch.inference_mode():
+        expected = served.engine.model.float()(
+            torch.from_numpy(x), 60 * torch.arange(n), torch.arange(n)
+        ).numpy()
+    np.testing.assert_allclose(together, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_metrics_count_requests(served: Served) -> None:
+    def successes() -> float:
+        with urllib.request.urlopen(f"http://{served.running.metrics}/metrics") as answer:
+            text = answer.read().decode()
+        found = re.search(r'^nv_inference_request_success{model="dit",version="1"} (\S+)$',
+                          text, re.MULTILINE)  # fmt: skip
+        assert found is not None
+        return float(found[1])
+
+    before = successes()
+    infer(served.running.http, {"labels": numbers(1), "seeds": numbers(1), "steps": numbers(1)})
+    assert successes() == before + 1
+
+
+GOOD = {"labels": numbers(1), "seeds": numbers(1), "steps": numbers(2)}
+X = np.zeros((1, 4, 16, 16), dtype=np.float32)
+T = {"t": numbers(0), "y": numbers(0)}
+TOO_MANY = numbers(*range(MAX_BATCH_SIZE + 1))
+
+REFUSED = {
+    "label out of range": ("dit", {"labels": numbers(1000)}, "label 1000 is out of range"),
+    "unknown label": ("dit", {"labels": None, "label_names": names("nothing")},
+                      "label 'nothing' is unknown; allowed are"),
+    "label that is no text": ("dit", {"labels": None, "label_names": column([b"\xff"], object)},
+                              "is not UTF-8"),
+    "no label": ("dit", {"labels": None}, "give one of labels .numbers. and label_names"),
+    "both": ("dit", {"label_names": names("clay")}, "give one of labels"),
+    "no seed": ("dit", {"seeds": None}, "seeds is missing"),
+    "negative seed": ("dit", {"seeds": numbers(-1)}, "seed -1 is not a whole number"),
+    "no steps": ("dit", {"steps": numbers(0)}, "steps 0 is out of range: allowed is 1 to 1000"),
+    "too many steps": ("dit", {"steps": numbers(1001)}, "steps 1001 is out of range"),
+    "NaN": ("dit", {"guidance_scale": scales(np.nan)}, "guidance_scale nan is not a finite"),
+    "infinity": ("dit", {"guidance_scale": scales(np.inf)}, "guidance_scale inf is not a finite"),
+    "overflow": ("dit", {"guidance_scale": scales(3e38)}, "latents are not finite"),
+    "unknown sampler": ("dit", {"sampler": names("euler")},
+                        "sampler 'euler': choose one of ddpm, ddim, dpm"),
+    "huge batch": ("dit", {"labels": TOO_MANY, "seeds": TOO_MANY, "steps": TOO_MANY},
+                   f"batch-size must be <= {MAX_BATCH_SIZE}"),
+    "wrong type": ("dit", {"seeds": scales(1.0)}, "data-type"),
+    "shapes that differ": ("dit", {"seeds": numbers(1, 2)}, "batch size|batch-size"),
+    "wrong shape": ("dit_transformer", {"x": X[:, :, :8], **T}, "unexpected shape for input 'x'"),
+    "label of no class": ("dit_transformer", {"x": X, "t": numbers(0), "y": numbers(10**6)},
+                          "indices element out of data bounds|out of bounds"),
+    "unknown model": ("dit_xl", {"x": X}, "unknown model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_requests_get_an_error(served: Served, case: str, protocol: str) -> None:
+    model, changes, message = REFUSED[case]
+    base = GOOD if model == "dit" else {}
+    inputs = {name: value for name, value in (base | changes).items() if value is not None}
+    refused = import_module("tritonclient.utils").InferenceServerException
+    with pytest.raises(refused) as error:
+        infer(address(served, protocol), inputs, protocol, model)
+    said = error.value.message()
+    assert re.search(message, said), said
+    assert "\n" not in said.strip()
+    assert served.running.process.poll() is None
+
+
+def test_bad_requests_leave_those_beside_them_alone(served: Served) -> None:
+    """Sent at once, so that they meet in dynamic batches; afterwards all is well."""
+    refused = import_module("tritonclient.utils").InferenceServerException
+    asked = [GOOD, GOOD | {"labels": numbers(-1)}, GOOD, GOOD | {"guidance_scale": scales(3e38)}]
+    asked += [GOOD, GOOD | {"steps": numbers(0)}]
+
+    def ask(inputs: dict[str, np.ndarray]) -> np.ndarray | None:
+        try:
+            return infer(served.running.http, inputs)
+        except refused:
+            return None
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(ask, asked))
+    expected = engine_images(served, 1, 1, steps=2)
+    for inputs, images in zip(asked, answers, strict=True):
+        if inputs is GOOD:
+            assert images is not None
+            assert_same_images(images, expected)
+        else:
+            assert images is None
+    assert_same_images(infer(served.running.grpc, GOOD, "grpc"), expected)
+
+
+def test_cancelled_request_ends_its_loop(served: Served) -> None:
+    module = import_module("tritonclient.grpc")
+    before = executions(served.running.http, "dit_guided_step")[0]
+    answers: list[object] = []
+    inputs = []
+    for name, value in {"labels": numbers(1), "seeds": numbers(1), "steps": numbers(1000)}.items():
+        inputs.append(module.InferInput(name, [1, 1], "INT64"))
+        inputs[-1].set_data_from_numpy(value)
+    with module.InferenceServerClient(served.running.grpc) as client:
+        running = client.async_infer("dit", inputs, lambda result, error: answers.append(error))
+        wait_for(lambda: executions(served.running.http, "dit_guided_step")[0] > before)
+        running.cancel()
+        wait_for(lambda: len(answers) == 1)
+    wait_for(lambda: steps_per_second(served) == 0)
+    taken = executions(served.running.http, "dit_guided_step")[0] - before
+    assert 0 < taken < 1000
+
+
+def steps_per_second(served: Served) -> float:
+    before = executions(served.running.http, "dit_guided_step")[0]
+    time.sleep(0.5)
+    return (executions(served.running.http, "dit_guided_step")[0] - before) / 0.5
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_repositorys_client(served: Served, tmp_path: Path) -> None:
+    """As a user runs it: a file of its own, without our packages on its path."""
+    output = tmp_path / "images.png"
+    command = [sys.executable, str(served.repository / "client.py"), "planets", "3"]
+    command += ["--url", served.running.http, "--steps", "4", "--seed", "11", "-o", str(output)]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"2 of 64×64 pixels → {output}\n"
+    expected = [engine_images(served, "planets", 11, steps=4)[0],
+                engine_images(served, 3, 12, steps=4)[0]]  # fmt: skip
+    sheet = np.asarray(Image.open(output))
+    assert_same_images(sheet, np.concatenate(expected, axis=1))

@@ -117,7 +117,10 @@ def test_metadata_of_the_wheel(metadata: Message) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     base = {canonicalize_name(r.name) for r in requirements(metadata) if r.marker is None}
     assert base == {"torch", "numpy", "safetensors", "pillow", "huggingface-hub", "tqdm"}
-    extras = {"train", "bench", "diffusers", "onnx", "onnx-gpu", "peers", "test", "lint"}
+    extras = {
+        "train", "bench", "diffusers", "peers", "onnx", "onnx-gpu", "tensorrt", "tensorrt-rtx",
+        "pycuda", "triton-client", "test", "lint",
+    }  # fmt: skip
     assert set(metadata.get_all("Provides-Extra", [])) == extras
 
 

@@ -188,7 +188,8 @@ class Engine:
             noise: "per-image", or "official": drawn as the reference does, the batch as a whole.
             latents: (N, C, S, S) to start from, in place of noise.
             step_noise: (steps, N, C, S, S), draw k for the k-th step taken.
-            backend: "auto", "lean", "eager" or "compile"; a named one works or raises.
+            backend: "auto", "lean", "eager" or "compile", or one that a package adds (dit_export:
+                "onnxruntime", "tensorrt" or "trt", "triton://host:port"); it works or raises.
             precision: "fp32", "bf16" or "fp16", of the model; with "lean" also "int8" (on the CPU)
                 and "fp8" (on CUDA), which quantise the blocks' matrix products. The sampler is
                 always float32; the VAE decodes in float32 for "fp32" and "fp16", else in bfloat16.

@@ -39,10 +39,11 @@ class Session:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        # Spinning threads take the cores from torch's own threads between two steps. DiT-S/2 in float32, 2 rows, 2 threads beside another process took 420 to
-        # 520 ms a forward without spinning, 625 to 690 ms with. Graph optimisation (basic,
-        # extended, all), the arena, the memory pattern and the opset (20, or 23 with its Attention
-        # operator) made no difference beyond the noise, so they stay at onnxruntime's defaults.
+        # Spinning threads take the cores from torch's own threads between two steps. DiT-S/2 in
+        # float32, 2 rows, 2 threads beside another process took 420 to 520 ms a forward without
+        # spinning, 625 to 690 ms with. Graph optimisation (basic, extended, all), the arena, the
+        # memory pattern and the opset (20, or 23 with its Attention operator) made no difference
+        # beyond the noise, so they stay at onnxruntime's defaults.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         provider = _PROVIDERS[device.type]
         asked: list[Any] = [provider]

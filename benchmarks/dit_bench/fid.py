@@ -1,0 +1,287 @@
+"""``dit-bench fid``: how far one set of images is from another.
+
+``dit-bench fid SAMPLES REFERENCE`` compares folders, .npz files in ADM's format, or, with
+``--model`` in the place of SAMPLES, the images of a model made on the way. It prints FID, sFID,
+Inception Score, precision and recall, N beside each. The reference may be statistics alone; there
+is then no precision or recall. With ``--features lite0`` it prints FD-Lite0, never FID.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_bench.features import NETWORKS, FeatureNetwork, SetFeatures, load_network
+from dit_bench.frechet import Gaussian, frechet_distance
+from dit_bench.image_sets import ComparedSet, GeneratedImages, ImageSource, open_set
+from dit_bench.metrics import NEIGHBOURS, SPLIT, precision_recall
+from dit_engine.cli.arguments import Parser, add_sampling_arguments, sampling_options
+from dit_engine.cli.errors import run_command
+
+INTERRUPTED = 130  # exit code: what is printed is what was finished
+
+
+@dataclass
+class Measured:
+    """A side after its images were read, or its file's statistics, or both."""
+
+    of: ComparedSet
+    found: SetFeatures | None
+    distances: tuple[Gaussian, Gaussian | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.of.statistics is not None:
+            self.distances = self.of.statistics
+        else:
+            assert self.found is not None
+            self.found.flush()
+            self.distances = (self.found.pooled, self.found.spatial)
+
+    def describe(self) -> dict[str, Any]:
+        """Its name, the N of distances (None: the file does not tell) and of images."""
+        size = None if self.of.images is None else list(self.of.images.size)
+        return {
+            "name": self.of.name,
+            "n": self.distances[0].count,
+            "images": 0 if self.found is None else self.found.count,
+            "size": size,
+        }
+
+
+def evaluate(
+    samples: ComparedSet,
+    reference: ComparedSet,
+    network: FeatureNetwork,
+    batch_size: int = 32,
+    allow_few: bool = False,
+) -> dict[str, Any]:
+    """Every figure with its N. Where it is interrupted, "interrupted" says in what, and the
+    figures are those of the images read until then.
+
+    Raises ValueError for sets that cannot be compared, before any image is read.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size} is not a positive integer")
+    samples, reference = (_usable(of, network) for of in (samples, reference))
+    for side in (samples, reference):
+        _check_enough(side, network, allow_few)
+    report: dict[str, Any] = {**network.record, "metrics": {}, "interrupted": None}
+    with ExitStack() as stack:
+        sides = []
+        for of in (reference, samples):
+            found = None
+            if of.images is not None:
+                found = stack.enter_context(SetFeatures(network))
+                if not report["interrupted"] and not _read(of.images, found, batch_size):
+                    report["interrupted"] = f"{found.count} of {len(of.images)} of {of.name}"
+            sides.append(Measured(of, found))
+        report |= {"samples": sides[1].describe(), "reference": sides[0].describe()}
+        try:
+            _compare(sides[1], sides[0], network, allow_few, report)
+        except KeyboardInterrupt:
+            report["interrupted"] = report["interrupted"] or "the figures"
+    return report
+
+
+def _usable(of: ComparedSet, network: FeatureNetwork) -> ComparedSet:
+    """``of`` without statistics of other features. ValueError where nothing is left."""
+    if of.statistics is None:
+        return of
+    if network.spatial_width == 0:
+        if of.images is None:
+            raise ValueError(
+                f"{of.name} holds statistics of Inception's features; "
+                f"features {network.name!r} need images"
+            )
+        return ComparedSet(of.name, of.images)
+    widths = tuple(s.width for s in of.statistics)
+    if widths != (network.width, network.spatial_width):
+        raise ValueError(
+            f"{of.name} holds statistics of {widths[0]} and {widths[1]} features; "
+            f"{network.width} and {network.spatial_width} are needed"
+        )
+    return of
+
+
+def _check_enough(of: ComparedSet, network: FeatureNetwork, allow_few: bool) -> None:
+    if of.statistics is None and of.images is not None and not allow_few:
+        need = max(network.width, network.spatial_width) + 1
+        if len(of.images) < need:
+            raise ValueError(
+                f"{of.name} has {len(of.images)} images, too few for {network.width} features; "
+                f"at least {need} are needed (or --allow-few)"
+            )
+
+
+def _read(images: ImageSource, into: SetFeatures, batch_size: int) -> bool:
+    """Whether all of the images were read; if not, Ctrl-C was pressed."""
+    from tqdm import tqdm
+
+    name = Path(images.name).name or images.name
+    with tqdm(total=len(images), desc=name, unit="img", delay=2.0) as bar:
+        try:
+            for batch in images.batches(batch_size):
+                into.add(batch)
+                bar.update(len(batch))
+        except KeyboardInterrupt:
+            return False
+    return True
+
+
+def _compare(
+    samples: Measured,
+    reference: Measured,
+    network: FeatureNetwork,
+    allow_few: bool,
+    report: dict[str, Any],
+) -> None:
+    """Fill in report["metrics"], the quick ones first. What cannot be computed says why."""
+    metrics = report["metrics"]
+    n, n_reference = samples.distances[0].count, reference.distances[0].count
+    if samples.found is not None and samples.found.score is not None and samples.found.count:
+        score = samples.found.score
+        metrics["Inception Score"] = {
+            "value": score.value(),
+            "n": score.count,
+            "splits": score.splits,
+            "split": SPLIT,
+        }
+    names = (network.metric, f"s{network.metric}")
+    for name, a, b in zip(names, samples.distances, reference.distances, strict=True):
+        if a is None or b is None:
+            continue
+        try:
+            value = frechet_distance(a, b, allow_few=allow_few)
+        except ValueError as error:
+            if not report["interrupted"]:
+                raise
+            metrics[name] = {"value": None, "why": str(error), "n": n, "n_reference": n_reference}
+            continue
+        metrics[name] = {"value": value, "n": n, "n_reference": n_reference}
+    if samples.found is None or reference.found is None or report["interrupted"]:
+        return
+    counts = {"n": samples.found.count, "n_reference": reference.found.count, "k": NEIGHBOURS}
+    if min(counts["n"], counts["n_reference"]) <= NEIGHBOURS:
+        return
+    precision, recall = precision_recall(reference.found.vectors(), samples.found.vectors())
+    of = "" if network.name == "inception" else f" ({network.name} features)"
+    metrics["precision" + of] = {"value": precision, **counts}
+    metrics["recall" + of] = {"value": recall, **counts}
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """A line a figure, its N behind it."""
+    samples, reference = report["samples"], report["reference"]
+    lines = [f"{samples['name']} against {reference['name']}"]
+    sizes = [s["size"] for s in (samples, reference)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        shown = [f"{width}×{height}" for height, width in sizes]
+        lines.append(f"note: images of {shown[0]} and of {shown[1]} pixels are compared")
+    for name, m in report["metrics"].items():
+        counts = f"N = {m['n'] or 'unknown'}"
+        if "n_reference" in m:
+            counts += f" against {m['n_reference'] or 'unknown, statistics only'}"
+        if "splits" in m:
+            counts += f", {m['splits']} split{'s' * (m['splits'] > 1)} of up to {m['split']}"
+        if "k" in m:
+            counts += f", k = {m['k']}"
+        value = "–" if m["value"] is None else f"{m['value']:.4f}"
+        why = f" ({m['why']})" if "why" in m else ""
+        lines.append(f"{name:<26} {value:>12}    {counts}{why}")
+    if report["interrupted"]:
+        lines.append(f"interrupted: {report['interrupted']} was read; nothing after it is here")
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `run` reads."""
+    add = parser.add_argument
+    add("sets", nargs="+", metavar="SET", help="SAMPLES and REFERENCE, or with --model REFERENCE: "
+        "a folder of images, or an .npz (arr_0; or mu, sigma, mu_s, sigma_s)")  # fmt: skip
+    add("--features", default="inception", choices=NETWORKS, help="lite0 prints FD-Lite0, not FID")
+    add("--inception-weights", type=Path, help="file; DIT_INCEPTION_WEIGHTS unless given")
+    add("--batch-size", type=int, default=32, help="images at a time")
+    add("--allow-few", action="store_true", help="accept fewer images than features")
+    add("--device", help="of the features and the model; CUDA unless given, where there is one")
+    add("--json", action="store_true", help="print JSON")
+    add("--model", help="file, directory, hub id, or 'builtin': its images are the samples")
+    add("--samples", type=int, default=2400, help="images of --model, of all classes in turn")
+    add("--first-seed", type=int, default=0, help="image i of --model is made from first seed + i")
+    add_sampling_arguments(parser, one_scale=True)
+    parser.set_defaults(guidance_scale=[1.5])  # of the published FIDs
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command: 0, 2 for a user's error, 130 for what was interrupted."""
+
+    def command() -> int:
+        from dit_engine.device import parse_device
+
+        device = parse_device(arguments.device)
+        samples, reference, settings = _open_sets(arguments, device)
+        network = load_network(arguments.features, arguments.inception_weights, device)
+        report = evaluate(samples, reference, network, arguments.batch_size, arguments.allow_few)
+        report |= {"settings": settings, **_surroundings()}
+        print(json.dumps(report, indent=2) if arguments.json else format_report(report))
+        return INTERRUPTED if report["interrupted"] else 0
+
+    return run_command(command)
+
+
+def _open_sets(
+    arguments: argparse.Namespace, device: Any
+) -> tuple[ComparedSet, ComparedSet, dict[str, Any] | None]:
+    """Samples, reference, and the settings of the model where that makes the samples."""
+    sets, model = arguments.sets, arguments.model
+    wanted = 2 if model is None else 1
+    if len(sets) != wanted:
+        need = "SAMPLES and REFERENCE" if model is None else "the REFERENCE alone beside --model"
+        raise ValueError(f"{len(sets)} sets ({', '.join(sets)}) are given; {need} must be")
+    reference = open_set(Path(sets[-1]))
+    if model is None:
+        return open_set(Path(sets[0])), reference, None
+    from dit_engine.engine import Engine
+
+    engine = Engine.from_pretrained(model, device=device)
+    if engine.image_size is None:
+        raise ValueError(f"model {model!r} has no VAE; distances are of images")
+    settings = sampling_options(arguments)
+
+    def generate(labels: Sequence[int], seeds: Sequence[int]) -> Any:
+        made = engine.generate(list(labels), seeds=list(seeds), output="np", **settings)
+        return np.asarray(made.images)
+
+    images = GeneratedImages(
+        str(model),
+        generate,
+        arguments.samples,
+        engine.config.num_classes,
+        engine.image_size,
+        arguments.first_seed,
+    )
+    record = settings | {"samples": arguments.samples, "first_seed": arguments.first_seed}
+    return ComparedSet(str(model), images), reference, record
+
+
+def _surroundings() -> dict[str, Any]:
+    from dit_bench.hardware import describe_hardware
+
+    return {"hardware": describe_hardware()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser("python -m dit_bench.fid", "FID and other distances between sets of images.")
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

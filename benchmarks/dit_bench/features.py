@@ -6,9 +6,12 @@ downloaded file, and gives FD-Lite0: another network, other numbers, never calle
 
 from __future__ import annotations
 
+import signal
 import tempfile
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -127,18 +130,17 @@ class SetFeatures:
         self.pooled = Moments(network.width)
         self.spatial = Moments(network.spatial_width) if network.spatial_width else None
         self.score = InceptionScore() if network.spatial_width else None
-        self._kept = tempfile.TemporaryFile(prefix="dit-bench-features-")
+        self._kept = tempfile.TemporaryFile(prefix="dit-bench-features-")  # noqa: SIM115
         self._waiting: list[Extracted] = []
 
     def add(self, images: Images) -> None:
-        """Add images (n, H, W, 3). Interrupted, it adds all of them or none."""
-        self.add_features(self.network.extract(images))
-
-    def add_features(self, found: Extracted) -> None:
-        self._waiting.append(found)
-        self.count += len(found.pooled)
-        if sum(len(e.pooled) for e in self._waiting) >= _ROWS:
-            self.flush()
+        """Add images (n, H, W, 3), all of them or, when interrupted, none."""
+        found = self.network.extract(images)
+        with deferred_interrupt():
+            self._waiting.append(found)
+            self.count += len(found.pooled)
+            if sum(len(e.pooled) for e in self._waiting) >= _ROWS:
+                self.flush()
 
     def flush(self) -> None:
         """Enter what waits into the moments."""
@@ -149,11 +151,9 @@ class SetFeatures:
         self.pooled.update(pooled)
         self._kept.seek(0, 2)
         self._kept.write(np.ascontiguousarray(pooled, np.float32).tobytes())
-        for e in waiting:
-            if self.spatial is not None and e.spatial is not None:
-                self.spatial.update(e.spatial)
-            if self.score is not None and e.log_probabilities is not None:
-                self.score.update(e.log_probabilities)
+        if self.spatial is not None and self.score is not None:
+            self.spatial.update(np.concatenate([_present(e.spatial) for e in waiting]))
+            self.score.update(np.concatenate([_present(e.log_probabilities) for e in waiting]))
 
     def vectors(self) -> Array:
         """Pooled features (N, D), mapped from disk, read-only."""
@@ -170,3 +170,24 @@ class SetFeatures:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _present(array: Array | None) -> Array:
+    assert array is not None
+    return array
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[None]:
+    """Ctrl-C within the block is raised after it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where it is never raised
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -193,14 +194,15 @@ def _read_statistics(path: Path, names: Sequence[str]) -> tuple[Statistics, Stat
         raise ValueError(
             f"{path} holds {', '.join(names)}; a statistics file also has {', '.join(absent)}"
         )
-    with np.load(path, allow_pickle=False) as stored:
-        pairs = []
-        for mean, covariance in (_POOLED, _SPATIAL):
-            try:
-                pairs.append(Statistics(stored[mean], stored[covariance]))
-            except (ValueError, zipfile.BadZipFile, EOFError) as error:
-                raise ValueError(f"{path}: {mean}, {covariance}: {error}") from None
-    return pairs[0], pairs[1]
+    return _stored(path, *_POOLED), _stored(path, *_SPATIAL)
+
+
+def _stored(path: Path, mean: str, covariance: str) -> Statistics:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return Statistics(stored[mean], stored[covariance])
+    except (ValueError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: {mean}, {covariance}: {error}") from None
 
 
 def _names(path: Path) -> list[str]:
@@ -213,14 +215,8 @@ def _npz(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except (zipfile.BadZipFile, EOFError, OverflowError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
         raise ValueError(f"{path} is damaged or no .npz ({error})") from None
-    except OSError:
-        raise
-    except Exception as error:
-        if type(error).__module__ != "zlib":
-            raise
-        raise ValueError(f"{path} is damaged ({error})") from None
 
 
 def _header_of_array(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -5,9 +5,9 @@ Architecture: Szegedy et al. 2015 (arXiv 1512.00567) as frozen in TensorFlow's
 out, the last block takes maxima, and there are 1008 outputs. Keys are those of
 ``pt_inception-2015-12-05-6726825d.pth``, which pytorch-fid publishes.
 
-Images are resized and scaled as that graph does it, so that the numbers are those of Heusel et al.'s
+Images are resized and scaled as that graph does it, for the numbers to be those of Heusel et al.'s
 and ADM's evaluators: bilinear with TensorFlow 1's sampling positions, then (x - 128) / 128.
-pytorch-fid itself uses half-pixel centres and (x - 127.5) / 127.5, whose distances differ a little.
+pytorch-fid takes half-pixel centres and (x - 127.5) / 127.5, and its distances differ a little.
 """
 
 from __future__ import annotations
@@ -55,10 +55,13 @@ class ConvNorm(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
     def fold(self) -> None:
-        """Put the batch norm into the convolution; float64 inside."""
+        """Put the batch norm into the convolution, channels last; float64 inside."""
         assert isinstance(self.bn, nn.BatchNorm2d)
         dtype = self.conv.weight.dtype
-        self.conv = fuse_conv_bn_eval(self.conv.double(), self.bn.double()).to(dtype)
+        self.conv = fuse_conv_bn_eval(self.conv.double(), self.bn.double())
+        weight = self.conv.weight.to(dtype, memory_format=torch.channels_last)
+        self.conv.weight = nn.Parameter(weight, requires_grad=False)
+        self.conv.to(dtype).requires_grad_(False)
         self.bn = nn.Identity()
 
 
@@ -301,4 +304,4 @@ def load_inception(path: Path, dtype: torch.dtype = torch.float32) -> InceptionV
     for module in list(model.modules()):
         if isinstance(module, ConvNorm):
             module.fold()
-    return model.to(memory_format=torch.channels_last)
+    return model

@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,10 @@ def run(arguments: argparse.Namespace) -> int:
     return run_command(command)
 
 
+class _Ready(Exception):
+    """The model has taken a step."""
+
+
 def _open_sets(
     arguments: argparse.Namespace, device: Any
 ) -> tuple[ComparedSet, ComparedSet, dict[str, Any] | None]:
@@ -108,6 +113,9 @@ def _open_sets(
         made = engine.generate(list(labels), seeds=list(seeds), output="np", **settings)
         return np.asarray(made.images)
 
+    def ready(_: object) -> None:
+        raise _Ready
+
     images = GeneratedImages(
         str(model),
         generate,
@@ -116,6 +124,11 @@ def _open_sets(
         engine.image_size,
         arguments.first_seed,
     )
+    with suppress(
+        _Ready
+    ):  # one step, for a setting or backend that fails to do so before long work
+        count = min(max(arguments.batch_size, 1), len(images))
+        engine.generate([0] * count, seed=arguments.first_seed, callback=ready, **settings)
     record = settings | {"samples": arguments.samples, "first_seed": arguments.first_seed}
     return ComparedSet(str(model), images), reference, record
 

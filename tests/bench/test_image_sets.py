@@ -82,6 +82,7 @@ def test_statistics_are_read_with_or_without_images(tmp_path: Path) -> None:
     alone, both = open_set(tmp_path / "stats.npz"), open_set(tmp_path / "both.npz")
     assert alone.images is None and len(both.images) == 3
     for found in (alone, both):
+        assert found.statistics is not None
         pooled, spatial = found.statistics
         assert pooled.count is None and (pooled.width, spatial.width) == (4, 3)
         np.testing.assert_allclose(pooled.mean, stored["mu"])

@@ -274,11 +274,11 @@ def test_absent_weights_say_which_file_and_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DIT_INCEPTION_WEIGHTS", raising=False)
-    with pytest.raises(FileNotFoundError, match="pt_inception-2015-12-05-6726825d.pth") as caught:
+    with pytest.raises(FileNotFoundError, match=r"pt_inception-2015-12-05-6726825d\.pth") as caught:
         find_weights()
     for part in ("DIT_INCEPTION_WEIGHTS", "https://github.com/mseitzer/pytorch-fid", "lite0"):
         assert part in str(caught.value)
-    with pytest.raises(FileNotFoundError, match="absent.pth are not a file"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.pth are not a file"):
         find_weights(tmp_path / "absent.pth")
     path = tmp_path / "here.pth"
     path.touch()

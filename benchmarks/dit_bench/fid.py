@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from dit_bench.features import NETWORKS, load_network
 from dit_bench.image_sets import ComparedSet, GeneratedImages, open_set
+from dit_bench.probe import try_step
 from dit_bench.set_distances import evaluate
 from dit_engine.cli.arguments import Parser, add_sampling_arguments, sampling_options
 from dit_engine.cli.errors import run_command
@@ -86,10 +86,6 @@ def run(arguments: argparse.Namespace) -> int:
     return run_command(command)
 
 
-class _Ready(Exception):
-    """The model has taken a step."""
-
-
 def _open_sets(
     arguments: argparse.Namespace, device: Any
 ) -> tuple[ComparedSet, ComparedSet, dict[str, Any] | None]:
@@ -112,9 +108,6 @@ def _open_sets(
     def generate(labels: Sequence[int], seeds: Sequence[int]) -> Any:
         made = engine.generate(list(labels), seeds=list(seeds), output="np", **settings)
         return np.asarray(made.images)
-
-    def ready(_: object) -> None:
-        raise _Ready
 
     images = GeneratedImages(
         str(model),

@@ -25,6 +25,7 @@ from torch import Tensor
 from dit_bench.features import NETWORKS, load_network
 from dit_bench.hardware import describe_hardware
 from dit_bench.paired_sets import RESAMPLES, SetComparison, format_row, load_reference
+from dit_bench.probe import try_step
 from dit_bench.quality import write_report
 from dit_engine.backends import PRECISIONS, resolve_backend
 from dit_engine.cli.arguments import (
@@ -255,12 +256,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def set_comparison(arguments: argparse.Namespace, device: torch.device) -> SetComparison | None:
+def set_comparison(arguments: argparse.Namespace, engine: Engine) -> SetComparison | None:
     """What the arguments ask of the sets as a whole; None for nothing."""
     if arguments.features is None and arguments.reference_set is None:
         return None
     few = arguments.allow_few
-    network = load_network(arguments.features or "inception", arguments.inception_weights, device)
+    network = load_network(
+        arguments.features or "inception", arguments.inception_weights, engine.device
+    )
+    if engine.vae is None:
+        raise ValueError(f"model {arguments.model!r} has no VAE; {network.metric} is of images")
     sets = SetComparison(network, None, arguments.resamples, few)
     sets.check(arguments.samples)
     if arguments.reference_set is None:
@@ -282,8 +287,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_file(arguments.json)  # before the long run
         engine = Engine.from_pretrained(arguments.model)
         labels = [i % engine.config.num_classes for i in range(arguments.samples)]
-        sets = set_comparison(arguments, engine.device)
-        options = sampling_options(arguments) | {"seed": 0, "sets": sets}
+        options: dict[str, Any] = sampling_options(arguments) | {"seed": 0}
+        for backend, precision in subjects:
+            count = min(len(labels), engine.max_batch_size)
+            try_step(engine, count, backend=backend, precision=precision, **options)
+        sets = set_comparison(arguments, engine)
+        options |= {"sets": sets}
         report = {"model": str(arguments.model), **compare(engine, labels, subjects, **options)}
         if sets is not None:
             report["features"] = sets.network.record

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from dit_bench.parity import compare, format_report, main
 from dit_engine import backends
 from dit_engine.backends.eager import EagerBackend
 from dit_engine.engine import Engine
+from dit_engine.errors import BackendUnavailable
 
 
 def colours(images: np.ndarray) -> Extracted:
@@ -179,17 +179,41 @@ def test_bad_arguments_are_one_line(
     assert message in error and error.count("\n") == 1
 
 
-def test_sets_need_images() -> None:
+def test_sets_need_images(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine(vae=False)
     with pytest.raises(ValueError, match="no VAE; Fréchet distances are of images"):
-        compare(tiny_engine(vae=False), [0] * 9, [("lean", "fp32")], sets=sets(), **SETTINGS)
+        compare(engine, [0] * 9, [("lean", "fp32")], sets=sets(), **SETTINGS)
+    monkeypatch.setattr(parity, "load_network", lambda *_: NETWORK)
+    monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: engine)
+    assert main(["--features", "lite0", "--steps", "1"]) == 2
+    assert "model 'builtin' has no VAE; FD-Lite0 is of images" in capsys.readouterr().err
 
 
-def test_the_device_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features are computed where the model runs."""
+def test_a_backend_that_cannot_run_is_told_before_anything_is_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(*_: object) -> None:
+        raise BackendUnavailable("backend 'damaged' needs a driver")
+
+    def read(*_: object) -> None:
+        raise AssertionError("features were loaded")
+
+    monkeypatch.setattr(Damaged, "__init__", absent)
+    monkeypatch.setitem(backends._FACTORIES, "damaged", (__name__, "Damaged"))
+    monkeypatch.setattr(parity, "load_network", read)
+    assert main(["--subjects", "damaged/fp32", "--features", "lite0", "--samples", "2"]) == 2
+    assert capsys.readouterr().err == "error: backend 'damaged' needs a driver\n"
+
+
+def test_the_features_are_inceptions_unless_others_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked = []
     monkeypatch.setattr(parity, "load_network", lambda *a: asked.append(a) or NETWORK)
-    arguments = SimpleNamespace(features=None, reference_set=Path("absent"), inception_weights=None,
-                                allow_few=True, resamples=2, samples=4)  # fmt: skip
+    arguments = parity.build_parser().parse_args(["--reference-set", "absent", "--allow-few"])
     with pytest.raises(FileNotFoundError):
-        parity.set_comparison(arguments, torch.device("cpu"))
+        parity.set_comparison(arguments, tiny_engine())
     assert asked == [("inception", None, torch.device("cpu"))]
+    assert parity.set_comparison(parity.build_parser().parse_args([]), tiny_engine()) is None

@@ -117,11 +117,8 @@ def _open_sets(
         engine.image_size,
         arguments.first_seed,
     )
-    with suppress(
-        _Ready
-    ):  # one step, for a setting or backend that fails to do so before long work
-        count = min(max(arguments.batch_size, 1), len(images))
-        engine.generate([0] * count, seed=arguments.first_seed, callback=ready, **settings)
+    count = min(max(arguments.batch_size, 1), len(images))
+    try_step(engine, count, seed=arguments.first_seed, **settings)
     record = settings | {"samples": arguments.samples, "first_seed": arguments.first_seed}
     return ComparedSet(str(model), images), reference, record
 

@@ -10,6 +10,9 @@ D is the number of features throughout.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -18,6 +21,67 @@ Array = NDArray[np.float64]
 # Both are relative to the largest eigenvalue. float64 leaves about 1e-13 at D = 1280.
 _NEGATIVE_LIMIT = 1e-9
 _ROOT_LIMIT = 1e-9
+_SINGLE_LIMIT = 1e-5  # of covariances stored in float32
+
+
+class Gaussian(Protocol):
+    """What a Fréchet distance is taken of: `Moments`, or `Statistics` that a file holds."""
+
+    @property
+    def count(self) -> int | None:
+        """Vectors seen; None where that is unknown."""
+        ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def mean(self) -> Array: ...
+
+    @property
+    def covariance(self) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A mean (D,) and a covariance (D, D) from elsewhere.
+
+    count: of how many vectors; None where a file does not tell.
+
+    Raises ValueError for other shapes, numbers that are not finite, or a covariance that is not
+    symmetric. One in float32 may have eigenvalues a rounding error below 0, which become 0.
+    """
+
+    mean: Array
+    covariance: Array
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        mean, covariance = np.asarray(self.mean), np.asarray(self.covariance)
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(
+                f"mean {mean.shape} and covariance {covariance.shape}; (D,), (D, D) are needed"
+            )
+        for name, value in (("mean", mean), ("covariance", covariance)):
+            if value.dtype.kind != "f" or not np.isfinite(value).all():
+                raise ValueError(f"{name} ({value.dtype}) is not made of finite floating numbers")
+        single = covariance.dtype.itemsize < 8
+        covariance = covariance.astype(np.float64)
+        scale = np.abs(covariance).max(initial=0.0)
+        if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-6 * scale:
+            raise ValueError("covariance is not symmetric")
+        covariance = (covariance + covariance.T) / 2
+        if single:
+            values, vectors = np.linalg.eigh(covariance)
+            if _SINGLE_LIMIT * values[-1] > -values[0] > 0:
+                covariance = (vectors * values.clip(min=0.0)) @ vectors.T
+        object.__setattr__(self, "mean", mean.astype(np.float64))
+        object.__setattr__(self, "covariance", covariance)
+
+    @property
+    def width(self) -> int:
+        """D, features of one vector."""
+        return len(self.mean)
 
 
 class Moments:
@@ -87,7 +151,7 @@ def moments_of(features: ArrayLike) -> Moments:
     return moments
 
 
-def frechet_distance(a: Moments, b: Moments, *, allow_few: bool = False) -> float:
+def frechet_distance(a: Gaussian, b: Gaussian, *, allow_few: bool = False) -> float:
     """The Fréchet distance of two sets (a squared distance, as FID is), at least 0.
 
     Args:
@@ -100,7 +164,7 @@ def frechet_distance(a: Moments, b: Moments, *, allow_few: bool = False) -> floa
     if a.width != b.width:
         raise ValueError(f"features of width {a.width} and {b.width} cannot be compared")
     for moments in (a, b):
-        if moments.count <= a.width and not allow_few:
+        if moments.count is not None and moments.count <= a.width and not allow_few:
             raise ValueError(
                 f"{moments.count} images are too few for {a.width} features; "
                 f"at least {a.width + 1} are needed (or allow_few)"

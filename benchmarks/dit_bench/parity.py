@@ -4,6 +4,9 @@
 and with them every draw) by eager float32 and by each subject, a backend and a precision, and
 reports the error of the latents after every step and of the final images. Paired, a difference
 says what the arithmetic costs; two Fréchet distances would mostly differ by their samples.
+
+``--features lite0`` or ``inception`` adds the Fréchet distance between the two sets, and
+``--reference-set`` that of each to a reference and |ΔFID| with its bootstrap interval.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_bench.features import NETWORKS, load_network
 from dit_bench.hardware import describe_hardware
+from dit_bench.paired_sets import RESAMPLES, SetComparison, format_row, load_reference
+from dit_bench.probe import try_step
 from dit_bench.quality import write_report
 from dit_engine.backends import PRECISIONS, resolve_backend
 from dit_engine.cli.arguments import (
@@ -30,11 +36,14 @@ from dit_engine.cli.arguments import (
 )
 from dit_engine.cli.destination import check_file
 from dit_engine.cli.errors import run_command
+from dit_engine.pixels import to_uint8
+from dit_engine.settings import resolve_seeds
 
 if TYPE_CHECKING:
     from dit_engine.engine import Engine, Progress
 
 REFERENCE = ("eager", "fp32")
+INTERRUPTED = 130  # exit code
 PEAK = 1.0  # of images in [0, 1]
 
 
@@ -63,50 +72,139 @@ def psnr(found: Tensor, reference: Tensor) -> np.ndarray:
         return 10 * np.log10(PEAK**2 / squared)
 
 
+class _Found:
+    """What is gathered of one backend, part by part."""
+
+    def __init__(self) -> None:
+        self.errors: list[np.ndarray] = []  # (steps, n)
+        self.ratios: list[np.ndarray] = []  # (n,), dB
+        self.features: list[np.ndarray] = []  # (n, D)
+
+
 def compare(
-    engine: Engine, labels: Sequence[int], subjects: Sequence[tuple[str, str]], **settings: Any
+    engine: Engine,
+    labels: Sequence[int],
+    subjects: Sequence[tuple[str, str]],
+    *,
+    sets: SetComparison | None = None,
+    seed: int | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Errors of every subject (backend, precision) against the reference, N beside them.
 
-    Images are decoded by the reference's VAE in float32: what differs is the transformer.
+    Images are decoded by the reference's VAE in float32: what differs is the transformer. They are
+    made in the engine's batches. After Ctrl-C the report holds those batches that are finished by
+    all subjects, and "interrupted" is True; before the first of them, KeyboardInterrupt is raised.
+
+    Args:
+        sets: what is asked of the sets as a whole, if anything.
+        seed: image i is made from seed + i; None is a random one.
+
+    Raises ValueError for sets without images or with too few.
     """
-    backend, precision = REFERENCE
-    reference, record = trajectory(engine, labels, backend=backend, precision=precision, **settings)
-    images = _decode(engine, reference[-1])
-    rows = []
-    for backend, precision in subjects:
-        found, _ = trajectory(engine, labels, backend=backend, precision=precision, **settings)
-        errors = relative_errors(found, reference)  # (steps, N)
-        row: dict[str, Any] = {
-            "backend": backend,
-            "precision": precision,
-            "latent_error_by_step": errors.mean(axis=1).tolist(),
-            "final_latent_error": {
-                "mean": float(errors[-1].mean()),
-                "max": float(errors[-1].max()),
-            },
-        }
-        if images is not None:
-            decoded = _decode(engine, found[-1])
-            assert decoded is not None
-            ratio = psnr(decoded, images)
-            row["psnr_db"] = {"median": float(np.median(ratio)), "min": float(ratio.min())}
-        rows.append(row)
-    return {"n": len(labels), "settings": record, "subjects": rows}
+    from tqdm import tqdm
+
+    labels = list(labels)
+    if sets is not None:
+        if engine.vae is None:
+            raise ValueError("the model has no VAE; Fréchet distances are of images")
+        sets.check(len(labels))
+    seeds = resolve_seeds(seed, None, len(labels), "per-image")
+    decode = _decoder(engine)
+    runs = [REFERENCE, *subjects]
+    gathered = [_Found() for _ in runs]
+    record: dict[str, Any] = {}
+    finished, interrupted = 0, False
+    with tqdm(total=len(labels) * len(runs), desc="sampling", unit="img", delay=2.0) as bar:
+        try:
+            while finished < len(labels):
+                part = slice(finished, finished + engine.max_batch_size)
+                options = {**settings, "seeds": seeds[part]}
+                found, record = _batch(engine, labels[part], runs, decode, sets, options, bar)
+                for total, own in zip(gathered, found, strict=True):
+                    total.errors += own.errors
+                    total.ratios += own.ratios
+                    total.features += own.features
+                finished = min(part.stop, len(labels))
+        except KeyboardInterrupt:
+            if not finished:
+                raise
+            interrupted = True
+    if sets is not None and not sets.suffices(finished):
+        sets = None  # only after an interruption
+    rows = [
+        _row(subject, found, gathered[0], sets)
+        for subject, found in zip(subjects, gathered[1:], strict=True)
+    ]
+    return {"n": finished, "settings": record, "subjects": rows, "interrupted": interrupted}
 
 
-def _decode(engine: Engine, latents: Tensor) -> Tensor | None:
+def _batch(
+    engine: Engine,
+    labels: list[int],
+    runs: Sequence[tuple[str, str]],
+    decode: Callable[[Tensor], Tensor] | None,
+    sets: SetComparison | None,
+    options: dict[str, Any],
+    bar: Any,
+) -> tuple[list[_Found], dict[str, Any]]:
+    """Every run, the reference first, of one batch; and the engine's record of the reference."""
+    every, reference, images, record = [], None, None, {}
+    for backend, precision in runs:
+        latents, settings = trajectory(
+            engine, labels, backend=backend, precision=precision, **options
+        )
+        if reference is None:
+            reference, record = latents, settings
+        found = _Found()
+        found.errors.append(relative_errors(latents, reference))
+        if decode is not None:
+            decoded = decode(latents[-1])
+            images = decoded if images is None else images
+            found.ratios.append(psnr(decoded, images))
+            if sets is not None:
+                found.features.append(sets.network.extract(to_uint8(decoded * 2 - 1)).pooled)
+        every.append(found)
+        bar.update(len(labels))
+    return every, record
+
+
+def _row(
+    subject: tuple[str, str], found: _Found, reference: _Found, sets: SetComparison | None
+) -> dict[str, Any]:
+    errors = np.concatenate(found.errors, axis=1)  # (steps, N)
+    row: dict[str, Any] = {
+        "backend": subject[0],
+        "precision": subject[1],
+        "latent_error_by_step": errors.mean(axis=1).tolist(),
+        "final_latent_error": {"mean": float(errors[-1].mean()), "max": float(errors[-1].max())},
+    }
+    if found.ratios:
+        ratio = np.concatenate(found.ratios)
+        row["psnr_db"] = {"median": float(np.median(ratio)), "min": float(ratio.min())}
+    if sets is not None:
+        eager = np.concatenate(reference.features)
+        row["sets"] = sets.compare(np.concatenate(found.features), eager)
+    return row
+
+
+def _decoder(engine: Engine) -> Callable[[Tensor], Tensor] | None:
+    """From latents (n, C, S, S) to images (n, 3, H, W) in [0, 1]; None without a VAE."""
     if engine.vae is None:
         return None
     vae = copy.deepcopy(engine.vae).float()  # the stored weights may be half as wide
-    z = (latents / vae.config.scaling_factor).to(vae.post_quant_conv.weight.device)
-    with torch.inference_mode():
-        parts = [vae.decode(part).cpu() for part in z.split(8)]
-    return (torch.cat(parts).clamp(-1, 1) + 1) / 2
+
+    def decode(latents: Tensor) -> Tensor:
+        z = (latents / vae.config.scaling_factor).to(vae.post_quant_conv.weight.device)
+        with torch.inference_mode():
+            parts = [vae.decode(part).cpu() for part in z.split(8)]
+        return (torch.cat(parts).clamp(-1, 1) + 1) / 2
+
+    return decode
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """A line a subject, N first."""
+    """A line a subject, N first; below it what is said of the sets."""
     steps = len(report["subjects"][0]["latent_error_by_step"])
     settings = report["settings"]
     head = (
@@ -123,6 +221,10 @@ def format_report(report: dict[str, Any]) -> str:
             f"{by_step[steps // 2]:>11.2e} {final['mean']:>11.2e} {final['max']:>11.2e} "
             f"{ratio['median']:>9.1f} {ratio['min']:>7.1f}"
         )
+        if "sets" in row:
+            lines += format_row(row["sets"])
+    if report.get("interrupted"):
+        lines.append(f"interrupted after {report['n']} images; the figures are of these")
     return "\n".join(lines)
 
 
@@ -144,8 +246,32 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--subjects", nargs="+", default=["lean/fp32", "lean/bf16"], metavar="BACKEND/PRECISION")
     add("--samples", type=int, default=32, help="images, of all classes in turn")
+    add("--features", choices=NETWORKS, help="compare the sets as well; lite0 is FD-Lite0, not FID")
+    add("--reference-set", type=Path, help="folder or .npz to measure both sets against; by "
+        "inception unless --features is given")  # fmt: skip
+    add("--inception-weights", type=Path, help="file; DIT_INCEPTION_WEIGHTS unless given")
+    add("--resamples", type=int, default=RESAMPLES, help="of the bootstrap")
+    add("--allow-few", action="store_true", help="accept fewer images than features")
     add("--json", type=Path, help="write every figure and setting here")
     return parser
+
+
+def set_comparison(arguments: argparse.Namespace, engine: Engine) -> SetComparison | None:
+    """What the arguments ask of the sets as a whole; None for nothing."""
+    if arguments.features is None and arguments.reference_set is None:
+        return None
+    few = arguments.allow_few
+    network = load_network(
+        arguments.features or "inception", arguments.inception_weights, engine.device
+    )
+    if engine.vae is None:
+        raise ValueError(f"model {arguments.model!r} has no VAE; {network.metric} is of images")
+    sets = SetComparison(network, None, arguments.resamples, few)
+    sets.check(arguments.samples)
+    if arguments.reference_set is None:
+        return sets
+    reference = load_reference(arguments.reference_set, network, few)
+    return SetComparison(network, reference, arguments.resamples, few)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -161,13 +287,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_file(arguments.json)  # before the long run
         engine = Engine.from_pretrained(arguments.model)
         labels = [i % engine.config.num_classes for i in range(arguments.samples)]
-        options = sampling_options(arguments) | {"seed": 0}
+        options: dict[str, Any] = sampling_options(arguments) | {"seed": 0}
+        for backend, precision in subjects:
+            count = min(len(labels), engine.max_batch_size)
+            try_step(engine, count, backend=backend, precision=precision, **options)
+        sets = set_comparison(arguments, engine)
+        options |= {"sets": sets}
         report = {"model": str(arguments.model), **compare(engine, labels, subjects, **options)}
+        if sets is not None:
+            report["features"] = sets.network.record
         report["hardware"] = describe_hardware()
         print(format_report(report))
         if arguments.json is not None:
             write_report(report, arguments.json)
-        return 0
+        return INTERRUPTED if report["interrupted"] else 0
 
     return run_command(command)
 

@@ -1,0 +1,139 @@
+"""``dit-bench fid``: how far one set of images is from another.
+
+``dit-bench fid SAMPLES REFERENCE`` compares folders, .npz files in ADM's format, or, with
+``--model`` in the place of SAMPLES, the images of a model made on the way. It prints FID, sFID,
+Inception Score, precision and recall, N beside each. The reference may be statistics alone; there
+is then no precision or recall. With ``--features lite0`` it prints FD-Lite0, never FID.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_bench.features import NETWORKS, load_network
+from dit_bench.image_sets import ComparedSet, GeneratedImages, open_set
+from dit_bench.probe import try_step
+from dit_bench.set_distances import evaluate
+from dit_engine.cli.arguments import Parser, add_sampling_arguments, sampling_options
+from dit_engine.cli.errors import run_command
+
+INTERRUPTED = 130  # exit code: what is printed is what was finished
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """A line a figure, its N behind it."""
+    samples, reference = report["samples"], report["reference"]
+    lines = [f"{samples['name']} against {reference['name']}"]
+    sizes = [s["size"] for s in (samples, reference)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        shown = [f"{width}×{height}" for height, width in sizes]
+        lines.append(f"note: images of {shown[0]} and of {shown[1]} pixels are compared")
+    for name, m in report["metrics"].items():
+        counts = f"N = {m['n'] or 'unknown'}"
+        if "n_reference" in m:
+            counts += f" against {m['n_reference'] or 'unknown, statistics only'}"
+        if "splits" in m:
+            counts += f", {m['splits']} split{'s' * (m['splits'] > 1)} of up to {m['split']}"
+        if "k" in m:
+            counts += f", k = {m['k']}"
+        value = "–" if m["value"] is None else f"{m['value']:.4f}"
+        why = f" ({m['why']})" if "why" in m else ""
+        lines.append(f"{name:<26} {value:>12}    {counts}{why}")
+    if report["interrupted"]:
+        lines.append(f"interrupted {report['interrupted']}; the figures are of what was finished")
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `run` reads."""
+    add = parser.add_argument
+    add("sets", nargs="+", metavar="SET", help="SAMPLES and REFERENCE, or with --model REFERENCE: "
+        "a folder of images, or an .npz (arr_0; or mu, sigma, mu_s, sigma_s)")  # fmt: skip
+    add("--features", default="inception", choices=NETWORKS, help="lite0 prints FD-Lite0, not FID")
+    add("--inception-weights", type=Path, help="file; DIT_INCEPTION_WEIGHTS unless given")
+    add("--batch-size", type=int, default=32, help="images at a time")
+    add("--allow-few", action="store_true", help="accept fewer images than features")
+    add("--device", help="of the features and the model; CUDA unless given, where there is one")
+    add("--json", action="store_true", help="print JSON")
+    add("--model", help="file, directory, hub id, or 'builtin': its images are the samples")
+    add("--samples", type=int, default=2400, help="images of --model, of all classes in turn")
+    add("--first-seed", type=int, default=0, help="image i of --model is made from first seed + i")
+    add_sampling_arguments(parser, one_scale=True)
+    parser.set_defaults(guidance_scale=[1.5])  # of the published FIDs
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command: 0, 2 for a user's error, 130 for what was interrupted."""
+
+    def command() -> int:
+        from dit_engine.device import parse_device
+
+        device = parse_device(arguments.device)
+        samples, reference, settings = _open_sets(arguments, device)
+        network = load_network(arguments.features, arguments.inception_weights, device)
+        report = evaluate(samples, reference, network, arguments.batch_size, arguments.allow_few)
+        report |= {"settings": settings, **_surroundings()}
+        print(json.dumps(report, indent=2) if arguments.json else format_report(report))
+        return INTERRUPTED if report["interrupted"] else 0
+
+    return run_command(command)
+
+
+def _open_sets(
+    arguments: argparse.Namespace, device: Any
+) -> tuple[ComparedSet, ComparedSet, dict[str, Any] | None]:
+    """Samples, reference, and the settings of the model where that makes the samples."""
+    sets, model = arguments.sets, arguments.model
+    wanted = 2 if model is None else 1
+    if len(sets) != wanted:
+        need = "SAMPLES and REFERENCE" if model is None else "the REFERENCE alone beside --model"
+        raise ValueError(f"{len(sets)} sets ({', '.join(sets)}) are given; {need} must be")
+    reference = open_set(Path(sets[-1]))
+    if model is None:
+        return open_set(Path(sets[0])), reference, None
+    from dit_engine.engine import Engine
+
+    engine = Engine.from_pretrained(model, device=device)
+    if engine.image_size is None:
+        raise ValueError(f"model {model!r} has no VAE; distances are of images")
+    settings = sampling_options(arguments)
+
+    def generate(labels: Sequence[int], seeds: Sequence[int]) -> Any:
+        made = engine.generate(list(labels), seeds=list(seeds), output="np", **settings)
+        return np.asarray(made.images)
+
+    images = GeneratedImages(
+        str(model),
+        generate,
+        arguments.samples,
+        engine.config.num_classes,
+        engine.image_size,
+        arguments.first_seed,
+    )
+    count = min(max(arguments.batch_size, 1), len(images))
+    try_step(engine, count, seed=arguments.first_seed, **settings)
+    record = settings | {"samples": arguments.samples, "first_seed": arguments.first_seed}
+    return ComparedSet(str(model), images), reference, record
+
+
+def _surroundings() -> dict[str, Any]:
+    from dit_bench.hardware import describe_hardware
+
+    return {"hardware": describe_hardware()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser("python -m dit_bench.fid", "FID and other distances between sets of images.")
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""Sets of images as they are compared: a folder, an .npz, or a model's own; read in batches.
+
+An .npz is in ADM's format: ``arr_0``, uint8 (N, H, W, 3), and in reference files the moments of
+Inception features, ``mu``, ``sigma`` (pooled) and ``mu_s``, ``sigma_s`` (spatial). Nothing holds
+more than a batch of images in memory.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_bench.frechet import Statistics
+
+Images = NDArray[np.uint8]
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# Pillow turns these into 8-bit RGB without losing range; 16-bit modes would be cut off.
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+_ARRAY = "arr_0"
+_POOLED, _SPATIAL = ("mu", "sigma"), ("mu_s", "sigma_s")
+
+
+class ImageSource(Protocol):
+    """Images of one size, in an order that never changes."""
+
+    name: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int) -> Iterator[Images]:
+        """uint8 (n, H, W, 3) with n = batch_size but for the last. ValueError for a bad image."""
+        ...
+
+
+@dataclass(frozen=True)
+class ComparedSet:
+    """One side of a comparison: images, or moments of Inception features, or both.
+
+    statistics: of pooled and of spatial features; None where the file has none.
+    """
+
+    name: str
+    images: ImageSource | None
+    statistics: tuple[Statistics, Statistics] | None = None
+
+
+def open_set(path: Path) -> ComparedSet:
+    """A folder of images or an .npz.
+
+    Raises:
+        ValueError: neither, no images, images of several sizes, or an .npz with other arrays; what
+            is wrong with which file. OSError: the path cannot be read.
+    """
+    if path.is_dir():
+        return ComparedSet(str(path), ImageFolder(path))
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; a folder of images or an .npz is needed")
+    if path.suffix.lower() != ".npz":
+        raise ValueError(f"{path} is neither a folder of images nor an .npz")
+    names = _names(path)
+    statistics = None
+    if any(name in names for name in (*_POOLED, *_SPATIAL)):
+        statistics = _read_statistics(path, names)
+    if statistics is None and _ARRAY not in names:
+        raise ValueError(
+            f"{path} holds {', '.join(names) or 'nothing'}; {_ARRAY} (images) or "
+            f"{', '.join((*_POOLED, *_SPATIAL))} (statistics) are needed"
+        )
+    images = ImageArray(path) if _ARRAY in names else None
+    return ComparedSet(str(path), images, statistics)
+
+
+class ImageFolder:
+    """The images in a folder and the folders below it, in the order of their paths.
+
+    All headers are read at once, so that a wrong size is told before any long work.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.name = str(folder)
+        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not self.paths:
+            raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
+        self._size = _header(self.paths[0])
+        for path in self.paths[1:]:
+            if (size := _header(path)) != self._size:
+                raise ValueError(
+                    f"{path} is {_pixels(size)} and {self.paths[0].name} is {_pixels(self._size)}; "
+                    "all images of a set must have one size"
+                )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def batches(self, batch_size: int) -> Iterator[Images]:
+        for start in range(0, len(self.paths), batch_size):
+            yield np.stack([_decode(path) for path in self.paths[start : start + batch_size]])
+
+
+class ImageArray:
+    """``arr_0`` of an .npz, uint8 (N, H, W, 3), streamed from the file, compressed or not."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.path = str(path), path
+        with self._open() as (_, shape):
+            self.shape = shape
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.shape[1], self.shape[2]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def batches(self, batch_size: int) -> Iterator[Images]:
+        count = len(self)
+        with self._open() as (file, shape):
+            for start in range(0, count, batch_size):
+                part = (min(batch_size, count - start), *shape[1:])
+                data = _read_exactly(file, math.prod(part), self.path)
+                yield np.frombuffer(data, np.uint8).reshape(part)
+
+    @contextmanager
+    def _open(self) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
+        """The array's member behind its header, and the shape that this tells."""
+        with _npz(self.path) as archive, archive.open(f"{_ARRAY}.npy") as file:
+            shape, fortran, dtype = _header_of_array(file, self.path)
+            if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+                raise ValueError(
+                    f"{self.path}: {_ARRAY} is {dtype} {shape}; uint8 (N, H, W, 3) is needed"
+                )
+            if fortran:
+                raise ValueError(f"{self.path}: {_ARRAY} is in Fortran order; C order is needed")
+            yield file, shape
+
+
+class GeneratedImages:
+    """A model's images, made as they are read: image i has label i modulo classes, seed + i.
+
+    Args:
+        generate: (labels, seeds) → uint8 (n, S, S, 3).
+        side: S in pixels.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        generate: Callable[[Sequence[int], Sequence[int]], Images],
+        count: int,
+        classes: int,
+        side: int,
+        first_seed: int = 0,
+    ) -> None:
+        if count < 1:
+            raise ValueError(f"samples {count} is not a positive integer")
+        self.name, self._generate, self._count = name, generate, count
+        self._classes, self._side, self._first_seed = classes, side, first_seed
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._side, self._side
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batches(self, batch_size: int) -> Iterator[Images]:
+        for start in range(0, self._count, batch_size):
+            indices = range(start, min(start + batch_size, self._count))
+            labels = [i % self._classes for i in indices]
+            yield self._generate(labels, [self._first_seed + i for i in indices])
+
+
+def _read_statistics(path: Path, names: Sequence[str]) -> tuple[Statistics, Statistics]:
+    absent = [name for name in (*_POOLED, *_SPATIAL) if name not in names]
+    if absent:
+        raise ValueError(
+            f"{path} holds {', '.join(names)}; a statistics file also has {', '.join(absent)}"
+        )
+    return _stored(path, *_POOLED), _stored(path, *_SPATIAL)
+
+
+def _stored(path: Path, mean: str, covariance: str) -> Statistics:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return Statistics(stored[mean], stored[covariance])
+    except (ValueError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: {mean}, {covariance}: {error}") from None
+
+
+def _names(path: Path) -> list[str]:
+    with _npz(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
+@contextmanager
+def _npz(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or no .npz ({error})") from None
+
+
+def _header_of_array(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    try:
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            return np.lib.format.read_array_header_1_0(file)
+        return np.lib.format.read_array_header_2_0(file)
+    except ValueError as error:
+        raise ValueError(f"{path}: {_ARRAY} is no array ({error})") from None
+
+
+def _read_exactly(file: IO[bytes], size: int, path: Path) -> bytes:
+    data = file.read(size)
+    if len(data) != size:
+        raise ValueError(f"{path}: {_ARRAY} ends early; the file is damaged")
+    return data
+
+
+def _header(path: Path) -> tuple[int, int]:
+    """Height and width by the file's header."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.mode not in _MODES:
+                raise ValueError(f"mode {image.mode}; 8-bit {', '.join(_MODES)} are known")
+            return image.height, image.width
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{path} is no readable image ({_reason(error)})") from None
+
+
+def _decode(path: Path) -> Images:
+    """uint8 (H, W, 3)."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{path} is damaged ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    """Pillow says "cannot identify image file 'path'"; the path has been told."""
+    return str(error).split(" '")[0] or type(error).__name__
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[1]}×{size[0]} pixels"

@@ -1,0 +1,137 @@
+"""Set against set: what a backend costs in Fréchet distance, its images paired with eager's.
+
+FID differs by chance between two sets of a model's images, by more than a backend costs. Paired,
+with the same labels and noise, both sets share that chance, and their difference can be resolved:
+|ΔFID| is the distance of the backend's set to a reference less that of eager's own, and a bootstrap
+over pairs says how sure that is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_bench.features import FeatureNetwork, SetFeatures
+from dit_bench.frechet import Gaussian, frechet_distance, moments_of
+from dit_bench.image_sets import open_set
+from dit_bench.metrics import paired_bootstrap
+from dit_bench.set_distances import check_enough, read, usable
+
+CONFIDENCE = 0.95
+RESAMPLES = 100
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Moments that both sets are measured against."""
+
+    name: str
+    moments: Gaussian
+
+
+@dataclass(frozen=True)
+class SetComparison:
+    """How sets are compared: by which features, to which reference if any."""
+
+    network: FeatureNetwork
+    reference: Reference | None = None
+    resamples: int = RESAMPLES
+    allow_few: bool = False
+
+    def __post_init__(self) -> None:
+        if self.resamples < 2:
+            raise ValueError(f"resamples {self.resamples} is not at least 2")
+
+    def suffices(self, n: int) -> bool:
+        """Whether n images are enough for the features."""
+        return n > self.network.width or (self.allow_few and n > 1)
+
+    def check(self, n: int) -> None:
+        """Raise ValueError where n images are too few for the features."""
+        width = self.network.width
+        if not self.suffices(n):
+            raise ValueError(
+                f"{n} images are too few for {width} features; at least {width + 1} are needed "
+                "(or --allow-few)"
+            )
+
+    def compare(self, found: NDArray[np.float32], eager: NDArray[np.float32]) -> dict[str, Any]:
+        """Distances of paired features (N, D), rows of one label and noise, N beside them."""
+        from tqdm import tqdm
+
+        few, n = self.allow_few, len(found)
+        of_found, of_eager = moments_of(found), moments_of(eager)
+        row: dict[str, Any] = {
+            "metric": self.network.metric,
+            "n": n,
+            "between": frechet_distance(of_found, of_eager, allow_few=few),
+        }
+        if self.reference is None:
+            return row
+        moments = self.reference.moments
+        to_found, to_eager = (
+            frechet_distance(own, moments, allow_few=few) for own in (of_found, of_eager)
+        )
+        with tqdm(total=self.resamples, desc="bootstrap", delay=2.0) as bar:
+            draws = paired_bootstrap(found, eager, moments, self.resamples, tick=bar.update)
+        low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        crosses = low <= 0 <= high
+        return row | {
+            "reference": self.reference.name,
+            "n_reference": moments.count,
+            "to_reference": to_found,
+            "eager_to_reference": to_eager,
+            "difference": {
+                "value": to_found - to_eager,
+                "low": float(low),
+                "high": float(high),
+            },
+            "absolute_difference": {
+                "value": abs(to_found - to_eager),
+                "low": 0.0 if crosses else float(min(abs(low), abs(high))),
+                "high": float(max(abs(low), abs(high))),
+            },
+            "confidence": CONFIDENCE,
+            "resamples": len(draws),
+        }
+
+
+def load_reference(
+    path: Path, network: FeatureNetwork, allow_few: bool = False, batch_size: int = 32
+) -> Reference:
+    """Moments of a folder or an .npz, or those that a statistics file holds.
+
+    Raises ValueError where it cannot be compared, KeyboardInterrupt where it is not read whole.
+    """
+    of = usable(open_set(path), network)
+    check_enough(of, network, allow_few)
+    if of.statistics is not None:
+        return Reference(of.name, of.statistics[0])
+    assert of.images is not None
+    with SetFeatures(network) as found:
+        if not read(of.images, found, batch_size):
+            raise KeyboardInterrupt
+        found.flush()
+        return Reference(of.name, found.pooled)
+
+
+def format_row(row: dict[str, Any]) -> list[str]:
+    """Lines of a comparison, N beside every distance."""
+    metric = row["metric"]
+    lines = [f"  {metric} to eager's set {row['between']:.4g} (N = {row['n']} pairs)"]
+    if "reference" in row:
+        n = row["n_reference"] or "unknown, statistics only"
+        lines.append(
+            f"  {metric} to {row['reference']}: {row['to_reference']:.4f}, eager's "
+            f"{row['eager_to_reference']:.4f} (N = {row['n']} each against {n})"
+        )
+        d = row["absolute_difference"]
+        lines.append(
+            f"  |Δ{metric}| {d['value']:.3g}, {row['confidence']:.0%} interval {d['low']:.3g} to "
+            f"{d['high']:.3g} ({row['resamples']} paired resamples of N = {row['n']})"
+        )
+    return lines

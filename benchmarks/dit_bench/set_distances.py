@@ -1,0 +1,164 @@
+"""Two sets of images compared: Fréchet distances, Inception Score, precision and recall."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dit_bench.features import FeatureNetwork, SetFeatures
+from dit_bench.frechet import Gaussian, frechet_distance
+from dit_bench.image_sets import ComparedSet, ImageSource
+from dit_bench.metrics import NEIGHBOURS, SPLIT, precision_recall
+
+
+@dataclass
+class Measured:
+    """A side after its images were read, or its file's statistics, or both."""
+
+    of: ComparedSet
+    found: SetFeatures | None
+    distances: tuple[Gaussian, Gaussian | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.of.statistics is not None:
+            self.distances = self.of.statistics
+        else:
+            assert self.found is not None
+            self.found.flush()
+            self.distances = (self.found.pooled, self.found.spatial)
+
+    def describe(self) -> dict[str, Any]:
+        """Its name, the N of distances (None: the file does not tell) and of images."""
+        size = None if self.of.images is None else list(self.of.images.size)
+        return {
+            "name": self.of.name,
+            "n": self.distances[0].count,
+            "images": 0 if self.found is None else self.found.count,
+            "size": size,
+        }
+
+
+def evaluate(
+    samples: ComparedSet,
+    reference: ComparedSet,
+    network: FeatureNetwork,
+    batch_size: int = 32,
+    allow_few: bool = False,
+) -> dict[str, Any]:
+    """Every figure with its N. After Ctrl-C "interrupted" says where, and the figures are those
+    of the images read until then.
+
+    Raises ValueError for sets that cannot be compared, before any image is read.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size} is not a positive integer")
+    samples, reference = (usable(of, network) for of in (samples, reference))
+    for side in (samples, reference):
+        check_enough(side, network, allow_few)
+    report: dict[str, Any] = {**network.record, "metrics": {}, "interrupted": None}
+    with ExitStack() as stack:
+        sides = []
+        for of in (reference, samples):
+            found = None
+            if of.images is not None:
+                found = stack.enter_context(SetFeatures(network))
+                if not report["interrupted"] and not read(of.images, found, batch_size):
+                    report["interrupted"] = (
+                        f"after {found.count} of {len(of.images)} images of {of.name}"
+                    )
+            sides.append(Measured(of, found))
+        report |= {"samples": sides[1].describe(), "reference": sides[0].describe()}
+        try:
+            _compare(sides[1], sides[0], network, allow_few, report)
+        except KeyboardInterrupt:
+            report["interrupted"] = report["interrupted"] or "while comparing"
+    return report
+
+
+def usable(of: ComparedSet, network: FeatureNetwork) -> ComparedSet:
+    """``of`` without statistics of other features. ValueError where nothing is left."""
+    if of.statistics is None:
+        return of
+    if network.spatial_width == 0:
+        if of.images is None:
+            raise ValueError(
+                f"{of.name} holds statistics of Inception's features; "
+                f"features {network.name!r} need images"
+            )
+        return ComparedSet(of.name, of.images)
+    widths = tuple(s.width for s in of.statistics)
+    if widths != (network.width, network.spatial_width):
+        raise ValueError(
+            f"{of.name} holds statistics of {widths[0]} and {widths[1]} features; "
+            f"{network.width} and {network.spatial_width} are needed"
+        )
+    return of
+
+
+def check_enough(of: ComparedSet, network: FeatureNetwork, allow_few: bool) -> None:
+    """Raise ValueError where there are no more images than features, unless ``allow_few``."""
+    if of.statistics is None and of.images is not None and not allow_few:
+        need = max(network.width, network.spatial_width) + 1
+        if len(of.images) < need:
+            raise ValueError(
+                f"{of.name} has {len(of.images)} images, too few for {network.width} features; "
+                f"at least {need} are needed (or --allow-few)"
+            )
+
+
+def read(images: ImageSource, into: SetFeatures, batch_size: int) -> bool:
+    """Whether all of the images were read; if not, Ctrl-C was pressed."""
+    from tqdm import tqdm
+
+    name = Path(images.name).name or images.name
+    with tqdm(total=len(images), desc=name, unit="img", delay=2.0) as bar:
+        try:
+            for batch in images.batches(batch_size):
+                into.add(batch)
+                bar.update(len(batch))
+        except KeyboardInterrupt:
+            return False
+    return True
+
+
+def _compare(
+    samples: Measured,
+    reference: Measured,
+    network: FeatureNetwork,
+    allow_few: bool,
+    report: dict[str, Any],
+) -> None:
+    """Fill in report["metrics"], the quick ones first. What cannot be computed says why."""
+    metrics = report["metrics"]
+    n, n_reference = samples.distances[0].count, reference.distances[0].count
+    if samples.found is not None and samples.found.score is not None and samples.found.count:
+        score = samples.found.score
+        metrics["Inception Score"] = {
+            "value": score.value(),
+            "n": score.count,
+            "splits": score.splits,
+            "split": SPLIT,
+        }
+    names = (network.metric, f"s{network.metric}")
+    for name, a, b in zip(names, samples.distances, reference.distances, strict=True):
+        if a is None or b is None:
+            continue
+        try:
+            value = frechet_distance(a, b, allow_few=allow_few)
+        except ValueError as error:
+            if not report["interrupted"]:
+                raise
+            metrics[name] = {"value": None, "why": str(error), "n": n, "n_reference": n_reference}
+            continue
+        metrics[name] = {"value": value, "n": n, "n_reference": n_reference}
+    if samples.found is None or reference.found is None or report["interrupted"]:
+        return
+    counts = {"n": samples.found.count, "n_reference": reference.found.count, "k": NEIGHBOURS}
+    if min(counts["n"], counts["n_reference"]) <= NEIGHBOURS:
+        return
+    precision, recall = precision_recall(reference.found.vectors(), samples.found.vectors())
+    of = "" if network.name == "inception" else f" ({network.name} features)"
+    metrics["precision" + of] = {"value": precision, **counts}
+    metrics["recall" + of] = {"value": recall, **counts}

@@ -1,0 +1,219 @@
+"""Set against set: nothing lies between eager and itself, a damaged backend is caught."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_engine
+from torch import Tensor
+
+from dit_bench import parity
+from dit_bench.features import Extracted, FeatureNetwork
+from dit_bench.frechet import Statistics, frechet_distance, moments_of
+from dit_bench.paired_sets import Reference, SetComparison, load_reference
+from dit_bench.parity import compare, format_report, main
+from dit_engine import backends
+from dit_engine.backends.eager import EagerBackend
+from dit_engine.engine import Engine
+from dit_engine.errors import BackendUnavailable
+
+
+def colours(images: np.ndarray) -> Extracted:
+    return Extracted((images.astype(np.float32) / 255).mean(axis=(1, 2)))
+
+
+NETWORK = FeatureNetwork("lite0", "FD-Lite0", 3, colours, record={"features": "lite0"})
+SETTINGS: dict[str, Any] = {"steps": 2, "sampler": "ddim", "seed": 0}
+
+
+class Damaged(EagerBackend):
+    """Eager, but its noise predictions are a fifth too large."""
+
+    def prepare(self, labels: Tensor, timesteps: Tensor) -> Any:
+        denoiser = super().prepare(labels, timesteps)
+        return lambda x, step: denoiser(x, step) * 1.2
+
+
+@pytest.fixture
+def damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends._FACTORIES, "damaged", (__name__, "Damaged"))
+
+
+def sets(**options: Any) -> SetComparison:
+    reference = Reference("numbers", Statistics(np.full(3, 0.5), 0.01 * np.eye(3)))
+    return SetComparison(NETWORK, reference, **options)
+
+
+@pytest.mark.usefixtures("damaged")
+def test_eager_is_not_far_from_itself_and_a_damaged_backend_is_caught() -> None:
+    engine = tiny_engine(max_batch_size=16)
+    subjects = [("eager", "fp32"), ("lean", "fp32"), ("damaged", "fp32")]
+    report = compare(engine, [i % 10 for i in range(40)], subjects, sets=sets(), **SETTINGS)
+    same, lean, broken = (row["sets"] for row in report["subjects"])
+    assert same["between"] == pytest.approx(0, abs=1e-12)
+    assert same["absolute_difference"] == {"value": 0, "low": 0, "high": 0}
+    assert same["to_reference"] == same["eager_to_reference"] > 0
+    assert lean["absolute_difference"]["high"] < 1e-4
+    wrong = broken["absolute_difference"]
+    assert 0 < wrong["low"] <= wrong["value"] <= wrong["high"]  # 0 is not in the interval
+    assert wrong["low"] > 100 * lean["absolute_difference"]["high"]
+    assert broken["between"] > 1000 * abs(lean["between"])
+    assert {row["n"] for row in (same, lean, broken)} == {40} and same["resamples"] == 100
+    assert report["subjects"][0]["latent_error_by_step"] == [0, 0]
+    text = format_report({"model": "tiny", **report})
+    assert text.count("100 paired resamples of N = 40") == 3
+    assert "FD-Lite0 to eager's set 0 (N = 40 pairs)" in text
+
+
+@pytest.mark.usefixtures("damaged")
+def test_distances_are_those_of_the_images() -> None:
+    """Against the images as the engine itself makes them."""
+    engine = tiny_engine(max_batch_size=5)
+    labels = [i % 10 for i in range(12)]
+    report = compare(engine, labels, [("damaged", "fp32")], sets=sets(resamples=2), **SETTINGS)
+    found = report["subjects"][0]["sets"]
+    features = [
+        colours(engine.generate(labels, backend=name, output="np", **SETTINGS).images).pooled
+        for name in ("damaged", "eager")
+    ]
+    bad, good = (moments_of(f) for f in features)
+    target = sets().reference.moments
+    expected = [frechet_distance(bad, good), frechet_distance(bad, target),
+                frechet_distance(good, target)]  # fmt: skip
+    keys = ("between", "to_reference", "eager_to_reference")
+    assert [found[key] for key in keys] == pytest.approx(expected, rel=1e-3, abs=1e-7)
+    assert found["difference"]["value"] == pytest.approx(expected[1] - expected[2], abs=1e-6)
+
+
+def test_errors_are_the_same_in_batches_of_any_size() -> None:
+    labels, subjects = [1, 2, 3, 4, 5], [("lean", "bf16")]
+    whole, parts = (
+        compare(tiny_engine(max_batch_size=n), labels, subjects, **SETTINGS) for n in (8, 2)
+    )
+    a, b = (report["subjects"][0]["final_latent_error"] for report in (whole, parts))
+    assert a["mean"] == pytest.approx(b["mean"], rel=0.05) and parts["n"] == 5
+
+
+def test_ctrl_c_keeps_the_finished_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine(max_batch_size=4)
+    whole = compare(engine, [0, 1, 2, 3], [("lean", "bf16")], **SETTINGS)
+    calls = iter(range(100))
+    trajectory = parity.trajectory
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 3:  # the second batch's subject
+            raise KeyboardInterrupt
+        return trajectory(*arguments, **options)
+
+    monkeypatch.setattr(parity, "trajectory", interrupted)
+    report = compare(engine, list(range(8)), [("lean", "bf16")], sets=sets(resamples=5), **SETTINGS)
+    assert report["n"] == 4 and report["interrupted"]
+    row = report["subjects"][0]
+    assert row["final_latent_error"] == whole["subjects"][0]["final_latent_error"]
+    assert row["sets"]["n"] == 4
+    assert "interrupted after 4 images" in format_report({"model": "tiny", **report})
+
+
+def test_the_reference_may_be_images_or_statistics(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 3)).astype(np.uint8)
+    np.savez(tmp_path / "images.npz", images)
+    reference = load_reference(tmp_path / "images.npz", NETWORK)
+    np.testing.assert_allclose(reference.moments.mean, colours(images).pooled.mean(0), rtol=1e-6)
+    assert reference.moments.count == 9
+    a = np.random.default_rng(1).normal(size=(20, 3))
+    stored = {"mu": a.mean(0), "sigma": np.cov(a, rowvar=False)}
+    stored |= {"mu_s": a.mean(0), "sigma_s": stored["sigma"]}
+    np.savez(tmp_path / "stats.npz", **stored)
+    with pytest.raises(ValueError, match="statistics of Inception's features"):
+        load_reference(tmp_path / "stats.npz", NETWORK)
+    inception = FeatureNetwork("inception", "FID", 3, colours, 3)
+    np.testing.assert_allclose(load_reference(tmp_path / "stats.npz", inception).moments.mean,
+                               stored["mu"])  # fmt: skip
+
+
+def test_the_command_compares_sets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "load_network", lambda *_: NETWORK)
+    monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: tiny_engine())
+    images = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 3)).astype(np.uint8)
+    np.savez(tmp_path / "images.npz", images)
+    path = tmp_path / "parity.json"
+    common = ["--samples", "6", "--steps", "2", "--sampler", "ddim", "--subjects", "lean/bf16",
+              "--json", str(path)]  # fmt: skip
+    wanted = ["--features", "lite0", "--reference-set", str(tmp_path / "images.npz")]
+    assert main([*common, *wanted, "--resamples", "7"]) == 0
+    row = json.loads(path.read_text())["subjects"][0]["sets"]
+    assert (row["n"], row["n_reference"], row["resamples"]) == (6, 9, 7)
+    text = capsys.readouterr().out
+    assert "|ΔFD-Lite0|" in text and "95% interval" in text and "FID" not in text
+    assert main([*common, "--features", "lite0"]) == 0
+    row = json.loads(path.read_text())["subjects"][0]["sets"]
+    assert set(row) == {"metric", "n", "between"}
+    assert main(common) == 0
+    assert "sets" not in json.loads(path.read_text())["subjects"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--features", "lite0", "--samples", "3"], "3 images are too few for 3 features; at leas"),
+        (["--features", "lite0", "--resamples", "1"], "resamples 1 is not at least 2"),
+        (["--features", "lite0", "--reference-set", "absent"], "absent does not exist"),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parity, "load_network", lambda *_: NETWORK)
+    assert main(["--steps", "1", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_sets_need_images(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine(vae=False)
+    with pytest.raises(ValueError, match="no VAE; Fréchet distances are of images"):
+        compare(engine, [0] * 9, [("lean", "fp32")], sets=sets(), **SETTINGS)
+    monkeypatch.setattr(parity, "load_network", lambda *_: NETWORK)
+    monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: engine)
+    assert main(["--features", "lite0", "--steps", "1"]) == 2
+    assert "model 'builtin' has no VAE; FD-Lite0 is of images" in capsys.readouterr().err
+
+
+def test_a_backend_that_cannot_run_is_told_before_anything_is_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(*_: object) -> None:
+        raise BackendUnavailable("backend 'damaged' needs a driver")
+
+    def read(*_: object) -> None:
+        raise AssertionError("features were loaded")
+
+    monkeypatch.setattr(Damaged, "__init__", absent)
+    monkeypatch.setitem(backends._FACTORIES, "damaged", (__name__, "Damaged"))
+    monkeypatch.setattr(parity, "load_network", read)
+    assert main(["--subjects", "damaged/fp32", "--features", "lite0", "--samples", "2"]) == 2
+    assert capsys.readouterr().err == "error: backend 'damaged' needs a driver\n"
+
+
+def test_the_features_are_inceptions_unless_others_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    monkeypatch.setattr(parity, "load_network", lambda *a: asked.append(a) or NETWORK)
+    arguments = parity.build_parser().parse_args(["--reference-set", "absent", "--allow-few"])
+    with pytest.raises(FileNotFoundError):
+        parity.set_comparison(arguments, tiny_engine())
+    assert asked == [("inception", None, torch.device("cpu"))]
+    assert parity.set_comparison(parity.build_parser().parse_args([]), tiny_engine()) is None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ def implementations(
         return {"native": partial(_public, case, "native")}
     found: dict[str, Find] = {"triton": partial(_public, case, "triton")}
     if case.operator == "attention":
-        found["triton-tma"] = _attention_tma
+        found["triton-tma"] = partial(_public, case, "triton-tma")
     return found
 
 
@@ -68,19 +67,6 @@ def _public(case: Case, impl: str) -> Run:
     import dit_kernels
 
     return partial(getattr(dit_kernels, case.operator), impl=impl)
-
-
-def _attention_tma() -> Run:
-    from dit_kernels import Unavailable
-
-    module = import_module("dit_kernels.triton.attention_tma")
-
-    def run(qkv: Tensor, num_heads: int) -> Tensor:
-        if (reason := module.why_not(qkv)) is not None:
-            raise Unavailable(reason)
-        return module.attention_tma(qkv, num_heads)
-
-    return run
 
 
 def _packed(case: Case) -> Run:

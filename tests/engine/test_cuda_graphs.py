@@ -309,14 +309,11 @@ def test_threads(steps: Steps, own_engines: bool) -> None:
 
     def work(seed: int) -> list[Any]:
         start.wait(timeout=60)
-        chosen = many[seed]
-        return [
-            (
-                n,
-                chosen.fused(chosen.graphed, n, seed).guided_step(*chosen.inputs(n, seed), 1, True),
-            )  # fmt: skip
-            for n in (1, 2) * 5
-        ]
+        chosen, found = many[seed], []
+        for n in (1, 2) * 5:
+            fused, inputs = chosen.fused(chosen.graphed, n, seed), chosen.inputs(n, seed)
+            found.append((n, fused.guided_step(*inputs, 1, True)))
+        return found
 
     with ThreadPoolExecutor(4) as pool:
         for seed, results in enumerate(pool.map(work, range(4))):

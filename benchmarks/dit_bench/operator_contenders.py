@@ -44,7 +44,7 @@ def implementations(
 
 
 def opponents(case: Case, device: torch.device) -> dict[str, Find]:
-    """What a plain torch model runs, torch.compile, and for attention every other kernel there is.
+    """What a plain torch model runs, torch.compile, and for attention torch's own other kernels.
 
     "eager" is that model's code in its own dtype, "reference" the definition, float32 inside.
     """
@@ -59,8 +59,15 @@ def opponents(case: Case, device: torch.device) -> dict[str, Find]:
         for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
             name = backend.removesuffix("_ATTENTION").lower()
             found[f"sdpa-{name}"] = partial(_sdpa, backend)
-        found |= {"flash_attn": _flash_attn, "flash-attn-4": _flash_attn_4}
     return found
+
+
+def third_party(case: Case, device: torch.device) -> dict[str, Find]:
+    """Kernels of other packages. One that accesses memory which is not its own ends the process's
+    use of the device: they are best run last."""
+    if case.operator != "attention" or device.type != "cuda":
+        return {}
+    return {"flash_attn": _flash_attn, "flash-attn-4": _flash_attn_4}
 
 
 def _public(case: Case, impl: str) -> Run:

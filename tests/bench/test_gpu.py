@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_dit
+from tiny import tiny_dit, tiny_vae
 
 import dit_kernels
 from dit_bench import gpu, gpu_models, operators
@@ -34,10 +34,12 @@ from dit_bench.timing import Interleaved
 from dit_engine import backends
 from dit_engine.backends.eager import EagerBackend
 from dit_engine.config import ModelConfig
+from dit_engine.errors import BackendUnavailable
 from dit_kernels import reference
 
 CPU = torch.device("cpu")
 LEAN = Contender("lean bf16", "lean", "bf16")
+SECTIONS = ["ceilings", "operators", "decode", "models", "other packages' attention"]
 
 
 class WrongBackend(EagerBackend):
@@ -53,6 +55,11 @@ class BrokenBackend(EagerBackend):
         raise RuntimeError("kernel image is\ninvalid")
 
 
+class AbsentBackend(EagerBackend):
+    def __init__(self, *_: Any) -> None:
+        raise BackendUnavailable("the package added is not installed")
+
+
 @pytest.fixture
 def plan() -> Plan:
     return Plan(
@@ -66,6 +73,8 @@ def plan() -> Plan:
         ceilings={"size": 16, "copy_mib": 1, "rounds": 2},
         impls=("reference",),
         opposed=False,
+        vae=tiny_vae().config,
+        decoded_side=4,
     )
 
 
@@ -98,7 +107,7 @@ def test_bad_arguments_are_refused_before_anything_runs(
     assert "--only 'softmax' is part of no operator's name" in capsys.readouterr().err
 
 
-def test_a_whole_run(plan: Plan, tmp_path: Path) -> None:
+def test_a_whole_run(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contenders = (
         EAGER,
         LEAN,
@@ -106,10 +115,12 @@ def test_a_whole_run(plan: Plan, tmp_path: Path) -> None:
         Contender("eager bf16 step", "eager", "bf16", "step"),
         Contender("lean fp32", "lean", "fp32", timed=False),
         Contender("lean fp8", "lean", "fp8", late=True),
+        Contender("added bf16", "added", "bf16", batches=(2,)),
     )
+    monkeypatch.setitem(backends._FACTORIES, "added", (__name__, "AbsentBackend"))
     code, values = measured(replace(plan, contenders=contenders), tmp_path / "gpu.json")
     assert code == 0 and values["complete"] is True and values["seconds"] > 0
-    assert [r["section"] for r in values["sections"]] == ["ceilings", "operators", "models"]
+    assert [r["section"] for r in values["sections"]] == SECTIONS
     assert values["environment"]["torch"] == torch.__version__
     assert "diffusers" in values["environment"]["packages"]
     assert set(values["ceilings"]["matmul_tflop_s"]) == {"fp32", "bf16"}
@@ -129,10 +140,18 @@ def test_a_whole_run(plan: Plan, tmp_path: Path) -> None:
     assert exact["status"] == "ok" and exact["error"] < 1e-5 and "ms" not in exact
     made = {r["contender"]: r for r in values["generate"]}
     assert made["lean bf16"]["images_per_s"] > 0 and len(made["lean bf16"]["seconds"]) <= 3
-    assert set(made) == {"eager bf16", "lean bf16", "lean fp8"}
+    assert set(made) == {"eager bf16", "lean bf16", "lean fp8", "added bf16"}
+    assert ("added bf16", 1) not in forwards
+    for row in (forwards["added bf16", 2], made["added bf16"]):
+        assert row["status"] == "skipped" and row["reason"] == "the package added is not installed"
+    pixels = {r["contender"]: r for r in values["pixels"]}
+    assert set(pixels) == set(made) and pixels["lean bf16"]["images_per_s"] > 0
+    assert pixels["lean bf16"]["batch"] == 8
+    assert pixels["eager bf16"]["rms_error_levels"] > 0
     table = format_table(values).split("\n")
     assert table[-1].startswith("complete in ") and " 0 failed" in table[-1]
-    assert len([line for line in table if line.startswith("tiny")]) == 2  # forms share a line
+    # A line a backend, whose forms share it, and one for the generation to pixels.
+    assert len([line for line in table if line.startswith("tiny")]) == 3
 
 
 @pytest.mark.parametrize(
@@ -247,6 +266,7 @@ def test_a_broken_section_does_not_end_the_run_but_a_lost_device_does(
     code, values = measured(plan, tmp_path / "a.json")
     assert code == 1 and values["generate"][0]["status"] == "ok"
     assert values["sections"][1]["reason"] == "TypeError: a mistake"
+    assert [r["section"] for r in values["sections"]] == SECTIONS
     monkeypatch.setattr(operators.OperatorBenchmark, "run", raising(DeviceLost("illegal access")))
     code, values = measured(plan, tmp_path / "b.json")
     assert code == 1 and "generate" not in values and values["complete"] is False
@@ -263,8 +283,8 @@ def test_the_timer_ends_a_process_that_hangs(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True,
                           text=True, timeout=100)  # fmt: skip
-    assert done.returncode == 1 and "did not end in 0 s" in done.stdout
-    assert json.loads(path.read_text())["sections"][0]["status"] == "failed"
+    assert done.returncode == gpu.LATE and "LATE run: did not end in 0 s" in done.stdout
+    assert json.loads(path.read_text())["sections"][0]["status"] == "late"
 
 
 def test_numbers_that_json_lacks_become_text(tmp_path: Path) -> None:

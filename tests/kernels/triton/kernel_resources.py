@@ -63,7 +63,7 @@ def cases() -> list[Case]:
     Attention: every architecture, head dimension and 16-bit dtype, as the code differs in each.
     Row kernels: on every architecture every published width, and both dtypes (bfloat16 at the
     narrowest and the widest, float16 between them: only the conversion instructions differ); on
-    9.0 every width in every dtype. The others: both dtypes on every architecture.
+    9.0 the norms' every width in every dtype. The others: both dtypes on every architecture.
     """
     half, brain, full = torch.float16, torch.bfloat16, torch.float32
     found: list[Case] = []
@@ -79,10 +79,11 @@ def cases() -> list[Case]:
             found += [Case(operator, sm, t, x) for operator in ROW_KERNELS]
             found.append(Case("layernorm_modulate_quantize", sm, t, x, torch.int8))
             found.append(Case("quantize_rows", sm, t, (2, 256, 4 * width), torch.int8))
-        for width, t in ((768, half), (1152, brain)) if sm >= 89 else ():
+        if sm >= 89:
             codes = torch.float8_e4m3fn
-            found.append(Case("layernorm_modulate_quantize", sm, t, (2, 256, width), codes))
-            found.append(Case("quantize_rows", sm, t, (2, 256, 4 * width), codes))
+            for width, t in ((768, half), (1152, brain)):
+                found.append(Case("layernorm_modulate_quantize", sm, t, (2, 256, width), codes))
+            found.append(Case("quantize_rows", sm, brain, (2, 256, 4608), codes))
         for t in (brain, half):
             found.append(Case("groupnorm_silu", sm, t, (1, 512, 64)))
             found.append(Case("guided_step", sm, t, (2, 32)))
@@ -100,9 +101,10 @@ def cases() -> list[Case]:
     found.append(Case("gate_residual_layernorm_modulate", 90, brain, (1, 1, 1152)))
     found.append(Case("groupnorm_silu", 90, brain, (1, 128, 1)))
     for width in (384, 768, 1024, 1152):
-        for t in (brain, half, full):
-            found += [Case(operator, 90, t, (2, 256, width)) for operator in ROW_KERNELS]
-            found.append(Case("layernorm_modulate_quantize", 90, t, (2, 256, width), torch.int8))
+        for operator in ("layernorm_modulate", "gate_residual_layernorm_modulate"):
+            found += [Case(operator, 90, t, (2, 256, width)) for t in (brain, half, full)]
+        found.append(Case("gate_residual", 90, brain, (2, 256, width)))
+        found.append(Case("layernorm_modulate_quantize", 90, brain, (2, 256, width), torch.int8))
     found += [Case("groupnorm_silu", 90, brain, (1, c, 256)) for c in (128, 256)]
     return list(dict.fromkeys(found))
 

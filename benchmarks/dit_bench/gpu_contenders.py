@@ -34,6 +34,7 @@ class Contender:
         batches: the only ones it is measured with; None for all.
         factory: makes the backend, where it is none of the engine's.
         numerics: of the model that it runs, and is compared with.
+        added: by another package; what it refuses, say for want of an address, it cannot run here.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Contender:
     batches: Sequence[int] | None = None
     factory: Factory | None = None
     numerics: Literal["official", "diffusers"] = "official"
+    added: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -86,7 +88,7 @@ def cuda_contenders() -> tuple[Contender, ...]:
     """`CUDA_CONTENDERS`, and every backend that another package adds to the engine."""
     ours = {"auto"} | {c.backend for c in CUDA_CONTENDERS}
     added = (
-        Contender(f"{name} bf16", name, "bf16", late=True, seconds=60, batches=(2, 8))
+        Contender(f"{name} bf16", name, "bf16", late=True, seconds=60, batches=(2, 8), added=True)
         for name in known_backends()
         if name not in ours
     )

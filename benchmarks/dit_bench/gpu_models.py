@@ -29,6 +29,7 @@ from dit_bench.gpu_inputs import (
 from dit_bench.gpu_report import Report, failure, skipped
 from dit_bench.operator_checks import DeviceLost, check_device, largest, relative_error, rms_error
 from dit_bench.timing import interleave
+from dit_engine.backends import Backend
 from dit_engine.config import ModelConfig
 from dit_engine.engine import Engine
 from dit_engine.errors import BackendUnavailable
@@ -176,12 +177,19 @@ class ModelBenchmark:
             self.report.record("forwards", row)
 
     def _evaluator(self, contender: Contender, engine: Engine, inputs: Inputs) -> Evaluate:
+        backend = self._backend(contender, engine)
+        return evaluator(contender, backend, inputs.labels, inputs.timesteps, inputs.x)
+
+    def _backend(self, contender: Contender, engine: Engine) -> Backend:
         if contender.factory is not None:
             with torch.inference_mode(False), torch.no_grad():
-                backend = contender.factory(engine.model, contender.precision, self.device)
-        else:
-            backend = own_backend(engine, contender.backend, contender.precision)
-        return evaluator(contender, backend, inputs.labels, inputs.timesteps, inputs.x)
+                return contender.factory(engine.model, contender.precision, self.device)
+        try:
+            return own_backend(engine, contender.backend, contender.precision)
+        except ValueError as refusal:
+            if contender.added:
+                raise BackendUnavailable(str(refusal)) from refusal
+            raise
 
     def _check(
         self, contender: Contender, engine: Engine, inputs: Inputs, allowed: Sequence[float]
@@ -246,6 +254,7 @@ class ModelBenchmark:
             ).images  # fmt: skip
 
         def measure(contender: Contender) -> tuple[Row, None]:
+            self._backend(contender, engine)  # kept by the engine
             if images <= _REFERENCE_IMAGES and not references:
                 for precision in ("fp32", "bf16"):
                     references[precision] = latents("eager", precision)
@@ -286,6 +295,7 @@ class ModelBenchmark:
             return torch.from_numpy(images).float()  # (N, H, W, 3)
 
         def measure(contender: Contender) -> tuple[Row, None]:
+            self._backend(contender, engine)  # kept by the engine
             for precision in ("fp32", "bf16"):
                 if precision not in references:
                     references[precision] = pixels("eager", precision)

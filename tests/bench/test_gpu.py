@@ -50,6 +50,7 @@ from dit_kernels import reference
 
 CPU = torch.device("cpu")
 LEAN = Contender("lean bf16", "lean", "bf16")
+ABSENT = {"absent": "its package is not installed", "remote": "an address is needed"}
 SECTIONS = ["ceilings", "operators", "decode", "models", "other packages' attention"]
 
 
@@ -68,7 +69,12 @@ class BrokenBackend(EagerBackend):
 
 class AbsentBackend(EagerBackend):
     def __init__(self, *_: Any) -> None:
-        raise BackendUnavailable("the package added is not installed")
+        raise BackendUnavailable(ABSENT["absent"])
+
+
+class RemoteBackend(EagerBackend):
+    def __init__(self, *_: Any) -> None:
+        raise ValueError(ABSENT["remote"])
 
 
 @pytest.fixture
@@ -126,9 +132,11 @@ def test_a_whole_run(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         Contender("eager bf16 step", "eager", "bf16", "step"),
         Contender("lean fp32", "lean", "fp32", timed=False),
         Contender("lean fp8", "lean", "fp8", late=True),
-        Contender("added bf16", "added", "bf16", batches=(2,)),
+        Contender("absent bf16", "absent", "bf16", batches=(2,), added=True),
+        Contender("remote bf16", "remote", "bf16", batches=(2,), added=True),
     )
-    monkeypatch.setitem(backends._FACTORIES, "added", (__name__, "AbsentBackend"))
+    monkeypatch.setitem(backends._FACTORIES, "absent", (__name__, "AbsentBackend"))
+    monkeypatch.setitem(backends._FACTORIES, "remote", (__name__, "RemoteBackend"))
     code, values = measured(replace(plan, contenders=contenders), tmp_path / "gpu.json")
     assert code == 0 and values["complete"] is True and values["seconds"] > 0
     assert [r["section"] for r in values["sections"]] == SECTIONS
@@ -151,10 +159,11 @@ def test_a_whole_run(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert exact["status"] == "ok" and exact["error"] < 1e-5 and "ms" not in exact
     made = {r["contender"]: r for r in values["generate"]}
     assert made["lean bf16"]["images_per_s"] > 0 and len(made["lean bf16"]["seconds"]) <= 3
-    assert set(made) == {"eager bf16", "lean bf16", "lean fp8", "added bf16"}
-    assert ("added bf16", 1) not in forwards
-    for row in (forwards["added bf16", 2], made["added bf16"]):
-        assert row["status"] == "skipped" and row["reason"] == "the package added is not installed"
+    assert set(made) == {"eager bf16", "lean bf16", "lean fp8", "absent bf16", "remote bf16"}
+    for name, reason in ABSENT.items():
+        assert (f"{name} bf16", 1) not in forwards
+        for row in (forwards[f"{name} bf16", 2], made[f"{name} bf16"]):
+            assert row["status"] == "skipped" and row["reason"] == reason
     pixels = {r["contender"]: r for r in values["pixels"]}
     assert set(pixels) == set(made) and pixels["lean bf16"]["images_per_s"] > 0
     assert pixels["lean bf16"]["batch"] == 8

@@ -115,10 +115,11 @@ class _Norm:
         self.run = launcher("groupnorm_silu", device)
 
     def __call__(self, x: Tensor) -> Tensor:  # (N, C, H, W) → (N, C, H, W)
-        return self.run(x, self.groups, self.weight, self.bias, self.eps)
+        return self.run(_channels_last(x), self.groups, self.weight, self.bias, self.eps)
 
     def over(self, x: Tensor) -> Tensor:
-        """The same, written over x."""
+        """The same, written over x where that is channels-last, as convolutions leave it."""
+        x = _channels_last(x)
         return self.run(x, self.groups, self.weight, self.bias, self.eps, out=x)
 
 
@@ -246,6 +247,11 @@ class _Attention:
         q, k, v = self.qkv(tokens).unsqueeze(1).chunk(3, dim=-1)  # each (N, 1, H·W, C)
         y = F.scaled_dot_product_attention(q, k, v).reshape(n, h, w, c)
         return x.add_(self.out(y).permute(0, 3, 1, 2))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """x itself, but where a library's convolution chose another memory format."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _copy(tensor: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,3 +39,17 @@ def assert_close_to_reference(
     budget = tolerance if same_dtype is None else 2 * relative_error(same_dtype, exact)
     error = relative_error(actual, exact)
     assert budget is not None and error <= budget, f"relative error {error:.3g} > {budget:.3g}"
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """CUDA's float32 products and convolutions in float32, not in TF32."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = False
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value

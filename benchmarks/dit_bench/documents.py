@@ -2,7 +2,8 @@
 
 ``python -m dit_bench.documents results.json README.md …`` replaces what stands between
 ``<!-- quality -->`` and ``<!-- /quality -->`` in each file by the table of a `dit_bench.quality`
-report, or between ``<!-- cpu -->`` and ``<!-- /cpu -->`` by that of a `dit_bench.cpu` report.
+report, between ``<!-- cpu -->`` and ``<!-- /cpu -->`` by that of a `dit_bench.cpu` report, or
+between ``<!-- gpu -->`` and ``<!-- /gpu -->`` by that of a `dit_bench.gpu` report.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dit_bench.gpu_markdown import gpu_table
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
 from dit_engine.files import atomic_path
@@ -128,14 +130,18 @@ def update_document(text: str, block: str, table: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m dit_bench.documents", description="Write figures into files.")
-    parser.add_argument("results", type=Path, help="JSON of python -m dit_bench.quality or .cpu")
+    parser.add_argument("results", type=Path, help="JSON of dit_bench.quality, .cpu or .gpu")
     parser.add_argument("documents", type=Path, nargs="+")
     arguments = parser.parse_args(argv)
 
     def command() -> int:
         report = json.loads(arguments.results.read_text(encoding="utf-8"))
-        block = "cpu" if "sections" in report else "quality"
-        table = cpu_table(report) if block == "cpu" else quality_table(report)
+        if "gpu_state" in report:
+            block, table = "gpu", gpu_table(report)
+        elif "sections" in report:
+            block, table = "cpu", cpu_table(report)
+        else:
+            block, table = "quality", quality_table(report)
         for path in arguments.documents:
             try:
                 text = update_document(path.read_text(encoding="utf-8"), block, table)

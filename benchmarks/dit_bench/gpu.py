@@ -1,10 +1,13 @@
 """One command that measures DiT Engine on a CUDA machine: ``python -m dit_bench.gpu``.
 
 In this order: what the machine is; what it reaches at best (matrix products, copies); every
-operator, checked against float64, then timed against eager torch, torch.compile and other
-attention kernels; forwards and whole generations of the published sizes with every backend. The
-JSON file is written as it goes; what the time did not suffice for is named there as skipped. A
-failed check is never timed, and makes the exit code 1.
+operator, checked against float64, then timed against eager torch, torch.compile and torch's other
+attention kernels; the VAE's decoder; forwards and whole generations of the published sizes with
+every backend, one of them to pixels; last, attention kernels of other packages. The JSON file is
+written as it goes; what the time did not suffice for is named there as skipped.
+
+A failed check is never timed, and makes the exit code 1. It is 2 where nothing could be measured,
+and 3 for a run in which nothing failed but which had to be ended because its time was up.
 """
 
 from __future__ import annotations
@@ -25,23 +28,29 @@ import torch
 
 from dit_bench.budget import Budget
 from dit_bench.ceilings import Ceilings, measure_ceilings
-from dit_bench.gpu_contenders import CUDA_CONTENDERS, Contender
+from dit_bench.gpu_contenders import CUDA_CONTENDERS, Contender, cuda_contenders
 from dit_bench.gpu_environment import describe_environment, gpu_state
 from dit_bench.gpu_models import ModelBenchmark
 from dit_bench.gpu_report import Report, check_report_path, failure, skipped
 from dit_bench.gpu_table import format_table
+from dit_bench.gpu_vae import DecodeBenchmark
 from dit_bench.operator_cases import Case, all_cases
 from dit_bench.operator_checks import DeviceLost
 from dit_bench.operators import OperatorBenchmark
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import one_line, run_command
 from dit_engine.config import ModelConfig
+from dit_engine.vae import VAEConfig
 
 SIZES = ("XL/2", "S/2", "L/2", "B/2")
 """In the order of their worth, should time run out."""
+LAST_WORDS_SECONDS = 10.0
 START_SECONDS, RESERVE_SECONDS = 15.0, 15.0
 """Kept back: for the imports, which came before the clock started, and for the table."""
-CEILINGS_SHARE, OPERATORS_SHARE = 0.1, 0.35
+CEILINGS_SHARE, OPERATORS_SHARE, DECODE_SHARE, MODELS_SHARE = 0.1, 0.35, 0.15, 0.95
+"""Of what is left then."""
+LATE = 3
+"""The exit code of a run in which nothing failed, but which did not end in time."""
 
 
 @dataclass
@@ -59,13 +68,14 @@ class Plan:
     """Keywords of `measure_ceilings`."""
     impls: Sequence[str] | None = None
     opposed: bool = True
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    decoded_side: int = 32
+    """Of the latents that the decoder is timed with: 256 pixels."""
 
 
 def run(plan: Plan, report: Report, budget: Budget) -> int:
     """Measure everything, section by section; 0, or 1 if a check failed."""
     started = time.monotonic()
-    report.put("environment", describe_environment(plan.device))
-    report.put("gpu_state", {"start": gpu_state(plan.device)})
     try:
         with torch.inference_mode(), true_float32():
             _sections(plan, report, budget)
@@ -80,24 +90,49 @@ def run(plan: Plan, report: Report, budget: Budget) -> int:
 def _sections(plan: Plan, report: Report, budget: Budget) -> None:
     nothing = Ceilings(float("nan"), {}, 0, 0)
 
+    def state(moment: str) -> None:
+        now = _described(f"state: {moment}", lambda: gpu_state(plan.device), report)
+        report.put("gpu_state", report.values.get("gpu_state", {}) | {moment: now})
+
     def ceilings(_: Budget) -> Ceilings:
         found = measure_ceilings(plan.device, **plan.ceilings)
         report.put("ceilings", vars(found))
-        report.put("gpu_state", report.values["gpu_state"] | {"warm": gpu_state(plan.device)})
         return found
 
-    def operators(part: Budget) -> None:
-        OperatorBenchmark(report, plan.device, part, best, plan.impls, plan.opposed,
-                          plan.rounds).run(plan.cases)  # fmt: skip
+    def benchmark(part: Budget) -> OperatorBenchmark:
+        return OperatorBenchmark(report, plan.device, part, best, plan.impls, plan.opposed,
+                                 plan.rounds)  # fmt: skip
+
+    def decode(part: Budget) -> None:
+        DecodeBenchmark(report, plan.device, part, plan.vae, plan.decoded_side,
+                        rounds=plan.rounds).run()  # fmt: skip
 
     def models(part: Budget) -> None:
         ModelBenchmark(report, plan.device, part, best, plan.contenders, plan.batches,
-                       plan.images, plan.rounds).run(plan.configs)  # fmt: skip
-        report.put("gpu_state", report.values["gpu_state"] | {"end": gpu_state(plan.device)})
+                       plan.images, plan.rounds, plan.vae).run(plan.configs)  # fmt: skip
 
+    described = _described("environment", lambda: describe_environment(plan.device), report)
+    report.put("environment", described)
+    state("start")
     best = _section("ceilings", ceilings, report, budget.part(CEILINGS_SHARE)) or nothing
-    _section("operators", operators, report, budget.part(OPERATORS_SHARE))
-    _section("models", models, report, budget)
+    state("warm")
+    _section("operators", lambda part: benchmark(part).run(plan.cases), report,
+             budget.part(OPERATORS_SHARE))  # fmt: skip
+    _section("decode", decode, report, budget.part(DECODE_SHARE))
+    _section("models", models, report, budget.part(MODELS_SHARE))
+    state("end")
+    # Last, because they may lose the device.
+    _section("other packages' attention", lambda part: benchmark(part).run_third_party(plan.cases),
+             report, budget)  # fmt: skip
+
+
+def _described(name: str, find: Callable[[], dict[str, Any]], report: Report) -> dict[str, Any]:
+    """What ``find`` tells of the machine; where it breaks, nothing, which the report says."""
+    try:
+        return find()
+    except Exception as error:  # no reason to measure nothing
+        report.record("sections", {"section": name} | skipped(error))
+        return {}
 
 
 def _section(name: str, measure: Callable[[Budget], Any], report: Report, part: Budget) -> Any:
@@ -134,18 +169,27 @@ def true_float32() -> Iterator[None]:
 
 
 def stop_late(report: Report, seconds: float) -> threading.Timer:
-    """A started timer that prints the table and ends the process after ``seconds``.
+    """A started timer that prints the table and ends the process after ``seconds``, with exit code
+    1 if a check had failed, else `LATE`.
 
     A signal cannot interrupt a call that waits for a hung kernel; a thread can end the process.
     """
 
+    def tell() -> None:
+        reason = f"did not end in {seconds:.0f} s: slow, or hung"
+        report.record("sections", {"section": "run", "status": "late", "reason": reason})
+        print(format_table(report.snapshot()), flush=True)
+
     def stop() -> None:
-        reason = f"did not end in {seconds:.0f} s"
+        # In a thread of its own: the main one may hold the report, and never give it back.
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        code = LATE
         try:
-            report.record("sections", {"section": "run", "status": "failed", "reason": reason})
-            print(format_table(report.values), flush=True)
+            teller.join(LAST_WORDS_SECONDS)
+            code = 1 if report.failed else LATE
         finally:
-            os._exit(1)
+            os._exit(code)
 
     timer = threading.Timer(seconds, stop)
     timer.daemon = True
@@ -190,7 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         budget = Budget(seconds - RESERVE_SECONDS)
         report = Report(path, {"minutes": arguments.minutes})
         timer = stop_late(report, seconds)
-        code = run(Plan(device, configs, all_cases(device)), report, budget)
+        plan = Plan(device, configs, all_cases(device), cuda_contenders())
+        code = run(plan, report, budget)
         timer.cancel()
         print(format_table(report.values))
         print(f"written: {path}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_engine.backends import Backend, Denoiser
+from dit_bench.gpu_peers import DiffusersBackend, MaxAutotuneBackend
+from dit_engine.backends import Backend, Denoiser, Factory, known_backends
 from dit_engine.errors import BackendUnavailable
 
 Evaluate = Callable[[Tensor, int], Tensor]
@@ -28,7 +29,12 @@ class Contender:
             the launches out: what a plain model could be at best. "step" is a whole sampler step
             of a backend that fuses it, which is more than a forward.
         late: measured after the others, because it takes long to get ready.
+        seconds: what must be left of the time for it to be begun.
         timed: timed after the check, or checked only, with two rows.
+        batches: the only ones it is measured with; None for all.
+        factory: makes the backend, where it is none of the engine's.
+        numerics: of the model that it runs, and is compared with.
+        added: by another package; what it refuses, say for want of an address, it cannot run here.
     """
 
     name: str
@@ -36,7 +42,12 @@ class Contender:
     precision: str
     form: Literal["forward", "graph", "step"] = "forward"
     late: bool = False
+    seconds: float = 0.0
     timed: bool = True
+    batches: Sequence[int] | None = None
+    factory: Factory | None = None
+    numerics: Literal["official", "diffusers"] = "official"
+    added: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -45,7 +56,13 @@ class Contender:
     @property
     def generates(self) -> bool:
         """`Engine.generate` knows backends and precisions, and chooses the form itself."""
-        return self.form == "forward" and self.timed
+        return self.form == "forward" and self.timed and self.factory is None
+
+    def meets(self, batch: int, check_batch: int) -> bool:
+        """Whether it is measured with ``batch`` rows; ``check_batch`` is for those not timed."""
+        if not self.timed:
+            return batch == check_batch
+        return self.batches is None or batch in self.batches
 
 
 EAGER = Contender("eager bf16", "eager", "bf16")
@@ -57,9 +74,25 @@ CUDA_CONTENDERS = (
     Contender("lean fp8", "lean", "fp8"),
     Contender("lean fp8 step", "lean", "fp8", "step"),
     Contender("lean fp32", "lean", "fp32", timed=False),
-    Contender("compile bf16", "compile", "bf16", late=True),
-    Contender("compile bf16 graph", "compile", "bf16", "graph", late=True),
-)
+    Contender("diffusers bf16", "diffusers", "bf16", factory=DiffusersBackend,
+              numerics="diffusers"),
+    Contender("compile bf16", "compile", "bf16", late=True, seconds=60),
+    Contender("compile bf16 graph", "compile", "bf16", "graph", late=True, seconds=60),
+    # Every product's candidates are timed while it compiles, minutes for a large model.
+    Contender("autotune bf16", "max-autotune", "bf16", late=True, seconds=150, batches=(8,),
+              factory=MaxAutotuneBackend),
+)  # fmt: skip
+
+
+def cuda_contenders() -> tuple[Contender, ...]:
+    """`CUDA_CONTENDERS`, and every backend that another package adds to the engine."""
+    ours = {"auto"} | {c.backend for c in CUDA_CONTENDERS}
+    added = (
+        Contender(f"{name} bf16", name, "bf16", late=True, seconds=60, batches=(2, 8), added=True)
+        for name in known_backends()
+        if name not in ours
+    )
+    return (*CUDA_CONTENDERS, *added)
 
 
 def evaluator(

@@ -33,11 +33,11 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
     driver = query("driver_version")
     return values | {
-        "gpu": properties.name,
-        "compute_capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-        "l2_mib": round(properties.L2_cache_size / 2**20, 1),
+        "gpu": getattr(properties, "name", None),
+        "compute_capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
+        "multiprocessors": getattr(properties, "multi_processor_count", None),
+        "memory_gib": _binary(properties, "total_memory", 30),
+        "l2_mib": _binary(properties, "L2_cache_size", 20),
         "driver": driver[0] if driver else None,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
@@ -55,8 +55,12 @@ def gpu_state(device: torch.device) -> dict[str, float | None]:
 def query(*fields: str) -> list[str] | None:
     """nvidia-smi's answers for torch's current device, or None if it gives none."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    uuid = None
     if torch.cuda.is_available():
-        uuid = str(torch.cuda.get_device_properties().uuid).removeprefix("GPU-")
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        uuid = getattr(properties, "uuid", None)
+    if uuid is not None:
+        uuid = str(uuid).removeprefix("GPU-")
         command.append(f"--id=GPU-{uuid}")  # not by number: the visible devices may be others
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
@@ -64,6 +68,12 @@ def query(*fields: str) -> list[str] | None:
         return None
     answers = [part.strip() for part in done.stdout.strip().split("\n")[0].split(",")]
     return answers if len(answers) == len(fields) else None
+
+
+def _binary(properties: Any, name: str, power: int) -> float | None:
+    """A device property in units of 2^power; None where this torch does not tell it."""
+    value = getattr(properties, name, None)
+    return None if value is None else round(value / 2**power, 1)
 
 
 def _number(text: str | None) -> float | None:

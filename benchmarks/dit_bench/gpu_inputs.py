@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from dit_bench.cost import dit_cost, total
+from dit_bench.cpu_vae import random_vae
 from dit_bench.gpu_contenders import Evaluate
 from dit_bench.operator_checks import relative_error
 from dit_engine.backends import Backend
 from dit_engine.config import ModelConfig
 from dit_engine.engine import Engine
 from dit_engine.model import DiT
+from dit_engine.vae import AutoencoderKL, VAEConfig
 
 TIMESTEPS = (999, 400)
 """Outputs are compared at both, with latents of their own."""
@@ -53,6 +57,21 @@ def random_model(config: ModelConfig, device: torch.device) -> DiT:
                 noise = torch.randn(parameter.shape, generator=draw, device=device)
                 parameter.copy_(noise * scale)
     return model
+
+
+def with_numerics(model: DiT, numerics: str) -> DiT:
+    """A twin on the same weights that computes, say, "diffusers" numerics."""
+    with torch.inference_mode(False), torch.no_grad():
+        with torch.device("meta"):
+            twin = DiT(replace(model.config, numerics=numerics))
+        twin.load_state_dict(model.state_dict(), assign=True)
+        return twin.eval().requires_grad_(False)
+
+
+def random_decoder(config: VAEConfig, device: torch.device) -> AutoencoderKL:
+    """A VAE of random weights, in float32 on ``device``."""
+    with torch.inference_mode(False):
+        return random_vae(config).to(device)
 
 
 def loop_flops(config: ModelConfig) -> int:

@@ -17,18 +17,29 @@ from torch import Tensor
 from dit_bench.budget import Budget
 from dit_bench.ceilings import Ceilings
 from dit_bench.gpu_contenders import CUDA_CONTENDERS, EAGER, Contender, Evaluate, evaluator
-from dit_bench.gpu_inputs import TIMESTEPS, Inputs, loop_flops, own_backend, random_model
+from dit_bench.gpu_inputs import (
+    TIMESTEPS,
+    Inputs,
+    loop_flops,
+    own_backend,
+    random_decoder,
+    random_model,
+    with_numerics,
+)
 from dit_bench.gpu_report import Report, failure, skipped
 from dit_bench.operator_checks import DeviceLost, check_device, largest, relative_error, rms_error
 from dit_bench.timing import interleave
+from dit_engine.backends import Backend
 from dit_engine.config import ModelConfig
 from dit_engine.engine import Engine
 from dit_engine.errors import BackendUnavailable
 from dit_engine.memory import is_out_of_memory
+from dit_engine.vae import VAEConfig
 from dit_kernels import Unavailable
 
-ERROR_RATIO = 2.0
-"""Of a half-precision forward: its error over the eager model's in bf16, at most."""
+ERROR_RATIO, PEER_RATIO = 2.0, 4.0
+"""Of a half-precision forward, ours or a peer's: its error over the eager model's in bf16, at most.
+"""
 FP32_ERROR = 1e-5
 """Of a float32 forward, at most, relative to the eager model."""
 QUANTIZED_RMS = 0.25
@@ -36,8 +47,8 @@ QUANTIZED_RMS = 0.25
 LATENT_RATIO = 4.0
 """Of a generation's latents: half precision's error over the eager model's in bf16, at most."""
 CHECK_BATCH = 2
-LATE_SECONDS = 60.0
-"""What a contender that takes long to get ready must have left to be begun."""
+PIXEL_IMAGES = 8
+"""Of the one generation that goes as far as pixels."""
 STEPS, GUIDANCE = 20, 4.0
 _REFERENCE_IMAGES = 8  # float32 is slow: batches up to this are compared with it
 
@@ -46,10 +57,11 @@ Row = dict[str, Any]
 
 @dataclass
 class ModelBenchmark:
-    """Records rows in ``report``'s sections "forwards" and "generate".
+    """Records rows in ``report``'s sections "forwards", "generate" and "pixels".
 
     Attributes:
         batches: rows of a forward; images: of a generation, two rows each for guidance.
+        vae: of the generation to pixels, with random weights; None leaves it out.
     """
 
     report: Report
@@ -60,6 +72,7 @@ class ModelBenchmark:
     batches: Sequence[int] = (1, 2, 8, 32, 64)
     images: Sequence[int] = (1, 8, 32)
     rounds: int = 20
+    vae: VAEConfig | None = None
 
     def run(self, configs: dict[str, ModelConfig]) -> None:
         """Measure each model, in order; then, again, with the contenders that are late.
@@ -96,17 +109,24 @@ class ModelBenchmark:
             torch.cuda.empty_cache()
 
     def _measure(self, name: str, config: ModelConfig, contenders: Sequence[Contender]) -> None:
-        engine = Engine(random_model(config, self.device), device=self.device,
-                        max_batch_size=max(self.images))  # fmt: skip
+        vae = None if self.vae is None else random_decoder(self.vae, self.device)
+        model = random_model(config, self.device)
+        engine = Engine(model, vae, device=self.device, max_batch_size=max(self.images))
+        engines = {"official": engine}
+        if any(c.numerics == "diffusers" for c in contenders):
+            engines["diffusers"] = Engine(with_numerics(model, "diffusers"), device=self.device)
         for batch in self.batches:
-            self._forwards(name, engine, batch, contenders)
+            self._forwards(name, engines, batch, contenders)
+        chosen = [c for c in contenders if c.generates]
         for images in self.images:
-            self._generations(name, engine, images, [c for c in contenders if c.generates])
+            self._generations(name, engine, images, chosen)
+        if vae is not None:
+            self._to_pixels(name, engine, chosen)
 
     def _forwards(
-        self, name: str, engine: Engine, batch: int, contenders: Sequence[Contender]
+        self, name: str, engines: dict[str, Engine], batch: int, contenders: Sequence[Contender]
     ) -> None:
-        contenders = [c for c in contenders if c.timed or batch == CHECK_BATCH]
+        contenders = [c for c in contenders if c.meets(batch, CHECK_BATCH)]
         if self.budget.left() <= 0:
             for contender in contenders:
                 row = {"model": name, "contender": contender.name, "batch": batch}
@@ -115,14 +135,19 @@ class ModelBenchmark:
         rows: dict[str, Row] = {}
         passed: dict[str, Evaluate] = {}
 
-        inputs = Inputs(engine, batch)
-        eager = self._evaluator(EAGER, engine, inputs)
-        allowed = [inputs.error(eager, step) for step in range(len(TIMESTEPS))]
+        inputs = Inputs(engines["official"], batch)
+        eager = self._evaluator(EAGER, engines["official"], inputs)
+        allowed = {"official": [inputs.error(eager, step) for step in range(len(TIMESTEPS))]}
         for contender in contenders:
             row = {"model": name, "contender": contender.name, "batch": batch}
 
             def check(c: Contender = contender) -> tuple[Row, Evaluate]:
-                return self._check(c, engine, inputs, allowed)
+                engine, own = engines[c.numerics], inputs
+                if c.numerics != "official":
+                    own = Inputs(engine, batch)
+                    plain = self._evaluator(EAGER, engine, own)
+                    allowed[c.numerics] = [own.error(plain, k) for k in range(len(TIMESTEPS))]
+                return self._check(c, engine, own, allowed[c.numerics])
 
             rows[contender.name] = row | self._guarded(contender, check, passed)
         timed = {c.name: passed[c.name] for c in contenders if c.timed and c.name in passed}
@@ -136,7 +161,7 @@ class ModelBenchmark:
                 for key in timed:
                     rows[key] |= failure(broken)
             else:
-                flops = loop_flops(engine.config) * batch
+                flops = loop_flops(engines["official"].config) * batch
                 ceiling = self.ceilings.matmul_tflop_s.get("bf16")
                 for key in timed:
                     ms = taken.ms(key)
@@ -152,8 +177,19 @@ class ModelBenchmark:
             self.report.record("forwards", row)
 
     def _evaluator(self, contender: Contender, engine: Engine, inputs: Inputs) -> Evaluate:
-        backend = own_backend(engine, contender.backend, contender.precision)
+        backend = self._backend(contender, engine)
         return evaluator(contender, backend, inputs.labels, inputs.timesteps, inputs.x)
+
+    def _backend(self, contender: Contender, engine: Engine) -> Backend:
+        if contender.factory is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                return contender.factory(engine.model, contender.precision, self.device)
+        try:
+            return own_backend(engine, contender.backend, contender.precision)
+        except ValueError as refusal:
+            if contender.added:
+                raise BackendUnavailable(str(refusal)) from refusal
+            raise
 
     def _check(
         self, contender: Contender, engine: Engine, inputs: Inputs, allowed: Sequence[float]
@@ -174,7 +210,8 @@ class ModelBenchmark:
                 wrong = not rms <= QUANTIZED_RMS
                 rule = f"rms error {rms:.3g}, allowed is {QUANTIZED_RMS:g}"
             else:
-                limit = FP32_ERROR if contender.precision == "fp32" else ERROR_RATIO * budget
+                ratio = ERROR_RATIO if contender.factory is None else PEER_RATIO
+                limit = FP32_ERROR if contender.precision == "fp32" else ratio * budget
                 wrong = not error <= limit
                 rule = f"error {error:.3g}, allowed is {limit:.3g}"
             if wrong:
@@ -185,12 +222,14 @@ class ModelBenchmark:
         self, contender: Contender, find: Callable[[], tuple[Row, Any]], passed: dict[str, Any]
     ) -> Row:
         """The outcome of ``find`` as a row's part; what comes with it goes into ``passed``."""
-        if self.budget.left() <= (LATE_SECONDS if contender.late else 0):
+        if self.budget.left() <= contender.seconds:
             return skipped("time budget")
         try:
             row, passed[contender.name] = find()
             return row
         except Wrong as wrong:
+            if contender.factory is not None:  # theirs to mend
+                return wrong.row | skipped(f"peer: {wrong}")
             return wrong.row | {"status": "failed", "reason": str(wrong)}
         except (BackendUnavailable, Unavailable, ImportError) as reason:
             return skipped(reason)
@@ -198,6 +237,8 @@ class ModelBenchmark:
             if is_out_of_memory(broken):
                 return skipped("out of memory")
             check_device(self.device, contender.name)
+            if contender.factory is not None:
+                return skipped(f"peer: {type(broken).__name__}: {broken}")
             return failure(broken)
 
     def _generations(
@@ -213,6 +254,7 @@ class ModelBenchmark:
             ).images  # fmt: skip
 
         def measure(contender: Contender) -> tuple[Row, None]:
+            self._backend(contender, engine)  # kept by the engine
             if images <= _REFERENCE_IMAGES and not references:
                 for precision in ("fp32", "bf16"):
                     references[precision] = latents("eager", precision)
@@ -239,6 +281,43 @@ class ModelBenchmark:
             row = {"model": name, "contender": contender.name, "batch": images}
             row |= self._guarded(contender, lambda c=contender: measure(c), {})
             self.report.record("generate", row)
+
+    def _to_pixels(self, name: str, engine: Engine, contenders: Sequence[Contender]) -> None:
+        """One generation from labels to uint8 images, the decoder's time with the rest."""
+        n, references = PIXEL_IMAGES, dict[str, Tensor]()
+        labels = [i % engine.config.num_classes for i in range(n)]
+
+        def pixels(backend: str, precision: str) -> Tensor:
+            images = engine.generate(
+                labels, steps=STEPS, sampler="dpm++", guidance_scale=GUIDANCE, seed=0,
+                backend=backend, precision=precision, output="np",
+            ).images  # fmt: skip
+            return torch.from_numpy(images).float()  # (N, H, W, 3)
+
+        def measure(contender: Contender) -> tuple[Row, None]:
+            self._backend(contender, engine)  # kept by the engine
+            for precision in ("fp32", "bf16"):
+                if precision not in references:
+                    references[precision] = pixels("eager", precision)
+            found = pixels(contender.backend, contender.precision)  # and the warm-up
+            row: Row = {"status": "ok", "steps": STEPS, "guidance_scale": GUIDANCE}
+            error, eager = (
+                (a - references["fp32"]).square().mean().sqrt().item()
+                for a in (found, references["bf16"])
+            )
+            row |= {"rms_error_levels": error, "eager_bf16_rms_error_levels": eager}
+            limit = LATENT_RATIO * eager + 1  # a level for the rounding to whole ones
+            if not contender.quantized and not error <= limit:
+                raise Wrong(f"pixels' rms error {error:.3g} levels, allowed is {limit:.3g}", row)
+            start = time.perf_counter()
+            pixels(contender.backend, contender.precision)
+            seconds = time.perf_counter() - start
+            return row | {"seconds": [seconds], "images_per_s": n / seconds}, None
+
+        for contender in contenders:
+            row = {"model": name, "contender": contender.name, "batch": n}
+            row |= self._guarded(contender, lambda c=contender: measure(c), {})
+            self.report.record("pixels", row)
 
 
 class Wrong(Exception):

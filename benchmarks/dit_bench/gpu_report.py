@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from dit_engine.files import atomic_path
 
 
 class Report:
-    """Sections of rows, and single values, that become one JSON object.
+    """Sections of rows, and single values, that become one JSON object. Threads may share it.
 
-    A row has a "status" of "ok", "failed" or "skipped", and a "reason" for the last two.
+    A row has a "status" of "ok", "failed", "skipped" or "late" (the run did not end in time), and a
+    "reason" for all but the first.
 
     Args:
         path: of the JSON file, which is replaced at every change; None keeps all in memory.
@@ -25,16 +28,24 @@ class Report:
     def __init__(self, path: Path | None, values: dict[str, Any] | None = None) -> None:
         self.path = path
         self.values: dict[str, Any] = {"complete": False, **(values or {})}
+        self._lock = threading.Lock()
         self._write()
 
     def put(self, key: str, value: Any) -> None:
-        self.values[key] = value
-        self._write()
+        with self._lock:
+            self.values[key] = value
+            self._write()
 
     def record(self, section: str, row: dict[str, Any]) -> None:
         """Append ``row`` to ``section``."""
-        self.values.setdefault(section, []).append(row)
-        self._write()
+        with self._lock:
+            self.values.setdefault(section, []).append(row)
+            self._write()
+
+    def snapshot(self) -> dict[str, Any]:
+        """The values as they are now, for a thread that reads while another records."""
+        with self._lock:
+            return copy.deepcopy(self.values)
 
     @property
     def failed(self) -> list[dict[str, Any]]:

@@ -21,7 +21,8 @@ Row = dict[str, Any]
 def format_table(values: Values) -> str:
     """Everything that was measured, shortly; the JSON has the rest."""
     first, last = environment_lines(values), failure_lines(values)
-    middle = [*operator_lines(values), *peer_lines(values), *model_lines(values)]
+    middle = [*operator_lines(values), *peer_lines(values), *decode_lines(values),
+              *model_lines(values), *pixel_lines(values)]  # fmt: skip
     room = LINE_LIMIT - len(first) - len(last) - 1
     if len(middle) > room:
         middle = [*middle[: room - 1], f"… {len(middle) - room + 1} more lines: see the JSON"]
@@ -77,9 +78,29 @@ def peer_lines(values: Values) -> list[str]:
     return [f"attention {shape}: {', '.join(found)}" for (shape, _), found in lines.items()]
 
 
+def decode_lines(values: Values) -> list[str]:
+    """The VAE's decoder, a line a batch."""
+    lines: dict[tuple[int, int], list[str]] = {}
+    for r in values.get("decode", []):
+        if "ms" in r:
+            text = f"{r['contender']} {r['ms']['median']:.3f} ms"
+            lines.setdefault((r["pixels"], r["batch"]), []).append(text)
+    return [f"decode {px} px, batch {n}: {', '.join(found)}" for (px, n), found in lines.items()]
+
+
+def pixel_lines(values: Values) -> list[str]:
+    """Generations to pixels, a line a model."""
+    lines: dict[tuple[str, int], list[str]] = {}
+    for r in values.get("pixels", []):
+        if "images_per_s" in r:
+            text = f"{r['contender']} {r['images_per_s']:.4g} images/s"
+            lines.setdefault((r["model"], r["batch"]), []).append(text)
+    return [f"{m} to pixels, N={n}: {', '.join(found)}" for (m, n), found in lines.items()]
+
+
 def model_lines(values: Values) -> list[str]:
     """A line a model, backend and precision: ms a forward in its quickest form, images a second."""
-    forwards, made = _quickest(values.get("forwards", [])), values.get("generate", [])
+    forwards, made = quickest_forms(values.get("forwards", [])), values.get("generate", [])
     cells: dict[tuple[str, str], dict[str, str]] = {}
     columns: dict[str, None] = {}
     for rows, letter, text in (
@@ -102,7 +123,7 @@ def model_lines(values: Values) -> list[str]:
     return lines
 
 
-def _quickest(forwards: list[Row]) -> list[Row]:
+def quickest_forms(forwards: list[Row]) -> list[Row]:
     """Of a model's contender and batch the quickest of its forms: call, CUDA graph, fused step."""
     best: dict[tuple[str, str, int], Row] = {}
     for row in forwards:
@@ -117,7 +138,7 @@ def _quickest(forwards: list[Row]) -> list[Row]:
 
 def failure_lines(values: Values) -> list[str]:
     failed = rows_with_status(values, "failed")
-    lines = []
+    lines = [f"LATE {r['section']}: {r['reason']}" for r in rows_with_status(values, "late")]
     for r in failed[:_FAILURES_SHOWN]:
         what = [str(r[k]) for k in ("section", "operator", "model", "shape", "dtype", "impl",
                                     "contender", "batch") if k in r]  # fmt: skip

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -40,12 +39,12 @@ def implementations(
         return {"native": partial(_public, case, "native")}
     found: dict[str, Find] = {"triton": partial(_public, case, "triton")}
     if case.operator == "attention":
-        found["triton-tma"] = _attention_tma
+        found["triton-tma"] = partial(_public, case, "triton-tma")
     return found
 
 
 def opponents(case: Case, device: torch.device) -> dict[str, Find]:
-    """What a plain torch model runs, torch.compile, and for attention every other kernel there is.
+    """What a plain torch model runs, torch.compile, and for attention torch's own other kernels.
 
     "eager" is that model's code in its own dtype, "reference" the definition, float32 inside.
     """
@@ -60,27 +59,21 @@ def opponents(case: Case, device: torch.device) -> dict[str, Find]:
         for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
             name = backend.removesuffix("_ATTENTION").lower()
             found[f"sdpa-{name}"] = partial(_sdpa, backend)
-        found |= {"flash_attn": _flash_attn, "flash-attn-4": _flash_attn_4}
     return found
+
+
+def third_party(case: Case, device: torch.device) -> dict[str, Find]:
+    """Kernels of other packages. One that accesses memory which is not its own ends the process's
+    use of the device: they are best run last."""
+    if case.operator != "attention" or device.type != "cuda":
+        return {}
+    return {"flash_attn": _flash_attn, "flash-attn-4": _flash_attn_4}
 
 
 def _public(case: Case, impl: str) -> Run:
     import dit_kernels
 
     return partial(getattr(dit_kernels, case.operator), impl=impl)
-
-
-def _attention_tma() -> Run:
-    from dit_kernels import Unavailable
-
-    module = import_module("dit_kernels.triton.attention_tma")
-
-    def run(qkv: Tensor, num_heads: int) -> Tensor:
-        if (reason := module.why_not(qkv)) is not None:
-            raise Unavailable(reason)
-        return module.attention_tma(qkv, num_heads)
-
-    return run
 
 
 def _packed(case: Case) -> Run:

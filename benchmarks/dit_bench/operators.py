@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from dit_bench.ceilings import NAMES, Ceilings, measure_ceilings
 from dit_bench.gpu_environment import describe_environment
 from dit_bench.gpu_report import Report, check_report_path, failure, skipped
 from dit_bench.operator_cases import Case, all_cases
-from dit_bench.operator_checks import Target, check_device, tensors
-from dit_bench.operator_contenders import implementations, opponents
+from dit_bench.operator_checks import DeviceLost, Target, check_device, tensors
+from dit_bench.operator_contenders import Find, implementations, opponents, third_party
 from dit_bench.timing import Interleaved, interleave
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
@@ -67,21 +67,37 @@ class OperatorBenchmark:
             for row in self._rows(case):
                 self.report.record("operators", row)
 
-    def _rows(self, case: Case) -> list[Row]:
+    def run_third_party(self, cases: Iterable[Case]) -> None:
+        """Other packages' kernels of the timed cases, beside ours once more, which are not recorded
+        again. To be run last: a kernel of theirs may lose the device."""
+        for case in cases:
+            others = third_party(case, self.device) if case.timed and self.opposed else {}
+            try:
+                rows = self._rows(case, others) if others else []
+            except DeviceLost as lost:
+                self.report.record("operators", _row(case, "third party") | skipped(lost))
+                return
+            for row in rows:
+                if row.get("opponent") or row["status"] == "skipped":
+                    self.report.record("operators", row)
+
+    def _rows(self, case: Case, others: Mapping[str, Find] | None = None) -> list[Row]:
+        """Rows of our implementations and of ``others``; None: of the case's opponents."""
         if self.budget.left() <= 0:
-            return [_row(case, "all") | skipped("time budget")]
+            return [_row(case, name) | skipped("time budget") for name in others or ["all"]]
+        if others is None:
+            others = opponents(case, self.device) if case.timed and self.opposed else {}
         target = Target(case, case.inputs(self.device))
         passed: dict[str, Run] = {}
         found = implementations(case, self.device, self.impls)
         rows = [
             self._check(target, name, find, ERROR_RATIO, passed) for name, find in found.items()
         ]
-        if case.timed and self.opposed:
-            for name, find in opponents(case, self.device).items():
-                row = self._check(target, name, find, OPPONENT_RATIO, passed)
-                if row["status"] == "failed":  # theirs to mend
-                    row |= skipped(f"opponent: {row['reason']}")
-                rows.append(row | {"opponent": True})
+        for name, find in others.items():
+            row = self._check(target, name, find, OPPONENT_RATIO, passed)
+            if row["status"] == "failed":  # theirs to mend
+                row |= skipped(f"opponent: {row['reason']}")
+            rows.append(row | {"opponent": True})
         if case.timed and passed:
             self._time(target, passed, rows)
         return rows
@@ -198,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             benchmark = OperatorBenchmark(report, device, budget, ceilings)
             benchmark.rounds = arguments.rounds
             benchmark.run(cases)
+            benchmark.run_third_party(cases)
         report.put("complete", True)
         print("\n".join(operator_lines(report.values) + failure_lines(report.values)))
         return 1 if report.failed else 0

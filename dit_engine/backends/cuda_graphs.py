@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,38 @@ from dit_engine.lean import LeanTransformer
 from dit_kernels.choose import launcher
 
 GRAPH_LIMIT = 8
-"""Graphs kept at once; the one unused for longest is dropped. They share one memory pool."""
+"""Graphs of one transformer kept at once; the one unused for longest is dropped. Each has inputs of
+its own (latents, tokens, modulations); the activations lie in one memory pool for all of them, as
+large as the largest batch needs."""
+
+# CUDA allows one capture at a time in a process.
+_CAPTURE = threading.Lock()
+
+
+class Turns:
+    """One use of the graphs' common memory after another, whatever threads and streams they are in.
+
+    The lock orders the launches, the event what they launch: a stream's copies into a graph's
+    inputs wait on the device for the replay before them, and the host waits for nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # One for all captures: a pool's memory is used again on the stream that it was made on.
+        self.capture_stream = torch.cuda.Stream(device)
+        self.done = torch.cuda.Event()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def take(self) -> Iterator[Any]:
+        """The caller's current stream, for which everything before is done."""
+        with self._lock:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(self.done)
+            try:
+                yield stream
+            finally:
+                self.done.record(stream)
 
 
 class StepGraphs:
@@ -23,6 +56,7 @@ class StepGraphs:
     def __init__(self, transformer: LeanTransformer) -> None:
         self.transformer = transformer
         self._graphs: OrderedDict[tuple[int, bool, int], StepGraph] = OrderedDict()
+        self._turns = Turns(transformer.device)
         self._lock = threading.Lock()
 
     def of(self, n: int, guide: bool, channels: int) -> StepGraph:
@@ -31,17 +65,32 @@ class StepGraphs:
             if key not in self._graphs:
                 if len(self._graphs) >= GRAPH_LIMIT:
                     self._graphs.popitem(last=False)
-                self._graphs[key] = StepGraph(self.transformer, *key)
+                # The pool of a living graph: torch refuses one whose graphs are all gone.
+                pool = next((g.graph.pool() for g in self._graphs.values()), None)
+                self._graphs[key] = StepGraph(self.transformer, *key, self._turns, pool)
             self._graphs.move_to_end(key)
             return self._graphs[key]
 
 
 class StepGraph:
-    """One captured step of N images: static inputs, a replay, copies of the results."""
+    """One captured step of N images: static inputs, a replay, copies of the results.
 
-    def __init__(self, transformer: LeanTransformer, n: int, guide: bool, channels: int) -> None:
+    Args:
+        turns: of all graphs that share a memory pool.
+        pool: of another of them; None makes one.
+    """
+
+    def __init__(
+        self,
+        transformer: LeanTransformer,
+        n: int,
+        guide: bool,
+        channels: int,
+        turns: Turns,
+        pool: Any = None,
+    ) -> None:
         config, device = transformer.config, transformer.device
-        self.transformer, self.channels = transformer, channels
+        self.transformer, self.channels, self.turns = transformer, channels, turns
         self.rows = 2 * n if guide else n
         shape = (n, config.in_channels, config.input_size, config.input_size)
         self.z, self.x0_before, self.noise = (torch.zeros(shape, device=device) for _ in range(3))
@@ -53,21 +102,26 @@ class StepGraph:
             self.rows, config.num_tokens, config.hidden_size, dtype=transformer.dtype, device=device
         )
         self.update: Callable[..., tuple[Tensor, Tensor]] = launcher("guided_step", device)
-        self._lock = threading.Lock()
-        self._capture()
+        with _CAPTURE, turns.take() as current:
+            self._capture(current, pool)
 
-    def _capture(self) -> None:
+    def _capture(self, current: torch.cuda.Stream, pool: Any) -> None:
         # Libraries choose their kernels and allocate workspaces at the first calls, which must
-        # not be captured; a stream of its own is what capture asks for.
-        stream = torch.cuda.Stream(self.transformer.device)
-        stream.wait_stream(torch.cuda.current_stream(self.transformer.device))
-        with torch.inference_mode(), torch.cuda.stream(stream):
-            for _ in range(2):
-                self._step()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=stream):
-                self.results = self._step()
-        torch.cuda.current_stream(self.transformer.device).wait_stream(stream)
+        # not be captured; a stream other than the default one is what capture asks for.
+        stream = self.turns.capture_stream
+        stream.wait_stream(current)
+        try:
+            with torch.inference_mode(), torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._step()
+                self.graph = torch.cuda.CUDAGraph()
+                # "thread_local": other threads may allocate and free memory meanwhile.
+                with torch.cuda.graph(
+                    self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+                ):
+                    self.results = self._step()
+        finally:  # the first steps may still run when memory did not suffice for the next
+            current.wait_stream(stream)
 
     def _step(self) -> tuple[Tensor, Tensor]:
         for half in self.tokens.split(len(self.z)):
@@ -89,7 +143,7 @@ class StepGraph:
         step: int,
     ) -> tuple[Tensor, Tensor]:
         """The step on these inputs; the results are the caller's own tensors."""
-        with self._lock, torch.inference_mode():
+        with self.turns.take(), torch.inference_mode():
             for static, given in (
                 (self.z, z),
                 (self.x0_before, x0_before),
@@ -102,3 +156,8 @@ class StepGraph:
             self.graph.replay()
             after, x0 = self.results
             return after.clone(), x0.clone()
+
+    def __del__(self) -> None:
+        # Its memory goes back to the stream that it came from, which knows nothing of a replay
+        # that still runs on another.
+        self.turns.done.synchronize()

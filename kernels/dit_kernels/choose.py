@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-IMPLEMENTATIONS = ("auto", "reference", "triton", "native")
+IMPLEMENTATIONS = ("auto", "reference", "triton", "triton-tma", "native")
 
 # What the native library holds; what Triton holds is one module an operator.
 NATIVE = frozenset({
@@ -16,6 +16,10 @@ NATIVE = frozenset({
     "groupnorm_silu", "guided_step", "layernorm_modulate_quantize", "quantize_rows", "gelu",
 })  # fmt: skip
 TRITON = NATIVE
+# Second Triton kernels of an operator, never chosen by "auto": (name, operator) → module.
+# "triton-tma" fetches keys and values by tensor descriptors; no measurement has it ahead so far.
+VARIANTS = {("triton-tma", "attention"): "attention_tma"}
+OLDEST_WITH_TMA = (9, 0)
 # Operators whose kernel lost to torch at the shapes that matter run the reference under "auto".
 # (A measured loss belongs here, with the measurement.)
 SLOWER: dict[str, frozenset[str]] = {"triton": frozenset(), "native": frozenset()}
@@ -29,7 +33,7 @@ def why_not(implementation: str, operator: str, device: torch.device) -> str | N
     """Why ``implementation`` of ``operator`` cannot run on ``device``, or None if it can."""
     if implementation == "reference":
         return None
-    if operator not in (NATIVE if implementation == "native" else TRITON):
+    if not _exists(implementation, operator):
         return f"{operator} has no {implementation} implementation"
     if implementation == "native":
         from dit_kernels import native
@@ -39,7 +43,21 @@ def why_not(implementation: str, operator: str, device: torch.device) -> str | N
         return native.why_not()
     from dit_kernels import triton
 
-    return triton.why_not(device)
+    if (reason := triton.why_not(device)) is not None or implementation == "triton":
+        return reason
+    # Triton's interpreter, the only way on other devices, plays descriptors too.
+    if (
+        device.type == "cuda"
+        and (has := torch.cuda.get_device_capability(device)) < OLDEST_WITH_TMA
+    ):
+        return f"compute capability {has[0]}.{has[1]}: 9.0 is the oldest with TMA"
+    return None
+
+
+def _exists(implementation: str, operator: str) -> bool:
+    if implementation in ("native", "triton"):
+        return operator in (NATIVE if implementation == "native" else TRITON)
+    return (implementation, operator) in VARIANTS
 
 
 def implementation(operator: str, impl: str, device: torch.device) -> Callable[..., Any]:
@@ -57,8 +75,9 @@ def implementation(operator: str, impl: str, device: torch.device) -> Callable[.
         impl = fused if usable else "reference"
     elif (reason := why_not(impl, operator, device)) is not None:
         raise Unavailable(f"impl {impl!r}: {reason}")
-    if impl == "triton":
-        return getattr(import_module(f"dit_kernels.triton.{operator}"), operator)
+    if impl.startswith("triton"):
+        name = VARIANTS.get((impl, operator), operator)
+        return getattr(import_module(f"dit_kernels.triton.{name}"), name)
     return getattr(import_module(f"dit_kernels.{impl}"), operator)
 
 

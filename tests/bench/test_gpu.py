@@ -7,17 +7,27 @@ import math
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_dit
+from tiny import tiny_dit, tiny_vae
 
 import dit_kernels
-from dit_bench import gpu, gpu_models, operators
+from dit_bench import (
+    gpu,
+    gpu_contenders,
+    gpu_environment,
+    gpu_models,
+    gpu_peers,
+    gpu_vae,
+    operators,
+)
 from dit_bench.budget import Budget
 from dit_bench.ceilings import Ceilings
 from dit_bench.gpu import Plan, run
@@ -34,10 +44,14 @@ from dit_bench.timing import Interleaved
 from dit_engine import backends
 from dit_engine.backends.eager import EagerBackend
 from dit_engine.config import ModelConfig
+from dit_engine.engine import Engine
+from dit_engine.errors import BackendUnavailable
 from dit_kernels import reference
 
 CPU = torch.device("cpu")
 LEAN = Contender("lean bf16", "lean", "bf16")
+ABSENT = {"absent": "its package is not installed", "remote": "an address is needed"}
+SECTIONS = ["ceilings", "operators", "decode", "models", "other packages' attention"]
 
 
 class WrongBackend(EagerBackend):
@@ -53,6 +67,16 @@ class BrokenBackend(EagerBackend):
         raise RuntimeError("kernel image is\ninvalid")
 
 
+class AbsentBackend(EagerBackend):
+    def __init__(self, *_: Any) -> None:
+        raise BackendUnavailable(ABSENT["absent"])
+
+
+class RemoteBackend(EagerBackend):
+    def __init__(self, *_: Any) -> None:
+        raise ValueError(ABSENT["remote"])
+
+
 @pytest.fixture
 def plan() -> Plan:
     return Plan(
@@ -66,6 +90,8 @@ def plan() -> Plan:
         ceilings={"size": 16, "copy_mib": 1, "rounds": 2},
         impls=("reference",),
         opposed=False,
+        vae=tiny_vae().config,
+        decoded_side=4,
     )
 
 
@@ -98,7 +124,7 @@ def test_bad_arguments_are_refused_before_anything_runs(
     assert "--only 'softmax' is part of no operator's name" in capsys.readouterr().err
 
 
-def test_a_whole_run(plan: Plan, tmp_path: Path) -> None:
+def test_a_whole_run(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contenders = (
         EAGER,
         LEAN,
@@ -106,10 +132,14 @@ def test_a_whole_run(plan: Plan, tmp_path: Path) -> None:
         Contender("eager bf16 step", "eager", "bf16", "step"),
         Contender("lean fp32", "lean", "fp32", timed=False),
         Contender("lean fp8", "lean", "fp8", late=True),
+        Contender("absent bf16", "absent", "bf16", batches=(2,), added=True),
+        Contender("remote bf16", "remote", "bf16", batches=(2,), added=True),
     )
+    monkeypatch.setitem(backends._FACTORIES, "absent", (__name__, "AbsentBackend"))
+    monkeypatch.setitem(backends._FACTORIES, "remote", (__name__, "RemoteBackend"))
     code, values = measured(replace(plan, contenders=contenders), tmp_path / "gpu.json")
     assert code == 0 and values["complete"] is True and values["seconds"] > 0
-    assert [r["section"] for r in values["sections"]] == ["ceilings", "operators", "models"]
+    assert [r["section"] for r in values["sections"]] == SECTIONS
     assert values["environment"]["torch"] == torch.__version__
     assert "diffusers" in values["environment"]["packages"]
     assert set(values["ceilings"]["matmul_tflop_s"]) == {"fp32", "bf16"}
@@ -129,10 +159,19 @@ def test_a_whole_run(plan: Plan, tmp_path: Path) -> None:
     assert exact["status"] == "ok" and exact["error"] < 1e-5 and "ms" not in exact
     made = {r["contender"]: r for r in values["generate"]}
     assert made["lean bf16"]["images_per_s"] > 0 and len(made["lean bf16"]["seconds"]) <= 3
-    assert set(made) == {"eager bf16", "lean bf16", "lean fp8"}
+    assert set(made) == {"eager bf16", "lean bf16", "lean fp8", "absent bf16", "remote bf16"}
+    for name, reason in ABSENT.items():
+        assert (f"{name} bf16", 1) not in forwards
+        for row in (forwards[f"{name} bf16", 2], made[f"{name} bf16"]):
+            assert row["status"] == "skipped" and row["reason"] == reason
+    pixels = {r["contender"]: r for r in values["pixels"]}
+    assert set(pixels) == set(made) and pixels["lean bf16"]["images_per_s"] > 0
+    assert pixels["lean bf16"]["batch"] == 8
+    assert pixels["eager bf16"]["rms_error_levels"] > 0
     table = format_table(values).split("\n")
     assert table[-1].startswith("complete in ") and " 0 failed" in table[-1]
-    assert len([line for line in table if line.startswith("tiny")]) == 2  # forms share a line
+    # A line a backend, whose forms share it, and one for the generation to pixels.
+    assert len([line for line in table if line.startswith("tiny")]) == 3
 
 
 @pytest.mark.parametrize(
@@ -247,6 +286,7 @@ def test_a_broken_section_does_not_end_the_run_but_a_lost_device_does(
     code, values = measured(plan, tmp_path / "a.json")
     assert code == 1 and values["generate"][0]["status"] == "ok"
     assert values["sections"][1]["reason"] == "TypeError: a mistake"
+    assert [r["section"] for r in values["sections"]] == SECTIONS
     monkeypatch.setattr(operators.OperatorBenchmark, "run", raising(DeviceLost("illegal access")))
     code, values = measured(plan, tmp_path / "b.json")
     assert code == 1 and "generate" not in values and values["complete"] is False
@@ -263,8 +303,8 @@ def test_the_timer_ends_a_process_that_hangs(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True,
                           text=True, timeout=100)  # fmt: skip
-    assert done.returncode == 1 and "did not end in 0 s" in done.stdout
-    assert json.loads(path.read_text())["sections"][0]["status"] == "failed"
+    assert done.returncode == gpu.LATE and "LATE run: did not end in 0 s" in done.stdout
+    assert json.loads(path.read_text())["sections"][0]["status"] == "late"
 
 
 def test_numbers_that_json_lacks_become_text(tmp_path: Path) -> None:
@@ -391,3 +431,219 @@ def test_a_model_that_cannot_be_made_fails_and_the_next_is_measured(
     assert code == 1
     assert values["forwards"][0]["reason"] == "RuntimeError: too shallow"
     assert {r["model"] for r in values["generate"]} == {"tiny"}
+
+
+def test_a_missing_device_property_does_not_end_the_run(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: Any) -> Any:
+        raise AttributeError("no attribute L2_cache_size")
+
+    monkeypatch.setattr(gpu, "describe_environment", missing)
+    monkeypatch.setattr(gpu, "gpu_state", missing)
+    code, values = measured(replace(plan, configs={}), tmp_path / "gpu.json")
+    assert code == 0 and values["complete"] is True
+    assert all(r["status"] == "ok" for r in values["operators"])
+    lost = [r for r in values["sections"] if r["status"] == "skipped"]
+    assert [r["section"] for r in lost] == [
+        "environment",
+        "state: start",
+        "state: warm",
+        "state: end",
+    ]
+    assert {r["reason"] for r in lost} == {"no attribute L2_cache_size"}
+    assert format_table(values)
+
+
+def test_the_environment_of_a_gpu_whose_torch_tells_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    few = SimpleNamespace(name="G", total_memory=3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: few)
+    commands: list[list[str]] = []
+
+    def answer(command: list[str], **_: Any) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(stdout="570.1\n")
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    monkeypatch.setattr(gpu_environment, "describe_hardware", dict)
+    monkeypatch.setattr(gpu_environment, "_implementations", dict)
+    found = gpu_environment.describe_environment(torch.device("cuda"))
+    assert (found["gpu"], found["compute_capability"], found["driver"]) == ("G", "9.0", "570.1")
+    assert (found["memory_gib"], found["l2_mib"], found["multiprocessors"]) == (3.0, None, None)
+    assert not any(part.startswith("--id") for part in commands[0])
+
+
+def test_other_packages_attention_runs_last_and_may_lose_the_device(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def found(name: str, run: Any) -> Any:
+        def find() -> Any:
+            order.append(name)
+            return run
+
+        return find
+
+    def wild(*_: Any) -> Any:
+        raise DeviceLost("the device failed in wild: an illegal memory access")
+
+    def others(case: Any, device: torch.device) -> dict[str, Any]:
+        if case.operator != "attention":
+            return {}
+        return {"right": found("right", case.plain), "wild": found("wild", wild)}
+
+    models = gpu_models.ModelBenchmark.run
+    monkeypatch.setattr(operators, "third_party", others)
+    monkeypatch.setattr(operators, "opponents", lambda case, device: {})
+    monkeypatch.setattr(
+        gpu_models.ModelBenchmark, "run", lambda *a: order.append("models") or models(*a)
+    )
+    code, values = measured(replace(plan, opposed=True), tmp_path / "gpu.json")
+    assert order == ["models", "right", "wild"]
+    assert code == 0 and values["complete"] is True and values["generate"][0]["status"] == "ok"
+    lost = values["operators"][-1]
+    assert lost["status"] == "skipped" and "illegal memory access" in lost["reason"]
+    monkeypatch.setattr(
+        operators, "third_party",
+        lambda case, device: {k: v for k, v in others(case, device).items() if k == "right"},
+    )  # fmt: skip
+    code, values = measured(replace(plan, opposed=True, configs={}), tmp_path / "gpu.json")
+    (row,) = (r for r in values["operators"] if r.get("opponent"))
+    assert row["impl"] == "right" and row["ms"]["median"] > 0
+    assert set(row["speedup_over"]) == {"reference"}
+    ours = [r for r in values["operators"] if not r.get("opponent")]
+    assert len(ours) == len(plan.cases)  # not recorded a second time
+
+
+def test_backends_of_other_packages_are_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("auto", "eager", "compile", "lean", "onnxruntime", "theirs")
+    monkeypatch.setattr(gpu_contenders, "known_backends", lambda: names)
+    found = gpu_contenders.cuda_contenders()
+    assert found[: len(gpu_contenders.CUDA_CONTENDERS)] == gpu_contenders.CUDA_CONTENDERS
+    added = found[len(gpu_contenders.CUDA_CONTENDERS) :]
+    assert [(c.name, c.backend, c.late) for c in added] == [
+        ("onnxruntime bf16", "onnxruntime", True), ("theirs bf16", "theirs", True)]  # fmt: skip
+    assert all(c.generates and c.meets(2, 2) and not c.meets(64, 2) for c in added)
+    peers = {c.backend for c in found if c.factory is not None}
+    assert peers == {"diffusers", "max-autotune"}
+
+
+def test_diffusers_is_a_contender_in_its_own_numerics(plan: Plan, tmp_path: Path) -> None:
+    (theirs,) = (c for c in gpu_contenders.CUDA_CONTENDERS if c.backend == "diffusers")
+    plan = replace(plan, contenders=(EAGER, theirs), cases=[], batches=(2,))
+    code, values = measured(plan, tmp_path / "gpu.json")
+    row = {r["contender"]: r for r in values["forwards"]}["diffusers bf16"]
+    assert code == 0
+    if find_spec("diffusers") is None:
+        assert row["status"] == "skipped" and "diffusers" in row["reason"]
+        return
+    assert row["status"] == "ok" and row["ms"]["median"] > 0
+    assert 0 < row["error"] <= 4 * row["eager_bf16_error"]
+    wrong = replace(theirs, numerics="official")  # another function: named, and not timed
+    code, values = measured(replace(plan, contenders=(EAGER, wrong)), tmp_path / "gpu.json")
+    row = {r["contender"]: r for r in values["forwards"]}["diffusers bf16"]
+    assert code == 0 and row["status"] == "skipped" and "ms" not in row
+    assert row["reason"].startswith("peer: error")
+
+
+def test_the_autotuned_peer_is_compiled_in_that_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def compiled(function: Any, **options: Any) -> Any:
+        asked.append(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    model = tiny_dit()
+    backend = gpu_peers.MaxAutotuneBackend(model, "fp32", CPU)
+    assert asked == [{"fullgraph": True, "dynamic": False, "mode": "max-autotune"}]
+    labels, timesteps, x = torch.tensor([1, 2]), torch.tensor([999, 3]), torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        expected = model(x, timesteps[1].expand(2), labels)
+        assert torch.equal(backend.prepare(labels, timesteps)(x, 1), expected)
+
+
+def decoded(plan: Plan, seconds: float = 300.0) -> dict[tuple[str, int], dict[str, Any]]:
+    report = Report(None)
+    benchmark = gpu_vae.DecodeBenchmark(
+        report, CPU, Budget(seconds), plan.vae, plan.decoded_side, (1, 2), rounds=2
+    )
+    with torch.inference_mode():
+        benchmark.run()
+    return {(r["contender"], r["batch"]): r for r in report.values["decode"]}
+
+
+def test_decoders(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_vae, "_compiled", gpu_vae._eager)  # the compiler has its own tests
+    rows = decoded(plan)
+    assert len(rows) == 8 and {r["status"] for r in rows.values()} == {"ok"}
+    for batch in (1, 2):
+        eager = rows["eager bf16", batch]
+        assert eager["speedup_over_eager"] == 1 and eager["pixels"] == 8
+        lean = rows["lean bf16", batch]
+        assert 0 < lean["error"] <= 2 * eager["error"] and lean["ms"]["median"] > 0
+        exact = rows["lean fp32", batch]
+        assert 0 < exact["error"] < 1e-5 and "ms" not in exact
+    assert "decode 8 px, batch 2: eager bf16" in format_table({"decode": list(rows.values())})
+    assert {r["reason"] for r in decoded(plan, 0).values()} == {"time budget"}
+
+
+def test_a_wrong_decoder_fails_and_is_not_timed(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = gpu_vae.LeanDecoder.__call__
+    monkeypatch.setattr(gpu_vae.LeanDecoder, "__call__", lambda self, z: 1.05 * right(self, z))
+    monkeypatch.setattr(gpu_vae, "_compiled", lambda vae: 1 / 0)
+    rows = decoded(plan)
+    for batch in (1, 2):
+        assert rows["eager bf16", batch]["status"] == "ok"
+        for name in ("lean bf16", "lean fp32"):
+            row = rows[name, batch]
+            assert row["status"] == "failed" and "ms" not in row
+            assert row["error"] == pytest.approx(0.05, abs=0.03)
+        assert rows["compile bf16", batch]["reason"] == "ZeroDivisionError: division by zero"
+
+
+def test_wrong_pixels_fail(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = Engine.generate
+
+    def tinted(self: Engine, *labels: Any, **options: Any) -> Any:
+        made = generate(self, *labels, **options)
+        wrong = options["output"] == "np" and options["backend"] == "lean"
+        return replace(made, images=made.images // 2) if wrong else made
+
+    monkeypatch.setattr(Engine, "generate", tinted)
+    code, values = measured(replace(plan, contenders=(EAGER, LEAN), cases=[]), tmp_path / "a.json")
+    rows = {r["contender"]: r for r in values["pixels"]}
+    assert code == 1 and rows["eager bf16"]["status"] == "ok"
+    assert rows["lean bf16"]["reason"].startswith("pixels' rms error")
+    assert "images_per_s" not in rows["lean bf16"]
+
+
+@pytest.mark.parametrize("state", ["failed", "ok"])
+def test_the_timer_ends_a_process_whose_report_is_held(tmp_path: Path, state: str) -> None:
+    """Even in the middle of a write; a failed check keeps its exit code."""
+    script = (
+        "import sys, time; from dit_bench import gpu; from dit_bench.gpu_report import Report\n"
+        "gpu.LAST_WORDS_SECONDS = 0.2; report = Report(None)\n"
+        f"report.record('operators', {{'status': {state!r}, 'reason': 'r'}})\n"
+        "gpu.stop_late(report, 0.2); report._lock.acquire(); time.sleep(120)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=100)
+    assert done.returncode == (1 if state == "failed" else gpu.LATE)
+
+
+def test_threads_may_record_and_read_at_once(tmp_path: Path) -> None:
+    report = Report(tmp_path / "r.json")
+    with ThreadPoolExecutor(8) as pool:
+        for i in range(80):
+            pool.submit(report.record, f"section {i % 20}", {"status": "ok", "i": i})
+            pool.submit(report.snapshot)
+    values = json.loads((tmp_path / "r.json").read_text())
+    assert sorted(r["i"] for k, rows in values.items() if k != "complete" for r in rows) == [
+        *range(80)
+    ]

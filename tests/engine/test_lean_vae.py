@@ -11,6 +11,7 @@ from numerics import assert_close_to_reference
 from tiny import tiny_vae
 from torch import Tensor
 
+from dit_engine import lean_vae
 from dit_engine.lean_vae import LeanDecoder
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
@@ -172,6 +173,20 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     vae = random_vae(BUILTIN)
     check_both_precisions(vae, latents(vae, 2, 5, 7))
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_norm_takes_any_memory_format(over: bool) -> None:
+    """cuDNN may answer a channels-last convolution in contiguous memory."""
+    layer = random_vae(BUILTIN).decoder.conv_norm_out
+    norm = lean_vae._Norm(layer, torch.device("cpu"))
+    x = torch.randn(2, 32, 5, 7, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = torch.nn.functional.silu(layer(x))
+        result = (norm.over if over else norm)(x)
+        assert_close_to_reference(result, expected, tolerance=1e-5)
+        last = x.contiguous(memory_format=torch.channels_last)
+        assert (norm.over(last) is last) and torch.equal(last, result)  # no copy of it
 
 
 def test_nan_stays_in_its_image() -> None:

@@ -1,5 +1,7 @@
 """``attention`` with keys and values fetched by tensor descriptors (TMA): Hopper and later.
 
+It runs where it is asked for by name: ``dit_kernels.attention(qkv, heads, impl="triton-tma")``.
+
 The descriptor sees qkv as (N, T, 3·H, d), so the hardware fills with zeros both the tokens past T
 and the columns past d: no head reads its neighbour's numbers.
 """
@@ -13,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_kernels.choose import Unavailable
 from dit_kernels.triton.attention import (
     attention_tiles,
     device_facts,
@@ -21,8 +24,6 @@ from dit_kernels.triton.attention import (
     store_part,
 )
 from dit_kernels.triton.launch import launch, split
-
-OLDEST_MAJOR = 9
 
 
 @triton.jit
@@ -84,8 +85,6 @@ def why_not(qkv: Tensor) -> str | None:
         return f"dtype {qkv.dtype}: torch.bfloat16 and torch.float16 are supported"
     if qkv.data_ptr() % 16:
         return "qkv does not start at a multiple of 16 bytes"
-    if device_facts(qkv.device)[0] < OLDEST_MAJOR:
-        return f"compute capability {device_facts(qkv.device)[0]}.x: 9.0 is the oldest with TMA"
     return None
 
 
@@ -93,12 +92,13 @@ def attention_tma(qkv: Tensor, num_heads: int, *, out: Tensor | None = None) -> 
     """qkv (N, T, 3·H·d) contiguous, d a multiple of 8 up to 128 → (N, T, H·d).
 
     Raises:
-        ValueError: float32, a misaligned qkv, or a GPU without TMA.
+        Unavailable: float32, or a misaligned qkv. (`dit_kernels.choose` asks whether the GPU has
+            TMA.)
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     if (reason := why_not(qkv)) is not None:
-        raise ValueError(f"attention_tma: {reason}")
+        raise Unavailable(f"impl 'triton-tma': {reason}")
     n, tokens, packed = qkv.shape
     width = packed // 3
     if out is None:

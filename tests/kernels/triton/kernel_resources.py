@@ -24,6 +24,7 @@ from torch import Tensor
 TABLE = Path(__file__).with_name("resources.json")
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 PROCESSORS = 132
+ROW_KERNELS = ("layernorm_modulate", "gate_residual_layernorm_modulate", "gate_residual")
 TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -60,9 +61,9 @@ def cases() -> list[Case]:
     """What is compiled.
 
     Attention: every architecture, head dimension and 16-bit dtype, as the code differs in each.
-    Row kernels: every published width and both dtypes on 9.0; elsewhere the widest and the
-    narrowest in bfloat16, since the compiler sees the same program: no tensor cores, the same tile
-    sizes, and only the conversion instructions differ between the dtypes.
+    Row kernels: on every architecture every published width, and both dtypes (bfloat16 at the
+    narrowest and the widest, float16 between them: only the conversion instructions differ); on
+    9.0 the norms' every width in every dtype. The others: both dtypes on every architecture.
     """
     half, brain, full = torch.float16, torch.bfloat16, torch.float32
     found: list[Case] = []
@@ -73,18 +74,20 @@ def cases() -> list[Case]:
                 # 16 images fill a GPU with tiles of 128 queries, 2 images take those of 64.
                 found += [Case(variant, sm, t, (16, 256, 16, d)) for t in (brain, half)]
                 found += [Case(variant, sm, brain, (2, 256, 16, d))]
-        for width in (384, 1152):
-            found += [
-                Case(operator, sm, brain, (2, 256, width))
-                for operator in ("layernorm_modulate", "gate_residual_layernorm_modulate")
-            ]
-        found.append(Case("gate_residual", sm, brain, (2, 256, 1152)))
-        for codes in [torch.int8] + [torch.float8_e4m3fn] * (sm >= 89):
-            found.append(Case("layernorm_modulate_quantize", sm, brain, (2, 256, 1152), codes))
+        for width, t in ((384, brain), (768, half), (1024, half), (1152, brain)):
+            x = (2, 256, width)
+            found += [Case(operator, sm, t, x) for operator in ROW_KERNELS]
+            found.append(Case("layernorm_modulate_quantize", sm, t, x, torch.int8))
+            found.append(Case("quantize_rows", sm, t, (2, 256, 4 * width), torch.int8))
+        if sm >= 89:
+            codes = torch.float8_e4m3fn
+            for width, t in ((768, half), (1152, brain)):
+                found.append(Case("layernorm_modulate_quantize", sm, t, (2, 256, width), codes))
             found.append(Case("quantize_rows", sm, brain, (2, 256, 4608), codes))
-        found.append(Case("groupnorm_silu", sm, brain, (1, 512, 64)))
-        found.append(Case("guided_step", sm, brain, (2, 32)))
-        found.append(Case("gelu", sm, brain, (2, 256, 4608)))
+        for t in (brain, half):
+            found.append(Case("groupnorm_silu", sm, t, (1, 512, 64)))
+            found.append(Case("guided_step", sm, t, (2, 32)))
+            found.append(Case("gelu", sm, t, (2, 256, 4608)))
     for sm in (80, 90):  # ragged tokens, a small model's, and exact float32
         found.append(Case("attention", sm, brain, (16, 1001, 16, 72)))
         found.append(Case("attention", sm, brain, (2, 16, 4, 32)))

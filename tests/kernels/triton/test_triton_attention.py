@@ -87,12 +87,17 @@ def test_nothing_to_do_and_given_buffer(variant):
 
 
 @interpreted
-def test_what_the_descriptor_variant_refuses():
-    run = launcher("attention_tma")
-    with pytest.raises(ValueError, match=r"dtype torch\.float32"):
-        run(torch.zeros(1, 16, 192), 1)
-    with pytest.raises(ValueError, match="multiple of 16 bytes"):
-        run(torch.zeros(16 * 192 + 1, dtype=torch.float16)[1:].view(1, 16, 192), 1)
+def test_the_descriptor_variant_by_its_public_name():
+    import dit_kernels
+
+    qkv = random(2, 37, 3 * 144, dtype=torch.bfloat16)
+    found = dit_kernels.attention(qkv, 2, impl="triton-tma")
+    assert torch.equal(found, launcher("attention_tma")(qkv, 2))
+    with pytest.raises(dit_kernels.Unavailable, match=r"^impl 'triton-tma': dtype torch\.float32"):
+        dit_kernels.attention(torch.zeros(1, 16, 192), 1, impl="triton-tma")
+    misaligned = torch.zeros(16 * 192 + 1, dtype=torch.float16)[1:].view(1, 16, 192)
+    with pytest.raises(dit_kernels.Unavailable, match=r"'triton-tma': .* multiple of 16 bytes"):
+        dit_kernels.attention(misaligned, 1, impl="triton-tma")
 
 
 @interpreted

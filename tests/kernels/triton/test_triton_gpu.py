@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from numerics import exact_float32
 from operator_checks import check, launcher, random
 from torch import Tensor
 
@@ -18,8 +19,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
-def _exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def _exact_products() -> Iterator[None]:
+    with exact_float32():
+        yield
 
 
 def _modulation_case(dtype: torch.dtype, width: int = 1152, tokens: int = 256) -> list[Tensor]:

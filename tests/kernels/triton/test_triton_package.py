@@ -10,7 +10,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from dit_kernels import triton
+import dit_kernels
+from dit_kernels import choose, triton
 from dit_kernels.triton import launch
 
 
@@ -57,6 +58,43 @@ def test_capability(capability, usable):
         if usable
         else reason == "compute capability 7.5: 8.0 is the oldest supported"
     )
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_the_descriptor_variant_needs_hopper(capability):
+    device = torch.device("cuda")
+    with (
+        patch("torch.cuda.is_available", return_value=True),
+        patch("torch.cuda.get_device_capability", return_value=capability),
+    ):
+        reason = choose.why_not("triton-tma", "attention", device)
+        assert choose.why_not("triton", "attention", device) is None
+    refused = f"compute capability {capability[0]}.{capability[1]}: 9.0 is the oldest with TMA"
+    assert reason == (None if capability >= (9, 0) else refused)
+
+
+def test_the_descriptor_variant_is_attentions_alone_and_refused_on_the_cpu():
+    x = torch.zeros(1, 4, 48)
+    with pytest.raises(dit_kernels.Unavailable, match=r"^impl 'triton-tma': .*(CUDA|triton) "):
+        dit_kernels.attention(torch.zeros(1, 4, 48, dtype=torch.float16), 2, impl="triton-tma")
+    refusal = "^impl 'triton-tma': gate_residual has no triton-tma implementation$"
+    with pytest.raises(dit_kernels.Unavailable, match=refusal):
+        dit_kernels.gate_residual(x, x, torch.zeros(1, 48), impl="triton-tma")
+
+
+@pytest.mark.usefixtures("installed")
+def test_auto_never_takes_a_variant():
+    named = []
+    with (
+        patch("torch.cuda.is_available", return_value=True),
+        patch("torch.cuda.get_device_capability", return_value=(9, 0)),
+        patch.object(choose, "import_module", lambda name: named.append(name) or SimpleNamespace(
+            attention=None, attention_tma=None)),
+    ):  # fmt: skip
+        for impl in ("auto", "triton", "triton-tma"):
+            choose.implementation("attention", impl, torch.device("cuda"))
+    assert [name.rpartition(".")[2] for name in named] == ["attention"] * 2 + ["attention_tma"]
 
 
 @pytest.mark.usefixtures("installed")

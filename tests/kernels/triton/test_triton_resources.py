@@ -52,3 +52,21 @@ def test_resources(index: int):
 
 def test_the_table_holds_these_cases_and_no_others():
     assert list(_table()["cases"]) == [case.name for case in CASES]
+
+
+def test_every_kernel_is_compiled_for_every_gpu_in_both_half_precisions_and_widths():
+    types: dict[tuple[str, int], set[str]] = {}
+    widths: dict[tuple[str, int], set[int]] = {}
+    for case in CASES:
+        key = case.operator, case.capability
+        types.setdefault(key, set()).add(kernel_resources.TYPES[case.dtype])
+        if case.operator not in ("attention", "attention_tma", "groupnorm_silu", "guided_step"):
+            widths.setdefault(key, set()).add(case.sizes[-1])
+    operators = set(kernel_resources.ARGUMENTS)
+    for sm in kernel_resources.CAPABILITIES:
+        here = operators - ({"attention_tma"} if sm < 90 else set())
+        assert all({"bf16", "fp16"} <= types[operator, sm] for operator in here)
+        for operator in here & {key[0] for key in widths} - {"gelu"}:  # gelu sees no rows
+            wide = 4 if operator == "quantize_rows" else 1
+            published = {wide * width for width in (384, 768, 1024, 1152)}
+            assert published <= widths[operator, sm], (operator, sm)

@@ -1,0 +1,349 @@
+"""Graphs of sampler steps with torch.cuda's streams, events and graphs played on the CPU."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_dit, tiny_engine
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dit_engine.backends import cuda_graphs
+from dit_engine.backends.cuda_graphs import GRAPH_LIMIT, StepGraph, StepGraphs
+from dit_engine.backends.lean import FusedLeanDenoiser, LeanBackend
+from dit_engine.fused_sampling import step_coefficients
+from dit_engine.schedule import make_schedule
+from dit_kernels import choose, native_product
+
+CPU = torch.device("cpu")
+
+
+class Stream:
+    def __init__(self, device: object = None) -> None:
+        self.waited: list[object] = []
+
+    def wait_event(self, event: Event) -> None:
+        log(("wait", self))
+        self.waited.append(event.recorded)
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waited.append(other)
+
+
+class Event:
+    def __init__(self) -> None:
+        self.recorded: Stream | None = None
+        self.synchronised = 0
+
+    def record(self, stream: Stream) -> None:
+        log(("record", stream))
+        self.recorded = stream
+
+    def synchronize(self) -> None:
+        self.synchronised += 1
+
+
+class Recording(TorchDispatchMode):
+    """Every operation on tensors, to be done again on the same memory."""
+
+    def __init__(self, into: list[Any]) -> None:
+        super().__init__()
+        self.into = into
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.into.append((func, args, kwargs or {}, result))
+        return result
+
+
+class CUDAGraph:
+    """Replays what was computed while it was captured, into the memory where it was."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.own_pool: Any = None
+
+    def pool(self) -> Any:
+        return self.own_pool
+
+    def replay(self) -> None:
+        log(("replay", self))
+        time.sleep(0.002)  # so that another thread would come in between
+        for func, args, kwargs, before in self.calls:
+            after = func(*args, **kwargs)
+            for old, new in zip(_tensors(before), _tensors(after), strict=True):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Capture:
+    """torch.cuda.graph."""
+
+    underway = threading.Lock()
+    begun: list[dict[str, Any]] = []  # noqa: RUF012
+
+    def __init__(self, graph: CUDAGraph, **options: Any) -> None:
+        self.graph, self.mode = graph, Recording(graph.calls)
+        self.begun.append(options)
+        graph.own_pool = options["pool"] or ("pool of", id(graph))
+
+    def __enter__(self) -> None:
+        assert self.underway.acquire(blocking=False), "two captures at once"
+        time.sleep(0.01)
+        self.mode.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.mode.__exit__(*error)
+        self.underway.release()
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [t for t in result or () if t is not None]
+
+
+_log: list[Any] = []
+log = _log.append
+_local = threading.local()
+
+
+def current_stream(device: object = None) -> Stream:
+    """A thread's own."""
+    if not hasattr(_local, "stream"):
+        _local.stream = Stream()
+    return _local.stream
+
+
+@pytest.fixture(autouse=True)
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Everything of torch.cuda that graphs use; operators that a dispatch mode sees."""
+    monkeypatch.setattr(choose, "SLOWER", {"native": choose.NATIVE, "triton": choose.TRITON})
+    monkeypatch.setattr(native_product, "why_not", lambda *_: "no dispatch mode sees it")
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    for name, stand_in in (
+        ("Stream", Stream),
+        ("Event", Event),
+        ("CUDAGraph", CUDAGraph),
+        ("graph", Capture),
+        ("stream", lambda stream: nullcontext()),
+        ("current_stream", current_stream),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    Capture.begun.clear()
+    _log.clear()
+    yield _log
+    _log.clear()
+
+
+class Steps:
+    """A tiny model's backend twice, with and without graphs, and steps of two to compare."""
+
+    def __init__(self) -> None:
+        self.plain, self.graphed = (LeanBackend(tiny_dit(), "fp32", CPU) for _ in range(2))
+        self.graphed.graphs = StepGraphs(self.graphed.transformer)
+        schedule = make_schedule(4, "official")
+        self.timesteps = torch.tensor(schedule.timesteps)
+        self.coefficients = step_coefficients("ddpm", schedule, learned=True)
+
+    def fused(self, backend: LeanBackend, n: int, seed: int = 0) -> FusedLeanDenoiser:
+        labels = torch.arange(seed, seed + n) % 10
+        labels = torch.cat([labels, torch.full_like(labels, 10)])
+        scales = torch.linspace(1, 4, n) if n > 1 else torch.tensor([4.0])
+        return backend.prepare(labels, self.timesteps).fuse(self.coefficients, scales, 3)
+
+    def inputs(self, n: int, seed: int = 0) -> Tensor:
+        draw = torch.Generator().manual_seed(seed)
+        return torch.randn(3, n, 4, 8, 8, generator=draw)  # z, x0 before, noise
+
+    @torch.inference_mode()
+    def pair(self, n: int, step: int = 1, guide: bool = True, seed: int = 0) -> list[Any]:
+        """(z′, x0) of the graph and of the plain step."""
+        return [
+            self.fused(backend, n, seed).guided_step(*self.inputs(n, seed), step, guide)
+            for backend in (self.graphed, self.plain)
+        ]
+
+
+@pytest.fixture
+def steps() -> Steps:
+    return Steps()
+
+
+def same(pair: list[Any]) -> None:
+    for actual, expected in zip(*pair, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_replay_computes_the_step_of_its_inputs(steps: Steps) -> None:
+    for n, guide in ((1, True), (2, True), (2, False)):
+        for step, seed in ((0, 0), (3, 1), (1, 2)):  # other steps, noise, labels, latents
+            same(steps.pair(n, step, guide, seed))
+    assert len(Capture.begun) == 3  # an image number and guidance each
+
+
+def test_results_are_the_callers_own_and_arguments_stay(steps: Steps) -> None:
+    fused = steps.fused(steps.graphed, 2)
+    z, before, noise = steps.inputs(2)
+    kept = steps.inputs(2)
+    first = fused.guided_step(z, before, noise, 0, True)
+    copies = [t.clone() for t in first]
+    second = fused.guided_step(*first, noise, 1, True)
+    graph = steps.graphed.graphs.of(2, True, 3)
+    for tensor, copy in zip(first, copies, strict=True):
+        assert torch.equal(tensor, copy)  # not overwritten by the second replay
+    assert torch.equal(torch.stack([z, before, noise]), kept)
+    for result in (*first, *second):
+        assert all(result.data_ptr() != own.data_ptr() for own in (*graph.results, graph.z))
+
+
+def test_keys(steps: Steps) -> None:
+    graphs = steps.graphed.graphs
+    one = graphs.of(1, True, 3)
+    assert graphs.of(1, True, 3) is one
+    others = [graphs.of(1, False, 3), graphs.of(1, True, 4), graphs.of(2, True, 3)]
+    assert len({id(g) for g in (one, *others)}) == 4
+    assert [g.rows for g in (one, *others)] == [2, 1, 2, 4]
+    assert [g.channels for g in (one, *others)] == [3, 3, 4, 3]
+
+
+def test_the_graph_unused_for_longest_is_dropped(steps: Steps) -> None:
+    graphs = steps.graphed.graphs
+    kept = graphs.of(1, False, 3)
+    for n in range(2, GRAPH_LIMIT + 1):
+        graphs.of(n, False, 3)
+    graphs.of(1, False, 3)
+    done = graphs._turns.done
+    assert done.synchronised == 0
+    graphs.of(GRAPH_LIMIT + 1, False, 3)
+    assert list(graphs._graphs) == [(n, False, 3) for n in (*range(3, GRAPH_LIMIT + 1), 1, 9)]
+    assert done.synchronised == 1  # its last replay had ended before its memory went
+    assert graphs.of(1, False, 3) is kept
+    same(steps.pair(2, guide=False))  # captured again
+    assert len(Capture.begun) == GRAPH_LIMIT + 2
+
+
+def test_a_failed_capture_leaves_the_others(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    same(steps.pair(1))
+    with monkeypatch.context() as patched:
+        patched.setattr(StepGraph, "_step", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            steps.graphed.graphs.of(2, True, 3)
+    assert list(steps.graphed.graphs._graphs) == [(1, True, 3)]
+    current = current_stream()
+    assert current.waited[-1] is steps.graphed.graphs._turns.capture_stream
+    same(steps.pair(2))
+    same(steps.pair(1, step=2))
+
+
+def test_how_a_capture_is_begun(steps: Steps) -> None:
+    graphs = steps.graphed.graphs
+    first, second = graphs.of(1, True, 3), graphs.of(2, True, 3)
+    assert {options["capture_error_mode"] for options in Capture.begun} == {"thread_local"}
+    streams = {id(options["stream"]) for options in Capture.begun}
+    assert streams == {id(graphs._turns.capture_stream)}
+    assert [options["pool"] for options in Capture.begun] == [None, first.graph.pool()]
+    assert second.graph.pool() == first.graph.pool()
+    other = StepGraphs(steps.graphed.transformer).of(1, True, 3)
+    assert other.graph.pool() != first.graph.pool()
+
+
+def test_one_memory_pool_outlives_every_graph_that_began_it(steps: Steps) -> None:
+    graphs = steps.graphed.graphs
+    pool = graphs.of(1, False, 3).graph.pool()
+    for n in range(2, 2 * GRAPH_LIMIT):
+        assert graphs.of(n, False, 3).graph.pool() == pool
+
+
+def test_copies_wait_for_the_replay_before_and_results_are_taken_before_the_next(
+    steps: Steps, cuda: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused, z = steps.fused(steps.graphed, 2), steps.inputs(2)
+    graph = steps.graphed.graphs.of(2, True, 3)
+    cuda.clear()
+    seen: list[Tensor] = []
+
+    def wait(self: Stream, event: Event) -> None:
+        seen.append(graph.z.clone())
+        cuda.append(("wait", self))
+
+    monkeypatch.setattr(Stream, "wait_event", wait)
+    fused.guided_step(*z, 0, True)
+    other = steps.inputs(2, seed=5)
+    with ThreadPoolExecutor(1) as elsewhere:
+        elsewhere.submit(fused.guided_step, *other, 0, True).result()
+    assert [name for name, _ in cuda] == ["wait", "replay", "record"] * 2
+    streams = [item for name, item in cuda if name != "replay"]
+    here, there = current_stream(), streams[2]
+    assert streams[:2] == [here, here] and streams[2:] == [there, there] and here is not there
+    assert torch.equal(seen[1], z[0])  # the other's latents had not been copied yet
+    assert torch.equal(graph.z, other[0])
+
+
+def test_a_capture_takes_a_turn_among_the_replays(steps: Steps, cuda: list[Any]) -> None:
+    graphs = steps.graphed.graphs
+    graphs.of(1, True, 3)
+    here, inner = current_stream(), graphs._turns.capture_stream
+    assert cuda == [("wait", here), ("record", here)]
+    assert inner.waited == [here] and here.waited[-1] is inner
+
+
+@pytest.mark.parametrize("own_engines", [False, True])
+def test_threads(steps: Steps, own_engines: bool) -> None:
+    """Captures and replays of several threads at once, of one backend or of one each."""
+    many = [Steps() for _ in range(4)] if own_engines else [steps] * 4
+    with torch.inference_mode():
+        expected = {
+            (n, seed): steps.fused(steps.plain, n, seed).guided_step(
+                *steps.inputs(n, seed), 1, True
+            )
+            for n in (1, 2)
+            for seed in range(4)
+        }
+    start = threading.Barrier(4)
+
+    def work(seed: int) -> list[Any]:
+        start.wait(timeout=60)
+        chosen, found = many[seed], []
+        for n in (1, 2) * 5:
+            fused, inputs = chosen.fused(chosen.graphed, n, seed), chosen.inputs(n, seed)
+            found.append((n, fused.guided_step(*inputs, 1, True)))
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        for seed, results in enumerate(pool.map(work, range(4))):
+            for n, result in results:
+                same([result, expected[n, seed]])
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_generate_through_graphs(steps: Steps, sampler: str) -> None:
+    engine = tiny_engine(vae=False)
+    settings: dict[str, Any] = {
+        "steps": 4, "sampler": sampler, "guidance_scale": [4.0, 1.0, 2.5], "seed": 3,
+        "guidance_interval": (0.5, 5.0), "output": "latent",
+    }  # fmt: skip
+    expected = engine.generate([0, 1, 2], backend="eager", **settings).images
+    engine._backends["lean", "fp32"] = steps.graphed
+    found = engine.generate([0, 1, 2], backend="lean", **settings).images
+    assert len(Capture.begun) == 2  # guided and unguided steps
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+def test_one_lock_for_all_captures_of_the_process() -> None:
+    assert cuda_graphs._CAPTURE.acquire(timeout=1)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(lambda: Steps().graphed.graphs.of(1, False, 3))
+            time.sleep(0.3)
+            assert not Capture.begun
+            cuda_graphs._CAPTURE.release()
+            assert waiting.result(timeout=60).rows == 1
+    finally:
+        if cuda_graphs._CAPTURE.locked():
+            cuda_graphs._CAPTURE.release()

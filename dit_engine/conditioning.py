@@ -8,12 +8,13 @@ the loop.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dit_engine.config import ModelConfig
 from dit_engine.model import Block, DiT, FinalLayer
 
 TABLE_BYTES = 256 * 2**20
@@ -21,6 +22,22 @@ TABLE_BYTES = 256 * 2**20
 GRAIN = 8
 """Steps in one product where labels go one by one. A product's bits may depend on its number of
 rows, so that this number must not depend on the other labels of a batch."""
+
+
+class Conditions(Protocol):
+    """What computes a `ModulationTable`: width numbers of ``dtype`` for a time step and a label."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    width: int
+
+    def embed(self, timesteps: Tensor) -> Tensor:
+        """Time steps (K,) → what `rows` takes of them, (K, …)."""
+        ...
+
+    def rows(self, t: Tensor, labels: Tensor, by_label: bool) -> Tensor:
+        """Modulations (K, L, width) of `embed`ded time steps × labels (L,)."""
+        ...
 
 
 class Conditioning:
@@ -81,7 +98,7 @@ class ModulationTable:
     """
 
     def __init__(
-        self, conditioning: Conditioning, labels: Tensor, timesteps: Tensor, by_label: bool
+        self, conditioning: Conditions, labels: Tensor, timesteps: Tensor, by_label: bool
     ) -> None:
         self.conditioning, self.by_label = conditioning, by_label
         self._t: Tensor | None = None  # (K, D), of all steps at once: rows of a product, too

@@ -151,8 +151,8 @@ def _onnxruntime(path: Path) -> tuple[Runner, str]:
 def _openvino(path: Path) -> tuple[Runner, str]:
     openvino = import_module("openvino")
     core = openvino.Core()
-    # By itself it would compute the float32 parts in bfloat16 too, among them the angles of the time
-    # embedding, up to 1000 radians.
+    # By itself it would compute the float32 parts in bfloat16 too, and among them the time
+    # embedding's angles of up to 1000 radians.
     compiled = core.compile_model(str(path), "CPU", {"EXECUTION_MODE_HINT": "ACCURACY"})
 
     def run(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:

@@ -17,13 +17,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from dit_engine.backends import Denoiser
-from dit_engine.conditioning import Conditioning, ModulationTable
+from dit_engine.conditioning import ModulationTable
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
 from dit_export.cuda_devices import CudaDevice, require_device
@@ -115,7 +114,7 @@ class EnginePair:
         self.conditioning = EngineConditioning(model, conditioner, device)
 
     def prepare(self, labels: Tensor, timesteps: Tensor) -> Denoiser:
-        conditioning, config = cast(Conditioning, self.conditioning), self.conditioning.config
+        conditioning, config = self.conditioning, self.conditioning.config
         table = ModulationTable(conditioning, labels, timesteps, by_label=False)
 
         def denoise(x: Tensor, step: int) -> Tensor:
@@ -128,18 +127,22 @@ class EnginePair:
 
 
 class EngineConditioning:
-    """`dit_engine.conditioning.Conditioning` by the conditioner's engine; rows are float32."""
+    """`dit_engine.conditioning.Conditions` by the conditioner's engine; rows are float32."""
 
     def __init__(self, model: DiT, pool: SessionPool, device: torch.device) -> None:
         self.config, self.pool, self.device = model.config, pool, device
         self.dtype = torch.float32
         self.width = modulation_width(model.config)
 
-    def rows(self, timesteps: Tensor, labels: Tensor, by_label: bool) -> Tensor:
-        """Modulations (K, L, width) of time steps (K,) × labels (L,)."""
+    def embed(self, timesteps: Tensor) -> Tensor:
+        """The time steps as they are: the engine embeds them."""
+        return timesteps
+
+    def rows(self, t: Tensor, labels: Tensor, by_label: bool) -> Tensor:
+        """Modulations (K, L, width) of time steps t (K,) × labels (L,)."""
         del by_label
-        k, n = len(timesteps), len(labels)
-        t = timesteps.to(self.device, torch.int64).repeat_interleave(n)  # (K·L,)
+        k, n = len(t), len(labels)
+        t = t.to(self.device, torch.int64).repeat_interleave(n)  # (K·L,)
         y = labels.to(self.device, torch.int64).repeat(k)
         profiles = self.pool.engine.file.key.profiles
         largest = max(profile.batch.largest for profile in profiles)

@@ -82,9 +82,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, rounds: int
     """TFLOP/s, or why this device has none."""
     try:
         product = matmul(device, dtype, size)
-        taken = interleave(
-            {"product": product}, rounds, device=device, warmup=2, seconds=_SECONDS
-        )
+        taken = interleave({"product": product}, rounds, device=device, warmup=2, seconds=_SECONDS)
     except (RuntimeError, NotImplementedError) as error:
         return str(error).strip().split("\n")[0][:200]
     return 2 * size**3 / taken.ms("product").median / 1e9
@@ -96,7 +94,8 @@ def matmul(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[], 
     b = torch.randn(size, size, device=device).to(dtype)
     if dtype == torch.int8:
         a, b = (torch.randint(-127, 128, (size, size), dtype=dtype, device=device) for _ in "ab")
-        return lambda: torch._int_mm(a, b)
+        product = torch._int_mm  # pyright: ignore[reportPrivateImportUsage]
+        return lambda: product(a, b)
     if dtype != FP8:
         out = torch.empty(size, size, dtype=dtype, device=device)
         return lambda: torch.mm(a, b, out=out)

@@ -34,7 +34,7 @@ def build_parser(about: str) -> argparse.ArgumentParser:
     parser = Parser("dit-bench", about)
     add = parser.add_argument
     add("--model", "--models", nargs="+", dest="models", metavar="MODEL",
-        help="published sizes (XL/2, random weights), 'builtin', files, directories, hub ids")  # fmt: skip
+        help="published sizes (XL/2: random weights), 'builtin', paths, hub ids")  # fmt: skip
     add("--backend", default="auto", help="auto, lean, eager, compile, trt, …")
     add("--precision", default="fp32", help="fp32, bf16, fp16, int8 or fp8")
     add("--peers", default="", help="in the same run: diffusers,compile,openvino,onnxruntime,unet; "

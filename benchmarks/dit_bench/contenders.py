@@ -143,16 +143,16 @@ class Cast:
         peers = [p for p in self.peers if p[0] not in LIBRARIES or p[0] in also]
         return [("subject", self.subject), *(("peer", pair) for pair in peers)]
 
-    def _own(
-        self, build: Callable[[], Function], rows: int, role: str, pair: Name
-    ) -> Contender:
+    def _own(self, build: Callable[[], Function], rows: int, role: str, pair: Name) -> Contender:
         """A contender that computes this network on so many rows."""
         name, precision = pair
         if role == "subject" and self.watch is not None:
             build = self.watch.around(build)
         weights = sum(p.numel() for p in self.networks.engine.model.parameters())
-        return Contender(f"{name} {precision}", role, precision, build,
-                         flops=self.flops * rows, weight_bytes=weights * _bytes(precision))  # fmt: skip
+        return Contender(
+            f"{name} {precision}", role, precision, build, flops=self.flops * rows,
+            weight_bytes=weights * _bytes(precision),
+        )  # fmt: skip
 
 
 def _bytes(precision: str) -> int:
@@ -175,6 +175,7 @@ def _unet(images: int, precision: str, device: torch.device) -> Contender:
 
         return Contender(f"{UNET} {precision}", "other network", precision, missing, checked=False)
     itemsize = torch.empty(0, dtype=dtype).element_size()
-    return Contender(f"{UNET} {precision}", "other network", precision, build, checked=False,
-                     flops=cost.flops * images, weight_bytes=cost.parameters * itemsize)  # fmt: skip
-
+    return Contender(
+        f"{UNET} {precision}", "other network", precision, build, checked=False,
+        flops=cost.flops * images, weight_bytes=cost.parameters * itemsize,
+    )  # fmt: skip

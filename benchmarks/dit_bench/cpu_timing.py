@@ -30,8 +30,8 @@ def interleave_visits(
     """Milliseconds of one call of each function, one sample a round.
 
     Each round visits the functions in another order. A visit calls until ``visit_ms`` have passed
-    and records the median, without the first call unless that fills the visit by itself. ``go_on`` is asked before
-    every round but the first, which is the last one where it says no.
+    and records the median, without the first call unless that fills the visit by itself. ``go_on``
+    is asked before every round but the first: none follows where it says no.
 
     Raises ValueError where ``rounds`` is below 1.
     """

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import Any
 
 import torch
 
-from dit_bench.cpu_report import instruction_sets
+from dit_bench.cpu_report import _version, instruction_sets
 from dit_bench.gpu_environment import describe_environment
 from dit_bench.hardware import describe_hardware
 
@@ -49,10 +48,5 @@ def versions() -> dict[str, str]:
     """Of this project and of the installed ones among `PACKAGES`."""
     from dit_engine._version import __version__
 
-    found = {"dit_engine": __version__}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {package: _version(package) for package in PACKAGES}
+    return {"dit_engine": __version__} | {k: v for k, v in found.items() if v is not None}

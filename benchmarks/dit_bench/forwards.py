@@ -183,4 +183,3 @@ def _no_noise(k: int) -> Tensor:
 
 def _ignore(k: int, z: Tensor) -> None:
     pass
-

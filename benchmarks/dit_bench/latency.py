@@ -70,9 +70,7 @@ class Timer:
 
     def run(self, task: Task) -> tuple[list[Row], Built]:
         """Build, check and time; a row for each contender, also for those that were left out."""
-        peers = [
-            Peer(c.name, c.precision if c.checked else None, c.build) for c in task.contenders
-        ]
+        peers = [Peer(c.name, c.precision if c.checked else None, c.build) for c in task.contenders]
         bf16_bound = {"fp16": max(4 * task.bf16_error, 1e-4), "fp8": FP8_BOUND}
         built = build_peers(
             peers, task.expected, task.bf16_error, self.progress.say, bounds=bf16_bound
@@ -80,7 +78,7 @@ class Timer:
         times = self._times(built, f"{task.model} {task.what}, {task.images}")
         subject = next((c.name for c in task.contenders if c.role == "subject"), None)
         rows = [self._row(task, contender, built, times) for contender in task.contenders]
-        if times is not None and subject in times.samples_ms:
+        if times is not None and subject is not None and subject in times.samples_ms:
             own = next(row for row in rows if row["name"] == subject)
             for row in rows:
                 if row["status"] == "ok" and row["name"] != subject:

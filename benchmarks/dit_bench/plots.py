@@ -56,8 +56,7 @@ def latency_figure(report: dict[str, Any]) -> Figure | None:
         series = [row for row in unet if row["name"] == name]
         xs = [row["gflops"] / 2 for row in series]
         _errorbar(axes, xs, series, name, len(names) + i, "ms", line=False, marker="*")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    _log(axes, "xy")
     axes.set_xlabel("multiply-adds of one forward, 10⁹ (the paper's Gflops)")
     axes.set_ylabel("one forward, ms (median, 5–95 %)")
     _legend(axes)
@@ -73,7 +72,10 @@ def throughput_figure(report: dict[str, Any]) -> Figure | None:
     what = {"step": "guided steps", "forward": "forwards"}[rows[0]["what"]]
     figure, axes = _figure("Throughput against batch")
     many = len({row["model"] for row in rows}) > 1
-    label: Callable[[Row], str] = lambda r: f"{r['model']} {r['name']}" if many else r["name"]  # noqa: E731
+
+    def label(row: Row) -> str:
+        return f"{row['model']} {row['name']}" if many else row["name"]
+
     for i, name in enumerate(dict.fromkeys(map(label, rows))):
         series = sorted((r for r in rows if label(r) == name), key=lambda r: r["images"])
         _errorbar(axes, [r["images"] for r in series], series, name, i, "images_s")
@@ -113,8 +115,7 @@ def roofline_figure(report: dict[str, Any]) -> Figure | None:
                   MARKERS[0], ms=8, mfc="none", mew=1.6, color=_colour(i),
                   label=f"{name} forward")  # fmt: skip
     _scatter_operators(left, multiplying, lambda r: (r["flops"] / r["bytes"], r["rate"]))
-    left.set_xscale("log")
-    left.set_yscale("log")
+    _log(left, "xy")
     left.set_xlabel("FLOPs a byte of least traffic (networks: of the weights)")
     left.set_ylabel("TFLOP/s")
     if moving:
@@ -123,8 +124,7 @@ def roofline_figure(report: dict[str, Any]) -> Figure | None:
         right.axhline(ceilings["copy_gb_s"], color="black", lw=1.2)
         right.annotate("large copy", (0.02, ceilings["copy_gb_s"]), fontsize=8, va="bottom",
                        xycoords=("axes fraction", "data"))  # fmt: skip
-        right.set_xscale("log")
-        right.set_yscale("log")
+        _log(right, "xy")
         right.set_xlabel("least traffic, MiB (small ones stay in the caches)")
         right.set_ylabel("GB/s")
         _legend(right)
@@ -150,7 +150,7 @@ def distance_figure(scaling: dict[str, Any]) -> Figure | None:
             axes.annotate(p["network"], (p["gmacs"], p["distance"]), fontsize=8,
                           textcoords="offset points", xytext=(6, 4))  # fmt: skip
     counts = sorted({point["n"] for point in points})
-    axes.set_xscale("log")
+    _log(axes, "x")
     axes.set_xlabel("multiply-adds of one forward, 10⁹ (the paper's Gflops)")
     axes.set_ylabel(f"{scaling['metric']}, N = {', '.join(map(str, counts))}")
     axes.margins(x=0.15)
@@ -251,6 +251,19 @@ def _operator_rows(report: dict[str, Any]) -> list[Row]:
     return [r for r in rows if r.get("status") == "ok" and "rate" in r and not r.get("opponent")]
 
 
+def _log(axes: Any, directions: str) -> None:
+    """Logarithmic axes with plain numbers at 1, 2 and 5 of each decade, or at 1 of many."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    for direction in directions:
+        axes.set(**{f"{direction}scale": "log"})
+        low, high = axes.get_xlim() if direction == "x" else axes.get_ylim()
+        axis = axes.xaxis if direction == "x" else axes.yaxis
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e3 else (1,)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
 def _legend(axes: Axes, below: bool = False) -> None:
     if below:
         axes.legend(fontsize=8, frameon=False, loc="lower right")
@@ -261,7 +274,8 @@ def _legend(axes: Axes, below: bool = False) -> None:
 def _subtitle(axes: Axes, report: dict[str, Any], more: str | None) -> None:
     hardware, settings = report["environment"]["hardware"], report["settings"]
     where = hardware.get("gpu") if settings["device"].startswith("cuda") else hardware["cpu"]
-    parts = [where, f"{settings['threads']} threads", more]
+    threads = settings["threads"]
+    parts = [where, f"{threads} thread{'s' * (threads > 1)}", more]
     axes.set_title(", ".join(part for part in parts if part), fontsize=9, loc="left")
 
 

@@ -12,6 +12,16 @@ _WHAT = {
     "image": "whole generation",
 }  # fmt: skip
 
+_CHECKED = (
+    "error: relative, against eager float32 on the same weights and inputs, before timing; a whole "
+    "generation is not checked, its step and its decoder are"
+)
+_NOISY = (
+    "noisy: p95 − p5 above {:.0%} of the median; set-up and first call (which compiles) are in no "
+    "other figure; n: samples, of which a short call's are medians of visits"
+)
+_WHOLE = "a whole generation: {steps} steps of {sampler}, guided, with the VAE where there is one"
+
 
 def report_tables(report: dict[str, Any]) -> list[Table]:
     """Everything that the report holds, in reading order."""
@@ -37,7 +47,9 @@ def machine_table(report: dict[str, Any]) -> Table:
             table.add(key, hardware[key])
     count = hardware.get("cpu_count")
     table.add("device", f"{settings['device']}, {settings['threads']} of {count} CPU threads")
-    table.add("versions", ", ".join(f"{k} {v}" for k, v in report["environment"]["versions"].items()))
+    table.add(
+        "versions", ", ".join(f"{k} {v}" for k, v in report["environment"]["versions"].items())
+    )
     table.add("instruction sets", " ".join(report["environment"]["instruction_sets"]) or "unknown")
     if (ceilings := report["ceilings"]) is not None:
         rates = [f"{k} {v:.3g}" for k, v in ceilings["matmul_tflop_s"].items()]
@@ -96,15 +108,7 @@ def latency_table(report: dict[str, Any]) -> Table:
             f"{row['setup_s']:.2f}", f"{row['first_call_s']:.2f}",
             _ratio(row), row.get("verdict") or ("noisy" if row["noisy"] else ""),
         )  # fmt: skip
-    table.notes += [
-        "error: relative, against eager float32 on the same weights and inputs, before timing; "
-        "a whole generation is not checked, its step and its decoder are",
-        f"noisy: p95 − p5 above {settings['noise_bound']:.0%} of the median; set-up and first call "
-        "(which compiles) are in no other figure; n: samples, of which a short call's are medians "
-        "of visits",
-        f"a whole generation: {settings['steps']} steps of {settings['sampler']}, guided, with the "
-        "VAE where there is one",
-    ]
+    table.notes += [_CHECKED, _NOISY.format(settings["noise_bound"]), _WHOLE.format(**settings)]
     return table
 
 

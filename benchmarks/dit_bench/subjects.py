@@ -67,7 +67,7 @@ def load_subject(
     if is_size(name):
         config = ModelConfig.named(name, size or 256, numerics=numerics or "official")
         if vae is not None:
-            raise ValueError(f"vae {vae!r} is for a checkpoint; a published size has random weights")
+            raise ValueError(f"vae {vae!r} is for a checkpoint; {name!r} gets random weights")
         autoencoder = random_vae(VAEConfig()) if with_vae else None
         full = name if name.startswith("DiT-") else f"DiT-{name}"
         return Subject(full.replace("DiT-", "", 1), "random", random_model(config), autoencoder)

@@ -113,7 +113,7 @@ def interleave(
         rounds: at most so many.
         warmup: calls of each before the first round.
         seconds: no new round begins after so long, warm-up not counted; the first always runs.
-        go_on: asked before every round but the first, which is the last one where it says no.
+        go_on: asked before every round but the first: none follows where it says no.
         clock: seconds, for CPU samples and for ``seconds``.
 
     Raises:

@@ -93,16 +93,21 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         report = _measured(arguments, given, sheets)
     if operators is not None:
         report["operators"] = operators
-    code = 0
+    code, nothing_common = 0, None
     if old is not None:
         from dit_bench.comparing import compare_reports, regressions
 
-        report["comparison"] = compare_reports(report, old)
-        code = 1 if regressions(report["comparison"]) else 0
+        try:
+            report["comparison"] = compare_reports(report, old)
+            code = 1 if regressions(report["comparison"]) else 0
+        except ValueError as error:  # said once everything is written
+            nothing_common = ValueError(f"{arguments.compare}: {error}")
     if any(row["status"] == "wrong" and row["role"] == "subject" for row in report["measurements"]):
         code = 1  # what was to be measured computes another function
     validate(report)
     _write(report, arguments, scaling, sheets)
+    if nothing_common is not None:
+        raise nothing_common
     return 130 if report["interrupted"] and arguments.load is None else code
 
 

@@ -24,7 +24,6 @@ NOISE_BOUND = 0.25
 """(p95 − p5) / median of a contender's times, above which they are noise."""
 FP8_BOUND = 0.25
 """Relative error of fp8: beyond it the output is wrong."""
-CEILING_OF = {"int8": "int8", "fp8": "fp8", "fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 Row = dict[str, Any]
 
@@ -119,28 +118,34 @@ class Timer:
         row["ms"] = _spread(taken)
         row["noisy"] = noisy(taken)
         row["images_s"] = 1e3 * task.images / taken.median
-        return row | self._rates(contender, taken.median)
-
-    def _rates(self, contender: Contender, ms: float) -> Row:
-        """Achieved arithmetic and, of one pass over the weights, traffic, beside the ceilings.
-
-        FLOPs are the network's, whether or not a backend computed the conditioning beforehand.
-        """
-        if not contender.flops:
-            return {}
-        rate = contender.flops / ms / 1e9
-        row: Row = {"tflop_s": rate, "gflops": contender.flops / 1e9}
-        ceiling = self.ceilings.matmul_tflop_s.get(CEILING_OF[contender.precision])
-        if ceiling is not None:
-            row["percent_of_matmul"] = 100 * rate / ceiling
-        if contender.weight_bytes:
+        if contender.flops:
+            row |= {
+                "gflops": contender.flops / 1e9,
+                "tflop_s": contender.flops / taken.median / 1e9,
+            }
+        if contender.flops and contender.weight_bytes:
             row["flops_per_byte"] = contender.flops / contender.weight_bytes
-            traffic = contender.weight_bytes / ms / 1e6
-            row["percent_of_copy"] = 100 * traffic / self.ceilings.copy_gb_s
-            if ceiling is not None:
-                ridge = 1e3 * ceiling / self.ceilings.copy_gb_s  # FLOPs a byte
-                row["bound_by"] = "memory" if row["flops_per_byte"] < ridge else "arithmetic"
-        return row
+        return row | shares(row, self.ceilings)
+
+
+def shares(row: Row, ceilings: Ceilings) -> Row:
+    """Achieved arithmetic and, of one pass over the weights, traffic, beside the ceilings.
+
+    FLOPs are the network's, whether or not a backend computed the conditioning beforehand.
+    """
+    found: Row = {}
+    if "tflop_s" not in row:
+        return found
+    ceiling = ceilings.matmul_tflop_s.get(row["precision"])
+    if ceiling is not None:
+        found["percent_of_matmul"] = 100 * row["tflop_s"] / ceiling
+    if "flops_per_byte" in row:
+        traffic = 1e3 * row["tflop_s"] / row["flops_per_byte"]  # GB/s
+        found["percent_of_copy"] = 100 * traffic / ceilings.copy_gb_s
+        if ceiling is not None:
+            ridge = 1e3 * ceiling / ceilings.copy_gb_s  # FLOPs a byte
+            found["bound_by"] = "memory" if row["flops_per_byte"] < ridge else "arithmetic"
+    return found
 
 
 def noisy(taken: Spread) -> bool:

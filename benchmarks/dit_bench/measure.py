@@ -9,17 +9,17 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from dit_bench.ceilings import measure_ceilings
+from dit_bench.ceilings import Ceilings, measure_ceilings
 from dit_bench.contenders import Cast, Name
 from dit_bench.counted import decoder_record, model_record
 from dit_bench.energy import find_meter, joules_per_call
 from dit_bench.forwards import Networks, Work
-from dit_bench.latency import Task, Timer
+from dit_bench.latency import Task, Timer, shares
 from dit_bench.memory import MemoryWatch
 from dit_bench.peers import Built, relative_error
 from dit_bench.progress import Progress
@@ -59,7 +59,7 @@ class Plan:
     @property
     def stages(self) -> int:
         each = len(self.batches) * len(self.kinds) + bool(self.parity)
-        return 1 + len(self.models) * (1 + each)
+        return 2 + len(self.models) * (1 + each)
 
 
 def measure(plan: Plan, report: Report, progress: Progress) -> list[Engine]:
@@ -72,7 +72,7 @@ def measure(plan: Plan, report: Report, progress: Progress) -> list[Engine]:
     with limited_threads(plan.threads), progress.run(plan.stages):
         progress.stage("ceilings")
         ceilings = measure_ceilings(plan.device, dtypes=_dtypes(plan))
-        report["ceilings"] = vars(ceilings)
+        report["ceilings"] = {**vars(ceilings), "measured": "before"}
         progress.done()
         timer = Timer(plan.device, plan.rounds, plan.seconds, ceilings, progress)
         for name in plan.models:
@@ -81,7 +81,23 @@ def measure(plan: Plan, report: Report, progress: Progress) -> list[Engine]:
                 kept.append(engine)
             torch.compiler.reset()  # what was compiled holds its model's weights
             gc.collect()
+        progress.stage("ceilings again")
+        best = better(ceilings, measure_ceilings(plan.device, dtypes=_dtypes(plan)))
+        report["ceilings"] = {**vars(best), "measured": "before and after"}
+        for row in report["measurements"]:
+            row |= shares(row, best)
+        progress.done()
     return kept
+
+
+def better(first: Ceilings, second: Ceilings) -> Ceilings:
+    """The higher rate of each: other load on the machine only ever lowers them."""
+    rates = {
+        kind: max(rate, second.matmul_tflop_s.get(kind, rate))
+        for kind, rate in first.matmul_tflop_s.items()
+    }
+    copy_gb_s = max(first.copy_gb_s, second.copy_gb_s)
+    return replace(first, copy_gb_s=copy_gb_s, matmul_tflop_s=rates)
 
 
 class _Model:
@@ -147,7 +163,7 @@ class _Model:
                 expected, error = torch.empty(0), 0.0
             task = Task(subject.name, kind, work.images, contenders, expected, error)
             rows, built = self.timer.run(task)
-        extra = {"size": subject.image_size, "tokens": subject.model.config.num_tokens}
+        extra = {"size": subject.size, "tokens": subject.model.config.num_tokens}
         if cast.watch is not None:
             rows[0] |= self._memory(cast.watch)
         self._energy(rows[0], built)
@@ -191,7 +207,7 @@ def _describe(subject: Subject) -> dict[str, Any]:
     return {
         "model": subject.name,
         "weights": subject.weights,
-        "size": subject.image_size,
+        "size": subject.size,
         "config": config.to_dict(),
         "tokens": config.num_tokens,
         "cost": model_record(config),

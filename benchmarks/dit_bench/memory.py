@@ -1,13 +1,16 @@
 """Memory that a backend takes: its weights when it is made, and the most while it first runs.
 
 On CUDA torch's allocator tells exactly. On the CPU it is the process's resident memory, read every
-few milliseconds, above what it was before: memory that torch had freed and kept is used again
-without showing, so a figure may be too small.
+few milliseconds, above what it was before: freed memory that could not be given back to the system
+is used again without showing, so a figure may be too small.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -63,6 +66,7 @@ class MemoryWatch:
     def _now(self) -> int | None:
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
+        _give_back()
         try:
             return resident_bytes()["total"]
         except OSError:
@@ -76,3 +80,10 @@ class MemoryWatch:
         with Sampler() as seen:
             result = function()
         return result, seen.peak["total"]
+
+
+def _give_back() -> None:
+    """Free what no one uses any more, and let glibc, where it is, return it to the system."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

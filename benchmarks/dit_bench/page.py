@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 _STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1280px; margin: 2rem auto; padding: 0 1rem;
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1560px; margin: 2rem auto; padding: 0 1rem;
        color: #1b1b1b; background: #fff; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: left; border-bottom: 1px solid #e3e3e3;
+table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; text-align: left; border-bottom: 1px solid #e3e3e3;
          vertical-align: top; }
-th { border-bottom: 2px solid #999; } .number { text-align: right; white-space: nowrap; }
+th { border-bottom: 2px solid #999; } td:not(:last-child), th { white-space: nowrap; }
+.number { text-align: right; } td:last-child { max-width: 40rem; }
 .note { color: #555; font-size: .85rem; margin: .3rem 0; }
 figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; }
 .sheets { display: flex; flex-wrap: wrap; gap: 1.5rem; }

@@ -17,6 +17,8 @@ from typing import Any
 
 DELAY_S = 2.0
 """Bars of what takes less are never drawn."""
+LEAST_ROUNDS = 3
+"""Of timing, however long they take: fewer tell nothing of the noise."""
 
 
 class Progress:
@@ -68,17 +70,20 @@ class Progress:
 
     @contextmanager
     def rounds(self, total: int, name: str, seconds: float) -> Iterator[Any]:
-        """Yields ``go_on`` for `dit_bench.timing.interleave`: False after so many seconds, or
-        when the run was interrupted."""
+        """Yields ``go_on`` for `dit_bench.timing.interleave`: False after so many seconds and
+        `LEAST_ROUNDS`, or when the run was interrupted."""
         from tqdm import tqdm
 
-        start = time.perf_counter()
+        start, done = time.perf_counter(), 0
         with tqdm(total=total, desc=name, unit="round", file=sys.stderr, delay=DELAY_S,
                   leave=False, disable=self.quiet) as bar:  # fmt: skip
 
             def go_on() -> bool:
+                nonlocal done
+                done += 1
                 bar.update()
-                return not self.interrupted and time.perf_counter() - start < seconds
+                late = time.perf_counter() - start >= seconds and done >= LEAST_ROUNDS
+                return not (self.interrupted or late)
 
             yield go_on
 

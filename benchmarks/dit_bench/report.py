@@ -53,7 +53,9 @@ def machine_table(report: dict[str, Any]) -> Table:
     table.add("instruction sets", " ".join(report["environment"]["instruction_sets"]) or "unknown")
     if (ceilings := report["ceilings"]) is not None:
         rates = [f"{k} {v:.3g}" for k, v in ceilings["matmul_tflop_s"].items()]
-        table.add("matrix products", f"{', '.join(rates)} TFLOP/s ({ceilings['matmul_size']}²)")
+        when = f"the best of those {ceilings['measured']} the run"
+        size = ceilings["matmul_size"]
+        table.add("matrix products", f"{', '.join(rates)} TFLOP/s ({size}²; {when})")
         for kind, reason in ceilings["missing"].items():
             table.add("", f"{kind}: {reason}")
         table.add("copy", f"{ceilings['copy_gb_s']:.3g} GB/s (reads and writes)")
@@ -88,7 +90,7 @@ def latency_table(report: dict[str, Any]) -> Table:
     columns = ["", "images", "by", "median ms", "p5", "p95", "n", "images/s", "error", "allowed",
                "set-up s", "first call s", "time ÷ subject's (p5–p95)", "verdict"]  # fmt: skip
     title = f"Latency of {settings['backend']} {settings['precision']}, and of its peers"
-    table = Table(title, columns, left=3)
+    table = Table(title, columns, left=3, right=1)
     last = None
     for row in report["measurements"]:
         key = (row["model"], row["what"], row["images"])
@@ -155,7 +157,7 @@ def parity_table(report: dict[str, Any]) -> Table:
 
 def comparison_table(comparison: dict[str, Any]) -> Table:
     columns = ["", "images", "by", "old ms", "new ms", "new ÷ old", "verdict"]
-    table = Table("Against the older report", columns, left=3)
+    table = Table("Against the older report", columns, left=3, right=1)
     for row in comparison["rows"]:
         table.add(
             f"{row['model']} {_WHAT[row['what']]}", row["images"], row["name"], _ms(row["old_ms"]),

@@ -32,7 +32,9 @@ SCHEMA: dict[str, dict[str, str]] = {
         "rounds": "number", "seconds": "number", "steps": "number", "sampler": "text",
         "noise_bound": "number",
     },
-    "ceilings": {"copy_gb_s": "number", "matmul_tflop_s": "object", "missing": "object"},
+    "ceilings": {
+        "copy_gb_s": "number", "matmul_tflop_s": "object", "missing": "object", "measured": "text",
+    },
     "models[]": {
         "model": "text",  # "XL/2", or what was given
         "weights": "text",  # "random", or where they came from

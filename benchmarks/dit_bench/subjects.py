@@ -22,6 +22,7 @@ class Subject:
     """A float32 model on the CPU, and the VAE that belongs to it.
 
     weights: "random", or where they came from. A forward takes as long with random ones.
+    size: pixels along a side of an image, where that is known.
     """
 
     name: str
@@ -29,19 +30,11 @@ class Subject:
     model: DiT
     vae: AutoencoderKL | None
     label_names: tuple[str, ...] | None = None
+    size: int | None = None
 
     @property
     def trained(self) -> bool:
         return self.weights != "random"
-
-    @property
-    def latent_side(self) -> int:
-        return self.model.config.input_size
-
-    @property
-    def image_size(self) -> int | None:
-        """Pixels along a side; None without a VAE."""
-        return None if self.vae is None else self.latent_side * self.vae.config.downsampling
 
 
 def load_subject(
@@ -69,8 +62,8 @@ def load_subject(
         if vae is not None:
             raise ValueError(f"vae {vae!r} is for a checkpoint; {name!r} gets random weights")
         autoencoder = random_vae(VAEConfig()) if with_vae else None
-        full = name if name.startswith("DiT-") else f"DiT-{name}"
-        return Subject(full.replace("DiT-", "", 1), "random", random_model(config), autoencoder)
+        short = name.removeprefix("DiT-").replace("-", "/")
+        return Subject(short, "random", random_model(config), autoencoder, size=size or 256)
     if size is not None:
         raise ValueError(f"size {size} is for a published model; {name!r} has its own")
     check_source(name)
@@ -80,7 +73,8 @@ def load_subject(
     model = build_model(checkpoint).float().eval().requires_grad_(False)
     own = build_vae(checkpoint)
     own = None if own is None else own.float().eval().requires_grad_(False)
-    return Subject(name, checkpoint.source, model, own, checkpoint.label_names)
+    pixels = None if own is None else model.config.input_size * own.config.downsampling
+    return Subject(name, checkpoint.source, model, own, checkpoint.label_names, pixels)
 
 
 def is_size(name: str) -> bool:

@@ -10,11 +10,15 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Table:
-    """The first ``left`` columns are words, the others numbers; cells are text."""
+    """The first ``left`` columns and the last ``right`` ones are words, the others numbers.
+
+    Cells are text.
+    """
 
     title: str
     columns: list[str]
     left: int = 1
+    right: int = 0
     rows: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -23,10 +27,14 @@ class Table:
         texts = ["" if cell is None else str(cell) for cell in cells]
         self.rows.append(texts + [""] * (len(self.columns) - len(texts)))
 
+    def words(self, column: int) -> bool:
+        """Whether the column is aligned to the left."""
+        return column < self.left or column >= len(self.columns) - self.right
+
     def html(self) -> str:
         def cells(tag: str, texts: list[str]) -> str:
             return "".join(
-                f"<{tag}{'' if i < self.left else ' class=number'}>{html.escape(t)}</{tag}>"
+                f"<{tag}{'' if self.words(i) else ' class=number'}>{html.escape(t)}</{tag}>"
                 for i, t in enumerate(texts)
             )
 
@@ -66,7 +74,7 @@ def show(tables: Sequence[Table], width: int | None = None) -> None:
                           title_style="bold", pad_edge=False,
                           show_header=any(table.columns))  # fmt: skip
         for i, column in enumerate(table.columns):
-            shown.add_column(column, justify="left" if i < table.left else "right",
+            shown.add_column(column, justify="left" if table.words(i) else "right",
                              overflow="fold")  # fmt: skip
         for row in table.rows:
             shown.add_row(*row)

@@ -9,15 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_bench.outputs import (
-    STDOUT,
-    check_outputs,
-    csv_text,
-    read_json,
-    read_report,
-    write_json,
-    write_text,
-)
+from dit_bench.inputs import read_operators, read_report, read_scaling
+from dit_bench.outputs import STDOUT, check_outputs, csv_text, write_json, write_text
 from dit_bench.schema import VERSION, validate
 from dit_engine.cli.arguments import Parser
 
@@ -27,7 +20,6 @@ if TYPE_CHECKING:
 
 SIZES = (256, 512)
 KINDS = ("forward", "step", "decode", "image")
-SCALING_KEYS = ("network", "gmacs", "steps", "distance", "n")
 
 
 def build_parser(about: str) -> argparse.ArgumentParser:
@@ -80,7 +72,7 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
 
         require_rich()
     if arguments.plot or arguments.html:
-        from dit_bench.plots import require_matplotlib
+        from dit_bench.drawing import require_matplotlib
 
         require_matplotlib()
     old = None if arguments.compare is None else read_report(arguments.compare)
@@ -190,25 +182,6 @@ def new_report(plan: Plan, given: Sequence[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_scaling(path: Path) -> dict[str, Any]:
-    """{"metric": text, "points": [{network, gmacs, steps, distance, n}, …]}. Raises ValueError."""
-    found = read_json(path, ("metric", "points"))
-    for i, point in enumerate(found["points"]):
-        for key in SCALING_KEYS:
-            if key not in point:
-                raise ValueError(f"{path}: points[{i}] has no {key!r}")
-    return found
-
-
-def read_operators(path: Path) -> dict[str, Any]:
-    """A report of dit_bench.operators. Raises ValueError."""
-    found = read_json(path, ("operators", "ceilings"))
-    for row in found["operators"]:
-        if "rate" in row and ("bytes" not in row or "flops" not in row):
-            raise ValueError(f"{path}: {row['operator']} has no 'bytes' and 'flops': measure again")
-    return found
-
-
 def _measured(
     arguments: argparse.Namespace, given: Sequence[str], sheets: list[Any]
 ) -> dict[str, Any]:
@@ -248,7 +221,8 @@ def _write(
     write_json(report, arguments.json)
     write_text(csv_text(report), arguments.csv)
     if arguments.plot or arguments.html:
-        from dit_bench.plots import all_figures, save_figures
+        from dit_bench.drawing import save_figures
+        from dit_bench.plots import all_figures
 
         figures = all_figures(report, scaling)
         if arguments.plot is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dit_bench.ceilings import Ceilings
 from dit_bench.cpu_timing import interleave_visits
 from dit_bench.peers import Built, Peer, build_peers
-from dit_bench.progress import Progress
+from dit_bench.progress import LEAST_ROUNDS, Progress
 from dit_bench.timing import Interleaved, Spread, interleave
 
 NOISE_BOUND = 0.25
@@ -149,8 +149,8 @@ def shares(row: Row, ceilings: Ceilings) -> Row:
 
 
 def noisy(taken: Spread) -> bool:
-    """One sample says nothing of the noise, so it counts as noise."""
-    return taken.n < 2 or taken.relative > NOISE_BOUND
+    """Whether times spread by more than the bound, or are too few to tell."""
+    return taken.n < LEAST_ROUNDS or taken.relative > NOISE_BOUND
 
 
 def verdict(row: Row, own: Row) -> str:

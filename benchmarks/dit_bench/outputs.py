@@ -60,27 +60,3 @@ def csv_text(report: dict[str, Any]) -> str:
             flat["n"] = row["ms"]["n"]
         writer.writerow(flat)
     return text.getvalue()
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """A report from its JSON. Raises ValueError, which names the file, for what is none."""
-    from dit_bench.schema import validate
-
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        validate(report)
-    except ValueError as error:  # also of JSON and of UTF-8
-        raise ValueError(f"{path} is no report of dit-bench: {error}") from None
-    return report
-
-
-def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
-    """A JSON object with ``keys``. Raises ValueError, which names the file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    for key in keys:
-        if not isinstance(found, dict) or key not in found:
-            raise ValueError(f"{path} has no {key!r}")
-    return found

@@ -8,7 +8,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dit_bench.plots import svg
+from dit_bench.drawing import svg
 from dit_bench.report import report_tables
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import Any
 
 DELAY_S = 2.0
 """Bars of what takes less are never drawn."""
-LEAST_ROUNDS = 3
+LEAST_ROUNDS = 5
 """Of timing, however long they take: fewer tell nothing of the noise."""
 
 

@@ -17,8 +17,8 @@ _CHECKED = (
     "generation is not checked, its step and its decoder are"
 )
 _NOISY = (
-    "noisy: p95 − p5 above {:.0%} of the median; set-up and first call (which compiles) are in no "
-    "other figure; n: samples, of which a short call's are medians of visits"
+    "noisy: p95 − p5 above {:.0%} of the median, or n below 5; set-up and first call (which "
+    "compiles) are in no other figure; n: samples, of which a short call's are medians of visits"
 )
 _WHOLE = "a whole generation: {steps} steps of {sampler}, guided, with the VAE where there is one"
 

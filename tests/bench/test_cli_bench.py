@@ -18,7 +18,8 @@ from tiny import NAMES, tiny_dit, tiny_vae
 from dit_bench import cli, measure
 from dit_bench.ceilings import measure_ceilings
 from dit_bench.contenders import known_peers, parse_peers
-from dit_bench.outputs import CSV_COLUMNS, read_report
+from dit_bench.inputs import read_report
+from dit_bench.outputs import CSV_COLUMNS
 from dit_bench.progress import Progress
 from dit_bench.schema import VERSION
 from dit_bench.subjects import load_subject

@@ -38,11 +38,11 @@ def test_a_verdict_needs_ratios_on_one_side_and_quiet_times() -> None:
     assert verdict(row("U", (1.5, 2, 2.5), role="other network"), own) == "another network"
 
 
-def test_noise_is_a_wide_spread_or_a_single_sample() -> None:
+def test_noise_is_a_wide_spread_or_too_few_samples() -> None:
     half = NOISE_BOUND / 2
     assert not noisy(Spread(1 - 0.99 * half, 1, 1 + 0.99 * half, 9))
     assert noisy(Spread(1 - 1.01 * half, 1, 1 + 1.01 * half, 9))
-    assert noisy(Spread(1, 1, 1, 1))
+    assert noisy(Spread(1, 1, 1, 4)) and not noisy(Spread(1, 1, 1, 5))
 
 
 def test_shares_of_the_ceilings_in_closed_form() -> None:

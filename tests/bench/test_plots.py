@@ -11,15 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_bench.plots import (
-    all_figures,
-    distance_figure,
-    latency_figure,
-    png,
-    roofline_figure,
-    save_figures,
-    throughput_figure,
-)
+from dit_bench.drawing import png, save_figures
+from dit_bench.plots import all_figures, distance_figure, latency_figure, throughput_figure
+from dit_bench.roofline import roofline_figure
 
 pytest.importorskip("matplotlib", reason="no matplotlib")
 

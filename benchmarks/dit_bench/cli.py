@@ -1,53 +1,51 @@
-"""``dit-bench``: what this machine has; the measurements are modules of their own.
+"""``dit-bench``: cost, latency and peers of a Diffusion Transformer on this machine.
 
-``python -m dit_bench.cpu``, ``.gpu``, ``.operators`` and ``.quality`` measure.
+``dit-bench gflops`` prints the paper's table beside ours, ``dit-bench fid`` measures distances
+between sets of images; without one of these words models are measured.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 
-from dit_bench.hardware import describe_hardware
 from dit_engine.cli.arguments import Parser
+from dit_engine.cli.errors import run_command
+
+# word → (module with add_arguments(parser) and run(arguments), what it does)
+COMMANDS = {
+    "gflops": ("dit_bench.gflops", "The paper's table of twelve models beside ours."),
+    "fid": ("dit_bench.fid", "FID and its kin of two sets of images."),
+}
+ABOUT = "Measure a Diffusion Transformer: cost, latency, peers. Other commands: "
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser("dit-bench", "Say what this machine has to run Diffusion Transformers on.")
-    parser.add_argument("--env", action="store_true", help="hardware, versions, implementations")
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    arguments = parser.parse_args(argv)
-    if not arguments.env:
-        parser.error("nothing to do: --env is the one thing that this command does so far")
-    found = environment()
-    if arguments.json:
-        print(json.dumps(found, indent=2))
-        return 0
-    for part, values in found.items():
-        print(part)
-        for name, value in values.items():
-            print(f"  {name:<15} {value}")
-    return 0
+    given = list(sys.argv[1:] if argv is None else argv)
+    word = given[0] if given and not given[0].startswith("-") else None
+    if word is None:
+        from dit_bench.command import build_parser, run
+
+        parser = build_parser(ABOUT + ", ".join(f"dit-bench {name}" for name in COMMANDS))
+        arguments = parser.parse_args(given)
+        return run_command(lambda: run(arguments, given))
+    if word not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        print(f"error: command {word!r} is unknown; choose one of {known}, or give --model",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    module_name, about = COMMANDS[word]
+    return run_command(lambda: _command(word, module_name, about, given[1:]))
 
 
-def environment() -> dict[str, dict[str, object]]:
-    """The hardware, and what of `dit_kernels` and of the backends it can run."""
-    from torch import device
-
-    from dit_kernels import available
-    from dit_kernels.quantized import quantized_why_not
-
-    gpu = describe_hardware().get("gpu")
-    products = {
-        kind: quantized_why_not(kind, device("cuda" if gpu and kind == "fp8" else "cpu")) or "yes"
-        for kind in ("int8", "fp8")
-    }
-    return {
-        "hardware": describe_hardware(),
-        "kernels": dict(available()),
-        "quantised products": dict(products),
-    }
+def _command(word: str, module_name: str, about: str, given: list[str]) -> int:
+    module = import_module(module_name)
+    parser = Parser(f"dit-bench {word}", about)
+    module.add_arguments(parser)
+    run: Callable[[argparse.Namespace], int] = module.run
+    return run(parser.parse_args(given))
 
 
 if __name__ == "__main__":

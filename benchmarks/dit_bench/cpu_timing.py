@@ -24,12 +24,14 @@ def interleave_visits(
     *,
     visit_ms: float = VISIT_MS,
     pause_s: float = PAUSE_S,
+    go_on: Callable[[], bool] = lambda: True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Interleaved:
     """Milliseconds of one call of each function, one sample a round.
 
     Each round visits the functions in another order. A visit calls until ``visit_ms`` have passed
-    and records the median, without the first call unless that fills the visit by itself.
+    and records the median, without the first call unless that fills the visit by itself. ``go_on``
+    is asked before every round but the first: none follows where it says no.
 
     Raises ValueError where ``rounds`` is below 1.
     """
@@ -38,7 +40,9 @@ def interleave_visits(
     samples: dict[str, list[float]] = {name: [] for name in functions}
     order = list(functions)
     shuffle = random.Random(0).shuffle
-    for _ in range(rounds):
+    for i in range(rounds):
+        if i > 0 and not go_on():
+            break
         shuffle(order)
         for name in order:
             time.sleep(pause_s)

@@ -162,6 +162,8 @@ def figures(case: Case, name: str, taken: Interleaved, moved: int, ceilings: Cei
     return {
         "ms": {"q10": ms.low, "median": ms.median, "q90": ms.high},
         "rounds": taken.rounds,
+        "flops": case.flops,
+        "bytes": moved,
         "rate": rate,
         "unit": unit,
         "percent_of_ceiling": None if ceiling is None else 100 * rate / ceiling,

@@ -55,17 +55,18 @@ class Built:
 
 
 def build_peers(
-    peers: Sequence[Peer], expected: Tensor, bf16_error: float, log: Callable[[str], object] = print
+    peers: Sequence[Peer],
+    expected: Tensor,
+    bf16_error: float,
+    log: Callable[[str], object] = print,
+    bounds: Mapping[str, float] | None = None,
 ) -> Built:
     """Build each peer and compare its result with ``expected`` (float32 eager).
 
     bf16_error: relative error of bf16 eager, from which the bf16 bound comes.
+    bounds: precision → allowed relative error, where it is another than usual.
     """
-    bounds = {
-        "fp32": FP32_BOUND,
-        "bf16": max(FP32_BOUND, BF16_TIMES_EAGER * bf16_error),
-        "int8": INT8_BOUND,
-    }
+    bounds = error_bounds(bf16_error) | dict(bounds or {})
     built = Built()
     for peer in peers:
         start = time.perf_counter()
@@ -74,6 +75,7 @@ def build_peers(
         try:
             with torch.inference_mode():
                 function = peer.build()
+                record["setup_s"] = round(time.perf_counter() - start, 3)
                 output = function()
         # What a peer raises where it cannot run; anything else is a fault of this program.
         except (ImportError, ValueError, RuntimeError) as error:
@@ -92,6 +94,15 @@ def build_peers(
             log(f"  {peer.name}: {text}, built in {record['build_s']:.1f} s")
         built.functions[peer.name] = torch.inference_mode()(function)
     return built
+
+
+def error_bounds(bf16_error: float) -> dict[str, float]:
+    """Precision → the relative error that is allowed, from that of bf16 eager."""
+    return {
+        "fp32": FP32_BOUND,
+        "bf16": max(FP32_BOUND, BF16_TIMES_EAGER * bf16_error),
+        "int8": INT8_BOUND,
+    }
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -29,6 +29,21 @@ class Quantiles:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """The 5 %, 50 % and 95 % quantiles of ``n`` values, linearly interpolated."""
+
+    p5: float
+    median: float
+    p95: float
+    n: int
+
+    @property
+    def relative(self) -> float:
+        """(p95 − p5) / median."""
+        return (self.p95 - self.p5) / self.median
+
+
+@dataclass(frozen=True)
 class Interleaved:
     """Samples of several functions, one of each a round.
 
@@ -46,20 +61,36 @@ class Interleaved:
 
     def ratio(self, name: str, to: str) -> Quantiles:
         """Quantiles of the rounds' own ratios, ``name``'s time over ``to``'s."""
+        return quantiles(self._ratios(name, to))
+
+    def spread(self, name: str) -> Spread:
+        return spread(self.samples_ms[name])
+
+    def ratio_spread(self, name: str, to: str) -> Spread:
+        """As `ratio`, from 5 % to 95 %."""
+        return spread(self._ratios(name, to))
+
+    def _ratios(self, name: str, to: str) -> list[float]:
         pairs = zip(self.samples_ms[name], self.samples_ms[to], strict=True)
-        return quantiles([a / b for a, b in pairs])
+        return [a / b for a, b in pairs]
 
 
 def quantiles(values: Sequence[float]) -> Quantiles:
     """Raises ValueError for no values."""
+    return Quantiles(*_at(values, 0.1, 0.5, 0.9))
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Raises ValueError for no values."""
+    p5, median, p95 = _at(values, 0.05, 0.5, 0.95)
+    return Spread(p5, median, p95, len(values))
+
+
+def _at(values: Sequence[float], *points: float) -> list[float]:
     if not values:
         raise ValueError("quantiles of no values: at least one is needed")
-    low, median, high = (
-        torch.tensor(values, dtype=torch.float64)
-        .quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
-        .tolist()
-    )
-    return Quantiles(low, median, high)
+    found = torch.tensor(values, dtype=torch.float64)
+    return found.quantile(torch.tensor(points, dtype=torch.float64)).tolist()
 
 
 def interleave(
@@ -69,6 +100,7 @@ def interleave(
     device: torch.device | str = "cpu",
     warmup: int = 1,
     seconds: float | None = None,
+    go_on: Callable[[], bool] = lambda: True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Interleaved:
     """Time every function once a round, in an order that rotates from round to round.
@@ -81,6 +113,7 @@ def interleave(
         rounds: at most so many.
         warmup: calls of each before the first round.
         seconds: no new round begins after so long, warm-up not counted; the first always runs.
+        go_on: asked before every round but the first: none follows where it says no.
         clock: seconds, for CPU samples and for ``seconds``.
 
     Raises:
@@ -102,6 +135,8 @@ def interleave(
     start = clock()
     for i in range(rounds):
         if i > 0 and seconds is not None and clock() - start >= seconds:
+            break
+        if i > 0 and not go_on():
             break
         turn = names[i % len(names) :] + names[: i % len(names)]
         if device.type == "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from dit_bench import ceilings, timing
 from dit_bench.budget import Budget
 from dit_bench.ceilings import measure_ceilings
-from dit_bench.timing import Interleaved, Quantiles, interleave, quantiles
+from dit_bench.cpu_timing import interleave_visits
+from dit_bench.timing import Interleaved, Quantiles, Spread, interleave, quantiles, spread
 
 
 class Clock:
@@ -51,6 +53,32 @@ def test_ratios_are_of_pairs() -> None:
     # A ratio of medians would be 1 here.
     uneven = Interleaved({"a": [1.0, 2.0, 3.0], "b": [2.0, 6.0, 1.0]})
     assert uneven.ratio("b", "a").median == 2
+
+
+def test_spreads_reach_from_5_to_95_percent() -> None:
+    found = spread([float(v) for v in range(20, -1, -1)])
+    assert found == Spread(1, 10, 19, 21) and found.relative == pytest.approx(1.8)
+    taken = Interleaved({"a": [1.0, 2.0, 4.0], "b": [2.0, 4.0, 8.0]})
+    assert taken.spread("a") == spread([1, 2, 4])
+    assert taken.ratio_spread("b", "a") == Spread(2, 2, 2, 3)
+    with pytest.raises(ValueError, match="no values"):
+        spread([])
+
+
+def test_the_wall_clock_sees_a_known_duration() -> None:
+    """Sleeping 20 ms takes at least that, and not long more at best."""
+    functions = {"sleep": lambda: time.sleep(0.02), "nothing": lambda: None}
+    for taken in (interleave(functions, 5), interleave_visits(functions, 5, visit_ms=1)):
+        assert 20 <= min(taken.samples_ms["sleep"]) < 40
+        assert taken.spread("nothing").p5 < 1
+
+
+def test_rounds_end_when_they_are_told_to() -> None:
+    answers = [True, True, False, True]
+    functions = {"a": lambda: None, "b": lambda: None}
+    assert interleave(functions, 9, go_on=lambda: answers.pop(0)).rounds == 3
+    answers = [True, False]
+    assert interleave_visits(functions, 9, visit_ms=0, go_on=lambda: answers.pop(0)).rounds == 2
 
 
 def test_samples_are_milliseconds_of_each_function_alone() -> None:

@@ -1,0 +1,53 @@
+"""JSON files that a run reads: older reports, and what other measurements have written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dit_bench.schema import validate
+
+SCALING_KEYS = ("network", "gmacs", "steps", "distance", "n")
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report from its JSON. Raises ValueError, which names the file, for what is none."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        validate(report)
+    except ValueError as error:  # also of JSON and of UTF-8
+        raise ValueError(f"{path} is no report of dit-bench: {error}") from None
+    return report
+
+
+def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """A JSON object with ``keys``. Raises ValueError, which names the file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    for key in keys:
+        if not isinstance(found, dict) or key not in found:
+            raise ValueError(f"{path} has no {key!r}")
+    return found
+
+
+def read_scaling(path: Path) -> dict[str, Any]:
+    """{"metric": text, "points": [{network, gmacs, steps, distance, n}, …]}. Raises ValueError."""
+    found = read_json(path, ("metric", "points"))
+    for i, point in enumerate(found["points"]):
+        for key in SCALING_KEYS:
+            if key not in point:
+                raise ValueError(f"{path}: points[{i}] has no {key!r}")
+    return found
+
+
+def read_operators(path: Path) -> dict[str, Any]:
+    """A report of dit_bench.operators. Raises ValueError."""
+    found = read_json(path, ("operators", "ceilings"))
+    for row in found["operators"]:
+        if "rate" in row and ("bytes" not in row or "flops" not in row):
+            raise ValueError(f"{path}: {row['operator']} has no 'bytes' and 'flops': measure again")
+    return found

@@ -1,0 +1,93 @@
+"""What a long run shows on standard error, and how Ctrl-C ends it.
+
+The first Ctrl-C only sets a flag: the round that is being timed is finished, and what was measured
+is kept. (An exception raised from a signal handler can crash CPython 3.11 once torch.compile has
+run.) A second one stops the program where it stands.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+DELAY_S = 2.0
+"""Bars of what takes less are never drawn."""
+LEAST_ROUNDS = 5
+"""Of timing, however long they take: fewer tell nothing of the noise."""
+
+
+class Progress:
+    """One bar over the stages of a run, and one over the rounds of the stage."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.interrupted = False
+        self._bar: Any = None
+
+    @contextmanager
+    def run(self, stages: int) -> Iterator[None]:
+        """A bar of ``stages``, and the handler of Ctrl-C, for this block."""
+        from tqdm import tqdm
+
+        before = None
+        if threading.current_thread() is threading.main_thread():
+            before = signal.signal(signal.SIGINT, self._interrupt)
+        self._bar = tqdm(total=stages, desc="dit-bench", unit="part", file=sys.stderr,
+                         delay=DELAY_S, disable=self.quiet)  # fmt: skip
+        try:
+            yield
+        finally:
+            self._bar.close()
+            self._bar = None
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
+
+    def stage(self, name: str) -> None:
+        """A new stage begins. Raises KeyboardInterrupt where one was asked for."""
+        self.check()
+        if self._bar is not None:
+            self._bar.set_description(name)
+
+    def done(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def check(self) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def say(self, text: str) -> None:
+        """A line above the bars."""
+        from tqdm import tqdm
+
+        if not self.quiet:
+            tqdm.write(text, sys.stderr)
+
+    @contextmanager
+    def rounds(self, total: int, name: str, seconds: float) -> Iterator[Any]:
+        """Yields ``go_on`` for `dit_bench.timing.interleave`: False after so many seconds and
+        `LEAST_ROUNDS`, or when the run was interrupted."""
+        from tqdm import tqdm
+
+        start, done = time.perf_counter(), 0
+        with tqdm(total=total, desc=name, unit="round", file=sys.stderr, delay=DELAY_S,
+                  leave=False, disable=self.quiet) as bar:  # fmt: skip
+
+            def go_on() -> bool:
+                nonlocal done
+                done += 1
+                bar.update()
+                late = time.perf_counter() - start >= seconds and done >= LEAST_ROUNDS
+                return not (self.interrupted or late)
+
+            yield go_on
+
+    def _interrupt(self, *_: object) -> None:
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nstopping after this round (Ctrl-C again: at once)", file=sys.stderr)

@@ -1,0 +1,192 @@
+"""A report as tables for people: what it ran on, costs, times, peers, comparisons."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dit_bench.tables import Table
+
+PARTS = ("patch_embed", "conditioning", "adaln", "attention", "mlp", "final")
+_WHAT = {
+    "forward": "one forward", "step": "one guided step", "decode": "VAE decode",
+    "image": "whole generation",
+}  # fmt: skip
+
+_CHECKED = (
+    "error: relative, against eager float32 on the same weights and inputs, before timing; a whole "
+    "generation is not checked, its step and its decoder are"
+)
+_NOISY = (
+    "noisy: p95 − p5 above {:.0%} of the median, or n below 5; set-up and first call (which "
+    "compiles) are in no other figure; n: samples, of which a short call's are medians of visits"
+)
+_WHOLE = "a whole generation: {steps} steps of {sampler}, guided, with the VAE where there is one"
+
+
+def report_tables(report: dict[str, Any]) -> list[Table]:
+    """Everything that the report holds, in reading order."""
+    tables = [machine_table(report), cost_table(report)]
+    if report["measurements"]:
+        tables += [latency_table(report), rates_table(report)]
+    if report["parity"]:
+        tables.append(parity_table(report))
+    if "comparison" in report:
+        tables.append(comparison_table(report["comparison"]))
+    if "operators" in report:
+        tables.append(operator_table(report["operators"]))
+    if report["interrupted"]:
+        tables[-1].notes.append("INTERRUPTED: what is missing above was not measured")
+    return tables
+
+
+def machine_table(report: dict[str, Any]) -> Table:
+    hardware, settings = report["environment"]["hardware"], report["settings"]
+    table = Table("Measured on", ["", ""], left=2)
+    for key in ("cpu", "gpu", "platform", "python"):
+        if hardware.get(key):
+            table.add(key, hardware[key])
+    count = hardware.get("cpu_count")
+    table.add("device", f"{settings['device']}, {settings['threads']} of {count} CPU threads")
+    table.add(
+        "versions", ", ".join(f"{k} {v}" for k, v in report["environment"]["versions"].items())
+    )
+    table.add("instruction sets", " ".join(report["environment"]["instruction_sets"]) or "unknown")
+    if (ceilings := report["ceilings"]) is not None:
+        rates = [f"{k} {v:.3g}" for k, v in ceilings["matmul_tflop_s"].items()]
+        when = f"the best of those {ceilings['measured']} the run"
+        size = ceilings["matmul_size"]
+        table.add("matrix products", f"{', '.join(rates)} TFLOP/s ({size}²; {when})")
+        for kind, reason in ceilings["missing"].items():
+            table.add("", f"{kind}: {reason}")
+        table.add("copy", f"{ceilings['copy_gb_s']:.3g} GB/s (reads and writes)")
+    if report.get("energy"):
+        table.add("energy", report["energy"])
+    load = report["load_average"]
+    if load is not None:
+        busy = " (busy: these figures are not to be quoted)" if load > 0.3 else ""
+        table.add("load average", f"{load:.2f} at the start{busy}")
+    return table
+
+
+def cost_table(report: dict[str, Any]) -> Table:
+    columns = ["model", "px", "weights", "parameters, M", "GMACs", *PARTS, "true GFLOPs",
+               "torch counts", "VAE decoder, GMACs"]  # fmt: skip
+    table = Table("Cost of one image's forward; parts in GMACs (the paper's Gflops)", columns)
+    for model in report["models"]:
+        total, decoder = model["cost"]["total"], model["decoder"]
+        parts = [f"{model['cost']['parts'][part]['macs'] / 1e9:.3g}" for part in PARTS]
+        weights = "random" if model["weights"] == "random" else "trained"
+        table.add(
+            model["model"], model["size"] or "–", weights, f"{total['parameters'] / 1e6:.4g}",
+            f"{total['macs'] / 1e9:.4g}", *parts, f"{total['flops'] / 1e9:.4g}",
+            f"{total['counted_flops'] / 1e9:.4g}",
+            "–" if decoder is None else f"{decoder['macs'] / 1e9:.4g}",
+        )  # fmt: skip
+    return table
+
+
+def latency_table(report: dict[str, Any]) -> Table:
+    settings = report["settings"]
+    columns = ["", "images", "by", "median ms", "p5", "p95", "n", "images/s", "error", "allowed",
+               "set-up s", "first call s", "time ÷ subject's (p5–p95)", "verdict"]  # fmt: skip
+    title = f"Latency of {settings['backend']} {settings['precision']}, and of its peers"
+    table = Table(title, columns, left=3, right=1)
+    last = None
+    for row in report["measurements"]:
+        key = (row["model"], row["what"], row["images"])
+        name = f"{row['model']} {_WHAT[row['what']]}" if key != last else ""
+        images = row["images"] if key != last else ""
+        last = key
+        if row["status"] != "ok":
+            reason = row["reason"]
+            table.add(name, images, row["name"], *[""] * 10, f"{row['status']}: {reason}")
+            continue
+        ms = row["ms"]
+        table.add(
+            name, images, row["name"], _ms(ms["median"]), _ms(ms["p5"]), _ms(ms["p95"]), ms["n"],
+            f"{row['images_s']:.3g}",
+            f"{row['error']:.1e}" if "error" in row else "–",
+            f"{row['bound']:.1e}" if "bound" in row else "–",
+            f"{row['setup_s']:.2f}", f"{row['first_call_s']:.2f}",
+            _ratio(row), row.get("verdict") or ("noisy" if row["noisy"] else ""),
+        )  # fmt: skip
+    table.notes += [_CHECKED, _NOISY.format(settings["noise_bound"]), _WHOLE.format(**settings)]
+    return table
+
+
+def rates_table(report: dict[str, Any]) -> Table:
+    columns = ["", "images", "by", "GFLOP", "TFLOP/s", "% of matrix products", "FLOP a byte",
+               "bound by", "% of copy", "built MiB", "peak MiB", "J an image"]  # fmt: skip
+    table = Table("What of the machine is used", columns, left=3)
+    for row in report["measurements"]:
+        if row["status"] != "ok" or "tflop_s" not in row:
+            continue
+
+        def number(key: str, form: str = ".3g", row: dict[str, Any] = row) -> str:
+            return format(row[key], form) if key in row else "–"
+
+        table.add(
+            f"{row['model']} {_WHAT[row['what']]}", row["images"], row["name"],
+            number("gflops", ".4g"), number("tflop_s"), number("percent_of_matmul", ".0f"),
+            number("flops_per_byte"), row.get("bound_by", "–"), number("percent_of_copy", ".0f"),
+            number("built_mib", ".0f"), number("peak_mib", ".0f"), number("joules_per_image"),
+        )  # fmt: skip
+    table.notes.append(
+        "true FLOPs of the whole network, conditioning included; FLOP a byte and % of copy: of one "
+        "pass over the weights; MiB: above what was taken before the backend was built"
+    )
+    return table
+
+
+def parity_table(report: dict[str, Any]) -> Table:
+    columns = ["model", "backend", "N", "latents after step 1", "half way", "at the end", "worst",
+               "PSNR dB, median", "worst dB"]  # fmt: skip
+    table = Table("Paired with eager float32 (same labels, noise and draws)", columns, left=2)
+    for found in report["parity"]:
+        for row in found["subjects"]:
+            steps, final = row["latent_error_by_step"], row["final_latent_error"]
+            psnr = row.get("psnr_db")
+            table.add(
+                found["model"], f"{row['backend']} {row['precision']}", found["n"],
+                f"{steps[0]:.1e}", f"{steps[len(steps) // 2]:.1e}", f"{final['mean']:.1e}",
+                f"{final['max']:.1e}", "–" if psnr is None else f"{psnr['median']:.1f}",
+                "–" if psnr is None else f"{psnr['min']:.1f}",
+            )  # fmt: skip
+    return table
+
+
+def comparison_table(comparison: dict[str, Any]) -> Table:
+    columns = ["", "images", "by", "old ms", "new ms", "new ÷ old", "verdict"]
+    table = Table("Against the older report", columns, left=3, right=1)
+    for row in comparison["rows"]:
+        table.add(
+            f"{row['model']} {_WHAT[row['what']]}", row["images"], row["name"], _ms(row["old_ms"]),
+            _ms(row["new_ms"]), f"{row['ratio']:.3f}", row["verdict"],
+        )  # fmt: skip
+    table.notes += comparison["notes"]
+    return table
+
+
+def operator_table(operators: dict[str, Any]) -> Table:
+    columns = ["operator", "shape", "dtype", "by", "median ms", "rate", "% of ceiling"]
+    table = Table("Operators: % of matrix products (TFLOP/s) or of copying (GB/s)", columns, left=4)
+    for row in operators["operators"]:
+        if row.get("status") != "ok" or "rate" not in row:
+            continue
+        percent = row["percent_of_ceiling"]
+        table.add(
+            row["operator"], row["shape"], row["dtype"], row["impl"], _ms(row["ms"]["median"]),
+            f"{row['rate']:.3g} {row['unit']}", "–" if percent is None else f"{percent:.0f}",
+        )  # fmt: skip
+    return table
+
+
+def _ms(value: float) -> str:
+    return f"{value:.4g}" if value < 1e4 else f"{value:.0f}"
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    if "ratio" not in row:
+        return ""
+    ratio = row["ratio"]
+    return f"{ratio['median']:.2f} ({ratio['p5']:.2f}–{ratio['p95']:.2f})"

@@ -1,0 +1,121 @@
+"""What a report of ``dit-bench`` holds, as JSON, and a check of it.
+
+`SCHEMA` maps a place to the keys that are required there and their types; other keys may be
+there too. "?" after a type allows null. A place ending in "[]" is every entry of a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+VERSION = "dit-bench/1"
+
+SCHEMA: dict[str, dict[str, str]] = {
+    "": {
+        "schema": "text",  # VERSION
+        "created": "text",  # ISO 8601, UTC
+        "command": "list",  # the arguments
+        "environment": "object",
+        "settings": "object",
+        "ceilings": "object?",
+        "energy": "text?",  # whose it is, or why there is none
+        "load_average": "number?",  # of the last minute, before the run
+        "models": "list",
+        "measurements": "list",
+        "parity": "list",  # reports of dit_bench.parity, one a model
+        "interrupted": "bool",
+    },
+    "environment": {"hardware": "object", "versions": "object", "instruction_sets": "list"},
+    "settings": {
+        "backend": "text", "precision": "text", "device": "text", "threads": "number",
+        "rounds": "number", "seconds": "number", "steps": "number", "sampler": "text",
+        "noise_bound": "number",
+    },
+    "ceilings": {
+        "copy_gb_s": "number", "matmul_tflop_s": "object", "missing": "object", "measured": "text",
+    },
+    "models[]": {
+        "model": "text",  # "XL/2", or what was given
+        "weights": "text",  # "random", or where they came from
+        "size": "number?",  # pixels along a side
+        "config": "object",
+        "tokens": "number",
+        "cost": "object",
+        "decoder": "object?",
+    },
+    "models[].cost": {"parts": "object", "total": "object"},
+    # One image and one forward; flops = 2 · macs; counted_flops is torch's own count.
+    "models[].cost.total": {
+        "parameters": "number", "macs": "number", "flops": "number", "counted_flops": "number",
+    },
+    "measurements[]": {
+        "model": "text",
+        "size": "number?",
+        "what": "text",  # forward, step, decode or image
+        "images": "number",
+        "name": "text",  # backend and precision
+        "role": "text",  # subject, peer or other network
+        "precision": "text",
+        "status": "text",  # ok; wrong: not timed, for its result; skipped: could not run
+    },
+}  # fmt: skip
+
+# Of every measurement whose status is "ok". Times in milliseconds of one call.
+MEASURED = {
+    "ms": "object", "noisy": "bool", "images_s": "number", "samples_ms": "list",
+    "setup_s": "number", "first_call_s": "number",
+}  # fmt: skip
+SPREAD = {"p5": "number", "median": "number", "p95": "number", "n": "number"}
+
+_TYPES = {
+    "text": str, "number": (int, float), "object": dict, "list": list, "bool": bool,
+}  # fmt: skip
+
+
+def validate(report: Any) -> None:
+    """Raise a one-line ValueError that names the first place where ``report`` is none."""
+    if not isinstance(report, dict):
+        raise ValueError("a report is a JSON object")
+    if report.get("schema") != VERSION:
+        raise ValueError(f"schema {report.get('schema')!r} is not {VERSION!r}")
+    for place, keys in SCHEMA.items():
+        for name, value in _at(report, place):
+            _check(name, value, keys)
+    for i, row in enumerate(report["measurements"]):
+        if row["status"] == "ok":
+            _check(f"measurements[{i}]", row, MEASURED)
+            _check(f"measurements[{i}].ms", row["ms"], SPREAD)
+        elif row["status"] not in ("wrong", "skipped") or "reason" not in row:
+            raise ValueError(f"measurements[{i}]: status {row['status']!r} without a reason")
+
+
+def _at(report: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Every value at ``place``, with its own name; null has no keys to be checked."""
+    found = [("", report)]
+    for part in place.split(".") if place else ():
+        key, many, _ = part.partition("[]")
+        following = []
+        for name, value in found:
+            child = f"{name}.{key}" if name else key
+            if value[key] is None:
+                continue
+            entries = list(enumerate(value[key])) if many else [(None, value[key])]
+            following += [(child if i is None else f"{child}[{i}]", v) for i, v in entries]
+        found = following
+    yield from found
+
+
+def _check(name: str, value: Any, keys: dict[str, str]) -> None:
+    where = name or "the report"
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is no object")
+    for key, kind in keys.items():
+        if key not in value:
+            raise ValueError(f"{where} has no {key!r}")
+        found, plain = value[key], kind.rstrip("?")
+        if found is None and kind.endswith("?"):
+            continue
+        right = isinstance(found, _TYPES[plain])
+        if not right or (plain == "number" and isinstance(found, bool)):
+            raise ValueError(f"{where}: {key!r} is {type(found).__name__}, not {plain}")

@@ -1,0 +1,97 @@
+"""A report of made-up figures, for tests of what is done with reports."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+from dit_bench.counted import decoder_record, model_record
+from dit_bench.schema import VERSION
+from dit_engine.config import ModelConfig
+from dit_engine.vae import VAEConfig
+
+MODELS = {"S/8": 4.0, "S/4": 10.0}  # milliseconds of a forward of one image by "lean bf16"
+
+
+def report() -> dict[str, Any]:
+    """Two models, forwards and steps of 1, 2 and 4 images by two contenders, and a U-Net."""
+    return copy.deepcopy(_report())
+
+
+@lru_cache(maxsize=1)
+def _report() -> dict[str, Any]:
+    models, rows = [], []
+    for name, ms in MODELS.items():
+        config = ModelConfig.named(name)
+        cost = model_record(config)
+        decoder = decoder_record(VAEConfig(), 32)
+        models.append({"model": name, "weights": "random", "size": 256, "tokens": 1, "cost": cost,
+                       "config": config.to_dict(), "decoder": decoder})  # fmt: skip
+        gflops = cost["total"]["flops"] / 1e9
+        for images in (1, 2, 4):
+            for what, factor in (("forward", 1), ("step", 2)):
+                time = ms * factor * images**0.5
+                rows += [
+                    row(name, what, images, "lean bf16", "subject", time, gflops * images * factor),
+                    row(name, what, images, "eager bf16", "peer", 2 * time, gflops * images),
+                ]
+        rows.append(row(name, "forward", 1, "LDM-4 U-Net bf16", "other network", 300.0, 208.45))
+    failed = row("S/4", "forward", 1, "openvino bf16", "peer", 1.0, 1.0)
+    for key in ("ms", "noisy", "images_s", "samples_ms", "setup_s", "first_call_s", "gflops"):
+        del failed[key]
+    rows.append(failed | {"status": "skipped", "reason": "no <such> processor"})
+    return {
+        "schema": VERSION, "created": "2026-01-01T00:00:00+00:00", "command": ["--model", "S/8"],
+        "environment": {
+            "hardware": {"cpu": "a processor", "cpu_count": 4, "python": "3.11", "platform": "x"},
+            "versions": {"torch": "2.13"}, "instruction_sets": ["avx2"],
+        },
+        "settings": {
+            "backend": "lean", "precision": "bf16", "device": "cpu", "threads": 2, "rounds": 20,
+            "seconds": 20.0, "steps": 20, "sampler": "ddpm", "noise_bound": 0.25,
+        },
+        "ceilings": {
+            "copy_gb_s": 10.0, "matmul_tflop_s": {"fp32": 0.1, "bf16": 1.0}, "matmul_size": 1024,
+            "copy_mib": 256, "missing": {"fp8": "none here"}, "measured": "before",
+        },
+        "energy": "no RAPL counter", "load_average": 0.1, "models": models, "measurements": rows,
+        "parity": [], "interrupted": False,
+    }  # fmt: skip
+
+
+def row(
+    model: str, what: str, images: int, name: str, role: str, ms: float, gflops: float
+) -> dict[str, Any]:
+    return {
+        "model": model, "size": 256, "what": what, "images": images, "name": name, "role": role,
+        "precision": "bf16", "status": "ok", "ms": spread(ms), "noisy": False,
+        "samples_ms": [ms], "images_s": 1e3 * images / ms, "setup_s": 0.5, "first_call_s": 0.1,
+        "gflops": gflops, "tflop_s": gflops / ms, "flops_per_byte": 20.0 * images,
+    }  # fmt: skip
+
+
+def spread(ms: float, width: float = 0.05) -> dict[str, float | int]:
+    return {"p5": ms * (1 - width), "median": ms, "p95": ms * (1 + width), "n": 20}
+
+
+def operators() -> dict[str, Any]:
+    """A report of dit_bench.operators: one that multiplies, one that moves, two left out."""
+    timed = {"dtype": "bf16", "status": "ok", "ms": {"median": 1.0}, "percent_of_ceiling": 50.0}
+    linear = timed | {"operator": "linear", "shape": "N=2", "impl": "native", "flops": 5e8,
+                      "bytes": 2e6, "rate": 0.5, "unit": "TFLOP/s"}  # fmt: skip
+    modulate = timed | {"operator": "layernorm_modulate", "shape": "N=2", "impl": "native",
+                        "flops": 0, "bytes": 8e6, "rate": 8.0, "unit": "GB/s"}  # fmt: skip
+    failed = {"operator": "rope", "shape": "N=2", "impl": "native", "status": "failed"}
+    rows = [linear, modulate, modulate | {"impl": "compile", "opponent": True}, failed]
+    return copy.deepcopy({"operators": rows, "ceilings": {}})
+
+
+def scaling() -> dict[str, Any]:
+    points = [
+        {"network": name, "gmacs": gmacs, "steps": steps, "distance": 100 / gmacs - steps / 100,
+         "n": 2400}
+        for name, gmacs in (("DiT small/4", 0.5), ("DiT small/2", 2.0), ("U-Net", 4.0))
+        for steps in (1500, 3000)
+    ]  # fmt: skip
+    return {"metric": "FD-Lite0", "points": points}

@@ -1,0 +1,198 @@
+"""Reports: their schema, comparison with an older one, tables and pages."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import made_up
+import pytest
+from PIL import Image
+
+from dit_bench.comparing import compare_reports, regressions
+from dit_bench.page import page
+from dit_bench.plots import all_figures
+from dit_bench.report import report_tables
+from dit_bench.schema import validate
+from dit_bench.tables import Table, show
+
+CHROMIUM = shutil.which("chromium")
+
+
+def test_the_schema_takes_a_report() -> None:
+    validate(made_up.report())
+    validate(made_up.report() | {"ceilings": None, "load_average": None, "more": 1})
+
+
+def damage(path: str, value: Any) -> dict[str, Any]:
+    """A report in which the value at ``path`` is another, or is missing for ``...``."""
+    report = made_up.report()
+    place: Any = report
+    *way, last = path.split(".")
+    for key in way:
+        place = place[int(key) if key.isdecimal() else key]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return report
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("schema", "dit-bench/0", "'dit-bench/0' is not 'dit-bench/1'"),
+        ("measurements", ..., "the report has no 'measurements'"),
+        ("settings.threads", "2", "settings: 'threads' is str, not number"),
+        ("interrupted", 0, "'interrupted' is int, not bool"),
+        ("models.1.cost.total.macs", True, "models[1].cost.total: 'macs' is bool, not number"),
+        ("measurements.2.images", None, "measurements[2]: 'images' is NoneType, not number"),
+        ("measurements.3.ms.p95", ..., "measurements[3].ms has no 'p95'"),
+        ("measurements.0.noisy", ..., "measurements[0] has no 'noisy'"),
+        ("measurements.0.status", "odd", "measurements[0]: status 'odd' without a reason"),
+    ],
+)
+def test_the_schema_names_what_is_wrong(path: str, value: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        validate(damage(path, value))
+
+
+def slower(factor: float, width: float = 0.05) -> dict[str, Any]:
+    """The made-up report with one time made longer."""
+    report = made_up.report()
+    row = report["measurements"][0]
+    row["ms"] = made_up.spread(row["ms"]["median"] * factor, width)
+    return report
+
+
+def verdicts(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
+    return [row["verdict"] for row in compare_reports(new, old)["rows"]]
+
+
+def test_a_regression_is_found_and_noise_is_not_one() -> None:
+    old = made_up.report()
+    found = compare_reports(slower(1.2), old)
+    (row,) = regressions(found)
+    assert row["ratio"] == pytest.approx(1.2) and row["name"] == "lean bf16"
+    assert (row["old_ms"], row["new_ms"]) == pytest.approx((4.0, 4.8))
+    assert {r["verdict"] for r in found["rows"] if r is not row} == {"no difference shown"}
+    assert regressions(compare_reports(slower(1.09), old)) == []  # the spreads meet
+    assert regressions(compare_reports(slower(1.02, 0.001), slower(1.0, 0.001))) == []  # < 3 %
+    assert len(regressions(compare_reports(slower(1.05, 0.001), slower(1.0, 0.001)))) == 1
+    assert verdicts(slower(0.5), old)[0] == "quicker"
+    noisy = slower(3.0)
+    noisy["measurements"][0]["noisy"] = True
+    assert verdicts(noisy, old)[0] == "noisy"
+
+
+def test_another_machine_is_no_regression() -> None:
+    old = made_up.report()
+    old["environment"]["hardware"]["cpu"] = "another"
+    old["settings"]["threads"] = 8
+    found = compare_reports(slower(2.0), old)
+    assert {row["verdict"] for row in found["rows"]} == {"another machine"}
+    assert found["notes"] == ["cpu: 'another' then, 'a processor' now", "threads: 8 then, 2 now"]
+
+
+def test_reports_without_a_common_time_are_refused() -> None:
+    other = made_up.report()
+    for row in other["measurements"]:
+        row["model"] = "XL/2"
+    with pytest.raises(ValueError, match="no measurement in common"):
+        compare_reports(made_up.report(), other)
+
+
+def test_generations_of_other_settings_are_not_compared() -> None:
+    old, new = made_up.report(), made_up.report()
+    for report in (old, new):
+        report["measurements"].append(
+            made_up.row("S/8", "image", 1, "lean bf16", "subject", 900.0, 50.0)
+        )
+    assert verdicts(new, old)[-1] == "no difference shown"
+    before = len(verdicts(new, old))
+    old["settings"]["steps"] = 50
+    assert len(verdicts(new, old)) == before - 1
+
+
+def test_tables_say_what_was_left_out_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    report = made_up.report() | {"operators": made_up.operators(), "interrupted": True}
+    report["comparison"] = compare_reports(slower(1.2), made_up.report())
+    show(report_tables(report), width=250)
+    macs = report["models"][0]["cost"]["total"]["macs"]
+    shown = capsys.readouterr().out
+    for text in ("skipped: no <such> processor", "fp8: none here", "INTERRUPTED", "a processor",
+                 "regression", "layernorm_modulate", f"{macs / 1e9:.4g}", "311.1"):  # fmt: skip
+        assert text in shown, text
+    busy = "not to be quoted"
+    assert busy not in shown
+    show(report_tables(report | {"load_average": 3.0}), width=250)
+    assert busy in capsys.readouterr().out
+
+
+def test_tables_as_html_escape_their_cells() -> None:
+    table = Table("a < b", ["x", "y"])
+    table.add("<script>", 2)
+    table.add("short")
+    text = table.html()
+    assert "<script>" not in text and "&lt;script&gt;" in text and "a &lt; b" in text
+    assert text.count("<td") == 4
+
+
+class Sources(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.found += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+@pytest.fixture(scope="module")
+def made_page() -> str:
+    report = made_up.report() | {"operators": made_up.operators()}
+    sheets = [(name, Image.new("RGB", (40, 30), name)) for name in ("red", "blue")]
+    return page(report, all_figures(report, made_up.scaling()), sheets)
+
+
+def test_a_page_needs_nothing_but_itself(made_page: str) -> None:
+    parsed = Sources()
+    parsed.feed(made_page)
+    assert parsed.tags.count("img") == 4 + 2 and "script" not in parsed.tags
+    assert all(source.startswith("data:") for source in parsed.found)
+    assert "url(" not in made_page and "no &lt;such&gt; processor" in made_page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium (Debian's package of that name)")
+def test_a_page_opens_in_a_browser_without_an_error(made_page: str, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.html", tmp_path / "bad.html"
+    good.write_text(made_page, encoding="utf-8")
+    bad.write_text(made_page.replace("</body>", "<script>throw 1</script></body>"), "utf-8")
+    dom, said = browse(good, tmp_path)
+    assert said == []
+    assert "<figcaption>blue</figcaption>" in dom and "latency gflops" in dom
+    assert any("Uncaught 1" in line for line in browse(bad, tmp_path)[1])  # it would be seen
+
+
+def browse(path: Path, folder: Path) -> tuple[str, list[str]]:
+    """The page's DOM once it is loaded, and what was written to its console."""
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--v=0",
+        "--virtual-time-budget=2000", "--dump-dom", path.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_the_made_up_report_is_not_shared() -> None:
+    first = made_up.report()
+    kept = copy.deepcopy(first)
+    made_up.report()["measurements"][0]["ms"]["median"] = 0
+    assert first == kept

@@ -1,8 +1,9 @@
 """The public operators: each validates, chooses an implementation and calls it.
 
 Shape letters: N images, T tokens, D width, H heads, d = D/H. ``impl`` is "auto", "reference",
-"triton" or "native"; a named one runs or raises `Unavailable`. Bad arguments are a ValueError of
-one line. Under torch.compile and torch.export each call is one node, ``dit_kernels::<name>``.
+"triton" or "native", for attention also "triton-tma"; a named one runs or raises `Unavailable`. Bad
+arguments are a ValueError of one line. Under torch.compile and torch.export each call is one node,
+``dit_kernels::<name>``.
 """
 
 from __future__ import annotations

@@ -141,13 +141,12 @@ def measure(arguments: argparse.Namespace) -> int:
     report["training"] = {"steps": arguments.steps, "batch": BATCH, "learning_rate": LEARNING_RATE}
     write_report(report, arguments.json)
     plot(report, arguments.plot)
-    for row in report["rows"]:
-        d = row["distance"]
-        cost = f"{row['steps']:>6} steps {row['macs'] / 1e9:>7.3f} Gflops"
-        counts = f"N = {d['n']} against {d['n_reference']}"
-        print(f"{row['network']:<14} {cost}  {report['metric']} {d['value']:7.1f} ({counts})")
+    for row in report["points"]:
+        cost = f"{row['steps']:>6} steps {row['gmacs']:>7.3f} Gflops"
+        counts = f"N = {row['n']} against {row['n_reference']}"
+        print(f"{row['network']:<14} {cost}  {report['metric']} {row['distance']:7.1f} ({counts})")
     for step in steps:
-        values = [distance for _, _, distance in orders(report["rows"], step)]
+        values = [distance for _, _, distance in orders(report["points"], step)]
         falls = all(a > b for a, b in pairwise(values))
         print(f"{step} steps: more Gflops {'always' if falls else 'NOT always'} a lower distance")
     return 0

@@ -91,7 +91,7 @@ def measure(
     network_of_features = load_lite0()
     halves: Halves | None = None
     rows: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.is_file() else []
-    done = {(row["network"], row["steps"], row["distance"]["n"]) for row in rows}
+    done = {(row["network"], row["steps"], row["n"]) for row in rows}
     decode = LatentDecoder(vae, torch.device("cpu"))
     for name, make in made.items():
         for step in steps:
@@ -120,13 +120,11 @@ def measure(
                 {
                     "network": name,
                     "steps": step,
-                    "macs": macs,
+                    "gmacs": macs / 1e9,
                     "parameters": sum(p.numel() for p in network.parameters()),
-                    "distance": {
-                        "value": frechet_distance(moments_of(features), reference),
-                        "n": len(features),
-                        "n_reference": reference.count,
-                    },
+                    "distance": frechet_distance(moments_of(features), reference),
+                    "n": len(features),
+                    "n_reference": reference.count,
                     "recognised": float(hits.mean()),
                 }
             )
@@ -134,7 +132,7 @@ def measure(
                 partial.write_text(json.dumps(rows, indent=2))
     return {
         "metric": METRIC,
-        "rows": rows,
+        "points": rows,
         "sampling": {"sampler": SAMPLER, "steps": SAMPLING_STEPS, "spacing": SPACING,
                      "guidance_scale": 1.0, "precision": "bf16"},
         "training_seeds": 1,
@@ -156,7 +154,7 @@ def orders(rows: Sequence[dict[str, Any]], steps: int) -> list[tuple[str, float,
     """(network, Gflops, distance) of the DiTs at ``steps``, by Gflops: the claim is that the last
     column falls."""
     chosen = [r for r in rows if r["steps"] == steps and r["network"].startswith("DiT")]
-    found = [(r["network"], r["macs"] / 1e9, r["distance"]["value"]) for r in chosen]
+    found = [(r["network"], r["gmacs"], r["distance"]) for r in chosen]
     return sorted(found, key=lambda row: row[1])
 
 
@@ -167,7 +165,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = report["rows"]
+    rows = report["points"]
     figure, axis = plt.subplots(figsize=(6, 4))
     for steps in sorted({row["steps"] for row in rows}):
         found = orders(rows, steps)
@@ -179,7 +177,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
                           textcoords="offset points", fontsize=8)  # fmt: skip
         for row in rows:
             if row["steps"] == steps and not row["network"].startswith("DiT"):
-                axis.plot(row["macs"] / 1e9, row["distance"]["value"], "s", color=line.get_color(),
+                axis.plot(row["gmacs"], row["distance"], "s", color=line.get_color(),
                           mfc="white", label=f"{row['network']}, {steps} steps")  # fmt: skip
     axis.set(xscale="log", xlabel="Gflops (multiply-adds) of a forward", ylabel=report["metric"])
     axis.grid(alpha=0.3, which="both")

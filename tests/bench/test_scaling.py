@@ -70,8 +70,10 @@ def rows() -> list[dict]:
         {
             "network": n,
             "steps": s,
-            "macs": int(m),
-            "distance": {"value": d, "n": 4, "n_reference": 4},
+            "gmacs": m / 1e9,
+            "distance": d,
+            "n": 4,
+            "n_reference": 4,
         }
         for (n, s), (m, d) in values.items()
     ]
@@ -95,7 +97,7 @@ def test_the_figure_shows_every_point(tmp_path: Path, monkeypatch: pytest.Monkey
         return plain(self, x, y, *more, **options)
 
     monkeypatch.setattr(axes.Axes, "plot", keep)
-    plot({"metric": "FD-Lite0", "rows": rows()}, tmp_path / "figure.png")
+    plot({"metric": "FD-Lite0", "points": rows()}, tmp_path / "figure.png")
     assert drawn == [([0.01, 0.05, 0.2], [90.0, 70.0, 60.0]), ([0.2], [65.0])]
     with Image.open(tmp_path / "figure.png") as picture:
         assert picture.size[0] > 400 and np.asarray(picture.convert("L")).std() > 10
@@ -116,4 +118,4 @@ def test_what_was_measured_is_not_measured_again(
     (tmp_path / "dit-small-4" / "ema-000010.safetensors").touch()
     monkeypatch.setattr(scaling_measure, "LatentDecoder", lambda *_: None)
     report = scaling_measure.measure(made, folders, [10], vae, tmp_path, 4, kept, 16)
-    assert report["rows"] == rows() and report["sampling"]["guidance_scale"] == 1.0
+    assert report["points"] == rows() and report["sampling"]["guidance_scale"] == 1.0

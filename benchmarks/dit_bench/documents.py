@@ -44,10 +44,15 @@ def quality_table(report: dict[str, Any]) -> str:
         f"{settings['steps']} steps, guidance {settings['guidance_scale']:g}{between} on "
         f"{settings['guidance_channels'] or 'all'} channels, {settings['precision']}, backend "
         f"{settings['backend']}; {speed:.1f} images a second, features included, on "
-        f"{hardware['cpu']} with {hardware['torch_threads']} threads."
+        f"{hardware['cpu']} with {_threads(hardware)}."
     )
     lines += ["", summary]
     return "\n".join(lines) + "\n"
+
+
+def _threads(hardware: dict[str, Any]) -> str:
+    count = hardware["torch_threads"]
+    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 # Columns of `cpu_table`: what is divided by what, the latter by the beginning of its name.
@@ -102,7 +107,7 @@ def cpu_table(report: dict[str, Any]) -> str:
     hardware, versions = report["hardware"], report["versions"]
     known = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     notes.append(
-        f"{hardware['cpu']}, {hardware['torch_threads']} threads, with "
+        f"{hardware['cpu']}, {_threads(hardware)}, with "
         f"{', '.join(report['instruction_sets'])}; {known}. Medians of interleaved rounds; the "
         "same weights and inputs, results compared before timing."
     )

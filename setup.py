@@ -50,7 +50,7 @@ CUDA_CORE = [
     "cuda-core>=1.0; sys_platform == 'linux'",
     "cuda-bindings>=13; sys_platform == 'linux'",
 ]
-TENSORRT = ["tensorrt>=10.9; sys_platform == 'linux'", *CUDA_CORE, *ONNX_TOOLS]
+TENSORRT = ["tensorrt>=10.9; sys_platform == 'linux'", *CUDA_CORE, *ONNX]  # exports are run first
 ON_LINUX = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 TENSORRT_RTX = [f"tensorrt-rtx>=1.7; {ON_LINUX}"]
 PYCUDA = ["pycuda>=2025.1"]
@@ -223,7 +223,7 @@ setup(
         "onnx-gpu": ONNX_GPU,
         "triton-client": TRITON_CLIENT,
         "tensorrt": TENSORRT,
-        "tensorrt-rtx": [*TENSORRT_RTX, *CUDA_CORE, *ONNX_TOOLS],
+        "tensorrt-rtx": [*TENSORRT_RTX, *CUDA_CORE, *ONNX],
         "pycuda": PYCUDA,
         "test": list(
             dict.fromkeys(

@@ -87,7 +87,8 @@ def create_backend(name: str, model: DiT, precision: str, device: torch.device) 
         raise ValueError(f"precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
     kind, scheme, address = resolve_backend(name).partition("://")
     options = {"address": address} if scheme else {}
-    if (added := _added(kind)) is not None:
+    # Ours first: no other package takes over a name of ours.
+    if kind not in _FACTORIES and (added := _added(kind)) is not None:
         return added.load()(model, precision, device, **options)
     if scheme:
         raise ValueError(f"backend {name!r}: {kind} takes no address")

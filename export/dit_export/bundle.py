@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -191,11 +192,20 @@ def replaceable(overwrite: bool) -> Any:
             names = ", ".join(sorted(entry.name for entry in path.iterdir())[:4])
             return f"holds something else ({names})"
         if overwrite:
-            return None
+            return foreign(path, [MANIFEST, *earlier.get("files", {})])
         what = f"{earlier.get('dtype')} for {earlier.get('target')}"
         return f"holds another export ({what}); --overwrite replaces it"
 
     return reason
+
+
+def foreign(path: Path, ours: Sequence[str]) -> str | None:
+    """That ``path`` holds more than ``ours``, or None: what is replaced is removed."""
+    files = (file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
+    others = sorted(set(files) - set(ours))
+    if not others:
+        return None
+    return f"also holds what was not made with it ({', '.join(others[:4])}): move that elsewhere"
 
 
 def file_hash(path: Path) -> str:

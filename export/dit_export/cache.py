@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -33,13 +35,27 @@ def cached_export(model: DiT, options: ExportOptions) -> Bundle:
     Its name is a hash of the weights, the config, the options and the versions that wrote it.
     """
     path = cache_directory() / "onnx" / _key(model, options)
-    try:
-        return Bundle.open(path)
-    except ValueError:
-        # Not there, or damaged. Here everything is ours, also what is no export any more.
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-    return export_onnx(model, path, options, overwrite=True)
+    with _locked(path.with_name(f"{path.name}.lock")):
+        try:
+            return Bundle.open(path)
+        except ValueError:
+            # Not there, or damaged. Here everything is ours, also what is no export any more.
+            for leftover in [path, *path.parent.glob(f".{path.name}.*")]:  # of a killed process
+                if leftover.is_dir() and not leftover.is_symlink():
+                    shutil.rmtree(leftover)
+        return export_onnx(model, path, options, overwrite=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; the others wait. No lock where the system has no flock."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        with suppress(ImportError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _key(model: DiT, options: ExportOptions) -> str:

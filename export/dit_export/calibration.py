@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -65,8 +66,8 @@ def _watching(model: DiT, ranges: dict[str, float]) -> Iterator[None]:
     def watch(name: str):
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             low, high = inputs[0].aminmax()
-            largest, before = max(-low.item(), high.item()), ranges.get(name, 0.0)
-            ranges[name] = max(before, largest)  # so a NaN is kept
+            seen = (ranges.get(name, 0.0), -low.item(), high.item())
+            ranges[name] = math.nan if any(map(math.isnan, seen)) else max(seen)
 
         return hook
 

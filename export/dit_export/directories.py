@@ -35,6 +35,7 @@ def new_directory(
         ValueError: see `check_destination`.
         OSError: it cannot be written.
     """
+    target = target.absolute()
     check_destination(target, replaceable)
     target.parent.mkdir(parents=True, exist_ok=True)
     stem = f".{target.name}.{secrets.token_hex(4)}"

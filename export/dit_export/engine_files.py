@@ -193,7 +193,8 @@ def find_engines(
     Raises `EngineRefused` where there is none, or only those of other weights.
     """
     paths = sorted(directory.glob(f"{graph}-*{SUFFIX}"), key=lambda p: -p.stat().st_mtime_ns)
-    found = [read_description(path) for path in paths]
+    # One without its description is still being written, or was left so by a kill.
+    found = [read_description(path) for path in paths if description_path(path).exists()]
     if not found:
         raise EngineRefused(f"{directory}: holds no engine of {graph}; see dit-export tensorrt")
     ours = [engine for engine in found if checkpoint in (None, engine.checkpoint)]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_engine._version import __version__
-from dit_export.bundle import Bundle
+from dit_export.bundle import Bundle, foreign
 from dit_export.directories import check_destination, new_directory
 from dit_export.triton.configuration import GRAPHS, ServingOptions, graph_config, pipeline_config
 from dit_export.triton.readme import readme
@@ -86,6 +86,11 @@ def write_repository(
             "dtype": bundle.dtype,
             "platform": options.platform,
             "models": [*GRAPHS, "dit"],
+            "files": sorted(
+                file.relative_to(partial).as_posix()
+                for file in partial.rglob("*")
+                if not file.is_dir()
+            ),
         }
         _write(partial / MARKER, json.dumps(marker, indent=2) + "\n")
     return target
@@ -122,11 +127,13 @@ def replaceable(overwrite: bool) -> Any:
 
     def reason(path: Path) -> str | None:
         try:
-            read_marker(path)
+            marker = read_marker(path)
         except ValueError:
             names = ", ".join(sorted(entry.name for entry in path.iterdir())[:4])
             return f"holds something else ({names})"
-        return None if overwrite else "holds a model repository; --overwrite replaces it"
+        if overwrite:
+            return foreign(path, [MARKER, *marker.get("files", [])])
+        return "holds a model repository; --overwrite replaces it"
 
     return reason
 

@@ -85,7 +85,7 @@ class ExportOptions:
             raise ValueError(f"no graphs: choose some of {', '.join(GRAPHS)}")
         if self.vae_dtype is not None:
             check_choice("vae_dtype", self.vae_dtype, tuple(FLOATS))
-            choose_opset(self.vae_dtype, self.target, self.opset)
+        choose_opset(self.vae_dtype or vae_dtype(self.dtype, self.target), self.target, self.opset)
         if not 0 <= self.external_data_mib < 2048:
             raise ValueError(
                 f"external data above {self.external_data_mib} MiB: allowed is 0 to 2047"
@@ -198,7 +198,9 @@ class _Writer:
         return signature(name, self.model.config, None if self.vae is None else self.vae.config)
 
     def _export(self, name: str, module: nn.Module) -> None:
-        model = to_onnx(module, name, *self._signature(name), self.opset)
+        # Of each graph its own: TensorRT takes no Attention in float32, which a VAE is beside fp16.
+        opset = choose_opset(self._dtype(name), self.options.target, self.options.opset)
+        model = to_onnx(module, name, *self._signature(name), opset)
         if self.quantization is not None and name in QUANTIZED_GRAPHS:
             self.quantization.apply(model)
         model.producer_name, model.producer_version = "dit-engine", __version__

@@ -22,15 +22,16 @@ from dit_export.engine_files import (
     read_description,
     write_engine,
 )
+from dit_export.graphs import QUANTIZED_GRAPHS, VAE_GRAPH
 from dit_export.plugin import PLUGIN, register_plugin
 from dit_export.plugin_graph import fuse_file
 from dit_export.profiles import Profiles
+from dit_export.targets import QUANTIZED
 from dit_export.tensorrt_flavour import Flavour
 from dit_export.tensorrt_network import build_serialized
 from dit_export.tensorrt_reports import make_progress, process_logger
 
 GIB = 2**30
-VAE_GRAPH = "vae_decoder"
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,16 @@ def build_bundle(
     An engine that is there with the same key is verified and kept.
 
     Raises:
-        ValueError: a graph that is not there, or that TensorRT refuses (with the node's name).
+        ValueError: a graph that is not there, or that TensorRT refuses (with the node's name), or
+            an export whose graphs TensorRT would refuse, having been written for another runtime.
         EngineRefused: an engine that is there, but not as it was written; see ``rebuild``.
         BackendUnavailable: the standard TensorRT without a GPU.
     """
+    if bundle.target != "tensorrt" and bundle.dtype in ("fp32", *QUANTIZED):
+        raise ValueError(
+            f"{bundle.path}: {bundle.dtype} graphs for {bundle.target}, which TensorRT does not "
+            "take; export them with --target tensorrt"
+        )
     names = tuple(bundle.graphs) if graphs is None else graphs
     files = {name: bundle.file(name) for name in names}
     engines = {}
@@ -122,7 +129,10 @@ def engine_key(
         target=_target(flavour, options),
         profiles=profiles,
         workspace_bytes=0 if options.workspace_gib is None else int(options.workspace_gib * GIB),
-        plugins=(f"{PLUGIN} {__version__}",) if options.plugin else (),
+        # The graphs that hold blocks, and with them the adaLN that the plugin replaces.
+        plugins=(f"{PLUGIN} {__version__}",)
+        if options.plugin and graph.name in QUANTIZED_GRAPHS
+        else (),
     )
 
 
@@ -173,7 +183,8 @@ def build_engine(
         if key.plugins:
             register_plugin(require_device(options.device).capability)
             fused = Path(folder) / onnx.name
-            fuse_file(onnx, fused)
+            if fuse_file(onnx, fused) == 0:
+                raise ValueError(f"{graph.name}: no adaLN is found for the plugin to replace")
             onnx = fused
         try:
             data, inputs, outputs = build_serialized(

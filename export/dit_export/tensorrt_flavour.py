@@ -115,4 +115,7 @@ def run_probe(code: str, *arguments: str, timeout_seconds: float | None = None) 
     if done.returncode > 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         return None, lines[-1].strip() if lines else f"exit code {done.returncode}"
-    return json.loads(done.stdout.splitlines()[-1]), ""
+    try:
+        return json.loads(done.stdout.splitlines()[-1]), ""
+    except (IndexError, ValueError):
+        return None, "it ended without an answer"

@@ -174,12 +174,17 @@ class TorchMemory:
             buffer.copy_(value)
 
     def read(self, buffer: Any) -> Any:
-        self._torch.cuda.current_stream(self.device).wait_stream(self._stream)
-        return buffer.clone()
+        # The copy is made where the next run is queued too, so that it comes before that.
+        with self._torch.cuda.stream(self._stream):
+            copy = buffer.clone()
+        current = self._torch.cuda.current_stream(self.device)
+        current.wait_stream(self._stream)
+        copy.record_stream(current)
+        return copy
 
     def capture(self, work: Callable[[int], None]) -> Callable[[], None]:
         graph = self._torch.cuda.CUDAGraph()
-        with self._torch.cuda.graph(graph, stream=self._stream):
+        with self._torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             work(self.stream)
 
         def launch() -> None:

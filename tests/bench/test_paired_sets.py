@@ -67,7 +67,7 @@ def test_eager_is_not_far_from_itself_and_a_damaged_backend_is_caught() -> None:
     assert report["subjects"][0]["latent_error_by_step"] == [0, 0]
     text = format_report({"model": "tiny", **report})
     assert text.count("100 paired resamples of N = 40") == 3
-    assert "FD-Lite0 to eager's set 0 (N = 40 pairs)" in text
+    assert f"FD-Lite0 to eager's set {same['between']:.4g} (N = 40 pairs)" in text
 
 
 @pytest.mark.usefixtures("damaged")

@@ -32,12 +32,24 @@ def test_arguments_reach_training(
 
     monkeypatch.setattr(training, "train", record)
     arguments = ["-o", str(tmp_path), "--device", "cpu", "--vae-steps", "7", "--dit-minutes", "0.5"]
-    arguments += ["--vae-channels", "8", "16", "--flip", "ant", "bee", "--kl-weight", "0.5"]
+    arguments += [
+        "--decoder-steps",
+        "2",
+        "--vae-channels",
+        "8",
+        "16",
+        "--flip",
+        "ant",
+        "bee",
+        "--kl-weight",
+        "0.5",
+    ]
     assert command.main(arguments) == 0
-    ((settings, vae_budget, dit_budget, directory, device),) = calls
+    ((settings, vae_budget, dit_budget, directory, device, decoder_budget),) = calls
     assert settings == TrainSettings(vae_channels=(8, 16), flip=("ant", "bee"), kl_weight=0.5)
     assert (vae_budget.steps, vae_budget.minutes) == (7, None)
     assert (dit_budget.steps, dit_budget.minutes) == (None, 0.5)
+    assert (decoder_budget.steps, decoder_budget.minutes) == (2, None)
     assert (directory, device) == (tmp_path, torch.device("cpu"))
     assert str(tmp_path / "model") in capsys.readouterr().out
 

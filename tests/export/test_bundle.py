@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_dit
 
-from dit_export.bundle import Bundle, Graph, TensorSpec, replaceable, write_manifest
+from dit_export.bundle import Bundle, Graph, TensorSpec, foreign, replaceable, write_manifest
 from dit_export.directories import new_directory
 
 GRAPH = Graph(
@@ -160,3 +160,12 @@ def test_a_failed_rename_puts_the_earlier_export_back(
     with pytest.raises(OSError, match="Input/output"):
         write(path, b"other", overwrite=True)
     assert only(tmp_path) == ["out"] and (path / "denoiser.onnx").read_bytes() == b"weights"
+
+
+def test_what_was_not_made_with_an_export_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("manifest.json", "a.onnx", "sub/mine.txt"):
+        (tmp_path / name).write_text("x")
+    assert foreign(tmp_path, ["manifest.json", "a.onnx", "sub/mine.txt"]) is None
+    reason = foreign(tmp_path, ["manifest.json", "a.onnx"])
+    assert reason == "also holds what was not made with it (sub/mine.txt): move that elsewhere"

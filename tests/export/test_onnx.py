@@ -21,6 +21,7 @@ from dit_engine.sampler import SAMPLERS
 from dit_engine.schedule import make_schedule
 from dit_export.bundle import Bundle
 from dit_export.graphs import GuidedStep
+from dit_export.onnx import ExportOptions
 from dit_export.source import weights_hash
 
 X = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -223,6 +224,17 @@ def test_opset_20_for_tensorrt_in_fp32_has_no_attention_operator() -> None:
     assert not {"Attention"} & {node.op_type for node in model.graph.node}
     (output,) = run(bundle, "transformer", x=X, t=T, y=Y)
     assert_close_to_reference(output, exact(X, T, Y), tolerance=1e-5)
+
+
+def test_each_graph_has_the_best_opset_for_its_own_dtype() -> None:
+    """TensorRT takes Attention in fp16, and not in fp32, which a VAE is beside an fp16 DiT."""
+    bundle = exported("fp16", "denoiser", "vae_decoder", target="tensorrt")
+    for name, opset, attends in (("denoiser", 23, True), ("vae_decoder", 20, False)):
+        model = onnx.load(bundle.file(name))
+        assert [(o.domain, o.version) for o in model.opset_import] == [("", opset)]
+        assert ("Attention" in {node.op_type for node in model.graph.node}) == attends
+    with pytest.raises(ValueError, match=r"^opset 23 for fp32 and tensorrt: allowed is 18 to 20$"):
+        ExportOptions("fp16", "tensorrt", opset=23).checked()
 
 
 def test_bf16_says_that_onnxruntime_did_not_run_it() -> None:

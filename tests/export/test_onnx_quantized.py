@@ -105,6 +105,20 @@ def test_a_model_that_overflows_cannot_be_calibrated() -> None:
         calibrate(model, images=1, steps=2)
 
 
+def test_nan_of_a_later_step_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_export import calibration
+
+    def twice(model: torch.nn.Module, *_: object) -> None:
+        layer = model.blocks[0].attn.qkv
+        layer(torch.ones(1, 1, layer.in_features))
+        layer(torch.full((1, 1, layer.in_features), float("nan")))
+        layer(torch.ones(1, 1, layer.in_features))
+
+    monkeypatch.setattr(calibration, "trajectory", twice)
+    with pytest.raises(ValueError, match=r"the input of blocks\.0\.attn\.qkv reaches nan$"):
+        calibrate(random_dit(), images=1, steps=2)
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_rounding_clips_and_takes_the_nearest(kind: str) -> None:
     x = torch.tensor([-1000.0, -3.4, 0.0, 0.6, 17.1, 1000.0])

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from exports import exported, random_vae
 from tiny import tiny_dit
 
 from dit_engine.engine import Engine
@@ -92,6 +93,32 @@ def test_every_graph_is_supported_and_built(
         assert engine.dtype == graph.dtype == exported.split()[0]
         vaes = name == "vae_decoder"
         assert engine.checkpoint == (bundle.vae_checkpoint if vaes else bundle.checkpoint)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp16", "int8", "fp8"])
+def test_an_export_with_its_defaults_is_taken(
+    dtype: str, options: BuildOptions, flavour: Flavour, tmp_path: Path
+):
+    """With a VAE that attends, in float32 beside whatever the transformer is in."""
+    from dit_export.onnx import ExportOptions, export_onnx
+
+    made = ExportOptions(
+        dtype, "tensorrt", graphs=("denoiser", "vae_decoder") if dtype == "fp16" else ("denoiser",),
+        calibration_images=1, calibration_steps=2,
+    )  # fmt: skip
+    bundle = export_onnx(MODEL, tmp_path / "onnx", made, vae=random_vae())
+    engines = build_bundle(bundle, tmp_path / "engines", flavour, options)
+    assert set(engines) == set(bundle.graphs)
+    assert all(engine.bytes > 10_000 for engine in engines.values())
+
+
+def test_an_export_for_another_runtime_is_refused(
+    options: BuildOptions, flavour: Flavour, tmp_path: Path
+):
+    bundle = exported("fp32", "conditioner")
+    with pytest.raises(ValueError, match="fp32 graphs for onnxruntime, which TensorRT does not"):
+        build_bundle(bundle, tmp_path, flavour, options)
 
 
 def test_an_engine_that_is_there_is_kept(

@@ -22,7 +22,13 @@ from dit_engine.backends import create_backend
 from dit_engine.errors import BackendUnavailable
 from dit_export import cuda_devices, tensorrt_memory
 from dit_export.backends import tensorrt as backend
-from dit_export.backends.tensorrt import EnginePair, Settings, TensorRTBackend, given_engines
+from dit_export.backends.tensorrt import (
+    EnginePair,
+    Settings,
+    TensorRTBackend,
+    given_engines,
+    padding,
+)
 from dit_export.cuda_devices import CudaDevice
 from dit_export.engine_files import EngineFile, EngineKey, EngineRefused, write_engine
 from dit_export.graphs import signature
@@ -342,6 +348,11 @@ def test_the_pair_equals_the_model(batch: str, tmp_path: Path):
     too_many = pair.prepare(torch.zeros(9, dtype=torch.long), timesteps)
     with pytest.raises(ValueError, match=r"batch 9 is outside the engine's profile: batch \d to"):
         too_many(x[:1].expand(9, -1, -1, -1), 0)
+
+
+def test_rows_between_two_profiles_are_padded_to_the_next() -> None:
+    sizes = [(1, 2), (4, 16)]
+    assert [padding(rows, sizes) for rows in (1, 2, 3, 4, 16)] == [0, 0, 1, 0, 0]
 
 
 def test_given_engines_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

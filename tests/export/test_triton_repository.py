@@ -115,6 +115,9 @@ def test_accelerators(tmp_path: Path, bundle: Bundle) -> None:
         accelerators = parsed(path, "dit_transformer").optimization.execution_accelerators
         assert [a.name for a in accelerators.gpu_execution_accelerator] == expected
     assert dict(accelerators.gpu_execution_accelerator[0].parameters)["precision_mode"] == "FP16"
+    for model, precision in (("dit_guided_step", "FP16"), ("vae_decoder", "FP32")):
+        (only,) = parsed(path, model).optimization.execution_accelerators.gpu_execution_accelerator
+        assert bundle.dtype == "fp16" and dict(only.parameters)["precision_mode"] == precision
 
 
 def test_large_weights_keep_their_name(tmp_path: Path) -> None:

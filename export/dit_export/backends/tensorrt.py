@@ -14,7 +14,7 @@ The graphs are exported and the engines built at first use, into ``DIT_ENGINE_CA
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from dit_engine.conditioning import ModulationTable
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
 from dit_export.cuda_devices import CudaDevice, require_device
-from dit_export.engine_files import EngineFile, find_engines
+from dit_export.engine_files import EngineFile, EngineRefused, find_engines
 from dit_export.graphs import modulation_width
 from dit_export.profiles import Profiles, parse_profiles
 from dit_export.source import weights_hash
@@ -146,17 +146,23 @@ class EngineConditioning:
         y = labels.to(self.device, torch.int64).repeat(k)
         profiles = self.pool.engine.file.key.profiles
         largest = max(profile.batch.largest for profile in profiles)
-        smallest = min(profile.batch.smallest for profile in profiles)
+        sizes = [(profile.batch.smallest, profile.batch.largest) for profile in profiles]
         parts = []
         for t_part, y_part in zip(t.split(largest), y.split(largest), strict=True):
             rows = len(t_part)
-            if rows < smallest:  # rows are independent: the last ones are repeated
-                missing = smallest - rows
+            # Rows are independent: the last one is repeated until a profile holds the batch.
+            if (missing := padding(rows, sizes)) > 0:
                 t_part = torch.cat([t_part, t_part[-1:].expand(missing)])
                 y_part = torch.cat([y_part, y_part[-1:].expand(missing)])
             made = self.pool.run({"t": t_part, "y": y_part})["modulations"]
             parts.append(made[:rows])
         return torch.cat(parts).view(k, n, self.width)
+
+
+def padding(rows: int, sizes: Sequence[tuple[int, int]]) -> int:
+    """How many rows to add until a profile of (smallest, largest) batch holds them; ``rows`` is at
+    most the largest of all."""
+    return min(max(low - rows, 0) for low, high in sizes if rows <= high)
 
 
 def cached_engines(
@@ -175,6 +181,14 @@ def cached_engines(
     return build_bundle(bundle, cache_directory() / "tensorrt", flavour, options, GRAPHS)
 
 
+def _runs(file: EngineFile, here: tuple[str, str], gpu: CudaDevice) -> bool:
+    try:
+        file.check(*here, gpu)
+    except EngineRefused:
+        return False
+    return True
+
+
 def given_engines(
     model: DiT, precision: str, directory: Path, flavour: Flavour, gpu: CudaDevice
 ) -> dict[str, EngineFile]:
@@ -187,7 +201,7 @@ def given_engines(
     engines = {}
     for graph in GRAPHS:
         found = find_engines(directory, graph, checkpoint, precision)
-        fitting = [f for f in found if (f.key.flavour, f.key.version) == here]
+        fitting = [f for f in found if _runs(f, here, gpu)]
         engines[graph] = (fitting or found)[0]
         engines[graph].check(flavour.name, flavour.version, gpu)
     return engines

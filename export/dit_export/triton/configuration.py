@@ -89,7 +89,7 @@ def graph_config(name: str, bundle: Bundle, options: ServingOptions) -> str:
         ("dynamic_batching", {"max_queue_delay_microseconds": options.queue_delay_us}),
         ("instance_group", {"kind": Enum("KIND_AUTO" if onnx else "KIND_GPU"),
                             "count": options.instances}),
-        ("optimization", _optimization(bundle, options)),
+        ("optimization", _optimization(graph.dtype, options)),
         *(("model_warmup", _warmup(graph.inputs, n, side))
           for n in sorted({1, options.max_batch_size})),
         *(("parameters", {"key": key, "value": {"string_value": value}})
@@ -154,7 +154,7 @@ def _warmup(inputs: Sequence[TensorSpec], batch: int, side: int) -> dict[str, An
     }
 
 
-def _optimization(bundle: Bundle, options: ServingOptions) -> dict[str, Any]:
+def _optimization(dtype: str, options: ServingOptions) -> dict[str, Any]:
     if options.platform == "tensorrt":
         return {"cuda": {"graphs": True}, "input_pinned_memory": {"enable": True}}
     value: dict[str, Any] = {"input_pinned_memory": {"enable": True}}
@@ -163,7 +163,7 @@ def _optimization(bundle: Bundle, options: ServingOptions) -> dict[str, Any]:
     parameters = {"use_ep_level_unified_stream": "1"}
     if options.accelerator == "tensorrt":
         parameters = {
-            "precision_mode": "FP32" if bundle.dtype == "fp32" else "FP16",
+            "precision_mode": "FP32" if dtype == "fp32" else "FP16",
             "max_workspace_size_bytes": str(4096 * _MIB),
             "trt_engine_cache_enable": "1",  # the first start builds engines, for minutes
             "trt_engine_cache_path": "/tmp/trt-cache",

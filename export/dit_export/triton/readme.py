@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from dit_export.bundle import Bundle
 from dit_export.source import model_name
 from dit_export.triton.configuration import ServingOptions
@@ -39,8 +41,8 @@ steps; the answer to all of them comes when the longest is through.
 In a container, from this directory{gpu}:
 
 ```
-docker run --rm --gpus all --shm-size 1g -p 8000:8000 -p 8001:8001 -p 8002:8002 \\
-    -v "$PWD":/models:ro nvcr.io/nvidia/tritonserver:<yy.mm>-py3 \\
+docker run --rm --gpus all --shm-size 1g -p 127.0.0.1:8000:8000 -p 127.0.0.1:8001:8001 \\
+    -p 127.0.0.1:8002:8002 -v "$PWD":/models:ro nvcr.io/nvidia/tritonserver:<yy.mm>-py3 \\
     tritonserver --model-repository=/models --disable-auto-complete-config
 ```
 
@@ -89,7 +91,7 @@ def readme(bundle: Bundle, options: ServingOptions) -> str:
         names="this model has none" if names is None else _some(names),
         gpu=" (without a GPU, leave out `--gpus all`)" if onnx else "",
         needs=_ONNX_NEEDS.format(opset=bundle.opset) if onnx else _PLAN_NEEDS,
-        example=" ".join(["0", "1"] if names is None else [repr(n) for n in names[:2]]),
+        example=" ".join(["0", "1"] if names is None else [shlex.quote(n) for n in names[:2]]),
     )
 
 
@@ -101,5 +103,6 @@ Engines load only in the TensorRT version that built them: take the release whos
 
 
 def _some(names: tuple[str, ...]) -> str:
-    first = ", ".join(name.split(",")[0] for name in names[:4])
+    shown = (" ".join(name.split(",")[0].split()) for name in names[:4])
+    first = ", ".join(shown).replace("|", "\\|")  # in a table's cell
     return first + (f" … ({len(names)} in all)" if len(names) > 4 else "")

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from serving import MAX_BATCH_SIZE, Served
 
 from dit_engine.engine import Engine
 from dit_export.cli import main
-from dit_export.triton.server import Running, find_server, running_server
+from dit_export.triton.server import find_server, running_server
 
 SERVER_ENVIRONMENT = Path(__file__).resolve().parents[2] / ".venv-server"
-MAX_BATCH_SIZE = 8
-
-
-@dataclass(frozen=True)
-class Served:
-    """engine: has the model that the server has; guided as its graph guides."""
-
-    repository: Path
-    running: Running
-    engine: Engine
 
 
 @pytest.fixture(scope="session")

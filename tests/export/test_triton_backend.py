@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import MAX_BATCH_SIZE, Served
+from serving import MAX_BATCH_SIZE, Served
 from tiny import tiny_engine
 from triton_requests import executions
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MAX_BATCH_SIZE, Served
 from PIL import Image
+from serving import MAX_BATCH_SIZE, Served
 from triton_requests import column, executions, infer, names, numbers, scales
 
 MODELS = ("dit", "dit_guided_step", "dit_transformer", "vae_decoder")

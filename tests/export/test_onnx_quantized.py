@@ -101,7 +101,7 @@ def test_ranges_are_the_largest_that_sampling_meets() -> None:
 def test_a_model_that_overflows_cannot_be_calibrated() -> None:
     model = random_dit()
     model.blocks[0].mlp.fc1.bias.data[0] = float("nan")
-    with pytest.raises(ValueError, match=r"^calibration: the input of blocks\.0\.\w+\.\w+ reaches nan$"):
+    with pytest.raises(ValueError, match=r"^calibration: the input of blocks\.0\..* reaches nan$"):
         calibrate(model, images=1, steps=2)
 
 

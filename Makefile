@@ -44,6 +44,8 @@ test: $(VENV)/.test $(SERVER) ## run the whole test suite; a part of it: make te
 	$(BIN)/python -m pytest $(ARGS)
 
 server: $(SERVER) ## install a Triton Inference Server in .venv-server, for the tests and for trying
+	@test -n "$(SERVER)" || { echo "error: its wheel is for Linux on x86-64 with glibc 2.35 or later" \
+		"and Python 3.10 to 3.12" >&2; exit 1; }
 
 asan: $(VENV)/.test ## run the native kernels' tests under AddressSanitizer and UBSan
 	$(BIN)/cmake -S . -B build/asan -DDIT_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX)

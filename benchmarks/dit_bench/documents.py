@@ -20,6 +20,8 @@ from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
 from dit_engine.files import atomic_path
 
+BUSY = 0.3  # as dit_bench.cpu has it
+
 _NAMES = {
     "generated": "generated images",
     "vae_reconstruction": "held-out images through the VAE (the best a DiT could do)",
@@ -68,7 +70,11 @@ _CPU_COLUMNS = (
 
 def cpu_table(report: dict[str, Any]) -> str:
     """Markdown of a `dit_bench.cpu` report: a line a workload, a column a ratio, and the goals."""
-    names = [f"{ours} ÷ {theirs}" for ours, theirs in _CPU_COLUMNS]
+    first = [_row_of(report["sections"][0], *column) for column in _CPU_COLUMNS]
+    names = [
+        f"{ours} ÷ {row['theirs'] if row else theirs}"
+        for (ours, theirs), row in zip(_CPU_COLUMNS, first, strict=True)
+    ]
     lines = [
         "| one forward | lean bf16, ms | " + " | ".join(names) + " |",
         "|---" * (2 + len(names)) + "|",
@@ -96,7 +102,7 @@ def cpu_table(report: dict[str, Any]) -> str:
                 continue
             ratio = row["memory"]["ratio"] if "memory" in row else row["ratio"]["median"]
             name = (
-                "peak memory ÷ (weights + activations)"
+                "peak memory in a step ÷ (weights + activations)"
                 if "memory" in row
                 else f"{row['ours']} ÷ {row['theirs']}"
             )
@@ -111,6 +117,12 @@ def cpu_table(report: dict[str, Any]) -> str:
         f"{', '.join(report['instruction_sets'])}; {known}. Medians of interleaved rounds; the "
         "same weights and inputs, results compared before timing."
     )
+    load = report["load_average"]
+    if load > BUSY:
+        notes.append(
+            f"The load average was {load:.1f} at the start, which is no idle machine's: measure "
+            "again before relying on these figures."
+        )
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
 
 

@@ -32,7 +32,14 @@ def test_the_readme_shows_the_committed_cpu_results() -> None:
     (line,) = (line for line in text.splitlines() if line.startswith("| XL/2, batch 2 |"))
     assert sorted(f"{r:.2f}" for r in ratios) == sorted(line.strip("| ").split(" | ")[2:])
     memory = report["sections"][-1]["rows"][0]["memory"]["ratio"]
-    assert f"peak memory ÷ (weights + activations) {memory:.2f}" in text
+    assert f"peak memory in a step ÷ (weights + activations) {memory:.2f}" in text
+
+
+def test_a_busy_machine_is_told_of() -> None:
+    (results,) = (ROOT / "benchmarks/results").glob("cpu-*.json")
+    report = json.loads(results.read_text(encoding="utf-8"))
+    assert "no idle machine's" in cpu_table(report | {"load_average": 1.5})
+    assert "no idle machine's" not in cpu_table(report | {"load_average": 0.1})
 
 
 def test_a_document_is_changed_in_its_block_only(

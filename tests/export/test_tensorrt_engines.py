@@ -279,7 +279,7 @@ def test_what_the_builder_refuses_is_said(bundles, flavour: Flavour, tmp_path: P
 
     options = BuildOptions(parse_profiles([BATCH]), quiet=True)
     wrong = ExportOptions("fp32", "onnxruntime", opset=23, graphs=("denoiser",))
-    bundle = export_onnx(MODEL, tmp_path / "wrong", wrong)
+    bundle = replace(export_onnx(MODEL, tmp_path / "wrong", wrong), target="tensorrt")
     with pytest.raises(ValueError, match="Attention operation was not supported"):
         build_bundle(bundle, tmp_path / "engines", flavour, options)
     right = ExportOptions("fp32", "tensorrt", graphs=("denoiser",))

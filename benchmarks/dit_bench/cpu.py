@@ -30,6 +30,7 @@ from dit_bench.cpu_sections import (
     run_memory,
     run_profile,
 )
+from dit_bench.documents import BUSY
 from dit_bench.hardware import cpu_model
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.destination import check_file
@@ -43,7 +44,6 @@ WORKLOADS = (*BATCHES, "vae", "memory")
 # that otherwise it changes nothing here.
 COMPILE_MODES = ("default", "frozen default")
 ROUNDS, QUICK_ROUNDS = 15, 3
-BUSY = 0.3  # load average above which the table says so
 RESULTS = Path(__file__).parents[1] / "results"
 
 

@@ -20,7 +20,7 @@ from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
 from dit_engine.files import atomic_path
 
-BUSY = 0.3  # as dit_bench.cpu has it
+BUSY = 0.3  # load average above which a table of times says so
 
 _NAMES = {
     "generated": "generated images",

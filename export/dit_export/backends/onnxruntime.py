@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_engine.backends import Denoiser
+from dit_engine.conditioning import TABLE_BYTES
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
 from dit_export.bundle import Bundle
@@ -20,8 +21,6 @@ from dit_export.sessions import Session, check_device
 from dit_export.source import weights_hash
 
 GRAPHS = ("conditioner", "denoiser")
-TABLE_BYTES = 256 * 2**20
-"""Bound of the modulations in memory, unless a single step needs more."""
 
 
 class OnnxRuntimeBackend:

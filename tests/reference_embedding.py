@@ -9,6 +9,8 @@ a trajectory 1e-6, although everything after the conditioning vector c agrees to
 that arithmetic take the sinusoids from the vectors:
 
 * ``fit_time_embedding`` recovers the embedding of a time step from forward.out;
+* ``frequencies_off`` tells which frequencies this process's ``exp`` rounds otherwise; where it is
+  the vectors' (in a process of its own, test_vectors_direct.py), nothing has to be taken from them;
 * ``vector_timestep_embedding`` has the frequencies of the vectors' machine. Of all offsets of one
   frequency by an ulp, one explains forward.out in both files, four times better than any other.
 
@@ -33,6 +35,14 @@ from dit_engine.model import DiT
 
 # (index, ulps): where the vectors' machine was off the correctly rounded frequency.
 FREQUENCY_OFFSET = (13, +1)
+
+
+def frequencies_off(spacing: int = 128) -> list[tuple[int, int]]:
+    """(index, ulps) of the frequencies that are not correctly rounded in this process."""
+    exponents = -math.log(10000.0) * torch.arange(128, dtype=torch.float32) / spacing
+    rounded, found = exponents.double().exp().float(), exponents.exp()
+    off = found.view(torch.int32) - rounded.view(torch.int32)
+    return [(int(i), int(off[i])) for i in off.nonzero()]
 
 
 def vector_timestep_embedding(

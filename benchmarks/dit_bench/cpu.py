@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,17 @@ WORKLOADS = (*BATCHES, "vae", "memory")
 COMPILE_MODES = ("default", "frozen default")
 ROUNDS, QUICK_ROUNDS = 15, 3
 RESULTS = Path(__file__).parents[1] / "results"
+SETTLE_S = 180  # the longest wait for what ran before, an installation say, to leave the load
+
+
+def settle(log: Log) -> None:
+    """Wait until the load average is an idle machine's, but no longer than ``SETTLE_S``."""
+    if os.getloadavg()[0] > BUSY:
+        log(f"waiting for a load average of at most {BUSY}, {SETTLE_S} s at most")
+    for _ in range(SETTLE_S // 5):
+        if os.getloadavg()[0] <= BUSY:
+            break
+        time.sleep(5)
 
 
 def plan(arguments: argparse.Namespace, log: Log) -> list[Callable[[], Section]]:
@@ -145,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = destination(arguments)
         if path is not None:
             check_file(path)  # before the long run
+        if not arguments.quick:
+            settle(print)
         report = measure(arguments)
         print(format_report(report))
         if path is not None:

@@ -107,7 +107,13 @@ def cpu_table(report: dict[str, Any]) -> str:
                 else f"{row['ours']} ÷ {row['theirs']}"
             )
             workload = section["workload"].removesuffix(": memory")
-            notes.append(f"{workload}: {name} {ratio:.2f}{_goal(row)}.")
+            loading = (
+                f"; {row['memory']['peak_while_loading']['total'] / 2**20:.0f} MiB while loading, "
+                f"{row['memory']['peak_while_running']['total'] / 2**20:.0f} after"
+                if "memory" in row
+                else ""
+            )
+            notes.append(f"{workload}: {name} {ratio:.2f}{_goal(row)}{loading}.")
     if goals:
         lines.append(f"| *at most, the goal with AMX* | | {' | '.join(goals)} |")
     hardware, versions = report["hardware"], report["versions"]

@@ -31,20 +31,26 @@ def check_device(device: torch.device) -> None:
         )
 
 
+def session_options(threads: int) -> Any:
+    """onnxruntime's SessionOptions for ``threads`` CPU threads.
+
+    Threads spin while a run lasts and sleep between two, when torch's own threads need the cores.
+    What else there is makes no difference worth having: ``python -m dit_bench.session_options``.
+    """
+    options = import_module("onnxruntime").SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
 class Session:
     """One graph, ready to run on ``device`` with ``threads`` CPU threads. Threads may share it."""
 
-    def __init__(self, path: Path, device: torch.device, threads: int) -> None:
+    def __init__(self, path: Path, device: torch.device, threads: int, options: Any = None) -> None:
         ort = import_module("onnxruntime")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        # Spinning threads take the cores from torch's own threads between two steps. DiT-S/2 in
-        # float32, 2 rows, 2 threads beside another process took 420 to 520 ms a forward without
-        # spinning, 625 to 690 ms with. Graph optimisation (basic, extended, all), the arena, the
-        # memory pattern and the opset (20, or 23 with its Attention operator) made no difference
-        # beyond the noise, so they stay at onnxruntime's defaults.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if options is None:
+            options = session_options(threads)
         provider = _PROVIDERS[device.type]
         asked: list[Any] = [provider]
         if device.type == "cuda":

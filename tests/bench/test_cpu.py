@@ -377,18 +377,32 @@ def test_options_that_cannot_be(
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
+def test_waits_until_the_load_is_an_idle_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = [2.0]
+    monkeypatch.setattr(cpu.os, "getloadavg", lambda: (loads[-1], 0.0, 0.0))
+    monkeypatch.setattr(cpu.time, "sleep", lambda s: loads.append(loads[-1] / 2))
+    told: list[str] = []
+    cpu.settle(told.append)
+    assert loads == [2.0, 1.0, 0.5, 0.25] and len(told) == 1
+    cpu.settle(told.append)
+    assert len(loads) == 4 and len(told) == 1
+
+
 def test_report_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built, times = timed(lean_bf16=[10.0], diffusers_bf16=[20.0])
     row = make_row("DiT-S/2", Comparison("lean bf16", "diffusers bf16"), built, times)
     job = {"rows": [row], "workload": "DiT-S/2"}
     monkeypatch.setattr(cpu, "plan", lambda *_: [lambda: job])
     monkeypatch.setattr(cpu.os, "getloadavg", lambda: (1.5, 0.0, 0.0))
+    waits: list[float] = []
+    monkeypatch.setattr(cpu.time, "sleep", waits.append)
     before = torch.get_num_threads()
     path = tmp_path / "cpu.json"
     try:
         assert cpu.main(["--json", str(path), "--threads", "1"]) == 0
     finally:
         torch.set_num_threads(before)
+    assert sum(waits) == cpu.SETTLE_S  # and then it measures all the same, and says so
     report = json.loads(path.read_text())
     assert report["sections"] == [job]
     assert report["hardware"]["torch_threads"] == 1

@@ -1,6 +1,6 @@
 """The onnxruntime backend's session options beside every other that could matter, interleaved.
 
-``python -m dit_bench.session_options --model builtin --batch 4`` exports the denoiser of a model, opens
+``python -m dit_bench.session_options --model builtin --batch 4`` exports a model's denoiser, opens
 a session with each set of options and times them in turns; each result is compared with the first
 one's. The backend is to be within 5 % of the best.
 """

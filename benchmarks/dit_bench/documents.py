@@ -2,8 +2,8 @@
 
 ``python -m dit_bench.documents results.json README.md …`` replaces what stands between
 ``<!-- quality -->`` and ``<!-- /quality -->`` in each file by the table of a `dit_bench.quality`
-report, between ``<!-- cpu -->`` and ``<!-- /cpu -->`` by that of a `dit_bench.cpu` report, or
-between ``<!-- gpu -->`` and ``<!-- /gpu -->`` by that of a `dit_bench.gpu` report.
+report; so with ``cpu``, ``gpu`` and ``scaling`` of those modules' reports, ``paper-models`` of one
+of ``dit-bench``, and ``bounds`` of one of `dit_bench.cpu` with ``--operators`` beside it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dit_bench.gpu_markdown import gpu_table
+from dit_bench.result_tables import bounds_table, paper_models_table, scaling_table
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
 from dit_engine.files import atomic_path
@@ -151,20 +152,37 @@ def update_document(text: str, block: str, table: str) -> str:
     return pattern.sub(lambda match: match[1] + table + match[2], text)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _block_of(report: dict[str, Any]) -> tuple[str, Callable[[dict[str, Any]], str]]:
+    """A report's block and what makes its table; told by a key that no other report has."""
+    for key, block, make in (
+        ("gpu_state", "gpu", gpu_table),
+        ("sections", "cpu", cpu_table),
+        ("points", "scaling", scaling_table),
+        ("measurements", "paper-models", paper_models_table),
+    ):
+        if key in report:
+            return block, make
+    return "quality", quality_table
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m dit_bench.documents", description="Write figures into files.")
-    parser.add_argument("results", type=Path, help="JSON of dit_bench.quality, .cpu or .gpu")
+    parser.add_argument("results", type=Path, help="JSON of dit_bench.quality, .cpu, .gpu, …")
     parser.add_argument("documents", type=Path, nargs="+")
+    parser.add_argument("--operators", type=Path, help="JSON of dit_bench.operators: for bounds")
     arguments = parser.parse_args(argv)
 
     def command() -> int:
-        report = json.loads(arguments.results.read_text(encoding="utf-8"))
-        if "gpu_state" in report:
-            block, table = "gpu", gpu_table(report)
-        elif "sections" in report:
-            block, table = "cpu", cpu_table(report)
+        report = _read(arguments.results)
+        if arguments.operators is not None:
+            block, table = "bounds", bounds_table(report, _read(arguments.operators))
         else:
-            block, table = "quality", quality_table(report)
+            block, make = _block_of(report)
+            table = make(report)
         for path in arguments.documents:
             try:
                 text = update_document(path.read_text(encoding="utf-8"), block, table)

@@ -1,0 +1,122 @@
+"""Markdown tables of committed results: what bounds the CPU's forward, the paper's claims."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from dit_bench.cost import dit_cost
+from dit_engine.config import ModelConfig
+
+
+def bounds_table(cpu: dict[str, Any], operators: dict[str, Any]) -> str:
+    """Of the first workload of a `dit_bench.cpu` report, beside a `dit_bench.operators` report of
+    the same machine: the least ratio to each peer that its bf16 products allow, at the best rate
+    that any bf16 product of the latter reached, if everything else took no time."""
+    section = cpu["sections"][0]
+    workload = section["workload"]
+    found = re.fullmatch(r"(\S+), batch (\d+)", workload)
+    if found is None:
+        raise ValueError(f"workload {workload!r} is no model's with its batch")
+    gflop = 2 * int(found[2]) * product_macs(ModelConfig.named(found[1])) / 1e9
+    rate = max(product_rates(operators))
+    least = gflop / rate  # ms: GFLOP over TFLOP/s
+    lines = [
+        "| ratio | goal, for AMX | reached | least possible here |",
+        "|---|---|---|---|",
+    ]
+    for row in section["rows"]:
+        if row["ours"] != "lean bf16" or "skipped" in row or row["theirs"] == "linears alone":
+            continue
+        lines.append(
+            f"| {row['ours']} ÷ {row['theirs']} | {row['bar']:.2f} | {row['ratio']['median']:.2f} "
+            f"| {least / row['theirs_ms']:.2f} |"
+        )
+    lines += [
+        "",
+        f"The matrix products of one forward of {workload} are {gflop:.0f} GFLOP. The best bf16 "
+        f"product measured on this processor runs at {rate:.3f} TFLOP/s, so they take {least:.0f} "
+        "ms however the rest is done.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def product_macs(config: ModelConfig) -> int:
+    """Multiply-adds of the blocks' four linear layers for one image: 28 × 256 × 12 × 1152² of
+    DiT-XL/2 at 256 px."""
+    parts = dit_cost(config)
+    tokens, width = config.num_tokens, config.hidden_size
+    scores_and_values = 2 * config.depth * tokens**2 * width
+    return parts["attention"].macs - scores_and_values + parts["mlp"].macs
+
+
+def product_rates(operators: dict[str, Any]) -> Iterator[float]:
+    """TFLOP/s of every bf16 matrix product of a `dit_bench.operators` report."""
+    yield operators["ceilings"]["matmul_tflop_s"]["bf16"]
+    for row in operators["operators"]:
+        if row["dtype"] == "bf16" and row["operator"] in ("linear", "linear_gelu"):
+            if row["status"] == "ok" and row["unit"] == "TFLOP/s":
+                yield row["rate"]
+
+
+def paper_models_table(report: dict[str, Any]) -> str:
+    """Of a ``dit-bench … --peers unet`` report: time against Gflops, the U-Net's beside it."""
+    lines = [
+        "| model | Gflops, as the paper counts | one forward, ms (5–95 %) | achieved TFLOP/s | "
+        "the 104-Gflops U-Net's time ÷ it |",
+        "|---|---|---|---|---|",
+    ]
+    rows = [row for row in report["measurements"] if row["what"] == "forward"]
+    macs = {model["model"]: sum(p["macs"] for p in model["cost"]["parts"].values()) / 1e9
+            for model in report["models"]}  # fmt: skip
+    for row in rows:
+        if "ratio" in row:
+            continue
+        (unet,) = (r for r in rows if r["model"] == row["model"] and "ratio" in r)
+        noisy = " (noisy)" if row["noisy"] or unet["noisy"] else ""
+        ms, ratio = row["ms"], unet["ratio"]
+        lines.append(
+            f"| DiT-{row['model']}{noisy} | {macs[row['model']]:.1f} | {ms['median']:.0f} "
+            f"({ms['p5']:.0f}–{ms['p95']:.0f}) | {row['tflop_s']:.2f} | {ratio['median']:.2f} "
+            f"({ratio['p5']:.2f}–{ratio['p95']:.2f}) |"
+        )
+    environment = report["environment"]["hardware"]
+    lines += [
+        "",
+        f"{rows[0]['name']}, batch {rows[0]['images']}, {environment['cpu']}, "
+        f"{environment['torch_threads']} threads, load average {report['load_average']:.2f} at the "
+        "start; interleaved within each line.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def scaling_table(report: dict[str, Any]) -> str:
+    """Of a `dit_bench.scaling` report: distances by network and training steps, by Gflops."""
+    points = report["points"]
+    steps = sorted({point["steps"] for point in points})
+    lines = [
+        "| network | Gflops | parameters, M | "
+        + " | ".join(f"{report['metric']} after {step} steps" for step in steps)
+        + " | recognised |",
+        "|---" * (4 + len(steps)) + "|",
+    ]
+    by_network: dict[str, dict[int, dict[str, Any]]] = {}
+    for point in sorted(points, key=lambda p: p["gmacs"]):
+        by_network.setdefault(point["network"], {})[point["steps"]] = point
+    for network, found in by_network.items():
+        last = found[steps[-1]]
+        distances = " | ".join(f"{found[step]['distance']:.1f}" for step in steps)
+        lines.append(
+            f"| {network} | {last['gmacs']:.3f} | {last['parameters'] / 1e6:.2f} | {distances} | "
+            f"{100 * last['recognised']:.1f}% |"
+        )
+    training, seeds = report["training"], report["training_seeds"]
+    n = points[0]["n"]
+    lines += [
+        "",
+        f"N = {n} against {points[0]['n_reference']} held-out images, "
+        f"{report['sampling']['sampler']}, {report['sampling']['steps']} steps, no guidance; "
+        f"trained with batch {training['batch']}, EMA, {seeds} seed{'s' if seeds > 1 else ''} each.",
+    ]
+    return "\n".join(lines) + "\n"

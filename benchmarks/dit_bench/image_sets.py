@@ -92,17 +92,20 @@ class ImageFolder:
     """
 
     def __init__(self, folder: Path) -> None:
+        from tqdm import tqdm
+
         self.name = str(folder)
         self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
         if not self.paths:
             raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
         self._size = _header(self.paths[0])
-        for path in self.paths[1:]:
-            if (size := _header(path)) != self._size:
-                raise ValueError(
-                    f"{path} is {_pixels(size)} and {self.paths[0].name} is {_pixels(self._size)}; "
-                    "all images of a set must have one size"
-                )
+        with tqdm(self.paths[1:], f"{folder.name}: sizes", unit="img", delay=2.0) as bar:
+            for path in bar:
+                if (size := _header(path)) != self._size:
+                    raise ValueError(
+                        f"{path} is {_pixels(size)} and {self.paths[0].name} is "
+                        f"{_pixels(self._size)}; all images of a set must have one size"
+                    )
 
     @property
     def size(self) -> tuple[int, int]:

@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     word = given[0] if given and not given[0].startswith("-") else None
     if word is None:
-        from dit_bench.command import build_parser, run
+        from dit_bench.command import run
+        from dit_bench.options import build_parser
 
         parser = build_parser(ABOUT + ", ".join(f"dit-bench {name}" for name in COMMANDS))
         arguments = parser.parse_args(given)

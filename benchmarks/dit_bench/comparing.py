@@ -16,7 +16,8 @@ _SETTINGS = ("threads", "device")
 
 
 def compare_reports(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    """JSON-ready: "rows", one for each time that both have, and "notes".
+    """JSON-ready: "rows", one for each time that both have, "notes" on what the machines differ in,
+    and "lost": what had a time and has none now, because it is wrong or could not run.
 
     A row holds the key, both medians, "ratio" (new over old) and "verdict": "regression",
     "quicker", "no difference shown", "noisy" or "another machine".
@@ -25,10 +26,14 @@ def compare_reports(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     """
     before = {_key(row): row for row in old["measurements"] if row["status"] == "ok"}
     notes = _differences(new, old)
-    rows = []
+    rows, lost = [], []
     for row in new["measurements"]:
         other = before.get(_key(row))
-        if other is None or row["status"] != "ok":
+        if other is None:
+            continue
+        if row["status"] != "ok":
+            what = f"{row['model']} {row['what']}, {row['images']}, {row['name']}"
+            lost.append(f"{what}: {row['status']} now ({row['reason']})")
             continue
         if row["what"] == "image" and _sampling(new) != _sampling(old):
             continue
@@ -40,7 +45,7 @@ def compare_reports(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
         )
     if not rows:
         raise ValueError("the two reports have no measurement in common")
-    return {"rows": rows, "notes": notes, "least": LEAST}
+    return {"rows": rows, "notes": notes, "lost": lost, "least": LEAST}
 
 
 def regressions(comparison: dict[str, Any]) -> list[dict[str, Any]]:

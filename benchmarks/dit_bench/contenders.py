@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dit_bench.cost import dit_cost
 from dit_bench.forwards import Networks, Work, decoder_dtype
 from dit_bench.latency import Contender
 from dit_bench.memory import MemoryWatch
@@ -22,6 +23,9 @@ from dit_engine.model import DiT
 
 LIBRARIES = ("diffusers", "openvino", "unet")
 """Peers that are no backends of the engine."""
+
+CONDITIONS = ("conditioning", "adaln")
+"""Parts of a network that depend on time step and label alone."""
 
 Name = tuple[str, str]
 """A peer or a backend, and a precision."""
@@ -109,19 +113,18 @@ class Cast:
 
     def decode(self, work: Work, macs: int) -> list[Contender]:
         """macs: of one image's decoding."""
-        found = []
+        found: dict[str, Contender] = {}  # int8 and bf16 decode alike: the first stands for both
         for role, (name, precision) in self._backends(("diffusers",)):
             build = partial(work.decode, name == "lean", precision)
             if name == "diffusers":
                 build = partial(work.diffusers_decode, precision)
             dtype = "fp32" if decoder_dtype(precision) == torch.float32 else "bf16"
-            found.append(
-                Contender(f"{name} {dtype}", role, dtype, build, flops=2 * macs * work.images)
-            )
-        return list({c.name: c for c in reversed(found)}.values())[::-1]
+            title, flops = f"{name} {dtype}", 2 * macs * work.images
+            found.setdefault(title, Contender(title, role, dtype, build, flops=flops))
+        return list(found.values())
 
     def image(self, work: Work, steps: int, sampler: str, decode_macs: int) -> list[Contender]:
-        """Whole generations, which are not checked: their steps and their decoder are."""
+        """Whole generations, checked by what they are made of: `Work.probe`."""
         engine = self.networks.engine
         output = "latent" if engine.vae is None else "np"
 
@@ -135,7 +138,8 @@ class Cast:
         flops = work.images * (2 * steps * self.flops + 2 * decode_macs)  # guided: two rows
         return [
             Contender(f"{name} {precision}", role, precision,
-                      partial(build, name, precision), checked=False, flops=flops)
+                      partial(build, name, precision), flops=flops,
+                      check=partial(work.probe, name, precision))
             for role, (name, precision) in self._backends()
         ]  # fmt: skip
 
@@ -148,11 +152,17 @@ class Cast:
         name, precision = pair
         if role == "subject" and self.watch is not None:
             build = self.watch.around(build)
-        weights = sum(p.numel() for p in self.networks.engine.model.parameters())
         return Contender(
             f"{name} {precision}", role, precision, build, flops=self.flops * rows,
-            weight_bytes=weights * _bytes(precision),
+            weight_bytes=needed_weights(self.config) * _bytes(precision),
         )  # fmt: skip
+
+
+def needed_weights(config: ModelConfig) -> int:
+    """Parameters that every forward must read: not the conditioning's, a third of the model, which
+    a sampler may compute before its loop. Counted, they would flatter whoever never reads them."""
+    parts = dit_cost(config)
+    return sum(cost.parameters for name, cost in parts.items() if name not in CONDITIONS)
 
 
 def _bytes(precision: str) -> int:
@@ -163,7 +173,10 @@ def _unet(images: int, precision: str, device: torch.device) -> Contender:
     dtype = float_dtype(precision)
 
     def build() -> Function:
-        return UNetWork(images, device).function(dtype)
+        function = UNetWork(images, device).function(dtype)
+        if not bool(function().isfinite().all()):  # all that there is to check
+            raise RuntimeError("its result is not finite")
+        return function
 
     try:
         cost = unet_cost()

@@ -33,12 +33,12 @@ class Rapl:
     """The packages' energy counters (microjoules, which wrap around) under ``folder``."""
 
     def __init__(self, folder: Path = POWERCAP) -> None:
-        # "intel-rapl:0" is a package (AMD's too); "intel-rapl:0:1" is a part of one.
-        self._zones = sorted(
-            zone for zone in folder.glob("intel-rapl:*") if zone.name.count(":") == 1
-        )
+        # "intel-rapl:0" may be a package (AMD's too) or the platform, "psys", which holds the
+        # packages; "intel-rapl:0:1" is a part of one.
+        zones = sorted(zone for zone in folder.glob("intel-rapl:*") if zone.name.count(":") == 1)
+        self._zones = [z for z in zones if (z / "name").read_text().startswith("package")]
         if not self._zones:
-            raise OSError(f"no RAPL counter under {folder}")
+            raise OSError(f"no RAPL counter of a package under {folder}")
         self._range = [self._read(zone, "max_energy_range_uj") for zone in self._zones]
         self._begin = self._now()  # raises where the counters are root's alone
         self.source = f"RAPL, {len(self._zones)} package{'s' * (len(self._zones) > 1)}"
@@ -113,8 +113,11 @@ def joules_per_call(
     synchronise()
     start, calls = time.perf_counter(), 0
     meter.start()
-    while time.perf_counter() - start < seconds:
-        function()
-        synchronise()
-        calls += 1
-    return meter.stop() / calls
+    try:
+        while calls == 0 or time.perf_counter() - start < seconds:
+            function()
+            synchronise()
+            calls += 1
+    finally:
+        joules = meter.stop()  # also ends its thread
+    return joules / calls

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from dit_bench import inception, lite0
 from dit_bench.frechet import Moments
 from dit_bench.metrics import InceptionScore
-
-NETWORKS = ("inception", "lite0")
+from dit_bench.set_arguments import NETWORKS
 
 Images = NDArray[np.uint8]
 Array = NDArray[np.float32]
@@ -83,7 +82,7 @@ def _lite0(device: torch.device) -> FeatureNetwork:
     def extract(images: Images) -> Extracted:
         # Few images at a time stay in a CPU's cache.
         parts = torch.from_numpy(np.array(images)).split(4 if device.type == "cpu" else 64)
-        with torch.inference_mode():
+        with torch.inference_mode(), full_precision():
             found = [model(lite0.preprocess(part.to(device))).cpu() for part in parts]
         return Extracted(torch.cat(found).numpy())
 
@@ -103,7 +102,7 @@ def _inception(path: Path, device: torch.device) -> FeatureNetwork:
 
     def extract(images: Images) -> Extracted:
         batch = torch.from_numpy(np.array(images)).to(device)
-        with torch.inference_mode():
+        with torch.inference_mode(), full_precision():
             pooled, spatial, logits = model(inception.preprocess(batch))
             logarithms = logits.log_softmax(dim=1)
         return Extracted(*(t.cpu().numpy() for t in (pooled, spatial, logarithms)))
@@ -116,6 +115,11 @@ def _inception(path: Path, device: torch.device) -> FeatureNetwork:
         inception.SPATIAL_FEATURES,
         {"features": "inception", "weights_sha256": digest},
     )
+
+
+def full_precision() -> AbstractContextManager[None]:
+    """Convolutions of float32 in float32: torch lets CUDA round their inputs to TF32's 10 bits."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
 
 
 class SetFeatures:

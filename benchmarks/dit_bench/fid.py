@@ -9,7 +9,6 @@ is then no precision or recall. With ``--features lite0`` it prints FD-Lite0, ne
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from dit_bench.features import NETWORKS, load_network
+from dit_bench.features import load_network
 from dit_bench.image_sets import ComparedSet, GeneratedImages, open_set
+from dit_bench.outputs import STDOUT, check_outputs, write_json
 from dit_bench.probe import try_step
+from dit_bench.set_arguments import NETWORKS
 from dit_bench.set_distances import evaluate
 from dit_engine.cli.arguments import Parser, add_sampling_arguments, sampling_options
 from dit_engine.cli.errors import run_command
@@ -31,14 +32,16 @@ def format_report(report: dict[str, Any]) -> str:
     """A line a figure, its N behind it."""
     samples, reference = report["samples"], report["reference"]
     lines = [f"{samples['name']} against {reference['name']}"]
+    if report.get("settings"):
+        lines.append(", ".join(f"{key} {value}" for key, value in report["settings"].items()))
     sizes = [s["size"] for s in (samples, reference)]
     if None not in sizes and sizes[0] != sizes[1]:
         shown = [f"{width}×{height}" for height, width in sizes]
         lines.append(f"note: images of {shown[0]} and of {shown[1]} pixels are compared")
     for name, m in report["metrics"].items():
-        counts = f"N = {m['n'] or 'unknown'}"
+        counts = f"N = {_count(m['n'])}"
         if "n_reference" in m:
-            counts += f" against {m['n_reference'] or 'unknown, statistics only'}"
+            counts += f" against {_count(m['n_reference'])}"
         if "splits" in m:
             counts += f", {m['splits']} split{'s' * (m['splits'] > 1)} of up to {m['split']}"
         if "k" in m:
@@ -51,6 +54,10 @@ def format_report(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _count(n: int | None) -> str:
+    return "unknown, statistics only" if n is None else str(n)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `run` reads."""
     add = parser.add_argument
@@ -61,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=32, help="images at a time")
     add("--allow-few", action="store_true", help="accept fewer images than features")
     add("--device", help="of the features and the model; CUDA unless given, where there is one")
-    add("--json", action="store_true", help="print JSON")
+    add("--json", type=_json_file, nargs="?", const=STDOUT, metavar="FILE",
+        help="every figure and setting, to a .json file or in place of the text")  # fmt: skip
     add("--model", help="file, directory, hub id, or 'builtin': its images are the samples")
     add("--samples", type=int, default=2400, help="images of --model, of all classes in turn")
     add("--first-seed", type=int, default=0, help="image i of --model is made from first seed + i")
@@ -76,30 +84,43 @@ def run(arguments: argparse.Namespace) -> int:
         from dit_engine.device import parse_device
 
         device = parse_device(arguments.device)
-        samples, reference, settings = _open_sets(arguments, device)
+        check_outputs([arguments.json])
+        _check_count(arguments)
+        reference = open_set(Path(arguments.sets[-1]))
+        given = None if arguments.model is not None else open_set(Path(arguments.sets[0]))
         network = load_network(arguments.features, arguments.inception_weights, device)
+        settings: dict[str, Any] = {}
+        samples = given or _live_set(arguments, device, settings)
         report = evaluate(samples, reference, network, arguments.batch_size, arguments.allow_few)
-        report |= {"settings": settings, **_surroundings()}
-        print(json.dumps(report, indent=2) if arguments.json else format_report(report))
+        report |= {"settings": settings or None, **_surroundings()}
+        if arguments.json != STDOUT:
+            print(format_report(report))
+        write_json(report, arguments.json)
         return INTERRUPTED if report["interrupted"] else 0
 
     return run_command(command)
 
 
-def _open_sets(
-    arguments: argparse.Namespace, device: Any
-) -> tuple[ComparedSet, ComparedSet, dict[str, Any] | None]:
-    """Samples, reference, and the settings of the model where that makes the samples."""
+def _json_file(text: str) -> Path:
+    """A name without the suffix is likelier one of the sets, which must not be written over."""
+    if text != str(STDOUT) and not text.endswith(".json"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no .json file; alone, --json comes last")
+    return Path(text)
+
+
+def _check_count(arguments: argparse.Namespace) -> None:
     sets, model = arguments.sets, arguments.model
     wanted = 2 if model is None else 1
     if len(sets) != wanted:
         need = "SAMPLES and REFERENCE" if model is None else "the REFERENCE alone beside --model"
         raise ValueError(f"{len(sets)} sets ({', '.join(sets)}) are given; {need} must be")
-    reference = open_set(Path(sets[-1]))
-    if model is None:
-        return open_set(Path(sets[0])), reference, None
+
+
+def _live_set(arguments: argparse.Namespace, device: Any, record: dict[str, Any]) -> ComparedSet:
+    """The images of --model; ``record`` gets the settings that they are made with."""
     from dit_engine.engine import Engine
 
+    model = arguments.model
     engine = Engine.from_pretrained(model, device=device)
     if engine.image_size is None:
         raise ValueError(f"model {model!r} has no VAE; distances are of images")
@@ -107,6 +128,7 @@ def _open_sets(
 
     def generate(labels: Sequence[int], seeds: Sequence[int]) -> Any:
         made = engine.generate(list(labels), seeds=list(seeds), output="np", **settings)
+        record.update(made.settings)
         return np.asarray(made.images)
 
     images = GeneratedImages(
@@ -119,8 +141,8 @@ def _open_sets(
     )
     count = min(max(arguments.batch_size, 1), len(images))
     try_step(engine, count, seed=arguments.first_seed, **settings)
-    record = settings | {"samples": arguments.samples, "first_seed": arguments.first_seed}
-    return ComparedSet(str(model), images), reference, record
+    record |= {"samples": arguments.samples, "first_seed": arguments.first_seed}
+    return ComparedSet(str(model), images)
 
 
 def _surroundings() -> dict[str, Any]:

@@ -70,6 +70,7 @@ class Work:
         self.schedule = make_schedule(STEPS)
         self.timesteps = torch.tensor(self.schedule.timesteps, device=device)
         self.t = self.timesteps[STEP].expand(images).contiguous()
+        self._norms: list[Tensor] | None = None  # of a probe's parts
 
     def eager(self, precision: str) -> Function:
         """The reference model on all rows at once."""
@@ -138,6 +139,21 @@ class Work:
         denoise = guided(denoiser, self.images, scales.to(device), channels,
                          in_channels=config.in_channels)  # fmt: skip
         return lambda: ddpm(denoise, self.x, one, noise)
+
+    def probe(self, name: str, precision: str) -> Tensor:
+        """What a whole generation by backend ``name`` is checked by: a guided step and, where there
+        is a VAE, a decode, flat, each over the norm of float32 eager's so that neither hides the
+        other."""
+        if self._norms is None:
+            self._norms = [part.norm() for part in self._generation_parts("eager", "fp32")]
+        parts = zip(self._generation_parts(name, precision), self._norms, strict=True)
+        return torch.cat([part / norm for part, norm in parts])
+
+    def _generation_parts(self, name: str, precision: str) -> list[Tensor]:
+        parts = [self.guided_step(name, precision)().flatten()]
+        if self.engine.vae is not None:
+            parts.append(self.decode(name == "lean", precision)().flatten())
+        return parts
 
     def decode(self, lean: bool, precision: str) -> Function:
         """The VAE's decoder, by the engine: `LatentDecoder`."""

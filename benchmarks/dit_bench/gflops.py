@@ -81,6 +81,7 @@ def gflops_table(report: dict[str, Any]) -> Table:
             f"{total['flops'] / 1e9:.2f}", *shares,
         )  # fmt: skip
     table.notes.append(f"paper: {report['source']}; parameters without the fixed position table")
+    table.notes.append("ours: by formula, but for the U-Net, which torch alone has counted")
     return table
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_bench.frechet import Statistics
+from dit_engine.cli.errors import one_line
 
 Images = NDArray[np.uint8]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -91,17 +92,20 @@ class ImageFolder:
     """
 
     def __init__(self, folder: Path) -> None:
+        from tqdm import tqdm
+
         self.name = str(folder)
         self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
         if not self.paths:
             raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
         self._size = _header(self.paths[0])
-        for path in self.paths[1:]:
-            if (size := _header(path)) != self._size:
-                raise ValueError(
-                    f"{path} is {_pixels(size)} and {self.paths[0].name} is {_pixels(self._size)}; "
-                    "all images of a set must have one size"
-                )
+        with tqdm(self.paths[1:], f"{folder.name}: sizes", unit="img", delay=2.0) as bar:
+            for path in bar:
+                if (size := _header(path)) != self._size:
+                    raise ValueError(
+                        f"{path} is {_pixels(size)} and {self.paths[0].name} is "
+                        f"{_pixels(self._size)}; all images of a set must have one size"
+                    )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -201,7 +205,7 @@ def _stored(path: Path, mean: str, covariance: str) -> Statistics:
     try:
         with np.load(path, allow_pickle=False) as stored:
             return Statistics(stored[mean], stored[covariance])
-    except (ValueError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+    except (ValueError, zipfile.BadZipFile, EOFError, KeyError, zlib.error) as error:
         raise ValueError(f"{path}: {mean}, {covariance}: {error}") from None
 
 
@@ -215,7 +219,8 @@ def _npz(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
+    # RuntimeError: of an encrypted member; KeyError: of a name that is no array's.
+    except (zipfile.BadZipFile, EOFError, RuntimeError, KeyError, zlib.error) as error:
         raise ValueError(f"{path} is damaged or no .npz ({error})") from None
 
 
@@ -245,7 +250,9 @@ def _header(path: Path) -> tuple[int, int]:
             if image.mode not in _MODES:
                 raise ValueError(f"mode {image.mode}; 8-bit {', '.join(_MODES)} are known")
             return image.height, image.width
-    except (OSError, ValueError, SyntaxError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # damage, or a size that no memory holds, can raise almost anything
         raise ValueError(f"{path} is no readable image ({_reason(error)})") from None
 
 
@@ -256,13 +263,15 @@ def _decode(path: Path) -> Images:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of damage
         raise ValueError(f"{path} is damaged ({_reason(error)})") from None
 
 
 def _reason(error: Exception) -> str:
     """Pillow says "cannot identify image file 'path'"; the path has been told."""
-    return str(error).split(" '")[0] or type(error).__name__
+    return one_line(str(error).split(" '")[0]) or type(error).__name__
 
 
 def _pixels(size: tuple[int, int]) -> str:

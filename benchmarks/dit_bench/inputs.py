@@ -10,6 +10,8 @@ from typing import Any
 from dit_bench.schema import validate
 
 SCALING_KEYS = ("network", "gmacs", "steps", "distance", "n")
+OPERATOR_KEYS = ("operator", "shape", "dtype", "impl", "ms", "unit", "bytes", "flops",
+                 "percent_of_ceiling")  # fmt: skip
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
 def read_scaling(path: Path) -> dict[str, Any]:
     """{"metric": text, "points": [{network, gmacs, steps, distance, n}, …]}. Raises ValueError."""
     found = read_json(path, ("metric", "points"))
-    for i, point in enumerate(found["points"]):
+    for i, point in enumerate(_objects(path, found, "points")):
         for key in SCALING_KEYS:
             if key not in point:
                 raise ValueError(f"{path}: points[{i}] has no {key!r}")
@@ -47,7 +49,17 @@ def read_scaling(path: Path) -> dict[str, Any]:
 def read_operators(path: Path) -> dict[str, Any]:
     """A report of dit_bench.operators. Raises ValueError."""
     found = read_json(path, ("operators", "ceilings"))
-    for row in found["operators"]:
-        if "rate" in row and ("bytes" not in row or "flops" not in row):
-            raise ValueError(f"{path}: {row['operator']} has no 'bytes' and 'flops': measure again")
+    for i, row in enumerate(_objects(path, found, "operators")):
+        if row.get("status") == "ok" and "rate" in row:
+            for key in OPERATOR_KEYS:
+                if key not in row:
+                    raise ValueError(f"{path}: operators[{i}] has no {key!r}: measure again")
     return found
+
+
+def _objects(path: Path, found: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """The list of objects under ``key``. Raises ValueError, which names the file."""
+    entries = found[key]
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path}: {key!r} is no list of objects")
+    return entries

@@ -32,7 +32,8 @@ Row = dict[str, Any]
 class Contender:
     """role: "subject", "peer", or "other network", which is another function of other inputs.
 
-    precision: of its numbers. checked: whether its result is compared with float32 eager.
+    precision: of its numbers. checked: whether its result is compared with float32 eager; check:
+    what is compared in its place.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Contender:
     precision: str
     build: Callable[[], Callable[[], Any]]
     checked: bool = True
+    check: Callable[[], Tensor] | None = None
     flops: int = 0
     weight_bytes: int = 0
 
@@ -69,7 +71,10 @@ class Timer:
 
     def run(self, task: Task) -> tuple[list[Row], Built]:
         """Build, check and time; a row for each contender, also for those that were left out."""
-        peers = [Peer(c.name, c.precision if c.checked else None, c.build) for c in task.contenders]
+        peers = [
+            Peer(c.name, c.precision if c.checked else None, c.build, c.check)
+            for c in task.contenders
+        ]
         bf16_bound = {"fp16": max(4 * task.bf16_error, 1e-4), "fp8": FP8_BOUND}
         built = build_peers(
             peers, task.expected, task.bf16_error, self.progress.say, bounds=bf16_bound

@@ -10,7 +10,7 @@ import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,11 +23,16 @@ from dit_bench.latency import Task, Timer, shares
 from dit_bench.memory import MemoryWatch
 from dit_bench.peers import Built, relative_error
 from dit_bench.progress import Progress
-from dit_bench.subjects import Subject, float_dtype, load_subject
+from dit_bench.schema import KINDS
+from dit_bench.subjects import Subject, float_dtype, in_numerics, load_subject
+from dit_engine.config import ModelConfig
 from dit_engine.device import limited_threads
 from dit_engine.engine import Engine
+from dit_engine.model import DiT
 
-KINDS = ("forward", "step", "decode", "image")
+if TYPE_CHECKING:
+    from dit_bench.paired_sets import SetComparison
+
 
 Report = dict[str, Any]
 
@@ -38,7 +43,8 @@ class Plan:
 
     subject: backend and precision. peers: further names and precisions. batches: numbers of
     images. kinds: among `KINDS`. size: pixels, of published models. parity: images of a paired
-    comparison with eager float32, 0 for none.
+    comparison with eager float32, 0 for none; sets: what is asked of these as sets. keep_engines:
+    whether `measure` gives back those of trained models.
     """
 
     models: tuple[str, ...]
@@ -55,6 +61,8 @@ class Plan:
     seconds: float = 20.0
     threads: int | None = None
     parity: int = 0
+    sets: SetComparison | None = None
+    keep_engines: bool = False
 
     @property
     def stages(self) -> int:
@@ -63,7 +71,7 @@ class Plan:
 
 
 def measure(plan: Plan, report: Report, progress: Progress) -> list[Engine]:
-    """Fill ``report``; the engines of trained models, for sheets of samples.
+    """Fill ``report``; the engines of trained models where the plan keeps them.
 
     Raises KeyboardInterrupt after the part during which it was asked for.
     """
@@ -114,17 +122,17 @@ class _Model:
     def run(self, name: str) -> Engine | None:
         plan = self.plan
         self.progress.stage(f"{name}: loading")
-        compat = "diffusers" if any(peer == "diffusers" for peer, _ in plan.peers) else None
-        with_vae = bool({"decode", "image"} & set(plan.kinds))
-        subject = load_subject(
-            name, size=plan.size, numerics=compat, vae=plan.vae, with_vae=with_vae
-        )
-        engine = Engine(subject.model, subject.vae, subject.label_names, plan.device,
-                        max_batch_size=max(*plan.batches, 32))  # fmt: skip
-        record = _describe(subject)
+        with_vae = bool({"decode", "image"} & set(plan.kinds)) or plan.parity > 0
+        subject = load_subject(name, size=plan.size, vae=plan.vae, with_vae=with_vae)
+        own = timed = self._engine(subject, subject.model)
+        if any(peer == "diffusers" for peer, _ in plan.peers):
+            # Times are of the function that all can compute; pictures are of the model's own.
+            model = in_numerics(subject.model, "diffusers")
+            timed = own if model is subject.model else self._engine(subject, model)
+        record = _describe(subject, timed.config)
         self.report["models"].append(record)
         self.progress.done()
-        networks = Networks(engine)
+        networks = Networks(timed)
         cast = Cast(networks, plan.subject, list(plan.peers), record["cost"]["total"]["macs"])
         for images in plan.batches:
             work = Work(networks, images)
@@ -136,9 +144,14 @@ class _Model:
                 self.progress.check()
         if plan.parity:
             self.progress.stage(f"{subject.name}: parity")
-            self._parity(subject.name, engine)
+            self._parity(subject.name, own)
             self.progress.done()
-        return engine if subject.trained and subject.vae is not None else None
+        shows = plan.keep_engines and subject.trained and subject.vae is not None
+        return own if shows else None
+
+    def _engine(self, subject: Subject, model: DiT) -> Engine:
+        return Engine(model, subject.vae, subject.label_names, self.plan.device,
+                      max_batch_size=max(*self.plan.batches, 32))  # fmt: skip
 
     def _part(
         self, kind: str, subject: Subject, cast: Cast, work: Work, record: dict[str, Any]
@@ -160,7 +173,8 @@ class _Model:
                 error = self._bf16_error(lambda p: work.decode(False, p), expected)
             else:
                 contenders = cast.image(work, self.plan.steps, self.plan.sampler, decode_macs)
-                expected, error = torch.empty(0), 0.0
+                expected = work.probe("eager", "fp32")
+                error = self._bf16_error(lambda p: lambda: work.probe("eager", p), expected)
             task = Task(subject.name, kind, work.images, contenders, expected, error)
             rows, built = self.timer.run(task)
         extra = {"size": subject.size, "tokens": subject.model.config.num_tokens}
@@ -197,13 +211,19 @@ class _Model:
         from dit_bench.parity import compare
 
         labels = [i % engine.config.num_classes for i in range(self.plan.parity)]
-        options = {"steps": self.plan.steps, "sampler": self.plan.sampler, "seed": 0}
-        found = compare(engine, labels, [self.plan.subject], **options)
+        options: dict[str, Any] = {"steps": self.plan.steps, "sampler": self.plan.sampler}
+        options |= {"sets": self.plan.sets, "quiet": self.progress.quiet}
+        check = self.progress.check
+        found = compare(engine, labels, [self.plan.subject], seed=0, check=check, **options)
+        if self.plan.sets is not None:
+            found["features"] = self.plan.sets.network.record
         self.report["parity"].append({"model": name, **found})
+        self.progress.check()
 
 
-def _describe(subject: Subject) -> dict[str, Any]:
-    config, vae = subject.model.config, subject.vae
+def _describe(subject: Subject, config: ModelConfig) -> dict[str, Any]:
+    """config: of what is timed."""
+    vae = subject.vae
     return {
         "model": subject.name,
         "weights": subject.weights,

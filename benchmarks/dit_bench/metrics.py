@@ -72,7 +72,10 @@ class InceptionScore:
 
 
 def precision_recall(
-    reference: Features, samples: Features, k: int = NEIGHBOURS, rows: int = _ROWS
+    reference: Features,
+    samples: Features,
+    k: int = NEIGHBOURS,
+    rows: int = _ROWS,
 ) -> tuple[float, float]:
     """The fractions of samples within the reference's manifold, and the other way round.
 
@@ -89,20 +92,32 @@ def precision_recall(
         raise ValueError(
             f"features of width {reference.shape[1]} and {samples.shape[1]} cannot be compared"
         )
-    centre = _mean(reference, rows)  # distances do not change, their rounding errors shrink
-    reference_radii = _radii(reference, k, rows, centre)
-    sample_radii = _radii(samples, k, rows, centre)
-    in_reference = torch.zeros(len(samples), dtype=torch.bool)
-    in_samples = torch.zeros(len(reference), dtype=torch.bool)
-    for i, a in _blocks(samples, rows, centre):
-        for j, b in _blocks(reference, rows, centre):
-            d = _squared_distances(a, b)  # (samples, reference)
-            in_reference[i] |= (d <= reference_radii[j]).any(dim=1)
-            in_samples[j] |= (d <= sample_radii[i, None]).any(dim=0)
+    from tqdm import tqdm
+
+    n, m = (-(-len(of) // rows) for of in (reference, samples))  # blocks
+    total = n * n + m * m + n * m
+    with tqdm(total=total, desc="precision, recall", unit="block", delay=2.0) as bar:
+        centre = _mean(reference, rows)  # distances do not change, their rounding errors shrink
+        reference_radii = _radii(reference, k, rows, centre, bar.update)
+        sample_radii = _radii(samples, k, rows, centre, bar.update)
+        in_reference = torch.zeros(len(samples), dtype=torch.bool)
+        in_samples = torch.zeros(len(reference), dtype=torch.bool)
+        for i, a in _blocks(samples, rows, centre):
+            for j, b in _blocks(reference, rows, centre):
+                d = _squared_distances(a, b)  # (samples, reference)
+                in_reference[i] |= (d <= reference_radii[j]).any(dim=1)
+                in_samples[j] |= (d <= sample_radii[i, None]).any(dim=0)
+                bar.update()
     return float(in_reference.double().mean()), float(in_samples.double().mean())
 
 
-def _radii(features: Features, k: int, rows: int, centre: torch.Tensor) -> torch.Tensor:
+def _radii(
+    features: Features,
+    k: int,
+    rows: int,
+    centre: torch.Tensor,
+    tick: Callable[[], object],
+) -> torch.Tensor:
     """(N,) squared distance of each vector to its k-th nearest other one."""
     if len(features) <= k:
         raise ValueError(f"{len(features)} images are too few for {k} neighbours of each")
@@ -112,6 +127,7 @@ def _radii(features: Features, k: int, rows: int, centre: torch.Tensor) -> torch
         for _, b in _blocks(features, rows, centre):
             both = torch.cat([nearest, _squared_distances(a, b)], dim=1)
             nearest = both.topk(min(k + 1, both.shape[1]), largest=False).values  # and itself
+            tick()
         found.append(nearest[:, -1])
     return torch.cat(found)
 
@@ -175,8 +191,8 @@ def paired_bootstrap(
     """Resampled differences distance(a) - distance(b), (resamples,).
 
     Rows i of ``a`` and ``b`` (N, D) are one pair, the same label and noise, and are drawn together,
-    N of N with replacement; the reference stays. Ctrl-C ends it with those that are finished, or
-    goes on where there is none yet. ``tick`` is called after each.
+    N of N with replacement; the reference stays. ``tick`` is called after each; a KeyboardInterrupt
+    ends it with those that are finished, once there are two.
     """
     if a.shape != b.shape:
         raise ValueError(f"features {a.shape} and {b.shape} are not paired")
@@ -187,11 +203,15 @@ def paired_bootstrap(
     distance = DistanceTo(reference)
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
     found: list[float] = []
+    stopped = False
     try:
-        for _ in range(resamples):
+        while len(found) < (2 if stopped else resamples):
             counts = np.bincount(generator.integers(0, n, n), minlength=n)
             found.append(distance(resampled(first, counts)) - distance(resampled(second, counts)))
-            tick()
+            try:
+                tick()
+            except KeyboardInterrupt:
+                stopped = True
     except KeyboardInterrupt:
         if len(found) < 2:
             raise

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dit_engine.cli.destination import check_file
+from dit_engine.cli.destination import check_destination, check_file
 from dit_engine.files import atomic_path
 
 STDOUT = Path("-")
@@ -23,10 +24,24 @@ CSV_COLUMNS = (
 
 
 def check_outputs(paths: Iterable[Path | None]) -> None:
-    """Raise a one-line OSError for a file that could not be written, before the long run."""
-    for path in paths:
-        if path is not None and path != STDOUT:
+    """Raise a one-line OSError for a file that could not be written, before the long run, and a
+    ValueError where two outputs would go to the same place."""
+    given = [path for path in paths if path is not None]
+    for i, path in enumerate(given):
+        if path in given[:i]:
+            place = "standard output" if path == STDOUT else path
+            raise ValueError(f"two outputs cannot both go to {place}: name another file")
+        if path != STDOUT:
             check_file(path)
+
+
+def check_folder(path: Path | None) -> None:
+    """Raise a one-line ValueError or OSError for a folder that could not be written into."""
+    if path is None:
+        return
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; --plot needs a directory")
+    check_destination(path / "figures")  # a name without a suffix: a folder, made as needed
 
 
 def write_text(text: str, path: Path | None) -> None:
@@ -39,7 +54,19 @@ def write_text(text: str, path: Path | None) -> None:
 
 
 def write_json(report: dict[str, Any], path: Path | None) -> None:
-    write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", path)
+    write_text(json.dumps(finite(report), indent=1, ensure_ascii=False) + "\n", path)
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None for every NaN and infinity in it, which JSON has not.
+
+    The PSNR of images that are equal is infinite.
+    """
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def csv_text(report: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ over pairs says how sure that is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from dit_bench.features import FeatureNetwork, SetFeatures
 from dit_bench.frechet import Gaussian, frechet_distance, moments_of
 from dit_bench.image_sets import open_set
 from dit_bench.metrics import paired_bootstrap
+from dit_bench.set_arguments import RESAMPLES
 from dit_bench.set_distances import check_enough, read, usable
 
 CONFIDENCE = 0.95
-RESAMPLES = 100
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,18 @@ class SetComparison:
                 "(or --allow-few)"
             )
 
-    def compare(self, found: NDArray[np.float32], eager: NDArray[np.float32]) -> dict[str, Any]:
-        """Distances of paired features (N, D), rows of one label and noise, N beside them."""
+    def compare(
+        self,
+        found: NDArray[np.float32],
+        eager: NDArray[np.float32],
+        quiet: bool = False,
+        check: Callable[[], object] = lambda: None,
+    ) -> dict[str, Any]:
+        """Distances of paired features (N, D), rows of one label and noise, N beside them.
+
+        quiet: no progress bar. check: called after every resample; what it raises as
+        KeyboardInterrupt ends the bootstrap.
+        """
         from tqdm import tqdm
 
         few, n = self.allow_few, len(found)
@@ -76,9 +87,14 @@ class SetComparison:
         to_found, to_eager = (
             frechet_distance(own, moments, allow_few=few) for own in (of_found, of_eager)
         )
-        with tqdm(total=self.resamples, desc="bootstrap", delay=2.0) as bar:
-            draws = paired_bootstrap(found, eager, moments, self.resamples, tick=bar.update)
-        low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        with tqdm(total=self.resamples, desc="bootstrap", delay=2.0, disable=quiet) as bar:
+
+            def tick() -> None:
+                bar.update()
+                check()
+
+            draws = paired_bootstrap(found, eager, moments, self.resamples, tick=tick)
+        low, high = interval(draws, to_found - to_eager)
         crosses = low <= 0 <= high
         return row | {
             "reference": self.reference.name,
@@ -87,17 +103,29 @@ class SetComparison:
             "eager_to_reference": to_eager,
             "difference": {
                 "value": to_found - to_eager,
-                "low": float(low),
-                "high": float(high),
+                "low": low,
+                "high": high,
             },
             "absolute_difference": {
                 "value": abs(to_found - to_eager),
-                "low": 0.0 if crosses else float(min(abs(low), abs(high))),
-                "high": float(max(abs(low), abs(high))),
+                "low": 0.0 if crosses else min(abs(low), abs(high)),
+                "high": max(abs(low), abs(high)),
             },
             "confidence": CONFIDENCE,
             "resamples": len(draws),
         }
+
+
+def interval(draws: NDArray[np.float64], value: float) -> tuple[float, float]:
+    """The bootstrap's interval around ``value``, from resampled values.
+
+    A resample holds about N·(1 - 1/e) distinct images, and a Fréchet distance is the larger the
+    fewer there are, not by the same amount for both sets. That shift, the mean of the draws less
+    ``value``, belongs to resampling alone and is taken out.
+    """
+    around = draws - draws.mean() + value
+    low, high = np.quantile(around, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
 
 
 def load_reference(

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_bench.features import NETWORKS, load_network
+from dit_bench.features import load_network
 from dit_bench.hardware import describe_hardware
-from dit_bench.paired_sets import RESAMPLES, SetComparison, format_row, load_reference
+from dit_bench.paired_sets import SetComparison, format_row, load_reference
 from dit_bench.probe import try_step
 from dit_bench.quality import write_report
+from dit_bench.set_arguments import add_set_arguments
 from dit_engine.backends import PRECISIONS, resolve_backend
 from dit_engine.cli.arguments import (
     Parser,
@@ -47,12 +48,23 @@ INTERRUPTED = 130  # exit code
 PEAK = 1.0  # of images in [0, 1]
 
 
-def trajectory(engine: Engine, labels: Sequence[int], **settings: Any) -> tuple[Tensor, dict]:
-    """Latents after every step, (steps, N, C, S, S) on the CPU, and the engine's record."""
+def trajectory(
+    engine: Engine,
+    labels: Sequence[int],
+    check: Callable[[], object] = lambda: None,
+    **settings: Any,
+) -> tuple[Tensor, dict]:
+    """Latents after every step, (steps, N, C, S, S) on the CPU, and the engine's record.
+
+    ``check`` is called after every step.
+    """
     batches: dict[int, list[Tensor]] = {}
 
     def keep(progress: Progress) -> None:
-        batches.setdefault(progress.first, []).append(progress.latents.float().cpu().clone())
+        if progress.step == 1:  # also of a batch that did not fit and is made again in halves
+            batches[progress.first] = []
+        batches[progress.first].append(progress.latents.float().cpu().clone())
+        check()
 
     result = engine.generate(labels, output="latent", callback=keep, **settings)
     parts = [torch.stack(steps) for _, steps in sorted(batches.items())]
@@ -88,6 +100,8 @@ def compare(
     *,
     sets: SetComparison | None = None,
     seed: int | None = None,
+    quiet: bool = False,
+    check: Callable[[], object] = lambda: None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Errors of every subject (backend, precision) against the reference, N beside them.
@@ -99,6 +113,8 @@ def compare(
     Args:
         sets: what is asked of the sets as a whole, if anything.
         seed: image i is made from seed + i; None is a random one.
+        quiet: no progress bars.
+        check: called after every step and every resample; it may raise KeyboardInterrupt.
 
     Raises ValueError for sets without images or with too few.
     """
@@ -115,11 +131,12 @@ def compare(
     gathered = [_Found() for _ in runs]
     record: dict[str, Any] = {}
     finished, interrupted = 0, False
-    with tqdm(total=len(labels) * len(runs), desc="sampling", unit="img", delay=2.0) as bar:
+    every = len(labels) * len(runs)
+    with tqdm(total=every, desc="sampling", unit="img", delay=2.0, disable=quiet) as bar:
         try:
             while finished < len(labels):
                 part = slice(finished, finished + engine.max_batch_size)
-                options = {**settings, "seeds": seeds[part]}
+                options = {**settings, "seeds": seeds[part], "check": check}
                 found, record = _batch(engine, labels[part], runs, decode, sets, options, bar)
                 for total, own in zip(gathered, found, strict=True):
                     total.errors += own.errors
@@ -133,9 +150,12 @@ def compare(
     if sets is not None and not sets.suffices(finished):
         sets = None  # only after an interruption
     rows = [
-        _row(subject, found, gathered[0], sets)
+        _row(subject, found, gathered[0], sets, {"quiet": quiet, "check": check})
         for subject, found in zip(subjects, gathered[1:], strict=True)
     ]
+    if sets is not None:  # Ctrl-C in a bootstrap leaves fewer resamples
+        done = [row["sets"].get("resamples", sets.resamples) for row in rows]
+        interrupted |= min(done, default=sets.resamples) < sets.resamples
     return {"n": finished, "settings": record, "subjects": rows, "interrupted": interrupted}
 
 
@@ -170,7 +190,11 @@ def _batch(
 
 
 def _row(
-    subject: tuple[str, str], found: _Found, reference: _Found, sets: SetComparison | None
+    subject: tuple[str, str],
+    found: _Found,
+    reference: _Found,
+    sets: SetComparison | None,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     errors = np.concatenate(found.errors, axis=1)  # (steps, N)
     row: dict[str, Any] = {
@@ -184,7 +208,7 @@ def _row(
         row["psnr_db"] = {"median": float(np.median(ratio)), "min": float(ratio.min())}
     if sets is not None:
         eager = np.concatenate(reference.features)
-        row["sets"] = sets.compare(np.concatenate(found.features), eager)
+        row["sets"] = sets.compare(np.concatenate(found.features), eager, **options)
     return row
 
 
@@ -246,26 +270,20 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--subjects", nargs="+", default=["lean/fp32", "lean/bf16"], metavar="BACKEND/PRECISION")
     add("--samples", type=int, default=32, help="images, of all classes in turn")
-    add("--features", choices=NETWORKS, help="compare the sets as well; lite0 is FD-Lite0, not FID")
-    add("--reference-set", type=Path, help="folder or .npz to measure both sets against; by "
-        "inception unless --features is given")  # fmt: skip
-    add("--inception-weights", type=Path, help="file; DIT_INCEPTION_WEIGHTS unless given")
-    add("--resamples", type=int, default=RESAMPLES, help="of the bootstrap")
-    add("--allow-few", action="store_true", help="accept fewer images than features")
+    add_set_arguments(parser)
     add("--json", type=Path, help="write every figure and setting here")
     return parser
 
 
-def set_comparison(arguments: argparse.Namespace, engine: Engine) -> SetComparison | None:
-    """What the arguments ask of the sets as a whole; None for nothing."""
+def set_comparison(arguments: argparse.Namespace, device: torch.device) -> SetComparison | None:
+    """What the arguments ask of the sets as a whole; None for nothing.
+
+    Raises ValueError, OSError or ImportError for what cannot be compared.
+    """
     if arguments.features is None and arguments.reference_set is None:
         return None
     few = arguments.allow_few
-    network = load_network(
-        arguments.features or "inception", arguments.inception_weights, engine.device
-    )
-    if engine.vae is None:
-        raise ValueError(f"model {arguments.model!r} has no VAE; {network.metric} is of images")
+    network = load_network(arguments.features or "inception", arguments.inception_weights, device)
     sets = SetComparison(network, None, arguments.resamples, few)
     sets.check(arguments.samples)
     if arguments.reference_set is None:
@@ -291,7 +309,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for backend, precision in subjects:
             count = min(len(labels), engine.max_batch_size)
             try_step(engine, count, backend=backend, precision=precision, **options)
-        sets = set_comparison(arguments, engine)
+        sets = set_comparison(arguments, engine.device)
+        if sets is not None and engine.vae is None:
+            metric = sets.network.metric
+            raise ValueError(f"model {arguments.model!r} has no VAE; {metric} is of images")
         options |= {"sets": sets}
         report = {"model": str(arguments.model), **compare(engine, labels, subjects, **options)}
         if sets is not None:

@@ -33,11 +33,13 @@ class Peer:
     """``build`` makes the function that is timed.
 
     precision: "fp32", "bf16", "int8", or None for what computes no network output (not checked).
+    check: what is compared where the function's own result cannot be.
     """
 
     name: str
     precision: str | None
     build: Callable[[], Callable[[], Any]]
+    check: Callable[[], Tensor] | None = None
 
 
 @dataclass
@@ -77,12 +79,14 @@ def build_peers(
                 function = peer.build()
                 record["setup_s"] = round(time.perf_counter() - start, 3)
                 output = function()
+                _finish(output)
+                record["build_s"] = round(time.perf_counter() - start, 2)
+                output = output if peer.check is None else peer.check()
         # What a peer raises where it cannot run; anything else is a fault of this program.
-        except (ImportError, ValueError, RuntimeError) as error:
+        except (ImportError, ValueError, RuntimeError, OSError, MemoryError) as error:
             record["skipped"] = one_line(error)[:200] or type(error).__name__
             log(f"  {peer.name}: skipped: {record['skipped']}")
             continue
-        record["build_s"] = round(time.perf_counter() - start, 2)
         if peer.precision is not None:
             record["error"] = relative_error(output, expected)
             record["bound"] = bounds[peer.precision]
@@ -94,6 +98,12 @@ def build_peers(
             log(f"  {peer.name}: {text}, built in {record['build_s']:.1f} s")
         built.functions[peer.name] = torch.inference_mode()(function)
     return built
+
+
+def _finish(output: Any) -> None:
+    """Wait for a CUDA device, which works on after a call has returned."""
+    if isinstance(output, Tensor) and output.is_cuda:
+        torch.cuda.synchronize(output.device)
 
 
 def error_bounds(bf16_error: float) -> dict[str, float]:

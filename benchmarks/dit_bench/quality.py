@@ -31,6 +31,7 @@ from dit_bench.frechet import frechet_distance, moments_of
 from dit_bench.hardware import describe_hardware
 from dit_bench.held_out import Features, Halves, load_halves
 from dit_bench.lite0 import FEATURES, WEIGHTS_SHA256, Lite0, extract, load_lite0
+from dit_bench.outputs import finite
 from dit_engine.cli.arguments import (
     Parser,
     add_model_argument,
@@ -211,7 +212,7 @@ def format_report(report: dict[str, Any]) -> str:
 def write_report(report: dict[str, Any], path: Path) -> None:
     """Write the report as JSON, whole or not at all."""
     with atomic_path(path) as partial:
-        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(finite(report), indent=2) + "\n", encoding="utf-8")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from dit_bench.schema import PARTS
 from dit_bench.tables import Table
 
-PARTS = ("patch_embed", "conditioning", "adaln", "attention", "mlp", "final")
 _WHAT = {
     "forward": "one forward", "step": "one guided step", "decode": "VAE decode",
     "image": "whole generation",
 }  # fmt: skip
 
 _CHECKED = (
-    "error: relative, against eager float32 on the same weights and inputs, before timing; a whole "
-    "generation is not checked, its step and its decoder are"
+    "error: relative, against eager float32 on the same weights and inputs, before timing; of a "
+    "whole generation: of a guided step and a decode by the same backend"
+)
+_PER_SECOND = (
+    "images/s: how often a second this is done for one image; a whole generation's are the images "
+    "that one gets; lean alone has a decoder of its own, other backends decode with torch"
+)
+_NUMERICS = (
+    "{}: measured with numerics 'diffusers', the function that all of these peers compute; paired "
+    "and shown samples are of the model's own"
 )
 _NOISY = (
     "noisy: p95 − p5 above {:.0%} of the median, or n below 5; set-up and first call (which "
@@ -30,12 +39,15 @@ def report_tables(report: dict[str, Any]) -> list[Table]:
         tables += [latency_table(report), rates_table(report)]
     if report["parity"]:
         tables.append(parity_table(report))
+        if any("sets" in row for found in report["parity"] for row in found["subjects"]):
+            tables.append(distance_table(report))
     if "comparison" in report:
         tables.append(comparison_table(report["comparison"]))
     if "operators" in report:
         tables.append(operator_table(report["operators"]))
     if report["interrupted"]:
-        tables[-1].notes.append("INTERRUPTED: what is missing above was not measured")
+        why = f" ({report['failure']})" if "failure" in report else ""
+        tables[-1].notes.append(f"INTERRUPTED{why}: what is missing above was not measured")
     return tables
 
 
@@ -105,12 +117,16 @@ def latency_table(report: dict[str, Any]) -> Table:
         table.add(
             name, images, row["name"], _ms(ms["median"]), _ms(ms["p5"]), _ms(ms["p95"]), ms["n"],
             f"{row['images_s']:.3g}",
-            f"{row['error']:.1e}" if "error" in row else "–",
-            f"{row['bound']:.1e}" if "bound" in row else "–",
+            _error(row["error"]) if "error" in row else "–",
+            _error(row["bound"]) if "bound" in row else "–",
             f"{row['setup_s']:.2f}", f"{row['first_call_s']:.2f}",
             _ratio(row), row.get("verdict") or ("noisy" if row["noisy"] else ""),
         )  # fmt: skip
     table.notes += [_CHECKED, _NOISY.format(settings["noise_bound"]), _WHOLE.format(**settings)]
+    table.notes.append(_PER_SECOND)
+    compared = [m["model"] for m in report["models"] if m["config"]["numerics"] == "diffusers"]
+    if compared:
+        table.notes.append(_NUMERICS.format(", ".join(compared)))
     return table
 
 
@@ -133,25 +149,64 @@ def rates_table(report: dict[str, Any]) -> Table:
         )  # fmt: skip
     table.notes.append(
         "true FLOPs of the whole network, conditioning included; FLOP a byte and % of copy: of one "
-        "pass over the weights; MiB: above what was taken before the backend was built"
+        "pass over the weights that every step needs, which the conditioning's are not; MiB: above "
+        "what was taken before the backend was built"
     )
     return table
 
 
 def parity_table(report: dict[str, Any]) -> Table:
-    columns = ["model", "backend", "N", "latents after step 1", "half way", "at the end", "worst",
+    columns = ["model", "backend", "N", "error after step 1", "half way", "at the end", "worst",
                "PSNR dB, median", "worst dB"]  # fmt: skip
     table = Table("Paired with eager float32 (same labels, noise and draws)", columns, left=2)
     for found in report["parity"]:
         for row in found["subjects"]:
             steps, final = row["latent_error_by_step"], row["final_latent_error"]
             psnr = row.get("psnr_db")
+            decibels = ["–"] * 2 if psnr is None else [_db(psnr["median"]), _db(psnr["min"])]
             table.add(
                 found["model"], f"{row['backend']} {row['precision']}", found["n"],
-                f"{steps[0]:.1e}", f"{steps[len(steps) // 2]:.1e}", f"{final['mean']:.1e}",
-                f"{final['max']:.1e}", "–" if psnr is None else f"{psnr['median']:.1f}",
-                "–" if psnr is None else f"{psnr['min']:.1f}",
+                _error(steps[0]), _error(steps[len(steps) // 2]), _error(final["mean"]),
+                _error(final["max"]), *decibels,
             )  # fmt: skip
+    table.notes.append(
+        "errors of the latents, relative, the mean over N but for the worst; images decoded in "
+        "float32 by the same VAE: what differs is the transformer"
+    )
+    if not any("sets" in row for found in report["parity"] for row in found["subjects"]):
+        table.notes.append("--features and --reference-set add |ΔFD|, of enough --samples")
+    if any(found["interrupted"] for found in report["parity"]):
+        table.notes.append("INTERRUPTED: N is of what was finished")
+    return table
+
+
+def distance_table(report: dict[str, Any]) -> Table:
+    """Paired sets: their distances, N of both sides, and |ΔFD| with its bootstrap's interval."""
+    columns = ["model", "backend", "distance", "N", "to eager's", "reference", "its N",
+               "to reference", "eager's to it", "|Δ|", "interval", "resamples"]  # fmt: skip
+    table = Table("Paired sets of images, against eager float32's and a reference", columns, left=3)
+    for found in report["parity"]:
+        for row in found["subjects"]:
+            if (sets := row.get("sets")) is None:
+                continue
+            cells: list[object] = [
+                found["model"], f"{row['backend']} {row['precision']}", sets["metric"], sets["n"],
+                f"{sets['between']:.4g}",
+            ]  # fmt: skip
+            if "reference" in sets:
+                delta = sets["absolute_difference"]
+                cells += [
+                    sets["reference"], sets["n_reference"] or "unknown",
+                    f"{sets['to_reference']:.4f}", f"{sets['eager_to_reference']:.4f}",
+                    f"{delta['value']:.3g}",
+                    f"{delta['low']:.3g} to {delta['high']:.3g} ({sets['confidence']:.0%})",
+                    sets["resamples"],
+                ]  # fmt: skip
+            table.add(*cells)
+    table.notes.append(
+        "|Δ|: of the distances to the reference; the interval is a bootstrap's over pairs of one "
+        "label and noise; where 0 lies in it, no difference was shown"
+    )
     return table
 
 
@@ -164,6 +219,7 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
             _ms(row["new_ms"]), f"{row['ratio']:.3f}", row["verdict"],
         )  # fmt: skip
     table.notes += comparison["notes"]
+    table.notes += [f"LOST: {what}" for what in comparison.get("lost", ())]
     return table
 
 
@@ -179,6 +235,15 @@ def operator_table(operators: dict[str, Any]) -> Table:
             f"{row['rate']:.3g} {row['unit']}", "–" if percent is None else f"{percent:.0f}",
         )  # fmt: skip
     return table
+
+
+def _error(value: float | None) -> str:
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.1e}"
+
+
+def _db(value: float | None) -> str:
+    """None, in JSON, and infinity are of images that are equal."""
+    return "equal" if value is None or math.isinf(value) else f"{value:.1f}"
 
 
 def _ms(value: float) -> str:

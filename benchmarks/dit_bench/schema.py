@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 VERSION = "dit-bench/1"
+KINDS = ("forward", "step", "decode", "image")
+PARTS = ("patch_embed", "conditioning", "adaln", "attention", "mlp", "final")
 
 SCHEMA: dict[str, dict[str, str]] = {
     "": {
@@ -27,6 +29,7 @@ SCHEMA: dict[str, dict[str, str]] = {
         "interrupted": "bool",
     },
     "environment": {"hardware": "object", "versions": "object", "instruction_sets": "list"},
+    "environment.hardware": {"cpu": "text"},
     "settings": {
         "backend": "text", "precision": "text", "device": "text", "threads": "number",
         "rounds": "number", "seconds": "number", "steps": "number", "sampler": "text",
@@ -34,6 +37,7 @@ SCHEMA: dict[str, dict[str, str]] = {
     },
     "ceilings": {
         "copy_gb_s": "number", "matmul_tflop_s": "object", "missing": "object", "measured": "text",
+        "matmul_size": "number",
     },
     "models[]": {
         "model": "text",  # "XL/2", or what was given
@@ -44,7 +48,10 @@ SCHEMA: dict[str, dict[str, str]] = {
         "cost": "object",
         "decoder": "object?",
     },
+    "models[].config": {"numerics": "text"},
     "models[].cost": {"parts": "object", "total": "object"},
+    "models[].cost.parts": dict.fromkeys(PARTS, "object"),
+    **{f"models[].cost.parts.{part}": {"macs": "number"} for part in PARTS},
     # One image and one forward; flops = 2 · macs; counted_flops is torch's own count.
     "models[].cost.total": {
         "parameters": "number", "macs": "number", "flops": "number", "counted_flops": "number",
@@ -59,6 +66,16 @@ SCHEMA: dict[str, dict[str, str]] = {
         "precision": "text",
         "status": "text",  # ok; wrong: not timed, for its result; skipped: could not run
     },
+    "parity[]": {
+        "model": "text", "n": "number", "subjects": "list", "settings": "object",
+        "interrupted": "bool",
+    },
+    "parity[].subjects[]": {
+        "backend": "text", "precision": "text", "latent_error_by_step": "list",
+        "final_latent_error": "object",
+    },
+    # Errors that are not finite are null here.
+    "parity[].subjects[].final_latent_error": {"mean": "number?", "max": "number?"},
 }  # fmt: skip
 
 # Of every measurement whose status is "ok". Times in milliseconds of one call.
@@ -83,6 +100,8 @@ def validate(report: Any) -> None:
         for name, value in _at(report, place):
             _check(name, value, keys)
     for i, row in enumerate(report["measurements"]):
+        if row["what"] not in KINDS:
+            raise ValueError(f"measurements[{i}]: {row['what']!r} is none of {', '.join(KINDS)}")
         if row["status"] == "ok":
             _check(f"measurements[{i}]", row, MEASURED)
             _check(f"measurements[{i}].ms", row["ms"], SPREAD)

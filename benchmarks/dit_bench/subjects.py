@@ -41,7 +41,6 @@ def load_subject(
     name: str,
     *,
     size: int | None = None,
-    numerics: str | None = None,
     vae: str | None = None,
     with_vae: bool = True,
 ) -> Subject:
@@ -50,7 +49,6 @@ def load_subject(
     Args:
         name: one of the twelve published sizes ("XL/2"), or what `Engine.from_pretrained` takes.
         size: pixels along a side, of a published size only; None is 256.
-        numerics: "official" or "diffusers"; None is the model's own, "official" for a size.
         vae: weights of another VAE than the model's own.
         with_vae: whether a published size gets Stable Diffusion's VAE (random weights).
 
@@ -58,7 +56,7 @@ def load_subject(
         ValueError, OSError: an unknown name, which lists the known ones, or a bad checkpoint.
     """
     if is_size(name):
-        config = ModelConfig.named(name, size or 256, numerics=numerics or "official")
+        config = ModelConfig.named(name, size or 256)
         if vae is not None:
             raise ValueError(f"vae {vae!r} is for a checkpoint; {name!r} gets random weights")
         autoencoder = random_vae(VAEConfig()) if with_vae else None
@@ -69,12 +67,25 @@ def load_subject(
     check_source(name)
     from dit_engine.checkpoint import build_model, build_vae, load_checkpoint
 
-    checkpoint = load_checkpoint(name, numerics=numerics, vae=vae)
+    checkpoint = load_checkpoint(name, vae=vae)
     model = build_model(checkpoint).float().eval().requires_grad_(False)
     own = build_vae(checkpoint)
     own = None if own is None else own.float().eval().requires_grad_(False)
     pixels = None if own is None else model.config.input_size * own.config.downsampling
     return Subject(name, checkpoint.source, model, own, checkpoint.label_names, pixels)
+
+
+def in_numerics(model: DiT, numerics: str) -> DiT:
+    """``model`` itself if it computes in ``numerics``, else a twin that does, on its tensors."""
+    from dit_engine.checkpoint.convert import with_numerics
+
+    config = with_numerics(model.config, numerics)
+    if config == model.config:
+        return model
+    with torch.device("meta"):
+        twin = DiT(config)
+    twin.load_state_dict(model.state_dict(), assign=True)
+    return twin.eval().requires_grad_(False)
 
 
 def is_size(name: str) -> bool:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+_UNFOLDED = 100_000  # columns; tables are no wider than they need be
+
 
 @dataclass
 class Table:
@@ -59,7 +61,7 @@ def require_rich() -> None:
 def show(tables: Sequence[Table], width: int | None = None) -> None:
     """Print the tables; ``width`` in columns is the terminal's unless given.
 
-    Where the output is no terminal, lines are as long as they need be.
+    Where the output is no terminal, a row is one line, as long as it need be.
     """
     require_rich()
     from rich.box import SIMPLE_HEAD
@@ -67,7 +69,7 @@ def show(tables: Sequence[Table], width: int | None = None) -> None:
     from rich.table import Table as RichTable
 
     if width is None and not sys.stdout.isatty():
-        width = 200
+        width = _UNFOLDED
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     for table in tables:
         shown = RichTable(title=table.title, title_justify="left", box=SIMPLE_HEAD,

@@ -12,6 +12,8 @@ BUILTIN = "builtin"
 BUILTIN_DIRECTORY = Path(__file__).parents[1] / BUILTIN
 # Hub ids: owner/name (huggingface_hub's own rule is stricter; it has the last word).
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# The published sizes are no hub ids, though "DiT-XL/2" has the look of one.
+PUBLISHED_SIZE = re.compile(r"(?:DiT-)?(?:S|B|L|XL)[/-][248]")
 COMPONENTS = ("", "transformer/", "vae/")
 
 
@@ -26,7 +28,8 @@ def locate(source: str | Path) -> Path:
         FileNotFoundError: nothing of this name is here, and it is no hub id.
         OSError: it is where one may not look, or its name is longer than names can be.
         ValueError: the hub does not have it, or is out of reach and the cache does not have it;
-            or ``source`` is empty, neither a string nor a path, or under a home that is unknown.
+            or ``source`` is the name of a size, empty, neither a string nor a path, or under a
+            home that is unknown.
     """
     if source == BUILTIN:
         if not BUILTIN_DIRECTORY.is_dir():
@@ -44,6 +47,11 @@ def locate(source: str | Path) -> Path:
         raise ValueError(f"model {str(source)!r}: the home directory is not known") from None
     if path.exists():
         return path
+    if isinstance(source, str) and PUBLISHED_SIZE.fullmatch(source):
+        raise ValueError(
+            f"model {source!r} is a size, for which there are no weights here; give 'builtin', a "
+            "path such as DiT-XL-2-256x256.pt or a hub id such as facebook/DiT-XL-2-256"
+        )
     if isinstance(source, str) and HUB_ID.fullmatch(source) and path.suffix not in SUFFIXES:
         return download(source)
     raise FileNotFoundError(

@@ -9,12 +9,24 @@ from dit_engine._version import __version__
 from dit_engine.cli.errors import one_line
 
 
+class _Help(argparse.HelpFormatter):
+    """Tells defaults that say something: not those of options that are absent unless given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if default is None or default is False or default is argparse.SUPPRESS:
+            return action.help
+        shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+        if not shown or not action.option_strings:
+            return action.help
+        return f"{action.help or ''} (default: {shown.replace('%', '%%')})".lstrip()
+
+
 class Parser(argparse.ArgumentParser):
     """Defaults in the help, --version, and errors of one line like those of `run_command`."""
 
     def __init__(self, prog: str, description: str) -> None:
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(prog=prog, description=description, formatter_class=formatter)
+        super().__init__(prog=prog, description=description, formatter_class=_Help)
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
     def error(self, message: str) -> NoReturn:

@@ -11,6 +11,7 @@ from dit_bench.schema import VERSION
 from dit_engine.config import ModelConfig
 from dit_engine.vae import VAEConfig
 
+QUICK = ["--rounds", "3", "--seconds", "0.3", "--steps", "2", "--threads", "1", "--device", "cpu"]
 MODELS = {"S/8": 4.0, "S/4": 10.0}  # milliseconds of a forward of one image by "lean bf16"
 
 
@@ -85,6 +86,22 @@ def operators() -> dict[str, Any]:
     failed = {"operator": "rope", "shape": "N=2", "impl": "native", "status": "failed"}
     rows = [linear, modulate, modulate | {"impl": "compile", "opponent": True}, failed]
     return copy.deepcopy({"operators": rows, "ceilings": {}})
+
+
+def parity() -> dict[str, Any]:
+    """A report of dit_bench.parity: one backend with sets and a reference, and one that equals
+    eager; in JSON the infinite PSNR of the latter is null."""
+    sets = {"metric": "FD-Lite0", "n": 2400, "between": 0.0123, "reference": "held-out",
+            "n_reference": None, "to_reference": 76.81234, "eager_to_reference": 76.8,
+            "difference": {"value": -0.0123, "low": -0.03, "high": 0.01},
+            "absolute_difference": {"value": 0.0123, "low": 0.0, "high": 0.0312},
+            "confidence": 0.95, "resamples": 100}  # fmt: skip
+    row = {"backend": "lean", "precision": "bf16", "latent_error_by_step": [1e-3, 2e-3, 3e-3],
+           "final_latent_error": {"mean": 3e-3, "max": 5e-3},
+           "psnr_db": {"median": 41.25, "min": 30.0}}  # fmt: skip
+    same = row | {"precision": "fp32", "psnr_db": {"median": float("inf"), "min": None}}
+    return {"model": "builtin", "n": 2400, "settings": {"steps": 3}, "interrupted": False,
+            "subjects": [row | {"sets": sets}, same]}  # fmt: skip
 
 
 def scaling() -> dict[str, Any]:

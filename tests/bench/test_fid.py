@@ -15,7 +15,13 @@ from inception_weights import random_state
 from tiny import tiny_engine
 
 from dit_bench import fid, lite0
-from dit_bench.features import Extracted, FeatureNetwork, SetFeatures, load_network
+from dit_bench.features import (
+    Extracted,
+    FeatureNetwork,
+    SetFeatures,
+    full_precision,
+    load_network,
+)
 from dit_bench.fid import main
 from dit_bench.image_sets import ComparedSet
 from dit_bench.set_distances import evaluate
@@ -151,8 +157,46 @@ def test_a_live_model_equals_its_images_in_a_file(
     for name, m in stored["metrics"].items():
         assert live["metrics"][name] == pytest.approx(m, rel=1e-4)
     assert live["samples"]["n"] == 12 and live["settings"]["guidance_scale"] == 1.5
-    assert main([str(tmp_path / "reference.npz"), *map(str, sampling)]) == 0
-    assert "note: images of 16×16 and of 8×8 pixels are compared" in capsys.readouterr().out
+    path = tmp_path / "report.json"
+    sampling = [*map(str, sampling), "--json", str(path)]
+    assert main([str(tmp_path / "reference.npz"), *sampling]) == 0
+    shown = capsys.readouterr().out
+    assert "note: images of 16×16 and of 8×8 pixels are compared" in shown
+    assert "sampler ddim" in shown and "steps 2" in shown and "guidance_scale 1.5" in shown
+    assert json.loads(path.read_text(encoding="utf-8"))["metrics"] == live["metrics"]
+    unsaid = run(capsys, tmp_path / "reference.npz", "--model", "tiny", "--samples", 4,
+                 "--sampler", "dpm++")  # fmt: skip
+    usual = engine.generate([0], sampler="dpm++", seed=0, output="np").settings["steps"]
+    assert unsaid["settings"]["steps"] == usual  # the sampler's own count, not null
+
+
+def test_a_set_is_not_taken_for_the_json_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, pixels(5, 30))
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as left:
+        main(["--model", "builtin", str(path), "--json", str(path)])
+    assert left.value.code == 2 and "is no .json file" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_weights_are_missed_before_a_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DIT_INCEPTION_WEIGHTS", raising=False)
+    monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: pytest.fail("loaded a model"))
+    np.savez(tmp_path / "a.npz", pixels(5, 31))
+    assert main([str(tmp_path / "a.npz"), "--model", "builtin"]) == 2
+    assert "pt_inception-2015-12-05-6726825d.pth" in capsys.readouterr().err
+
+
+def test_features_are_computed_without_tf32() -> None:
+    before = torch.backends.cudnn.allow_tf32
+    with full_precision():
+        assert not torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.enabled
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 def test_the_json_says_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str],
@@ -215,7 +259,9 @@ def test_ctrl_c_keeps_what_was_read() -> None:
     assert report["interrupted"] == "after 32 of 64 images of memory"
     assert "interrupted after 32 of 64 images" in fid.format_report(report)
     early = evaluate(set_of(a), set_of(b, stop=0), COLOURS, batch_size=8)
-    assert early["metrics"]["FID"]["value"] is None and "too few" in fid.format_report(early)
+    text = fid.format_report(early)
+    assert early["metrics"]["FID"]["value"] is None and "too few" in text
+    assert "N = 0 against 0" in text and "unknown" not in text
     assert early["samples"]["images"] == 0
 
 

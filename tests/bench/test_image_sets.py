@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tracemalloc
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +127,12 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     whole = (folder / "0003.png").read_bytes()
     (folder / "odd.png").write_bytes(whole[: len(whole) - 40])  # header whole, pixels not
     refused(folder, r"odd.png is damaged")
+    # A header of 60000 × 60000 pixels, which Pillow takes for a bomb.
+    header = bytearray(whole[:33])
+    header[16:24] = (60000).to_bytes(4, "big") * 2
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
+    (folder / "odd.png").write_bytes(bytes(header) + whole[33:])
+    refused(folder, r"odd.png is no readable image \(Image size \(3600000000 pixels\)")
 
 
 def test_arrays_that_are_refused(tmp_path: Path) -> None:
@@ -149,6 +157,9 @@ def test_arrays_that_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:9000])
     refused(path, "damaged or no .npz")
     path.write_bytes(b"no archive")
+    refused(path, "damaged or no .npz")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0", b"without .npy")
     refused(path, "damaged or no .npz")
     other = tmp_path / "set.npy"
     np.save(other, pixels(2))

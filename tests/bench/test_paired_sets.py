@@ -15,7 +15,8 @@ from torch import Tensor
 from dit_bench import parity
 from dit_bench.features import Extracted, FeatureNetwork
 from dit_bench.frechet import Statistics, frechet_distance, moments_of
-from dit_bench.paired_sets import Reference, SetComparison, load_reference
+from dit_bench.metrics import DistanceTo, paired_bootstrap
+from dit_bench.paired_sets import Reference, SetComparison, interval, load_reference
 from dit_bench.parity import compare, format_report, main
 from dit_engine import backends
 from dit_engine.backends.eager import EagerBackend
@@ -214,6 +215,76 @@ def test_the_features_are_inceptions_unless_others_are_named(
     monkeypatch.setattr(parity, "load_network", lambda *a: asked.append(a) or NETWORK)
     arguments = parity.build_parser().parse_args(["--reference-set", "absent", "--allow-few"])
     with pytest.raises(FileNotFoundError):
-        parity.set_comparison(arguments, tiny_engine())
+        parity.set_comparison(arguments, torch.device("cpu"))
     assert asked == [("inception", None, torch.device("cpu"))]
-    assert parity.set_comparison(parity.build_parser().parse_args([]), tiny_engine()) is None
+    nothing = parity.build_parser().parse_args([])
+    assert parity.set_comparison(nothing, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(("calls", "n", "resamples"), [(5, 4, 0), (9, 8, 2)])
+def test_a_check_that_interrupts_keeps_what_is_finished(calls: int, n: int, resamples: int) -> None:
+    """Two batches of two steps by two runs are eight calls; those of the bootstrap follow."""
+    seen = 0
+
+    def check() -> None:
+        nonlocal seen
+        seen += 1
+        if seen >= calls:
+            raise KeyboardInterrupt
+
+    engine = tiny_engine(max_batch_size=4)
+    of = sets(resamples=50) if resamples else None
+    report = compare(engine, list(range(8)), [("lean", "fp32")], sets=of, check=check, **SETTINGS)
+    assert report["n"] == n and report["interrupted"]
+    if resamples:
+        assert report["subjects"][0]["sets"]["resamples"] == resamples
+
+
+def test_a_batch_that_is_made_again_in_halves_is_counted_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory runs out in the second step of four images."""
+    honest = EagerBackend.prepare
+
+    def prepare(self: EagerBackend, labels: Tensor, timesteps: Tensor) -> Any:
+        denoise = honest(self, labels, timesteps)
+
+        def small(x: Tensor, step: int) -> Tensor:
+            if len(labels) == 8 and step == 1:  # guided: two rows an image
+                raise MemoryError
+            return denoise(x, step)
+
+        return small
+
+    whole, _ = parity.trajectory(tiny_engine(), [0, 1, 2, 3], backend="eager", **SETTINGS)
+    monkeypatch.setattr(EagerBackend, "prepare", prepare)
+    with pytest.warns(UserWarning, match="out of memory with a batch of 4"):
+        again, _ = parity.trajectory(tiny_engine(), [0, 1, 2, 3], backend="eager", **SETTINGS)
+    assert torch.equal(again, whole)
+
+
+def test_the_interval_holds_what_other_samples_would_give() -> None:
+    """Few vectors of many features: resampling then moves a Fréchet distance by more than its
+    spread, which must not move the interval."""
+    rng = np.random.default_rng(0)
+    d, n = 12, 24
+    reference = Statistics(np.zeros(d), np.eye(d))
+    distance = DistanceTo(reference)
+
+    def pair() -> tuple[np.ndarray, np.ndarray, float]:
+        b = rng.normal(size=(n, d))
+        a = 1.3 * b + 0.05 * rng.normal(size=(n, d))
+        return a, b, distance(moments_of(a)) - distance(moments_of(b))
+
+    expected = np.mean([pair()[2] for _ in range(2000)])
+    held, held_by_percentiles, trials = 0, 0, 80
+    for trial in range(trials):
+        a, b, value = pair()
+        draws = paired_bootstrap(a, b, reference, 100, seed=trial)
+        low, high = interval(draws, value)
+        assert low <= value <= high
+        held += low <= expected <= high
+        low, high = np.quantile(draws, [0.025, 0.975])
+        held_by_percentiles += low <= expected <= high
+    assert held / trials > 0.85
+    assert held_by_percentiles < held

@@ -31,7 +31,7 @@ def test_the_schema_takes_a_report() -> None:
 
 def damage(path: str, value: Any) -> dict[str, Any]:
     """A report in which the value at ``path`` is another, or is missing for ``...``."""
-    report = made_up.report()
+    report = made_up.report() | {"parity": [made_up.parity()]}
     place: Any = report
     *way, last = path.split(".")
     for key in way:
@@ -55,6 +55,10 @@ def damage(path: str, value: Any) -> dict[str, Any]:
         ("measurements.3.ms.p95", ..., "measurements[3].ms has no 'p95'"),
         ("measurements.0.noisy", ..., "measurements[0] has no 'noisy'"),
         ("measurements.0.status", "odd", "measurements[0]: status 'odd' without a reason"),
+        ("measurements.0.what", "all", "measurements[0]: 'all' is none of forward, step, decode"),
+        ("models.0.cost.parts.mlp", ..., "models[0].cost.parts has no 'mlp'"),
+        ("parity.0.subjects.1.backend", ..., "parity[0].subjects[1] has no 'backend'"),
+        ("environment.hardware.cpu", ..., "environment.hardware has no 'cpu'"),
     ],
 )
 def test_the_schema_names_what_is_wrong(path: str, value: Any, said: str) -> None:
@@ -105,6 +109,42 @@ def test_reports_without_a_common_time_are_refused() -> None:
         row["model"] = "XL/2"
     with pytest.raises(ValueError, match="no measurement in common"):
         compare_reports(made_up.report(), other)
+
+
+def test_a_time_that_is_lost_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    new, old = made_up.report(), made_up.report()
+    new["measurements"][1] |= {"status": "wrong", "reason": "computes another function"}
+    found = compare_reports(new, old)
+    assert found["lost"] == ["S/8 forward, 1, eager bf16: wrong now (computes another function)"]
+    assert compare_reports(old, new)["lost"] == []
+    show(report_tables(new | {"comparison": found}))
+    assert "LOST: S/8 forward, 1, eager bf16: wrong now" in capsys.readouterr().out
+
+
+def test_paired_sets_are_shown_with_n_reference_and_interval(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report = made_up.report() | {"parity": [made_up.parity()]}
+    validate(report)
+    show(report_tables(report))
+    lines = capsys.readouterr().out.splitlines()
+    (shown,) = (line.split() for line in lines if "held-out" in line)
+    assert shown == [
+        "builtin", "lean", "bf16", "FD-Lite0", "2400", "0.0123", "held-out", "unknown", "76.8123",
+        "76.8000", "0.0123", "0", "to", "0.0312", "(95%)", "100",
+    ]  # fmt: skip
+    (same,) = (line.split() for line in lines if "lean fp32" in line)
+    assert same[-2:] == ["equal", "equal"]
+
+
+def test_a_row_is_one_line_where_the_output_is_no_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table = Table("wide", [f"column {i}" for i in range(60)])
+    table.add(*(f"a cell with {i} words" for i in range(60)))
+    show([table])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "words" in line]
+    assert len(lines) == 1 and all(f"a cell with {i} words" in lines[0] for i in range(60))
 
 
 def test_generations_of_other_settings_are_not_compared() -> None:

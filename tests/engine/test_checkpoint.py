@@ -173,6 +173,18 @@ def test_source_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert locate("builtin") == tmp_path / "package"
 
 
+@pytest.mark.parametrize("name", ["DiT-XL/2", "XL/2", "S/8", "DiT-B-4"])
+def test_a_size_is_no_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub")
+    )
+    with pytest.raises(ValueError, match=f"^model '{name}' is a size, for which there are no"):
+        locate(name)
+    Path(name).mkdir(parents=True)
+    assert locate(name) == Path(name)
+
+
 def test_hub_id_takes_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Safetensors are asked for first; pickles only where a component has none."""
     from fnmatch import fnmatch

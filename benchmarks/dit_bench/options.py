@@ -1,0 +1,117 @@
+"""The options of ``dit-bench --model …``, and the plan that they make, checked before any work."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dit_bench.outputs import STDOUT
+from dit_bench.schema import KINDS
+from dit_bench.set_arguments import add_set_arguments
+from dit_engine.cli.arguments import Parser
+
+if TYPE_CHECKING:
+    from dit_bench.measure import Plan
+
+SIZES = (256, 512)
+
+
+def build_parser(about: str) -> argparse.ArgumentParser:
+    parser = Parser("dit-bench", about)
+    add = parser.add_argument
+    add("--model", "--models", nargs="+", dest="models", metavar="MODEL",
+        help="published sizes (XL/2: random weights), 'builtin', paths, hub ids")  # fmt: skip
+    add("--backend", default="auto", help="auto, lean, eager, compile, trt, …")
+    add("--precision", default="fp32", help="fp32, bf16, fp16, int8 or fp8")
+    add("--peers", default="", help="in the same run: diffusers,compile,openvino,onnxruntime,unet; "
+        "any backend; with a precision of its own as in onnxruntime/fp32")  # fmt: skip
+    add("--batch", type=_positive, nargs="+", default=[1], metavar="N", help="images at once")
+    add("--size", type=int, choices=SIZES, help="pixels, of published sizes; 256 unless given")
+    add("--only", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND",
+        help=", ".join(KINDS))  # fmt: skip
+    add("--vae", help="another VAE for a checkpoint: file, directory or hub id")
+    add("--steps", type=int, default=20, help="of a whole generation, 1 to 1000")
+    add("--sampler", default="ddpm", help="of a whole generation: ddpm, ddim or dpm++")
+    add("--rounds", type=_positive, default=20, help="of interleaved timing, at most")
+    add("--seconds", type=float, default=20.0, help="of timing, for each part of the run")
+    add("--threads", type=_positive, help="of the CPU; torch's own choice unless given")
+    add("--device", help="cpu or cuda; CUDA where there is one unless given")
+    add("--parity", action="store_true", help="paired samples against eager float32 as well")
+    add("--samples", type=_positive, default=8, help="images of --parity")
+    add_set_arguments(parser)
+    add("--json", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="every figure")
+    add("--csv", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="one line a measurement")
+    add("--plot", type=Path, metavar="DIR", help="figures as PNG files")
+    add("--html", type=Path, metavar="FILE", help="one self-contained page")
+    add("--compare", type=Path, metavar="FILE", help="an older --json; exit code 1 on a regression")
+    add("--operators", type=Path, metavar="FILE", help="--json of python -m dit_bench.operators")
+    add("--scaling", type=Path, metavar="FILE", help="--json of python -m dit_bench.scaling")
+    add("--load", type=Path, metavar="FILE", help="show a finished --json, and measure nothing")
+    add("--env", action="store_true", help="what this machine has, and no more")
+    add("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def plan_of(arguments: argparse.Namespace) -> Plan:
+    """Every option checked, before any work. Raises ValueError, BackendUnavailable, ImportError."""
+    from dit_bench.contenders import check_backend, parse_peers
+    from dit_bench.measure import Plan
+    from dit_bench.parity import set_comparison
+    from dit_bench.subjects import check_name, is_size
+    from dit_engine.backends import PRECISIONS, resolve_backend
+    from dit_engine.device import parse_device
+    from dit_engine.sampler import SAMPLERS
+    from dit_engine.schedule import make_schedule
+
+    if not arguments.models:
+        raise ValueError("--model is missing: a published size such as XL/2, 'builtin' or a path")
+    for name in arguments.models:
+        check_name(name, arguments.size)
+        if arguments.size is not None and not is_size(name):
+            raise ValueError(f"--size is for published models; {name!r} has its own")
+        if arguments.vae is not None and is_size(name):
+            raise ValueError(f"--vae is for checkpoints; {name!r} gets random weights")
+    backend, precision = resolve_backend(arguments.backend), arguments.precision
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    peers = parse_peers(arguments.peers, precision) if arguments.peers else []
+    if arguments.sampler not in SAMPLERS:
+        raise ValueError(f"sampler {arguments.sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    make_schedule(arguments.steps)
+    if not 0 < arguments.seconds < math.inf:
+        raise ValueError(f"seconds {arguments.seconds} is not a finite number above 0")
+    count = os.cpu_count() or 1
+    if arguments.threads is not None and arguments.threads > count:
+        raise ValueError(f"threads {arguments.threads} is above the {count} of this machine")
+    for option in ("features", "reference_set"):
+        if getattr(arguments, option) is not None and not arguments.parity:
+            raise ValueError(f"--{option.replace('_', '-')} is for --parity, which is not given")
+    device = parse_device(arguments.device)
+    check_backend(backend, precision, device)
+    return Plan(
+        models=tuple(dict.fromkeys(arguments.models)),
+        subject=(backend, precision),
+        device=device,
+        peers=tuple(peers),
+        batches=tuple(dict.fromkeys(arguments.batch)),
+        kinds=tuple(kind for kind in KINDS if kind in arguments.only),
+        size=arguments.size,
+        vae=arguments.vae,
+        steps=arguments.steps,
+        sampler=arguments.sampler,
+        rounds=arguments.rounds,
+        seconds=arguments.seconds,
+        threads=arguments.threads,
+        parity=arguments.samples if arguments.parity else 0,
+        sets=set_comparison(arguments, device) if arguments.parity else None,
+        keep_engines=arguments.html is not None,
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)

@@ -1,0 +1,29 @@
+"""A model on disk that dit-bench is run on, and ceilings that are quickly measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+from tiny import NAMES, tiny_dit, tiny_vae
+
+from dit_bench import measure
+from dit_bench.ceilings import measure_ceilings
+from dit_engine.checkpoint import save_pretrained
+
+
+@pytest.fixture(scope="module")
+def small_ceilings() -> Iterator[None]:
+    """Measured, on less."""
+    small = partial(measure_ceilings, size=64, copy_mib=2, rounds=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "measure_ceilings", small)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_pretrained(folder, tiny_dit(), tiny_vae(), label_names=NAMES)
+    return str(folder)

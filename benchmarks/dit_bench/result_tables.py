@@ -46,9 +46,7 @@ def product_macs(config: ModelConfig) -> int:
     """Multiply-adds of the blocks' four linear layers for one image: 28 × 256 × 12 × 1152² of
     DiT-XL/2 at 256 px."""
     parts = dit_cost(config)
-    tokens, width = config.num_tokens, config.hidden_size
-    scores_and_values = 2 * config.depth * tokens**2 * width
-    return parts["attention"].macs - scores_and_values + parts["mlp"].macs
+    return parts["attention_linear"].macs + parts["mlp"].macs
 
 
 def product_rates(operators: dict[str, Any]) -> Iterator[float]:

@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 # An installation is stale when the metadata, the pins, the set of import packages or the sources of
 # the native kernels changed.
 INPUTS := setup.py constraints.txt dit_engine/_version.py CMakeLists.txt \
-	$(wildcard kernels/csrc/cpu/*.cpp kernels/csrc/cpu/*.h) \
+	$(wildcard kernels/csrc/cpu/*.cpp kernels/csrc/cpu/*.h kernels/dit_kernels/*.h) \
 	$(wildcard kernels/dit_kernels/__init__.py export/dit_export/__init__.py \
 	benchmarks/dit_bench/__init__.py)
 
@@ -52,7 +52,8 @@ asan: $(VENV)/.test ## run the native kernels' tests under AddressSanitizer and 
 	$(BIN)/cmake --build build/asan --parallel
 	LD_PRELOAD="$(foreach l,libasan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$l))" \
 		ASAN_OPTIONS=detect_leaks=0 DIT_KERNELS_LIBRARY=$(CURDIR)/build/asan/libdit_kernels_cpu.so \
-		$(BIN)/python -m pytest -q $(ARGS) \
+		CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g" \
+		$(BIN)/python -m pytest -q $(ARGS) tests/kernels/test_amx_emulation.py \
 		$(filter-out %_library.py,$(wildcard tests/kernels/test_native_*.py))
 
 bench-cpu: $(VENV)/.bench ## measure the lean forward beside its peers, on an idle machine; write JSON
@@ -72,7 +73,7 @@ train: $(VENV)/.train ## train a small model on the avatar set: two hours on 2 c
 
 clean: ## remove .venv, caches, build results and the demo's pictures
 	rm -rf $(VENV) .venv-server build dist demo *.egg-info .pytest_cache .ruff_cache
-	rm -f kernels/dit_kernels/*.so
+	rm -f kernels/dit_kernels/*.so kernels/dit_kernels/libdit_kernels_cpu.txt
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -90,19 +91,32 @@ def tool(name: str) -> str | None:
 
 
 def configure(cmake: str, folder: Path) -> str | None:
-    """Run CMake's first half; its last lines if it fails, which is where a compiler is missing."""
+    """Run CMake's first half; what it says if it fails, which is where a compiler is missing."""
     ninja = tool("ninja")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     command = [cmake, "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", *generator]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    said = (done.stdout + done.stderr).splitlines()
-    return None if done.returncode == 0 else "\n".join(said[-20:])
+    if done.returncode == 0:
+        return None
+    lines = [line.strip() for line in (done.stderr or done.stdout).splitlines()]
+    first = next((i for i, line in enumerate(lines) if line.startswith("CMake Error")), 0)
+    return " ".join(" ".join(lines[first : first + 8]).split())[:400]
+
+
+def tell(text: str) -> None:
+    """On standard error, which pip shows only if the build fails or with -v; so also on the
+    terminal, where there is one."""
+    print(text, file=sys.stderr)
+    if not sys.stderr.isatty():
+        with suppress(OSError), Path("/dev/tty").open("w") as terminal:
+            print(text, file=terminal)
 
 
 class build_native(Command):
     """CMakeLists.txt → libdit_kernels_cpu.so beside dit_kernels' modules.
 
-    Where this machine cannot build it, the installation goes on without and says why; the torch
+    Where this machine cannot build it, the installation goes on without and says why, on the
+    terminal and in a file in the library's place, which dit_kernels.available() tells; the torch
     reference runs instead. Sources that do not compile are an error.
     """
 
@@ -120,12 +134,16 @@ class build_native(Command):
     def run(self):
         folder = ROOT / "kernels" if self.editable_mode else Path(self.build_lib)
         library = folder / "dit_kernels" / "libdit_kernels_cpu.so"
+        note = library.with_suffix(".txt")
         reason = self.build(library)
         if reason is None:
             self.library = library
-        else:
-            library.unlink(missing_ok=True)  # of an earlier build
-            print(f"NOT building the native CPU kernels: {reason}", file=sys.stderr)
+            note.unlink(missing_ok=True)  # of an earlier build, as below
+            return
+        library.unlink(missing_ok=True)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(f"{reason}\n", encoding="utf-8")
+        tell(f"NOT building the native CPU kernels: {reason}")
 
     def build(self, library):
         """None, or why this machine cannot build the library."""
@@ -138,7 +156,7 @@ class build_native(Command):
         if configure(cmake, folder) is not None:
             shutil.rmtree(folder, ignore_errors=True)  # perhaps of another generator or place
             if (failure := configure(cmake, folder)) is not None:
-                return f"cmake failed; it needs a C++ compiler with OpenMP\n{failure}"
+                return f"cmake failed; it needs a C++ compiler with OpenMP: {failure}"
         jobs = str(os.cpu_count() or 1)
         subprocess.run([cmake, "--build", str(folder), "--parallel", jobs], check=True)
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +222,7 @@ setup(
     python_requires=">=3.10",
     packages=PACKAGES,
     package_dir=PACKAGE_DIR,
-    package_data={"": ["py.typed"], "dit_engine": ["builtin/**"]},
+    package_data={"": ["py.typed"], "dit_engine": ["builtin/**"], "dit_kernels": ["*.h"]},
     include_package_data=False,
     install_requires=[
         "torch>=2.8",

@@ -85,15 +85,19 @@ class LeanTransformer:
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """Tokens x (M, T, D), overwritten, and modulations (M, 6·D·depth + 2·D) → the final
-        layer's output (M, T, p·p·C_out)."""
+        layer's output (M, T, p·p·C_out).
+
+        Beside x it holds at most 6·M·T·D numbers at once (norm, hidden layer, branch) and keeps
+        none of them.
+        """
         config, norms = self.config, self.norms
         d, eps = config.hidden_size, config.mlp_norm_eps
         vectors = modulation.split(d, dim=1)  # 6 a block and 2 at the end, each (M, D)
         h = norms.first(x, vectors[0], vectors[1], NORM_EPS)
         for i, block in enumerate(self.blocks):
             _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors[6 * i : 6 * i + 6]
-            attended = self.attention(block.qkv(h), config.num_heads)  # (M, T, D)
-            y = block.proj(norms.activation(attended))
+            # No name for what the next product alone reads: it would outlive it, at the peak.
+            y = block.proj(norms.activation(self.attention(block.qkv(h), config.num_heads)))
             h = norms.next(x, y, gate_msa, shift_mlp, scale_mlp, eps)
             y = block.fc2(norms.activation(block.fc1(h, gelu=True)))
             # The end of this block with the start of the next, or of the final layer.

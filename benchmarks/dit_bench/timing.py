@@ -15,8 +15,10 @@ import torch
 Function = Callable[[], object]
 
 _FLUSH_FLOATS = 2**26
-"""256 MiB, written before every CUDA sample: several times any L2, and work for the device while
-the host queues the sample's launches."""
+_FLUSHES = 4
+"""256 MiB, several times any L2, written so often before every CUDA sample. It is also work for the
+device, some 0.25 ms at 4 TB/s, while the host queues the sample's launches: a sample must not
+measure how long Python takes to start a kernel that runs for microseconds."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,8 @@ def _cuda_round(
 ) -> list[float]:
     marks = []
     for function in functions:
-        scratch.zero_()
+        for _ in range(_FLUSHES):
+            scratch.zero_()
         begin = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         begin.record()

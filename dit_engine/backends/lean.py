@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from dit_engine.conditioning import Conditioning, ModulationTable
 from dit_engine.errors import BackendUnavailable
 from dit_engine.lean import LeanTransformer
 from dit_engine.model import DiT
+from dit_kernels import native
 from dit_kernels.choose import launcher
 from dit_kernels.quantized import quantized_why_not
 
@@ -21,12 +24,19 @@ QUANTIZED = {"int8": torch.bfloat16, "fp8": torch.bfloat16}
 class LeanBackend:
     """In float32 on the CPU an image's bits do not depend on the batch. Where the matrix product
     does not see to that, images go through one by one, as in the eager backend.
+
+    On a CPU without the native kernels a warning says so, and why they are missing.
     """
 
     def __init__(self, model: DiT, precision: str, device: torch.device) -> None:
         quantized = precision if precision in QUANTIZED else None
         if quantized and (reason := quantized_why_not(quantized, device)) is not None:
             raise BackendUnavailable(f"precision {precision!r}: {reason}")
+        if device.type == "cpu" and (reason := native.why_not()) is not None:
+            warnings.warn(
+                f"lean runs without its native kernels, slower, on torch references: {reason}",
+                stacklevel=2,
+            )
         self.dtype = QUANTIZED.get(precision) or DTYPES[precision]
         self.device, self.config = device, model.config
         with torch.inference_mode():

@@ -85,14 +85,22 @@ def available() -> dict[str, str]:
     """implementation → "yes …" or why not, for this machine."""
     from dit_kernels import native, triton
 
-    reason = native.why_not()
     cuda = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu_reason = triton.why_not(cuda)
     return {
         "reference": "yes",
-        "native": reason or f"yes ({native.isa()})",
+        "native": native.why_not() or f"yes ({native.isa()}{_beside_others()})",
         "triton": gpu_reason or f"yes ({cuda})",
     }
+
+
+def _beside_others() -> str:
+    from dit_kernels.native_library import openmp_runtimes
+
+    runtimes = openmp_runtimes()
+    if len(runtimes) < 2:
+        return ""
+    return f"; slowed down by {len(runtimes)} OpenMP runtimes: {', '.join(runtimes)}"
 
 
 def launcher(operator: str, device: torch.device) -> Callable[..., Any]:

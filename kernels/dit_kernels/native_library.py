@@ -10,40 +10,22 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
+import re
 from pathlib import Path
 
 import torch  # first: the library then shares the OpenMP runtime that torch brings
 
-ABI_VERSION = 1
 LIBRARY = "libdit_kernels_cpu.so"
-ISAS = ("none", "avx2", "avx512", "avx512_bf16", "amx")  # kernels/csrc/cpu/isa.h
+NOT_BUILT = "libdit_kernels_cpu.txt"
+"""In the library's place where an installation could not build it: why, in one line (setup.py)."""
+INTERFACE = Path(__file__).with_name("native_interface.h")
+
+# Of native_interface.h:
+ISAS = ("none", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT32 = 3
-
-# Arguments of each function: p pointer, q int64_t, i int, f float.
-SIGNATURES = {
-    "dit_layernorm_modulate": "pppp qqq qq f iii i",
-    "dit_layernorm_modulate_quantize": "ppppp qqq qq f iii i i",
-    "dit_gate_residual": "pppp qqq q ii i",
-    "dit_gate_residual_layernorm_modulate": "ppppppp qqq qqq f iiii i",
-    "dit_gate_residual_layernorm_modulate_quantize": "pppppppp qqq qqq f iiii i i",
-    "dit_gelu": "pp q i i",
-    "dit_bias_gelu": "ppp qq iii i",
-    "dit_quantize_rows": "ppp qq i i i",
-    "dit_gelu_quantize": "pppp qq ii i i",
-    "dit_dequantize_rows": "pppppp qq iii i i",
-    "dit_groupnorm_silu": "pppp qqqq f iii i",
-    "dit_guided_step": "pppppppp qqqqqqq i i",
-    "dit_attention": "pp qqqq i i",
-    "dit_packed_bytes": "qqi",
-    "dit_pack_weight": "pp qqi i",
-    "dit_linear": "pppp qqq i i i",
-    "dit_linear_int8": "pppppp qqq i i i",
-}
-TYPES = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
-
-# kernels/csrc/cpu/api.h
 ERRORS = {
     -1: "a null pointer",
     -2: "a size that is negative, zero where it may not be, too great or does not divide",
@@ -54,6 +36,27 @@ ERRORS = {
     -7: "a negative or too great stride",
     -8: "more memory than there is",
 }
+
+LETTERS = {"*": "p", "int64_t": "q", "int": "i", "float": "f"}
+TYPES = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+RESULTS = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "const char*": ctypes.c_char_p}
+_PROTOTYPE = re.compile(r"^DIT_API ([\w ]+\*?) (\w+)\(([^)]*)\);", re.MULTILINE)
+
+
+@functools.cache
+def prototypes() -> dict[str, tuple[str, str]]:
+    """Function → (its result's C type, its arguments: p pointer, q int64_t, i int, f float)."""
+    found: dict[str, tuple[str, str]] = {}
+    for result, name, listed in _PROTOTYPE.findall(INTERFACE.read_text(encoding="utf-8")):
+        arguments = [] if listed == "void" else listed.split(",")
+        kinds = ["*" if "*" in argument else argument.split()[0] for argument in arguments]
+        found[name] = (result, "".join(LETTERS[kind] for kind in kinds))
+    return found
+
+
+def interface_hash() -> str:
+    """What a library of this interface says of itself; CMakeLists.txt computes the same."""
+    return hashlib.sha256(INTERFACE.read_bytes()).hexdigest()
 
 
 def path() -> Path:
@@ -73,28 +76,55 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     """
     file = path()
     if not file.is_file():
-        return None, (
-            f"{LIBRARY} is not built: on Linux and x86-64, with g++ and CMake, "
-            "`pip install .` in the sources builds it"
-        )
+        return None, _why_not_built(file.with_name(NOT_BUILT))
     try:
         library = ctypes.CDLL(str(file))
-        version = library.dit_kernels_abi_version()
-        if version != ABI_VERSION:
+        if _interface_of(library) != interface_hash():
             return None, (
-                f"{file} has ABI version {version}, this dit_kernels needs {ABI_VERSION}: "
-                "`pip install .` in the sources builds it again"
+                f"{file} was built from other sources than this dit_kernels: `pip install .` in "
+                "the sources builds it again"
             )
-        for name, letters in SIGNATURES.items():
+        for name, (result, letters) in prototypes().items():
             function = getattr(library, name)
-            function.argtypes = [TYPES[letter] for letter in letters if letter != " "]
-        library.dit_packed_bytes.restype = ctypes.c_int64
+            function.restype = RESULTS[result]
+            function.argtypes = [TYPES[letter] for letter in letters]
     except (OSError, AttributeError) as error:
         return None, f"{file} cannot be loaded: {error}"
     _lower_isa(library)
     if library.dit_isa() == 0:
         return None, "this processor lacks AVX2, FMA or F16C"
     return library, ""
+
+
+def openmp_runtimes() -> list[str]:
+    """Files of the OpenMP runtimes in this process. Two of them, each with its own threads that
+    wait for work by spinning, slow each other down. Empty where the system does not tell."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    names = re.compile(r"lib(?:gomp|omp|iomp)[-\d.\w]*\.so[.\d]*$")
+    files = {fields[5] for line in maps.splitlines() if len(fields := line.split(None, 5)) == 6}
+    return sorted(file for file in files if names.match(Path(file).name))
+
+
+def _why_not_built(note: Path) -> str:
+    if note.is_file():
+        reason = note.read_text(encoding="utf-8").strip()
+        return f"{LIBRARY} was not built when this was installed: {reason}"
+    return (
+        f"{LIBRARY} is not built: on Linux and x86-64, with g++ and CMake, "
+        "`pip install .` in the sources builds it"
+    )
+
+
+def _interface_of(library: ctypes.CDLL) -> str | None:
+    """Its `interface_hash`; None for one that does not tell, as before it had one."""
+    function = getattr(library, "dit_interface", None)
+    if function is None:
+        return None
+    function.restype = ctypes.c_char_p
+    return function().decode()
 
 
 def _lower_isa(library: ctypes.CDLL) -> None:

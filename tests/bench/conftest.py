@@ -1,4 +1,4 @@
-"""A model on disk that dit-bench is run on, and ceilings that are quickly measured."""
+"""Models and plans that the benchmarks are run on, small enough to run in seconds."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from functools import partial
 
 import pytest
+import torch
 from tiny import NAMES, tiny_dit, tiny_vae
 
 from dit_bench import measure
 from dit_bench.ceilings import measure_ceilings
+from dit_bench.gpu import Plan
+from dit_bench.gpu_contenders import EAGER
+from dit_bench.operator_cases import block_cases
 from dit_engine.checkpoint import save_pretrained
 
 
@@ -27,3 +31,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_pretrained(folder, tiny_dit(), tiny_vae(), label_names=NAMES)
     return str(folder)
+
+
+@pytest.fixture
+def plan() -> Plan:
+    """What the GPU benchmark measures, as little as shows its course, on the CPU."""
+    return Plan(
+        torch.device("cpu"),
+        {"tiny": tiny_dit().config},
+        block_cases(2, 5, 48, 2, torch.bfloat16, timed=True)[:4],
+        contenders=(EAGER,),
+        batches=(1, 2),
+        images=(1,),
+        rounds=2,
+        ceilings={"size": 16, "copy_mib": 1, "rounds": 2},
+        impls=("reference",),
+        opposed=False,
+        vae=tiny_vae().config,
+        decoded_side=4,
+    )

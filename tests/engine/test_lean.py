@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from dit_engine.config import ModelConfig
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
 from dit_engine.sampler import SAMPLERS
-from dit_kernels import native_product
+from dit_kernels import native, native_product
 
 CPU = torch.device("cpu")
 WIDTHS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # published widths and their heads
@@ -225,3 +226,17 @@ def test_precisions_that_a_backend_or_device_has_not() -> None:
         create_backend("eager", model, "int8", CPU)
     with pytest.raises(BackendUnavailable, match=r"^precision 'fp8': fp8 products are for CUDA"):
         create_backend("lean", model, "fp8", CPU)
+
+
+def test_without_native_kernels_a_warning_says_so_and_the_numbers_are_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_dit()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # with them there is nothing to say
+        if native.available():
+            run("lean", model, "fp32")
+    monkeypatch.setattr(native, "why_not", lambda: "there is no cmake")
+    with pytest.warns(UserWarning, match=r"without its native kernels, .*: there is no cmake$"):
+        found = run("lean", model, "fp32")
+    assert relative_error(found, run("eager", model, "fp32")) < 1e-5

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,11 +21,13 @@ from torch import Tensor
 from dit_kernels import reference
 
 HEADS = 2
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 # Of the file, less AMX: the vector half runs on the machine itself.
 FLAGS = [
     *("-std=c++17", "-O2", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"),
     *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
     *("-mavx512vnni", "-mavx512bf16", "-DDIT_EMULATED_TILES"),
+    *("-I", str(KERNELS / "dit_kernels")),
 ]
 
 
@@ -38,7 +41,10 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("no C++ compiler")
     library = tmp_path_factory.mktemp("emulation") / "amx_emulation.so"
     source = Path(__file__).with_name("amx_emulation.cpp")
-    subprocess.run([compiler, *FLAGS, str(source), "-o", str(library)], check=True)
+    more = shlex.split(os.environ.get("CXXFLAGS", ""))  # the sanitizers of make asan,
+    own = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # which are not for g++ itself
+    command = [compiler, *FLAGS, *more, str(source), "-o", str(library)]
+    subprocess.run(command, env=own, check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.emulated_attention.argtypes = [
         *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 4, ctypes.c_int,

@@ -131,7 +131,7 @@ SIZES = {  # where not every size may be 2
 
 def arguments(name: str) -> tuple[list[Any], str]:
     """Good arguments on that memory, and the kind of each."""
-    letters = native_library.SIGNATURES[name].replace(" ", "")
+    _, letters = native_library.prototypes()[name]
     sizes = iter(SIZES.get(name, [2] * letters.count("q")))
     address = (ctypes.addressof(MEMORY) + 63) // 64 * 64
     of_letter = {
@@ -151,8 +151,9 @@ def call(name: str, values: list[Any]) -> int:
 
 
 # Those of packed weights, which need other alignments, are in test_native_product.py.
+LOADING = ("dit_interface", "dit_isa", "dit_set_isa")
 PACKED = ("dit_packed_bytes", "dit_pack_weight", "dit_linear", "dit_linear_int8")
-FUNCTIONS = [name for name in native_library.SIGNATURES if name not in PACKED]
+FUNCTIONS = [name for name in native_library.prototypes() if name not in (*LOADING, *PACKED)]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import os
 import platform
 import re
@@ -18,6 +20,7 @@ from dit_kernels import native, native_library
 from dit_kernels.choose import Unavailable
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+HEADER = KERNELS / "dit_kernels/native_interface.h"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 
 
@@ -80,23 +83,87 @@ def test_a_library_that_is_no_file_is_refused(tmp_path: Path) -> None:
     assert f"ValueError: DIT_KERNELS_LIBRARY {missing!r} is not a file" in done.stderr
 
 
-def test_a_library_of_another_version_is_refused(tmp_path: Path) -> None:
-    library = compiled('extern "C" int dit_kernels_abi_version() { return 7; }', tmp_path)
+@needs_library
+def test_the_library_carries_the_hash_of_the_interface() -> None:
+    library = ctypes.CDLL(str(native_library.path()))
+    library.dit_interface.restype = ctypes.c_char_p
+    assert library.dit_interface().decode() == hashlib.sha256(HEADER.read_bytes()).hexdigest()
+
+
+CHANGES = {
+    "a type": ("int64_t count, int dtype", "int count, int dtype"),
+    "an argument more": ("int64_t count, int dtype", "int64_t count, float limit, int dtype"),
+    "two arguments exchanged": ("void* shift, const void* scale", "void* scale, const void* shift"),
+    "an instruction set": ("avx2 = 1, avx512 = 2", "avx2 = 1, avx10 = 2, avx512 = 2"),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_library_of_another_interface_is_refused(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an update of the sources that nobody built again."""
+    monkeypatch.setattr(native_library, "INTERFACE", edited(tmp_path, *CHANGES[change]))
+    native_library.load.cache_clear()
+    try:
+        library, reason = native_library.load()
+        assert library is None and not native.available()
+        file = native_library.path()
+        assert reason.startswith(f"{file} was built from other sources than this dit_kernels: ")
+        assert "pip install" in reason and "\n" not in reason
+    finally:
+        native_library.load.cache_clear()
+
+
+def edited(folder: Path, before: str, after: str) -> Path:
+    text = HEADER.read_text()
+    assert before in text
+    (folder / HEADER.name).write_text(text.replace(before, after, 1))
+    return folder / HEADER.name
+
+
+@pytest.mark.parametrize("change", ["a type", "an argument more", None])
+def test_definitions_that_differ_from_the_interface_do_not_compile(
+    change: str | None, tmp_path: Path
+) -> None:
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    edited(tmp_path, *(CHANGES[change] if change else ("", "")))
+    source = KERNELS / "csrc/cpu/gelu.cpp"
+    flags = ["-std=c++17", "-fopenmp", "-fsyntax-only", "-Werror=missing-declarations"]
+    command = [COMPILER, *flags, "-I", str(tmp_path), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (change is None), done.stderr
+    assert change is None or "dit_gelu" in done.stderr
+
+
+def test_prototypes_are_read_from_the_interface() -> None:
+    found = native_library.prototypes()
+    assert found["dit_gelu"] == ("int", "ppqii")
+    assert found["dit_attention"] == ("int", "ppqqqqii")
+    assert found["dit_groupnorm_silu"] == ("int", "ppppqqqqfiiii")
+    assert found["dit_packed_bytes"] == ("int64_t", "qqi")
+    assert found["dit_interface"] == ("const char*", "")
+    assert len(found) == HEADER.read_text().count("\nDIT_API ")
+
+
+def test_a_library_that_does_not_tell_its_interface_is_refused(tmp_path: Path) -> None:
+    library = compiled('extern "C" int dit_kernels_abi_version() { return 1; }', tmp_path)
     code = "from dit_kernels import native; print(native.available()); print(native.why_not())"
     done = run(code, DIT_KERNELS_LIBRARY=str(library))
     available, reason = done.stdout.splitlines()
     assert available == "False"
-    wanted = native_library.ABI_VERSION
-    assert reason.startswith(f"{library} has ABI version 7, this dit_kernels needs {wanted}: ")
-    assert "pip install" in reason
+    assert reason.startswith(f"{library} was built from other sources than this dit_kernels: ")
 
 
 def test_a_library_that_lacks_functions_is_refused(tmp_path: Path) -> None:
-    source = f'extern "C" int dit_kernels_abi_version() {{ return {native_library.ABI_VERSION}; }}'
+    told = native_library.interface_hash()
+    source = f'extern "C" const char* dit_interface() {{ return "{told}"; }}'
     library = compiled(source, tmp_path)
     code = "from dit_kernels import native; print(native.why_not())"
     done = run(code, DIT_KERNELS_LIBRARY=str(library))
-    assert "cannot be loaded" in done.stdout and "dit_layernorm_modulate" in done.stdout
+    assert "cannot be loaded" in done.stdout and "dit_isa" in done.stdout
 
 
 def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
@@ -122,17 +189,35 @@ def test_without_a_library_a_call_says_how_to_build_it(monkeypatch: pytest.Monke
 @needs_library
 def test_torch_and_the_library_share_one_openmp_runtime() -> None:
     code = """
-from dit_kernels import native
+from dit_kernels import available, native, native_library
 import torch
 torch.set_num_threads(2)
 native.gelu(torch.zeros(1 << 16))
 torch.zeros(1 << 20).exp()
+print(*native_library.openmp_runtimes())
 with open("/proc/self/maps") as maps:
     paths = {line.split()[-1] for line in maps if "/" in line}
 print(*sorted(p for p in paths if any(name in p for name in ("libgomp", "libomp", "libiomp"))))
+print(available()["native"])
 """
     done = run(code)
-    assert len(done.stdout.split()) == 1, done.stdout + done.stderr
+    told, mapped, implementation = done.stdout.splitlines()
+    assert len(mapped.split()) == 1 and told == mapped, done.stdout + done.stderr
+    assert re.fullmatch(r"yes \(\w+\)", implementation)
+
+
+@needs_library
+def test_a_second_openmp_runtime_is_told(tmp_path: Path) -> None:
+    code = f"""
+import ctypes, shutil
+from dit_kernels import available, native_library
+(first,) = native_library.openmp_runtimes()
+ctypes.CDLL(shutil.copy(first, {str(tmp_path / "libgomp-second.so.1")!r}))
+print(available()["native"])
+"""
+    done = run(code)
+    assert "slowed down by 2 OpenMP runtimes: " in done.stdout, done.stderr
+    assert str(tmp_path / "libgomp-second.so.1") in done.stdout
 
 
 @needs_library
@@ -143,8 +228,7 @@ def test_only_the_c_interface_is_exported() -> None:
     command = [nm, "-D", "--defined-only", str(native_library.path())]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     names = {line.split()[-1] for line in listed.splitlines()}
-    asked = {"dit_kernels_abi_version", "dit_isa", "dit_set_isa", *native_library.SIGNATURES}
-    assert asked <= names
+    assert set(native_library.prototypes()) <= names
     assert {
         name for name in names if not name.startswith(("dit_", "__asan", "__odr_asan"))
     } == set()

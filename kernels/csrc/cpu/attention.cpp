@@ -2,7 +2,6 @@
 
 #include <cstdlib>
 
-#include "api.h"
 #include "isa.h"
 
 namespace dit {

@@ -27,10 +27,10 @@
 
 #include <omp.h>
 
-#include "api.h"
 #include "attention.h"
 #include "attention_pack.h"
 #include "attention_product.h"
+#include "native_interface.h"
 
 namespace dit {
 namespace {

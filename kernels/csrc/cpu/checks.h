@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "api.h"
+#include "native_interface.h"
 
 namespace dit {
 namespace {

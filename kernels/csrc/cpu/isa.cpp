@@ -5,8 +5,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "api.h"
-
 namespace dit {
 namespace {
 
@@ -63,12 +61,11 @@ Isa isa() {
 
 extern "C" {
 
-DIT_API int dit_kernels_abi_version(void) { return 1; }
+DIT_API const char* dit_interface(void) { return DIT_INTERFACE; }  // CMakeLists.txt computes it
 
-// The level in use, see Isa.
 DIT_API int dit_isa(void) { return static_cast<int>(dit::isa()); }
 
-// Use at most this level from now on; tests run every one that the machine has.
+// Tests run every level that the machine has.
 DIT_API int dit_set_isa(int level) {
     if (level < 0 || level > static_cast<int>(dit::Isa::amx)) return dit::bad_size;
     dit::highest.store(level, std::memory_order_relaxed);

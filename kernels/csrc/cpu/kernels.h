@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "api.h"
+#include "native_interface.h"
 
 namespace dit {
 

@@ -8,9 +8,9 @@
 
 #include <cstdint>
 
-namespace dit {
+#include "native_interface.h"
 
-constexpr int codes_dtype = 4;  // int8 weights; beside Dtype
+namespace dit {
 
 constexpr int64_t vector_width = 16, panel_vectors = 3, panel_width = vector_width * panel_vectors;
 

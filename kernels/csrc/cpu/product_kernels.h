@@ -8,7 +8,7 @@
 
 #include <cstring>
 
-#include "api.h"
+#include "native_interface.h"
 #include "parallel.h"
 #include "product.h"
 

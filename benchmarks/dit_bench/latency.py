@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dit_bench.ceilings import Ceilings
 from dit_bench.cpu_timing import interleave_visits
-from dit_bench.peers import Built, Peer, build_peers
+from dit_bench.peers import BF16_TIMES_EAGER, FP32_BOUND, Built, Peer, build_peers
 from dit_bench.progress import LEAST_ROUNDS, Progress
 from dit_bench.timing import Interleaved, Spread, interleave
 
@@ -75,9 +75,11 @@ class Timer:
             Peer(c.name, c.precision if c.checked else None, c.build, c.check)
             for c in task.contenders
         ]
-        bf16_bound = {"fp16": max(4 * task.bf16_error, 1e-4), "fp8": FP8_BOUND}
+        # float16 rounds eight times finer than bfloat16.
+        fp16 = max(FP32_BOUND, BF16_TIMES_EAGER * task.bf16_error / 8)
+        bounds = {"fp16": fp16, "fp8": FP8_BOUND}
         built = build_peers(
-            peers, task.expected, task.bf16_error, self.progress.say, bounds=bf16_bound
+            peers, task.expected, task.bf16_error, self.progress.say, bounds=bounds
         )
         times = self._times(built, f"{task.model} {task.what}, {task.images}")
         subject = next((c.name for c in task.contenders if c.role == "subject"), None)

@@ -1,6 +1,6 @@
 """TensorRT for RTX parses a graph of DiT-XL/2's sizes, of two blocks unless more are asked for.
 
-DIT_XL_DEPTH=28 is the whole model, whose export alone takes half a minute.
+DIT_XL_DEPTH=28 is the whole model, whose export takes too long for every run of the tests.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Graph:
     Attributes:
         dtype: of the graph's arithmetic; its inputs and outputs are float32 and int64 all the same.
         error: {"against", "relative", "bound"} of the run after the export, relative being
-            max |graph − torch| / max |torch|; None where nothing here could run the graph.
+            max |graph − torch| / max |torch|; None before that.
         accuracy: of a quantised graph, {"against", "relative", "rms"}, against the model as it was;
             error is then against torch with the same rounding.
         verified_by: what looked at the graph after the export.

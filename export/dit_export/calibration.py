@@ -58,6 +58,7 @@ def calibrate(model: DiT, images: int, steps: int) -> dict[str, float]:
     for name, value in ranges.items():
         if not 0 < value < float("inf"):
             raise ValueError(f"calibration: the input of {name} reaches {value}")
+    assert len(ranges) == len(LINEARS) * model.config.depth
     return ranges
 
 

@@ -9,6 +9,7 @@ from importlib import import_module
 from dit_engine._version import __version__
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
+from dit_export.given import options_given
 
 # name → (module with add_arguments and run, one line of help); only the one asked for is imported.
 _COMMANDS = {
@@ -35,9 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"command {name!r}: choose one of {', '.join(_COMMANDS)}")
         module_name, line = _COMMANDS[name]
         module = import_module(module_name)
-        parser = Parser(f"dit-export {name}", line[0].upper() + line[1:] + ".")
-        module.add_arguments(parser)
-        return module.run(parser.parse_args(arguments[1:]))
+
+        def parser() -> Parser:
+            made = Parser(f"dit-export {name}", line[0].upper() + line[1:] + ".")
+            module.add_arguments(made)
+            return made
+
+        parsed = parser().parse_args(arguments[1:])
+        parsed.given = options_given(parser(), arguments[1:])
+        return module.run(parsed)
 
     return run_command(command)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dit_export.given import refuse
 from dit_export.graphs import GRAPHS
 from dit_export.source import add_source_arguments, load_source
-from dit_export.targets import DTYPES, FLOATS, TARGETS
+from dit_export.targets import DTYPES, FLOATS, QUANTIZED, TARGETS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
         calibration_images=arguments.calibration_images,
         calibration_steps=arguments.calibration_steps,
     ).checked()
+    if options.dtype not in QUANTIZED:
+        unused = ("calibration_images", "calibration_steps")
+        refuse(arguments, unused, f"is for {' and '.join(QUANTIZED)}, and not for {options.dtype}")
     source = load_source(arguments)
     bundle = export_onnx(
         source.model,

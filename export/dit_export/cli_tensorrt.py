@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
+from dit_export.bundle import Bundle
+from dit_export.comparison import given_export
+from dit_export.directories import scratch_beside
+from dit_export.given import refuse
+from dit_export.graphs import GRAPHS, VAE_GRAPH
 from dit_export.profiles import parse_profiles
-from dit_export.source import add_source_arguments, load_source
+from dit_export.source import Source, add_source_arguments, load_source
 from dit_export.targets import DTYPES, check_choice
 from dit_export.tensorrt_flavour import FLAVOURS, choose_flavour
 
 DEFAULT_BATCH = "1,2,8"
-GRAPHS = ("transformer", "guided_step", "conditioner", "denoiser", "vae_decoder")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,17 +48,22 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output.exists() and not arguments.output.is_dir():
         raise NotADirectoryError(f"{arguments.output} is a file; a directory is needed")
     flavour = choose_flavour(arguments.flavour)
+    if flavour.builds_without_gpu:
+        refuse(arguments, ["device"], f"is for the standard TensorRT, and this is {flavour}")
 
-    from dit_export.bundle import Bundle
     from dit_export.tensorrt import BuildOptions, build_bundle
 
     graphs = None if arguments.graphs is None else tuple(dict.fromkeys(arguments.graphs))
     with ExitStack() as stack:
         if arguments.onnx is not None:
-            bundle = Bundle.open(arguments.onnx)
+            bundle = given_export(arguments)
         else:
-            parent = stack.enter_context(tempfile.TemporaryDirectory(prefix="dit-export-"))
-            bundle = _export(arguments, Path(parent) / "onnx", graphs)
+            source = load_source(arguments)
+            folder = stack.enter_context(scratch_beside(arguments.output))
+            bundle = _export(source, arguments.dtype, folder / "onnx", graphs)
+        names = bundle.graphs if graphs is None else graphs
+        if VAE_GRAPH not in names:
+            refuse(arguments, ["size"], f"is for {VAE_GRAPH}, and no such graph is built")
         size = arguments.size or str(bundle.config.input_size)
         options = BuildOptions(
             profiles=parse_profiles(arguments.batch or [DEFAULT_BATCH], size),
@@ -70,11 +78,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _export(arguments: argparse.Namespace, directory: Path, graphs: tuple[str, ...] | None):
+def _export(source: Source, dtype: str, directory: Path, graphs: tuple[str, ...] | None) -> Bundle:
     from dit_export.onnx import ExportOptions, export_onnx
 
-    options = ExportOptions(dtype=arguments.dtype, target="tensorrt", graphs=graphs).checked()
-    source = load_source(arguments)
+    options = ExportOptions(dtype=dtype, target="tensorrt", graphs=graphs).checked()
     return export_onnx(
         source.model, directory, options, vae=source.vae, label_names=source.label_names,
         report=print,

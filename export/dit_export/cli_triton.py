@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dit_export.bundle import Bundle
+from dit_export.directories import scratch_beside
+from dit_export.given import refuse
 from dit_export.source import add_source_arguments
 from dit_export.targets import DTYPES
 from dit_export.triton.configuration import ACCELERATORS, PLATFORMS
 
+READY_SECONDS = 300.0
+_SERVE_ALONE = ("server", "host", "http_port", "grpc_port", "metrics_port", "ready_timeout")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source_arguments(parser)
-    parser.set_defaults(model=None)  # "builtin", but for a model that must fit --onnx
     add = parser.add_argument
     add("-o", "--output", type=Path, help="directory to make")
     add("--onnx", type=Path, metavar="DIR", help="a finished export; else one is made of --model")
@@ -37,23 +43,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address that --serve listens on")
     for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
         add(f"--{name}-port", type=int, default=port, help="of --serve; 0 is any free one")
+    add("--ready-timeout", type=float, default=READY_SECONDS, metavar="SECONDS",
+        help="of --serve: that loading and warming up may take")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.serve is not None:
-        if arguments.output is not None:
-            raise ValueError("--serve and -o: give one of the two")
-        from dit_export.triton.server import serve
-
-        ports = (arguments.http_port, arguments.grpc_port, arguments.metrics_port)
-        return serve(arguments.serve, arguments.server, arguments.host, ports)
+        return _serve(arguments)
+    refuse(arguments, _SERVE_ALONE, "is an option of --serve, which is not given")
     if arguments.output is None:
         raise ValueError("-o is missing: name the directory to make, or serve one with --serve")
     return _write(arguments)
 
 
+def _serve(arguments: argparse.Namespace) -> int:
+    others = arguments.given.keys() - {"serve", *_SERVE_ALONE}
+    refuse(arguments, sorted(others), "is not for --serve, whose repository is as it was written")
+    if not 0 < arguments.ready_timeout < float("inf"):
+        raise ValueError(f"--ready-timeout {arguments.ready_timeout}: seconds above 0 are needed")
+    from dit_export.triton.server import serve
+
+    ports = (arguments.http_port, arguments.grpc_port, arguments.metrics_port)
+    return serve(arguments.serve, arguments.server, arguments.host, ports, arguments.ready_timeout)
+
+
 def _write(arguments: argparse.Namespace) -> int:
-    from dit_export.model_repository import check_free, write_repository
+    from dit_export.model_repository import check_dtypes, check_free, write_repository
     from dit_export.triton.configuration import ServingOptions
 
     options = ServingOptions(
@@ -64,40 +79,35 @@ def _write(arguments: argparse.Namespace) -> int:
         pipelines=arguments.pipelines,
         queue_delay_us=arguments.queue_delay,
     ).checked()
-    if options.platform == "tensorrt" and None in (arguments.onnx, arguments.engines):
-        raise ValueError("platform 'tensorrt' needs --engines and the --onnx that they come from")
+    if options.platform == "tensorrt":
+        if None in (arguments.onnx, arguments.engines):
+            raise ValueError(
+                "platform 'tensorrt' needs --engines and the --onnx that they come from"
+            )
+        refuse(arguments, ["accelerator"], "is for --platform onnxruntime")
+    else:
+        refuse(arguments, ["engines"], "are for --platform tensorrt")
     check_free(arguments.output, arguments.overwrite)
     more: dict[str, Any] = {"engines": arguments.engines, "overwrite": arguments.overwrite}
     if arguments.onnx is not None:
-        bundle = _given_export(arguments)
-        path = write_repository(bundle, arguments.output, options, **more)
+        from dit_export.comparison import given_export
+
+        path = write_repository(given_export(arguments), arguments.output, options, **more)
     else:
-        arguments.output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        stem = f".{arguments.output.name}."
-        with tempfile.TemporaryDirectory(
-            prefix=stem, suffix=".onnx", dir=arguments.output.absolute().parent
-        ) as folder:
-            bundle = _own_export(arguments, Path(folder) / "onnx")
-            path = write_repository(bundle, arguments.output, options, **more, move=True)
+        check_dtypes([arguments.dtype], options.platform)
+        export = _own_export(arguments)
+        with scratch_beside(arguments.output) as folder:
+            path = write_repository(
+                export(folder / "onnx"), arguments.output, options, **more, move=True
+            )
     files = [file for file in path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     print(f"4 models, {size / 2**20:.1f} MiB → {path} (dit-export triton --serve {path})")
     return 0
 
 
-def _given_export(arguments: argparse.Namespace) -> Any:
-    from dit_export.bundle import Bundle
-    from dit_export.source import load_source, weights_hash
-
-    bundle = Bundle.open(arguments.onnx)
-    if arguments.model is not None or arguments.checkpoint is not None:
-        arguments.model = arguments.model or "builtin"
-        if weights_hash(load_source(arguments).model) != bundle.checkpoint:
-            raise ValueError(f"{arguments.onnx}: is an export of another model than --model")
-    return bundle
-
-
-def _own_export(arguments: argparse.Namespace, folder: Path) -> Any:
+def _own_export(arguments: argparse.Namespace) -> Callable[[Path], Bundle]:
+    """What exports --model into a directory. Bad options and a bad model are refused before."""
     from dit_export.onnx import ExportOptions, export_onnx
     from dit_export.source import load_source
     from dit_export.triton.configuration import GRAPHS
@@ -108,14 +118,13 @@ def _own_export(arguments: argparse.Namespace, folder: Path) -> Any:
         guided_channels=arguments.guidance_channels,
         graphs=tuple(GRAPHS.values()),
     ).checked()
-    arguments.model = arguments.model or "builtin"
     source = load_source(arguments)
     if source.vae is None:
         raise ValueError(f"{arguments.model}: has no VAE; give one with --vae")
-    return export_onnx(
+    return partial(
+        export_onnx,
         source.model,
-        folder,
-        options,
+        options=options,
         vae=source.vae,
         label_names=source.label_names,
         report=print,

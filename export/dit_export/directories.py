@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 
 def check_destination(target: Path, replaceable: Callable[[Path], str | None]) -> None:
@@ -47,6 +48,18 @@ def new_directory(
         _exchange(target, partial, old)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def scratch_beside(target: Path) -> Iterator[Path]:
+    """An empty directory beside ``target``, gone when the block ends, for what it is made of.
+
+    It may take several GB, so that it must not lie in /tmp, which memory may hold.
+    """
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        yield Path(folder)
 
 
 def _exchange(target: Path, new: Path, old: Path) -> None:

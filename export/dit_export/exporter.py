@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_export.bundle import TensorSpec
+from dit_export.errors import ExportFailed
 from dit_export.naming import make_readable
 
 
@@ -29,7 +30,7 @@ def to_onnx(
 
     Every dimension that has a name in inputs and outputs is dynamic.
 
-    Raises RuntimeError where torch wrote another opset or fixed a dimension: it does either with
+    Raises ExportFailed where torch wrote another opset or fixed a dimension: it does either with
     no more than a log.
     """
     example = tuple(random_input(spec, torch.Generator().manual_seed(0)) for spec in inputs)
@@ -56,7 +57,7 @@ def to_onnx(
     assert program is not None
     model = program.model
     if dict(model.opset_imports) != {"": opset} or model.functions:
-        raise RuntimeError(
+        raise ExportFailed(
             f"{name}: opset {opset} was asked for, torch wrote {dict(model.opset_imports)}"
         )
     for value, spec in zip(
@@ -64,7 +65,7 @@ def to_onnx(
     ):
         shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape or ())
         if (value.name, shape) != (spec.name, spec.shape):
-            raise RuntimeError(f"{name}: {value.name} {shape}, where {spec} was meant")
+            raise ExportFailed(f"{name}: {value.name} {shape}, where {spec} was meant")
     make_readable(model)
     return model
 

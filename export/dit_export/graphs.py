@@ -84,9 +84,19 @@ class Transformer(nn.Module):
 class GuidedStep(nn.Module):
     """One whole step of any sampler; see `dit_kernels.guided_step`, here with a step for each row.
 
-    coefficients: (N, 9), a row of `dit_engine.fused_sampling.step_coefficients` for each image, so
-    that requests at different steps can share a batch. Every image is computed with and without
-    its label; one whose scale is exactly 1 is not guided.
+    Every image is computed with and without its label; one whose scale is exactly 1 is not guided.
+    With ε the guided prediction, an image's row of coefficients (N, 9), float32, is, in this order,
+
+    ====  ==========  ==========================================================
+    0, 1  a, b        x0 = a·z + b·ε
+    2–5   c₁ … c₄     mean = c₁·x0 + c₂·z + c₃·ε + c₄·x0_before
+    6, 7  low, high   the logarithms between which the learned variance v in [−1, 1] chooses
+    8     s           z_next = mean + s·exp((low + (v + 1)/2·(high − low)) / 2)·noise
+    ====  ==========  ==========================================================
+
+    and at s = 0 noise is not read. A model without a learned variance has s·noise alone. The rows
+    of a sampler's schedule are those of `dit_engine.coefficients.step_coefficients`; an image's row
+    is its own, so that requests at different steps can share a batch.
     """
 
     def __init__(self, model: DiT, guided_channels: int) -> None:

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dit_engine._version import __version__
 from dit_export.bundle import Bundle, foreign
+from dit_export.bundle_metadata import check_metadata
 from dit_export.directories import check_destination, new_directory
+from dit_export.targets import DTYPES
 from dit_export.triton.configuration import GRAPHS, ServingOptions, graph_config, pipeline_config
 from dit_export.triton.readme import readme
 
@@ -67,7 +70,7 @@ def write_repository(
     """
     options = (options or ServingOptions()).checked()
     target = Path(directory)
-    check_bundle(bundle)
+    check_bundle(bundle, options.platform)
     files = {name: _model_files(bundle, name, options, engines) for name in GRAPHS}
     with new_directory(target, replaceable(overwrite)) as partial:
         for name, sources in files.items():
@@ -96,12 +99,24 @@ def write_repository(
     return target
 
 
-def check_bundle(bundle: Bundle) -> None:
-    """Raises ValueError unless everything that a repository needs is there."""
+def check_bundle(bundle: Bundle, platform: str = "onnxruntime") -> None:
+    """Raises ValueError unless everything that a repository needs is there, and of one model."""
     if bundle.vae is None:
         raise ValueError(f"{bundle.path}: has no VAE, and a server of images needs one")
+    check_dtypes([bundle.graph(graph).dtype for graph in GRAPHS.values()], platform)
     for graph in GRAPHS.values():
-        bundle.graph(graph)
+        check_metadata(bundle, graph)
+
+
+def check_dtypes(dtypes: Iterable[str], platform: str) -> None:
+    """Raises ValueError for a graph's number format that ``platform`` does not run."""
+    for dtype in dtypes:
+        if platform == "onnxruntime" and dtype == "bf16":
+            allowed = ", ".join(name for name in DTYPES if name != dtype)
+            raise ValueError(
+                f"{dtype} graphs are not served: the server's onnxruntime has no operators for "
+                f"them; choose one of {allowed}, or --platform tensorrt"
+            )
 
 
 def check_free(directory: str | Path, overwrite: bool) -> None:

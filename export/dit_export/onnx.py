@@ -237,9 +237,8 @@ class _Writer:
 def _summary(graph: Graph, directory: Path) -> str:
     size = sum(file.stat().st_size for file in directory.glob(f"{graph.file}*"))
     head = f"{graph.name:12s} {graph.dtype:5s} {size / 2**20:8.1f} MiB  "
-    if graph.error is None:
-        return head + f"not run: {', '.join(graph.verified_by)} alone"
     error = graph.error
+    assert error is not None
     line = head + (
         f"error {error['relative']:.1e} (bound {error['bound']:.0e}) against {error['against']}, "
         f"by {graph.verified_by[-1]}"

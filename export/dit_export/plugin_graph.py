@@ -16,7 +16,8 @@ def fuse_file(source: Path, target: Path) -> int:
 
     model = onnx.load(str(source))
     count = fuse(model)
-    external = model.ByteSize() > 2**30
+    # Not ByteSize, which protobuf refuses above 2 GiB.
+    external = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > 2**30
     onnx.save(model, str(target), save_as_external_data=external, location=f"{target.name}.data")
     return count
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dit_export.errors import ExportFailed
 from dit_export.graphs import LINEARS
 
 LIMITS = {"int8": 127.0, "fp8": 448.0}
@@ -62,16 +63,27 @@ def quantize(
         scales: float dtype of the graph, which Quantize- and DequantizeLinear share with it.
         unsigned: int8 activations as uint8 around 128: the same values, which x86 multiplies by
             int8 weights in one instruction. TensorRT wants them signed, around 0.
+
+    Raises ExportFailed unless every layer of ``ranges``, four a block, is one product of the graph.
     """
     build = _Builder(model, kind, scales, unsigned)
+    layers: list[str] = []
     for node in list(model.graph):
         layer = (node.name or "").rpartition("/")[0]
-        if node.op_type == "MatMul" and layer.endswith(LINEARS):
+        if node.op_type == "MatMul" and layer in ranges:
             weight: Any = node.inputs[1]
             node.replace_input_with(0, build.activation(node, layer, ranges[layer]))
             node.replace_input_with(1, build.weight(node, layer, weight))
             if not list(weight.uses()):
                 del model.graph.initializers[weight.name]
+            layers.append(layer)
+    if sorted(layers) != sorted(ranges):
+        missing = sorted(set(ranges) - set(layers))
+        raise ExportFailed(
+            f"{model.graph.name}: {len(layers)} linear layers were found to quantise, where the "
+            f"{len(ranges) // len(LINEARS)} blocks have {len(ranges)}"
+            + (f"; {missing[0]} is not among them" if missing else "")
+        )
 
 
 class _Builder:

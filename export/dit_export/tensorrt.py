@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dit_engine._version import __version__
 from dit_export.bundle import Bundle, Graph, file_hash
+from dit_export.bundle_metadata import check_metadata
 from dit_export.cuda_devices import make_current, require_device
+from dit_export.directories import scratch_beside
 from dit_export.engine_files import (
     EngineFile,
     EngineKey,
@@ -86,6 +88,8 @@ def build_bundle(
         )
     names = tuple(bundle.graphs) if graphs is None else graphs
     files = {name: bundle.file(name) for name in names}
+    for name in names:
+        check_metadata(bundle, name)
     engines = {}
     for name, path in files.items():
         began = time.perf_counter()
@@ -179,20 +183,18 @@ def build_engine(
     logger = process_logger(trt)
     logger.errors.clear()
     progress = make_progress(trt, graph.name, options.quiet)
-    with tempfile.TemporaryDirectory(prefix="dit-export-") as folder:
+    with ExitStack() as stack:
+        stack.callback(gc.collect)
+        stack.callback(progress.close)
         if key.plugins:
             register_plugin(require_device(options.device).capability)
-            fused = Path(folder) / onnx.name
+            fused = stack.enter_context(scratch_beside(directory)) / onnx.name
             if fuse_file(onnx, fused) == 0:
                 raise ValueError(f"{graph.name}: no adaLN is found for the plugin to replace")
             onnx = fused
-        try:
-            data, inputs, outputs = build_serialized(
-                trt, onnx, key, directory, flavour, logger, progress
-            )
-        finally:
-            progress.close()
-            gc.collect()
+        data, inputs, outputs = build_serialized(
+            trt, onnx, key, directory, flavour, logger, progress
+        )
     path = engine_path(directory, graph.name, key)
     made = EngineFile(path, graph.name, checkpoint, graph.dtype, key, inputs, outputs, "", 0)
     return write_engine(made, data)

@@ -39,14 +39,14 @@ def build_serialized(
         config.progress_monitor = progress
         configure(trt, builder, network, config, key, logger)
         if flavour.has_timing_cache:
-            _attach_timing_cache(config, directory / TIMING_CACHE)
+            attach_timing_cache(config, directory / TIMING_CACHE)
         data = builder.build_serialized_network(network, config)
         if progress.interrupted:
             raise KeyboardInterrupt
         if data is None:
             raise ValueError(f"{onnx}: {flavour} builds no engine: {last_error(logger)}")
         if flavour.has_timing_cache:
-            _save_timing_cache(config, directory / TIMING_CACHE)
+            save_timing_cache(config, directory / TIMING_CACHE)
         inputs = {tensor.name: tuple(tensor.shape) for tensor in _inputs(network)}
         outputs = [network.get_output(i) for i in range(network.num_outputs)]
         return data, inputs, {tensor.name: tuple(tensor.shape) for tensor in outputs}
@@ -123,14 +123,23 @@ def _capability(trt: Any, capability: str) -> Any:
     return known[capability]
 
 
-def _attach_timing_cache(config: Any, path: Path) -> None:
-    """Timings of earlier builds; those of another device or version are left out by TensorRT."""
-    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
-    if not config.set_timing_cache(cache, False):
-        config.set_timing_cache(config.create_timing_cache(b""), False)
+def attach_timing_cache(config: Any, path: Path) -> None:
+    """Timings of earlier builds, for the next one; a damaged file counts as none.
+
+    Those of another device or version are left out by TensorRT.
+    """
+    for earlier in (path.read_bytes() if path.exists() else b"", b""):
+        cache = config.create_timing_cache(earlier)
+        if cache is not None and config.set_timing_cache(cache, False):
+            return
 
 
-def _save_timing_cache(config: Any, path: Path) -> None:
+def save_timing_cache(config: Any, path: Path) -> None:
+    """What a build has timed, for the next one; no file where there is nothing."""
+    cache = config.get_timing_cache()
+    content = None if cache is None else cache.serialize()
+    if content is None:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as partial:
-        partial.write_bytes(config.get_timing_cache().serialize())
+        partial.write_bytes(content)

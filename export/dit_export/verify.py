@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dit_engine.cli.errors import one_line
 from dit_engine.fused_sampling import step_coefficients
 from dit_engine.schedule import make_schedule
 from dit_export.bundle import Graph
+from dit_export.errors import ExportFailed
 from dit_export.graphs import VAE_GRAPH, Conditioner, Denoiser
+from dit_export.upcast import upcast_file
 
 BOUNDS = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2, "int8": 5e-2, "fp8": 5e-2}
 """Of max |graph − torch| / max |torch|, torch in float32 with the weights as they came. A value at
@@ -26,6 +32,8 @@ LARGE_BYTES = 512 * 2**20
 """Graphs above are run without onnxruntime's optimisations, in less memory."""
 
 Runner = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
+
+T = TypeVar("T")
 
 
 def verify_graph(
@@ -37,30 +45,28 @@ def verify_graph(
         module: the same function in torch, in float32.
         exact: for a quantised graph the function without the rounding, in float32.
 
-    Raises RuntimeError, naming the graph, where it is no valid ONNX or its error is too large.
+    Raises ExportFailed where it is no valid ONNX, cannot be run, or its error is too large.
     """
     path = directory / graph.file
-    verified = [check(path, graph.name)]
-    runner, runs_with = _runner(path, graph.dtype)
-    if runner is None:
-        return replace(graph, verified_by=tuple(verified))
+    verified = check(path, graph.name)
     relative, accuracy = 0.0, [0.0, 0.0]
-    for batch in (1, 3):  # 3 is no batch that the export has seen
-        inputs = random_inputs(graph, module, batch)
-        actual = runner({name: value.numpy() for name, value in inputs.items()})
-        for a, b in zip(actual, _call(module, inputs), strict=True):
-            relative = max(relative, relative_error(a, b))
-        for a, b in zip(actual, _call(exact, inputs) if exact else (), strict=False):
-            errors = relative_error(a, b), rms_error(a, b)
-            accuracy = [max(pair) for pair in zip(accuracy, errors, strict=True)]
+    with _runner(path, graph) as (runner, runs_with):
+        for batch in (1, 3):  # 3 is no batch that the export has seen
+            inputs = random_inputs(graph, module, batch)
+            actual = runner({name: value.numpy() for name, value in inputs.items()})
+            for a, b in zip(actual, _call(module, inputs), strict=True):
+                relative = max(relative, relative_error(a, b))
+            for a, b in zip(actual, _call(exact, inputs) if exact else (), strict=False):
+                errors = relative_error(a, b), rms_error(a, b)
+                accuracy = [max(pair) for pair in zip(accuracy, errors, strict=True)]
     bound = BOUNDS[graph.dtype]
     if not relative <= bound:
-        raise RuntimeError(
+        raise ExportFailed(
             f"{graph.name}: {runs_with} and torch differ by {relative:.2e}, above {bound:.0e}"
         )
     rounding = ", rounded alike" if exact is not None else ""
     error = {"against": f"torch in float32{rounding}", "relative": relative, "bound": bound}
-    graph = replace(graph, error=error, verified_by=(*verified, runs_with))
+    graph = replace(graph, error=error, verified_by=(verified, runs_with))
     if exact is None:
         return graph
     measured = dict(zip(("relative", "rms"), accuracy, strict=True))
@@ -79,7 +85,7 @@ def check(path: Path, name: str) -> str:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise RuntimeError(f"{name}: no valid ONNX: {error}") from None
+        raise ExportFailed(f"{name}: no valid ONNX: {error}") from None
     return f"onnx.checker {onnx.__version__} with shape inference"
 
 
@@ -123,14 +129,34 @@ def random_inputs(graph: Graph, module: nn.Module, batch: int) -> dict[str, Tens
     return inputs
 
 
-def _runner(path: Path, dtype: str) -> tuple[Runner | None, str]:
-    """Something here that runs the graph, and its name; None where nothing does.
+@contextmanager
+def _runner(path: Path, graph: Graph) -> Iterator[tuple[Runner, str]]:
+    """What runs the graph here, and its name.
 
-    onnxruntime has hardly a bfloat16 operator for the CPU; OpenVINO, an optional package, has.
+    onnxruntime has hardly a bfloat16 operator for the CPU. OpenVINO, an optional package, has;
+    without it, the graph is run in float32 with the weights that it has.
     """
-    if dtype != "bf16":
-        return _onnxruntime(path)
-    return _openvino(path) if find_spec("openvino") else (None, "nothing")
+    with ExitStack() as stack:
+        make, suffix = _onnxruntime, ""
+        if graph.dtype == "bf16" and find_spec("openvino") is not None:
+            make = _openvino
+        elif graph.dtype == "bf16":
+            folder = stack.enter_context(TemporaryDirectory(dir=path.parent))
+            wide = Path(folder) / path.name
+            upcast_file(path, wide)
+            path, suffix = wide, " in float32"
+        runner, name = _guarded(graph.name, make, path)
+        yield partial(_guarded, graph.name, runner), name + suffix
+
+
+def _guarded(graph: str, call: Callable[..., T], *arguments: Any) -> T:
+    """``call`` of a runtime, whose exceptions share no base class but Exception."""
+    try:
+        return call(*arguments)
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:
+        raise ExportFailed(f"{graph}: cannot be run: {one_line(error)}") from error
 
 
 def _onnxruntime(path: Path) -> tuple[Runner, str]:

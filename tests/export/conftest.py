@@ -10,9 +10,18 @@ from serving import MAX_BATCH_SIZE, Served
 
 from dit_engine.engine import Engine
 from dit_export.cli import main
-from dit_export.triton.server import find_server, running_server
+from dit_export.triton.server import running_server
+from dit_export.triton.server_binary import find_server
 
 SERVER_ENVIRONMENT = Path(__file__).resolve().parents[2] / ".venv-server"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_proxy() -> Iterator[None]:
+    """A proxy of the environment knows nothing of this machine's own servers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("no_proxy", "127.0.0.1,localhost")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,16 +6,18 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from tiny import tiny_dit, tiny_vae
 
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.config import ModelConfig
-from dit_export import exporter
+from dit_export import exporter, verify
 from dit_export import onnx as export_module
 from dit_export.bundle import Bundle
 from dit_export.cli import main
+from dit_export.errors import ExportFailed
 from dit_export.graphs import GRAPHS
 from dit_export.onnx import ExportOptions, export_onnx
 from dit_export.source import model_name
@@ -74,6 +76,7 @@ def test_command_writes_an_export(
         (["--external-data", "2048"], "external data above 2048 MiB: allowed is 0 to 2047"),
         (["--dtype", "int8", "--calibration-steps", "1"],
          "calibration_steps 1: allowed is 2 or more"),
+        (["--calibration-steps", "8"], "--calibration-steps is for int8 and fp8, and not for fp16"),
         (["--guidance-channels", "5"], "guidance_channels 5 is out of range: allowed is 1 to 4"),
         (["--graphs", "vae_decoder"],
          "graph 'vae_decoder': this model has no VAE; give one with --vae"),
@@ -168,9 +171,27 @@ def test_a_graph_that_computes_something_else_is_no_export(
         return twin
 
     monkeypatch.setattr(export_module, "exportable", wrong_once)
-    with pytest.raises(RuntimeError, match=r"^conditioner: onnxruntime .* differ by .*, above"):
+    with pytest.raises(ExportFailed, match=r"^conditioner: onnxruntime .* differ by .*, above"):
         export_onnx(tiny_dit(), tmp_path / "out", ExportOptions("fp32", graphs=("conditioner",)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_export_finds_wrong_is_one_line_of_the_command(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(verify.BOUNDS, "fp32", 1e-12)
+    command = ["onnx", "--model", source, "--dtype", "fp32", "--graphs", "conditioner"]
+    message = failed(capsys, *command, "-o", tmp_path / "out")
+    assert message.startswith("conditioner: onnxruntime ") and message.endswith("above 1e-12")
+
+    def broken(path: Path) -> object:
+        raise onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented("no\nkernel for Attention")
+
+    monkeypatch.setattr(verify, "_onnxruntime", broken)
+    message = failed(capsys, *command, "-o", tmp_path / "out")
+    assert message == "conditioner: cannot be run: no kernel for Attention"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_the_checker_finds_a_broken_file(tmp_path: Path) -> None:
@@ -179,7 +200,7 @@ def test_the_checker_finds_a_broken_file(tmp_path: Path) -> None:
     z = onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, [1])  # made by no node
     graph = onnx.helper.make_graph([node], "broken", [x], [z])
     (tmp_path / "broken.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
-    with pytest.raises(RuntimeError, match=r"^broken: no valid ONNX: "):
+    with pytest.raises(ExportFailed, match=r"^broken: no valid ONNX: "):
         check(tmp_path / "broken.onnx", "broken")
 
 

@@ -12,8 +12,10 @@ from numerics import relative_error
 
 from dit_export.bundle import Bundle
 from dit_export.calibration import calibrate
-from dit_export.graphs import Conditioner
-from dit_export.quantize import QuantizedLinear, rounded
+from dit_export.errors import ExportFailed
+from dit_export.exporter import to_onnx
+from dit_export.graphs import Conditioner, exportable, signature, transformer_graph
+from dit_export.quantize import QuantizedLinear, quantize, rounded
 
 LAYERS = [f"blocks.{i}.{name}" for i in range(2)
           for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]  # fmt: skip
@@ -140,3 +142,25 @@ def test_quantised_linear_is_products_of_whole_numbers() -> None:
     expected = codes * steps * step + linear.bias.double()
     with torch.no_grad():
         assert relative_error(made(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("node", "count", "missing"),
+    [("blocks.1.mlp.fc2/MatMul", 7, "blocks.1.mlp.fc2"), ("blocks.0.attn.qkv/MatMul", 7,
+                                                          "blocks.0.attn.qkv")],
+)  # fmt: skip
+def test_a_layer_that_is_not_found_is_no_quantised_export(
+    node: str, count: int, missing: str
+) -> None:
+    """torch's exporter could name a product otherwise one day, or write it as another operator."""
+    model = to_onnx(
+        transformer_graph("denoiser", exportable(random_dit(), torch.float32), 3),
+        "denoiser", *signature("denoiser", random_dit().config, None), 23,
+    )  # fmt: skip
+    (product,) = (n for n in model.graph if n.name == node)
+    product.name = "node_MatMul_7"
+    with pytest.raises(
+        ExportFailed,
+        match=rf": {count} linear layers were found .*, where the 2 blocks have 8; {missing} is",
+    ):
+        quantize(model, "int8", dict.fromkeys(LAYERS, 1.0), torch.float32, unsigned=True)

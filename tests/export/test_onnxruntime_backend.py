@@ -128,14 +128,51 @@ def test_denoiser_takes_fewer_rows_and_other_dtypes(given: str) -> None:
     assert denoiser(torch.zeros(0, 4, 8, 8), 0).shape == (0, 8, 8, 8)
 
 
-def test_results_are_bound_and_not_copied(given: str) -> None:
+def test_results_are_bound_and_stay_as_they_are(
+    given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph writes into the tensor that is returned, and never again into an earlier one."""
     backend = OnnxRuntimeBackend(random_dit(), "fp32", CPU, given)
     denoiser = backend.prepare(torch.tensor([1, 2]), torch.tensor([900, 400]))
+    written: list[int] = []
+    run = backend_module.Session.run
+
+    def noted(self: object, inputs: object, outputs: dict[str, torch.Tensor]) -> None:
+        written.extend(tensor.data_ptr() for name, tensor in outputs.items() if name == "output")
+        run(self, inputs, outputs)
+
+    monkeypatch.setattr(backend_module.Session, "run", noted)
     x = torch.randn(2, 4, 8, 8)
     first = denoiser(x, 0)
-    pointer, before = first.data_ptr(), first.clone()
+    before = first.clone()
     second = denoiser(x, 1)
-    assert second.data_ptr() == pointer and not torch.equal(second, before)
+    assert written == [first.data_ptr(), second.data_ptr()]
+    assert torch.equal(first, before) and not torch.equal(second, before)
+
+
+def test_modulations_take_the_bound_and_no_more(
+    given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 5 steps of 4 rows, of which two are alike, 3 fit: every bound buffer is counted."""
+    monkeypatch.setattr(backend_module, "TABLE_BYTES", 4 * 672 * 4 * 3 + 5)
+    backend = OnnxRuntimeBackend(random_dit(), "fp32", CPU, given)
+    labels, timesteps = torch.tensor([7, 2, 7, 10]), torch.tensor([900, 700, 500, 300, 100])
+    denoiser = backend.prepare(labels, timesteps)
+    sizes: list[int] = []
+    run = backend_module.Session.run
+
+    def noted(self: object, inputs: object, outputs: dict[str, torch.Tensor]) -> None:
+        sizes.extend(4 * t.numel() for name, t in outputs.items() if name == "modulations")
+        run(self, inputs, outputs)
+
+    monkeypatch.setattr(backend_module.Session, "run", noted)
+    x = torch.randn(4, 4, 8, 8)
+    for step in range(5):
+        with torch.inference_mode():
+            expected = random_dit()(x, timesteps[step].expand(4), labels)
+        assert relative_error(denoiser(x, step), expected) < 1e-5
+        assert denoiser._table.untyped_storage().nbytes() <= backend_module.TABLE_BYTES
+    assert sizes == [4 * 672 * 4 * 3, 4 * 672 * 4 * 2]
 
 
 def test_threads_are_those_of_the_engine(given: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from exports import exported, random_vae
 from tiny import tiny_dit
 
 from dit_engine.engine import Engine
-from dit_export import cli
+from dit_export import cli, cli_tensorrt
 from dit_export.bundle import Bundle
 from dit_export.cuda_devices import CudaDevice
 from dit_export.engine_files import EngineFile, EngineRefused, find_engines, read_description
@@ -367,6 +367,9 @@ def test_command_builds_from_an_export(bundles, tmp_path: Path, capsys: pytest.C
         (["--dtype", "fp4"], "dtype 'fp4': choose one of fp32"),
         (["--workspace-gb", "0"], "workspace 0.0 GiB"),
         (["--plugin"], "plugin needs the standard TensorRT"),
+        (["--device", "0"], "--device is for the standard TensorRT, and this is TensorRT for RTX"),
+        (["--graphs", "denoiser", "--size", "8"], "--size is for vae_decoder, and no such graph"),
+        (["--dtype", "bf16"], "--dtype bf16: the export "),
     ],
 )
 def test_command_refuses_bad_input(
@@ -384,3 +387,21 @@ def test_command_refuses_what_is_no_export(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "file").touch()
     assert run("--onnx", tmp_path, "-o", tmp_path / "file") == 2
     assert "is a file; a directory is needed" in capsys.readouterr().err
+
+
+def test_a_model_is_exported_beside_its_engines(
+    bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And not in /tmp, which memory may hold."""
+    exports: list[Path] = []
+
+    def export(source: object, dtype: str, directory: Path, graphs: object) -> Bundle:
+        assert directory.parent.is_dir()
+        exports.append(directory)
+        return bundles("fp16")
+
+    monkeypatch.setattr(cli_tensorrt, "_export", export)
+    out = tmp_path / "deep" / "engines"
+    assert run("-o", out, "--graphs", "conditioner", "--quiet") == 0
+    assert exports[0].parents[1] == tmp_path / "deep"
+    assert [path.name for path in out.parent.iterdir()] == ["engines"]

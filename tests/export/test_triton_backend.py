@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import http.server
+import json
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from serving import MAX_BATCH_SIZE, Served
-from tiny import tiny_engine
+from tiny import tiny_dit, tiny_engine
 from triton_requests import executions
 
 from dit_engine.engine import Engine
 from dit_engine.errors import BackendUnavailable
-from dit_export.triton.remote import RemoteServer
+from dit_export.backends import triton as triton_module
+from dit_export.backends.triton import TritonBackend
+from dit_export.source import weights_hash
+from dit_export.triton.remote import RemoteServer, is_loopback
 
 
 def latents(engine: Engine, backend: str, n: int = 2, **settings: object) -> torch.Tensor:
@@ -87,9 +94,12 @@ def test_threads_share_a_backend(served: Served, protocol: str) -> None:
 
 def test_another_model_or_precision_is_refused(served: Served) -> None:
     backend = f"triton://{served.running.http}"
-    with pytest.raises(BackendUnavailable, match=r"serves another model: its weights are \w{12}…"):
+    with pytest.raises(
+        BackendUnavailable,
+        match=r"its dit_transformer is of another model: .* \w{12}…",
+    ):
         tiny_engine().generate(1, steps=2, backend=backend)
-    with pytest.raises(BackendUnavailable, match=r"precision 'fp16': .* serves 'fp32'"):
+    with pytest.raises(BackendUnavailable, match=r"precision 'fp16': .* is in 'fp32'"):
         served.engine.generate(1, steps=2, backend=backend, precision="fp16")
     other = Engine.from_pretrained("builtin", device="cpu", numerics="diffusers")
     with pytest.raises(BackendUnavailable, match="these weights with another config"):
@@ -171,3 +181,96 @@ def test_something_else_there(protocol: str, reply: bytes | None) -> None:
     with listening(reply) as address, pytest.raises(BackendUnavailable) as error:
         latents(tiny_engine(), f"triton://{protocol}{address}", steps=1)
     assert address in str(error.value) and "\n" not in str(error.value)
+
+
+class FakeServer:
+    """A `RemoteServer` of `tiny_dit`, with the given changes to a model's parameters."""
+
+    def __init__(self, **changes: dict[str, str]) -> None:
+        self.address, self.changes = "far:8000", changes
+        self.asked: list[str] = []
+
+    def config(self, model: str) -> dict[str, Any]:
+        dit = tiny_dit()
+        said = {"checkpoint": weights_hash(dit), "dtype": "fp32", "guided_channels": "3",
+                "model": json.dumps(dit.config.to_dict())}  # fmt: skip
+        said |= self.changes.get(model, {})
+        parameters = {name: {"string_value": value} for name, value in said.items()}
+        return {"max_batch_size": 4, "parameters": parameters}
+
+    def infer(self, model: str, *_: object) -> list[np.ndarray]:
+        self.asked.append(model)
+        return []
+
+
+def backend_of(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> TritonBackend:
+    monkeypatch.setattr(triton_module, "RemoteServer", lambda address: server)
+    return TritonBackend(tiny_dit(), "fp32", torch.device("cpu"), server.address)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint": "0" * 64}, r"its dit_guided_step is of another model: its weights are 000"),
+        ({"dtype": "fp16"}, r"precision 'fp32': far:8000: its dit_guided_step is in 'fp16'; ask"),
+        ({"model": "{}"}, r"its dit_guided_step has these weights with another config$"),
+    ],
+)
+def test_the_step_must_be_of_the_same_model(
+    changes: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BackendUnavailable, match=message):
+        backend_of(FakeServer(dit_guided_step=changes), monkeypatch)
+
+
+def test_guided_channels_are_those_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = FakeServer(dit_guided_step={"guided_channels": "2"})
+    assert backend_of(server, monkeypatch).guided_channels == 2
+
+
+def test_no_rows_are_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = FakeServer()
+    denoiser = backend_of(server, monkeypatch).prepare(torch.tensor([1, 2]), torch.tensor([9, 4]))
+    nothing = torch.zeros(0, 4, 8, 8, dtype=torch.float64)
+    assert denoiser(nothing, 0).shape == (0, 8, 8, 8)
+    assert denoiser(nothing, 0).dtype == torch.float64
+    fused = denoiser.fuse(np.zeros((2, 9)), torch.full((0,), 4.0), 3)
+    for guide in (True, False):
+        z, x0 = fused.guided_step(nothing, nothing, nothing, 0, guide)
+        assert z.shape == x0.shape == (0, 4, 8, 8)
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_without_tritonclient(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, f"tritonclient.{protocol}", None)  # importing it raises
+    address = "localhost:8000" if protocol == "http" else "grpc+localhost:8001"
+    with pytest.raises(ImportError) as error:
+        latents(tiny_engine(), f"triton://{address}", steps=1)
+    message = "tritonclient is not installed: pip install 'dit-engine[triton-client]'"
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("127.8.0.1", True), ("[::1]", True), ("localhost", True),
+     ("10.0.0.1", False), ("example.org", False)],
+)  # fmt: skip
+def test_what_is_this_machine(host: str, expected: bool) -> None:
+    assert is_loopback(host) == expected
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_proxy_of_the_environment_is_not_asked_about_this_machine(
+    served: Served, protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        proxy = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+            monkeypatch.setenv(name, proxy)
+        for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        address = served.running.http if protocol == "http" else f"grpc+{served.running.grpc}"
+        config = RemoteServer(address).config("dit_transformer")
+    assert config["name"] == "dit_transformer"

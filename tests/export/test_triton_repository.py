@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,16 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import torch
 from tiny import NAMES, tiny_dit, tiny_vae
 
 from dit_engine.checkpoint import save_pretrained
+from dit_engine.coefficients import step_coefficients
+from dit_engine.schedule import make_schedule
 from dit_export import model_repository
 from dit_export.bundle import Bundle, Graph, write_manifest
 from dit_export.cli import main
 from dit_export.directories import new_directory
 from dit_export.graphs import GRAPHS as ALL_GRAPHS
-from dit_export.graphs import signature
+from dit_export.graphs import GuidedStep, signature
 from dit_export.model_repository import MARKER, SOURCES, write_repository
 from dit_export.source import weights_hash
 from dit_export.triton.configuration import Enum, ServingOptions, to_pbtxt
@@ -30,21 +35,36 @@ from dit_export.triton.pipeline import Facts, parse_rows
 MODELS = ["dit", "dit_guided_step", "dit_transformer", "vae_decoder"]
 
 
-def write_bundle(path: Path, vae: bool = True, data: bool = False) -> Bundle:
-    """An export whose graphs are no graphs: here only their names and shapes matter."""
-    model, decoder = tiny_dit(), tiny_vae() if vae else None
+def metadata_graph(**metadata: str) -> bytes:
+    """An ONNX file that says what it is, and has not a single node."""
+    graph = onnx.helper.make_graph([], metadata["graph"], [], [])
+    model = onnx.helper.make_model(graph)
+    onnx.helper.set_model_props(model, metadata)
+    return model.SerializeToString()
+
+
+def write_bundle(path: Path, vae: bool = True, data: bool = False, **changes: Any) -> Bundle:
+    """An export whose graphs are empty: here only their names and shapes matter.
+
+    changes: of the manifest; model: a `DiT`; graphs: of the metadata of a graph, by its name.
+    """
+    model, decoder = changes.pop("model", tiny_dit()), tiny_vae() if vae else None
+    inside = changes.pop("graphs", {})
     names = [name for name in ALL_GRAPHS if decoder or name != "vae_decoder"]
     facts: dict[str, Any] = {
         "model": model.config.to_dict(), "vae": decoder and json.loads(decoder.config.to_json()),
         "checkpoint": weights_hash(model), "vae_checkpoint": decoder and weights_hash(decoder),
         "dtype": "fp16", "opset": 23, "target": "onnxruntime", "guided_channels": 3,
         "label_names": list(NAMES),
-    }  # fmt: skip
-    config = None if decoder is None else decoder.config
-    graphs = [Graph(n, f"{n}.onnx", "fp16", *signature(n, model.config, config)) for n in names]
+    } | changes  # fmt: skip
+    config, dtype = None if decoder is None else decoder.config, facts["dtype"]
+    graphs = [Graph(n, f"{n}.onnx", dtype, *signature(n, model.config, config)) for n in names]
     with new_directory(path) as partial:
         for graph in graphs:
-            (partial / graph.file).write_bytes(graph.name.encode())
+            owner = "vae_checkpoint" if graph.name == "vae_decoder" else "checkpoint"
+            said = {"graph": graph.name, "checkpoint": facts[owner], "dtype": dtype}
+            content = metadata_graph(**(said | inside.get(graph.name, {})))
+            (partial / graph.file).write_bytes(content)
             if data:
                 (partial / f"{graph.file}.data").write_bytes(b"weights")
         write_manifest(partial, facts, graphs)
@@ -74,7 +94,8 @@ def test_a_complete_repository(tmp_path: Path, bundle: Bundle) -> None:
     for model, graph in (("dit_transformer", "transformer"), ("vae_decoder", "vae_decoder"),
                          ("dit_guided_step", "guided_step")):  # fmt: skip
         assert only(path / model) == ["1", "config.pbtxt"]
-        assert (path / model / "1" / "model.onnx").read_text() == graph
+        written = path / model / "1" / "model.onnx"
+        assert written.read_bytes() == bundle.file(graph).read_bytes()
         config = parsed(path, model)
         assert config.name == model and config.max_batch_size == 4
         assert config.platform == "onnxruntime_onnx"
@@ -110,8 +131,9 @@ def test_shapes_without_the_batch(tmp_path: Path, bundle: Bundle) -> None:
     assert [i.name for i in config.input if not i.optional] == ["seeds"]
 
 
-def test_accelerators(tmp_path: Path, bundle: Bundle) -> None:
+def test_accelerators(tmp_path: Path) -> None:
     # The VAE is in float32 beside a transformer in fp16, as `dit-export onnx` leaves it.
+    bundle = write_bundle(tmp_path / "onnx", graphs={"vae_decoder": {"dtype": "fp32"}})
     vae = replace(bundle.graphs["vae_decoder"], dtype="fp32")
     bundle = replace(bundle, graphs=bundle.graphs | {"vae_decoder": vae})
     for name, expected in (("none", []), ("tensorrt", ["tensorrt"])):
@@ -259,21 +281,135 @@ def test_the_command_with_a_finished_export(
 
 def test_bad_commands(tmp_path: Path, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     onnx, target = bundle.path, tmp_path / "repository"
-    other = tmp_path / "other"
-    save_pretrained(other, tiny_dit(seed=1), tiny_vae(), NAMES)
     for arguments, message in (
         ([], "-o is missing"),
-        (["-o", target, "--serve", onnx], "--serve and -o: give one of the two"),
+        (["-o", target, "--serve", onnx], "--output is not for --serve"),
+        (["--dtype", "fp16", "--serve", onnx], "--dtype is not for --serve"),
+        (["--serve", onnx, "--ready-timeout", "0"], "--ready-timeout 0.0: seconds above 0"),
+        (["--serve", onnx, "--http-port", "65536"], "no model repository"),
+        (["-o", target, "--http-port", "8000"], "--http-port is an option of --serve, which is"),
         (["-o", target, "--platform", "tensorrt"], "needs --engines and the --onnx"),
+        (["-o", target, "--platform", "tensorrt", "--engines", onnx, "--onnx", onnx,
+          "--accelerator", "cuda"], "--accelerator is for --platform onnxruntime"),
+        (["-o", target, "--onnx", onnx, "--engines", onnx], "--engines are for --platform tens"),
         (["-o", target, "--onnx", tmp_path], "no export; manifest.json is missing"),
         (["-o", onnx, "--onnx", onnx], "holds something else"),
-        (["-o", target, "--onnx", onnx, "--model", other], "is an export of another model than"),
         (["-o", target, "--onnx", onnx, "--max-batch-size", "0"], "max_batch_size 0 is not"),
         (["-o", target, "--dtype", "fp4"], "dtype 'fp4': choose one of"),
+        (["-o", target, "--dtype", "bf16"], "bf16 graphs are not served: .*fp32, fp16, int8, fp8"),
         (["--serve", onnx], "no model repository; repository.json is missing"),
     ):  # fmt: skip
-        assert message in command(*arguments, capsys=capsys)
-    (onnx / "transformer.onnx").write_bytes(b"Transformer")
+        assert re.search(message, command(*arguments, capsys=capsys))
+    content = bytearray((onnx / "transformer.onnx").read_bytes())
+    content[-1] ^= 1
+    (onnx / "transformer.onnx").write_bytes(content)
     message = command("-o", target, "--onnx", onnx, capsys=capsys)
     assert "transformer.onnx: has changed since the export" in message
-    assert only(tmp_path) == ["onnx", "other"]
+    assert only(tmp_path) == ["onnx"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype", "fp32"], "--dtype fp32: the export {onnx} has fp16"),
+        (["--opset", "21"], "--opset 21: the export {onnx} has 23"),
+        (["--guidance-channels", "4"], "--guidance-channels 4: the export {onnx} has 3"),
+        (["--numerics", "diffusers"], "--numerics diffusers: the export {onnx} has official"),
+        (["--num-heads", "4"], "--num-heads 4: the export {onnx} has 2"),
+        (["--vae", "same"], "--vae beside --onnx needs --model, with which"),
+        (["--model", "other"], "{onnx}: is an export of another model than --model other"),
+        (["--model", "wide"],
+         "{onnx}: is an export of --model wide with numerics 'official' and not 'diffusers'"),
+        (["--model", "another-vae"], "{onnx}: is an export with another VAE than that of --model"),
+        (["--model", "same", "--vae", "another-vae/vae"],
+         "{onnx}: is an export with another VAE than that of --vae another-vae/vae"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["triton", "tensorrt"])
+def test_options_that_contradict_the_export(
+    name: str, options: list[str], message: str, tmp_path: Path, bundle: Bundle,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if name == "tensorrt":
+        pytest.importorskip("tensorrt_rtx")
+        if options[0] in ("--opset", "--guidance-channels"):
+            return  # which are no options of this command
+    monkeypatch.chdir(tmp_path)
+    save_pretrained(tmp_path / "same", tiny_dit(), tiny_vae(), NAMES)
+    save_pretrained(tmp_path / "other", tiny_dit(seed=1), tiny_vae(), NAMES)
+    save_pretrained(tmp_path / "wide", tiny_dit(numerics="diffusers"), tiny_vae(), NAMES)
+    save_pretrained(tmp_path / "another-vae", tiny_dit(), tiny_vae(seed=1), NAMES)
+    arguments = [name, "--onnx", str(bundle.path), "-o", "out", *options]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message.format(onnx=bundle.path)}") and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_say_what_the_export_is(tmp_path: Path, bundle: Bundle) -> None:
+    save_pretrained(tmp_path / "same", tiny_dit(), tiny_vae(), NAMES)
+    options = ["--model", tmp_path / "same", "--dtype", "fp16", "--opset", "23", "--numerics",
+               "official", "--vae", tmp_path / "same" / "vae", "--num-heads", "2"]  # fmt: skip
+    arguments = ["triton", "--onnx", bundle.path, "-o", tmp_path / "out", *options]
+    assert main([str(word) for word in arguments]) == 0
+    assert only(tmp_path / "out") == sorted([*MODELS, MARKER, "README.md", "client.py"])
+
+
+def test_bf16_graphs_are_not_served_by_onnxruntime(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "onnx", dtype="bf16")
+    with pytest.raises(ValueError, match=r"^bf16 graphs are not served: .* fp32, fp16, int8, fp8,"):
+        write_repository(bundle, tmp_path / "repository")
+    mixed = write_bundle(tmp_path / "mixed")
+    graphs = mixed.graphs | {"vae_decoder": replace(mixed.graphs["vae_decoder"], dtype="bf16")}
+    with pytest.raises(ValueError, match=r"^bf16 graphs are not served: "):
+        write_repository(replace(mixed, graphs=graphs), tmp_path / "repository")
+    assert only(tmp_path) == ["mixed", "onnx"]
+
+
+@pytest.mark.parametrize(
+    ("graph", "said", "message"),
+    [
+        ("guided_step", {"checkpoint": "abc"}, "its checkpoint is 'abc', where the manifest has"),
+        ("guided_step", {"graph": "transformer"}, "its graph is 'transformer', where the manif"),
+        ("transformer", {"dtype": "fp32"}, "its dtype is 'fp32', where the manifest has 'fp16'"),
+        ("vae_decoder", {"checkpoint": "abc"}, "its checkpoint is 'abc', where the manifest has"),
+    ],
+)
+def test_a_graph_of_another_export_among_them(
+    tmp_path: Path, graph: str, said: dict[str, str], message: str
+) -> None:
+    """It is listed with its own SHA-256, so that only what it says of itself gives it away."""
+    bundle = write_bundle(tmp_path / "onnx", graphs={graph: said})
+    with pytest.raises(ValueError, match=rf"{graph}\.onnx: comes from another export: {message}"):
+        write_repository(bundle, tmp_path / "repository")
+    assert only(tmp_path) == ["onnx"]
+
+
+def test_readme_explains_the_coefficients(tmp_path: Path, bundle: Bundle) -> None:
+    """By its own words: the loop that it describes, on the graph's function, is the sampler's."""
+    text = (write_repository(bundle, tmp_path / "repository") / "README.md").read_text()
+    code = re.search(r"schedule are `(step_coefficients\(.*\))` of", text)
+    assert code is not None and "This model learns its variance." in text
+    names = {"step_coefficients": step_coefficients, "make_schedule": make_schedule}
+    rows = eval(code[1], names)
+    assert rows.shape == (50, 9)
+    (a, b, c1, c2, c3, c4, low, high, s), rng = rows[7], np.random.default_rng(0)
+    z, eps, v, noise, before = rng.standard_normal((5, 1, 4, 8, 8))
+    x0 = a * z + b * eps
+    mean = c1 * x0 + c2 * z + c3 * eps + c4 * before
+    expected = mean + s * np.exp((low + (v + 1) / 2 * (high - low)) / 2) * noise
+
+    class Model(torch.nn.Module):
+        config = tiny_dit().config
+        pos_embed = torch.empty(0, dtype=torch.float64)
+
+        def forward(self, x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+            both = torch.from_numpy(np.concatenate([eps, v], axis=1))
+            return both.expand(len(x), -1, -1, -1)
+
+    step = GuidedStep(Model(), guided_channels=3).double()
+    tensors = [torch.from_numpy(value) for value in (z, before, noise)]
+    zero, scale = torch.zeros(1, dtype=torch.int64), torch.full((1,), 4.0)
+    with torch.inference_mode():
+        actual, _ = step(*tensors, zero, zero, scale, torch.from_numpy(rows[7:8]))
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-5, atol=1e-5)

@@ -10,19 +10,18 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from triton_requests import infer, numbers
 
+from dit_export.cli import main
 from dit_export.model_repository import source_of
-from dit_export.triton.server import (
-    ServerBinary,
-    assemble_backends,
-    find_server,
-    running_server,
-)
+from dit_export.triton import server as server_module
+from dit_export.triton.server import choose_ports, running_server
+from dit_export.triton.server_binary import ServerBinary, assemble_backends, find_server
 
 
 def answers(address: str) -> bool:
@@ -142,6 +141,149 @@ def test_a_port_that_is_taken(repository: Path, tmp_path: Path) -> None:
             running_server(repository, server, ports=(0, port, 0)),
         ):
             pass
+
+
+def test_ports_are_free_and_all_different() -> None:
+    for _ in range(50):
+        ports = choose_ports("127.0.0.1", (0, 0, 0))
+        assert len(set(ports)) == 3 and all(1024 <= port < 65536 for port in ports)
+    (port, *_) = choose_ports("127.0.0.1", (0, 0, 0))
+    given = choose_ports("127.0.0.1", (0, 0, port))
+    assert given[2] == port and len(set(given)) == 3
+
+
+def test_a_free_port_is_chosen_while_the_others_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a system that gives the port let go last, as it may."""
+    taken: set[int] = set()
+
+    class Socket:
+        def __enter__(self) -> Socket:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            taken.discard(self.port)
+
+        def setsockopt(self, *_: object) -> None: ...
+
+        def bind(self, address: tuple[str, int]) -> None:
+            self.port = address[1] or next(p for p in range(5000, 6000) if p not in taken)
+            if self.port in taken:
+                raise OSError(98, "Address already in use")
+            taken.add(self.port)
+
+        def listen(self, _: int) -> None: ...
+
+        def getsockname(self) -> tuple[str, int]:
+            return "127.0.0.1", self.port
+
+    monkeypatch.setattr(server_module.socket, "socket", Socket)
+    assert choose_ports("127.0.0.1", (0, 0, 0)) == (5000, 5001, 5002)
+    assert choose_ports("127.0.0.1", (0, 5000, 0)) == (5001, 5000, 5002)
+    assert taken == set()
+
+
+@pytest.mark.parametrize(
+    ("ports", "message"),
+    [
+        ((0, 70000, 0), r"^port 70000: allowed is 0 \(any free one\) to 65535$"),
+        ((-1, 0, 0), r"^port -1: allowed is 0"),
+        ((0, 18123, 18123), r"^port 18123 is given twice$"),
+    ],
+)
+def test_ports_that_are_none(ports: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_ports("127.0.0.1", ports)
+
+
+READY = """
+import http.server, signal, sys, threading, time
+from pathlib import Path
+
+class Ready(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+def asked(*_):
+    Path(sys.argv[1]).write_text("asked")
+
+signal.signal(signal.SIGINT, asked)  # and it does not end
+port = next(int(a.partition("=")[2]) for a in sys.argv if a.startswith("--http-port="))
+server = http.server.HTTPServer(("127.0.0.1", port), Ready)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+while True:
+    time.sleep(0.1)
+"""
+
+
+@pytest.fixture
+def stubborn(tmp_path: Path) -> Path:
+    """A server that is ready at once, and does no more on SIGINT than say so in a file "asked"."""
+    (tmp_path / "ready.py").write_text(READY)
+    script = f'exec {sys.executable} {tmp_path}/ready.py {tmp_path}/asked "$@"'
+    return fake_server(tmp_path / "stubborn", script)
+
+
+def test_a_proxy_of_the_environment_is_not_asked_whether_the_server_is_ready(
+    repository: Path, stubborn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.setattr(server_module, "_STOP_SECONDS", 0.1)
+        server = find_server(stubborn)
+        with running_server(repository, server, log=tmp_path / "log", ready_seconds=20) as running:
+            assert answers(running.http)
+    assert not answers(running.http)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_second_signal_does_not_wait_and_leaves_nothing(
+    repository: Path, stubborn: Path, tmp_path: Path, name: str
+) -> None:
+    """The server takes no notice of the first; it would be waited for, for 20 seconds."""
+    command = [sys.executable, "-m", "dit_export.cli", "triton", "--serve", str(repository)]
+    command += ["--server", str(stubborn)]
+    command += [f"--{port}-port=0" for port in ("http", "grpc", "metrics")]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+        )
+    assert process.stdout is not None
+    ready = process.stdout.readline()
+    found = re.match(r"ready: http (\S+),", ready)
+    assert found is not None, (ready, (tmp_path / "log").read_text())
+    process.send_signal(getattr(signal, name))
+    wait_until((tmp_path / "asked").exists)
+    assert process.poll() is None and answers(found[1])
+    began = time.monotonic()
+    process.send_signal(getattr(signal, name))
+    assert process.wait(60) == 0 and time.monotonic() - began < 10
+    process.stdout.close()
+    wait_until(lambda: not answers(found[1]))
+
+
+def test_ready_timeout_of_the_command(
+    repository: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sleeps = fake_server(tmp_path / "opt", "exec sleep 1000")
+    ports = [f"--{port}-port=0" for port in ("http", "grpc", "metrics")]
+    arguments = ["--serve", str(repository), "--server", str(sleeps), "--ready-timeout", "0.5"]
+    assert main(["triton", *arguments, *ports]) == 2
+    assert capfd.readouterr().err == "error: the server was not ready after 0.5 s\n"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_the_backend_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

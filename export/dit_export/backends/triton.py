@@ -39,25 +39,27 @@ class TritonBackend:
     def __init__(self, model: DiT, precision: str, device: torch.device, address: str = "") -> None:
         if not address:
             raise ValueError("backend 'triton' needs an address: triton://host:port")
-        self.server, self.device = RemoteServer(address), device
-        config = self.server.config(TRANSFORMER)
-        self._check(config, model, precision)
-        self.largest = int(config["max_batch_size"])
-        self.guided_channels = int(_parameter(config, "guided_channels") or 0)
+        self.server, self.device, self.config = RemoteServer(address), device, model.config
+        checkpoint = weights_hash(model)
+        served = {name: self.server.config(name) for name in (TRANSFORMER, STEP)}
+        for name, config in served.items():
+            self._check(name, config, checkpoint, precision)
+        self.largest = min(int(config["max_batch_size"]) for config in served.values())
+        self.guided_channels = int(_parameter(served[STEP], "guided_channels") or 0)
 
-    def _check(self, config: dict[str, Any], model: DiT, precision: str) -> None:
-        address, checkpoint = self.server.address, weights_hash(model)
+    def _check(self, name: str, config: dict[str, Any], checkpoint: str, precision: str) -> None:
+        there = f"{self.server.address}: its {name}"
         served, dtype = _parameter(config, "checkpoint"), _parameter(config, "dtype")
         if served != checkpoint:
             raise BackendUnavailable(
-                f"{address}: serves another model: its weights are {str(served)[:12]}…, "
+                f"{there} is of another model: its weights are {str(served)[:12]}…, "
                 f"this one's {checkpoint[:12]}…"
             )
-        if json.loads(_parameter(config, "model") or "null") != model.config.to_dict():
-            raise BackendUnavailable(f"{address}: serves these weights with another config")
+        if json.loads(_parameter(config, "model") or "null") != self.config.to_dict():
+            raise BackendUnavailable(f"{there} has these weights with another config")
         if dtype != precision:
             raise BackendUnavailable(
-                f"precision {precision!r}: {address} serves {dtype!r}; ask for that"
+                f"precision {precision!r}: {there} is in {dtype!r}; ask for that"
             )
 
     def prepare(self, labels: Tensor, timesteps: Tensor) -> TritonDenoiser:
@@ -83,6 +85,8 @@ class TritonDenoiser:
         self.timesteps = timesteps.cpu().numpy().astype(np.int64)  # (steps,)
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
+        if len(x) == 0:  # no request holds it
+            return x.new_empty(0, self.backend.config.out_channels, *x.shape[2:])
         inputs = {"x": _array(x), **self.conditions(len(x), step)}
         (output,) = self.backend.infer(TRANSFORMER, inputs, ["output"])
         return output.to(x.dtype)
@@ -111,6 +115,8 @@ class FusedTritonDenoiser:
     def guided_step(
         self, z: Tensor, x0_before: Tensor, noise: Tensor, step: int, guide: bool
     ) -> tuple[Tensor, Tensor]:
+        if len(z) == 0:
+            return z, z
         if guide and self.channels == self.denoiser.backend.guided_channels:
             return self._there(z, x0_before, noise, step)
         return self._here(z, x0_before, noise, step, guide)

@@ -1,40 +1,20 @@
-"""Images from the server of this repository: python client.py planets 3 -o planets.png
+"""Images of labels, from seeds 0, 1, …: python client.py localhost:8000 images.png 50 planets 3"""
 
-Needs: pip install tritonclient[http] pillow
-"""
-
-import argparse
+import sys
 
 
-def main() -> None:
+def main(url: str, output: str, steps: str, *labels: str) -> None:
     import numpy as np
-    import tritonclient.http as triton
+    import tritonclient.http as triton  # pip install 'tritonclient[http]' pillow
     from PIL import Image
 
-    parser = argparse.ArgumentParser(description="Ask a Triton Inference Server for images.")
-    parser.add_argument("labels", nargs="+", help="class names or numbers, one image each")
-    parser.add_argument("-o", "--output", default="images.png")
-    parser.add_argument("--url", default="localhost:8000", help="of the server's HTTP port")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0, help="image i is made from seed + i")
-    asked = parser.parse_args()
-
-    n = len(asked.labels)
-    columns = {
-        "label_names": np.array([[name.encode()] for name in asked.labels], dtype=object),
-        "seeds": asked.seed + np.arange(n, dtype=np.int64)[:, None],
-        "steps": np.full((n, 1), asked.steps, dtype=np.int64),
-    }
-    inputs = []
-    for name, column in columns.items():
-        kind = "BYTES" if column.dtype == object else "INT64"
-        inputs.append(triton.InferInput(name, column.shape, kind))
-        inputs[-1].set_data_from_numpy(column)
-    client = triton.InferenceServerClient(asked.url, network_timeout=3600, connection_timeout=10)
-    images = np.asarray(client.infer("dit", inputs).as_numpy("images"))  # (N, H, W, 3) uint8
-    Image.fromarray(np.concatenate(list(images), axis=1)).save(asked.output)
-    print(f"{n} of {images.shape[1]}×{images.shape[2]} pixels → {asked.output}")
+    n, kinds = len(labels), {"label_names": "BYTES", "seeds": "INT64", "steps": "INT64"}
+    columns = np.array(labels, dtype=object), np.arange(n), np.full(n, int(steps))
+    inputs = [triton.InferInput(name, [n, 1], kind) for name, kind in kinds.items()]
+    sent = [i.set_data_from_numpy(c[:, None]) for i, c in zip(inputs, columns, strict=True)]
+    answer = triton.InferenceServerClient(url, network_timeout=3600).infer("dit", sent)
+    Image.fromarray(np.concatenate(np.asarray(answer.as_numpy("images")), axis=1)).save(output)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -64,7 +64,7 @@ dit-export triton --serve . --server .venv-server
 
 ```
 pip install 'tritonclient[http]' pillow
-python client.py {example} --steps 50 --seed 1 -o images.png
+python client.py localhost:8000 images.png 50 {example}     # 50 steps, seeds 0, 1, …
 ```
 
 `Engine.generate(..., backend="triton://localhost:8000", precision="{precision}")` runs its
@@ -72,6 +72,24 @@ loop here and the transformer there; `triton://grpc+localhost:8001` does so over
 
 State: `curl localhost:8000/v2/health/ready`, `localhost:8000/v2/models/dit/stats`, and
 `localhost:8002/metrics`.
+
+## A loop of one's own
+
+`dit_guided_step` takes the latents `z`, the `x0` that the step before gave (zeros at first) and
+`noise`, each (N, {channels}, {side}, {side}); `t`, `y` and `guidance_scale`; and `coefficients`
+(N, 9), which are the sampler:
+
+| number | name | what it does |
+|---|---|---|
+| 0, 1 | a, b | `x0` = a·`z` + b·ε, where ε is the guided prediction |
+| 2 to 5 | c1 to c4 | mean = c1·`x0` + c2·`z` + c3·ε + c4·`x0_before` |
+| 6, 7 | low, high | logarithms of the variance, between which the model's v in [−1, 1] chooses |
+| 8 | s | `z_next` = mean + s·exp((low + (v + 1)/2·(high − low)) / 2)·`noise` |
+
+At s = 0, as at every sampler's last step, `noise` does not count. {variance} The rows of a
+schedule are `step_coefficients("ddpm", make_schedule(50, "official"), learned={learned})` of
+`dit_engine.coefficients` and `dit_engine.schedule`, which need numpy alone; copies lie in `dit/1`.
+Images are `vae_decoder`'s of the last `z_next`.
 """
 
 
@@ -86,6 +104,10 @@ def readme(bundle: Bundle, options: ServingOptions) -> str:
         dtype=bundle.dtype,
         precision=bundle.dtype,
         guided=f"the first {bundle.guided_channels} of {config.in_channels}",
+        channels=config.in_channels,
+        side=config.input_size,
+        learned=config.learn_sigma,
+        variance=_LEARNED if config.learn_sigma else _FIXED,
         batch=options.max_batch_size,
         last=config.num_classes - 1,
         names="this model has none" if names is None else _some(names),
@@ -95,6 +117,8 @@ def readme(bundle: Bundle, options: ServingOptions) -> str:
     )
 
 
+_LEARNED = "This model learns its variance."
+_FIXED = "This model learns no variance: only s·`noise` is added."
 _ONNX_NEEDS = """\
 The graphs are of ONNX opset {opset}: the release's onnxruntime must know it (1.23 knows 23; the
 release notes name the version). `dit-export triton --opset` writes an earlier one."""

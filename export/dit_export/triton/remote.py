@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from http.client import HTTPException
 from importlib import import_module
+from ipaddress import ip_address
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,6 +17,12 @@ from dit_engine.errors import BackendUnavailable
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 600.0
 _TYPES = {"float32": "FP32", "int64": "INT64"}
 _GRPC = "grpc+"
+# tritonclient's own options, which given ones replace, and no proxy of the environment.
+_DIRECT = [
+    ("grpc.max_send_message_length", 2**31 - 1),
+    ("grpc.max_receive_message_length", 2**31 - 1),
+    ("grpc.enable_http_proxy", 0),
+]
 
 T = TypeVar("T")
 
@@ -87,8 +94,18 @@ class RemoteServer:
 
     def _client(self) -> Any:
         if not hasattr(self._own, "client"):
-            limits = {}
-            if self.protocol == "http":
+            limits: dict[str, Any] = {}
+            if self.protocol == "http":  # which heeds no proxy of the environment
                 limits = {"connection_timeout": CONNECT_SECONDS, "network_timeout": ANSWER_SECONDS}
+            elif is_loopback(self.url.rpartition(":")[0]):
+                limits = {"channel_args": _DIRECT}
             self._own.client = self.module.InferenceServerClient(self.url, **limits)
         return self._own.client
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine itself, of which no proxy knows."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,128 +1,37 @@
-"""A Triton Inference Server for one's own machine: found, started, waited for and stopped."""
+"""A Triton Inference Server for one's own machine: started, waited for and stopped."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-import shutil
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
-from dit_export.model_repository import read_marker, source_of
+from dit_export.model_repository import read_marker
+from dit_export.triton import supervisor
+from dit_export.triton.server_binary import ServerBinary, assemble_backends, find_server
 
-READY_SECONDS = 300.0
-"""That loading may take; a large model's graphs are read from disk and warmed up."""
-_PYTRITON = "pytriton/tritonserver"
-_PARENT_DIED = 1  # PR_SET_PDEATHSIG
-
-
-@dataclass(frozen=True)
-class ServerBinary:
-    """A tritonserver and what it must be given to run.
-
-    backends: its own backend directory. stub: the Python backend's helper, where it does not lie
-    beside the backend. environment: variables to set.
-    """
-
-    path: Path
-    backends: Path
-    stub: Path | None = None
-    environment: dict[str, str] = field(default_factory=dict)
+_STOP_SECONDS = supervisor.ASK_SECONDS + 5
 
 
 @dataclass(frozen=True)
 class Running:
-    """Addresses, "host:port", of a server that is ready."""
+    """Addresses, "host:port", of a server that is ready; process: its supervisor."""
 
     http: str
     grpc: str
     metrics: str
     process: subprocess.Popen[bytes]
-
-
-def find_server(given: Path | None = None) -> ServerBinary:
-    """``given`` (a tritonserver, or a virtual environment that holds nvidia-pytriton), else the one
-    on PATH, else this Python's own.
-
-    Raises FileNotFoundError, one line that says how to get one.
-    """
-    if given is not None:
-        if given.is_dir():
-            return _of_environment(given / "bin" / "python")
-        return _installed(given)
-    if (found := shutil.which("tritonserver")) is not None:
-        return _installed(Path(found))
-    return _of_environment(Path(sys.executable))
-
-
-def _installed(path: Path) -> ServerBinary:
-    path = path.resolve()
-    backends = path.parent.parent / "backends"  # as in NVIDIA's container
-    if not path.is_file() or not (backends / "python").is_dir():
-        raise FileNotFoundError(f"{path}: no tritonserver with its directory of backends beside it")
-    return ServerBinary(path, backends)
-
-
-def _of_environment(python: Path) -> ServerBinary:
-    """The server in the wheel nvidia-pytriton, of the environment that ``python`` belongs to."""
-    probe = (
-        "import sysconfig as s, sys; print(s.get_path('purelib'), s.get_config_var('LIBDIR'), "
-        "'%d.%d' % sys.version_info[:2], sep='\\n')"
-    )
-    where = python.parent.parent
-    try:
-        done = subprocess.run([python, "-c", probe], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        raise FileNotFoundError(f"{where}: no virtual environment") from None
-    site, libraries, version = done.stdout.splitlines()
-    root = Path(site) / _PYTRITON
-    stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
-    if not stub.is_file():
-        raise FileNotFoundError(
-            f"no Triton Inference Server on PATH or in {where}: name one with --server, a "
-            "tritonserver or a virtual environment with nvidia-pytriton, onnxruntime and numpy<2"
-        )
-    path = root / "bin" / "tritonserver"
-    if not os.access(path, os.X_OK):  # a wheel need not keep the permission
-        path.chmod(path.stat().st_mode | 0o755)
-    environment = {
-        "LD_LIBRARY_PATH": f"{Path(site) / 'nvidia_pytriton.libs'}:{libraries}",
-        # The Python inside the server heeds no PYTHONPATH: it takes the packages of the environment
-        # in which PATH has its first python3.
-        "PATH": f"{python.parent}:{os.environ.get('PATH', os.defpath)}",
-    }
-    return ServerBinary(path, root / "backends", stub, environment)
-
-
-def assemble_backends(server: ServerBinary, folder: Path) -> Path:
-    """A backend directory in which both platforms of our repositories can be found.
-
-    Where the server has no onnxruntime of its own, ours in Python takes its place.
-    """
-    complete = (server.backends / "onnxruntime").is_dir() and server.stub is None
-    if complete:
-        return server.backends
-    for backend in ("python", "tensorrt"):  # copies: the server refuses links that lead out
-        if (server.backends / backend).is_dir():
-            shutil.copytree(server.backends / backend, folder / backend)
-    if server.stub is not None:
-        stub = folder / "python" / server.stub.name
-        shutil.copyfile(server.stub, stub)
-        stub.chmod(0o755)
-    (folder / "onnxruntime").mkdir()
-    source = source_of("dit_export.triton.onnxruntime_backend.model")
-    (folder / "onnxruntime" / "model.py").write_text(source, encoding="utf-8")
-    return folder
 
 
 @contextmanager
@@ -131,27 +40,29 @@ def running_server(
     server: ServerBinary,
     host: str = "127.0.0.1",
     ports: tuple[int, int, int] = (0, 0, 0),
-    ready_seconds: float = READY_SECONDS,
+    ready_seconds: float = 300.0,
     log: Path | None = None,
 ) -> Iterator[Running]:
     """A server of ``repository``, ready to be asked; it is stopped when the block ends.
 
-    Should this process die without a word, the server goes with it (on Linux).
+    Should this process die without a word, the server goes with it (`supervisor`).
 
     Args:
         ports: HTTP, gRPC and metrics; 0 is any free one.
+        ready_seconds: that loading may take: graphs are read from disk and warmed up.
         log: file for what the server prints; None is standard error.
 
     Raises:
-        ValueError: no repository of ours, or a port that is taken.
+        ValueError: no repository of ours, or a port that is taken, or none.
         RuntimeError: it ended, or was not ready in time.
     """
     read_marker(repository)
-    chosen = [port or _free_port(host) for port in ports]
-    for port in chosen:
-        _check_free(host, port)
+    chosen = choose_ports(host, ports)
     with tempfile.TemporaryDirectory(prefix="triton-backends-") as folder:
         command = [
+            *(sys.executable, "-I", "-S", supervisor.__file__),
+            # Not for the supervisor, whose Python needs its own libraries.
+            *("env", *(f"{name}={value}" for name, value in server.environment.items())),
             str(server.path),
             f"--model-repository={repository.resolve()}",
             f"--backend-directory={assemble_backends(server, Path(folder))}",
@@ -163,11 +74,10 @@ def running_server(
         with _output(log) as output:
             process = subprocess.Popen(
                 command,
+                stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | server.environment,
                 start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
             try:
                 http, grpc, metrics = (f"{host}:{port}" for port in chosen)
@@ -178,7 +88,11 @@ def running_server(
 
 
 def serve(
-    repository: Path, given: Path | None, host: str, ports: tuple[int, int, int]
+    repository: Path,
+    given: Path | None,
+    host: str,
+    ports: tuple[int, int, int],
+    ready_seconds: float,
 ) -> int:  # pragma: no cover
     """Run a server until Ctrl-C (or SIGTERM); print where it answers once it is ready."""
     read_marker(repository)
@@ -187,17 +101,19 @@ def serve(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        with running_server(repository, server, host, ports) as running:
+        with running_server(repository, server, host, ports, ready_seconds) as running:
             print(f"ready: http {running.http}, gRPC {running.grpc}, metrics {running.metrics}")
-            print(f"python {repository / 'client.py'} --url {running.http} … ; Ctrl-C ends it",
-                  flush=True)  # fmt: skip
+            client = shlex.quote(str(repository / "client.py"))
+            print(f"python {client} {running.http} images.png 50 0; Ctrl-C ends it", flush=True)
             code = running.process.wait()
     except KeyboardInterrupt:
         return 0
     except RuntimeError as error:
         raise OSError(str(error)) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     raise OSError(f"the server ended with code {code}")
 
 
@@ -214,43 +130,52 @@ def _wait_until_ready(
     process: subprocess.Popen[bytes], address: str, seconds: float, log: Path | None
 ) -> None:
     where = "" if log is None else f"; see {log}"
+    # The environment may name a proxy, which knows nothing of this machine's own addresses.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if (code := process.poll()) is not None:
             raise RuntimeError(f"the server ended with code {code} before it was ready{where}")
         try:
-            with urllib.request.urlopen(f"http://{address}/v2/health/ready", timeout=5):
+            with direct.open(f"http://{address}/v2/health/ready", timeout=5):
                 return
-        except (urllib.error.URLError, OSError):
+        except (OSError, HTTPException):
             time.sleep(0.1)
-    raise RuntimeError(f"the server was not ready after {seconds:.0f} s{where}")
+    raise RuntimeError(f"the server was not ready after {seconds:g} s{where}")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """The server, and whatever of its helpers is left."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
+    """The server, and whatever of its helpers is left. A second Ctrl-C does not wait for it."""
+    assert process.stdin is not None
+    try:
+        process.stdin.close()  # for the supervisor, a word to end
         with suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+            process.wait(_STOP_SECONDS)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PARENT_DIED, signal.SIGTERM)
+def choose_ports(host: str, ports: Sequence[int]) -> tuple[int, ...]:
+    """``ports`` with any free one in the place of each 0; all are different and can be listened on.
 
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
-
-
-def _check_free(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ValueError(f"{host}:{port}: cannot be listened on: {error.strerror}") from None
+    Raises ValueError for one that is none, taken, or given twice.
+    """
+    chosen = list(ports)
+    with ExitStack() as held:  # all at once, so that no port is chosen twice
+        for i in sorted(range(len(ports)), key=lambda i: ports[i] == 0):  # the given ones first
+            if not 0 <= ports[i] < 65536:
+                raise ValueError(f"port {ports[i]}: allowed is 0 (any free one) to 65535")
+            if ports[i] and ports.count(ports[i]) > 1:
+                raise ValueError(f"port {ports[i]} is given twice")
+            listener = held.enter_context(socket.socket())
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((host, ports[i]))
+                listener.listen(1)  # with that option, a port is one's own only then
+            except OSError as error:
+                reason = error.strerror or error
+                raise ValueError(f"{host}:{ports[i]}: cannot be listened on: {reason}") from None
+            chosen[i] = listener.getsockname()[1]
+    return tuple(chosen)

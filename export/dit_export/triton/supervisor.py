@@ -1,0 +1,40 @@
+"""A program that ends when whoever started it does: python supervisor.py COMMAND…
+
+Its standard input is a pipe that the starter holds open and never writes to. However the starter
+ends, also by SIGKILL, the system closes the pipe, and the program is asked to end and then made to.
+It runs beside any server, so it needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+
+ASK_SECONDS = 20.0
+_POLL_SECONDS = 0.1
+
+
+def main(command: list[str]) -> int:
+    """Run ``command`` in this process's group; its exit code, or 128 and more for a signal."""
+    program = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    while program.poll() is None:
+        ready, _, _ = select.select([sys.stdin], [], [], _POLL_SECONDS)
+        if ready and not os.read(sys.stdin.fileno(), 1):
+            end(program)
+    return program.returncode if program.returncode >= 0 else 128 - program.returncode
+
+
+def end(program: subprocess.Popen[bytes]) -> None:
+    """The program, and then all of this process's group: helpers of its own, and this process."""
+    program.send_signal(signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        program.wait(ASK_SECONDS)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -78,9 +78,7 @@ class Timer:
         # float16 rounds eight times finer than bfloat16.
         fp16 = max(FP32_BOUND, BF16_TIMES_EAGER * task.bf16_error / 8)
         bounds = {"fp16": fp16, "fp8": FP8_BOUND}
-        built = build_peers(
-            peers, task.expected, task.bf16_error, self.progress.say, bounds=bounds
-        )
+        built = build_peers(peers, task.expected, task.bf16_error, self.progress.say, bounds=bounds)
         times = self._times(built, f"{task.model} {task.what}, {task.images}")
         subject = next((c.name for c in task.contenders if c.role == "subject"), None)
         rows = [self._row(task, contender, built, times) for contender in task.contenders]

@@ -33,13 +33,12 @@ def bounds_table(cpu: dict[str, Any], operators: dict[str, Any]) -> str:
             f"| {row['ours']} ÷ {row['theirs']} | {row['bar']:.2f} | {row['ratio']['median']:.2f} "
             f"| {least / row['theirs_ms']:.2f} |"
         )
-    lines += [
-        "",
+    note = (
         f"The matrix products of one forward of {workload} are {gflop:.0f} GFLOP. The best bf16 "
         f"product measured on this processor runs at {rate:.3f} TFLOP/s, so they take {least:.0f} "
-        "ms however the rest is done.",
-    ]
-    return "\n".join(lines) + "\n"
+        "ms however the rest is done."
+    )
+    return _with_note(lines, note)
 
 
 def product_macs(config: ModelConfig) -> int:
@@ -53,18 +52,22 @@ def product_rates(operators: dict[str, Any]) -> Iterator[float]:
     """TFLOP/s of every bf16 matrix product of a `dit_bench.operators` report."""
     yield operators["ceilings"]["matmul_tflop_s"]["bf16"]
     for row in operators["operators"]:
-        if row["dtype"] == "bf16" and row["operator"] in ("linear", "linear_gelu"):
-            if row["status"] == "ok" and row["unit"] == "TFLOP/s":
-                yield row["rate"]
+        is_product = row["dtype"] == "bf16" and row["operator"] in ("linear", "linear_gelu")
+        if is_product and row["status"] == "ok" and "rate" in row:
+            yield row["rate"]
+
+
+def _with_note(lines: list[str], note: str) -> str:
+    return "\n".join([*lines, "", note]) + "\n"
 
 
 def paper_models_table(report: dict[str, Any]) -> str:
     """Of a ``dit-bench … --peers unet`` report: time against Gflops, the U-Net's beside it."""
-    lines = [
+    head = (
         "| model | Gflops, as the paper counts | one forward, ms (5–95 %) | achieved TFLOP/s | "
-        "the 104-Gflops U-Net's time ÷ it |",
-        "|---|---|---|---|---|",
-    ]
+        "the 104-Gflops U-Net's time ÷ it |"
+    )
+    lines = [head, "|---|---|---|---|---|"]
     rows = [row for row in report["measurements"] if row["what"] == "forward"]
     macs = {model["model"]: sum(p["macs"] for p in model["cost"]["parts"].values()) / 1e9
             for model in report["models"]}  # fmt: skip
@@ -80,13 +83,12 @@ def paper_models_table(report: dict[str, Any]) -> str:
             f"({ratio['p5']:.2f}–{ratio['p95']:.2f}) |"
         )
     environment = report["environment"]["hardware"]
-    lines += [
-        "",
+    note = (
         f"{rows[0]['name']}, batch {rows[0]['images']}, {environment['cpu']}, "
         f"{environment['torch_threads']} threads, load average {report['load_average']:.2f} at the "
-        "start; interleaved within each line.",
-    ]
-    return "\n".join(lines) + "\n"
+        "start; interleaved within each line."
+    )
+    return _with_note(lines, note)
 
 
 def scaling_table(report: dict[str, Any]) -> str:
@@ -110,11 +112,9 @@ def scaling_table(report: dict[str, Any]) -> str:
             f"{100 * last['recognised']:.1f}% |"
         )
     training, seeds = report["training"], report["training_seeds"]
-    n = points[0]["n"]
-    lines += [
-        "",
-        f"N = {n} against {points[0]['n_reference']} held-out images, "
+    note = (
+        f"N = {points[0]['n']} against {points[0]['n_reference']} held-out images, "
         f"{report['sampling']['sampler']}, {report['sampling']['steps']} steps, no guidance; "
-        f"trained with batch {training['batch']}, EMA, {seeds} seed{'s' if seeds > 1 else ''} each.",
-    ]
-    return "\n".join(lines) + "\n"
+        f"trained with batch {training['batch']}, EMA, {seeds} seed{'s' if seeds > 1 else ''} each."
+    )
+    return _with_note(lines, note)

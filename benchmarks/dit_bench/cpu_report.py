@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dit_bench.cpu_forward import STEPS
 from dit_bench.hardware import describe_hardware
 from dit_bench.peers import Built
@@ -199,6 +201,8 @@ def environment() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":  # its metadata may leave the build's CUDA out
+        return torch.__version__
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

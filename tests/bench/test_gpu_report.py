@@ -63,6 +63,7 @@ def test_nvidia_smi_is_asked_and_its_gaps_are_none(monkeypatch: pytest.MonkeyPat
 
 def test_the_environment_of_a_gpu_whose_torch_tells_little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     few = SimpleNamespace(name="G", total_memory=3 * 2**30)

@@ -9,10 +9,11 @@ a trajectory 1e-6, although everything after the conditioning vector c agrees to
 that arithmetic take the sinusoids from the vectors:
 
 * ``fit_time_embedding`` recovers the embedding of a time step from forward.out;
-* ``frequencies_off`` tells which frequencies this process's ``exp`` rounds otherwise; where it is
-  the vectors' (in a process of its own, test_vectors_direct.py), nothing has to be taken from them;
+* ``frequencies_off`` tells which frequencies this process's ``exp`` rounds otherwise; where they
+  are those of the vectors' machine (test_vectors_direct.py), nothing is taken from the vectors;
 * ``vector_timestep_embedding`` has the frequencies of the vectors' machine. Of all offsets of one
-  frequency by an ulp, one explains forward.out in both files, four times better than any other.
+  frequency by an ulp, one explains forward.out in both files, four times better than any other;
+  MKL on Intel's processors has that one, and two of high index, which move less.
 
 Tests of what runs on this machine allow it the sinusoids' share and no more: two libraries, each
 with a frequency of its own that is an ulp off, differ by at most twice ``one_ulp_effect``.

@@ -31,8 +31,7 @@ from dit_bench.cpu_sections import (
     run_memory,
     run_profile,
 )
-from dit_bench.documents import BUSY
-from dit_bench.hardware import cpu_model
+from dit_bench.hardware import BUSY, cpu_model
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.destination import check_file
 from dit_engine.cli.errors import run_command

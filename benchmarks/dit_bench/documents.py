@@ -2,8 +2,9 @@
 
 ``python -m dit_bench.documents results.json README.md …`` replaces what stands between
 ``<!-- quality -->`` and ``<!-- /quality -->`` in each file by the table of a `dit_bench.quality`
-report; so with ``cpu``, ``gpu`` and ``scaling`` of those modules' reports, ``paper-models`` of one
-of ``dit-bench``, and ``bounds`` of one of `dit_bench.cpu` with ``--operators`` beside it.
+report; so with ``cpu`` (``profile`` with its ``--profile``), ``gpu``, ``operators`` and ``scaling``
+of those modules' reports, ``paper-models`` of one of ``dit-bench --peers unet``, and ``bounds`` of
+one of `dit_bench.cpu` with ``--operators`` beside it.
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dit_bench.gpu_markdown import gpu_table
-from dit_bench.result_tables import bounds_table, paper_models_table, scaling_table
+from dit_bench.hardware import BUSY
+from dit_bench.result_tables import (
+    bounds_table,
+    operators_table,
+    paper_models_table,
+    profile_table,
+    scaling_table,
+)
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
 from dit_engine.files import atomic_path
-
-BUSY = 0.3  # load average above which a table of times says so
 
 _NAMES = {
     "generated": "generated images",
@@ -156,17 +162,24 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _block_of(report: dict[str, Any]) -> tuple[str, Callable[[dict[str, Any]], str]]:
-    """A report's block and what makes its table; told by a key that no other report has."""
-    for key, block, make in (
+def block_and_table(
+    report: dict[str, Any], operators: dict[str, Any] | None = None
+) -> tuple[str, str]:
+    """A report's block, told by a key that the others do not have, and its table."""
+    if operators is not None:
+        return "bounds", bounds_table(report, operators)
+    for key, block, table in (
         ("gpu_state", "gpu", gpu_table),
-        ("sections", "cpu", cpu_table),
+        ("operators", "operators", operators_table),
         ("points", "scaling", scaling_table),
         ("measurements", "paper-models", paper_models_table),
+        ("distances", "quality", quality_table),
     ):
         if key in report:
-            return block, make
-    return "quality", quality_table
+            return block, table(report)
+    if "profile" in report["sections"][0]:
+        return "profile", profile_table(report)
+    return "cpu", cpu_table(report)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,11 +191,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         report = _read(arguments.results)
-        if arguments.operators is not None:
-            block, table = "bounds", bounds_table(report, _read(arguments.operators))
-        else:
-            block, make = _block_of(report)
-            table = make(report)
+        operators = None if arguments.operators is None else _read(arguments.operators)
+        try:
+            block, table = block_and_table(report, operators)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{arguments.results} is no such report: {error!r}") from error
         for path in arguments.documents:
             try:
                 text = update_document(path.read_text(encoding="utf-8"), block, table)

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+BUSY = 0.3
+"""Load average above which a report of times says so."""
+
 
 def describe_hardware() -> dict[str, Any]:
     """Processor, operating system, versions and threads; and the GPU where there is one."""
@@ -23,6 +26,11 @@ def describe_hardware() -> dict[str, Any]:
     if torch.cuda.is_available():
         values["gpu"] = torch.cuda.get_device_name()
     return values
+
+
+def load_average() -> float | None:
+    """Of the last minute; None where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def cpu_model() -> str:

@@ -7,7 +7,6 @@ says what it holds.
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from dit_bench.contenders import Cast, Name
 from dit_bench.counted import decoder_record, model_record
 from dit_bench.energy import find_meter, joules_per_call
 from dit_bench.forwards import Networks, Work
+from dit_bench.hardware import load_average
 from dit_bench.latency import Task, Timer, shares
 from dit_bench.memory import MemoryWatch
 from dit_bench.peers import Built, relative_error
@@ -76,7 +76,7 @@ def measure(plan: Plan, report: Report, progress: Progress) -> list[Engine]:
     Raises KeyboardInterrupt after the part during which it was asked for.
     """
     kept: list[Engine] = []
-    report["load_average"] = _load()
+    report["load_average"] = load_average()
     with limited_threads(plan.threads), progress.run(plan.stages):
         progress.stage("ceilings")
         ceilings = measure_ceilings(plan.device, dtypes=_dtypes(plan))
@@ -244,7 +244,3 @@ def _dtypes(plan: Plan) -> tuple[torch.dtype, ...]:
     if any(precision in quantised for precision in wanted):
         found.append(torch.bfloat16)  # the decoder's
     return tuple(dict.fromkeys([torch.float32, *found]))
-
-
-def _load() -> float | None:
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -25,6 +25,7 @@ from dit_bench.budget import Budget
 from dit_bench.ceilings import NAMES, Ceilings, measure_ceilings
 from dit_bench.gpu_environment import describe_environment
 from dit_bench.gpu_report import Report, check_report_path, failure, skipped
+from dit_bench.hardware import load_average
 from dit_bench.operator_cases import Case, all_cases
 from dit_bench.operator_checks import DeviceLost, Target, check_device, tensors
 from dit_bench.operator_contenders import Find, implementations, opponents, third_party
@@ -209,7 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--only {arguments.only!r} is part of no operator's name")
         check_report_path(arguments.json)
         budget = Budget(60 * arguments.minutes)
-        report = Report(arguments.json, {"environment": describe_environment(device)})
+        about = {"environment": describe_environment(device), "load_average": load_average()}
+        report = Report(arguments.json, about)
         with torch.inference_mode():
             ceilings = measure_ceilings(device)
             report.put("ceilings", vars(ceilings))

@@ -1,4 +1,4 @@
-"""Markdown tables of committed results: what bounds the CPU's forward, the paper's claims."""
+"""Markdown tables of results: operators, a forward's time and its bound, the paper's claims."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dit_bench.cost import dit_cost
+from dit_bench.hardware import BUSY
 from dit_engine.config import ModelConfig
 
 
@@ -14,11 +15,17 @@ def bounds_table(cpu: dict[str, Any], operators: dict[str, Any]) -> str:
     """Of the first workload of a `dit_bench.cpu` report, beside a `dit_bench.operators` report of
     the same machine: the least ratio to each peer that its bf16 products allow, at the best rate
     that any bf16 product of the latter reached, if everything else took no time."""
+    machines = [
+        {key: hardware[key] for key in ("cpu", "torch_threads")}
+        for hardware in (cpu["hardware"], operators["environment"])
+    ]
+    if machines[0] != machines[1]:
+        raise ValueError(f"the reports are of two machines: {machines[0]} and {machines[1]}")
     section = cpu["sections"][0]
     workload = section["workload"]
     found = re.fullmatch(r"(\S+), batch (\d+)", workload)
-    if found is None:
-        raise ValueError(f"workload {workload!r} is no model's with its batch")
+    if found is None or not all("bar" in row and row["bar"] for row in section["rows"]):
+        raise ValueError(f"workload {workload!r} is not one with goals")
     gflop = 2 * int(found[2]) * product_macs(ModelConfig.named(found[1])) / 1e9
     rate = max(product_rates(operators))
     least = gflop / rate  # ms: GFLOP over TFLOP/s
@@ -34,9 +41,9 @@ def bounds_table(cpu: dict[str, Any], operators: dict[str, Any]) -> str:
             f"| {least / row['theirs_ms']:.2f} |"
         )
     note = (
-        f"The matrix products of one forward of {workload} are {gflop:.0f} GFLOP. The best bf16 "
-        f"product measured on this processor runs at {rate:.3f} TFLOP/s, so they take {least:.0f} "
-        "ms however the rest is done."
+        f"The linear layers of the blocks are {gflop:.0f} GFLOP in one forward of {workload}. At "
+        f"the best rate of any bf16 product measured on this processor, {rate:.3f} TFLOP/s, they "
+        f"take {least:.0f} ms however the rest is done. {_busy(cpu)}{_busy(operators)}".rstrip()
     )
     return _with_note(lines, note)
 
@@ -61,6 +68,56 @@ def _with_note(lines: list[str], note: str) -> str:
     return "\n".join([*lines, "", note]) + "\n"
 
 
+def operators_table(report: dict[str, Any]) -> str:
+    """Of a `dit_bench.operators` report: how often as quick as its opponents each operator is."""
+    lines = [
+        "| operator | shape | by | ms | ÷ eager's time | ÷ torch.compile's | % of the ceiling |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["operators"]:
+        if "ms" not in row or row.get("opponent"):
+            continue
+        over = row["speedup_over"]
+        ratios = [f"{1 / over[name]:.2f}" if name in over else "–" for name in ("eager", "compile")]
+        share = row["percent_of_ceiling"]
+        lines.append(
+            f"| `{row['operator']}` | {row['shape']} | {row['impl']} | {row['ms']['median']:.3g} | "
+            f"{' | '.join(ratios)} | {'–' if share is None else f'{share:.0f}'} |"
+        )
+    ceilings = report["ceilings"]
+    note = (
+        f"bf16 on {report['environment']['cpu']}; ceilings: a matrix product of torch's with "
+        f"{ceilings['matmul_size']}² at {ceilings['matmul_tflop_s']['bf16']:.3f} TFLOP/s, a copy "
+        f"at {ceilings['copy_gb_s']:.0f} GB/s, which what fits the caches exceeds. {_busy(report)}"
+    )
+    return _with_note(lines, note.rstrip())
+
+
+def profile_table(report: dict[str, Any]) -> str:
+    """Of ``dit_bench.cpu --profile``: where each forward's time goes."""
+    parts = [share["part"] for share in report["sections"][0]["profile"]["shares"]]
+    lines = [
+        f"| one forward | ms | {' | '.join(parts)} |",
+        "|---" * (2 + len(parts)) + "|",
+    ]
+    for section in report["sections"]:
+        profile = section["profile"]
+        shares = {share["part"]: f"{100 * share['share']:.1f}%" for share in profile["shares"]}
+        lines.append(
+            f"| {section['workload']} | {profile['forward_ms']:.4g} | "
+            f"{' | '.join(shares[part] for part in parts)} |"
+        )
+    note = f"lean bf16 on {report['hardware']['cpu']}, each part alone in turn. {_busy(report)}"
+    return _with_note(lines, note.rstrip())
+
+
+def _busy(report: dict[str, Any]) -> str:
+    load = report["load_average"]
+    return (
+        "" if load is None or load <= BUSY else f"The load average was {load:.1f}: measure again. "
+    )
+
+
 def paper_models_table(report: dict[str, Any]) -> str:
     """Of a ``dit-bench … --peers unet`` report: time against Gflops, the U-Net's beside it."""
     head = (
@@ -69,12 +126,16 @@ def paper_models_table(report: dict[str, Any]) -> str:
     )
     lines = [head, "|---|---|---|---|---|"]
     rows = [row for row in report["measurements"] if row["what"] == "forward"]
+    if not rows:
+        raise ValueError("no forward of a model was timed")
     macs = {model["model"]: sum(p["macs"] for p in model["cost"]["parts"].values()) / 1e9
             for model in report["models"]}  # fmt: skip
     for row in rows:
         if "ratio" in row:
             continue
-        (unet,) = (r for r in rows if r["model"] == row["model"] and "ratio" in r)
+        unet = next((r for r in rows if r["model"] == row["model"] and "ratio" in r), None)
+        if unet is None or row["status"] != "ok":
+            raise ValueError(f"{row['model']} or the U-Net beside it was not timed")
         noisy = " (noisy)" if row["noisy"] or unet["noisy"] else ""
         ms, ratio = row["ms"], unet["ratio"]
         lines.append(
@@ -86,7 +147,8 @@ def paper_models_table(report: dict[str, Any]) -> str:
     note = (
         f"{rows[0]['name']}, batch {rows[0]['images']}, {environment['cpu']}, "
         f"{environment['torch_threads']} threads, load average {report['load_average']:.2f} at the "
-        "start; interleaved within each line."
+        "start; interleaved within each line. The U-Net is diffusers' UNet2DConditionModel, in "
+        "eager torch and the same precision."
     )
     return _with_note(lines, note)
 

@@ -2,7 +2,7 @@
 
 ``python -m dit_bench.session_options --model builtin --batch 4`` exports a model's denoiser, opens
 a session with each set of options and times them in turns; each result is compared with the first
-one's. The backend is to be within 5 % of the best.
+one's. Exit code 1: another is better by more than 5 %, also at the low end of its ratio.
 """
 
 from __future__ import annotations
@@ -60,9 +60,6 @@ def variants(threads: int) -> dict[str, Any]:
         "no memory pattern": changed(lambda o: setattr(o, "enable_mem_pattern", False)),
         "denormals as zero": entry("session.set_denormal_as_zero", "1"),
         "dynamic blocks": entry("session.dynamic_block_base", "4"),
-        "onnxruntime's own number of threads": changed(
-            lambda o: setattr(o, "intra_op_num_threads", 0)
-        ),
     }
 
 
@@ -176,11 +173,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{row['options']:<36} {row['ms']['median']:8.2f} ms   {OURS} ÷ it "
                 f"{ratio['median']:.3f} ({ratio['p5']:.3f}-{ratio['p95']:.3f})"
             )
-        worst = max(row["ours_over_it"]["median"] for row in report["rows"])
-        print(f"{OURS} options are {'' if worst <= MARGIN else 'NOT '}within 5 % of the best")
+        better = [row["options"] for row in report["rows"] if row["ours_over_it"]["p5"] > MARGIN]
+        for name in better:
+            print(f"{name!r} is better by more than 5 % beyond the noise")
         if arguments.json is not None:
             write_json(report, arguments.json)
-        return 0 if worst <= MARGIN else 1
+        return 1 if better else 0
 
     return run_command(command)
 

@@ -35,7 +35,7 @@ def session_options(threads: int) -> Any:
     """onnxruntime's SessionOptions for ``threads`` CPU threads.
 
     Threads spin while a run lasts and sleep between two, when torch's own threads need the cores.
-    What else there is makes no difference worth having: ``python -m dit_bench.session_options``.
+    ``python -m dit_bench.session_options`` measures these beside all others that could matter.
     """
     options = import_module("onnxruntime").SessionOptions()
     options.intra_op_num_threads = threads

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from dit_bench.documents import cpu_table, gpu_table, main, quality_table, update_document
+from dit_bench.documents import (
+    block_and_table,
+    cpu_table,
+    gpu_table,
+    main,
+    quality_table,
+    update_document,
+)
+from dit_bench.result_tables import bounds_table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/builtin-quality.json"
@@ -33,6 +41,87 @@ def test_the_readme_shows_the_committed_cpu_results() -> None:
     assert sorted(f"{r:.2f}" for r in ratios) == sorted(line.strip("| ").split(" | ")[2:])
     memory = report["sections"][-1]["rows"][0]["memory"]["ratio"]
     assert f"peak memory in a step ÷ (weights + activations) {memory:.2f}" in text
+
+
+OF_RESULTS = {
+    "profile": "profile-amd-epyc",
+    "operators": "operators-cpu-amd-epyc",
+    "paper-models": "paper-models-cpu",
+    "bounds": "cpu-amd-epyc",
+}
+
+
+def committed(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("block", OF_RESULTS)
+def test_the_index_of_results_shows_the_committed_ones(block: str) -> None:
+    text = (ROOT / "benchmarks/results/README.md").read_text(encoding="utf-8")
+    beside = committed(OF_RESULTS["operators"]) if block == "bounds" else None
+    found, table = block_and_table(committed(OF_RESULTS[block]), beside)
+    assert found == block
+    assert update_document(text, block, table) == text
+
+
+def test_the_index_names_every_file_of_results() -> None:
+    text = (ROOT / "benchmarks/results/README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "benchmarks/results").iterdir():
+        pattern = path.name
+        if path.name.startswith("session-options"):
+            pattern = "session-options-*.json"
+        assert path.name == "README.md" or f"`{pattern}" in text, path.name
+
+
+def test_the_least_ratio_is_the_products_time_over_the_peers() -> None:
+    """28 blocks × 512 tokens × 12 · 1152² multiply-adds of DiT-XL/2 at batch 2."""
+    cpu = committed("cpu-amd-epyc")
+    machine = {"cpu": cpu["hardware"]["cpu"], "torch_threads": cpu["hardware"]["torch_threads"]}
+    operators = {
+        "environment": machine,
+        "load_average": 0.1,
+        "ceilings": {"matmul_tflop_s": {"bf16": 0.25}},
+        "operators": [
+            {"operator": "linear", "dtype": "bf16", "status": "ok", "rate": 0.5, "unit": "TFLOP/s"},
+            {"operator": "linear", "dtype": "fp32", "status": "ok", "rate": 9.0, "unit": "TFLOP/s"},
+        ],
+    }
+    least_ms = 2 * 28 * 512 * 12 * 1152**2 / 0.5e12 * 1e3
+    (diffusers,) = (r for r in cpu["sections"][0]["rows"]
+                    if (r["ours"], r["theirs"]) == ("lean bf16", "diffusers bf16"))  # fmt: skip
+    table = bounds_table(cpu, operators)
+    (line,) = (line for line in table.splitlines() if "÷ diffusers bf16" in line)
+    assert line.endswith(f"| {least_ms / diffusers['theirs_ms']:.2f} |")
+    assert "measure again" not in table
+    assert "measure again" in bounds_table(cpu, operators | {"load_average": 1.0})
+    other = operators | {"environment": machine | {"torch_threads": 64}}
+    with pytest.raises(ValueError, match="two machines"):
+        bounds_table(cpu, other)
+
+
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        ({}, "is no such report: KeyError('sections')"),
+        ({"sections": [{}]}, "is no such report"),
+        ({"measurements": [], "models": []}, "no forward of a model was timed"),
+    ],
+)
+def test_other_files_are_refused_in_one_line(
+    report: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report))
+    assert main([str(path), str(tmp_path / "document.md")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_unet_that_was_not_timed_is_missed() -> None:
+    report = committed("paper-models-cpu")
+    report["measurements"] = [row for row in report["measurements"] if "ratio" not in row]
+    with pytest.raises(ValueError, match="S/2 or the U-Net beside it was not timed"):
+        block_and_table(report)
 
 
 def test_a_busy_machine_is_told_of() -> None:

@@ -29,9 +29,9 @@ def test_every_variant_is_checked_and_timed(
     assert all(row["ms"]["n"] == 2 and row["ms"]["median"] > 0 for row in report["rows"])
     medians = [row["ms"]["median"] for row in report["rows"]]
     assert medians == sorted(medians)
-    worst = max(row["ours_over_it"]["median"] for row in report["rows"])
-    assert code == (worst > session_options.MARGIN)
-    assert ("NOT within" in capsys.readouterr().out) == (worst > session_options.MARGIN)
+    slower = [row for row in report["rows"] if row["ours_over_it"]["p5"] > session_options.MARGIN]
+    assert code == bool(slower)
+    assert ("is better by more than 5 %" in capsys.readouterr().out) == bool(slower)
 
 
 def test_the_variants_differ_from_the_backends_in_one_thing() -> None:
@@ -41,9 +41,10 @@ def test_the_variants_differ_from_the_backends_in_one_thing() -> None:
     assert ours.get_session_config_entry("session.force_spinning_stop") == "1"
     assert not made["no arena"].enable_cpu_mem_arena and ours.enable_cpu_mem_arena
     assert not made["no memory pattern"].enable_mem_pattern and ours.enable_mem_pattern
-    levels = {name: options.graph_optimization_level for name, options in made.items()}
-    assert levels["optimisation: basic"] != levels["optimisation: extended"] != levels["no arena"]
-    assert made["onnxruntime's own number of threads"].intra_op_num_threads == 0
+    levels = [o.graph_optimization_level for o in (ours, *made.values())]
+    assert len({levels[0], *(made[f"optimisation: {n}"].graph_optimization_level
+                             for n in ("basic", "extended"))}) == 3  # fmt: skip
+    assert all(o.intra_op_num_threads == 3 for o in made.values())
 
 
 def test_a_variant_that_computes_something_else_is_not_timed() -> None:

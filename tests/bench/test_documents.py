@@ -47,6 +47,7 @@ OF_RESULTS = {
     "profile": "profile-amd-epyc",
     "operators": "operators-cpu-amd-epyc",
     "paper-models": "paper-models-cpu",
+    "scaling": "scaling",
     "bounds": "cpu-amd-epyc",
 }
 
@@ -62,6 +63,18 @@ def test_the_index_of_results_shows_the_committed_ones(block: str) -> None:
     found, table = block_and_table(committed(OF_RESULTS[block]), beside)
     assert found == block
     assert update_document(text, block, table) == text
+
+
+def test_what_the_index_says_of_the_papers_claims() -> None:
+    points = committed("scaling")["points"]
+    for steps in {point["steps"] for point in points}:
+        found = {p["network"]: p for p in points if p["steps"] == steps}
+        unet = found.pop("U-Net")
+        by_cost = sorted(found.values(), key=lambda point: point["gmacs"])
+        distances = [point["distance"] for point in by_cost]
+        assert distances == sorted(distances, reverse=True)  # more Gflops, a lower distance
+        assert unet["gmacs"] == pytest.approx(1.025 * by_cost[-1]["gmacs"], rel=1e-3)
+        assert unet["distance"] < distances[-1]  # and the U-Net's is lower still
 
 
 def test_the_index_names_every_file_of_results() -> None:

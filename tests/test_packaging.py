@@ -195,7 +195,7 @@ print(json.dumps({'files': parts, 'version': dit_engine.__version__,
     found = run_python(code.replace("PARTS", json.dumps(parts)), tmp_path)
     why = (tmp_path / "dit_kernels" / NOT_BUILT).read_text().strip()
     assert found["native"] == (
-        f"libdit_kernels_cpu.so was not built when this was installed: {why}"
+        f"libdit_kernels_cpu.so was not built when this package was built: {why}"
     )
     assert found["version"] == __version__
     assert [Path(file).parents[1] for file in found["files"]] == [tmp_path] * len(parts)

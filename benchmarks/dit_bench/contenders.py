@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -61,11 +62,16 @@ def parse_peers(text: str, precision: str) -> list[Name]:
 
 
 def check_backend(name: str, precision: str, device: torch.device) -> None:
-    """Raise what the backend says of this machine before a large model is made for it."""
+    """Raise what the backend says of this machine before a large model is made for it.
+
+    What it warns of it will say again of the model itself.
+    """
     with torch.device("meta"):
         model = DiT(ModelConfig(1, 64, 1, 2, 8, num_classes=1)).eval().requires_grad_(False)
     try:
-        create_backend(name, model, precision, device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            create_backend(name, model, precision, device)
     except (BackendUnavailable, ImportError, ValueError, OSError):
         raise
     except Exception:  # it came as far as the weights, of which this model has none

@@ -4,7 +4,8 @@ In this order: what the machine is; what it reaches at best (matrix products, co
 operator, checked against float64, then timed against eager torch, torch.compile and torch's other
 attention kernels; the VAE's decoder; forwards and whole generations of the published sizes with
 every backend, one of them to pixels; last, attention kernels of other packages. The JSON file is
-written as it goes; what the time did not suffice for is named there as skipped.
+written as it goes, as <name>.partial; what the time did not suffice for is named there as skipped.
+It takes its name, and an earlier result's place, once the run is complete or its time is up.
 
 A failed check is never timed, and makes the exit code 1. It is 2 where nothing could be measured,
 and 3 for a run in which nothing failed but which had to be ended because its time was up.
@@ -84,6 +85,8 @@ def run(plan: Plan, report: Report, budget: Budget) -> int:
         report.record("sections", {"section": "all that follows", "status": "failed",
                                    "reason": one_line(lost)})  # fmt: skip
     report.put("seconds", time.monotonic() - started)
+    if report.values["complete"]:
+        report.finish()
     return 1 if report.failed else 0
 
 
@@ -178,6 +181,7 @@ def stop_late(report: Report, seconds: float) -> threading.Timer:
     def tell() -> None:
         reason = f"did not end in {seconds:.0f} s: slow, or hung"
         report.record("sections", {"section": "run", "status": "late", "reason": reason})
+        report.finish()
         print(format_table(report.snapshot()), flush=True)
 
     def stop() -> None:
@@ -238,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = run(plan, report, budget)
         timer.cancel()
         print(format_table(report.values))
-        print(f"written: {path}")
+        print(f"written: {report.path}")
         return code
 
     return run_command(command)

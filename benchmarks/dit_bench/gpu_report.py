@@ -21,12 +21,15 @@ class Report:
     "reason" for all but the first.
 
     Args:
-        path: of the JSON file, which is replaced at every change; None keeps all in memory.
+        path: of the JSON file, which gets its name with `finish`, so that a run that is broken off
+            leaves an earlier result there; until then, replaced at every change, it is
+            <name>.partial beside it. None keeps all in memory.
         values: what it begins with.
     """
 
     def __init__(self, path: Path | None, values: dict[str, Any] | None = None) -> None:
-        self.path = path
+        self.final_path = path
+        self.path = None if path is None else path.with_name(f"{path.name}.partial")
         self.values: dict[str, Any] = {"complete": False, **(values or {})}
         self._lock = threading.Lock()
         self._write()
@@ -41,6 +44,13 @@ class Report:
         with self._lock:
             self.values.setdefault(section, []).append(row)
             self._write()
+
+    def finish(self) -> None:
+        """Give the file its name, in the place of an earlier one."""
+        with self._lock:
+            if self.path is not None and self.final_path is not None:
+                self.path.replace(self.final_path)
+            self.path = self.final_path
 
     def snapshot(self) -> dict[str, Any]:
         """The values as they are now, for a thread that reads while another records."""

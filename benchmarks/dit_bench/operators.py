@@ -220,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             benchmark.run(cases)
             benchmark.run_third_party(cases)
         report.put("complete", True)
+        report.finish()
         print("\n".join(operator_lines(report.values) + failure_lines(report.values)))
         return 1 if report.failed else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import html
 import sys
 from collections.abc import Sequence
@@ -70,7 +71,12 @@ def show(tables: Sequence[Table], width: int | None = None) -> None:
 
     if width is None and not sys.stdout.isatty():
         width = _UNFOLDED
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
+
+    class Pipeable(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError(errno.EPIPE, "standard output is closed")  # rich would exit
+
+    console = Pipeable(width=width, highlight=False, markup=False, emoji=False)
     for table in tables:
         shown = RichTable(title=table.title, title_justify="left", box=SIMPLE_HEAD,
                           title_style="bold", pad_edge=False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -9,15 +11,26 @@ from contextlib import contextmanager
 
 from dit_engine.errors import BackendUnavailable
 
+PIPE_CLOSED = 141
+"""What a shell says of a program that SIGPIPE ended."""
+
 
 def run_command(command: Callable[[], int], quiet: bool = False) -> int:
     """Run ``command`` and turn a user's errors into one line; other errors are ours, and show.
 
-    Warnings become one-line notes, or nothing if ``quiet``.
+    Warnings become one-line notes, or nothing if ``quiet``. Where standard output is a pipe whose
+    reader left, as ``head`` does, that is the end, without a word.
     """
     try:
         with _notes(quiet):
-            return command()
+            code = command()
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError as error:
+        if not _reader_left():  # it was another pipe
+            return _fail(error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to come
+        return PIPE_CLOSED
     except (ValueError, OSError, ImportError, MemoryError, BackendUnavailable) as error:
         return _fail(error)
     except RuntimeError as error:
@@ -38,6 +51,17 @@ def one_line(text: object) -> str:
 def _fail(error: Exception) -> int:
     print(f"error: {one_line(error) or type(error).__name__}", file=sys.stderr)
     return 2
+
+
+def _reader_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # no file at all
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from dit_export.given import refuse
-from dit_export.graphs import GRAPHS
+from dit_export.graphs import GRAPHS, VAE_GRAPH
 from dit_export.source import add_source_arguments, load_source
 from dit_export.targets import DTYPES, FLOATS, QUANTIZED, TARGETS
 
@@ -47,7 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
     if options.dtype not in QUANTIZED:
         unused = ("calibration_images", "calibration_steps")
         refuse(arguments, unused, f"is for {' and '.join(QUANTIZED)}, and not for {options.dtype}")
+    for option, graph in (("vae_dtype", VAE_GRAPH), ("guidance_channels", "guided_step")):
+        if graph not in (options.graphs or GRAPHS):
+            refuse(arguments, [option], f"is for graph {graph!r}, which --graphs leaves out")
     source = load_source(arguments)
+    if source.vae is None:
+        reason = f"is for graph {VAE_GRAPH!r}: this model has no VAE; give one with --vae"
+        refuse(arguments, ["vae_dtype"], reason)
     bundle = export_onnx(
         source.model,
         arguments.output,

@@ -41,6 +41,8 @@ LETTERS = {"*": "p", "int64_t": "q", "int": "i", "float": "f"}
 TYPES = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 RESULTS = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "const char*": ctypes.c_char_p}
 _PROTOTYPE = re.compile(r"^DIT_API ([\w ]+\*?) (\w+)\(([^)]*)\);", re.MULTILINE)
+# GNU's, LLVM's and Intel's; wheels put a hash into the names of the libraries that they bring.
+_OPENMP_RUNTIME = re.compile(r"lib(?:gomp|omp5?|iomp5)(?:-[0-9a-f]+)?\.so(?:\.\d+)*")
 
 
 @functools.cache
@@ -103,15 +105,14 @@ def openmp_runtimes() -> list[str]:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     except OSError:
         return []
-    names = re.compile(r"lib(?:gomp|omp|iomp)[-\d.\w]*\.so[.\d]*$")
     files = {fields[5] for line in maps.splitlines() if len(fields := line.split(None, 5)) == 6}
-    return sorted(file for file in files if names.match(Path(file).name))
+    return sorted(file for file in files if _OPENMP_RUNTIME.fullmatch(Path(file).name))
 
 
 def _why_not_built(note: Path) -> str:
     if note.is_file():
         reason = note.read_text(encoding="utf-8").strip()
-        return f"{LIBRARY} was not built when this was installed: {reason}"
+        return f"{LIBRARY} was not built when this package was built: {reason}"
     return (
         f"{LIBRARY} is not built: on Linux and x86-64, with g++ and CMake, "
         "`pip install .` in the sources builds it"

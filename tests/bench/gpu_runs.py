@@ -19,5 +19,7 @@ LEAN = Contender("lean bf16", "lean", "bf16")
 
 def measured(plan: Plan, path: Path, seconds: float = 300.0) -> tuple[int, dict[str, Any]]:
     """The exit code, and what the JSON file holds."""
-    code = run(plan, Report(path), Budget(seconds))
-    return code, json.loads(path.read_text())
+    report = Report(path)
+    code = run(plan, report, Budget(seconds))
+    assert report.path is not None
+    return code, json.loads(report.path.read_text())

@@ -22,6 +22,7 @@ from dit_bench.progress import Progress
 from dit_bench.schema import VERSION
 from dit_bench.subjects import load_subject
 from dit_engine.config import ModelConfig
+from dit_kernels import native
 
 pytestmark = pytest.mark.usefixtures("small_ceilings")
 
@@ -270,6 +271,16 @@ def test_bad_input_is_one_line_and_code_2(
     shown = capsys.readouterr()
     assert shown.err.startswith("error: ") and shown.err.count("\n") == 1, shown.err
     assert said in shown.err and shown.out == ""
+
+
+def test_a_backend_without_its_kernels_is_no_part_of_another_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "why_not", lambda: "not built here")
+    options = ["--model", "S/2", "--backend", "lean", "--parity", "--reference-set", "x"]
+    assert cli.main([*options, "--inception-weights", "no.pth"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: Inception-v3 weights no.pth ") and shown.count("\n") == 1
 
 
 @pytest.mark.parametrize("options", [["--batch", "0"], ["--size", "300"], ["--only", "x"]])

@@ -23,6 +23,7 @@ def test_numbers_that_json_lacks_become_text(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     report = Report(path)
     report.record("rows", {"error": math.nan, "nested": {"list": [math.inf, 1.5]}})
+    report.finish()
     rows = json.loads(path.read_text(), parse_constant=pytest.fail)["rows"]
     assert rows == [{"error": "nan", "nested": {"list": ["inf", 1.5]}}]
 
@@ -89,6 +90,7 @@ def test_threads_may_record_and_read_at_once(tmp_path: Path) -> None:
         for i in range(80):
             pool.submit(report.record, f"section {i % 20}", {"status": "ok", "i": i})
             pool.submit(report.snapshot)
+    report.finish()
     values = json.loads((tmp_path / "r.json").read_text())
     assert sorted(r["i"] for k, rows in values.items() if k != "complete" for r in rows) == [
         *range(80)

@@ -125,6 +125,7 @@ def test_a_broken_section_does_not_end_the_run_but_a_lost_device_does(
     code, values = measured(plan, tmp_path / "b.json")
     assert code == 1 and "generate" not in values and values["complete"] is False
     assert values["sections"][-1]["reason"] == "illegal access"
+    assert [p.name for p in tmp_path.glob("b.json*")] == ["b.json.partial"]
 
 
 def test_a_missing_device_property_does_not_end_the_run(

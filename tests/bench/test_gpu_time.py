@@ -20,7 +20,10 @@ from dit_bench.gpu_report import Report
 
 
 def test_without_time_everything_is_skipped_and_said_so(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "gpu.json").write_text("earlier")
     code, values = measured(plan, tmp_path / "gpu.json", seconds=0.0)
+    assert json.loads((tmp_path / "gpu.json").read_text()) == values
+    assert [p.name for p in tmp_path.iterdir()] == ["gpu.json"]
     assert code == 0 and values["complete"] is True
     assert {r["status"] for r in values["sections"]} == {"skipped"}
     assert {r["reason"] for r in values["sections"]} == {"time budget"}
@@ -38,7 +41,7 @@ def test_a_section_that_runs_out_of_time_names_what_it_left(plan: Plan, tmp_path
         assert row["status"] == "skipped" and row["reason"]
 
 
-def test_what_was_measured_survives_a_kill(
+def test_what_was_measured_survives_a_kill_beside_an_earlier_result(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: Any) -> None:
@@ -46,12 +49,14 @@ def test_what_was_measured_survives_a_kill(
 
     monkeypatch.setattr(gpu_models.ModelBenchmark, "run", killed)
     path = tmp_path / "gpu.json"
+    path.write_text("earlier")
     with pytest.raises(KeyboardInterrupt):
         run(plan, Report(path), Budget(300))
-    values = json.loads(path.read_text())
+    values = json.loads((tmp_path / "gpu.json.partial").read_text())
     assert values["complete"] is False and len(values["operators"]) == len(plan.cases)
     assert values["ceilings"]["copy_gb_s"] > 0
-    assert [p.name for p in tmp_path.iterdir()] == ["gpu.json"]
+    assert path.read_text() == "earlier"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu.json", "gpu.json.partial"]
 
 
 @pytest.mark.slow

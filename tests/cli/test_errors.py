@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
@@ -184,6 +185,50 @@ def test_only_users_errors_are_caught(capsys: pytest.CaptureFixture[str]) -> Non
     for ours in (RuntimeError("shapes differ"), TypeError("a bug"), AssertionError("a bug")):
         with pytest.raises(type(ours)):
             run_command(lambda ours=ours: fail(ours))
+
+
+# What is printed → its statement: more than a buffer holds, less, none at once, and by rich.
+PRINTED = {
+    "much": "print('x' * 100_000)",
+    "little": "print('x')",
+    "unbuffered": "sys.stdout.reconfigure(write_through=True); print('x')",
+    "tables": "show([Table('x', ['x'], rows=[['x']])])",
+}
+
+
+@pytest.mark.parametrize("printed", PRINTED)
+def test_a_reader_that_leaves_early_ends_a_command_quietly(printed: str) -> None:
+    done = without_reader(PRINTED[printed])
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_pipe_that_breaks_is_an_error() -> None:
+    code = "raise BrokenPipeError(32, 'Broken pipe')"
+    done = subprocess.run([sys.executable, "-c", SCRIPT, code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: [Errno 32] Broken pipe\n")
+
+
+SCRIPT = """
+import sys
+from dit_engine.cli.errors import run_command
+def command():
+    if "show" in sys.argv[1]:
+        from dit_bench.tables import Table, show
+    exec(sys.argv[1])
+    return 0
+sys.exit(run_command(command))
+"""
+
+
+def without_reader(code: str) -> subprocess.CompletedProcess[str]:
+    """A command that executes ``code`` and whose standard output nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        command = [sys.executable, "-c", SCRIPT, code]
+        return subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
 
 
 def test_warnings_are_notes_while_loading_too(

@@ -16,9 +16,9 @@ from tiny import tiny_dit
 from torch.profiler import ProfilerActivity, profile
 
 from dit_engine.backends import create_backend
-from dit_kernels import native_product
+from dit_kernels import native, native_product
 
-ROWS, STEPS, PROFILED = 4, 400, 50
+ROWS, STEPS, PROFILED = 4, 160, 10
 SIZES = {"fp32": 4, "bf16": 2}
 
 
@@ -57,6 +57,7 @@ def allocations(step: Callable[[int], object], folder: Path) -> list[int]:
     return [e["args"]["Bytes"] for e in sorted(found, key=lambda e: e["ts"])]
 
 
+@pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
 @pytest.mark.parametrize(
     ("form", "products"),
     [("forward", "best"), ("fused step", "best"), ("forward", "library's")],

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import mmap
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from native_levels import LEVELS, WHY_NOT, needs_library
+from openmp import check_runtimes
 
 from dit_kernels import native, native_library
 from dit_kernels.choose import Unavailable
@@ -22,6 +25,10 @@ from dit_kernels.choose import Unavailable
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 HEADER = KERNELS / "dit_kernels/native_interface.h"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+needs_compiler = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64" or COMPILER is None,
+    reason="native kernels need Linux on x86-64 and a compiler",
+)
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -45,10 +52,7 @@ def compiled(source: str, folder: Path) -> Path:
     return library
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64" or COMPILER is None,
-    reason="native kernels need Linux on x86-64 and a compiler",
-)
+@needs_compiler
 def test_the_library_is_there_where_it_can_be_built() -> None:
     assert native.why_not() is None, WHY_NOT
     assert native.available()
@@ -123,12 +127,12 @@ def edited(folder: Path, before: str, after: str) -> Path:
     return folder / HEADER.name
 
 
+@needs_compiler
 @pytest.mark.parametrize("change", ["a type", "an argument more", None])
 def test_definitions_that_differ_from_the_interface_do_not_compile(
     change: str | None, tmp_path: Path
 ) -> None:
-    if COMPILER is None:
-        pytest.skip("no C++ compiler")
+    assert COMPILER is not None
     edited(tmp_path, *(CHANGES[change] if change else ("", "")))
     source = KERNELS / "csrc/cpu/gelu.cpp"
     flags = ["-std=c++17", "-fopenmp", "-fsyntax-only", "-Werror=missing-declarations"]
@@ -212,12 +216,41 @@ def test_a_second_openmp_runtime_is_told(tmp_path: Path) -> None:
 import ctypes, shutil
 from dit_kernels import available, native_library
 (first,) = native_library.openmp_runtimes()
-ctypes.CDLL(shutil.copy(first, {str(tmp_path / "libgomp-second.so.1")!r}))
+ctypes.CDLL(shutil.copy(first, {str(tmp_path / "libgomp-0dd5ec0d.so.1")!r}))
 print(available()["native"])
 """
     done = run(code)
     assert "slowed down by 2 OpenMP runtimes: " in done.stdout, done.stderr
-    assert str(tmp_path / "libgomp-second.so.1") in done.stdout
+    assert str(tmp_path / "libgomp-0dd5ec0d.so.1") in done.stdout
+
+
+RUNTIMES = ("libgomp.so.1.0.0", "libgomp-24e2ab19.so.1", "libomp.so", "libomp5.so", "libomp.so.5",
+            "libomp-b8e5bcfb.so.5", "libiomp5.so", "libiomp5-f1c8a5e2.so")  # fmt: skip
+OTHERS = ("libompi_dbg_msgq.so", "libompitrace.so.40", "libomptarget.so.18", "libompd.so",
+          "libgomp-plugin-nvptx.so.1", "libiompstubs5.so")  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists what a process has mapped")
+def test_runtimes_are_known_by_their_names(tmp_path: Path) -> None:
+    before = set(native_library.openmp_runtimes())
+    with ExitStack() as mapped:
+        for name in RUNTIMES + OTHERS:
+            (tmp_path / name).write_text("mapped as a library is")
+            file = mapped.enter_context((tmp_path / name).open("rb"))
+            mapped.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        found = set(native_library.openmp_runtimes()) - before
+    assert found == {str(tmp_path / name) for name in RUNTIMES}
+
+
+@needs_library
+def test_a_second_runtime_is_an_error_where_our_library_brought_it(tmp_path: Path) -> None:
+    check_runtimes(["libgomp.so.1"])
+    two = ["libgomp.so.1", "libomp.so"]
+    with pytest.warns(UserWarning, match=r"^2 OpenMP runtimes in this process: .*libomp\.so$"):
+        check_runtimes(two)
+    brings_its_own = compiled('extern "C" int omp_get_max_threads() { return 1; }', tmp_path)
+    with pytest.raises(AssertionError, match="2 OpenMP runtimes in this process"):
+        check_runtimes(two, brings_its_own)
 
 
 @needs_library

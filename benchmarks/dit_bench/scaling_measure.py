@@ -164,6 +164,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = report["points"]
     figure, axis = plt.subplots(figsize=(6, 4))
@@ -180,7 +181,11 @@ def plot(report: dict[str, Any], path: Path) -> None:
                 axis.plot(row["gmacs"], row["distance"], "s", color=line.get_color(),
                           mfc="white", label=f"{row['network']}, {steps} steps")  # fmt: skip
     axis.set(xscale="log", xlabel="Gflops (multiply-adds) of a forward", ylabel=report["metric"])
-    axis.grid(alpha=0.3, which="both")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlim(right=1.6 * max(row["gmacs"] for row in rows))  # room for the last one's name
+    axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.tight_layout()
     with atomic_path(path) as partial:

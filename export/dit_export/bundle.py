@@ -194,7 +194,7 @@ def replaceable(overwrite: bool) -> Any:
         if overwrite:
             return foreign(path, [MANIFEST, *earlier.get("files", {})])
         what = f"{earlier.get('dtype')} for {earlier.get('target')}"
-        return f"holds another export ({what}); --overwrite replaces it"
+        return f"holds an export already ({what}); --overwrite replaces it"
 
     return reason
 

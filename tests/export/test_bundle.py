@@ -102,7 +102,7 @@ def test_what_is_no_export_is_refused(tmp_path: Path) -> None:
 def test_another_export_is_replaced_only_when_asked(tmp_path: Path) -> None:
     path = write(tmp_path / "out")
     with pytest.raises(
-        ValueError, match=r"holds another export \(fp32 for onnxruntime\); --overwrite replaces"
+        ValueError, match=r"holds an export already \(fp32 for onnxruntime\); --overwrite replaces"
     ):
         write(path, b"other")
     assert (path / "denoiser.onnx").read_bytes() == b"weights"

@@ -53,7 +53,7 @@ def test_command_writes_an_export(
     assert onnx.load(bundle.file("conditioner")).opset_import[0].version == 21
     message = failed(capsys, *arguments)
     assert message == (
-        f"{out}: holds another export (fp32 for onnxruntime); --overwrite replaces it; "
+        f"{out}: holds an export already (fp32 for onnxruntime); --overwrite replaces it; "
         "nothing was written"
     )
 

@@ -120,7 +120,9 @@ def test_ctrl_c_keeps_the_finished_batches(monkeypatch: pytest.MonkeyPatch) -> N
         return trajectory(*arguments, **options)
 
     monkeypatch.setattr(parity, "trajectory", interrupted)
-    report = compare(engine, list(range(8)), [("lean", "bf16")], sets=sets(resamples=20), **SETTINGS)
+    report = compare(
+        engine, list(range(8)), [("lean", "bf16")], sets=sets(resamples=20), **SETTINGS
+    )
     assert report["n"] == 4 and report["interrupted"]
     row = report["subjects"][0]
     assert row["final_latent_error"] == whole["subjects"][0]["final_latent_error"]

@@ -68,8 +68,8 @@ def test_nan_is_told_from_equal_in_json(tmp_path: Path) -> None:
 
     def prepare(self: EagerBackend, labels: torch.Tensor, timesteps: torch.Tensor) -> Any:
         denoise = honest(self, labels, timesteps)
-        half = self.precision == "bf16"
-        return lambda x, step: denoise(x, step) * (float("nan") if half else 1.0)
+        factor = float("nan") if self.dtype == torch.bfloat16 else 1.0
+        return lambda x, step: denoise(x, step) * factor
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EagerBackend, "prepare", prepare)

@@ -22,7 +22,7 @@ def compare_reports(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     A row holds the key, both medians, "ratio" (new over old) and "verdict": "regression",
     "quicker", "no difference shown", "noisy" or "another machine".
 
-    Raises ValueError where the reports have no time in common.
+    Raises ValueError where the reports have nothing in common.
     """
     before = {_key(row): row for row in old["measurements"] if row["status"] == "ok"}
     notes = _differences(new, old)
@@ -43,7 +43,7 @@ def compare_reports(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
             | {"old_ms": other["ms"]["median"], "new_ms": row["ms"]["median"], "ratio": ratio}
             | {"verdict": "another machine" if notes else _verdict(row, other, ratio)}
         )
-    if not rows:
+    if not rows and not lost:
         raise ValueError("the two reports have no measurement in common")
     return {"rows": rows, "notes": notes, "lost": lost, "least": LEAST}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -130,22 +129,12 @@ class Cast:
         return list(found.values())
 
     def image(self, work: Work, steps: int, sampler: str, decode_macs: int) -> list[Contender]:
-        """Whole generations, checked by what they are made of: `Work.probe`."""
-        engine = self.networks.engine
-        output = "latent" if engine.vae is None else "np"
-
-        def build(name: str, precision: str) -> Callable[[], Any]:
-            labels = work.labels.tolist()
-            return lambda: engine.generate(
-                labels, steps=steps, sampler=sampler, seed=0, backend=name, precision=precision,
-                output=output,
-            )  # fmt: skip
-
+        """Whole generations."""
         flops = work.images * (2 * steps * self.flops + 2 * decode_macs)  # guided: two rows
         return [
             Contender(f"{name} {precision}", role, precision,
-                      partial(build, name, precision), flops=flops,
-                      check=partial(work.probe, name, precision))
+                      partial(work.generation, name, precision, steps, sampler),
+                      result=work.generated, flops=flops)
             for role, (name, precision) in self._backends()
         ]  # fmt: skip
 

@@ -119,7 +119,14 @@ def _inception(path: Path, device: torch.device) -> FeatureNetwork:
 
 def full_precision() -> AbstractContextManager[None]:
     """Convolutions of float32 in float32: torch lets CUDA round their inputs to TF32's 10 bits."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(  # what is not given would be torch's default, not what is set
+        enabled=cudnn.enabled,
+        benchmark=cudnn.benchmark,
+        benchmark_limit=cudnn.benchmark_limit,
+        deterministic=cudnn.deterministic,
+        allow_tf32=False,
+    )
 
 
 class SetFeatures:

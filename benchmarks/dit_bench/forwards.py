@@ -7,6 +7,7 @@ would be given. N images, M rows of a forward.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -19,7 +20,7 @@ from dit_bench.peers import Function, diffusers_transformer, openvino_function
 from dit_bench.subjects import float_dtype
 from dit_engine.backends import Backend
 from dit_engine.backends.eager import placed
-from dit_engine.engine import Engine
+from dit_engine.engine import Engine, Generation
 from dit_engine.fused_sampling import sample_fused, step_coefficients, uses_noise
 from dit_engine.guidance import guided
 from dit_engine.model import DiT
@@ -70,7 +71,6 @@ class Work:
         self.schedule = make_schedule(STEPS)
         self.timesteps = torch.tensor(self.schedule.timesteps, device=device)
         self.t = self.timesteps[STEP].expand(images).contiguous()
-        self._norms: list[Tensor] | None = None  # of a probe's parts
 
     def eager(self, precision: str) -> Function:
         """The reference model on all rows at once."""
@@ -140,20 +140,29 @@ class Work:
                          in_channels=config.in_channels)  # fmt: skip
         return lambda: ddpm(denoise, self.x, one, noise)
 
-    def probe(self, name: str, precision: str) -> Tensor:
-        """What a whole generation by backend ``name`` is checked by: a guided step and, where there
-        is a VAE, a decode, flat, each over the norm of float32 eager's so that neither hides the
-        other."""
-        if self._norms is None:
-            self._norms = [part.norm() for part in self._generation_parts("eager", "fp32")]
-        parts = zip(self._generation_parts(name, precision), self._norms, strict=True)
-        return torch.cat([part / norm for part, norm in parts])
+    def generation(
+        self,
+        name: str,
+        precision: str,
+        steps: int,
+        sampler: str,
+        check: Callable[[], object] | None = None,
+    ) -> Callable[[], Generation]:
+        """`Engine.generate` by backend ``name``: images in [0, 1], latents without a VAE; the same
+        labels and noise for every backend. check: called after every step."""
+        labels = self.labels.tolist()
+        callback = None if check is None else lambda _: check()
+        options: dict[str, Any] = {"steps": steps, "sampler": sampler, "callback": callback}
+        options["output"] = "latent" if self.engine.vae is None else "pt"
+        return lambda: self.engine.generate(
+            labels, seed=0, backend=name, precision=precision, **options
+        )
 
-    def _generation_parts(self, name: str, precision: str) -> list[Tensor]:
-        parts = [self.guided_step(name, precision)().flatten()]
-        if self.engine.vae is not None:
-            parts.append(self.decode(name == "lean", precision)().flatten())
-        return parts
+    def generated(self, generation: Generation) -> Tensor:
+        """What of a generation is compared: images in [-1, 1], as the decoder gives them (the 0.5
+        that lies under those in [0, 1] would hide errors), or latents."""
+        made = generation.images
+        return made if self.engine.vae is None else made * 2 - 1
 
     def decode(self, lean: bool, precision: str) -> Function:
         """The VAE's decoder, by the engine: `LatentDecoder`."""

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from dit_bench.ceilings import Ceilings
 from dit_bench.cpu_timing import interleave_visits
-from dit_bench.peers import BF16_TIMES_EAGER, FP32_BOUND, Built, Peer, build_peers
+from dit_bench.peers import (
+    BF16_TIMES_EAGER,
+    FP32_BOUND,
+    Built,
+    Peer,
+    build_peers,
+    error_bounds,
+)
 from dit_bench.progress import LEAST_ROUNDS, Progress
 from dit_bench.timing import Interleaved, Spread, interleave
 
@@ -25,6 +32,9 @@ NOISE_BOUND = 0.25
 FP8_BOUND = 0.25
 """Relative error of fp8: beyond it the output is wrong."""
 
+GENERATION_BOUND = 0.5
+"""Relative error of a whole generation, beyond which it is wrong in any precision."""
+
 Row = dict[str, Any]
 
 
@@ -32,8 +42,8 @@ Row = dict[str, Any]
 class Contender:
     """role: "subject", "peer", or "other network", which is another function of other inputs.
 
-    precision: of its numbers. checked: whether its result is compared with float32 eager; check:
-    what is compared in its place.
+    precision: of its numbers. checked: whether its result is compared with float32 eager; result:
+    the tensor within it that is compared.
     """
 
     name: str
@@ -41,7 +51,7 @@ class Contender:
     precision: str
     build: Callable[[], Callable[[], Any]]
     checked: bool = True
-    check: Callable[[], Tensor] | None = None
+    result: Callable[[Any], Tensor] = lambda output: output
     flops: int = 0
     weight_bytes: int = 0
 
@@ -72,12 +82,10 @@ class Timer:
     def run(self, task: Task) -> tuple[list[Row], Built]:
         """Build, check and time; a row for each contender, also for those that were left out."""
         peers = [
-            Peer(c.name, c.precision if c.checked else None, c.build, c.check)
+            Peer(c.name, c.precision if c.checked else None, c.build, c.result)
             for c in task.contenders
         ]
-        # float16 rounds eight times finer than bfloat16.
-        fp16 = max(FP32_BOUND, BF16_TIMES_EAGER * task.bf16_error / 8)
-        bounds = {"fp16": fp16, "fp8": FP8_BOUND}
+        bounds = generation_bounds(task) if task.what == "image" else usual_bounds(task)
         built = build_peers(peers, task.expected, task.bf16_error, self.progress.say, bounds=bounds)
         times = self._times(built, f"{task.model} {task.what}, {task.images}")
         subject = next((c.name for c in task.contenders if c.role == "subject"), None)
@@ -131,6 +139,21 @@ class Timer:
         if contender.flops and contender.weight_bytes:
             row["flops_per_byte"] = contender.flops / contender.weight_bytes
         return row | shares(row, self.ceilings)
+
+
+def usual_bounds(task: Task) -> dict[str, float]:
+    """Precision → the relative error that is allowed of one pass through a network."""
+    # float16 rounds eight times finer than bfloat16.
+    fp16 = max(FP32_BOUND, BF16_TIMES_EAGER * task.bf16_error / 8)
+    return error_bounds(task.bf16_error) | {"fp16": fp16, "fp8": FP8_BOUND}
+
+
+def generation_bounds(task: Task) -> dict[str, float]:
+    """Of a whole generation, whose steps carry errors on: quantised ones are allowed what bf16 is,
+    if that is more. No bound comes near 1, the error of a result that is all zeros."""
+    usual = usual_bounds(task)
+    quantised = {key: max(usual[key], usual["bf16"]) for key in ("int8", "fp8")}
+    return {key: min(bound, GENERATION_BOUND) for key, bound in (usual | quantised).items()}
 
 
 def shares(row: Row, ceilings: Ceilings) -> Row:

@@ -7,7 +7,7 @@ says what it holds.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ class Plan:
     @property
     def stages(self) -> int:
         each = len(self.batches) * len(self.kinds) + bool(self.parity)
-        return 2 + len(self.models) * (1 + each)
+        return 2 + (self.sets is not None) + len(self.models) * (1 + each)
 
 
 def measure(plan: Plan, report: Report, progress: Progress) -> list[Engine]:
@@ -78,6 +78,11 @@ def measure(plan: Plan, report: Report, progress: Progress) -> list[Engine]:
     kept: list[Engine] = []
     report["load_average"] = load_average()
     with limited_threads(plan.threads), progress.run(plan.stages):
+        if plan.sets is not None:
+            progress.stage("reference set")
+            sets = plan.sets.with_reference(progress.quiet, progress.check)
+            plan = replace(plan, sets=sets)
+            progress.done()
         progress.stage("ceilings")
         ceilings = measure_ceilings(plan.device, dtypes=_dtypes(plan))
         report["ceilings"] = {**vars(ceilings), "measured": "before"}
@@ -172,9 +177,15 @@ class _Model:
                 expected = work.decode(False, "fp32")()
                 error = self._bf16_error(lambda p: work.decode(False, p), expected)
             else:
-                contenders = cast.image(work, self.plan.steps, self.plan.sampler, decode_macs)
-                expected = work.probe("eager", "fp32")
-                error = self._bf16_error(lambda p: lambda: work.probe("eager", p), expected)
+                way = (self.plan.steps, self.plan.sampler)
+                contenders = cast.image(work, *way, decode_macs)
+
+                def eager(precision: str) -> Callable[[], torch.Tensor]:
+                    run = work.generation("eager", precision, *way, self.progress.check)
+                    return lambda: work.generated(run())
+
+                expected = eager("fp32")()
+                error = self._bf16_error(eager, expected)
             task = Task(subject.name, kind, work.images, contenders, expected, error)
             rows, built = self.timer.run(task)
         extra = {"size": subject.size, "tokens": subject.model.config.num_tokens}

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from dit_bench.frechet import Array, Gaussian, Statistics, symmetric_sqrt
+from dit_bench.set_arguments import LEAST_RESAMPLES
 
 Features = NDArray[np.float32]
 
@@ -192,27 +193,22 @@ def paired_bootstrap(
 
     Rows i of ``a`` and ``b`` (N, D) are one pair, the same label and noise, and are drawn together,
     N of N with replacement; the reference stays. ``tick`` is called after each; a KeyboardInterrupt
-    ends it with those that are finished, once there are two.
+    ends it with those that are finished, which may be none.
     """
     if a.shape != b.shape:
         raise ValueError(f"features {a.shape} and {b.shape} are not paired")
-    if resamples < 2:
-        raise ValueError(f"resamples {resamples} is not at least 2")
+    if resamples < LEAST_RESAMPLES:
+        raise ValueError(f"resamples {resamples} is not at least {LEAST_RESAMPLES}")
     generator = np.random.default_rng(seed)
     n = len(a)
     distance = DistanceTo(reference)
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
     found: list[float] = []
-    stopped = False
     try:
-        while len(found) < (2 if stopped else resamples):
+        while len(found) < resamples:
             counts = np.bincount(generator.integers(0, n, n), minlength=n)
             found.append(distance(resampled(first, counts)) - distance(resampled(second, counts)))
-            try:
-                tick()
-            except KeyboardInterrupt:
-                stopped = True
+            tick()
     except KeyboardInterrupt:
-        if len(found) < 2:
-            raise
-    return np.array(found)
+        pass
+    return np.array(found, np.float64)

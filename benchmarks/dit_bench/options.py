@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dit_bench.outputs import STDOUT
 from dit_bench.schema import KINDS
-from dit_bench.set_arguments import add_set_arguments
+from dit_bench.set_arguments import SET_OPTIONS, add_set_arguments, refuse_given
 from dit_engine.cli.arguments import Parser
 
 if TYPE_CHECKING:
@@ -86,9 +86,8 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     count = os.cpu_count() or 1
     if arguments.threads is not None and arguments.threads > count:
         raise ValueError(f"threads {arguments.threads} is above the {count} of this machine")
-    for option in ("features", "reference_set"):
-        if getattr(arguments, option) is not None and not arguments.parity:
-            raise ValueError(f"--{option.replace('_', '-')} is for --parity, which is not given")
+    if not arguments.parity:
+        refuse_given(arguments, SET_OPTIONS, "--parity")
     device = parse_device(arguments.device)
     check_backend(backend, precision, device)
     return Plan(

@@ -60,7 +60,7 @@ def write_json(report: dict[str, Any], path: Path | None) -> None:
 def finite(value: Any) -> Any:
     """``value`` with None for every NaN and infinity in it, which JSON has not.
 
-    The PSNR of images that are equal is infinite.
+    Where the two mean different things, another key says which: of a PSNR "not_finite".
     """
     if isinstance(value, dict):
         return {key: finite(each) for key, each in value.items()}

@@ -9,7 +9,7 @@ over pairs says how sure that is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from dit_bench.features import FeatureNetwork, SetFeatures
 from dit_bench.frechet import Gaussian, frechet_distance, moments_of
-from dit_bench.image_sets import open_set
+from dit_bench.image_sets import ComparedSet, open_set
 from dit_bench.metrics import paired_bootstrap
-from dit_bench.set_arguments import RESAMPLES
+from dit_bench.set_arguments import LEAST_RESAMPLES, RESAMPLES
 from dit_bench.set_distances import check_enough, read, usable
 
 CONFIDENCE = 0.95
@@ -36,16 +36,32 @@ class Reference:
 
 @dataclass(frozen=True)
 class SetComparison:
-    """How sets are compared: by which features, to which reference if any."""
+    """How sets are compared: by which features, to which reference if any.
+
+    unread: the reference's set, while its images are yet to be read (`with_reference`).
+    """
 
     network: FeatureNetwork
     reference: Reference | None = None
     resamples: int = RESAMPLES
     allow_few: bool = False
+    unread: ComparedSet | None = None
 
     def __post_init__(self) -> None:
-        if self.resamples < 2:
-            raise ValueError(f"resamples {self.resamples} is not at least 2")
+        if self.resamples < LEAST_RESAMPLES:
+            raise ValueError(f"resamples {self.resamples} is not at least {LEAST_RESAMPLES}")
+
+    def with_reference(
+        self, quiet: bool = False, check: Callable[[], object] = lambda: None
+    ) -> SetComparison:
+        """This, with the moments of a reference that was only opened before.
+
+        quiet: no progress bar. check: called after every batch; it may raise KeyboardInterrupt.
+        """
+        if self.unread is None:
+            return self
+        reference = read_reference(self.unread, self.network, quiet=quiet, check=check)
+        return replace(self, reference=reference, unread=None)
 
     def suffices(self, n: int) -> bool:
         """Whether n images are enough for the features."""
@@ -70,7 +86,8 @@ class SetComparison:
         """Distances of paired features (N, D), rows of one label and noise, N beside them.
 
         quiet: no progress bar. check: called after every resample; what it raises as
-        KeyboardInterrupt ends the bootstrap.
+        KeyboardInterrupt ends the bootstrap. The bounds of an interval are None after fewer than
+        `LEAST_RESAMPLES`.
         """
         from tqdm import tqdm
 
@@ -94,8 +111,11 @@ class SetComparison:
                 check()
 
             draws = paired_bootstrap(found, eager, moments, self.resamples, tick=tick)
-        low, high = interval(draws, to_found - to_eager)
-        crosses = low <= 0 <= high
+        low = high = nearest = farthest = None
+        if len(draws) >= LEAST_RESAMPLES:
+            low, high = interval(draws, to_found - to_eager)
+            nearest = 0.0 if low <= 0 <= high else min(abs(low), abs(high))
+            farthest = max(abs(low), abs(high))
         return row | {
             "reference": self.reference.name,
             "n_reference": moments.count,
@@ -108,8 +128,8 @@ class SetComparison:
             },
             "absolute_difference": {
                 "value": abs(to_found - to_eager),
-                "low": 0.0 if crosses else min(abs(low), abs(high)),
-                "high": max(abs(low), abs(high)),
+                "low": nearest,
+                "high": farthest,
             },
             "confidence": CONFIDENCE,
             "resamples": len(draws),
@@ -128,20 +148,30 @@ def interval(draws: NDArray[np.float64], value: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def load_reference(
-    path: Path, network: FeatureNetwork, allow_few: bool = False, batch_size: int = 32
-) -> Reference:
-    """Moments of a folder or an .npz, or those that a statistics file holds.
-
-    Raises ValueError where it cannot be compared, KeyboardInterrupt where it is not read whole.
-    """
+def open_reference(path: Path, network: FeatureNetwork, allow_few: bool = False) -> ComparedSet:
+    """A folder or an .npz, of which no image is read. ValueError or OSError where it cannot be
+    compared."""
     of = usable(open_set(path), network)
     check_enough(of, network, allow_few)
+    return of
+
+
+def read_reference(
+    of: ComparedSet,
+    network: FeatureNetwork,
+    batch_size: int = 32,
+    quiet: bool = False,
+    check: Callable[[], object] = lambda: None,
+) -> Reference:
+    """Moments of a set's images, or those that its file holds.
+
+    Raises ValueError for a damaged image, KeyboardInterrupt where it is not read whole.
+    """
     if of.statistics is not None:
         return Reference(of.name, of.statistics[0])
     assert of.images is not None
     with SetFeatures(network) as found:
-        if not read(of.images, found, batch_size):
+        if not read(of.images, found, batch_size, quiet, check):
             raise KeyboardInterrupt
         found.flush()
         return Reference(of.name, found.pooled)
@@ -158,8 +188,11 @@ def format_row(row: dict[str, Any]) -> list[str]:
             f"{row['eager_to_reference']:.4f} (N = {row['n']} each against {n})"
         )
         d = row["absolute_difference"]
+        found = f"no interval below {LEAST_RESAMPLES} resamples"
+        if d["low"] is not None:
+            found = f"{row['confidence']:.0%} interval {d['low']:.3g} to {d['high']:.3g}"
         lines.append(
-            f"  |Δ{metric}| {d['value']:.3g}, {row['confidence']:.0%} interval {d['low']:.3g} to "
-            f"{d['high']:.3g} ({row['resamples']} paired resamples of N = {row['n']})"
+            f"  |Δ{metric}| {d['value']:.3g}, {found} "
+            f"({row['resamples']} paired resamples of N = {row['n']})"
         )
     return lines

@@ -15,6 +15,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,10 @@ from torch import Tensor
 
 from dit_bench.features import load_network
 from dit_bench.hardware import describe_hardware
-from dit_bench.paired_sets import SetComparison, format_row, load_reference
+from dit_bench.paired_sets import SetComparison, format_row, open_reference
 from dit_bench.probe import try_step
 from dit_bench.quality import write_report
-from dit_bench.set_arguments import add_set_arguments
+from dit_bench.set_arguments import RESAMPLES, add_set_arguments, refuse_given
 from dit_engine.backends import PRECISIONS, resolve_backend
 from dit_engine.cli.arguments import (
     Parser,
@@ -114,7 +115,8 @@ def compare(
         sets: what is asked of the sets as a whole, if anything.
         seed: image i is made from seed + i; None is a random one.
         quiet: no progress bars.
-        check: called after every step and every resample; it may raise KeyboardInterrupt.
+        check: called after every step, every resample and every batch of a reference that is yet
+            to be read; it may raise KeyboardInterrupt.
 
     Raises ValueError for sets without images or with too few.
     """
@@ -125,6 +127,7 @@ def compare(
         if engine.vae is None:
             raise ValueError("the model has no VAE; Fréchet distances are of images")
         sets.check(len(labels))
+        sets = sets.with_reference(quiet, check)
     seeds = resolve_seeds(seed, None, len(labels), "per-image")
     decode = _decoder(engine)
     runs = [REFERENCE, *subjects]
@@ -205,7 +208,11 @@ def _row(
     }
     if found.ratios:
         ratio = np.concatenate(found.ratios)
-        row["psnr_db"] = {"median": float(np.median(ratio)), "min": float(ratio.min())}
+        row["psnr_db"] = {
+            "median": float(np.median(ratio)),
+            "min": float(ratio.min()),
+            "not_finite": int(np.isnan(ratio).sum()),  # images; those that are equal have infinity
+        }
     if sets is not None:
         eager = np.concatenate(reference.features)
         row["sets"] = sets.compare(np.concatenate(found.features), eager, **options)
@@ -276,20 +283,25 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def set_comparison(arguments: argparse.Namespace, device: torch.device) -> SetComparison | None:
-    """What the arguments ask of the sets as a whole; None for nothing.
+    """What the arguments ask of the sets as a whole; None for nothing. Of the reference no image
+    is read yet.
 
     Raises ValueError, OSError or ImportError for what cannot be compared.
     """
-    if arguments.features is None and arguments.reference_set is None:
+    features, path = arguments.features, arguments.reference_set
+    if path is None:
+        refuse_given(arguments, ["resamples"], "--reference-set")
+    if features is None and path is None:
+        refuse_given(arguments, ["inception_weights", "allow_few"], "--features or --reference-set")
         return None
     few = arguments.allow_few
-    network = load_network(arguments.features or "inception", arguments.inception_weights, device)
-    sets = SetComparison(network, None, arguments.resamples, few)
+    network = load_network(features or "inception", arguments.inception_weights, device)
+    resamples = RESAMPLES if arguments.resamples is None else arguments.resamples
+    sets = SetComparison(network, None, resamples, few)
     sets.check(arguments.samples)
-    if arguments.reference_set is None:
+    if path is None:
         return sets
-    reference = load_reference(arguments.reference_set, network, few)
-    return SetComparison(network, reference, arguments.resamples, few)
+    return replace(sets, unread=open_reference(path, network, few))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,13 +33,13 @@ class Peer:
     """``build`` makes the function that is timed.
 
     precision: "fp32", "bf16", "int8", or None for what computes no network output (not checked).
-    check: what is compared where the function's own result cannot be.
+    result: of what the function gives, the tensor that is compared.
     """
 
     name: str
     precision: str | None
     build: Callable[[], Callable[[], Any]]
-    check: Callable[[], Tensor] | None = None
+    result: Callable[[Any], Tensor] = lambda output: output
 
 
 @dataclass
@@ -81,14 +81,13 @@ def build_peers(
                 output = function()
                 _finish(output)
                 record["build_s"] = round(time.perf_counter() - start, 2)
-                output = output if peer.check is None else peer.check()
         # What a peer raises where it cannot run; anything else is a fault of this program.
         except (ImportError, ValueError, RuntimeError, OSError, MemoryError) as error:
             record["skipped"] = one_line(error)[:200] or type(error).__name__
             log(f"  {peer.name}: skipped: {record['skipped']}")
             continue
         if peer.precision is not None:
-            record["error"] = relative_error(output, expected)
+            record["error"] = relative_error(peer.result(output), expected)
             record["bound"] = bounds[peer.precision]
             text = f"error {record['error']:.2e}, bound {record['bound']:.2e}"
             if not record["error"] <= record["bound"]:  # NaN fails too

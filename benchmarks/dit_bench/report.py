@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from dit_bench.schema import PARTS
+from dit_bench.set_arguments import LEAST_RESAMPLES
 from dit_bench.tables import Table
 
 _WHAT = {
@@ -15,7 +16,8 @@ _WHAT = {
 
 _CHECKED = (
     "error: relative, against eager float32 on the same weights and inputs, before timing; of a "
-    "whole generation: of a guided step and a decode by the same backend"
+    "whole generation: of its images in [-1, 1] (of its latents without a VAE), same labels and "
+    "noise"
 )
 _PER_SECOND = (
     "images/s: how often a second this is done for one image; a whole generation's are the images "
@@ -163,7 +165,9 @@ def parity_table(report: dict[str, Any]) -> Table:
         for row in found["subjects"]:
             steps, final = row["latent_error_by_step"], row["final_latent_error"]
             psnr = row.get("psnr_db")
-            decibels = ["–"] * 2 if psnr is None else [_db(psnr["median"]), _db(psnr["min"])]
+            decibels = ["–"] * 2
+            if psnr is not None:
+                decibels = [_db(psnr[key], psnr["not_finite"]) for key in ("median", "min")]
             table.add(
                 found["model"], f"{row['backend']} {row['precision']}", found["n"],
                 _error(steps[0]), _error(steps[len(steps) // 2]), _error(final["mean"]),
@@ -198,9 +202,7 @@ def distance_table(report: dict[str, Any]) -> Table:
                 cells += [
                     sets["reference"], sets["n_reference"] or "unknown",
                     f"{sets['to_reference']:.4f}", f"{sets['eager_to_reference']:.4f}",
-                    f"{delta['value']:.3g}",
-                    f"{delta['low']:.3g} to {delta['high']:.3g} ({sets['confidence']:.0%})",
-                    sets["resamples"],
+                    f"{delta['value']:.3g}", _interval(sets), sets["resamples"],
                 ]  # fmt: skip
             table.add(*cells)
     table.notes.append(
@@ -241,9 +243,18 @@ def _error(value: float | None) -> str:
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.1e}"
 
 
-def _db(value: float | None) -> str:
-    """None, in JSON, and infinity are of images that are equal."""
-    return "equal" if value is None or math.isinf(value) else f"{value:.1f}"
+def _db(value: float | None, not_finite: int) -> str:
+    """JSON has null both for infinity, which is of equal images, and for what is no number."""
+    if value is not None and math.isfinite(value):
+        return f"{value:.1f}"
+    return "not finite" if not_finite else "equal"
+
+
+def _interval(sets: dict[str, Any]) -> str:
+    delta = sets["absolute_difference"]
+    if delta["low"] is None:
+        return f"none: below {LEAST_RESAMPLES} resamples"
+    return f"{delta['low']:.3g} to {delta['high']:.3g} ({sets['confidence']:.0%})"
 
 
 def _ms(value: float) -> str:

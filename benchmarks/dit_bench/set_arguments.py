@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 NETWORKS = ("inception", "lite0")
 RESAMPLES = 100  # of the bootstrap
+LEAST_RESAMPLES = 20  # the 95 % quantiles of fewer are their extremes
+
+SET_OPTIONS = ("features", "reference_set", "inception_weights", "resamples", "allow_few")
 
 
 def add_set_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,5 +22,14 @@ def add_set_arguments(parser: argparse.ArgumentParser) -> None:
         "against, for |ΔFID|; by inception unless --features is given")  # fmt: skip
     add("--inception-weights", type=Path, metavar="FILE",
         help="DIT_INCEPTION_WEIGHTS unless given")  # fmt: skip
-    add("--resamples", type=int, default=RESAMPLES, help="of the bootstrap")
+    add("--resamples", type=int, metavar="N",
+        help=f"of the bootstrap, at least {LEAST_RESAMPLES}; {RESAMPLES} unless given")  # fmt: skip
     add("--allow-few", action="store_true", help="accept fewer images than features")
+
+
+def refuse_given(arguments: argparse.Namespace, names: Iterable[str], needed: str) -> None:
+    """Raise a ValueError for the first option of ``names`` that was given; it is for ``needed``."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value is not False:
+            raise ValueError(f"--{name.replace('_', '-')} is for {needed}, which is not given")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,16 +109,26 @@ def check_enough(of: ComparedSet, network: FeatureNetwork, allow_few: bool) -> N
             )
 
 
-def read(images: ImageSource, into: SetFeatures, batch_size: int) -> bool:
-    """Whether all of the images were read; if not, Ctrl-C was pressed."""
+def read(
+    images: ImageSource,
+    into: SetFeatures,
+    batch_size: int,
+    quiet: bool = False,
+    check: Callable[[], object] = lambda: None,
+) -> bool:
+    """Whether all of the images were read; if not, Ctrl-C was pressed.
+
+    quiet: no progress bar. check: called after every batch; it may raise KeyboardInterrupt.
+    """
     from tqdm import tqdm
 
     name = Path(images.name).name or images.name
-    with tqdm(total=len(images), desc=name, unit="img", delay=2.0) as bar:
+    with tqdm(total=len(images), desc=name, unit="img", delay=2.0, disable=quiet) as bar:
         try:
             for batch in images.batches(batch_size):
                 into.add(batch)
                 bar.update(len(batch))
+                check()
         except KeyboardInterrupt:
             return False
     return True

@@ -89,8 +89,8 @@ def operators() -> dict[str, Any]:
 
 
 def parity() -> dict[str, Any]:
-    """A report of dit_bench.parity: one backend with sets and a reference, and one that equals
-    eager; in JSON the infinite PSNR of the latter is null."""
+    """A report of dit_bench.parity: one backend with sets and a reference, one that equals eager,
+    and one that gives NaN; in JSON the PSNR of both of the latter is null."""
     sets = {"metric": "FD-Lite0", "n": 2400, "between": 0.0123, "reference": "held-out",
             "n_reference": None, "to_reference": 76.81234, "eager_to_reference": 76.8,
             "difference": {"value": -0.0123, "low": -0.03, "high": 0.01},
@@ -98,10 +98,14 @@ def parity() -> dict[str, Any]:
             "confidence": 0.95, "resamples": 100}  # fmt: skip
     row = {"backend": "lean", "precision": "bf16", "latent_error_by_step": [1e-3, 2e-3, 3e-3],
            "final_latent_error": {"mean": 3e-3, "max": 5e-3},
-           "psnr_db": {"median": 41.25, "min": 30.0}}  # fmt: skip
-    same = row | {"precision": "fp32", "psnr_db": {"median": float("inf"), "min": None}}
+           "psnr_db": {"median": 41.25, "min": 30.0, "not_finite": 0}}  # fmt: skip
+    same = row | {"precision": "fp32",
+                  "psnr_db": {"median": float("inf"), "min": None, "not_finite": 0}}  # fmt: skip
+    broken = row | {"precision": "fp16", "latent_error_by_step": [1e-3, float("nan"), None],
+                    "final_latent_error": {"mean": float("nan"), "max": None},
+                    "psnr_db": {"median": float("nan"), "min": None, "not_finite": 3}}  # fmt: skip
     return {"model": "builtin", "n": 2400, "settings": {"steps": 3}, "interrupted": False,
-            "subjects": [row | {"sets": sets}, same]}  # fmt: skip
+            "subjects": [row | {"sets": sets}, same, broken]}  # fmt: skip
 
 
 def scaling() -> dict[str, Any]:

@@ -245,6 +245,11 @@ def test_a_checkpoint_keeps_its_weights(model: str) -> None:
         (["--model", "S/2", "--seconds", "inf"], "seconds inf is not a finite number above 0"),
         (["--model", "S/2", "--features", "lite0"], "--features is for --parity, which is not"),
         (["--model", "S/2", "--reference-set", "x"], "--reference-set is for --parity"),
+        (["--model", "S/2", "--inception-weights", "x"], "--inception-weights is for --parity"),
+        (["--model", "S/2", "--resamples", "100"], "--resamples is for --parity, which is not"),
+        (["--model", "S/2", "--resamples", "0"], "--resamples is for --parity, which is not"),
+        (["--model", "S/2", "--allow-few"], "--allow-few is for --parity, which is not given"),
+        (["--model", "S/2", "--parity", "--allow-few"], "--allow-few is for --features or --ref"),
         (
             ["--model", "S/2", "--parity", "--reference-set", "x", "--inception-weights", "no.pth"],
             "Inception-v3 weights no.pth are not a file",

@@ -14,12 +14,11 @@ import torch
 from inception_weights import random_state
 from tiny import tiny_engine
 
-from dit_bench import fid, lite0
+from dit_bench import fid, inception, lite0
 from dit_bench.features import (
     Extracted,
     FeatureNetwork,
     SetFeatures,
-    full_precision,
     load_network,
 )
 from dit_bench.fid import main
@@ -192,11 +191,39 @@ def test_weights_are_missed_before_a_model_is_loaded(
     assert "pt_inception-2015-12-05-6726825d.pth" in capsys.readouterr().err
 
 
-def test_features_are_computed_without_tf32() -> None:
-    before = torch.backends.cudnn.allow_tf32
-    with full_precision():
-        assert not torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.enabled
-    assert torch.backends.cudnn.allow_tf32 == before
+@pytest.mark.parametrize("name", ["lite0", "inception"])
+def test_features_are_computed_without_tf32(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As seen from within the network; what else is set of cuDNN stays."""
+    cudnn = torch.backends.cudnn
+    seen: list[dict[str, Any]] = []
+
+    def settings() -> dict[str, Any]:
+        names = ("allow_tf32", "enabled", "benchmark", "deterministic")
+        return {key: getattr(cudnn, key) for key in names}
+
+    class Network(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            seen.append(settings())
+            rows = x.flatten(1)[:, :3]
+            return rows if name == "lite0" else (rows, rows, rows)
+
+    monkeypatch.setattr(lite0, "load_lite0", Network)
+    monkeypatch.setattr(inception, "load_inception", lambda _: Network())
+    monkeypatch.setattr(inception, "is_published", lambda _: True)
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"none")
+    network = load_network(name, path)
+    before = settings()
+    for enabled in (True, False):
+        unusual = {"allow_tf32": True, "enabled": enabled, "benchmark": not enabled,
+                   "deterministic": enabled}  # fmt: skip
+        with cudnn.flags(**unusual):
+            network.extract(pixels(2, 0))
+            assert seen.pop() == unusual | {"allow_tf32": False}
+            assert settings() == unusual
+    assert settings() == before and seen == []
 
 
 def test_the_json_says_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str],

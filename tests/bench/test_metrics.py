@@ -165,14 +165,15 @@ def test_ctrl_c_keeps_the_finished_resamples() -> None:
     ticks = iter(range(100))
 
     def stop() -> None:
-        if next(ticks) == 4:
+        if next(ticks) in (4, 5):
             raise KeyboardInterrupt
 
     assert len(paired_bootstrap(rows, rows + 1, reference, 100, tick=stop)) == 5
-    with pytest.raises(ValueError, match="resamples 1 is not at least 2"):
-        paired_bootstrap(rows, rows, reference, 1)
+    assert len(paired_bootstrap(rows, rows + 1, reference, 100, tick=stop)) == 1  # not a second
+    with pytest.raises(ValueError, match="resamples 19 is not at least 20"):
+        paired_bootstrap(rows, rows, reference, 19)
     with pytest.raises(ValueError, match=r"\(30, 2\) and \(29, 2\) are not paired"):
-        paired_bootstrap(rows, rows[1:], reference, 5)
+        paired_bootstrap(rows, rows[1:], reference, 20)
 
 
 def test_statistics_in_single_precision_are_taken() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,13 @@ from dit_bench import parity
 from dit_bench.features import Extracted, FeatureNetwork
 from dit_bench.frechet import Statistics, frechet_distance, moments_of
 from dit_bench.metrics import DistanceTo, paired_bootstrap
-from dit_bench.paired_sets import Reference, SetComparison, interval, load_reference
+from dit_bench.paired_sets import (
+    Reference,
+    SetComparison,
+    interval,
+    open_reference,
+    read_reference,
+)
 from dit_bench.parity import compare, format_report, main
 from dit_engine import backends
 from dit_engine.backends.eager import EagerBackend
@@ -76,7 +84,7 @@ def test_distances_are_those_of_the_images() -> None:
     """Against the images as the engine itself makes them."""
     engine = tiny_engine(max_batch_size=5)
     labels = [i % 10 for i in range(12)]
-    report = compare(engine, labels, [("damaged", "fp32")], sets=sets(resamples=2), **SETTINGS)
+    report = compare(engine, labels, [("damaged", "fp32")], sets=sets(resamples=20), **SETTINGS)
     found = report["subjects"][0]["sets"]
     features = [
         colours(engine.generate(labels, backend=name, output="np", **SETTINGS).images).pooled
@@ -112,7 +120,9 @@ def test_ctrl_c_keeps_the_finished_batches(monkeypatch: pytest.MonkeyPatch) -> N
         return trajectory(*arguments, **options)
 
     monkeypatch.setattr(parity, "trajectory", interrupted)
-    report = compare(engine, list(range(8)), [("lean", "bf16")], sets=sets(resamples=5), **SETTINGS)
+    report = compare(
+        engine, list(range(8)), [("lean", "bf16")], sets=sets(resamples=20), **SETTINGS
+    )
     assert report["n"] == 4 and report["interrupted"]
     row = report["subjects"][0]
     assert row["final_latent_error"] == whole["subjects"][0]["final_latent_error"]
@@ -123,7 +133,7 @@ def test_ctrl_c_keeps_the_finished_batches(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_reference_may_be_images_or_statistics(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 3)).astype(np.uint8)
     np.savez(tmp_path / "images.npz", images)
-    reference = load_reference(tmp_path / "images.npz", NETWORK)
+    reference = read_reference(open_reference(tmp_path / "images.npz", NETWORK), NETWORK)
     np.testing.assert_allclose(reference.moments.mean, colours(images).pooled.mean(0), rtol=1e-6)
     assert reference.moments.count == 9
     a = np.random.default_rng(1).normal(size=(20, 3))
@@ -131,10 +141,49 @@ def test_the_reference_may_be_images_or_statistics(tmp_path: Path) -> None:
     stored |= {"mu_s": a.mean(0), "sigma_s": stored["sigma"]}
     np.savez(tmp_path / "stats.npz", **stored)
     with pytest.raises(ValueError, match="statistics of Inception's features"):
-        load_reference(tmp_path / "stats.npz", NETWORK)
+        open_reference(tmp_path / "stats.npz", NETWORK)
     inception = FeatureNetwork("inception", "FID", 3, colours, 3)
-    np.testing.assert_allclose(load_reference(tmp_path / "stats.npz", inception).moments.mean,
-                               stored["mu"])  # fmt: skip
+    stored_moments = read_reference(open_reference(tmp_path / "stats.npz", inception), inception)
+    np.testing.assert_allclose(stored_moments.moments.mean, stored["mu"])
+
+
+def test_a_reference_is_read_once_quietly_and_can_be_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read = []
+
+    def counted(images: np.ndarray) -> Extracted:
+        read.append(len(images))
+        return colours(images)
+
+    network = FeatureNetwork("lite0", "FD-Lite0", 3, counted)
+    images = np.random.default_rng(0).integers(0, 256, (70, 4, 4, 3)).astype(np.uint8)
+    np.savez(tmp_path / "images.npz", images)
+    wanted = SetComparison(network, unread=open_reference(tmp_path / "images.npz", network))
+    assert read == []
+    pressed = iter([None, KeyboardInterrupt])
+
+    def check() -> None:
+        if (error := next(pressed)) is not None:
+            raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        wanted.with_reference(check=check)
+    assert read == [32, 32]
+    read.clear()
+    found = wanted.with_reference(quiet=True)
+    assert found.with_reference() is found and read == [32, 32, 6]
+    assert found.reference is not None and found.reference.moments.count == 70
+    with pytest.MonkeyPatch.context() as patch:
+        shown = []
+        patch.setattr("tqdm.tqdm", lambda *_, disable, **__: shown.append(disable) or bar())
+        wanted.with_reference(quiet=True)
+        wanted.with_reference()
+    assert shown == [True, False]
+
+
+def bar() -> Any:
+    return contextlib.nullcontext(SimpleNamespace(update=lambda *_: None))
 
 
 def test_the_command_compares_sets(
@@ -148,9 +197,9 @@ def test_the_command_compares_sets(
     common = ["--samples", "6", "--steps", "2", "--sampler", "ddim", "--subjects", "lean/bf16",
               "--json", str(path)]  # fmt: skip
     wanted = ["--features", "lite0", "--reference-set", str(tmp_path / "images.npz")]
-    assert main([*common, *wanted, "--resamples", "7"]) == 0
+    assert main([*common, *wanted, "--resamples", "21"]) == 0
     row = json.loads(path.read_text())["subjects"][0]["sets"]
-    assert (row["n"], row["n_reference"], row["resamples"]) == (6, 9, 7)
+    assert (row["n"], row["n_reference"], row["resamples"]) == (6, 9, 21)
     text = capsys.readouterr().out
     assert "|ΔFD-Lite0|" in text and "95% interval" in text and "FID" not in text
     assert main([*common, "--features", "lite0"]) == 0
@@ -164,7 +213,9 @@ def test_the_command_compares_sets(
     ("arguments", "message"),
     [
         (["--features", "lite0", "--samples", "3"], "3 images are too few for 3 features; at leas"),
-        (["--features", "lite0", "--resamples", "1"], "resamples 1 is not at least 2"),
+        (["--reference-set", "x", "--resamples", "19"], "resamples 19 is not at least 20"),
+        (["--features", "lite0", "--resamples", "20"], "--resamples is for --reference-set, which"),
+        (["--allow-few"], "--allow-few is for --features or --reference-set, which is not given"),
         (["--features", "lite0", "--reference-set", "absent"], "absent does not exist"),
     ],
 )
@@ -221,7 +272,7 @@ def test_the_features_are_inceptions_unless_others_are_named(
     assert parity.set_comparison(nothing, torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize(("calls", "n", "resamples"), [(5, 4, 0), (9, 8, 2)])
+@pytest.mark.parametrize(("calls", "n", "resamples"), [(5, 4, 0), (9, 8, 1), (28, 8, 20)])
 def test_a_check_that_interrupts_keeps_what_is_finished(calls: int, n: int, resamples: int) -> None:
     """Two batches of two steps by two runs are eight calls; those of the bootstrap follow."""
     seen = 0
@@ -237,7 +288,13 @@ def test_a_check_that_interrupts_keeps_what_is_finished(calls: int, n: int, resa
     report = compare(engine, list(range(8)), [("lean", "fp32")], sets=of, check=check, **SETTINGS)
     assert report["n"] == n and report["interrupted"]
     if resamples:
-        assert report["subjects"][0]["sets"]["resamples"] == resamples
+        found = report["subjects"][0]["sets"]
+        assert found["resamples"] == resamples
+        none = found["absolute_difference"]["low"] is None and found["difference"]["high"] is None
+        assert none == (resamples < 20)
+        text = format_report({"model": "tiny", **report})
+        assert ("no interval below 20 resamples" in text) == none
+        assert ("95% interval" in text) != none
 
 
 def test_a_batch_that_is_made_again_in_halves_is_counted_once(

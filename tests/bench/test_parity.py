@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import torch
 from tiny import tiny_engine
 
 from dit_bench.parity import compare, format_report, main, psnr, relative_errors, trajectory
+from dit_bench.quality import write_report
+from dit_engine.backends.eager import EagerBackend
 
 
 def test_errors_of_tensors_made_by_hand() -> None:
@@ -57,6 +60,26 @@ def test_the_command_writes_what_it_prints(
     assert 0 < row["final_latent_error"]["mean"] < 0.2
     assert f"{row['final_latent_error']['mean']:.2e}" in capsys.readouterr().out
     assert report["settings"]["steps"] == 8 and report["hardware"]["cpu"]
+
+
+def test_nan_is_told_from_equal_in_json(tmp_path: Path) -> None:
+    engine = tiny_engine()
+    honest = EagerBackend.prepare
+
+    def prepare(self: EagerBackend, labels: torch.Tensor, timesteps: torch.Tensor) -> Any:
+        denoise = honest(self, labels, timesteps)
+        factor = float("nan") if self.dtype == torch.bfloat16 else 1.0
+        return lambda x, step: denoise(x, step) * factor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EagerBackend, "prepare", prepare)
+        subjects = [("eager", "fp32"), ("eager", "bf16")]
+        report = compare(engine, [0, 1, 2], subjects, steps=2, sampler="ddim", seed=0)
+    write_report(report, tmp_path / "a.json")
+    same, broken = json.loads((tmp_path / "a.json").read_text())["subjects"]
+    assert same["psnr_db"] == {"median": None, "min": None, "not_finite": 0}
+    assert broken["psnr_db"] == {"median": None, "min": None, "not_finite": 3}
+    assert same["final_latent_error"]["mean"] == 0 and broken["final_latent_error"]["mean"] is None
 
 
 @pytest.mark.parametrize(

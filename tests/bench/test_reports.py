@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from dit_bench.comparing import compare_reports, regressions
+from dit_bench.outputs import finite
 from dit_bench.page import page
 from dit_bench.plots import all_figures
 from dit_bench.report import report_tables
@@ -46,7 +47,9 @@ def damage(path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("schema", "dit-bench/0", "'dit-bench/0' is not 'dit-bench/1'"),
+        ("schema", "dit-bench/0", "'dit-bench/0' is not 'dit-bench/2'"),
+        ("schema", "dit-bench/1", "'dit-bench/1' is not 'dit-bench/2'; measure again"),
+        ("parity.0.subjects.0.psnr_db.not_finite", ..., "psnr_db has no 'not_finite'"),
         ("measurements", ..., "the report has no 'measurements'"),
         ("settings.threads", "2", "settings: 'threads' is str, not number"),
         ("interrupted", 0, "'interrupted' is int, not bool"),
@@ -117,6 +120,9 @@ def test_a_time_that_is_lost_is_told(capsys: pytest.CaptureFixture[str]) -> None
     found = compare_reports(new, old)
     assert found["lost"] == ["S/8 forward, 1, eager bf16: wrong now (computes another function)"]
     assert compare_reports(old, new)["lost"] == []
+    for report in (old, new):
+        report["measurements"] = report["measurements"][1:2]
+    assert compare_reports(new, old) == found | {"rows": []}  # lost, although nothing is compared
     show(report_tables(new | {"comparison": found}))
     assert "LOST: S/8 forward, 1, eager bf16: wrong now" in capsys.readouterr().out
 
@@ -124,9 +130,9 @@ def test_a_time_that_is_lost_is_told(capsys: pytest.CaptureFixture[str]) -> None
 def test_paired_sets_are_shown_with_n_reference_and_interval(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    report = made_up.report() | {"parity": [made_up.parity()]}
+    report = finite(made_up.report() | {"parity": [made_up.parity()]})  # as it is read from JSON
     validate(report)
-    show(report_tables(report))
+    show(report_tables(report), width=200)
     lines = capsys.readouterr().out.splitlines()
     (shown,) = (line.split() for line in lines if "held-out" in line)
     assert shown == [
@@ -135,6 +141,18 @@ def test_paired_sets_are_shown_with_n_reference_and_interval(
     ]  # fmt: skip
     (same,) = (line.split() for line in lines if "lean fp32" in line)
     assert same[-2:] == ["equal", "equal"]
+    (broken,) = (line.split() for line in lines if "lean fp16" in line)
+    assert broken[4:] == ["1.0e-03", *["not", "finite"] * 5]
+
+
+def test_too_few_resamples_have_no_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    parity = made_up.parity()
+    sets = parity["subjects"][0]["sets"]
+    sets["resamples"] = 19
+    sets["absolute_difference"] |= {"low": None, "high": None}
+    show(report_tables(made_up.report() | {"parity": [parity]}), width=250)
+    (shown,) = (line for line in capsys.readouterr().out.splitlines() if "held-out" in line)
+    assert "none: below 20 resamples" in shown and "95%" not in shown
 
 
 def test_a_row_is_one_line_where_the_output_is_no_terminal(

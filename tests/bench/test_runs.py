@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from made_up import QUICK
 from tiny import tiny_dit, tiny_engine
 
-from dit_bench import cli, measure, parity
+from dit_bench import cli, measure, paired_sets, parity
 from dit_bench.contenders import Cast, needed_weights
 from dit_bench.features import Extracted, FeatureNetwork
 from dit_bench.forwards import Networks, Work
 from dit_bench.frechet import frechet_distance, moments_of
 from dit_bench.inputs import read_report
+from dit_bench.options import build_parser, plan_of
 from dit_bench.outputs import write_json
 from dit_bench.progress import Progress
 from dit_bench.subjects import in_numerics
@@ -46,13 +48,13 @@ def test_parity_gives_distances_with_n_and_their_interval(
     np.savez(tmp_path / "set.npz", images)
     options = ["--only", "forward", "--precision", "bf16", "--parity", "--samples", "6",
                "--features", "lite0", "--reference-set", str(tmp_path / "set.npz"),
-               "--resamples", "5"]  # fmt: skip
+               "--resamples", "20"]  # fmt: skip
     report = run(model, *options, path=tmp_path / "a.json")
     (found,) = report["parity"]
     (row,) = found["subjects"]
     sets = row["sets"]
     assert (sets["metric"], sets["n"], sets["n_reference"], sets["resamples"]) == (
-        "FD-Lite0", 6, 9, 5,
+        "FD-Lite0", 6, 9, 20,
     )  # fmt: skip
     assert found["features"] == {"features": "lite0"}
     made = Engine.from_pretrained(model, device="cpu").generate(
@@ -71,26 +73,84 @@ def test_parity_gives_distances_with_n_and_their_interval(
     assert "FID" not in shown
 
 
-def damage(monkeypatch: pytest.MonkeyPatch, name: str, of: Any) -> None:
-    """What method ``name`` of `Work` gives for ``of`` (its first argument) is 1 % too large."""
-    honest = getattr(Work, name)
-
-    def damaged(self: Any, first: Any, precision: str) -> Any:
-        function = honest(self, first, precision)
-        return (lambda: function() * 1.01) if first == of else function
-
-    monkeypatch.setattr(Work, name, damaged)
-
-
-@pytest.mark.parametrize(("method", "of"), [("guided_step", "lean"), ("decode", True)])
-def test_a_whole_generation_is_checked_by_its_step_and_its_decoder(
-    method: str, of: Any, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("precision", "damage", "error"),
+    [
+        ("fp32", lambda images: torch.zeros_like(images), None),
+        ("bf16", lambda images: torch.zeros_like(images), None),
+        ("int8", lambda images: torch.zeros_like(images), None),
+        ("fp32", lambda images: images * torch.nan, None),
+        ("fp32", lambda images: images + 0.01 * (images - 0.5), 0.01),
+    ],
+)
+def test_a_whole_generation_is_checked_by_what_it_returns(
+    precision: str,
+    damage: Any,
+    error: float | None,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    damage(monkeypatch, method, of)
-    report = run(model, "--only", "image", path=tmp_path / "a.json", code=1)
+    honest = Engine.generate
+    options = ["--only", "image", "--precision", precision]
+    report = run(model, *options, path=tmp_path / "a.json")
+    (row,) = report["measurements"]
+    assert row["status"] == "ok" and row["error"] <= row["bound"] <= 0.5
+
+    def damaged(self: Engine, *arguments: Any, backend: str, **options: Any) -> Any:
+        found = honest(self, *arguments, backend=backend, **options)
+        return replace(found, images=damage(found.images)) if backend == "lean" else found
+
+    monkeypatch.setattr(Engine, "generate", damaged)
+    report = run(model, *options, path=tmp_path / "a.json", code=1)
     (row,) = report["measurements"]
     assert row["status"] == "wrong" and "ms" not in row
-    assert row["error"] == pytest.approx(0.01 / 2**0.5, rel=0.02)  # one of two parts is 1 % off
+    if error is not None:
+        assert row["error"] == pytest.approx(error, rel=0.01)
+
+
+def test_eager_makes_what_generations_are_checked_by_once(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    honest = Engine.generate
+
+    def counted(self: Engine, labels: Any, **options: Any) -> Any:
+        made.append((options["backend"], options["precision"], len(labels)))
+        return honest(self, labels, **options)
+
+    monkeypatch.setattr(Engine, "generate", counted)
+    run(model, "--only", "image", "--batch", "1", "2", path=tmp_path / "a.json")
+    assert [each for each in made if each[0] == "eager"] == [
+        ("eager", "fp32", 1), ("eager", "fp32", 2),
+    ]  # fmt: skip
+
+
+def test_a_reference_is_read_within_the_run(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under its limit of threads, as quiet as it is, and before anything is measured."""
+    monkeypatch.setattr(parity, "load_network", lambda *_: NETWORK)
+    np.savez(tmp_path / "set.npz", np.zeros((9, 4, 4, 3), np.uint8))
+    arguments = ["--model", model, "--parity", "--samples", "6", "--features", "lite0",
+                 "--reference-set", str(tmp_path / "set.npz"), "--quiet", *QUICK]  # fmt: skip
+    seen = []
+
+    def read(*_: Any, quiet: bool, check: Any) -> Any:
+        seen.append((quiet, torch.get_num_threads(), check.__self__.__class__))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(paired_sets, "read_reference", read)
+    monkeypatch.setattr(measure, "measure_ceilings", lambda *_, **__: pytest.fail("measured"))
+    plan = plan_of(build_parser("").parse_args(arguments))
+    assert seen == [] and plan.sets is not None and plan.sets.unread is not None
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert cli.main(arguments) == 130
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [(True, 1, Progress)]
 
 
 def test_what_was_measured_before_an_error_is_kept(

@@ -51,7 +51,9 @@ class Progress:
         """A new stage begins. Raises KeyboardInterrupt where one was asked for."""
         self.check()
         if self._bar is not None:
-            self._bar.set_description(name)
+            # Not drawn at once: tqdm would not know that it was, and leave the line unfinished.
+            self._bar.set_description(name, refresh=False)
+            self._bar.update(0)
 
     def done(self) -> None:
         if self._bar is not None:

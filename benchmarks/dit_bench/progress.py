@@ -38,10 +38,12 @@ class Progress:
         if threading.current_thread() is threading.main_thread():
             before = signal.signal(signal.SIGINT, self._interrupt)
         self._bar = tqdm(total=stages, desc="dit-bench", unit="part", file=sys.stderr,
-                         delay=DELAY_S, disable=self.quiet)  # fmt: skip
+                         delay=DELAY_S, leave=False, disable=self.quiet)  # fmt: skip
         try:
             yield
         finally:
+            # Drawn before its delay, by a description or a line above it, tqdm's close leaves it.
+            self._bar.clear()
             self._bar.close()
             self._bar = None
             if before is not None:
@@ -51,9 +53,7 @@ class Progress:
         """A new stage begins. Raises KeyboardInterrupt where one was asked for."""
         self.check()
         if self._bar is not None:
-            # Not drawn at once: tqdm would not know that it was, and leave the line unfinished.
-            self._bar.set_description(name, refresh=False)
-            self._bar.update(0)
+            self._bar.set_description(name)
 
     def done(self) -> None:
         if self._bar is not None:

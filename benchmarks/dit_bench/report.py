@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from dit_bench.hardware import BUSY
 from dit_bench.schema import PARTS
 from dit_bench.set_arguments import LEAST_RESAMPLES
 from dit_bench.tables import Table
@@ -77,7 +78,7 @@ def machine_table(report: dict[str, Any]) -> Table:
         table.add("energy", report["energy"])
     load = report["load_average"]
     if load is not None:
-        busy = " (busy: these figures are not to be quoted)" if load > 0.3 else ""
+        busy = " (busy: these figures are not to be quoted)" if load > BUSY else ""
         table.add("load average", f"{load:.2f} at the start{busy}")
     return table
 

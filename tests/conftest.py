@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 
 import pytest
 from openmp import check_runtimes
 from vectors import Vectors, read_vectors
+
+
+# A shell starts its background jobs with SIGINT ignored, and what the tests start would inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=["dit_p2_d24", "dit_p4_d72"])

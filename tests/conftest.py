@@ -10,7 +10,6 @@ import pytest
 from openmp import check_runtimes
 from vectors import Vectors, read_vectors
 
-
 # A shell starts its background jobs with SIGINT ignored, and what the tests start would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -14,7 +14,6 @@ import gc
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,12 @@ from dit_bench.cpu_sections import (
     run_memory,
     run_profile,
 )
-from dit_bench.hardware import BUSY, cpu_model
+from dit_bench.hardware import BUSY, cpu_model, load_average, settle
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.destination import check_file
 from dit_engine.cli.errors import run_command
 from dit_engine.files import atomic_path
+from dit_kernels.quantized import quantized_why_not
 
 # Models with the batches that they are measured at; then what is measured otherwise.
 BATCHES = {"XL/2": (2,), "S/2": (2, 16), "builtin": (2, 16)}
@@ -45,17 +45,6 @@ WORKLOADS = (*BATCHES, "vae", "memory")
 COMPILE_MODES = ("default", "frozen default")
 ROUNDS, QUICK_ROUNDS = 15, 3
 RESULTS = Path(__file__).parents[1] / "results"
-SETTLE_S = 180  # the longest wait for what ran before, an installation say, to leave the load
-
-
-def settle(log: Log) -> None:
-    """Wait until the load average is an idle machine's, but no longer than ``SETTLE_S``."""
-    if os.getloadavg()[0] > BUSY:
-        log(f"waiting for a load average of at most {BUSY}, {SETTLE_S} s at most")
-    for _ in range(SETTLE_S // 5):
-        if os.getloadavg()[0] <= BUSY:
-            break
-        time.sleep(5)
 
 
 def plan(arguments: argparse.Namespace, log: Log) -> list[Callable[[], Section]]:
@@ -68,7 +57,16 @@ def plan(arguments: argparse.Namespace, log: Log) -> list[Callable[[], Section]]
     )
     if arguments.profile:
         models = arguments.only or ["S/2" if quick else "XL/2"]
-        return [lambda name=name: run_profile(name, settings, log) for name in models]
+        precisions = ["bf16"]
+        if (reason := quantized_why_not("int8", torch.device("cpu"))) is None:
+            precisions.append("int8")
+        else:
+            log(f"int8 skipped: {reason}")
+        return [
+            lambda name=name, precision=precision: run_profile(name, precision, settings, log)
+            for name in models
+            for precision in precisions
+        ]
     chosen = arguments.only or (["S/2"] if quick else WORKLOADS)
     jobs: list[Callable[[], Section]] = [
         lambda name=name, batch=batch: run_forward(name, batch, settings, log)
@@ -85,7 +83,7 @@ def plan(arguments: argparse.Namespace, log: Log) -> list[Callable[[], Section]]
 
 def measure(arguments: argparse.Namespace, log: Log = print) -> dict[str, Any]:
     """Everything that was asked for, as one JSON-ready dictionary."""
-    load = os.getloadavg()[0]
+    load = load_average()
     torch.set_num_threads(arguments.threads)
     sections = []
     for job in plan(arguments, log):
@@ -104,7 +102,7 @@ def format_report(report: dict[str, Any]) -> str:
     found = ", ".join(f"{name} {value or '(not installed)'}" for name, value in versions.items())
     threads, instructions = hardware["torch_threads"], " ".join(report["instruction_sets"])
     lines += ["", f"{hardware['cpu']}, {threads} threads, {instructions}; {found}"]
-    if report["load_average"] > BUSY:
+    if (report["load_average"] or 0) > BUSY:
         lines.append(
             f"The machine was busy (load average {report['load_average']:.2f} at the start): "
             f"these figures are not to be quoted."

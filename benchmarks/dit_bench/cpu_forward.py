@@ -21,6 +21,7 @@ from dit_engine.backends import create_backend
 from dit_engine.backends.eager import placed
 from dit_engine.checkpoint.meta import without_storage
 from dit_engine.config import ModelConfig
+from dit_engine.lean import LeanTransformer
 from dit_engine.model import DiT, position_embedding
 
 STEPS = 20  # of a sampler, over which the hoisted conditioning is spread
@@ -133,6 +134,10 @@ class Forward:
         """The first step with the conditioning of all ``STEPS`` before it."""
         backend = self._lean_backend(precision)
         return lambda: backend.prepare(self.labels, self.timesteps)(self.x, 0)
+
+    def lean_transformer(self, precision: str) -> LeanTransformer:
+        """The one that `lean` runs, with its packed weights."""
+        return self._lean_backend(precision).transformer
 
     def _lean_backend(self, precision: str) -> Any:
         if precision not in self._backends:

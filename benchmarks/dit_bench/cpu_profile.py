@@ -9,70 +9,68 @@ the caches, here as in the forward). What the whole forward takes beyond the sum
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dit_engine.model import NORM_EPS, DiT
-from dit_kernels import (
-    PackedLinear,
-    attention,
-    gate_residual_layernorm_modulate,
-    layernorm_modulate,
-)
+from dit_engine.lean import LeanTransformer, Product
+from dit_engine.model import NORM_EPS
 
 Part = Callable[[], object]
 
 
 class Linears:
-    """The block linears and the final one, packed as lean packs them, with inputs of their own."""
+    """The block linears and the final one of the lean forward, with inputs of their own.
 
-    def __init__(self, model: DiT, batch: int, dtype: torch.dtype) -> None:
-        config = model.config
-        self.dtype = dtype
+    Inputs of quantised linears are quantised beforehand.
+    """
 
-        def packed(name: str) -> PackedLinear:
-            layer = model.get_submodule(name)
-            assert isinstance(layer, nn.Linear)
-            return PackedLinear(layer.weight.to(dtype), layer.bias.to(dtype))
-
-        blocks = [f"blocks.{i}" for i in range(config.depth)]
-        self.qkv = [packed(f"{block}.attn.qkv") for block in blocks]
-        self.proj = [packed(f"{block}.attn.proj") for block in blocks]
-        self.fc1 = [packed(f"{block}.mlp.fc1") for block in blocks]
-        self.fc2 = [packed(f"{block}.mlp.fc2") for block in blocks]
-        self.final = packed("final_layer.linear")
+    def __init__(self, lean: LeanTransformer, batch: int) -> None:
+        config = lean.config
+        self.blocks = lean.blocks
         generator = torch.Generator().manual_seed(2)
-        shape = (batch, config.num_tokens)
-        widths = (config.hidden_size, config.mlp_hidden_size)
-        self.narrow, self.wide = (
-            torch.randn(*shape, width, generator=generator).to(dtype) for width in widths
-        )
+
+        def tokens(width: int) -> Tensor:
+            shape = (batch, config.num_tokens, width)
+            return torch.randn(shape, generator=generator).to(lean.dtype)
+
+        self.last = tokens(config.hidden_size)
+        self.narrow = lean.norms.activation(self.last)
+        self.wide = lean.norms.activation(tokens(config.mlp_hidden_size))
+        self.final = lean.final
 
     def all(self) -> Tensor:
         """In the order of the forward, nothing else between: the denominator of the bar."""
-        for qkv, proj, fc1, fc2 in zip(self.qkv, self.proj, self.fc1, self.fc2, strict=True):
-            qkv(self.narrow)
-            proj(self.narrow)
-            fc1(self.narrow)
-            fc2(self.wide)
-        return self.final(self.narrow)
+        for block in self.blocks:
+            block.qkv(self.narrow)
+            block.proj(self.narrow)
+            block.fc1(self.narrow)
+            block.fc2(self.wide)
+        return self.final(self.last)
 
 
-def forward_parts(model: DiT, batch: int, dtype: torch.dtype) -> dict[str, Part]:
+def forward_parts(lean: LeanTransformer, batch: int) -> dict[str, Part]:
     """Operator → a function that runs all of a forward's calls to it."""
-    config = model.config
+    config, norms = lean.config, lean.norms
     depth, d, eps = config.depth, config.hidden_size, config.mlp_norm_eps
-    linears = Linears(model, batch, dtype)
+    linears = Linears(lean, batch)
     generator = torch.Generator().manual_seed(3)
-    tokens = (batch, config.num_tokens)
+
+    def tokens(width: int) -> Tensor:
+        shape = (batch, config.num_tokens, width)
+        return torch.randn(shape, generator=generator).to(lean.dtype)
+
     # One qkv a block: as in the forward, it comes from the shared cache at best.
-    packed = [torch.randn(*tokens, 3 * d, generator=generator).to(dtype) for _ in range(depth)]
-    x, y = (torch.randn(*tokens, d, generator=generator).to(dtype) for _ in range(2))
-    row = torch.randn(batch, 6 * d * depth + 2 * d, generator=generator).to(dtype)
+    packed = [tokens(3 * d) for _ in range(depth)]
+    attended, hidden = tokens(d), tokens(config.mlp_hidden_size)
+    x, y = tokens(d), tokens(d)
+    row = torch.randn(batch, 6 * d * depth + 2 * d, generator=generator).to(lean.dtype)
     vectors = row.split(d, dim=1)  # 6 a block and 2 at the end, each (batch, D)
 
-    def through(layers: Sequence[PackedLinear], h: Tensor, gelu: bool = False) -> Part:
+    def through(name: str, h: Any, gelu: bool = False) -> Part:
+        layers: Sequence[Product] = [getattr(block, name) for block in lean.blocks]
+
         def run() -> None:
             for layer in layers:
                 layer(h, gelu=gelu)
@@ -81,25 +79,28 @@ def forward_parts(model: DiT, batch: int, dtype: torch.dtype) -> dict[str, Part]
 
     def attend() -> None:
         for qkv in packed:
-            attention(qkv, config.num_heads)
+            lean.attention(qkv, config.num_heads)
 
     def norm_rows() -> None:
-        layernorm_modulate(x, vectors[0], vectors[1], NORM_EPS)
+        norms.first(x, vectors[0], vectors[1], NORM_EPS)
         for i in range(depth):
             _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors[6 * i : 6 * i + 6]
             shift, scale = vectors[6 * i + 6 : 6 * i + 8]
-            gate_residual_layernorm_modulate(x, y, gate_msa, shift_mlp, scale_mlp, eps)
-            gate_residual_layernorm_modulate(x, y, gate_mlp, shift, scale, NORM_EPS)
+            norms.activation(attended)
+            norms.next(x, y, gate_msa, shift_mlp, scale_mlp, eps)
+            norms.activation(hidden)
+            run = norms.next if i + 1 < depth else norms.last
+            run(x, y, gate_mlp, shift, scale, NORM_EPS)
 
     return {
-        "qkv": through(linears.qkv, linears.narrow),
+        "qkv": through("qkv", linears.narrow),
         "attention": attend,
-        "proj": through(linears.proj, linears.narrow),
-        "fc1": through(linears.fc1, linears.narrow),
-        "fc1 + gelu": through(linears.fc1, linears.narrow, gelu=True),
-        "fc2": through(linears.fc2, linears.wide),
+        "proj": through("proj", linears.narrow),
+        "fc1": through("fc1", linears.narrow),
+        "fc1 + gelu": through("fc1", linears.narrow, gelu=True),
+        "fc2": through("fc2", linears.wide),
         "row kernels": norm_rows,
-        "final linear": through([linears.final], linears.narrow),
+        "final linear": lambda: lean.final(linears.last),
     }
 
 

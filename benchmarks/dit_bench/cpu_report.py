@@ -182,7 +182,7 @@ def _memory_line(row: Mapping[str, Any]) -> str:
 def format_profile(section: Mapping[str, Any]) -> str:
     """A profile section as text: shares of the forward, then each operator alone."""
     profile = section["profile"]
-    lines = ["", f"{section['workload']}, lean bf16: {profile['forward_ms']:.1f} ms a forward"]
+    lines = ["", f"{section['workload']}: {profile['forward_ms']:.1f} ms a forward"]
     lines += [f"  {part['part']:<14} {part['ms']:>9.2f} ms {part['share']:>7.1%}"
               for part in profile["shares"]]  # fmt: skip
     lines.append("  of which, each alone in sequence:")

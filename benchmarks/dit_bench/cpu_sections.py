@@ -57,7 +57,7 @@ def run_forward(name: str, batch: int, settings: Settings, log: Log) -> Section:
     forward = Forward(model_of(name), batch, settings.threads)
 
     def linears() -> Callable[[], Any]:
-        return Linears(forward.twin, batch, torch.bfloat16).all
+        return Linears(forward.lean_transformer("bf16"), batch).all
 
     peers = [*forward_peers(forward, settings.compile_modes), Peer("linears alone", None, linears)]
     expected = forward.expected()
@@ -117,16 +117,16 @@ def run_memory(name: str, settings: Settings, log: Log) -> Section:
     return {"workload": workload, "rows": [memory_row(workload, measured, name == "XL/2")]}
 
 
-def run_profile(name: str, settings: Settings, log: Log) -> Section:
-    """Each operator of the lean bf16 forward alone, and the forward itself, interleaved."""
+def run_profile(name: str, precision: str, settings: Settings, log: Log) -> Section:
+    """Each operator of the lean forward alone, and the forward itself, interleaved."""
     from dit_bench.cpu_profile import forward_parts, shares
 
-    workload = f"{name}, batch 2"
-    log(f"{workload}: building lean bf16 and its parts")
+    workload = f"{name}, batch 2, lean {precision}"
+    log(f"{workload}: building it and its parts")
     forward = Forward(model_of(name), 2, settings.threads)
     with torch.inference_mode():
-        functions: dict[str, Callable[[], Any]] = {"forward": forward.lean("bf16")}
-        functions |= forward_parts(forward.twin, 2, torch.bfloat16)
+        functions: dict[str, Callable[[], Any]] = {"forward": forward.lean(precision)}
+        functions |= forward_parts(forward.lean_transformer(precision), 2)
         for function in functions.values():
             function()
         times = interleave_visits(functions, settings.rounds)

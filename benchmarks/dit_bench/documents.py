@@ -131,7 +131,7 @@ def cpu_table(report: dict[str, Any]) -> str:
         "same weights and inputs, results compared before timing."
     )
     load = report["load_average"]
-    if load > BUSY:
+    if (load or 0) > BUSY:
         notes.append(
             f"The load average was {load:.1f} at the start, which is no idle machine's: measure "
             "again before relying on these figures."

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 
 BUSY = 0.5
 """Load average above which a report of times says so; importing torch alone adds about 0.1."""
+SETTLE_S = 180
+"""The longest wait for what ran before, an installation say, to leave the load average."""
 
 
 def describe_hardware() -> dict[str, Any]:
@@ -31,6 +35,16 @@ def describe_hardware() -> dict[str, Any]:
 def load_average() -> float | None:
     """Of the last minute; None where the system does not tell."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def settle(log: Callable[[str], object]) -> None:
+    """Wait until the load average is an idle machine's, but no longer than ``SETTLE_S``."""
+    if (load_average() or 0) > BUSY:
+        log(f"waiting for a load average of at most {BUSY}, {SETTLE_S} s at most")
+    for _ in range(SETTLE_S // 5):
+        if (load_average() or 0) <= BUSY:
+            break
+        time.sleep(5)
 
 
 def cpu_model() -> str:

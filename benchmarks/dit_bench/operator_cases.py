@@ -113,8 +113,11 @@ def block_cases(
             _linear("linear", rows, d, 3 * d, dtype),
             _linear("linear_gelu", rows, d, 4 * d, dtype),
             _linear("linear", rows, 4 * d, d, dtype),
-            _quantized_linear("linear_int8", rows, d, 4 * d, dtype, torch.int8),
-            _quantized_linear("linear_fp8", rows, d, 4 * d, dtype, FP8),
+            *(
+                _quantized_linear(operator, rows, *widths, dtype, codes)
+                for operator, codes in (("linear_int8", torch.int8), ("linear_fp8", FP8))
+                for widths in ((d, 3 * d), (d, 4 * d), (4 * d, d))
+            ),
             _guided(max(1, n // 2), 32, dtype, True, timed=True),
         ]
     return cases

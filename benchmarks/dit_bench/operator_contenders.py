@@ -28,7 +28,9 @@ def implementations(
     Args:
         impls: values of the operators' ``impl`` to take instead.
     """
-    if case.operator in ("linear_int8", "linear_fp8"):
+    if case.operator == "linear_int8":
+        return {"packed": partial(_quantized, case)}
+    if case.operator == "linear_fp8":
         return {"library": partial(_quantized, case)}
     if impls is not None:
         return {name: partial(_public, case, name) for name in impls}

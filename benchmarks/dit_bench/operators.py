@@ -25,7 +25,7 @@ from dit_bench.budget import Budget
 from dit_bench.ceilings import NAMES, Ceilings, measure_ceilings
 from dit_bench.gpu_environment import describe_environment
 from dit_bench.gpu_report import Report, check_report_path, failure, skipped
-from dit_bench.hardware import load_average
+from dit_bench.hardware import load_average, settle
 from dit_bench.operator_cases import Case, all_cases
 from dit_bench.operator_checks import DeviceLost, Target, check_device, tensors
 from dit_bench.operator_contenders import Find, implementations, opponents, third_party
@@ -209,6 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not cases:
             raise ValueError(f"--only {arguments.only!r} is part of no operator's name")
         check_report_path(arguments.json)
+        if device.type == "cpu" and arguments.json is not None:
+            settle(print)
         budget = Budget(60 * arguments.minutes)
         about = {"environment": describe_environment(device), "load_average": load_average()}
         report = Report(arguments.json, about)

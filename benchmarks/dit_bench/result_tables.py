@@ -13,8 +13,8 @@ from dit_engine.config import ModelConfig
 
 def bounds_table(cpu: dict[str, Any], operators: dict[str, Any]) -> str:
     """Of the first workload of a `dit_bench.cpu` report, beside a `dit_bench.operators` report of
-    the same machine: the least ratio to each peer that its bf16 products allow, at the best rate
-    that any bf16 product of the latter reached, if everything else took no time."""
+    the same machine: the least ratio to each peer that its products allow, at the best rate that
+    any product of the same precision reached in the latter, if everything else took no time."""
     machines = [
         {key: hardware[key] for key in ("cpu", "torch_threads")}
         for hardware in (cpu["hardware"], operators["environment"])
@@ -27,23 +27,25 @@ def bounds_table(cpu: dict[str, Any], operators: dict[str, Any]) -> str:
     if found is None or not all("bar" in row and row["bar"] for row in section["rows"]):
         raise ValueError(f"workload {workload!r} is not one with goals")
     gflop = 2 * int(found[2]) * product_macs(ModelConfig.named(found[1])) / 1e9
-    rate = max(product_rates(operators))
-    least = gflop / rate  # ms: GFLOP over TFLOP/s
+    rates = {precision: max(product_rates(operators, precision)) for precision in ("bf16", "int8")}
+    least = {precision: gflop / rate for precision, rate in rates.items()}  # ms: GFLOP / TFLOP/s
     lines = [
         "| ratio | goal, for AMX | reached | least possible here |",
         "|---|---|---|---|",
     ]
     for row in section["rows"]:
-        if row["ours"] != "lean bf16" or "skipped" in row or row["theirs"] == "linears alone":
+        if "skipped" in row or row["theirs"] == "linears alone":
             continue
+        ours = least[row["ours"].removeprefix("lean ")]
         lines.append(
             f"| {row['ours']} ÷ {row['theirs']} | {row['bar']:.2f} | {row['ratio']['median']:.2f} "
-            f"| {least / row['theirs_ms']:.2f} |"
+            f"| {ours / row['theirs_ms']:.2f} |"
         )
     note = (
         f"The linear layers of the blocks are {gflop:.0f} GFLOP in one forward of {workload}. At "
-        f"the best rate of any bf16 product measured on this processor, {rate:.3f} TFLOP/s, they "
-        f"take {least:.0f} ms however the rest is done. {_busy(cpu)}{_busy(operators)}".rstrip()
+        f"the best rate of any product measured on this processor, {rates['bf16']:.3f} TFLOP/s in "
+        f"bf16 and {rates['int8']:.3f} in int8, they take {least['bf16']:.0f} and "
+        f"{least['int8']:.0f} ms however the rest is done. {_busy(cpu)}{_busy(operators)}".rstrip()
     )
     return _with_note(lines, note)
 
@@ -55,12 +57,16 @@ def product_macs(config: ModelConfig) -> int:
     return parts["attention_linear"].macs + parts["mlp"].macs
 
 
-def product_rates(operators: dict[str, Any]) -> Iterator[float]:
-    """TFLOP/s of every bf16 matrix product of a `dit_bench.operators` report."""
-    yield operators["ceilings"]["matmul_tflop_s"]["bf16"]
+def product_rates(operators: dict[str, Any], precision: str) -> Iterator[float]:
+    """TFLOP/s of every matrix product in "bf16" or "int8" of a `dit_bench.operators` report."""
+    if precision == "bf16":
+        yield operators["ceilings"]["matmul_tflop_s"]["bf16"]
     for row in operators["operators"]:
-        is_product = row["dtype"] == "bf16" and row["operator"] in ("linear", "linear_gelu")
-        if is_product and row["status"] == "ok" and "rate" in row:
+        if row["operator"] == "linear_int8":
+            found = "bf16" if row.get("opponent") else "int8"  # which computes it in half precision
+        else:
+            found = row["dtype"] if row["operator"] in ("linear", "linear_gelu") else None
+        if found == precision and row["status"] == "ok" and "rate" in row:
             yield row["rate"]
 
 
@@ -107,7 +113,7 @@ def profile_table(report: dict[str, Any]) -> str:
             f"| {section['workload']} | {profile['forward_ms']:.4g} | "
             f"{' | '.join(shares[part] for part in parts)} |"
         )
-    note = f"lean bf16 on {report['hardware']['cpu']}, each part alone in turn. {_busy(report)}"
+    note = f"On {report['hardware']['cpu']}, each part alone in turn. {_busy(report)}"
     return _with_note(lines, note.rstrip())
 
 

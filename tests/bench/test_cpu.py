@@ -11,16 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from numerics import assert_close_to_reference
 
-from dit_bench import cpu
+from dit_bench import cpu, hardware
 from dit_bench.cpu_forward import STEPS, random_model
 from dit_bench.cpu_memory import Sampler, needed_bytes, resident_bytes
 from dit_bench.cpu_report import (
     FORWARD,
     Comparison,
-    format_profile,
     format_table,
     forward_comparisons,
     instruction_sets,
@@ -242,51 +239,6 @@ def seen(sampler: Sampler, level: int) -> bool:
     return sampler.peak["anonymous"] >= level
 
 
-PARTS = {"qkv": 10.0, "attention": 6.0, "proj": 5.0, "fc1": 12.0, "fc1 + gelu": 14.0, "fc2": 12.0,
-         "row kernels": 3.0, "final linear": 1.0}  # fmt: skip
-
-
-def test_shares_sum_to_the_forward() -> None:
-    from dit_bench.cpu_profile import shares
-
-    found = {part: (ms, share) for part, ms, share in shares(PARTS, 80.0)}
-    assert found["linears"] == (40.0, 0.5)
-    assert found["gelu"] == (2.0, 0.025)
-    assert found["rest"] == (29.0, pytest.approx(0.3625))
-    assert sum(share for _, share in found.values()) == pytest.approx(1)
-    with pytest.raises(ValueError, match="forward 0 ms is not above 0"):
-        shares(PARTS, 0)
-    parts = [{"part": name, "ms": ms, "share": share} for name, (ms, share) in found.items()]
-    profile = {"forward_ms": 80.0, "operators_ms": PARTS, "shares": parts}
-    text = format_profile({"workload": "XL/2", "profile": profile})
-    assert "rest               29.00 ms   36.2%" in text
-
-
-def test_linears_alone_are_the_models() -> None:
-    from dit_bench.cpu_profile import Linears
-
-    model = random_model(TINY)
-    linears = Linears(model, 2, torch.float32)
-    last = model.final_layer.linear
-    expected = F.linear(linears.narrow.double(), last.weight.double(), last.bias.double())
-    with torch.inference_mode():
-        assert_close_to_reference(linears.all(), expected, tolerance=1e-5)
-        block = model.blocks[1].mlp.fc2
-        wide = linears.wide.double()
-        expected = F.linear(wide, block.weight.double(), block.bias.double())
-        assert_close_to_reference(linears.fc2[1](linears.wide), expected, tolerance=1e-5)
-
-
-def test_every_part_of_the_profile_runs() -> None:
-    from dit_bench.cpu_profile import forward_parts, shares
-
-    with torch.inference_mode():
-        parts = forward_parts(random_model(TINY), 2, torch.float32)
-        for part in parts.values():
-            part()
-    assert shares(dict.fromkeys(parts, 1.0), 10.0)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 def test_memory_is_measured_in_a_child() -> None:
@@ -334,8 +286,10 @@ def test_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     assert planned("--only", "vae", "builtin") == [
         ("forward", "builtin", 2), ("forward", "builtin", 16), ("decode",),
     ]  # fmt: skip
-    assert planned("--profile") == [("profile", "XL/2")]
-    assert planned("--profile", "--only", "S/2") == [("profile", "S/2")]
+    monkeypatch.setattr(cpu, "quantized_why_not", lambda *_: None)
+    assert planned("--profile") == [("profile", "XL/2", "bf16"), ("profile", "XL/2", "int8")]
+    monkeypatch.setattr(cpu, "quantized_why_not", lambda *_: "no VNNI")
+    assert planned("--profile", "--only", "S/2") == [("profile", "S/2", "bf16")]
     [job] = cpu.plan(arguments("--quick", "--rounds", "4", "--threads", "1"), print)
     settings = job()["settings"]
     assert (settings.rounds, settings.threads, settings.compile_modes) == (4, 1, ("default",))
@@ -379,12 +333,12 @@ def test_options_that_cannot_be(
 
 def test_waits_until_the_load_is_an_idle_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     loads = [2.0]
-    monkeypatch.setattr(cpu.os, "getloadavg", lambda: (loads[-1], 0.0, 0.0))
-    monkeypatch.setattr(cpu.time, "sleep", lambda s: loads.append(loads[-1] / 2))
+    monkeypatch.setattr(hardware.os, "getloadavg", lambda: (loads[-1], 0.0, 0.0))
+    monkeypatch.setattr(hardware.time, "sleep", lambda s: loads.append(loads[-1] / 2))
     told: list[str] = []
-    cpu.settle(told.append)
+    hardware.settle(told.append)
     assert loads == [2.0, 1.0, 0.5] and len(told) == 1
-    cpu.settle(told.append)
+    hardware.settle(told.append)
     assert len(loads) == 3 and len(told) == 1
 
 
@@ -393,16 +347,16 @@ def test_report_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     row = make_row("DiT-S/2", Comparison("lean bf16", "diffusers bf16"), built, times)
     job = {"rows": [row], "workload": "DiT-S/2"}
     monkeypatch.setattr(cpu, "plan", lambda *_: [lambda: job])
-    monkeypatch.setattr(cpu.os, "getloadavg", lambda: (1.5, 0.0, 0.0))
+    monkeypatch.setattr(hardware.os, "getloadavg", lambda: (1.5, 0.0, 0.0))
     waits: list[float] = []
-    monkeypatch.setattr(cpu.time, "sleep", waits.append)
+    monkeypatch.setattr(hardware.time, "sleep", waits.append)
     before = torch.get_num_threads()
     path = tmp_path / "cpu.json"
     try:
         assert cpu.main(["--json", str(path), "--threads", "1"]) == 0
     finally:
         torch.set_num_threads(before)
-    assert sum(waits) == cpu.SETTLE_S  # and then it measures all the same, and says so
+    assert sum(waits) == hardware.SETTLE_S  # and then it measures all the same, and says so
     report = json.loads(path.read_text())
     assert report["sections"] == [job]
     assert report["hardware"]["torch_threads"] == 1

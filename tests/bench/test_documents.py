@@ -90,6 +90,7 @@ def test_the_least_ratio_is_the_products_time_over_the_peers() -> None:
     """28 blocks × 512 tokens × 12 · 1152² multiply-adds of DiT-XL/2 at batch 2."""
     cpu = committed("cpu-amd-epyc")
     machine = {"cpu": cpu["hardware"]["cpu"], "torch_threads": cpu["hardware"]["torch_threads"]}
+    int8 = {"operator": "linear_int8", "dtype": "bf16", "status": "ok", "unit": "TFLOP/s"}
     operators = {
         "environment": machine,
         "load_average": 0.1,
@@ -97,14 +98,17 @@ def test_the_least_ratio_is_the_products_time_over_the_peers() -> None:
         "operators": [
             {"operator": "linear", "dtype": "bf16", "status": "ok", "rate": 0.5, "unit": "TFLOP/s"},
             {"operator": "linear", "dtype": "fp32", "status": "ok", "rate": 9.0, "unit": "TFLOP/s"},
+            int8 | {"rate": 0.8},
+            int8 | {"opponent": True, "rate": 0.45},
         ],
     }
-    least_ms = 2 * 28 * 512 * 12 * 1152**2 / 0.5e12 * 1e3
-    (diffusers,) = (r for r in cpu["sections"][0]["rows"]
-                    if (r["ours"], r["theirs"]) == ("lean bf16", "diffusers bf16"))  # fmt: skip
     table = bounds_table(cpu, operators)
-    (line,) = (line for line in table.splitlines() if "÷ diffusers bf16" in line)
-    assert line.endswith(f"| {least_ms / diffusers['theirs_ms']:.2f} |")
+    for precision, rate in (("bf16", 0.5e12), ("int8", 0.8e12)):
+        least_ms = 2 * 28 * 512 * 12 * 1152**2 / rate * 1e3
+        pair = (f"lean {precision}", "diffusers bf16")
+        (row,) = (r for r in cpu["sections"][0]["rows"] if (r["ours"], r["theirs"]) == pair)
+        (line,) = (line for line in table.splitlines() if " ÷ ".join(pair) in line)
+        assert line.endswith(f"| {least_ms / row['theirs_ms']:.2f} |")
     assert "measure again" not in table
     assert "measure again" in bounds_table(cpu, operators | {"load_average": 1.0})
     other = operators | {"environment": machine | {"torch_threads": 64}}

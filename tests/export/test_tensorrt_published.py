@@ -1,13 +1,8 @@
-"""TensorRT for RTX parses a graph of DiT-XL/2's sizes, of two blocks unless more are asked for.
-
-DIT_XL_DEPTH=28 is the whole model, whose export takes too long for every run of the tests.
-"""
+"""TensorRT for RTX parses the graph of DiT-XL/2."""
 
 from __future__ import annotations
 
-import os
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +34,7 @@ def share_blocks(model: Any) -> None:
 
 @pytest.mark.slow
 def test_xl_2_is_parsed(tmp_path: Path) -> None:
-    depth, dtype = int(os.environ.get("DIT_XL_DEPTH", "2")), torch.float16
-    config = replace(ModelConfig.named("DiT-XL/2", 256), depth=depth)
+    config, dtype = ModelConfig.named("DiT-XL/2", 256), torch.float16
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in DiT(config).state_dict().items()}
         model = DiT(config)
@@ -58,7 +52,7 @@ def test_xl_2_is_parsed(tmp_path: Path) -> None:
     path = tmp_path / "transformer.onnx"
     save(made, path, 512)
     operators = [node.op_type for node in onnx.load(path).graph.node]
-    assert operators.count("Attention") == depth
+    assert operators.count("Attention") == config.depth
     flavour = choose_flavour("rtx")
     trt = flavour.load()
     logger = process_logger(trt)
@@ -71,6 +65,6 @@ def test_xl_2_is_parsed(tmp_path: Path) -> None:
     }  # fmt: skip
     output = network.get_output(0)
     assert (output.name, tuple(output.shape)) == ("output", (-1, 8, 32, 32))
-    assert network.num_layers > depth * 30
+    assert network.num_layers > config.depth * 30
     del parser
     del network

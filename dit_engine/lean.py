@@ -18,15 +18,21 @@ from dit_engine.model import NORM_EPS, Block, DiT
 from dit_kernels import PackedLinear, QuantizedLinear
 from dit_kernels.checks import HEAD_DIM_LIMIT
 from dit_kernels.choose import implementation, launcher
-from dit_kernels.quantized import quantizer
+from dit_kernels.quantized import Codes, quantizer
 
 Run = Callable[..., Any]
 
 
 class Product(Protocol):
-    """A linear layer from the norm's or an activation's output to ``dtype``."""
+    """A linear layer from the norm's or an activation's output to ``dtype``.
 
-    def __call__(self, h: Any, /, gelu: bool = False) -> Tensor: ...
+    native: the product is our own, in one call of the native library.
+    """
+
+    @property
+    def native(self) -> bool: ...
+
+    def __call__(self, h: Any, /, gelu: bool = False, out: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass
@@ -49,6 +55,7 @@ class LeanTransformer:
         self, model: DiT, dtype: torch.dtype, device: torch.device, quantized: str | None = None
     ) -> None:
         self.config, self.dtype, self.device = model.config, dtype, device
+        self.quantized = quantized
         self.norms: Norms = QuantizedNorms(device, quantized) if quantized else Norms(device)
         self.attention = _attention(model, device)
 
@@ -56,9 +63,9 @@ class LeanTransformer:
             weight, bias = layer.weight.to(device, dtype), layer.bias.to(device, dtype)
             if quantized is None:
                 return PackedLinear(weight, bias)
-            product = QuantizedLinear(layer.weight.to(device), layer.bias.to(device), quantized,
-                                      dtype)  # fmt: skip
-            return lambda h, gelu=False: product(*h, gelu=gelu).view(*h[1].shape, -1)
+            return _QuantizedProduct(
+                QuantizedLinear(layer.weight.to(device), layer.bias.to(device), quantized, dtype)
+            )
 
         self.blocks: list[LeanBlock] = []
         for b in model.blocks:
@@ -75,13 +82,26 @@ class LeanTransformer:
         self.final = PackedLinear(final.weight.to(device, dtype), final.bias.to(device, dtype))
         self.rows_are_independent = self.final.rows_are_independent
 
-    def embed(self, z: Tensor, out: Tensor) -> None:
-        """Latents z (M, C, S, S) → tokens (M, T, D) in ``out``."""
+    @property
+    def native(self) -> bool:
+        """Whether all that `trunk` does, it does in calls of the native library."""
+        attention = self.attention.__module__ == "dit_kernels.native"
+        return attention and all(
+            product.native
+            for block in self.blocks
+            for product in (block.qkv, block.proj, block.fc1, block.fc2)
+        )
+
+    def embed(self, z: Tensor, out: Tensor, scratch: Tensor | None = None) -> None:
+        """Latents z (M, C, S, S) → tokens (M, T, D) in ``out``.
+
+        scratch: float32 (M, T, D) to work in.
+        """
         m, c, s, _ = z.shape
         p = self.config.patch_size
         patches = z.view(m, c, s // p, p, s // p, p).permute(0, 2, 4, 1, 3, 5)
         patches = patches.reshape(m, -1, c * p * p).float()  # (M, T, C·p·p)
-        out.copy_(self.patches(patches).add_(self.positions))
+        out.copy_(self.patches(patches, out=scratch).add_(self.positions))
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """Tokens x (M, T, D), overwritten, and modulations (M, 6·D·depth + 2·D) → the final
@@ -90,23 +110,37 @@ class LeanTransformer:
         Beside x it holds at most 6·M·T·D numbers at once (norm, hidden layer, branch) and keeps
         none of them.
         """
+        return self.final(self.trunk(x, modulation, Activations()))
+
+    def trunk(self, x: Tensor, modulation: Tensor, memory: Activations) -> Tensor:
+        """The same up to the final layer's norm (M, T, D), its activations in ``memory``."""
         config, norms = self.config, self.norms
         d, eps = config.hidden_size, config.mlp_norm_eps
         vectors = modulation.split(d, dim=1)  # 6 a block and 2 at the end, each (M, D)
-        h = norms.first(x, vectors[0], vectors[1], NORM_EPS)
+        h = norms.first(x, vectors[0], vectors[1], NORM_EPS, memory)
         for i, block in enumerate(self.blocks):
             _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors[6 * i : 6 * i + 6]
             # No name for what the next product alone reads: it would outlive it, at the peak.
-            y = block.proj(norms.activation(self.attention(block.qkv(h), config.num_heads)))
-            h = norms.next(x, y, gate_msa, shift_mlp, scale_mlp, eps)
-            y = block.fc2(norms.activation(block.fc1(h, gelu=True)))
+            y = block.proj(
+                norms.attended(
+                    self.attention(
+                        block.qkv(h, out=memory.qkv), config.num_heads, out=memory.attended
+                    ),
+                    memory,
+                ),
+                out=memory.narrow,
+            )
+            h = norms.next(x, y, gate_msa, shift_mlp, scale_mlp, eps, memory)
+            y = block.fc2(
+                norms.hidden(block.fc1(h, gelu=True, out=memory.hidden), memory), out=memory.narrow
+            )
             # The end of this block with the start of the next, or of the final layer.
             shift, scale = vectors[6 * i + 6 : 6 * i + 8]
             if i + 1 < len(self.blocks):
-                h = norms.next(x, y, gate_mlp, shift, scale, NORM_EPS)
+                h = norms.next(x, y, gate_mlp, shift, scale, NORM_EPS, memory)
             else:
                 h = norms.last(x, y, gate_mlp, shift, scale, NORM_EPS)
-        return self.final(h)
+        return h
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """(M, T, p·p·C_out) → (M, C_out, S, S)."""
@@ -116,34 +150,77 @@ class LeanTransformer:
         return patches.reshape(-1, c, side * p, side * p)
 
 
+@dataclass
+class Activations:
+    """Memory of a forward's activations, all of M rows; None is allocated as it is needed.
+
+    A product's result takes the memory of what is read no more: ``narrow`` is a norm's and then a
+    branch's, ``qkv`` and ``hidden`` begin at one address.
+
+    Attributes:
+        narrow, attended: (M, T, D). qkv: (M, T, 3·D). hidden: (M, T, 4·D).
+        codes, hidden_codes: of a quantised forward, with their row scales.
+    """
+
+    narrow: Tensor | None = None
+    attended: Tensor | None = None
+    qkv: Tensor | None = None
+    hidden: Tensor | None = None
+    codes: Codes | None = None
+    hidden_codes: Codes | None = None
+
+
+class _QuantizedProduct:
+    """A `QuantizedLinear` of (codes, scales) that come together, as tokens."""
+
+    def __init__(self, linear: QuantizedLinear) -> None:
+        self.linear = linear
+
+    @property
+    def native(self) -> bool:
+        return self.linear.native
+
+    def __call__(self, h: Codes, /, gelu: bool = False, out: Tensor | None = None) -> Tensor:
+        rows = None if out is None else out.flatten(0, 1)
+        return self.linear(*h, gelu=gelu, out=rows).view(*h[1].shape, -1)
+
+
 def _attention(model: DiT, device: torch.device) -> Run:
-    """(packed qkv (M, T, 3·D), heads) → (M, T, D)."""
+    """(packed qkv (M, T, 3·D), heads, out=) → (M, T, D)."""
     config = model.config
     d = config.hidden_size // config.num_heads
     fused = launcher("attention", device)
     if d % 8 == 0 and d <= HEAD_DIM_LIMIT and implementation("attention", "auto", device) is fused:
         return fused
 
-    def by_torch(qkv: Tensor, num_heads: int) -> Tensor:
+    def by_torch(qkv: Tensor, num_heads: int, out: Tensor | None = None) -> Tensor:
         q, k, v = qkv.unflatten(2, (3, num_heads, d)).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        made = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return made if out is None else out.copy_(made)
 
     return by_torch
 
 
 class Norms:
-    """adaLN between the products: x is updated in place, its modulated norm returned."""
+    """adaLN between the products: x is updated in place, its modulated norm returned.
+
+    ``attended`` and ``hidden`` give what the next product takes, from what attention and the hidden
+    layer gave.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._first: Run = launcher("layernorm_modulate", device)
         self._next: Run = launcher("gate_residual_layernorm_modulate", device)
 
-    def first(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Any:
-        return self._first(x, shift, scale, eps)
+    def first(
+        self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, memory: Activations
+    ) -> Any:
+        return self._first(x, shift, scale, eps, out=memory.narrow)
 
     def next(
-        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
-    ) -> Any:
+        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float,
+        memory: Activations,
+    ) -> Any:  # fmt: skip
         return self.last(x, y, gate, shift, scale, eps)
 
     def last(
@@ -153,8 +230,10 @@ class Norms:
         self._next(x, y, gate, shift, scale, eps, out=(x, y))
         return y
 
-    def activation(self, h: Tensor) -> Any:
-        """What the next product takes, from an activation h (M, T, K)."""
+    def attended(self, h: Tensor, memory: Activations) -> Any:
+        return h
+
+    def hidden(self, h: Tensor, memory: Activations) -> Any:
         return h
 
 
@@ -163,7 +242,21 @@ class QuantizedNorms(Norms):
 
     def __init__(self, device: torch.device, kind: str) -> None:
         super().__init__(device)
-        quantize = quantizer(kind, device)
-        self.first: Run = quantize.norm
-        self.next: Run = quantize.gated_norm
-        self.activation: Run = quantize.rows
+        self._quantize = quantizer(kind, device)
+
+    def first(
+        self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, memory: Activations
+    ) -> Codes:
+        return self._quantize.norm(x, shift, scale, eps, out=memory.codes)
+
+    def next(
+        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float,
+        memory: Activations,
+    ) -> Codes:  # fmt: skip
+        return self._quantize.gated_norm(x, y, gate, shift, scale, eps, out=memory.codes)
+
+    def attended(self, h: Tensor, memory: Activations) -> Codes:
+        return self._quantize.rows(h, out=memory.codes)
+
+    def hidden(self, h: Tensor, memory: Activations) -> Codes:
+        return self._quantize.rows(h, out=memory.hidden_codes)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_engine.lean import LeanTransformer, Product
+from dit_engine.lean import Activations, LeanTransformer, Product
 from dit_engine.model import NORM_EPS
 
 Part = Callable[[], object]
@@ -36,8 +36,8 @@ class Linears:
             return torch.randn(shape, generator=generator).to(lean.dtype)
 
         self.last = tokens(config.hidden_size)
-        self.narrow = lean.norms.activation(self.last)
-        self.wide = lean.norms.activation(tokens(config.mlp_hidden_size))
+        self.narrow = lean.norms.attended(self.last, Activations())
+        self.wide = lean.norms.hidden(tokens(config.mlp_hidden_size), Activations())
         self.final = lean.final
 
     def all(self) -> Tensor:
@@ -82,15 +82,18 @@ def forward_parts(lean: LeanTransformer, batch: int) -> dict[str, Part]:
             lean.attention(qkv, config.num_heads)
 
     def norm_rows() -> None:
-        norms.first(x, vectors[0], vectors[1], NORM_EPS)
+        memory = Activations()
+        norms.first(x, vectors[0], vectors[1], NORM_EPS, memory)
         for i in range(depth):
             _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors[6 * i : 6 * i + 6]
             shift, scale = vectors[6 * i + 6 : 6 * i + 8]
-            norms.activation(attended)
-            norms.next(x, y, gate_msa, shift_mlp, scale_mlp, eps)
-            norms.activation(hidden)
-            run = norms.next if i + 1 < depth else norms.last
-            run(x, y, gate_mlp, shift, scale, NORM_EPS)
+            norms.attended(attended, memory)
+            norms.next(x, y, gate_msa, shift_mlp, scale_mlp, eps, memory)
+            norms.hidden(hidden, memory)
+            if i + 1 < depth:
+                norms.next(x, y, gate_mlp, shift, scale, NORM_EPS, memory)
+            else:
+                norms.last(x, y, gate_mlp, shift, scale, NORM_EPS)
 
     return {
         "qkv": through("qkv", linears.narrow),

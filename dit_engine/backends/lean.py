@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_engine.backends.eager import DTYPES
+from dit_engine.backends.recorded import RecordedForwards
 from dit_engine.conditioning import Conditioning, ModulationTable
 from dit_engine.errors import BackendUnavailable
 from dit_engine.lean import LeanTransformer
@@ -61,11 +62,14 @@ class LeanDenoiser:
     def __init__(self, backend: LeanBackend, table: ModulationTable) -> None:
         self.backend, self.table = backend, table
         self._tokens: dict[int, Tensor] = {}
+        self._recorded: RecordedForwards | None = None
+        if backend.device.type == "cpu" and backend.transformer.native:
+            self._recorded = RecordedForwards(backend.transformer, len(table.index))
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
         """Latents (M, C, S, S) → (M, C_out, S, S) in x's dtype."""
         with torch.inference_mode():
-            output = self._forward(x, self.table.step(step, len(x)))
+            output = self.forward(x, step, len(x))
             return self.backend.transformer.unpatchify(output).to(x.dtype)
 
     def fuse(
@@ -77,21 +81,21 @@ class LeanDenoiser:
         """
         return FusedLeanDenoiser(self, coefficients, scales, guided_channels)
 
-    def _forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """Latents x (M or a half of M, C, S, S) → the final layer's tokens (M, T, p·p·C_out).
-
-        Where x holds half as many rows as the modulations (M, …), both halves start from it.
-        """
-        transformer, m = self.backend.transformer, len(modulation)
-        tokens = self._buffer(m)  # (M, T, D)
+    def forward(self, x: Tensor, step: int, rows: int) -> Tensor:
+        """Latents x (M or a half of M, C, S, S) → the final layer's tokens (M, T, p·p·C_out), M
+        being ``rows``. Where x holds half as many, both halves start from it."""
+        if self._recorded is not None:
+            return self._recorded(x, self.table, step, rows)
+        transformer, modulation = self.backend.transformer, self.table.step(step, rows)
+        tokens = self._buffer(rows)  # (M, T, D)
         alone = self.backend.one_by_one
         for half in tokens.split(max(len(x), 1)):
             for z, into in zip(x.split(1), half.split(1), strict=True) if alone else [(x, half)]:
                 transformer.embed(z, into)
         if not alone:
             return transformer.forward(tokens, modulation)
-        rows = zip(tokens.split(1), modulation.split(1), strict=True)
-        return torch.cat([transformer.forward(*row) for row in rows])
+        each = zip(tokens.split(1), modulation.split(1), strict=True)
+        return torch.cat([transformer.forward(*row) for row in each])
 
     def _buffer(self, m: int) -> Tensor:
         if m not in self._tokens:
@@ -123,7 +127,7 @@ class FusedLeanDenoiser:
             graph = backend.graphs.of(len(z), guide, self.channels)
             return graph(z, x0_before, noise, self.coefficients[step], self.scales,
                          denoiser.table, step)  # fmt: skip
-        tokens = denoiser._forward(z, denoiser.table.step(step, rows))
+        tokens = denoiser.forward(z, step, rows)
         return self.update(
             tokens, z, x0_before, noise, self.scales, self.coefficients[step], self.channels,
             backend.config.patch_size,

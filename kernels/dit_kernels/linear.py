@@ -87,8 +87,11 @@ class PackedLinear:
         """Whether a row's bits are the same whatever rows stand beside it."""
         return self.native
 
-    def __call__(self, x: Tensor, gelu: bool = False) -> Tensor:
-        """x (…, K) → (…, M), with tanh-GELU if asked for."""
+    def __call__(self, x: Tensor, gelu: bool = False, out: Tensor | None = None) -> Tensor:
+        """x (…, K) → (…, M), with tanh-GELU if asked for.
+
+        out: contiguous memory of the result; it costs a copy but where the product is our own.
+        """
         if x.shape[-1:] != (self.in_features,) or x.dtype != self.dtype or x.device != self.device:
             raise ValueError(
                 f"x is {x.dtype} {tuple(x.shape)} on {x.device}; {self.dtype} "
@@ -99,12 +102,16 @@ class PackedLinear:
                 x, self.weight, self.bias, self.out_features, gelu
             )
         if self.native:
-            return native_product.linear(x, self.weight, self.bias, self.out_features, gelu)
+            return native_product.linear(x, self.weight, self.bias, self.out_features, gelu, out)
+        made = self._by_library(x, gelu)
+        return made if out is None else out.copy_(made)
+
+    def _by_library(self, x: Tensor, gelu: bool) -> Tensor:
         if not self.onednn:
             return (linear_gelu if gelu else linear)(x, self.weight, self.bias)
-        out = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        made = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         # oneDNN's own post-op is slower than the vectorised kernel on the result in cache.
-        return gelu_(out) if gelu else out
+        return gelu_(made) if gelu else made
 
 
 def onednn_takes(dtype: torch.dtype) -> bool:

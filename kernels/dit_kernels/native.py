@@ -31,6 +31,7 @@ from dit_kernels.native_checks import (
     unsigned_codes,
 )
 from dit_kernels.native_library import DTYPES, ERRORS, INT32, ISAS, load
+from dit_kernels.recording import current
 
 
 def why_not() -> str | None:
@@ -339,6 +340,9 @@ def _library() -> Any:
 
 def call(name: str, *arguments: Any) -> None:
     """The library's function ``name`` on torch's threads; ValueError for what it refuses."""
-    code = getattr(_library(), name)(*arguments, torch.get_num_threads())
+    function = getattr(_library(), name)
+    code = function(*arguments, torch.get_num_threads())
     if code != 0:
         raise ValueError(f"{name} refused {ERRORS.get(code, f'its arguments (code {code})')}")
+    if (recording := current()) is not None:
+        recording.add(function, arguments)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_kernels import native
+from dit_kernels.native_checks import result
 from dit_kernels.native_library import DTYPES, load
 
 CODES = 4  # int8 weights, beside DTYPES
@@ -44,10 +45,12 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def linear(x: Tensor, packed: Tensor, bias: Tensor, m: int, gelu: bool) -> Tensor:
+def linear(
+    x: Tensor, packed: Tensor, bias: Tensor, m: int, gelu: bool, out: Tensor | None = None
+) -> Tensor:
     """x (…, K), packed weight, float32 bias (M,) → (…, M) in x's dtype."""
     x = x.contiguous()
-    out = x.new_empty(*x.shape[:-1], m)
+    out = result("out", out, (*x.shape[:-1], m), x.dtype)
     k = x.shape[-1]
     native.call("dit_linear", x.data_ptr(), packed.data_ptr(), bias.data_ptr(), out.data_ptr(),
                 x.numel() // k, k, m, DTYPES[x.dtype], int(gelu))  # fmt: skip
@@ -62,12 +65,13 @@ def linear_int8(
     bias: Tensor,
     dtype: torch.dtype,
     gelu: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
     """codes (R, K) uint8 with scales (R,), packed int8 weight with scales (M,), float32 bias (M,)
     → (R, M) of ``dtype``, float32 or bfloat16."""
     r, k = codes.shape
     m = len(weight_scales)
-    out = torch.empty(r, m, dtype=dtype)
+    out = result("out", out, (r, m), dtype)
     native.call("dit_linear_int8", codes.data_ptr(), scales.data_ptr(), packed.data_ptr(),
                 weight_scales.data_ptr(), bias.data_ptr(), out.data_ptr(), r, k, m, DTYPES[dtype],
                 int(gelu))  # fmt: skip

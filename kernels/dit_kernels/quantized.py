@@ -9,7 +9,6 @@ R rows, K inputs, M outputs, N images, T tokens, D width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_kernels import checks, native_product, reference
-from dit_kernels.choose import Unavailable, implementation, launcher
+from dit_kernels.choose import Unavailable, launcher
 from dit_kernels.linear import gelu_
 
 FP8 = torch.float8_e4m3fn
@@ -68,35 +67,41 @@ class QuantizedLinear:
         else:
             self.weight = codes  # (M, K); its transpose is the column-major operand
 
-    def __call__(self, codes: Tensor, scales: Tensor, gelu: bool = False) -> Tensor:
+    def __call__(
+        self, codes: Tensor, scales: Tensor, gelu: bool = False, out: Tensor | None = None
+    ) -> Tensor:
         """Codes (…, K) and float32 scales (…) of R rows in all → (R, M) of ``dtype``, with
         tanh-GELU if asked for.
 
-        They are what `layernorm_modulate_quantize` or a `Quantizer` gave: float8_e4m3fn, or int8,
-        which may come as uint8 with 128 added.
+        Codes and scales are what `layernorm_modulate_quantize` or a `Quantizer` gave: codes of
+        float8_e4m3fn, or int8, which may come as uint8 with 128 added.
+
+        out: contiguous memory of the result; it costs a copy but where the product is our own.
         """
         codes, scales = self._checked(codes, scales)
+        if self.native and torch.compiler.is_compiling():
+            return torch.ops.dit_kernels.packed_linear_int8(
+                _unsigned(codes), scales, self.weight, self.scale, self.bias, self.dtype, gelu
+            )
+        if self.native:
+            return native_product.linear_int8(
+                _unsigned(codes), scales, self.weight, self.scale, self.bias, self.dtype, gelu, out
+            )
+        made = self._by_library(codes, scales, gelu)
+        return made if out is None else out.copy_(made)
+
+    def _by_library(self, codes: Tensor, scales: Tensor, gelu: bool) -> Tensor:
         if self.kind == "fp8":
-            out = torch.ops.aten._scaled_mm(
+            made = torch.ops.aten._scaled_mm(
                 codes, self.weight.t(), scales[:, None], self.scale[None], self.bias,
                 out_dtype=self.dtype,
             )  # fmt: skip
-            return gelu_(out) if gelu else out
-        if codes.dtype == torch.int8:
-            codes = codes.view(torch.uint8) ^ 0x80
-        if self.native:
-            compiling = torch.compiler.is_compiling()
-            run = (
-                torch.ops.dit_kernels.packed_linear_int8
-                if compiling
-                else native_product.linear_int8
-            )
-            return run(codes, scales, self.weight, self.scale, self.bias, self.dtype, gelu)
-        out = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, 128, self.weight, self.scale, self.zero, None, 1.0, 0, self.dtype,
-            "none", [], "",
+            return gelu_(made) if gelu else made
+        made = torch.ops.onednn.qlinear_pointwise(
+            _unsigned(codes), 1.0, 128, self.weight, self.scale, self.zero, None, 1.0, 0,
+            self.dtype, "none", [], "",
         )  # fmt: skip
-        return dequantize_rows_(out, scales, self.bias, gelu)
+        return dequantize_rows_(made, scales, self.bias, gelu)
 
     def _checked(self, codes: Tensor, scales: Tensor) -> Codes:
         """As (R, K) and (R,), contiguous. Raises ValueError for what is not this layer's."""
@@ -121,23 +126,31 @@ class QuantizedLinear:
         return codes.reshape(-1, self.in_features).contiguous(), scales.reshape(-1).contiguous()
 
 
+def _unsigned(codes: Tensor) -> Tensor:
+    """int8 codes with 128 added."""
+    return codes if codes.dtype == torch.uint8 else codes.view(torch.uint8) ^ 0x80
+
+
 class Quantizer(Protocol):
-    """Activations as `QuantizedLinear` takes them.
+    """Activations as `QuantizedLinear` takes them; out: memory for the codes and scales.
 
     int8 codes come as uint8 with 128 added: oneDNN multiplies unsigned by signed bytes.
     """
 
-    def rows(self, x: Tensor) -> Codes:
+    def rows(self, x: Tensor, *, out: Codes | None = None) -> Codes:
         """x (…, K) → codes (…, K) and float32 scales (…)."""
         ...
 
-    def norm(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Codes:
+    def norm(
+        self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Codes | None = None
+    ) -> Codes:
         """Those of `operators.layernorm_modulate`'s unrounded result."""
         ...
 
     def gated_norm(
-        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
-    ) -> Codes:
+        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float,
+        *, out: Codes | None = None,
+    ) -> Codes:  # fmt: skip
         """The same after x + gate · y, which is written over x."""
         ...
 
@@ -159,25 +172,25 @@ class _Native:
 
         self._native = native
 
-    def rows(self, x: Tensor) -> Codes:
-        return self._native.quantize_rows(x, torch.uint8)
+    def rows(self, x: Tensor, *, out: Codes | None = None) -> Codes:
+        return self._native.quantize_rows(x, torch.uint8, out=out)
 
-    def norm(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Codes:
-        return self._native.layernorm_modulate_quantize(x, shift, scale, eps, torch.uint8)
+    def norm(
+        self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Codes | None = None
+    ) -> Codes:
+        return self._native.layernorm_modulate_quantize(x, shift, scale, eps, torch.uint8, out=out)
 
     def gated_norm(
-        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
-    ) -> Codes:
-        codes = y.new_empty(y.shape, dtype=torch.uint8)
-        scales = y.new_empty(y.shape[:-1], dtype=torch.float32)
+        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float,
+        *, out: Codes | None = None,
+    ) -> Codes:  # fmt: skip
+        if out is None:
+            scales = y.new_empty(y.shape[:-1], dtype=torch.float32)
+            out = y.new_empty(y.shape, dtype=torch.uint8), scales
         self._native.gate_residual_layernorm_modulate_quantize(
-            x, y, gate, shift, scale, eps, torch.uint8, out=(x, codes, scales)
+            x, y, gate, shift, scale, eps, torch.uint8, out=(x, *out)
         )
-        return codes, scales
-
-
-def _reference(operator: str, device: torch.device) -> Callable[..., Codes]:
-    return implementation(operator, "reference", device)
+        return out
 
 
 class _Separate:
@@ -189,22 +202,23 @@ class _Separate:
 
     def __init__(self, kind: str, device: torch.device) -> None:
         self._dtype = FP8 if kind == "fp8" else torch.uint8
-        # Triton's int8 codes are without the 128.
-        run = launcher if kind == "fp8" else _reference
-        self._rows = run("quantize_rows", device)
-        self._norm = run("layernorm_modulate_quantize", device)
+        self._rows = launcher("quantize_rows", device)
+        self._norm = launcher("layernorm_modulate_quantize", device)
         self._residual = launcher("gate_residual", device)
 
-    def rows(self, x: Tensor) -> Codes:
-        return self._rows(x, self._dtype)
+    def rows(self, x: Tensor, *, out: Codes | None = None) -> Codes:
+        return self._rows(x, self._dtype, out=out)
 
-    def norm(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Codes:
-        return self._norm(x, shift, scale, eps, self._dtype)
+    def norm(
+        self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Codes | None = None
+    ) -> Codes:
+        return self._norm(x, shift, scale, eps, self._dtype, out=out)
 
     def gated_norm(
-        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
-    ) -> Codes:
-        return self.norm(self._residual(x, y, gate, out=x), shift, scale, eps)
+        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float,
+        *, out: Codes | None = None,
+    ) -> Codes:  # fmt: skip
+        return self.norm(self._residual(x, y, gate, out=x), shift, scale, eps, out=out)
 
 
 def dequantize_rows_(x: Tensor, scales: Tensor, bias: Tensor, gelu: bool) -> Tensor:

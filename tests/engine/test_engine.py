@@ -14,7 +14,7 @@ from tiny import tiny_dit, tiny_engine
 
 from dit_engine import Engine, __version__
 from dit_engine.backends import Backend, Denoiser, create_backend
-from dit_engine.lean import LeanTransformer
+from dit_engine.backends.lean import LeanDenoiser
 from dit_engine.lean_vae import LeanDecoder
 from dit_engine.sampler import SAMPLERS
 from dit_engine.vae import AutoencoderKL
@@ -103,13 +103,14 @@ def test_no_unconditional_half_where_guidance_is_off(
     """Rows that the model really sees at each step: N without guidance, 2N with."""
     engine, rows = tiny_engine(), [0]
     engine.model.register_forward_pre_hook(lambda _, args: rows.append(rows.pop() + len(args[0])))
-    forward = LeanTransformer.forward
+    forward = LeanDenoiser.forward
 
-    def counted(self: LeanTransformer, x: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
-        rows.append(rows.pop() + len(x))
-        return forward(self, x, modulation)
+    def counted(self: LeanDenoiser, x: torch.Tensor, step: int, count: int) -> torch.Tensor:
+        output = forward(self, x, step, count)
+        rows.append(rows.pop() + len(output))
+        return output
 
-    monkeypatch.setattr(LeanTransformer, "forward", counted)
+    monkeypatch.setattr(LeanDenoiser, "forward", counted)
 
     def rows_by_step(**options: object) -> list[int]:
         rows[:] = [0]

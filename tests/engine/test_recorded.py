@@ -1,0 +1,95 @@
+"""The recorded forward beside the same forward that is not recorded: the same bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_dit
+from torch import Tensor
+
+from dit_engine.backends import create_backend
+from dit_engine.backends.lean import LeanBackend, LeanDenoiser
+from dit_engine.backends.recorded import RecordedForwards
+from dit_engine.lean import LeanTransformer
+from dit_kernels import native_product
+
+CPU = torch.device("cpu")
+STEPS = 6
+LABELS = torch.tensor([1, 2, 10, 10])
+
+pytestmark = pytest.mark.skipif(
+    native_product.why_not(torch.float32) is not None,
+    reason=f"{native_product.why_not(torch.float32)}",
+)
+
+
+def lean(precision: str, **overrides: object) -> LeanBackend:
+    backend = create_backend("lean", tiny_dit(**overrides), precision, CPU)
+    assert isinstance(backend, LeanBackend) and backend.transformer.native
+    return backend
+
+
+def prepared(backend: LeanBackend) -> LeanDenoiser:
+    return backend.prepare(LABELS, torch.linspace(999, 0, STEPS).round().long())
+
+
+def unrecorded(denoiser: LeanDenoiser, x: Tensor, step: int, rows: int) -> Tensor:
+    transformer = denoiser.backend.transformer
+    config = transformer.config
+    tokens = torch.empty(rows, config.num_tokens, config.hidden_size, dtype=transformer.dtype)
+    for half in tokens.split(len(x)):
+        transformer.embed(x, half)
+    return transformer.forward(tokens, denoiser.table.step(step, rows))
+
+
+@pytest.mark.parametrize("overrides", [{}, {"mlp_ratio": 2.0}, {"patch_size": 4, "depth": 1}])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@torch.inference_mode()
+def test_steps_with_and_without_guidance(precision: str, overrides: dict[str, object]) -> None:
+    """Rows change from step to step, as a guidance interval has it, and return."""
+    denoiser = prepared(lean(precision, **overrides))
+    for step, (n, rows) in enumerate([(2, 4), (2, 2), (2, 4), (4, 4), (2, 2), (1, 1)]):
+        x = torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(step))
+        expected = unrecorded(denoiser, x, step, rows)
+        assert torch.equal(denoiser.forward(x, step, rows), expected), step
+
+
+@torch.inference_mode()
+def test_denoisers_take_turns() -> None:
+    backend = lean("bf16")
+    first, second = prepared(backend), prepared(backend)
+    for step in range(STEPS):
+        for seed, denoiser in enumerate((first, second)):
+            x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+            assert torch.equal(denoiser.forward(x, step, 4), unrecorded(denoiser, x, step, 4))
+
+
+@torch.inference_mode()
+def test_results_are_the_callers_own() -> None:
+    denoiser = prepared(lean("fp32", input_size=2))  # one token: unpatchify copies nothing
+    x = torch.randn(4, 4, 2, 2)
+    results = [denoiser(x, step) for step in range(STEPS)]
+    again = prepared(denoiser.backend)
+    for step, result in enumerate(results):
+        assert torch.equal(result, again(x, step))
+
+
+@torch.inference_mode()
+def test_python_does_not_see_a_replayed_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser, x = prepared(lean("bf16")), torch.randn(4, 4, 8, 8)
+    denoiser.forward(x, 0, 4)
+    monkeypatch.delattr(LeanTransformer, "trunk")
+    assert denoiser.forward(x, 1, 4).isfinite().all()
+    with pytest.raises(AttributeError):
+        denoiser.forward(x[:2], 1, 2)  # so many rows have not been recorded
+
+
+def test_buffers_are_seven_widths_a_token() -> None:
+    """The residual stream, a norm, the attended values, and four of the hidden layer."""
+    backend = lean("bf16", depth=3)
+    config = backend.config
+    buffers = RecordedForwards(backend.transformer, 4)
+    found = [value for value in vars(buffers).values() if isinstance(value, Tensor)]
+    d = config.hidden_size
+    numbers = 4 * config.num_tokens * 7 * d + 4 * (6 * 3 + 2) * d
+    assert sum(tensor.untyped_storage().nbytes() for tensor in found) == 2 * numbers

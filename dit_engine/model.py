@@ -38,13 +38,22 @@ def timestep_embedding(t: Tensor, spacing: int = 128) -> Tensor:
     Returns:
         float32 (N, 256); the frequencies are float32 as in the published code.
     """
+    return sinusoids(t, timestep_frequencies(spacing, t.device))
+
+
+def timestep_frequencies(spacing: int = 128, device: torch.device | None = None) -> Tensor:
+    """float32 (128,) of `timestep_embedding`, in radians a step."""
     half = FREQUENCY_EMBEDDING_SIZE // 2
     # The order of these float32 operations is the published code's: another order differs by an
     # ulp, which t multiplies by up to 999.
-    index = torch.arange(half, dtype=torch.float32, device=t.device)
-    frequencies = torch.exp(-math.log(10000.0) * index / spacing)  # (128,)
+    index = torch.arange(half, dtype=torch.float32, device=device)
+    return torch.exp(-math.log(10000.0) * index / spacing)
+
+
+def sinusoids(t: Tensor, frequencies: Tensor) -> Tensor:
+    """cos and sin of t (N,) × float32 frequencies (128,) → float32 (N, 256)."""
     angles = t[:, None].float() * frequencies[None]  # (N, 128)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (N, 256)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def position_embedding(hidden_size: int, side: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_engine.config import ModelConfig
-from dit_engine.model import DiT, modulate
+from dit_engine.model import DiT, TimestepEmbedder, modulate, sinusoids, timestep_frequencies
 from dit_engine.vae import AutoencoderKL, VAEConfig
 from dit_export.bundle import TensorSpec
 
@@ -42,6 +42,26 @@ class MatMulLinear(nn.Module):
         return torch.matmul(x, self.weight) + self.bias
 
 
+class ConstantFrequencies(nn.Module):
+    """The time step's embedder with its frequencies as a constant of the graph.
+
+    Left in the graph, their exponentials are folded by another library's exp, which is an ulp away
+    in half of them, and t multiplies that by up to 999.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, embedder: TimestepEmbedder) -> None:
+        super().__init__()
+        self.mlp = embedder.mlp
+        frequencies = timestep_frequencies(embedder.spacing)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:  # (N,) → (N, D)
+        embedding = sinusoids(t, self.frequencies)  # (N, 256)
+        return self.mlp(embedding.to(next(self.mlp.parameters()).dtype))
+
+
 def exportable(model: DiT, dtype: torch.dtype, layer: MakeLayer = MatMulLinear) -> DiT:
     """A twin on the CPU in ``dtype`` with `MatMulLinear` over its tokens.
 
@@ -56,6 +76,7 @@ def exportable(model: DiT, dtype: torch.dtype, layer: MakeLayer = MatMulLinear) 
     twin.load_state_dict(state, assign=True)
     replace_linears(twin, lambda name: name.endswith(LINEARS), layer)
     replace_linears(twin, lambda name: name == FINAL_LINEAR, MatMulLinear)
+    twin.register_module("t_embedder", ConstantFrequencies(twin.t_embedder))
     return twin.eval().requires_grad_(False)
 
 

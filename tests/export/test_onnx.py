@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -167,6 +168,15 @@ def test_names_can_be_read(fp32: Bundle) -> None:
     assert expected <= names.keys()
     for value in (*names, *(i.name for i in model.graph.initializer)):
         assert not re.search(r"val_|node_|_empty|\.py|e\+", value), value
+
+
+@pytest.mark.parametrize("graph", ["transformer", "guided_step", "conditioner"])
+def test_frequencies_of_the_time_step_are_torchs_to_the_bit(graph: str, fp32: Bundle) -> None:
+    """Another exp would be an ulp away in half of them: an angle is up to 999 times that off."""
+    values = (onnx.numpy_helper.to_array(i) for i in onnx.load(fp32.file(graph)).graph.initializer)
+    (found,) = (value for value in values if value.shape[-1:] == (128,))
+    exponents = -math.log(10000.0) * torch.arange(128, dtype=torch.float32) / 128
+    assert torch.equal(torch.from_numpy(found.copy()).flatten(), exponents.exp())
 
 
 def test_nothing_of_the_exporting_machine_is_inside(fp32: Bundle) -> None:

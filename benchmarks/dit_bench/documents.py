@@ -2,8 +2,8 @@
 
 ``python -m dit_bench.documents results.json README.md …`` replaces what stands between
 ``<!-- quality -->`` and ``<!-- /quality -->`` in each file by the table of a `dit_bench.quality`
-report; so with ``cpu`` (``profile`` with its ``--profile``), ``gpu``, ``operators`` and ``scaling``
-of those modules' reports, ``paper-models`` of one of ``dit-bench --peers unet``, and ``bounds`` of
+report; so with ``cpu`` (``profile`` with its ``--profile``), ``gpu``, ``operators``, ``parity`` and
+``scaling`` of those modules' reports, ``paper-models`` of one of ``dit-bench --peers unet``, and ``bounds`` of
 one of `dit_bench.cpu` with ``--operators`` beside it.
 """
 
@@ -22,6 +22,7 @@ from dit_bench.result_tables import (
     bounds_table,
     operators_table,
     paper_models_table,
+    parity_table,
     profile_table,
     scaling_table,
 )
@@ -172,6 +173,7 @@ def block_and_table(
         ("gpu_state", "gpu", gpu_table),
         ("operators", "operators", operators_table),
         ("points", "scaling", scaling_table),
+        ("subjects", "parity", parity_table),
         ("measurements", "paper-models", paper_models_table),
         ("distances", "quality", quality_table),
     ):

@@ -159,6 +159,30 @@ def paper_models_table(report: dict[str, Any]) -> str:
     return _with_note(lines, note)
 
 
+def parity_table(report: dict[str, Any]) -> str:
+    """Of a `dit_bench.parity` report: what a backend and precision cost, noise being equal."""
+    lines = [
+        "| | first step | half way | final | worst image | PSNR of the images, dB | worst |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["subjects"]:
+        steps, final = row["latent_error_by_step"], row["final_latent_error"]
+        ratio = row["psnr_db"]
+        errors = (steps[0], steps[len(steps) // 2], final["mean"], final["max"])
+        lines.append(
+            f"| {row['backend']} {row['precision']} | "
+            f"{' | '.join(f'{error:.4f}' for error in errors)} | {ratio['median']:.1f} | "
+            f"{ratio['min']:.1f} |"
+        )
+    settings = report["settings"]
+    note = (
+        f"Relative error of the latents against eager float32 from the same noise: "
+        f"{report['model']}, N = {report['n']}, {settings['sampler']}, {settings['steps']} steps, "
+        f"guidance {settings['guidance_scale']:g}."
+    )
+    return _with_note(lines, note)
+
+
 def scaling_table(report: dict[str, Any]) -> str:
     """Of a `dit_bench.scaling` report: distances by network and training steps, by Gflops."""
     points = report["points"]

@@ -48,6 +48,8 @@ OF_RESULTS = {
     "operators": "operators-cpu-amd-epyc",
     "paper-models": "paper-models-cpu",
     "scaling": "scaling",
+    "quality": "builtin-quality-int8",
+    "parity": "parity-builtin",
     "bounds": "cpu-amd-epyc",
 }
 
@@ -63,6 +65,14 @@ def test_the_index_of_results_shows_the_committed_ones(block: str) -> None:
     found, table = block_and_table(committed(OF_RESULTS[block]), beside)
     assert found == block
     assert update_document(text, block, table) == text
+
+
+def test_what_the_index_says_of_int8() -> None:
+    bf16, int8 = (committed(f"builtin-quality{suffix}") for suffix in ("", "-int8"))
+    assert [r["settings"].pop("precision") for r in (bf16, int8)] == ["bf16", "int8"]
+    assert bf16["settings"] == int8["settings"]
+    distances = [r["distances"]["generated"]["value"] for r in (bf16, int8)]
+    assert distances[1] == pytest.approx(distances[0], rel=0.01)
 
 
 def test_what_the_index_says_of_the_papers_claims() -> None:

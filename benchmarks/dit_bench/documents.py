@@ -3,8 +3,8 @@
 ``python -m dit_bench.documents results.json README.md …`` replaces what stands between
 ``<!-- quality -->`` and ``<!-- /quality -->`` in each file by the table of a `dit_bench.quality`
 report; so with ``cpu`` (``profile`` with its ``--profile``), ``gpu``, ``operators``, ``parity`` and
-``scaling`` of those modules' reports, ``paper-models`` of one of ``dit-bench --peers unet``, and ``bounds`` of
-one of `dit_bench.cpu` with ``--operators`` beside it.
+``scaling`` of those modules' reports, ``paper-models`` of one of ``dit-bench --peers unet``, and
+``bounds`` of one of `dit_bench.cpu` with ``--operators`` beside it.
 """
 
 from __future__ import annotations

@@ -118,13 +118,16 @@ class Bundle:
     def _from_manifest(cls, path: Path, manifest: dict[str, Any]) -> Bundle:
         names = manifest["label_names"]
         vae = manifest["vae"]
+        config = ModelConfig.from_dict(manifest["model"])
+        if names is not None and len(names) != config.num_classes:
+            raise ValueError(f"{len(names)} label names for {config.num_classes} classes")
         graphs = {name: Graph.from_dict(name, g) for name, g in manifest["graphs"].items()}
         for name, listed in manifest["files"].items():
             if name != Path(name).name or {"bytes", "sha256"} - set(listed):
                 raise ValueError(f"file {name!r}")
         return cls(
             path=path,
-            config=ModelConfig.from_dict(manifest["model"]),
+            config=config,
             vae=None if vae is None else VAEConfig.from_dict(vae),
             label_names=None if names is None else tuple(names),
             dtype=manifest["dtype"],

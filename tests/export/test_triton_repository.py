@@ -320,6 +320,10 @@ def test_bad_commands(tmp_path: Path, bundle: Bundle, capsys: pytest.CaptureFixt
         (["--model", "other"], "{onnx}: is an export of another model than --model other"),
         (["--model", "wide"],
          "{onnx}: is an export of --model wide with numerics 'official' and not 'diffusers'"),
+        (["--model", "renamed"],
+         "{onnx}: is an export of --model renamed with label 3 'dog' and not 'wolf'"),
+        (["--model", "nameless"],
+         "{onnx}: is an export of --model nameless with other label names"),
         (["--model", "another-vae"], "{onnx}: is an export with another VAE than that of --model"),
         (["--model", "same", "--vae", "another-vae/vae"],
          "{onnx}: is an export with another VAE than that of --vae another-vae/vae"),
@@ -338,6 +342,9 @@ def test_options_that_contradict_the_export(
     save_pretrained(tmp_path / "same", tiny_dit(), tiny_vae(), NAMES)
     save_pretrained(tmp_path / "other", tiny_dit(seed=1), tiny_vae(), NAMES)
     save_pretrained(tmp_path / "wide", tiny_dit(numerics="diffusers"), tiny_vae(), NAMES)
+    names = [name.replace("dog", "wolf") for name in NAMES]
+    save_pretrained(tmp_path / "renamed", tiny_dit(), tiny_vae(), names)
+    save_pretrained(tmp_path / "nameless", tiny_dit(), tiny_vae())
     save_pretrained(tmp_path / "another-vae", tiny_dit(), tiny_vae(seed=1), NAMES)
     arguments = [name, "--onnx", str(bundle.path), "-o", "out", *options]
     assert main(arguments) == 2

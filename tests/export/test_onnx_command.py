@@ -58,6 +58,9 @@ def test_command_writes_an_export(
     )
 
 
+LEFT_OUT = "is for graphs transformer, guided_step, denoiser, which --graphs leaves out"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -77,6 +80,10 @@ def test_command_writes_an_export(
         (["--dtype", "int8", "--calibration-steps", "1"],
          "calibration_steps 1: allowed is 2 or more"),
         (["--calibration-steps", "8"], "--calibration-steps is for int8 and fp8, and not for fp16"),
+        (["--dtype", "int8", "--graphs", "conditioner", "vae_decoder", "--calibration-images", "2"],
+         f"--calibration-images {LEFT_OUT}"),
+        (["--dtype", "fp8", "--calibration-steps", "8", "--graphs", "conditioner"],
+         f"--calibration-steps {LEFT_OUT}"),
         (["--guidance-channels", "5"], "guidance_channels 5 is out of range: allowed is 1 to 4"),
         (["--guidance-channels", "3", "--graphs", "conditioner", "denoiser"],
          "--guidance-channels is for graph 'guided_step', which --graphs leaves out"),

@@ -367,6 +367,10 @@ def test_command_builds_from_an_export(bundles, tmp_path: Path, capsys: pytest.C
         (["--dtype", "fp4"], "dtype 'fp4': choose one of fp32"),
         (["--workspace-gb", "0"], "workspace 0.0 GiB"),
         (["--plugin"], "plugin needs the standard TensorRT"),
+        (
+            ["--plugin", "--graphs", "conditioner", "vae_decoder"],
+            "--plugin is for transformer, guided_step, denoiser, and no such graph is built",
+        ),
         (["--device", "0"], "--device is for the standard TensorRT, and this is TensorRT for RTX"),
         (["--graphs", "denoiser", "--size", "8"], "--size is for vae_decoder, and no such graph"),
         (["--dtype", "bf16"], "--dtype bf16: the export "),

@@ -159,7 +159,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no export; {MANIFEST} is missing") from None
     except ValueError as error:
         raise ValueError(f"{path / MANIFEST}: no JSON: {error}") from None
-    if not isinstance(manifest, dict) or not str(manifest.get("producer")).startswith("dit-engine"):
+    ours = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
+    if not ours or not str(manifest.get("producer")).startswith("dit-engine"):
         raise ValueError(f"{path / MANIFEST}: not written by dit-export")
     if manifest.get("format") != FORMAT:
         raise ValueError(
@@ -195,7 +196,7 @@ def replaceable(overwrite: bool) -> Any:
             names = ", ".join(sorted(entry.name for entry in path.iterdir())[:4])
             return f"holds something else ({names})"
         if overwrite:
-            return foreign(path, [MANIFEST, *earlier.get("files", {})])
+            return foreign(path, [MANIFEST, *earlier["files"]])
         what = f"{earlier.get('dtype')} for {earlier.get('target')}"
         return f"holds an export already ({what}); --overwrite replaces it"
 

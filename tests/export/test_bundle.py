@@ -75,6 +75,7 @@ def test_a_tampered_file_is_refused(tmp_path: Path, content: bytes | None, messa
         ({"format": 2}, r"format 2; 1 is what is read$"),
         ({"label_names": ["ant"]}, r"cannot be read: .*1 label names for 10 classes"),
         ({"producer": "someone"}, r"not written by dit-export$"),
+        ({"files": 5}, r"not written by dit-export$"),
         ({"model": {"depth": 2}}, r"cannot be read: .*'hidden_size' is missing"),
         ({"files": {"../denoiser.onnx": {"bytes": 1, "sha256": "0"}}}, r"cannot be read"),
         ({"files": {}}, r"denoiser\.onnx is not among the files$"),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_engine.files import atomic_path
+from dit_export.directories import locked
 from dit_export.profiles import Profile, Profiles
 
 FORMAT = 1
@@ -138,14 +139,13 @@ def runs_on(target: str, device: Any) -> bool:
 
 
 def write_engine(engine: EngineFile, data: Any) -> EngineFile:
-    """Write the engine (a buffer) and then its description, each whole or not at all."""
+    """Write the engine (a buffer) and then its description, each whole or not at all.
+
+    Two that are built at once are never the same: the lock keeps one's description off the other.
+    """
     engine.path.parent.mkdir(parents=True, exist_ok=True)
-    # An engine without a description is none: nothing is found that is not complete.
-    engine.description.unlink(missing_ok=True)
     view = memoryview(data)
     written = replace(engine, sha256=hashlib.sha256(view).hexdigest(), bytes=view.nbytes)
-    with atomic_path(engine.path) as partial:
-        partial.write_bytes(view)
     values = {
         "format": FORMAT,
         "graph": written.graph,
@@ -156,8 +156,13 @@ def write_engine(engine: EngineFile, data: Any) -> EngineFile:
         "outputs": written.outputs,
         "engine": {"file": written.path.name, "bytes": written.bytes, "sha256": written.sha256},
     }
-    with atomic_path(written.description) as partial:
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    with locked(engine.path.parent):
+        # An engine without a description is none: nothing is found that is not complete.
+        engine.description.unlink(missing_ok=True)
+        with atomic_path(engine.path) as partial:
+            partial.write_bytes(view)
+        with atomic_path(written.description) as partial:
+            partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return written
 
 

@@ -1,0 +1,36 @@
+"""Engine files on disk, whatever is in them: no TensorRT is needed."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from dit_export import engine_files
+from dit_export.engine_files import EngineFile, EngineKey, read_description, write_engine
+from dit_export.profiles import parse_profiles
+
+
+def test_two_that_write_the_same_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first is held up between its engine and its description; the second comes meanwhile."""
+    key = EngineKey("graph", "tensorrt", "10.9", "any", parse_profiles(["1"]))
+    engine = EngineFile(tmp_path / "a.engine", "a", "weights", "fp16", key, {}, {}, "", 0)
+    halfway, second = threading.Event(), threading.Event()
+    original = engine_files.atomic_path
+
+    def atomic_path(path: Path):
+        if path.suffix == ".json" and not halfway.is_set():
+            halfway.set()
+            second.wait(0.3)  # for ever, were it not for the lock
+        return original(path)
+
+    monkeypatch.setattr(engine_files, "atomic_path", atomic_path)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(write_engine, engine, b"the first")
+        assert halfway.wait(10)
+        later = pool.submit(write_engine, engine, b"the second")
+        later.add_done_callback(lambda _: second.set())
+        first.result(10), later.result(10)
+    assert read_description(engine.path).read() == b"the second"

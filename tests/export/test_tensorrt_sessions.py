@@ -361,12 +361,16 @@ def test_given_engines_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(EngineRefused, match="holds no engine of conditioner"):
         given_engines(model, "fp16", tmp_path, flavour, GPU)
     files = {
-        name: engine_file(tmp_path, name, checkpoint=weights)
+        name: engine_file(tmp_path, name, checkpoint=weights, model=model.config.to_dict())
         for name in ("conditioner", "denoiser")
     }
     assert given_engines(model, "fp16", tmp_path, flavour, GPU) == files
     with pytest.raises(EngineRefused, match="is in fp16; precision 'bf16' is asked"):
         given_engines(model, "bf16", tmp_path, flavour, GPU)
+    other = tiny_dit(numerics="diffusers")
+    assert weights_hash(other) == weights
+    with pytest.raises(EngineRefused, match="has these weights with another config"):
+        given_engines(other, "fp16", tmp_path, flavour, GPU)
     with pytest.raises(EngineRefused, match="another model's weights"):
         given_engines(tiny_dit(seed=1), "fp16", tmp_path, flavour, GPU)
     newer = Flavour("rtx", "tensorrt_rtx", "1.8.0.1")

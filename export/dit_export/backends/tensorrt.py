@@ -194,13 +194,13 @@ def given_engines(
 ) -> dict[str, EngineFile]:
     """The newest engines for ``model`` in a directory.
 
-    Raises `EngineRefused` where there is none of its weights and precision, or none that this
-    TensorRT and this device can run.
+    Raises `EngineRefused` where there is none of its weights, config and precision, or none that
+    this TensorRT and this device can run.
     """
     checkpoint, here = weights_hash(model), (flavour.name, flavour.version)
     engines = {}
     for graph in GRAPHS:
-        found = find_engines(directory, graph, checkpoint, precision)
+        found = find_engines(directory, graph, checkpoint, precision, model.config.to_dict())
         fitting = [f for f in found if _runs(f, here, gpu)]
         engines[graph] = (fitting or found)[0]
         engines[graph].check(flavour.name, flavour.version, gpu)

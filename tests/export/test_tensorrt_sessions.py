@@ -293,6 +293,12 @@ def test_bad_variables_are_named(
         TensorRTBackend(tiny_dit(), "fp16", torch.device("cuda"))
 
 
+def test_named_engines_are_not_built_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DIT_TENSORRT_REBUILD", "1")
+    with pytest.raises(ValueError, match=r"in the cache, and those of /engines were named: build"):
+        TensorRTBackend(tiny_dit(), "fp16", torch.device("cuda"), "/engines")
+
+
 def test_settings_of_the_environment():
     settings = Settings.read({"DIT_TENSORRT_BATCH": "1,2,2;4,8,16", "DIT_TENSORRT_REBUILD": "1"})
     assert settings.profiles == parse_profiles(["1,2,2", "4,8,16"])

@@ -8,7 +8,7 @@ The graphs are exported and the engines built at first use, into ``DIT_ENGINE_CA
 ``DIT_TENSORRT_BATCH``      the profile's smallest, best and largest batch, "1,8,64"; guidance
                             doubles an image's rows; several profiles are separated by ";"
 ``DIT_TENSORRT_STREAMS``    how many threads run at once
-``DIT_TENSORRT_REBUILD``    1: build anew what is there
+``DIT_TENSORRT_REBUILD``    1: build anew what is there; not for engines that were named
 """
 
 from __future__ import annotations
@@ -76,6 +76,11 @@ class TensorRTBackend:
         self, model: DiT, precision: str, device: torch.device, address: str | None = None
     ) -> None:
         settings = Settings.read(os.environ)
+        if settings.rebuild and address is not None:
+            raise ValueError(
+                f"DIT_TENSORRT_REBUILD=1 is for engines in the cache, and those of {address} were "
+                "named: build them again with dit-export tensorrt --rebuild"
+            )
         index = device.index or 0
         gpu = require_device(index, "backend 'tensorrt'")
         try:

@@ -168,6 +168,12 @@ def test_a_directory_of_something_else_is_refused_before_any_work(
     assert [p.name for p in tmp_path.iterdir()] == ["photo.jpg"]
 
 
+def test_label_names_are_one_a_class(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^2 label names for 10 classes$"):
+        export_onnx(tiny_dit(), tmp_path / "out", label_names=("ant", "bee"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_graph_that_computes_something_else_is_no_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

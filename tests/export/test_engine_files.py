@@ -53,5 +53,6 @@ def test_two_that_write_the_same_engine(tmp_path: Path, monkeypatch: pytest.Monk
         assert halfway.wait(10)
         later = pool.submit(write_engine, engine, b"the second")
         later.add_done_callback(lambda _: second.set())
-        first.result(10), later.result(10)
+        for task in (first, later):
+            task.result(10)
     assert read_description(engine.path).read() == b"the second"

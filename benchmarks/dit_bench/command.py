@@ -35,6 +35,16 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     outputs = (arguments.json, arguments.csv, arguments.html)
     check_outputs(outputs)
     check_folder(arguments.plot)
+    old = None if arguments.compare is None else read_report(arguments.compare)
+    scaling = None if arguments.scaling is None else read_scaling(arguments.scaling)
+    operators = None if arguments.operators is None else read_operators(arguments.operators)
+    report, plan = None, None
+    if arguments.load is None:
+        plan = plan_of(arguments)
+    elif arguments.models:
+        raise ValueError("--load shows a finished report; --model has no place beside it")
+    else:
+        report = read_report(arguments.load)
     if STDOUT not in outputs:
         from dit_bench.tables import require_rich
 
@@ -43,17 +53,11 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         from dit_bench.drawing import require_matplotlib
 
         require_matplotlib()
-    old = None if arguments.compare is None else read_report(arguments.compare)
-    scaling = None if arguments.scaling is None else read_scaling(arguments.scaling)
-    operators = None if arguments.operators is None else read_operators(arguments.operators)
     sheets: list[Any] = []
     failure: BaseException | None = None
-    if arguments.load is not None:
-        if arguments.models:
-            raise ValueError("--load shows a finished report; --model has no place beside it")
-        report = read_report(arguments.load)
-    else:
-        report, failure = _measured(arguments, given, sheets)
+    if plan is not None:
+        report, failure = _measured(plan, arguments, given, sheets)
+    assert report is not None
     if operators is not None:
         report["operators"] = operators
     code = 0
@@ -104,13 +108,12 @@ def new_report(plan: Plan, given: Sequence[str]) -> dict[str, Any]:
 
 
 def _measured(
-    arguments: argparse.Namespace, given: Sequence[str], sheets: list[Any]
+    plan: Plan, arguments: argparse.Namespace, given: Sequence[str], sheets: list[Any]
 ) -> tuple[dict[str, Any], BaseException | None]:
     """The report, and what is to be raised once it is written."""
     from dit_bench.measure import measure
     from dit_bench.progress import Progress
 
-    plan = plan_of(arguments)
     report, progress = new_report(plan, given), Progress(arguments.quiet)
     try:
         engines = measure(plan, report, progress)

@@ -65,13 +65,15 @@ def load_network(
         weights: Inception's file; None is what DIT_INCEPTION_WEIGHTS names.
 
     Raises:
-        ValueError: an unknown name, or a file that holds other weights.
+        ValueError: an unknown name, a file that holds other weights, or one for Lite0.
         FileNotFoundError: no Inception weights. ImportError: Lite0's package is not installed.
     """
     if name not in NETWORKS:
         raise ValueError(f"features {name!r}: choose one of {', '.join(NETWORKS)}")
     device = device or torch.device("cpu")
     if name == "lite0":
+        if weights is not None:
+            raise ValueError(f"--inception-weights {weights}: --features {name} reads none")
         return _lite0(device)
     return _inception(inception.find_weights(weights), device)
 

@@ -26,7 +26,9 @@ class Parser(argparse.ArgumentParser):
     """Defaults in the help, --version, and errors of one line like those of `run_command`."""
 
     def __init__(self, prog: str, description: str) -> None:
-        super().__init__(prog=prog, description=description, formatter_class=_Help)
+        super().__init__(
+            prog=prog, description=description, formatter_class=_Help, allow_abbrev=False
+        )
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
     def error(self, message: str) -> NoReturn:

@@ -62,6 +62,8 @@ def generate(arguments: argparse.Namespace) -> int:
         raise ValueError("--labels is missing: give class names or numbers (see --list-labels)")
     if arguments.columns is not None and arguments.columns < 1:
         raise ValueError(f"columns {arguments.columns} is not a positive integer")
+    if arguments.columns is not None and arguments.output.suffix.lower() != ".png":
+        raise ValueError(f"--columns is of a sheet, a .png, and {arguments.output} is none")
     check_destination(arguments.output)
 
     from dit_engine.cli.pictures import save
@@ -132,7 +134,9 @@ def run_with_progress(
         done = progress.first * progress.steps + progress.step * progress.count
         if bar is None:  # not earlier: an invalid option would leave an empty bar behind
             total = progress.total * progress.steps
-            bar = tqdm(total=total, initial=done, unit="step", desc="sampling", file=sys.stderr)
+            bar = tqdm(
+                total=total, initial=done, unit="image-step", desc="sampling", file=sys.stderr
+            )
         bar.update(done - bar.n)  # back, when a batch is tried again in halves
 
     try:

@@ -118,13 +118,16 @@ class Bundle:
     def _from_manifest(cls, path: Path, manifest: dict[str, Any]) -> Bundle:
         names = manifest["label_names"]
         vae = manifest["vae"]
+        config = ModelConfig.from_dict(manifest["model"])
+        if names is not None and len(names) != config.num_classes:
+            raise ValueError(f"{len(names)} label names for {config.num_classes} classes")
         graphs = {name: Graph.from_dict(name, g) for name, g in manifest["graphs"].items()}
         for name, listed in manifest["files"].items():
             if name != Path(name).name or {"bytes", "sha256"} - set(listed):
                 raise ValueError(f"file {name!r}")
         return cls(
             path=path,
-            config=ModelConfig.from_dict(manifest["model"]),
+            config=config,
             vae=None if vae is None else VAEConfig.from_dict(vae),
             label_names=None if names is None else tuple(names),
             dtype=manifest["dtype"],
@@ -156,7 +159,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no export; {MANIFEST} is missing") from None
     except ValueError as error:
         raise ValueError(f"{path / MANIFEST}: no JSON: {error}") from None
-    if not isinstance(manifest, dict) or not str(manifest.get("producer")).startswith("dit-engine"):
+    ours = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
+    if not ours or not str(manifest.get("producer")).startswith("dit-engine"):
         raise ValueError(f"{path / MANIFEST}: not written by dit-export")
     if manifest.get("format") != FORMAT:
         raise ValueError(
@@ -192,7 +196,7 @@ def replaceable(overwrite: bool) -> Any:
             names = ", ".join(sorted(entry.name for entry in path.iterdir())[:4])
             return f"holds something else ({names})"
         if overwrite:
-            return foreign(path, [MANIFEST, *earlier.get("files", {})])
+            return foreign(path, [MANIFEST, *earlier["files"]])
         what = f"{earlier.get('dtype')} for {earlier.get('target')}"
         return f"holds an export already ({what}); --overwrite replaces it"
 

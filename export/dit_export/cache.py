@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -15,6 +13,7 @@ import torch
 from dit_engine._version import __version__
 from dit_engine.model import DiT
 from dit_export.bundle import FORMAT, Bundle
+from dit_export.directories import locked
 from dit_export.onnx import ExportOptions, export_onnx
 from dit_export.source import weights_hash
 
@@ -35,7 +34,10 @@ def cached_export(model: DiT, options: ExportOptions) -> Bundle:
     Its name is a hash of the weights, the config, the options and the versions that wrote it.
     """
     path = cache_directory() / "onnx" / _key(model, options)
-    with _locked(path.with_name(f"{path.name}.lock")):
+    lock = path.with_name(f"{path.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.touch()
+    with locked(lock):
         try:
             return Bundle.open(path)
         except ValueError:
@@ -44,18 +46,6 @@ def cached_export(model: DiT, options: ExportOptions) -> Bundle:
                 if leftover.is_dir() and not leftover.is_symlink():
                     shutil.rmtree(leftover)
         return export_onnx(model, path, options, overwrite=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the others wait. No lock where the system has no flock."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        with suppress(ImportError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _key(model: DiT, options: ExportOptions) -> str:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from dit_export.given import refuse
-from dit_export.graphs import GRAPHS, VAE_GRAPH
+from dit_export.graphs import GRAPHS, QUANTIZED_GRAPHS, VAE_GRAPH
 from dit_export.source import add_source_arguments, load_source
 from dit_export.targets import DTYPES, FLOATS, QUANTIZED, TARGETS
 
@@ -44,11 +44,15 @@ def run(arguments: argparse.Namespace) -> int:
         calibration_images=arguments.calibration_images,
         calibration_steps=arguments.calibration_steps,
     ).checked()
+    graphs, calibration = options.graphs or GRAPHS, ("calibration_images", "calibration_steps")
     if options.dtype not in QUANTIZED:
-        unused = ("calibration_images", "calibration_steps")
-        refuse(arguments, unused, f"is for {' and '.join(QUANTIZED)}, and not for {options.dtype}")
+        reason = f"is for {' and '.join(QUANTIZED)}, and not for {options.dtype}"
+        refuse(arguments, calibration, reason)
+    if not set(graphs) & set(QUANTIZED_GRAPHS):
+        reason = f"is for graphs {', '.join(QUANTIZED_GRAPHS)}, which --graphs leaves out"
+        refuse(arguments, calibration, reason)
     for option, graph in (("vae_dtype", VAE_GRAPH), ("guidance_channels", "guided_step")):
-        if graph not in (options.graphs or GRAPHS):
+        if graph not in graphs:
             refuse(arguments, [option], f"is for graph {graph!r}, which --graphs leaves out")
     source = load_source(arguments)
     if source.vae is None:

@@ -10,7 +10,7 @@ from dit_export.bundle import Bundle
 from dit_export.comparison import given_export
 from dit_export.directories import scratch_beside
 from dit_export.given import refuse
-from dit_export.graphs import GRAPHS, VAE_GRAPH
+from dit_export.graphs import GRAPHS, QUANTIZED_GRAPHS, VAE_GRAPH
 from dit_export.profiles import parse_profiles
 from dit_export.source import Source, add_source_arguments, load_source
 from dit_export.targets import DTYPES, check_choice
@@ -64,6 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
         names = bundle.graphs if graphs is None else graphs
         if VAE_GRAPH not in names:
             refuse(arguments, ["size"], f"is for {VAE_GRAPH}, and no such graph is built")
+        if not set(names) & set(QUANTIZED_GRAPHS):
+            blocks = ", ".join(QUANTIZED_GRAPHS)
+            refuse(arguments, ["plugin"], f"is for {blocks}, and no such graph is built")
         size = arguments.size or str(bundle.config.input_size)
         options = BuildOptions(
             profiles=parse_profiles(arguments.batch or [DEFAULT_BATCH], size),

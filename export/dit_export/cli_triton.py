@@ -94,7 +94,7 @@ def _write(arguments: argparse.Namespace) -> int:
 
         path = write_repository(given_export(arguments), arguments.output, options, **more)
     else:
-        check_dtypes([arguments.dtype], options.platform)
+        check_dtypes([arguments.dtype], options)
         export = _own_export(arguments)
         with scratch_beside(arguments.output) as folder:
             path = write_repository(

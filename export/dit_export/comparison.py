@@ -46,6 +46,9 @@ def _check_source(bundle: Bundle, source: Source, arguments: argparse.Namespace)
         names = [name for name in theirs if ours[name] != theirs[name]]
         difference = ", ".join(f"{n} {theirs[n]!r} and not {ours[n]!r}" for n in names)
         raise ValueError(f"{path}: is an export of --model {arguments.model} with {difference}")
+    if source.label_names != bundle.label_names:
+        difference = _label_difference(bundle.label_names, source.label_names)
+        raise ValueError(f"{path}: is an export of --model {arguments.model} with {difference}")
     if vae is None:
         return
     if bundle.vae is None:
@@ -54,3 +57,11 @@ def _check_source(bundle: Bundle, source: Source, arguments: argparse.Namespace)
         owner = "--model" if arguments.vae is None else "--vae"
         name = arguments.model if arguments.vae is None else arguments.vae
         raise ValueError(f"{path}: is an export with another VAE than that of {owner} {name}")
+
+
+def _label_difference(theirs: tuple[str, ...] | None, ours: tuple[str, ...] | None) -> str:
+    """Of label names that differ, each None or one a class."""
+    if theirs is None or ours is None:
+        return f"{'no' if theirs is None else 'other'} label names"
+    i = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
+    return f"label {i} {theirs[i]!r} and not {ours[i]!r}"

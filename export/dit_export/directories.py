@@ -1,7 +1,8 @@
-"""Directories that appear whole or not at all."""
+"""Directories that appear whole or not at all, and of which one process at a time has the use."""
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -48,6 +49,25 @@ def new_directory(
         _exchange(target, partial, old)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process (or thread) at a time for a file or directory that exists; the others wait.
+
+    No lock where the system has no flock.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # and with it goes the lock
 
 
 @contextmanager

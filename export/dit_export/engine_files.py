@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from dit_engine.files import atomic_path
+from dit_export.directories import locked
 from dit_export.profiles import Profile, Profiles
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".engine"
 
 
@@ -77,6 +78,7 @@ class EngineFile:
         checkpoint: SHA-256 of the weights that the export was made of; dtype: of the graph.
         inputs, outputs: name → shape, -1 where it is free.
         sha256, bytes: of the engine.
+        model: the transformer's config; the same weights may be meant for another.
     """
 
     path: Path
@@ -88,6 +90,7 @@ class EngineFile:
     outputs: dict[str, tuple[int, ...]]
     sha256: str
     bytes: int
+    model: dict[str, Any] = field(default_factory=dict)
 
     @property
     def description(self) -> Path:
@@ -138,26 +141,31 @@ def runs_on(target: str, device: Any) -> bool:
 
 
 def write_engine(engine: EngineFile, data: Any) -> EngineFile:
-    """Write the engine (a buffer) and then its description, each whole or not at all."""
+    """Write the engine (a buffer) and then its description, each whole or not at all.
+
+    Two that are built at once are never the same: the lock keeps one's description off the other.
+    """
     engine.path.parent.mkdir(parents=True, exist_ok=True)
-    # An engine without a description is none: nothing is found that is not complete.
-    engine.description.unlink(missing_ok=True)
     view = memoryview(data)
     written = replace(engine, sha256=hashlib.sha256(view).hexdigest(), bytes=view.nbytes)
-    with atomic_path(engine.path) as partial:
-        partial.write_bytes(view)
     values = {
         "format": FORMAT,
         "graph": written.graph,
         "checkpoint": written.checkpoint,
         "dtype": written.dtype,
+        "model": written.model,
         "key": written.key.to_dict(),
         "inputs": written.inputs,
         "outputs": written.outputs,
         "engine": {"file": written.path.name, "bytes": written.bytes, "sha256": written.sha256},
     }
-    with atomic_path(written.description) as partial:
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    with locked(engine.path.parent):
+        # An engine without a description is none: nothing is found that is not complete.
+        engine.description.unlink(missing_ok=True)
+        with atomic_path(engine.path) as partial:
+            partial.write_bytes(view)
+        with atomic_path(written.description) as partial:
+            partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return written
 
 
@@ -178,28 +186,45 @@ def read_description(engine: Path) -> EngineFile:
             outputs={name: tuple(shape) for name, shape in values["outputs"].items()},
             sha256=values["engine"]["sha256"],
             bytes=values["engine"]["bytes"],
+            model=values["model"],
         )
     except FileNotFoundError:
         raise EngineRefused(f"{engine}: no engine of ours, {path.name} is missing") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise EngineRefused(f"{path}: cannot be read: {error!r}") from None
+        raise EngineRefused(f"{path}: cannot be read: {error!r}{_REBUILD}") from None
 
 
 def find_engines(
-    directory: Path, graph: str, checkpoint: str | None = None, dtype: str | None = None
+    directory: Path,
+    graph: str,
+    checkpoint: str | None = None,
+    dtype: str | None = None,
+    model: dict[str, Any] | None = None,
 ) -> list[EngineFile]:
-    """The engines of ``graph`` in a directory, newest first; of one model and precision if given.
+    """The engines of ``graph`` in a directory, newest first; of these weights, this config and this
+    precision if given.
 
-    Raises `EngineRefused` where there is none, or only those of other weights.
+    Raises `EngineRefused` where there is none, or only others.
     """
     paths = sorted(directory.glob(f"{graph}-*{SUFFIX}"), key=lambda p: -p.stat().st_mtime_ns)
     # One without its description is still being written, or was left so by a kill.
-    found = [read_description(path) for path in paths if description_path(path).exists()]
+    found, refused = [], []
+    for path in paths:
+        if description_path(path).exists():
+            try:
+                found.append(read_description(path))
+            except EngineRefused as error:  # such as one of another format, beside ours
+                refused.append(error)
+    if not found and refused:
+        raise refused[0]
     if not found:
         raise EngineRefused(f"{directory}: holds no engine of {graph}; see dit-export tensorrt")
     ours = [engine for engine in found if checkpoint in (None, engine.checkpoint)]
     if not ours:
         raise EngineRefused(f"{directory}: its {graph} was built from another model's weights")
+    ours = [engine for engine in ours if model in (None, engine.model)]
+    if not ours:
+        raise EngineRefused(f"{directory}: its {graph} has these weights with another config")
     fitting = [engine for engine in ours if dtype in (None, engine.dtype)]
     if not fitting:
         there = ", ".join(sorted({engine.dtype for engine in ours}))

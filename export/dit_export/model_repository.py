@@ -20,7 +20,7 @@ from dit_engine._version import __version__
 from dit_export.bundle import Bundle, foreign
 from dit_export.bundle_metadata import check_metadata
 from dit_export.directories import check_destination, new_directory
-from dit_export.targets import DTYPES
+from dit_export.targets import DTYPES, QUANTIZED
 from dit_export.triton.configuration import GRAPHS, ServingOptions, graph_config, pipeline_config
 from dit_export.triton.readme import readme
 
@@ -70,7 +70,7 @@ def write_repository(
     """
     options = (options or ServingOptions()).checked()
     target = Path(directory)
-    check_bundle(bundle, options.platform)
+    check_bundle(bundle, options)
     files = {name: _model_files(bundle, name, options, engines) for name in GRAPHS}
     with new_directory(target, replaceable(overwrite)) as partial:
         for name, sources in files.items():
@@ -99,23 +99,30 @@ def write_repository(
     return target
 
 
-def check_bundle(bundle: Bundle, platform: str = "onnxruntime") -> None:
+def check_bundle(bundle: Bundle, options: ServingOptions) -> None:
     """Raises ValueError unless everything that a repository needs is there, and of one model."""
     if bundle.vae is None:
         raise ValueError(f"{bundle.path}: has no VAE, and a server of images needs one")
-    check_dtypes([bundle.graph(graph).dtype for graph in GRAPHS.values()], platform)
+    check_dtypes([bundle.graph(graph).dtype for graph in GRAPHS.values()], options)
     for graph in GRAPHS.values():
         check_metadata(bundle, graph)
 
 
-def check_dtypes(dtypes: Iterable[str], platform: str) -> None:
-    """Raises ValueError for a graph's number format that ``platform`` does not run."""
+def check_dtypes(dtypes: Iterable[str], options: ServingOptions) -> None:
+    """Raises ValueError for a graph's number format that the platform does not run."""
+    if options.platform != "onnxruntime":
+        return
     for dtype in dtypes:
-        if platform == "onnxruntime" and dtype == "bf16":
+        if dtype == "bf16":
             allowed = ", ".join(name for name in DTYPES if name != dtype)
             raise ValueError(
                 f"{dtype} graphs are not served: the server's onnxruntime has no operators for "
                 f"them; choose one of {allowed}, or --platform tensorrt"
+            )
+        if dtype in QUANTIZED and options.accelerator == "tensorrt":
+            raise ValueError(
+                f"accelerator 'tensorrt': onnxruntime's does not take {dtype} graphs; choose "
+                "cuda or none, or --platform tensorrt"
             )
 
 
@@ -132,7 +139,8 @@ def read_marker(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no model repository; {MARKER} is missing") from None
     except ValueError as error:
         raise ValueError(f"{path / MARKER}: no JSON: {error}") from None
-    if not isinstance(marker, dict) or marker.get("format") != FORMAT:
+    ours = isinstance(marker, dict) and isinstance(marker.get("files"), list)
+    if not ours or marker.get("format") != FORMAT:
         raise ValueError(f"{path / MARKER}: not written by this version of dit-export")
     return marker
 
@@ -147,7 +155,7 @@ def replaceable(overwrite: bool) -> Any:
             names = ", ".join(sorted(entry.name for entry in path.iterdir())[:4])
             return f"holds something else ({names})"
         if overwrite:
-            return foreign(path, [MARKER, *marker.get("files", [])])
+            return foreign(path, [MARKER, *marker["files"]])
         return "holds a model repository; --overwrite replaces it"
 
     return reason

@@ -126,6 +126,9 @@ def export_onnx(
     check_channels(options.guided_channels, model.config.in_channels)
     if options.graphs is not None and VAE_GRAPH in options.graphs and vae is None:
         raise ValueError(f"graph {VAE_GRAPH!r}: this model has no VAE; give one with --vae")
+    classes = model.config.num_classes
+    if label_names is not None and len(label_names) != classes:
+        raise ValueError(f"{len(label_names)} label names for {classes} classes")
     names = tuple(g for g in GRAPHS if g in (options.graphs or GRAPHS))
     names = tuple(g for g in names if g != VAE_GRAPH or vae is not None)
     target, may_replace = Path(directory), replaceable(overwrite)

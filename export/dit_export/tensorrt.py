@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dit_engine._version import __version__
 from dit_export.bundle import Bundle, Graph, file_hash
@@ -98,7 +99,8 @@ def build_bundle(
         engine = existing(directory, name, key) if not options.rebuild else None
         if engine is None:
             graph = bundle.graphs[name]
-            engine = build_engine(path, graph, weights, key, directory, flavour, options)
+            model = bundle.config.to_dict()
+            engine = build_engine(path, graph, weights, model, key, directory, flavour, options)
             how = f"built in {time.perf_counter() - began:.1f} s"
         else:
             how = "is there already"
@@ -171,6 +173,7 @@ def build_engine(
     onnx: Path,
     graph: Graph,
     checkpoint: str,
+    model: dict[str, Any],
     key: EngineKey,
     directory: Path,
     flavour: Flavour,
@@ -196,5 +199,5 @@ def build_engine(
             trt, onnx, key, directory, flavour, logger, progress
         )
     path = engine_path(directory, graph.name, key)
-    made = EngineFile(path, graph.name, checkpoint, graph.dtype, key, inputs, outputs, "", 0)
+    made = EngineFile(path, graph.name, checkpoint, graph.dtype, key, inputs, outputs, "", 0, model)
     return write_engine(made, data)

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,10 @@ def test_a_checkpoint_keeps_its_weights(model: str) -> None:
             ["--model", "S/2", "--parity", "--reference-set", "x", "--inception-weights", "no.pth"],
             "Inception-v3 weights no.pth are not a file",
         ),
+        (
+            ["--model", "S/2", "--parity", "--features", "lite0", "--inception-weights", "x"],
+            "--inception-weights x: --features lite0 reads none",
+        ),
         (["--model", "S/2", "--load", "x"], "--load shows a finished report; --model has no"),
         (["--model", "S/2", "--threads", "4096"], "threads 4096 is above"),
         (["--model", "S/2", "--device", "tpu"], "device 'tpu' is not available"),
@@ -286,6 +291,16 @@ def test_a_backend_without_its_kernels_is_no_part_of_another_error(
     assert cli.main([*options, "--inception-weights", "no.pth"]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("error: Inception-v3 weights no.pth ") and shown.count("\n") == 1
+
+
+def test_options_are_looked_at_before_what_is_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert cli.main(["--model", "S/2", "--steps", "1001"]) == 2
+    assert "error: steps 1001 is out of range" in capsys.readouterr().err
+    assert cli.main(["--model", "S/2"]) == 2
+    assert capsys.readouterr().err.startswith("error: rich is not installed: pip install")
 
 
 @pytest.mark.parametrize("options", [["--batch", "0"], ["--size", "300"], ["--only", "x"]])

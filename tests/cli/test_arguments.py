@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 
 from dit_engine.cli.arguments import Parser
@@ -34,3 +36,26 @@ def test_no_command_says_none(words: list[str], capsys: pytest.CaptureFixture[st
     shown = capsys.readouterr().out
     assert "None" not in shown and "(default: )" not in shown and "(default: False)" not in shown
     assert "--json" in shown
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "refused"),
+    [
+        ("dit_engine.cli.generate", ["--label", "3"], "--label 3"),
+        ("dit_engine.cli.train", ["-o", "x", "--quie"], "--quie"),
+        ("dit_export.cli", ["onnx", "-o", "x", "--overw"], "--overw"),
+        ("dit_export.cli", ["triton", "-o", "x", "--max-batch", "8"], "--max-batch 8"),
+        ("dit_bench.cli", ["--model", "S/2", "--batc=2"], "--batc=2"),
+        ("dit_bench.cli", ["fid", "a", "b", "--feature=lite0"], "--feature=lite0"),
+        ("dit_bench.parity", ["--sample=2"], "--sample=2"),
+    ],
+)
+def test_an_option_is_written_in_full(
+    module: str, words: list[str], refused: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A new option could take the abbreviation of an old one in a script."""
+    with pytest.raises(SystemExit) as left:
+        import_module(module).main(words)
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: unrecognized arguments: {refused} (see ")

@@ -56,6 +56,8 @@ BAD = [
     (["--latents", "z.pt"], "z.pt: use a .npy or a .safetensors file"),
     (["--model", "nowhere.pt"], "nowhere.pt"),
     (["--columns", "0"], "columns 0 is not a positive integer"),
+    (["--columns", "3", "-o", "images"], "--columns is of a sheet, a .png, and images is none"),
+    (["--columns", "3", "-o", "a.npy"], "--columns is of a sheet, a .png, and a.npy is none"),
     (["-o", "missing/sheet.png"], "missing/sheet.png: the directory missing does not exist"),
     (["-o", "sheet.jpg"], "sheet.jpg: .jpg files are not written; use .png, .npy, .safetensors"),
     (["-o", "/proc/sheet.png"], "/proc/sheet.png cannot be written: "),

@@ -173,7 +173,8 @@ def test_the_bar_counts_image_steps(
     arguments = ("--labels", "1", "2", "3", "--max-batch-size", "2", "-o", str(tmp_path))
     assert run(model, *arguments) == 0
     captured = capsys.readouterr()
-    assert "9/9" in captured.err.split("\r")[-1]  # 3 images, 3 steps
+    last = captured.err.split("\r")[-1]
+    assert "9/9" in last and "image-step" in last  # 3 images, 3 steps
     assert captured.out.startswith("3 images in ")
     assert run(model, *arguments, "--quiet") == 0
     assert capsys.readouterr() == ("", "")

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import tiny_dit
+from tiny import NAMES, tiny_dit
 
 from dit_export.bundle import Bundle, Graph, TensorSpec, foreign, replaceable, write_manifest
 from dit_export.directories import new_directory
@@ -24,7 +24,7 @@ GRAPH = Graph(
 def write(directory: Path, content: bytes = b"weights", overwrite: bool = False) -> Path:
     facts = {
         "model": tiny_dit().config.to_dict(), "vae": None, "checkpoint": "abc", "dtype": "fp32",
-        "opset": 23, "target": "onnxruntime", "guided_channels": 3, "label_names": ["ant", "bee"],
+        "opset": 23, "target": "onnxruntime", "guided_channels": 3, "label_names": [*NAMES],
     }  # fmt: skip
     with new_directory(directory, replaceable(overwrite)) as partial:
         (partial / "denoiser.onnx").write_bytes(content)
@@ -41,7 +41,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     bundle = Bundle.open(path)
     assert only(tmp_path / "deep") == ["out"]
     assert bundle.config == tiny_dit().config and bundle.vae is None
-    assert bundle.label_names == ("ant", "bee") and bundle.graphs == {"denoiser": GRAPH}
+    assert bundle.label_names == NAMES and bundle.graphs == {"denoiser": GRAPH}
     assert bundle.file("denoiser") == path / "denoiser.onnx"
     listed = json.loads((path / "manifest.json").read_text())["files"]
     assert listed == {
@@ -73,7 +73,9 @@ def test_a_tampered_file_is_refused(tmp_path: Path, content: bytes | None, messa
     ("changes", "message"),
     [
         ({"format": 2}, r"format 2; 1 is what is read$"),
+        ({"label_names": ["ant"]}, r"cannot be read: .*1 label names for 10 classes"),
         ({"producer": "someone"}, r"not written by dit-export$"),
+        ({"files": 5}, r"not written by dit-export$"),
         ({"model": {"depth": 2}}, r"cannot be read: .*'hidden_size' is missing"),
         ({"files": {"../denoiser.onnx": {"bytes": 1, "sha256": "0"}}}, r"cannot be read"),
         ({"files": {}}, r"denoiser\.onnx is not among the files$"),

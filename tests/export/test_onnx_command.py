@@ -58,6 +58,9 @@ def test_command_writes_an_export(
     )
 
 
+LEFT_OUT = "is for graphs transformer, guided_step, denoiser, which --graphs leaves out"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -77,6 +80,10 @@ def test_command_writes_an_export(
         (["--dtype", "int8", "--calibration-steps", "1"],
          "calibration_steps 1: allowed is 2 or more"),
         (["--calibration-steps", "8"], "--calibration-steps is for int8 and fp8, and not for fp16"),
+        (["--dtype", "int8", "--graphs", "conditioner", "vae_decoder", "--calibration-images", "2"],
+         f"--calibration-images {LEFT_OUT}"),
+        (["--dtype", "fp8", "--calibration-steps", "8", "--graphs", "conditioner"],
+         f"--calibration-steps {LEFT_OUT}"),
         (["--guidance-channels", "5"], "guidance_channels 5 is out of range: allowed is 1 to 4"),
         (["--guidance-channels", "3", "--graphs", "conditioner", "denoiser"],
          "--guidance-channels is for graph 'guided_step', which --graphs leaves out"),
@@ -159,6 +166,12 @@ def test_a_directory_of_something_else_is_refused_before_any_work(
     with pytest.raises(ValueError, match=r"holds something else \(photo\.jpg\); nothing was"):
         export_onnx(tiny_dit(), tmp_path, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def test_label_names_are_one_a_class(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^2 label names for 10 classes$"):
+        export_onnx(tiny_dit(), tmp_path / "out", label_names=("ant", "bee"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_graph_that_computes_something_else_is_no_export(

@@ -225,11 +225,16 @@ def test_descriptions_that_are_none(built: EngineFile):
         find_engines(built.path.parent, "conditioner", built.checkpoint, "bf16")
     with pytest.raises(EngineRefused, match="holds no engine of denoiser"):
         find_engines(built.path.parent, "denoiser")
+    with pytest.raises(EngineRefused, match="has these weights with another config"):
+        find_engines(built.path.parent, "conditioner", built.checkpoint, model={"depth": 2})
+    assert built.model == MODEL.config.to_dict()
     values = json.loads(built.description.read_text())
     for text in ("{", "[]", json.dumps(values | {"format": 9}), json.dumps(values | {"key": {}})):
         built.description.write_text(text)
         with pytest.raises(EngineRefused, match="cannot be read"):
             read_description(built.path)
+        with pytest.raises(EngineRefused, match=r"cannot be read: .* --rebuild"):
+            find_engines(built.path.parent, "conditioner")
     built.description.unlink()
     with pytest.raises(EngineRefused, match="no engine of ours"):
         read_description(built.path)
@@ -266,7 +271,7 @@ def test_refused_node_is_named(bundles, flavour: Flavour, options: BuildOptions,
     with pytest.raises(
         ValueError, match=r"node blocks\.0\.attn\.qkv/MatMul \(Nonesuch\): "
     ) as caught:
-        build_engine(path, graph, "", key, tmp_path / "out", flavour, options)
+        build_engine(path, graph, "", {}, key, tmp_path / "out", flavour, options)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
     assert "Nonesuch" in check_supported(flavour, path)[0]
@@ -367,6 +372,10 @@ def test_command_builds_from_an_export(bundles, tmp_path: Path, capsys: pytest.C
         (["--dtype", "fp4"], "dtype 'fp4': choose one of fp32"),
         (["--workspace-gb", "0"], "workspace 0.0 GiB"),
         (["--plugin"], "plugin needs the standard TensorRT"),
+        (
+            ["--plugin", "--graphs", "conditioner", "vae_decoder"],
+            "--plugin is for transformer, guided_step, denoiser, and no such graph is built",
+        ),
         (["--device", "0"], "--device is for the standard TensorRT, and this is TensorRT for RTX"),
         (["--graphs", "denoiser", "--size", "8"], "--size is for vae_decoder, and no such graph"),
         (["--dtype", "bf16"], "--dtype bf16: the export "),

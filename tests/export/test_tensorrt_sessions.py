@@ -293,6 +293,12 @@ def test_bad_variables_are_named(
         TensorRTBackend(tiny_dit(), "fp16", torch.device("cuda"))
 
 
+def test_named_engines_are_not_built_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DIT_TENSORRT_REBUILD", "1")
+    with pytest.raises(ValueError, match=r"in the cache, and those of /engines were named: build"):
+        TensorRTBackend(tiny_dit(), "fp16", torch.device("cuda"), "/engines")
+
+
 def test_settings_of_the_environment():
     settings = Settings.read({"DIT_TENSORRT_BATCH": "1,2,2;4,8,16", "DIT_TENSORRT_REBUILD": "1"})
     assert settings.profiles == parse_profiles(["1,2,2", "4,8,16"])
@@ -361,12 +367,16 @@ def test_given_engines_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(EngineRefused, match="holds no engine of conditioner"):
         given_engines(model, "fp16", tmp_path, flavour, GPU)
     files = {
-        name: engine_file(tmp_path, name, checkpoint=weights)
+        name: engine_file(tmp_path, name, checkpoint=weights, model=model.config.to_dict())
         for name in ("conditioner", "denoiser")
     }
     assert given_engines(model, "fp16", tmp_path, flavour, GPU) == files
     with pytest.raises(EngineRefused, match="is in fp16; precision 'bf16' is asked"):
         given_engines(model, "bf16", tmp_path, flavour, GPU)
+    other = tiny_dit(numerics="diffusers")
+    assert weights_hash(other) == weights
+    with pytest.raises(EngineRefused, match="has these weights with another config"):
+        given_engines(other, "fp16", tmp_path, flavour, GPU)
     with pytest.raises(EngineRefused, match="another model's weights"):
         given_engines(tiny_dit(seed=1), "fp16", tmp_path, flavour, GPU)
     newer = Flavour("rtx", "tensorrt_rtx", "1.8.0.1")

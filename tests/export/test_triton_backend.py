@@ -17,7 +17,7 @@ import pytest
 import torch
 from serving import MAX_BATCH_SIZE, Served
 from tiny import tiny_dit, tiny_engine
-from triton_requests import executions
+from triton_requests import settled
 
 from dit_engine.engine import Engine
 from dit_engine.errors import BackendUnavailable
@@ -74,9 +74,9 @@ def test_images_and_record(served: Served) -> None:
 
 def test_more_images_than_the_servers_largest_batch(served: Served) -> None:
     n = MAX_BATCH_SIZE + 3
-    before = executions(served.running.http, "dit_guided_step")
+    before = settled(served.running.http, "dit_guided_step")["dit_guided_step"]
     actual = latents(served.engine, f"triton://{served.running.http}", n, steps=2)
-    rows, _ = executions(served.running.http, "dit_guided_step")
+    rows, _ = settled(served.running.http, "dit_guided_step")["dit_guided_step"]
     assert rows - before[0] == 2 * n
     assert_close(actual, latents(served.engine, "eager", n, steps=2))
 

@@ -56,6 +56,10 @@ def test_engines_become_plans(tmp_path: Path, bundle: Bundle) -> None:
         ({"graph": "abc"}, "was built from another export than"),
         ({"plugins": ("adaln 1",)}, "holds a plugin that the server does not have"),
         ({"profiles": (Profile(Range(1, 1, 2)),)}, "batches of 1 to 2 .*; 1 to 4 are needed"),
+        (
+            {"profiles": (Profile(Range(1, 4, 8), Range(32, 64, 96)),)},
+            r"takes latents of size 32 to 96 .*; 8 is needed",
+        ),
         ({"profiles": (Profile(Range(2, 4, 8)),)}, "batches of 2 to 8 .*; 1 to 4 are needed"),
     ],
 )

@@ -279,6 +279,17 @@ def test_the_command_with_a_finished_export(
     assert only(target) == sorted([*MODELS, MARKER, "README.md", "client.py"])
 
 
+def test_a_repository_whose_list_of_files_is_none(
+    tmp_path: Path, bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = write_repository(bundle, tmp_path / "repository")
+    marker = json.loads((target / MARKER).read_text())
+    (target / MARKER).write_text(json.dumps(marker | {"files": 5}))
+    arguments = ("--onnx", bundle.path, "-o", target, "--overwrite")
+    assert "holds something else (README.md, client.py" in command(*arguments, capsys=capsys)
+    assert (target / "dit").is_dir()
+
+
 def test_bad_commands(tmp_path: Path, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     onnx, target = bundle.path, tmp_path / "repository"
     for arguments, message in (
@@ -296,6 +307,8 @@ def test_bad_commands(tmp_path: Path, bundle: Bundle, capsys: pytest.CaptureFixt
         (["-o", onnx, "--onnx", onnx], "holds something else"),
         (["-o", target, "--onnx", onnx, "--max-batch-size", "0"], "max_batch_size 0 is not"),
         (["-o", target, "--dtype", "fp4"], "dtype 'fp4': choose one of"),
+        (["-o", target, "--dtype", "int8", "--accelerator", "tensorrt"],
+         "accelerator 'tensorrt': onnxruntime's does not take int8 graphs; choose cuda or none"),
         (["-o", target, "--dtype", "bf16"], "bf16 graphs are not served: .*fp32, fp16, int8, fp8"),
         (["--serve", onnx], "no model repository; repository.json is missing"),
     ):  # fmt: skip
@@ -320,6 +333,10 @@ def test_bad_commands(tmp_path: Path, bundle: Bundle, capsys: pytest.CaptureFixt
         (["--model", "other"], "{onnx}: is an export of another model than --model other"),
         (["--model", "wide"],
          "{onnx}: is an export of --model wide with numerics 'official' and not 'diffusers'"),
+        (["--model", "renamed"],
+         "{onnx}: is an export of --model renamed with label 3 'dog' and not 'wolf'"),
+        (["--model", "nameless"],
+         "{onnx}: is an export of --model nameless with other label names"),
         (["--model", "another-vae"], "{onnx}: is an export with another VAE than that of --model"),
         (["--model", "same", "--vae", "another-vae/vae"],
          "{onnx}: is an export with another VAE than that of --vae another-vae/vae"),
@@ -338,6 +355,9 @@ def test_options_that_contradict_the_export(
     save_pretrained(tmp_path / "same", tiny_dit(), tiny_vae(), NAMES)
     save_pretrained(tmp_path / "other", tiny_dit(seed=1), tiny_vae(), NAMES)
     save_pretrained(tmp_path / "wide", tiny_dit(numerics="diffusers"), tiny_vae(), NAMES)
+    names = [name.replace("dog", "wolf") for name in NAMES]
+    save_pretrained(tmp_path / "renamed", tiny_dit(), tiny_vae(), names)
+    save_pretrained(tmp_path / "nameless", tiny_dit(), tiny_vae())
     save_pretrained(tmp_path / "another-vae", tiny_dit(), tiny_vae(seed=1), NAMES)
     arguments = [name, "--onnx", str(bundle.path), "-o", "out", *options]
     assert main(arguments) == 2

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -33,40 +34,89 @@ def answers(address: str) -> bool:
     return True
 
 
+class Command:
+    """`dit-export triton --serve` in a process, as a shell starts it, and what it has started."""
+
+    def __init__(self, repository: Path, server: Path, folder: Path) -> None:
+        options = ["--serve", str(repository), "--server", str(server)]
+        ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
+        self.log, self.groups = folder / "log", set[int]()
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dit_export.cli", "triton", *options, *ports],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=os.environ | {"TMPDIR": str(folder)},  # a killed one leaves files there
+            )
+
+    def addresses(self) -> tuple[str, str]:
+        """HTTP and gRPC, once the server is ready."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        self._look()
+        found = re.fullmatch(r"ready: http (\S+), gRPC (\S+), metrics \S+\n", line)
+        assert found is not None, (line, self.log.read_text()[-2000:])
+        return found[1], found[2]
+
+    def end(self) -> None:
+        """All of it, whatever its state."""
+        self._look()
+        with self.process:
+            self.process.kill()
+        for group in self.groups:
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+
+    def _look(self) -> None:
+        """The supervisor leads a group of its own, with the server and its helpers."""
+        pid = self.process.pid
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            self.groups |= {child for child in map(int, children) if os.getpgid(child) == child}
+
+
+@pytest.fixture
+def start(repository: Path, tmp_path: Path) -> Iterator[Callable[[Path], Command]]:
+    """Starts a `Command` with a server; of those started nothing is left when the test ends."""
+    with ExitStack() as stack:
+
+        def started(server: Path) -> Command:
+            command = Command(repository, server, tmp_path)
+            stack.callback(command.end)
+            return command
+
+        yield started
+
+
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_serve_until_it_is_told_to_end(
-    server_environment: Path, repository: Path, tmp_path: Path, end: signal.Signals
+    server_environment: Path, start: Callable[[Path], Command], end: signal.Signals
 ) -> None:
     """Also where it is killed without a word, no server is left behind."""
-    command = [sys.executable, "-m", "dit_export.cli", "triton", "--serve", str(repository)]
-    command += ["--server", str(server_environment)]
-    command += [argument for name in ("http", "grpc", "metrics")
-                for argument in (f"--{name}-port", "0")]  # fmt: skip
-    with (tmp_path / "log").open("w") as log:
-        environment = os.environ | {"TMPDIR": str(tmp_path)}  # a killed one leaves files there
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-        )
-    try:
-        assert process.stdout is not None
-        ready = process.stdout.readline()
-        pattern = r"ready: http (\S+), gRPC (\S+), metrics (\S+)\n"
-        found = re.fullmatch(pattern, ready)
-        assert found is not None, (ready, (tmp_path / "log").read_text()[-2000:])
-        with urllib.request.urlopen(f"http://{found[1]}/v2/health/ready") as answer:
-            assert answer.status == 200
-        if end == signal.SIGINT:
-            inputs = {"labels": numbers(1), "seeds": numbers(1), "steps": numbers(1)}
-            assert infer(found[2], inputs, "grpc").shape == (1, 64, 64, 3)
-    finally:
-        process.send_signal(end)
-        code = process.wait(60)
-        process.stdout.close()
-    assert code == (0 if end == signal.SIGINT else -signal.SIGKILL)
-    deadline = time.monotonic() + 60
-    while answers(found[1]):
-        assert time.monotonic() < deadline, "the server is still there"
-        time.sleep(0.1)
+    command = start(server_environment)
+    http, grpc = command.addresses()
+    with urllib.request.urlopen(f"http://{http}/v2/health/ready") as answer:
+        assert answer.status == 200
+    if end == signal.SIGINT:
+        inputs = {"labels": numbers(1), "seeds": numbers(1), "steps": numbers(1)}
+        assert infer(grpc, inputs, "grpc").shape == (1, 64, 64, 3)
+    command.process.send_signal(end)
+    assert command.process.wait(60) == (0 if end == signal.SIGINT else -signal.SIGKILL)
+    wait_until(lambda: not answers(http), 60)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="children are found by Linux's /proc")
+def test_a_test_that_fails_leaves_no_server(
+    stubborn: Path, repository: Path, tmp_path: Path
+) -> None:
+    command = Command(repository, stubborn, tmp_path)
+    http, _ = command.addresses()
+    assert answers(http)
+    command.end()
+    assert command.process.returncode == -signal.SIGKILL
+    wait_until(lambda: not answers(http), 5)  # and not as the supervisor would, after 20 seconds
+    assert len(command.groups) == 1
 
 
 def fake_server(folder: Path, script: str) -> Path:
@@ -242,31 +292,20 @@ def test_a_proxy_of_the_environment_is_not_asked_whether_the_server_is_ready(
     wait_until(lambda: not answers(running.http))  # killed, it ends a moment later
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_does_not_wait_and_leaves_nothing(
-    repository: Path, stubborn: Path, tmp_path: Path, name: str
+    stubborn: Path, start: Callable[[Path], Command], tmp_path: Path, end: signal.Signals
 ) -> None:
     """The server takes no notice of the first; it would be waited for, for 20 seconds."""
-    command = [sys.executable, "-m", "dit_export.cli", "triton", "--serve", str(repository)]
-    command += ["--server", str(stubborn)]
-    command += [f"--{port}-port=0" for port in ("http", "grpc", "metrics")]
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-        )
-    assert process.stdout is not None
-    ready = process.stdout.readline()
-    found = re.match(r"ready: http (\S+),", ready)
-    assert found is not None, (ready, (tmp_path / "log").read_text())
-    process.send_signal(getattr(signal, name))
+    command = start(stubborn)
+    http, _ = command.addresses()
+    command.process.send_signal(end)
     wait_until((tmp_path / "asked").exists)
-    assert process.poll() is None and answers(found[1])
+    assert command.process.poll() is None and answers(http)
     began = time.monotonic()
-    process.send_signal(getattr(signal, name))
-    assert process.wait(60) == 0 and time.monotonic() - began < 10
-    process.stdout.close()
-    wait_until(lambda: not answers(found[1]))
+    command.process.send_signal(end)
+    assert command.process.wait(60) == 0 and time.monotonic() - began < 10
+    wait_until(lambda: not answers(http))
 
 
 def test_ready_timeout_of_the_command(

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from serving import MAX_BATCH_SIZE, Served
-from triton_requests import column, executions, infer, names, numbers, scales
+from triton_requests import column, executions, infer, names, numbers, scales, settled
 
 MODELS = ("dit", "dit_guided_step", "dit_transformer", "vae_decoder")
 PROTOCOLS = ("http", "grpc")
@@ -86,7 +88,7 @@ def test_numbers_and_defaults(served: Served) -> None:
 
 def test_concurrent_clients_share_batches(served: Served) -> None:
     n, steps = 8, 4
-    before = {model: executions(served.running.http, model) for model in MODELS}
+    before = settled(served.running.http, *MODELS)
 
     def ask(i: int) -> np.ndarray:
         protocol = PROTOCOLS[i % 2]
@@ -97,7 +99,7 @@ def test_concurrent_clients_share_batches(served: Served) -> None:
         images = list(pool.map(ask, range(n)))
     for i, image in enumerate(images):
         assert_same_images(image, engine_images(served, i, 50 + i, steps=steps))
-    after = {model: executions(served.running.http, model) for model in MODELS}
+    after = settled(served.running.http, *MODELS)
     counts = {m: tuple(a - b for a, b in zip(after[m], before[m], strict=True)) for m in MODELS}
     rows = {model: rows for model, (rows, _) in counts.items()}
     batches = {model: batches for model, (_, batches) in counts.items()}
@@ -111,7 +113,7 @@ def test_dynamic_batches_of_one_graph(served: Served) -> None:
     n = 16
     generator = np.random.default_rng(0)
     x = generator.standard_normal((n, 4, 16, 16), dtype=np.float32)
-    before = executions(served.running.http, "dit_transformer")
+    before = settled(served.running.http, "dit_transformer")
 
     def ask(i: int) -> np.ndarray:
         inputs = {"x": x[i : i + 1], "t": numbers(60 * i), "y": numbers(i)}
@@ -119,13 +121,13 @@ def test_dynamic_batches_of_one_graph(served: Served) -> None:
 
     with ThreadPoolExecutor(n) as pool:
         together = np.concatenate(list(pool.map(ask, range(n))))
-    rows, batches = np.subtract(executions(served.running.http, "dit_transformer"), before)
+    after = settled(served.running.http, "dit_transformer")
+    rows, batches = np.subtract(after["dit_transformer"], before["dit_transformer"])
     assert rows == n and batches < n
     torch = import_module("torch")
     with torch.inference_mode():
-        expected = served.engine.model.float()(
-            torch.from_numpy(x), 60 * torch.arange(n), torch.arange(n)
-        ).numpy()
+        model = deepcopy(served.engine.model).float()  # the engine is other tests' too
+        expected = model(torch.from_numpy(x), 60 * torch.arange(n), torch.arange(n)).numpy()
     np.testing.assert_allclose(together, expected, atol=1e-4 * np.abs(expected).max())
 
 
@@ -249,16 +251,51 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.02)
 
 
-def test_the_repositorys_client(served: Served, tmp_path: Path) -> None:
+def run_client(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """As a user runs it: a file of its own, without our packages on its path."""
-    client, output = served.repository / "client.py", tmp_path / "images.png"
-    assert len(client.read_text().splitlines()) <= 20
-    command = [sys.executable, str(client), served.running.http, str(output), "4", "planets", "3"]
+    command = [sys.executable, str(repository / "client.py"), *arguments]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True,
-                          check=False)  # fmt: skip
+    return subprocess.run(
+        command, cwd=repository.parent, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_repositorys_client(served: Served, tmp_path: Path) -> None:
+    output = tmp_path / "images.png"
+    done = run_client(served.repository, served.running.http, str(output), "4", "planets", "3")
     assert done.returncode == 0, done.stderr
     expected = [engine_images(served, "planets", 0, steps=4)[0],
                 engine_images(served, 3, 1, steps=4)[0]]  # fmt: skip
     sheet = np.asarray(Image.open(output))
     assert_same_images(sheet, np.concatenate(expected, axis=1))
+    refused = run_client(served.repository, served.running.http, str(output), "4", "nothing")
+    assert_one_line(refused, "label 'nothing' is unknown; allowed are")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "four or more arguments are needed. Images of labels, from seeds 0, 1, …: python"),
+        (["{nobody}", "a.png", "50"], "four or more arguments are needed"),
+        (["{nobody}", "a.png", "fifty", "planets"], "invalid literal for int.* 'fifty'"),
+        (["{nobody}", "a.png", "50", "planets"], "Connection refused .*{nobody} a.png 50 planets"),
+        (["http://{nobody}", "a.png", "50", "planets"], "Connection refused"),
+    ],
+)
+def test_the_repositorys_client_with_bad_input(
+    repository: Path, arguments: list[str], message: str
+) -> None:
+    """Without a server: where nobody listens, a port is held all the same."""
+    lines = (repository / "client.py").read_text().splitlines()
+    assert sum(line != "" for line in lines) <= 22
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nobody = f"127.0.0.1:{unused.getsockname()[1]}"
+        done = run_client(repository, *(word.format(nobody=nobody) for word in arguments))
+        assert_one_line(done, message.format(nobody=nobody))
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert re.search(message, done.stderr), done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from importlib import import_module
 from typing import Any
 
@@ -50,3 +51,12 @@ def executions(address: str, model: str) -> tuple[int, int]:
     with module.InferenceServerClient(address) as client:
         (stats,) = client.get_inference_statistics(model)["model_stats"]
     return int(stats["inference_count"]), int(stats["execution_count"])
+
+
+def settled(address: str, *models: str) -> dict[str, tuple[int, int]]:
+    """`executions` of each once they stand still: the server counts after it has answered."""
+    found, before = {model: executions(address, model) for model in models}, None
+    while found != before:
+        time.sleep(0.3)
+        found, before = {model: executions(address, model) for model in models}, found
+    return found

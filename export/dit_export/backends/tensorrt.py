@@ -8,7 +8,7 @@ The graphs are exported and the engines built at first use, into ``DIT_ENGINE_CA
 ``DIT_TENSORRT_BATCH``      the profile's smallest, best and largest batch, "1,8,64"; guidance
                             doubles an image's rows; several profiles are separated by ";"
 ``DIT_TENSORRT_STREAMS``    how many threads run at once
-``DIT_TENSORRT_REBUILD``    1: build anew what is there
+``DIT_TENSORRT_REBUILD``    1: build anew what is there; not for engines that were named
 """
 
 from __future__ import annotations
@@ -76,6 +76,11 @@ class TensorRTBackend:
         self, model: DiT, precision: str, device: torch.device, address: str | None = None
     ) -> None:
         settings = Settings.read(os.environ)
+        if settings.rebuild and address is not None:
+            raise ValueError(
+                f"DIT_TENSORRT_REBUILD=1 is for engines in the cache, and those of {address} were "
+                "named: build them again with dit-export tensorrt --rebuild"
+            )
         index = device.index or 0
         gpu = require_device(index, "backend 'tensorrt'")
         try:
@@ -194,13 +199,13 @@ def given_engines(
 ) -> dict[str, EngineFile]:
     """The newest engines for ``model`` in a directory.
 
-    Raises `EngineRefused` where there is none of its weights and precision, or none that this
-    TensorRT and this device can run.
+    Raises `EngineRefused` where there is none of its weights, config and precision, or none that
+    this TensorRT and this device can run.
     """
     checkpoint, here = weights_hash(model), (flavour.name, flavour.version)
     engines = {}
     for graph in GRAPHS:
-        found = find_engines(directory, graph, checkpoint, precision)
+        found = find_engines(directory, graph, checkpoint, precision, model.config.to_dict())
         fitting = [f for f in found if _runs(f, here, gpu)]
         engines[graph] = (fitting or found)[0]
         engines[graph].check(flavour.name, flavour.version, gpu)

@@ -12,9 +12,16 @@ def main(url: str, output: str, steps: str, *labels: str) -> None:
     columns = np.array(labels, dtype=object), np.arange(n), np.full(n, int(steps))
     inputs = [triton.InferInput(name, [n, 1], kind) for name, kind in kinds.items()]
     sent = [i.set_data_from_numpy(c[:, None]) for i, c in zip(inputs, columns, strict=True)]
-    answer = triton.InferenceServerClient(url, network_timeout=3600).infer("dit", sent)
+    client = triton.InferenceServerClient(url.removeprefix("http://"), network_timeout=3600)
+    answer = client.infer("dit", sent)
     Image.fromarray(np.concatenate(np.asarray(answer.as_numpy("images")), axis=1)).save(output)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        if len(sys.argv) < 5:
+            raise ValueError(f"four or more arguments are needed. {__doc__}")
+        main(*sys.argv[1:])
+    except Exception as error:  # of the arguments, the connection, the server
+        print("error:", *f"{error} ({' '.join(sys.argv)})".split(), file=sys.stderr)
+        sys.exit(2)

@@ -95,7 +95,6 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         folder = Path(args["model_repository"]) / args["model_version"]
         self.facts = Facts.read(folder / "pipeline.json")
-        self.largest = int(json.loads(args["model_config"])["max_batch_size"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """All requests go through the loop together, but none fails for another's fault."""
@@ -172,8 +171,10 @@ def _infer(model: str, inputs: dict[str, np.ndarray], outputs: list[str]) -> lis
         pb_utils.Tensor(name, value[:, None] if name in _SCALARS else value)
         for name, value in inputs.items()
     ]
+    # A model on a GPU would answer with tensors there, which numpy cannot read.
+    host = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
     request = pb_utils.InferenceRequest(
-        model_name=model, requested_output_names=outputs, inputs=tensors
+        model_name=model, requested_output_names=outputs, inputs=tensors, preferred_memory=host
     )
     try:
         response = request.exec()

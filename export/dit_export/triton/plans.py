@@ -19,7 +19,8 @@ def find_plan(directory: Path, bundle: Bundle, graph: str, max_batch_size: int) 
     engines = find_engines(directory, graph, checkpoint)
     wanted, reasons = graph_hash(bundle, graph), []
     for engine in engines:
-        batch = engine.key.profiles[0].batch  # the server takes the first profile
+        profile = engine.key.profiles[0]  # which the server takes
+        batch = profile.batch
         if engine.key.graph != wanted:
             reasons.append(f"was built from another export than {bundle.path}")
         elif engine.key.flavour != "tensorrt":
@@ -28,6 +29,9 @@ def find_plan(directory: Path, bundle: Bundle, graph: str, max_batch_size: int) 
             reasons.append("holds a plugin that the server does not have")
         elif not (batch.smallest == 1 and max_batch_size <= batch.largest):
             reasons.append(f"takes batches of {batch}; 1 to {max_batch_size} are needed")
+        elif profile.size is not None and bundle.config.input_size not in profile.size:
+            side = bundle.config.input_size
+            reasons.append(f"takes latents of size {profile.size}; {side} is needed")
         elif file_hash(engine.path) != engine.sha256:
             reasons.append("has changed since it was built (SHA-256 differs)")
         else:

@@ -121,7 +121,8 @@ _LEARNED = "This model learns its variance."
 _FIXED = "This model learns no variance: only s·`noise` is added."
 _ONNX_NEEDS = """\
 The graphs are of ONNX opset {opset}: the release's onnxruntime must know it (1.23 knows 23; the
-release notes name the version). `dit-export triton --opset` writes an earlier one."""
+release notes name the version). 1.24 and earlier compute 23's Attention on the CPU, also where
+there is a GPU. `dit-export triton --opset 22` writes graphs without it."""
 _PLAN_NEEDS = """\
 Engines load only in the TensorRT version that built them: take the release whose notes name it."""
 

@@ -116,7 +116,7 @@ def guided_step(
 
     Args:
         tokens: (2N, T, p·p·C_out), the conditional rows first, or (N, …) for no guidance.
-        z, x0_before, noise: (N, C, S, S) float32; the last two are read only where used.
+        z, x0_before, noise: (N, C, S, S) float32; what is in noise does not matter where σ = 0.
         guidance_scale: (N,) float32; an image at exactly 1 is left unguided.
         coefficients: (9,) float32, on the device.
         guided_channels: the first so many latent channels are guided (3 as published).

@@ -14,7 +14,8 @@
 //
 // NaN and infinity: a NaN score makes its weight NaN, a score of +inf makes m' = inf and its weight
 // 2^(inf − inf) = NaN, and m starts at the lowest finite number, so that a row of −inf sums to 0
-// and gives 0 / 0: all as in the plain softmax.
+// and gives 0 / 0: all as in the plain softmax. But a weight that would be subnormal is 0, so that an
+// infinite value which it meets makes NaN, not infinity.
 //
 // (S c − m' c would save an operation, and be wrong by the rounding of m' c, which for large scores
 // is more than a float can be a power of.)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import relative_error
+from products import has_int8, require_int8
 from torch import Tensor, nn
 
 import dit_kernels
@@ -131,6 +132,7 @@ def test_linear_and_gelu_against_float64() -> None:
 
 
 def test_quantized_linear_equals_its_own_codes_multiplied_exactly() -> None:
+    require_int8()
     x, weight, bias = random(9, 64), random(24, 64, seed=1), random(24, seed=2)
     layer = dit_kernels.QuantizedLinear(weight, bias, "int8", torch.float32)
     a, a_scales = reference.quantize_rows(x, torch.int8)
@@ -149,6 +151,7 @@ def test_quantized_linear_equals_its_own_codes_multiplied_exactly() -> None:
 
 
 def test_int8_codes_of_the_public_operator_feed_a_quantized_linear() -> None:
+    require_int8()
     weight, bias = random(24, D, seed=1), random(24, seed=2)
     layer = dit_kernels.QuantizedLinear(weight, bias, "int8", torch.float32)
     codes, scales = dit_kernels.layernorm_modulate_quantize(X, SHIFT, SCALE)
@@ -279,6 +282,7 @@ def test_a_weight_that_is_a_transpose(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = random(3, 64), random(64, 2048, seed=1), random(2048, seed=2)
     expected = F.linear(x.double(), weight.double().t(), bias.double())
     assert relative_error(dit_kernels.PackedLinear(weight.t(), bias)(x), expected) < 1e-6
+    require_int8()
     layer = dit_kernels.QuantizedLinear(weight.t(), bias, "int8", torch.float32)
     codes = reference.quantize_rows(x, torch.int8)
     straight = dit_kernels.QuantizedLinear(weight.t().contiguous(), bias, "int8", torch.float32)
@@ -296,14 +300,16 @@ def test_torch_compile_takes_the_linears_whole(
         pytest.skip(reason)
     x, weight, bias = random(2, 5, 64), random(24, 64, seed=1), random(24, seed=2)
     packed = dit_kernels.PackedLinear(weight, bias)
-    quantized = dit_kernels.QuantizedLinear(weight, bias, "int8", torch.float32)
-    codes = reference.quantize_rows(x, torch.int8)
     public = dit_kernels.linear_gelu if gelu else dit_kernels.linear
-    for run, arguments in (
+    calls: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
         (public, (x, weight, bias)),
         (lambda h: packed(h, gelu), (x,)),
-        (lambda c, s: quantized(c, s, gelu), codes),
-    ):
+    ]
+    if has_int8():
+        layer = dit_kernels.QuantizedLinear(weight, bias, "int8", torch.float32)
+        codes = reference.quantize_rows(x, torch.int8)
+        calls.append((lambda c, s: layer(c, s, gelu), codes))
+    for run, arguments in calls:
         compiled = torch.compile(run, backend="eager", fullgraph=True)
         assert relative_error(compiled(*arguments), run(*arguments)) < 1e-5
 

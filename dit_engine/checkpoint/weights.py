@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -59,6 +57,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    # Here, so that models which come from no file need no such package.
+    import safetensors
+    import safetensors.torch
+
     with path.open("rb"):
         pass  # safetensors would say of a file that may not be read that it does not exist
     try:

@@ -67,11 +67,13 @@ def _reader_left() -> bool:
 @contextmanager
 def _notes(quiet: bool) -> Iterator[None]:
     def show(message: object, *_: object, **__: object) -> None:
-        from tqdm import tqdm
-
-        tqdm.write(
-            f"note: {one_line(message)}", sys.stderr
-        )  # above a progress bar, if there is one
+        note = f"note: {one_line(message)}"
+        try:
+            from tqdm import tqdm
+        except ImportError:  # then there is no progress bar above which to write
+            print(note, file=sys.stderr)
+        else:
+            tqdm.write(note, sys.stderr)
 
     with warnings.catch_warnings():
         if quiet:

@@ -7,8 +7,10 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
-IMPLEMENTATIONS = ("auto", "reference", "triton", "triton-tma", "native")
+KERNELS = ("triton", "triton-tma", "native")
+IMPLEMENTATIONS = ("auto", "reference", *KERNELS)
 
 # What the native library holds; what Triton holds is one module an operator.
 NATIVE = frozenset({
@@ -79,6 +81,11 @@ def implementation(operator: str, impl: str, device: torch.device) -> Callable[.
         name = VARIANTS.get((impl, operator), operator)
         return getattr(import_module(f"dit_kernels.triton.{name}"), name)
     return getattr(import_module(f"dit_kernels.{impl}"), operator)
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd is to follow what is computed of these, which no kernel lets it."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def available() -> dict[str, str]:

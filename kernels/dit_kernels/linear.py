@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_kernels import checks, native_product
-from dit_kernels.choose import Unavailable, implementation
+from dit_kernels.choose import Unavailable, implementation, wants_gradient
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:
@@ -36,9 +36,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor, impl: str, gelu: bool) -> 
         )
     if torch.compiler.is_compiling():  # what the compiler sees, it fuses
         out = F.linear(x, weight, bias)
-        return F.gelu(out, approximate="tanh") if gelu else out
+        return gelu_(out) if gelu else out
     rows = x.reshape(-1, x.shape[-1])
-    if x.is_cuda and gelu:
+    if x.is_cuda and gelu and not wants_gradient(x, weight, bias):
         out = torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True)  # tanh
     else:
         out = F.linear(rows, weight, bias)
@@ -48,11 +48,15 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor, impl: str, gelu: bool) -> 
 
 
 def gelu_(x: Tensor) -> Tensor:
-    """tanh-GELU of a contiguous x, in place where there is a kernel for it."""
-    run = implementation("gelu", "auto", x.device)
-    if run.__module__.endswith("reference"):
-        return F.gelu(x, approximate="tanh")
-    return run(x, out=x)
+    """tanh-GELU of a contiguous x, in place where there is a kernel for it.
+
+    By torch where the compiler looks on, or a gradient is wanted, which no kernel has.
+    """
+    if not torch.compiler.is_compiling() and not wants_gradient(x):
+        run = implementation("gelu", "auto", x.device)
+        if not run.__module__.endswith("reference"):
+            return run(x, out=x)
+    return F.gelu(x, approximate="tanh")
 
 
 class PackedLinear:
@@ -60,6 +64,8 @@ class PackedLinear:
 
     On the CPU that is the layout of our own product where it beats oneDNN's
     (`native_product.why_not`), else oneDNN's.
+
+    There is no backward pass: an x that wants a gradient is refused.
 
     Args:
         weight: (M, K) on its device, in the dtype of the product.
@@ -96,6 +102,11 @@ class PackedLinear:
             raise ValueError(
                 f"x is {x.dtype} {tuple(x.shape)} on {x.device}; {self.dtype} "
                 f"(…, {self.in_features}) on {self.device} is needed"
+            )
+        if wants_gradient(x):
+            raise Unavailable(
+                "PackedLinear has no backward pass; use linear, or torch.no_grad() where no "
+                "gradient is needed"
             )
         if self.native and torch.compiler.is_compiling():
             return torch.ops.dit_kernels.packed_linear(

@@ -33,6 +33,7 @@ def pack(weight: Tensor) -> Tensor:
     """weight (M, K) of float32, bfloat16 or int8 → its packed bytes, uint8, 64-byte aligned."""
     library = load()[0]
     assert library is not None
+    weight = weight.contiguous()  # kept while its address is in use
     m, k = weight.shape
     code = CODES if weight.dtype == torch.int8 else DTYPES[weight.dtype]
     size = library.dit_packed_bytes(m, k, code)
@@ -41,7 +42,7 @@ def pack(weight: Tensor) -> Tensor:
     memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
     start = -memory.data_ptr() % ALIGNMENT
     packed = memory[start : start + size]
-    native.call("dit_pack_weight", weight.contiguous().data_ptr(), packed.data_ptr(), m, k, code)
+    native.call("dit_pack_weight", weight.data_ptr(), packed.data_ptr(), m, k, code)
     return packed
 
 

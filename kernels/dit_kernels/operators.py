@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dit_kernels import checks
-from dit_kernels.choose import Unavailable, implementation
+from dit_kernels.choose import KERNELS, Unavailable, implementation, wants_gradient
 
 
 def layernorm_modulate(
@@ -116,7 +116,7 @@ def guided_step(
 
     Args:
         tokens: (2N, T, p·p·C_out), the conditional rows first, or (N, …) for no guidance.
-        z, x0_before, noise: (N, C, S, S) float32; the last two are read only where used.
+        z, x0_before, noise: (N, C, S, S) float32; what is in noise does not matter where σ = 0.
         guidance_scale: (N,) float32; an image at exactly 1 is left unguided.
         coefficients: (9,) float32, on the device.
         guided_channels: the first so many latent channels are guided (3 as published).
@@ -129,7 +129,8 @@ def guided_step(
     if torch.compiler.is_compiling():
         return torch.ops.dit_kernels.guided_step(*arguments, impl)
     checks.check_guided_step(*arguments)
-    return _chosen("guided_step", impl, z, tokens, x0_before, noise)(*arguments)
+    inputs = (z, tokens, x0_before, noise, guidance_scale, coefficients)
+    return _chosen("guided_step", impl, *inputs)(*arguments)
 
 
 def layernorm_modulate_quantize(
@@ -164,13 +165,14 @@ def _chosen(operator: str, impl: str, *tensors: Tensor) -> Callable[..., Any]:
     Only the reference has a backward pass: "auto" takes it where a gradient is wanted, and a named
     kernel is refused rather than dropping the gradient.
     """
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        if impl in ("triton", "native"):
+    if wants_gradient(*tensors):
+        if impl in KERNELS:
             raise Unavailable(
                 f"impl {impl!r}: {operator} has no backward pass there; use impl 'reference', or "
                 "torch.no_grad() where no gradient is needed"
             )
-        impl = "reference" if impl == "auto" else impl
+        if impl == "auto":
+            impl = "reference"
     return implementation(operator, impl, tensors[0].device)
 
 

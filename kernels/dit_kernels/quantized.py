@@ -20,10 +20,11 @@ from dit_kernels.choose import Unavailable, launcher
 from dit_kernels.linear import gelu_
 
 FP8 = torch.float8_e4m3fn
-RESULTS = {
-    "int8": (torch.float32, torch.bfloat16),
-    "fp8": (torch.float32, torch.bfloat16, torch.float16),
-}
+# torch's fp8 product adds no bias to float32 results, and gives float16 ones with some of its
+# libraries alone.
+RESULTS = {"int8": (torch.float32, torch.bfloat16), "fp8": (torch.bfloat16,)}
+FP8_MULTIPLE = 16
+"""Of the inputs and the outputs of an fp8 product."""
 CODES = {"int8": (torch.int8, torch.uint8), "fp8": (FP8,)}
 
 Codes = tuple[Tensor, Tensor]  # codes (…, K) and float32 scales (…)
@@ -38,10 +39,10 @@ class QuantizedLinear:
     Args:
         weight: (M, K); bias: (M,).
         kind: "int8" on the CPU, "fp8" on CUDA.
-        dtype: of the results: float32 or bfloat16, with "fp8" also float16.
+        dtype: of the results: float32 or bfloat16, with "fp8" bfloat16 alone.
 
     Raises:
-        ValueError: an unknown kind, or a dtype that it does not have.
+        ValueError: an unknown kind, or a dtype or a shape that it does not have.
         Unavailable: a kind that this device does not have.
     """
 
@@ -54,10 +55,16 @@ class QuantizedLinear:
         if dtype not in RESULTS[kind]:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in RESULTS[kind])
             raise ValueError(f"dtype {dtype}: results of {kind!r} are {allowed}")
+        if kind == "fp8" and any(size % FP8_MULTIPLE for size in weight.shape):
+            raise ValueError(
+                f"weight has shape {tuple(weight.shape)}; 'fp8' needs multiples of {FP8_MULTIPLE}"
+            )
         self.kind, self.dtype, self.device = kind, dtype, weight.device
         self.out_features, self.in_features = weight.shape
         self.bias = bias.to(dtype, copy=True)
-        codes, self.scale = reference.quantize_rows(weight, torch.int8 if kind == "int8" else FP8)
+        # The libraries take a weight's rows to lie one after another, and do not ask.
+        whole = weight.contiguous()
+        codes, self.scale = reference.quantize_rows(whole, torch.int8 if kind == "int8" else FP8)
         self.native = kind == "int8" and native_product.why_not(torch.int8) is None
         if self.native:
             self.weight, self.bias = native_product.pack(codes), bias.float()
@@ -225,7 +232,7 @@ def dequantize_rows_(x: Tensor, scales: Tensor, bias: Tensor, gelu: bool) -> Ten
     """x (R, M) · scales (R,) + bias (M,), with tanh-GELU if asked for, in place."""
     from dit_kernels import native
 
-    if native.why_not() is None:
+    if not torch.compiler.is_compiling() and native.why_not() is None:
         return native.dequantize_rows(x, scales, bias, gelu, out=x)
     wide = x.float() * scales[:, None] + bias.float()
     return x.copy_(F.gelu(wide, approximate="tanh") if gelu else wide)

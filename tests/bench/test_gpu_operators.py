@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from gpu_runs import CPU, measured
+from products import has_int8
 
 import dit_kernels
 from dit_bench import operators
@@ -111,7 +112,8 @@ def test_the_checks_accept_the_reference_and_what_plain_models_run() -> None:
         "384", "768", "1024", "1152"}  # fmt: skip
     small = block_cases(2, 5, 48, 2, torch.bfloat16, timed=True)
     cases = [c for c in cases if "T=10" not in c.shape]  # a second each, in float64
-    for case in (*cases, *(c for c in small if c.operator != "linear_fp8")):
+    missing = {"linear_fp8"} | (set() if has_int8() else {"linear_int8"})
+    for case in (*cases, *(c for c in small if c.operator not in missing)):
         target = Target(case, case.inputs(CPU))
         for find in implementations(case, CPU, ("reference",)).values():
             ratio, error = target.worst(find())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,35 @@ def test_without_cuda_one_line_and_exit_code_2(
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("error: no CUDA device: ")
     assert not path.exists()
+
+
+BARE = """
+import sys, warnings
+packages = "safetensors", "PIL", "tqdm", "huggingface_hub", "diffusers", "openvino", "onnx", "rich"
+sys.modules.update(dict.fromkeys(packages))  # not to be had
+import torch
+from dit_bench import gpu
+from dit_bench.gpu_inputs import random_model
+from dit_engine.cli.errors import run_command
+from dit_engine.config import ModelConfig
+from dit_engine.engine import Engine
+
+def command():
+    warnings.warn("of some library")
+    model = random_model(ModelConfig(1, 64, 1, 2, 8, num_classes=4), torch.device("cpu"))
+    made = Engine(model, device="cpu").generate(1, steps=1, sampler="ddim", output="latent").images
+    return gpu.main(["--minutes", "0"]) if made.isfinite().all() else 1
+
+sys.exit(run_command(command))
+"""
+
+
+def test_torch_and_numpy_are_all_that_it_needs() -> None:
+    done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True,
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, timeout=100)  # fmt: skip
+    note, error = done.stderr.splitlines()
+    assert done.returncode == 2, done.stderr
+    assert note == "note: of some library" and error.startswith("error: no CUDA device: ")
 
 
 def test_bad_arguments_are_refused_before_anything_runs(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from products import require_int8
 from tiny import tiny_engine
 
 from dit_bench.parity import compare, format_report, main, psnr, relative_errors, trajectory
@@ -52,6 +53,7 @@ def test_the_reference_does_not_differ_from_itself_and_half_precision_does() -> 
 def test_the_command_writes_what_it_prints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    require_int8()
     path = tmp_path / "parity.json"
     arguments = ["--samples", "2", "--steps", "8", "--sampler", "dpm++", "--json", str(path)]
     assert main([*arguments, "--subjects", "lean/int8"]) == 0

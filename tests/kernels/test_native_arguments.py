@@ -175,8 +175,7 @@ def test_codes_of_the_c_interface(name: str) -> None:
         code = call(name, [v + 1 if k == i else v for k, v in enumerate(good)])
         assert code == (0 if i == codes else -5), i
     for i in sizes:
-        too_great = () if name == "dit_attention" else (2**62, 2**63 - 1)
-        for size in (-1, -(2**63), *too_great):
+        for size in (-1, -(2**63), 2**62, 2**63 - 1):
             code = call(name, [size if k == i else v for k, v in enumerate(good)])
             assert code in (-2, -7), (i, size)
     last = len(good) - 1

@@ -152,6 +152,29 @@ def test_large_scores(isa: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_scores_of_any_size(isa: str, dtype: torch.dtype) -> None:
+    """They weigh alike, whichever way their scale was rounded."""
+    t, d = 40, 64
+    qkv = projection(t, d, dtype)
+    q, k, v = qkv.view(2, t, 3, HEADS, d).unbind(2)
+    mean = v.double().mean(1, keepdim=True).expand(2, t, HEADS, d).reshape(2, t, -1)
+    budget = 4 * torch.finfo(dtype).eps
+    for exponent in range(33 if dtype == torch.float16 else 140):
+        q[:] = k[:] = 2 ** (exponent / 4)  # scores of up to 6e5, or of 2e22
+        assert_close_to_reference(native.attention(qkv, HEADS), mean, tolerance=budget)
+
+
+def test_every_nan_is_nan(isa: str) -> None:
+    """Whatever its lower bits: they must not count as a power of two."""
+    for bits in (-1, 0x7F800001, 0x7FC00001, -0x00400001):
+        qkv = projection(37, 64, torch.float32)
+        qkv.view(torch.int32)[0, 5, HEADS * 64 + 3] = bits  # of a key
+        actual, expected = native.attention(qkv, HEADS), reference.attention(qkv, HEADS)
+        assert expected[0, :, :64].isnan().all()
+        assert torch.equal(actual.isnan(), expected.isnan()), hex(bits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_reads_and_writes_nothing_outside(isa: str, dtype: torch.dtype) -> None:
     t, d = 37, 72
     count = t * 3 * HEADS * d

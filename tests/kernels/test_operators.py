@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import relative_error
+from products import has_int8, require_int8
 from torch import Tensor, nn
 
 import dit_kernels
-from dit_kernels import Unavailable, choose, native, reference
+from dit_kernels import Unavailable, choose, native, native_product, quantized, reference
 from dit_kernels.quantized import FP8, Quantizer, _Separate, quantizer
 
 N, T, D = 2, 5, 48
@@ -131,6 +132,7 @@ def test_linear_and_gelu_against_float64() -> None:
 
 
 def test_quantized_linear_equals_its_own_codes_multiplied_exactly() -> None:
+    require_int8()
     x, weight, bias = random(9, 64), random(24, 64, seed=1), random(24, seed=2)
     layer = dit_kernels.QuantizedLinear(weight, bias, "int8", torch.float32)
     a, a_scales = reference.quantize_rows(x, torch.int8)
@@ -149,6 +151,7 @@ def test_quantized_linear_equals_its_own_codes_multiplied_exactly() -> None:
 
 
 def test_int8_codes_of_the_public_operator_feed_a_quantized_linear() -> None:
+    require_int8()
     weight, bias = random(24, D, seed=1), random(24, seed=2)
     layer = dit_kernels.QuantizedLinear(weight, bias, "int8", torch.float32)
     codes, scales = dit_kernels.layernorm_modulate_quantize(X, SHIFT, SCALE)
@@ -196,6 +199,30 @@ def test_int8_is_exact_or_refused_whatever_onednn_has(isa: str) -> None:
     ) or float(said) == pytest.approx(256, rel=1e-4), done.stderr
 
 
+@pytest.mark.parametrize("gelu", [False, True])
+def test_fp8_products_of_torchs_own_operator(monkeypatch: pytest.MonkeyPatch, gelu: bool) -> None:
+    """The call that CUDA gets; the CPU has the operator, too, without any speed."""
+    monkeypatch.setattr(quantized, "quantized_why_not", lambda *_: None)
+    x, weight, bias = random(3, 5, 48), random(48, 32, seed=1).t(), random(32, seed=2)
+    layer = dit_kernels.QuantizedLinear(weight, bias, "fp8", torch.bfloat16)
+    (a, a_scales), (w, w_scales) = (reference.quantize_rows(v, FP8) for v in (x, weight))
+    exact = (a.double() @ w.double().T) * a_scales.double()[..., None] * w_scales.double()
+    exact += bias.bfloat16().double()
+    exact = F.gelu(exact, approximate="tanh") if gelu else exact
+    assert relative_error(layer(a, a_scales, gelu).view(3, 5, 32), exact) < 2**-7
+
+
+def test_what_fp8_products_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would, at the first call."""
+    monkeypatch.setattr(quantized, "quantized_why_not", lambda *_: None)
+    for dtype in (torch.float32, torch.float16):
+        with pytest.raises(ValueError, match=f"^dtype {dtype}: results of 'fp8' are bfloat16$"):
+            dit_kernels.QuantizedLinear(random(32, 48), random(32), "fp8", dtype)
+    for shape in ((32, 40), (40, 32)):
+        with pytest.raises(ValueError, match=r"^weight has shape .*; 'fp8' needs multiples of 16$"):
+            dit_kernels.QuantizedLinear(random(*shape), random(shape[0]), "fp8", torch.bfloat16)
+
+
 def test_fp8_codes_come_from_the_reference_where_no_kernel_has_them() -> None:
     codes, scales = dit_kernels.layernorm_modulate_quantize(X, SHIFT, SCALE, 1e-6, FP8)
     expected = reference.layernorm_modulate(X, SHIFT, SCALE, 1e-6)
@@ -218,18 +245,71 @@ def test_gradients_come_from_the_reference_and_are_never_dropped(name: str) -> N
             run(x, *rest, impl="native")
 
 
+@pytest.mark.parametrize("impl", ["triton", "triton-tma", "native"])
+def test_no_kernel_drops_a_gradient(impl: str) -> None:
+    """Whether it could run here or not."""
+    _, (qkv, heads) = CALLS["attention"]
+    with pytest.raises(Unavailable, match="attention has no backward pass there"):
+        dit_kernels.attention(qkv.clone().requires_grad_(), heads, impl=impl)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("gelu", [False, True])
-def test_torch_compile_takes_the_linears_whole(gelu: bool) -> None:
+def test_gradients_of_the_linears(gelu: bool, which: int) -> None:
+    arguments = [random(3, 5, 16), random(24, 16, seed=1), random(24, seed=2)]
+    arguments[which].requires_grad_()
+    run = dit_kernels.linear_gelu if gelu else dit_kernels.linear
+    got, expected = (
+        torch.autograd.grad(run(*arguments, impl=impl).square().sum(), arguments[which])[0]
+        for impl in ("auto", "reference")
+    )
+    assert relative_error(got, expected) < 1e-5
+    packed = dit_kernels.PackedLinear(*(a.detach() for a in arguments[1:]))
+    with pytest.raises(Unavailable, match="PackedLinear has no backward pass"):
+        packed(arguments[0].detach().requires_grad_(), gelu)
+
+
+def test_a_weight_that_is_a_transpose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its contiguous copy must live until it is packed."""
+    call = native.call
+
+    def after_others_took_what_is_free(*arguments: object) -> None:
+        taken = [torch.full((64, 2048), torch.nan) for _ in range(4)]
+        call(*arguments)
+        del taken
+
+    monkeypatch.setattr(native, "call", after_others_took_what_is_free)
+    x, weight, bias = random(3, 64), random(64, 2048, seed=1), random(2048, seed=2)
+    expected = F.linear(x.double(), weight.double().t(), bias.double())
+    assert relative_error(dit_kernels.PackedLinear(weight.t(), bias)(x), expected) < 1e-6
+    require_int8()
+    layer = dit_kernels.QuantizedLinear(weight.t(), bias, "int8", torch.float32)
+    codes = reference.quantize_rows(x, torch.int8)
+    straight = dit_kernels.QuantizedLinear(weight.t().contiguous(), bias, "int8", torch.float32)
+    assert torch.equal(layer(*codes), straight(*codes))
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own_product", "library"])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_torch_compile_takes_the_linears_whole(
+    gelu: bool, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not own:
+        monkeypatch.setattr(native_product, "why_not", lambda _: "another processor")
+    elif (reason := native_product.why_not(torch.float32)) is not None:
+        pytest.skip(reason)
     x, weight, bias = random(2, 5, 64), random(24, 64, seed=1), random(24, seed=2)
     packed = dit_kernels.PackedLinear(weight, bias)
-    quantized = dit_kernels.QuantizedLinear(weight, bias, "int8", torch.float32)
-    codes = reference.quantize_rows(x, torch.int8)
     public = dit_kernels.linear_gelu if gelu else dit_kernels.linear
-    for run, arguments in (
+    calls: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
         (public, (x, weight, bias)),
         (lambda h: packed(h, gelu), (x,)),
-        (lambda c, s: quantized(c, s, gelu), codes),
-    ):
+    ]
+    if has_int8():
+        layer = dit_kernels.QuantizedLinear(weight, bias, "int8", torch.float32)
+        codes = reference.quantize_rows(x, torch.int8)
+        calls.append((lambda c, s: layer(c, s, gelu), codes))
+    for run, arguments in calls:
         compiled = torch.compile(run, backend="eager", fullgraph=True)
         assert relative_error(compiled(*arguments), run(*arguments)) < 1e-5
 

@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 
+#include "checks.h"
 #include "isa.h"
 
 namespace dit {
@@ -34,14 +35,13 @@ void* attention_scratch(size_t bytes) {
 extern "C" DIT_API int dit_attention(const void* qkv, void* out, int64_t n, int64_t t,
                                      int64_t heads, int64_t d, int dtype, int threads) {
     using namespace dit;
-    if (dtype != f32 && dtype != bf16 && dtype != f16) return bad_dtype;
-    if (threads < 1) return bad_threads;
-    if (n < 0 || t < 0 || heads < 1 || d < 8 || d > attention_most_d || d % 8) return bad_size;
+    DIT_CHECK(known(dtype), bad_dtype);
+    DIT_CHECK(threads >= 1, bad_threads);
+    DIT_CHECK(heads >= 1 && d >= 8 && d <= attention_most_d && d % 8 == 0, bad_size);
+    DIT_CHECK(sizes_fit(n, t, heads, d, 3), bad_size);
     if (n == 0 || t == 0) return ok;
-    if (!qkv || !out) return null_pointer;
-    const uintptr_t alignment = dtype == f32 ? 4 : 2;
-    if ((reinterpret_cast<uintptr_t>(qkv) | reinterpret_cast<uintptr_t>(out)) % alignment)
-        return misaligned;
+    const int wrong = check_pointers({{qkv, size_of(dtype)}, {out, size_of(dtype)}});
+    if (wrong != ok) return wrong;
     const AttentionCall call{qkv, out, n, t, heads, d, dtype, threads};
     const Isa level = isa();
     if (dtype == bf16 && level >= Isa::amx) return attention_bf16_amx(call);

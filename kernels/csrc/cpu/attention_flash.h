@@ -5,8 +5,8 @@
 // its head's keys and values once, and then for each block of queries and block of keys
 //
 //   S = Q Kᵀ                            scores, float32
-//   m' = max(m, max_j S_j c)            c = log2(e) / √d, so that weights are powers of two
-//   W = 2^(S c − m'), r = 2^(m − m')    weights ≤ 1: large scores do not overflow
+//   m' = max(m, max_j S_j)
+//   W = 2^((S − m') c), r = 2^((m − m') c)    c = log2(e) / √d; weights ≤ 1, so none overflows
 //   l = r l + Σ_j W_j,  O = r O + W V
 //
 // and writes O / l. A row's arithmetic does not depend on what else its thread computes, so the
@@ -14,11 +14,11 @@
 //
 // NaN and infinity: a NaN score makes its weight NaN, a score of +inf makes m' = inf and its weight
 // 2^(inf − inf) = NaN, and m starts at the lowest finite number, so that a row of −inf sums to 0
-// and gives 0 / 0: all as in the plain softmax.
+// and gives 0 / 0: all as in the plain softmax. But a weight that would be subnormal is 0, so that an
+// infinite value which it meets makes NaN, not infinity.
 //
-// m is kept as written (Blocks::scaled, one operation less: S c − m' is then off by the rounding of
-// m', the same for the whole row), or without c, and the weights are 2^((S − m') c), the greatest
-// of them exactly 1.
+// (S c − m' c would save an operation, and be wrong by the rounding of m' c, which for large scores
+// is more than a float can be a power of.)
 //
 // Source: how an element is read. Products: the two matrix products, see VectorProducts and
 // TileProducts. Blocks: how many queries and keys are worked on at a time, and the polynomial.
@@ -142,9 +142,9 @@ class Head {
             for (int64_t j = 0; j < columns; j += Simd::lanes)
                 most = Simd::max(most, Simd::load(row + j));
             const float before = maxima_[r];
-            const float now = Simd::max_of(most) * (Blocks::scaled ? factor_ : 1);
+            const float now = Simd::max_of(most);
             const float maximum = now > before ? now : before;
-            rescale_[r] = (before - maximum) * (Blocks::scaled ? 1 : factor_);
+            rescale_[r] = (before - maximum) * factor_;
             maxima_[r] = maximum;
         }
         for (int64_t r = 0; r < count; r += Simd::lanes)
@@ -156,8 +156,7 @@ class Head {
             const auto weight = [&](int64_t j) {
                 const Vec s = Simd::load(row + j);
                 return exp2_of_negative<Blocks::degree>(
-                    Blocks::scaled ? Simd::fms(s, factor, maximum)
-                                   : Simd::mul(Simd::sub(s, maximum), factor));
+                    Simd::mul(Simd::sub(s, maximum), factor));
             };
             float* to = weights_ + r * weight_stride;
             float* sums = sums_ + r * Simd::lanes;

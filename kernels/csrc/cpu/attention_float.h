@@ -16,7 +16,6 @@ struct FloatMac {
 // to stay near.
 struct FloatBlocks {
     static constexpr int queries = 32, keys = Simd::lanes == 16 ? 128 : 96, degree = 6;
-    static constexpr bool scaled = false;
     template <class Weight>
     DIT_ALWAYS Vec put(const Weight& weight, int64_t j, float* to) {
         const Vec w = weight(j);

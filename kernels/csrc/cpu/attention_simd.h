@@ -29,13 +29,11 @@ struct Simd {
     DIT_ALWAYS Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
     DIT_ALWAYS Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // b where one is NaN
     DIT_ALWAYS Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-    DIT_ALWAYS Vec fms(Vec a, Vec b, Vec c) { return _mm512_fmsub_ps(a, b, c); }
     DIT_ALWAYS float max_of(Vec v) { return _mm512_reduce_max_ps(v); }
     DIT_ALWAYS float sum_of(Vec v) { return _mm512_reduce_add_ps(v); }
-    // value · 2^n for a whole n that was added to the float 1.5 · 2^23.
-    DIT_ALWAYS Vec scale_by_power(Vec value, Vec shifted) {
-        const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
-        return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(value), n));
+    // 2^n for a whole n in −127 … 127, of n + 127 + 1.5 · 2^23; 0 for −127.
+    DIT_ALWAYS Vec power_of_two(Vec shifted) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23));
     }
 };
 #else
@@ -50,7 +48,6 @@ struct Simd {
     DIT_ALWAYS Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
     DIT_ALWAYS Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
     DIT_ALWAYS Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-    DIT_ALWAYS Vec fms(Vec a, Vec b, Vec c) { return _mm256_fmsub_ps(a, b, c); }
     DIT_ALWAYS float max_of(Vec v) {
         __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         m = _mm_max_ps(m, _mm_movehl_ps(m, m));
@@ -61,9 +58,8 @@ struct Simd {
         s = _mm_add_ps(s, _mm_movehl_ps(s, s));
         return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
     }
-    DIT_ALWAYS Vec scale_by_power(Vec value, Vec shifted) {
-        const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
-        return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(value), n));
+    DIT_ALWAYS Vec power_of_two(Vec shifted) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
     }
 };
 #endif
@@ -71,13 +67,13 @@ struct Simd {
 using Vec = Simd::Vec;
 
 // 2^v for v ≤ 0, within a factor of 1 ± 2e-8 and two roundings (degree 6) or 1 ± 1.1e-4 (degree 3,
-// a twentieth of a bfloat16's rounding). Exactly 1 at 0 and exactly 0 at −127 and below; NaN stays
-// NaN, because max returns its second operand then. The polynomials are minimax for the relative
-// error on [−1/2, 1/2] with p(0) = 1.
+// a twentieth of a bfloat16's rounding). Exactly 1 at 0 and exactly 0 below −126.5; NaN stays NaN,
+// because max returns its second operand then, and whatever number NaN's bits make of the power.
+// The polynomials are minimax for the relative error on [−1/2, 1/2] with p(0) = 1.
 template <int degree>
 DIT_ALWAYS Vec exp2_of_negative(Vec v) {
     static_assert(degree == 3 || degree == 6, "the coefficients below");
-    const Vec magic = Simd::set(12582912.0f);
+    const Vec magic = Simd::set(12582912.0f + 127);
     v = Simd::max(Simd::set(-127.0f), v);
     const Vec shifted = Simd::add(v, magic);
     const Vec f = Simd::sub(v, Simd::sub(shifted, magic));
@@ -92,7 +88,7 @@ DIT_ALWAYS Vec exp2_of_negative(Vec v) {
         p = Simd::fma(f, p, Simd::set(0.240226477f));
         p = Simd::fma(f, p, Simd::set(0.693147182f));
     }
-    return Simd::scale_by_power(Simd::fma(f, p, Simd::set(1.0f)), shifted);
+    return Simd::mul(Simd::fma(f, p, Simd::set(1.0f)), Simd::power_of_two(shifted));
 }
 
 // What lies in memory, read as units of 32 bits: four at a time.

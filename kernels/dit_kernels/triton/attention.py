@@ -26,7 +26,11 @@ def online_softmax(
     total,  # (M,) the sum of the weights so far
     scale,  # log2(e) · d^-½, so that exp2 serves
 ):
-    """Weights of these keys, (M, B); the new peak and total; the factor of what came before."""
+    """Weights of these keys, (M, B); the new peak and total; the factor of what came before.
+
+    Scores beyond some 10⁹ may make NaN: in one fused multiply-subtract the rounding of ``base`` is
+    part of a weight's exponent. (Subtracting first would cost an instruction a score.)
+    """
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
     # A row of nothing but -inf so far must not become NaN before all keys were seen.
     base = tl.where(new_peak == -float("inf"), 0.0, new_peak)

@@ -8,12 +8,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+LARGEST_IMAGE = 2**31 - 1
+
 
 def launch(kernel: Any, programs: int, x: Tensor, *arguments: Any, **constants: Any) -> None:
     """Start ``programs`` of a kernel whose first argument is x, on x's device and current stream.
 
     Triton launches on the current device, which need not be the tensor's.
+
+    Raises:
+        ValueError: images of 2³¹ numbers or more, within which offsets would not fit 32 bits.
     """
+    if x.ndim > 2 and x.numel() // len(x) > LARGEST_IMAGE:
+        raise ValueError(
+            f"shape {tuple(x.shape)}: Triton kernels take images of up to {LARGEST_IMAGE} numbers"
+        )
     elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
     with torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext():
         kernel[(programs,)](x, *arguments, **constants)

@@ -74,6 +74,24 @@ def test_the_descriptor_variant_needs_hopper(capability):
     assert reason == (None if capability >= (9, 0) else refused)
 
 
+def test_an_image_whose_offsets_do_not_fit_is_refused():
+    launched: list[tuple[int, ...]] = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda x: launched.append(tuple(x.shape))
+
+    for shape in ((64, 2**19, 1024), (1, 2**21, 1023), (2**40, 8)):
+        launch.launch(Kernel(), 1, torch.empty(shape, device="meta"))
+    assert len(launched) == 3
+    for shape in ((1, 128, 4096, 4096), (3, 2**21, 1024)):
+        with pytest.raises(
+            ValueError, match=r"^shape \(.*: .* images of up to 2147483647 numbers$"
+        ):
+            launch.launch(Kernel(), 1, torch.empty(shape, device="meta"))
+    assert len(launched) == 3
+
+
 def test_the_descriptor_variant_is_attentions_alone_and_refused_on_the_cpu():
     x = torch.zeros(1, 4, 48)
     with pytest.raises(dit_kernels.Unavailable, match=r"^impl 'triton-tma': .*(CUDA|triton) "):

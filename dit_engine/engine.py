@@ -202,7 +202,11 @@ class Engine:
         """
         numbers = resolve_labels(labels, self.config.num_classes, self.label_names)
         n = len(numbers)
-        settings = GenerateSettings.of(
+        image_seeds = resolve_seeds(seed, seeds, n, noise)
+        settings, scales = self._settings(
+            n,
+            guidance_scale,
+            output=output or ("latent" if self.vae is None else "pil"),
             sampler=sampler,
             steps=steps,
             spacing=spacing,
@@ -211,11 +215,8 @@ class Engine:
             guidance_interval=guidance_interval,
             noise=noise,
             precision=precision,
-            backend=resolve_backend(backend),
-            output=output or ("latent" if self.vae is None else "pil"),
-        ).checked(self.config, has_vae=self.vae is not None)
-        scales = parse_scales(guidance_scale, n).expand(n)  # (N,)
-        image_seeds = resolve_seeds(seed, seeds, n, noise)
+            backend=backend,
+        )
         shape = (self.config.in_channels, self.config.input_size, self.config.input_size)
         _check_given("latents", latents, (n, *shape))
         _check_given("step_noise", step_noise, (settings.steps, n, *shape))
@@ -251,10 +252,44 @@ class Engine:
         with torch.inference_mode(), limited_threads(self.threads):
             z = torch.cat(in_halves(run, n, self.max_batch_size, splittable=not as_a_whole))
             images = self._present(z, settings)
+        return self._outcome(images, numbers, image_seeds, settings, scales, latents, step_noise)
+
+    def planned(
+        self,
+        labels: list[int],
+        seeds: list[int],
+        *,
+        guidance_scale: float | Sequence[float] | Tensor = 4.0,
+        latents: Tensor | None = None,
+        step_noise: Tensor | None = None,
+        **options: Any,
+    ) -> Generation:
+        """What `generate` of class numbers, seeds and its other options would return, with None for
+        images: nothing is computed."""
+        settings, scales = self._settings(len(labels), guidance_scale, **options)
+        return self._outcome(None, labels, seeds, settings, scales, latents, step_noise)
+
+    def _settings(
+        self, n: int, guidance_scale: float | Sequence[float] | Tensor, backend: str, **options: Any
+    ) -> tuple[GenerateSettings, Tensor]:
+        settings = GenerateSettings.of(backend=resolve_backend(backend), **options)
+        checked = settings.checked(self.config, has_vae=self.vae is not None)
+        return checked, parse_scales(guidance_scale, n).expand(n)
+
+    def _outcome(
+        self,
+        images: Any,
+        labels: list[int],
+        seeds: list[int],
+        settings: GenerateSettings,
+        scales: Tensor,  # (N,)
+        latents: Tensor | None,
+        step_noise: Tensor | None,
+    ) -> Generation:
         record = self.sources | {"numerics": self.config.numerics, "version": __version__}
         record |= settings.record(scales) | _digests(latents=latents, step_noise=step_noise)
         drew = latents is None or (settings.uses_step_noise and step_noise is None)
-        return Generation(images, numbers, image_seeds if drew else None, record)
+        return Generation(images, labels, seeds if drew else None, record)
 
     def _sample(
         self,

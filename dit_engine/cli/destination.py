@@ -21,6 +21,11 @@ def output_kind(path: Path) -> str:
     return OUTPUTS.get(path.suffix.lower(), "pil")
 
 
+def is_directory(path: Path) -> bool:
+    """Whether ``path`` asks for a directory of images."""
+    return path.suffix.lower() not in OUTPUTS
+
+
 def check_destination(path: Path) -> None:
     """Raise a one-line ValueError or OSError if images or latents cannot be written to ``path``."""
     suffix = path.suffix.lower()

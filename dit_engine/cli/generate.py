@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,12 @@ from dit_engine.cli.arguments import (
     add_sampling_arguments,
     sampling_options,
 )
-from dit_engine.cli.destination import check_destination, output_kind
+from dit_engine.cli.destination import check_destination, is_directory, output_kind
 from dit_engine.cli.errors import run_command
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from dit_engine.engine import Engine, Generation, Progress
 
 
@@ -36,11 +39,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-heads", type=int, help="for bare weight files of an unpublished width")
     add("--check-finite", action="store_true", help="look for NaN in every weight")
     add("--labels", nargs="+", metavar="LABEL", help="class names or numbers, one image each")
+    add("--all-labels", action="store_true", help="every class of the model")
+    add("--repeat", type=int, default=1, metavar="COUNT", help="images of each label, in turn")
     add("--list-labels", action="store_true", help="print the model's classes and stop")
     add("-o", "--output", type=Path, default=Path("sheet.png"),
         help="a .png: all images on one sheet; a .npy: uint8 images (N, H, W, 3); "
         "a .safetensors: latents (N, C, S, S), not decoded; "
-        "any other name: a directory for one .png an image")  # fmt: skip
+        "any other name: a directory for one .png an image, where images that are there "
+        "already are not made again")  # fmt: skip
+    add("--overwrite", action="store_true", help="of a directory: make all images again")
     add("--columns", type=int, help="of the sheet; about square unless given")
     add_sampling_arguments(parser)
     add("--seed", type=int, help="image i is made from seed + i; random unless given")
@@ -58,8 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
 def generate(arguments: argparse.Namespace) -> int:
     if arguments.list_labels:
         return list_labels(arguments)
-    if not arguments.labels:
-        raise ValueError("--labels is missing: give class names or numbers (see --list-labels)")
+    if bool(arguments.labels) == arguments.all_labels:
+        raise ValueError(
+            "give --labels, class names or numbers (see --list-labels), or --all-labels"
+        )
+    if arguments.repeat < 1:
+        raise ValueError(f"repeat {arguments.repeat} is not a positive integer")
     if arguments.columns is not None and arguments.columns < 1:
         raise ValueError(f"columns {arguments.columns} is not a positive integer")
     if arguments.columns is not None and arguments.output.suffix.lower() != ".png":
@@ -79,21 +90,46 @@ def generate(arguments: argparse.Namespace) -> int:
         "output": output,
     }
     engine = load_engine(arguments)
+    quiet = arguments.quiet
     if engine.vae is None and output != "latent":
         raise ValueError(
             f"this model has no VAE, so {arguments.output} cannot be made: "
             "use a .safetensors output for its latents, or give --vae"
         )
+    labels = arguments.repeat * (arguments.labels or [*range(engine.config.num_classes)])
     began = time.perf_counter()
-    result = run_with_progress(engine, arguments.labels, options, arguments.quiet)
+    with closing(SamplingBar(engine, quiet)) as bar:
+        if is_directory(arguments.output):
+            made, notes = make_series(bar, labels, options, arguments)
+        else:
+            result = bar.generate(labels, **options)
+            save(result, arguments.output, engine.label_names, arguments.columns)
+            made, notes = len(result), ""
     seconds = time.perf_counter() - began
-    save(result, arguments.output, engine.label_names, arguments.columns)
-    if not arguments.quiet:
-        n = len(result)
-        kind = "latents" if output == "latent" else "image" if n == 1 else "images"
-        rate = f"{n / seconds:.2f} a second"
-        print(f"{n} {kind} in {seconds:.1f} s ({rate}) → {arguments.output}")
+    if not quiet:
+        kind = "latents" if output == "latent" else "image" if made == 1 else "images"
+        rate = f" in {seconds:.1f} s ({made / seconds:.2f} a second)" if made else ""
+        print(f"{made} {kind}{rate} → {arguments.output}{notes}")
     return 0
+
+
+def make_series(
+    bar: SamplingBar,
+    labels: list[int | str],
+    options: dict[str, Any],
+    arguments: argparse.Namespace,
+) -> tuple[int, str]:
+    """A directory of images → how many were made, and what is to be said beside it."""
+    from dit_engine.cli.series import Series
+
+    series = Series.of(bar.engine, labels, options, arguments.output, arguments.overwrite)
+    series.make(bar.generate)
+    made, notes = len(series.missing), ""
+    if made < len(series.whole):
+        notes = f"; {len(series.whole) - made} of {len(series.whole)} were there"
+    if series.others:
+        notes += f"; the directory holds {series.others} other images"
+    return made, notes
 
 
 def load_engine(arguments: argparse.Namespace) -> Engine:
@@ -121,29 +157,42 @@ def list_labels(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def run_with_progress(
-    engine: Engine, labels: list[str], options: dict[str, Any], quiet: bool
-) -> Generation:
-    """`Engine.generate` with a bar that counts image-steps over all batches."""
-    from tqdm import tqdm
+class SamplingBar:
+    """`Engine.generate` with a bar that counts image-steps over all batches of all calls."""
 
-    bar: tqdm[Any] | None = None
+    def __init__(self, engine: Engine, quiet: bool) -> None:
+        self.engine, self.quiet = engine, quiet
+        self._bar: tqdm[Any] | None = None
 
-    def advance(progress: Progress) -> None:
-        nonlocal bar
-        done = progress.first * progress.steps + progress.step * progress.count
-        if bar is None:  # not earlier: an invalid option would leave an empty bar behind
-            total = progress.total * progress.steps
-            bar = tqdm(
+    def generate(
+        self,
+        labels: Sequence[int | str],
+        *,
+        first: int = 0,
+        total: int | None = None,
+        **options: Any,
+    ) -> Generation:
+        """first, total: where the labels are a part of more, how many went before, of how many."""
+
+        def advance(progress: Progress) -> None:
+            done = (first + progress.first) * progress.steps + progress.step * progress.count
+            bar = self._shown((total or progress.total) * progress.steps, done)
+            bar.update(done - bar.n)  # back, when a batch is tried again in halves
+
+        return self.engine.generate(labels, callback=None if self.quiet else advance, **options)
+
+    def _shown(self, total: int, done: int) -> tqdm[Any]:
+        from tqdm import tqdm
+
+        if self._bar is None:  # not earlier: an invalid option would leave an empty bar behind
+            self._bar = tqdm(
                 total=total, initial=done, unit="image-step", desc="sampling", file=sys.stderr
             )
-        bar.update(done - bar.n)  # back, when a batch is tried again in halves
+        return self._bar
 
-    try:
-        return engine.generate(labels, callback=None if quiet else advance, **options)
-    finally:
-        if bar is not None:
-            bar.close()
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 if __name__ == "__main__":

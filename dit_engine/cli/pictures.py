@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dit_engine.cli.destination import file_name
-from dit_engine.cli.metadata import call_record, image_record, png_text
+from dit_engine.cli.metadata import call_record, png_text
 from dit_engine.engine import Generation
 from dit_engine.files import atomic_path, save_tensors
 
@@ -22,11 +21,11 @@ _MARGIN = 4
 def save(
     result: Generation, output: Path, names: Sequence[str] | None, columns: int | None = None
 ) -> None:
-    """Write ``result``, made with the `destination.output_kind` of ``output``.
+    """Write ``result``, made with the `destination.output_kind` of ``output``, into one file.
 
     A .png gets one captioned sheet, a .npy the uint8 images (N, H, W, 3), a .safetensors the
-    latents (N, C, S, S); anything else is a directory that gets a PNG an image. All but the .npy
-    tell how to make them again. columns: of the sheet; None is about square.
+    latents (N, C, S, S). All but the .npy tell how to make them again. Directories are for
+    `dit_engine.cli.series`. columns: of the sheet; None is about square.
     """
     suffix = output.suffix.lower()
     if suffix == ".safetensors":
@@ -34,28 +33,17 @@ def save(
     elif suffix == ".npy":
         with atomic_path(output) as partial, partial.open("wb") as file:
             np.save(file, result.images)
-    elif suffix == ".png":
+    else:
         captions = [names[label] if names else str(label) for label in result.labels]
         info = png_text(call_record(result))
         with atomic_path(output) as partial:
             make_sheet(result.images, captions, columns).save(partial, "PNG", pnginfo=info)
-    else:
-        _save_each(result, output, names)
 
 
 def _save_latents(result: Generation, path: Path) -> None:
     record = {"dit_engine": json.dumps(call_record(result))}
     with atomic_path(path) as partial:
         save_tensors({"latents": result.images}, partial, record)
-
-
-def _save_each(result: Generation, directory: Path, names: Sequence[str] | None) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    for i, (image, label) in enumerate(zip(result.images, result.labels, strict=True)):
-        seed = None if result.seeds is None else result.seeds[i]
-        name = file_name(i, label, names[label] if names else None, seed)
-        with atomic_path(directory / name) as partial:
-            image.save(partial, "PNG", pnginfo=png_text(image_record(result, i)))
 
 
 def make_sheet(

@@ -85,7 +85,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 def test_labels_are_needed(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate.main(["--model", str(model)]) == 2
-    assert only_line(capsys).startswith("error: --labels is missing")
+    assert only_line(capsys).startswith("error: give --labels, class names or numbers")
 
 
 @pytest.mark.parametrize("name", ["sheet.png", "images.npy", "images"])

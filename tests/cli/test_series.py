@@ -1,0 +1,182 @@
+"""A directory of images: written batch by batch, and not made twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from dit_engine import Engine
+from dit_engine.cli.generate import main
+
+LABELS = ("cat", "7", "ant", "cat", "hen")
+
+
+def run(model: Path, out: Path, *arguments: str, labels: tuple[str, ...] = LABELS) -> int:
+    options = ("--steps", "3", "--device", "cpu", "--max-batch-size", "2")
+    return main(["--model", str(model), *options, "--labels", *labels, "-o", str(out), *arguments])
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+class Calls:
+    """The labels of every batch that the engine was asked for; it fails in the one numbered."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.labels: list[list[int]] = []
+        self.fail_at = -1
+        generate = Engine.generate
+
+        def counted(engine: Engine, labels: list[int], **options: object) -> object:
+            if len(self.labels) == self.fail_at:
+                raise KeyboardInterrupt
+            self.labels.append(labels)
+            return generate(engine, labels, **options)
+
+        monkeypatch.setattr(Engine, "generate", counted)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
+
+
+@pytest.mark.parametrize("scales", [("4.0",), ("1", "2", "3", "4", "5")])
+def test_an_interrupted_series_goes_on(
+    scales: tuple[str, ...], model: Path, tmp_path: Path, calls: Calls,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    options = ("--seed", "3", "--guidance-scale", *scales)
+    assert run(model, tmp_path / "whole", *options, "--max-batch-size", "8") == 0
+    expected = contents(tmp_path / "whole")
+    assert len(expected) == 5 and calls.labels == [[2, 7, 0, 2, 7]]
+    calls.labels.clear()
+    calls.fail_at = 2
+    assert run(model, tmp_path / "out", *options) == 130
+    assert contents(tmp_path / "out") == dict(list(expected.items())[:4])  # two batches of two
+    calls.fail_at = -1
+    capsys.readouterr()
+    assert run(model, tmp_path / "out", *options) == 0
+    assert calls.labels == [[2, 7], [0, 2], [7]]
+    assert contents(tmp_path / "out") == expected
+    captured = capsys.readouterr()
+    assert captured.out.startswith("1 image in ") and "; 4 of 5 were there\n" in captured.out
+    assert "3/3" in captured.err  # one image of three steps is left
+    assert run(model, tmp_path / "out", *options) == 0
+    assert len(calls.labels) == 3
+    assert capsys.readouterr().out == f"0 images → {tmp_path / 'out'}; 5 of 5 were there\n"
+
+
+def test_overwrite_makes_all_again(model: Path, tmp_path: Path, calls: Calls) -> None:
+    assert run(model, tmp_path, "--seed", "3") == 0
+    before = contents(tmp_path)
+    first = next(iter(sorted(tmp_path.iterdir())))
+    first.write_bytes(b"")
+    assert run(model, tmp_path, "--seed", "3", "--overwrite") == 0
+    assert contents(tmp_path) == before and len(calls.labels) == 6
+
+
+def test_a_file_that_breaks_off_is_told_of(
+    model: Path, tmp_path: Path, calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(model, tmp_path, "--seed", "3") == 0
+    path = sorted(tmp_path.iterdir())[2]
+    path.write_bytes(path.read_bytes()[:200])
+    calls.labels.clear()
+    capsys.readouterr()
+    assert run(model, tmp_path, "--seed", "3") == 2
+    assert not calls.labels
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{path} is no image of this engine: give another directory, or --overwrite" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        (("--steps", "4"), "has steps 3 and not 4"),
+        (("--guidance-scale", "2"), "has guidance_scale 4.0 and not 2.0"),
+        (("--precision", "bf16"), "has precision 'fp32' and not 'bf16'"),
+        (("--guidance-interval", "0.1", "5"), "has guidance_interval None and not [0.1, 5.0]"),
+    ],
+)
+def test_images_of_other_settings_are_not_mixed_in(
+    options: tuple[str, ...], difference: str, model: Path, tmp_path: Path, calls: Calls,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert run(model, tmp_path, "--seed", "3") == 0
+    before = contents(tmp_path)
+    calls.labels.clear()
+    capsys.readouterr()
+    assert run(model, tmp_path, "--seed", "3", *options) == 2
+    assert difference in capsys.readouterr().err
+    assert contents(tmp_path) == before and not calls.labels
+
+
+def test_other_images_of_the_directory_are_told_of(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(model, tmp_path, "--seed", "3") == 0
+    assert run(model, tmp_path, "--seed", "4") == 0
+    assert "; the directory holds 5 other images\n" in capsys.readouterr().out
+
+
+def test_an_official_batch_is_made_as_a_whole(model: Path, tmp_path: Path, calls: Calls) -> None:
+    options = ("--noise", "official", "--seed", "3", "--max-batch-size", "5")
+    assert run(model, tmp_path, *options) == 0
+    before = contents(tmp_path)
+    sorted(tmp_path.iterdir())[1].unlink()
+    assert run(model, tmp_path, *options) == 0
+    assert contents(tmp_path) == before and [len(labels) for labels in calls.labels] == [5, 5]
+
+
+def test_given_latents_are_taken_as_a_whole(model: Path, tmp_path: Path, calls: Calls) -> None:
+    generator = torch.Generator().manual_seed(9)
+    given, other = (torch.randn(5, 4, 8, 8, generator=generator) for _ in range(2))
+    out, path = tmp_path / "out", tmp_path / "z.safetensors"
+    save_file({"latents": given}, path)
+    options = ("--sampler", "dpm++", "--latents", str(path))
+    assert run(model, out, *options) == 0
+    assert run(model, out, *options) == 0
+    assert [len(labels) for labels in calls.labels] == [5]
+    save_file({"latents": other}, path)
+    assert run(model, out, *options) == 2
+    assert len(calls.labels) == 1
+    with Image.open(sorted(out.iterdir())[4]) as image:
+        assert json.loads(image.text["dit_engine"])["index"] == 4
+
+
+def test_nothing_is_left_of_a_series_that_cannot_begin(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(model, tmp_path / "out", "--steps", "0") == 2
+    assert "steps 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_labels_in_turn(model: Path, tmp_path: Path, calls: Calls) -> None:
+    options = ["--model", str(model), "--steps", "1", "--device", "cpu", "-o", str(tmp_path)]
+    assert main([*options, "--all-labels", "--repeat", "2", "--seed", "0"]) == 0
+    assert calls.labels == [[*range(10), *range(10)]]
+    assert len(contents(tmp_path)) == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--all-labels",), "give --labels, class names or numbers (see --list-labels), or --all-"),
+        (("--repeat", "0"), "repeat 0 is not a positive integer"),
+    ],
+)
+def test_labels_are_given_once(
+    options: tuple[str, ...], message: str, model: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert run(model, tmp_path, *options) == 2
+    assert message in capsys.readouterr().err

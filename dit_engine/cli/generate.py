@@ -18,6 +18,7 @@ from dit_engine.cli.arguments import (
 )
 from dit_engine.cli.destination import check_destination, is_directory, output_kind
 from dit_engine.cli.errors import run_command
+from dit_engine.cli.waiting import wait_briefly
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    wait_briefly()
     arguments = build_parser().parse_args(argv)
     return run_command(lambda: generate(arguments), arguments.quiet)
 

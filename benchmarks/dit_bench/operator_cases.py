@@ -106,7 +106,11 @@ def block_cases(
              reference.attention, plain_attention, fusable=False,
              flops=4 * n * t * t * d, timed=timed),
     ]  # fmt: skip
-    cases += [_quantize(n, t, d, dtype, codes, timed) for codes in (torch.int8, FP8)]
+    for codes in (torch.int8, FP8):
+        cases += [
+            _quantize(n, t, d, dtype, codes, timed),
+            _quantize_rows(n, t, d, dtype, codes, timed),
+        ]
     if timed:
         rows = n * t
         cases += [
@@ -178,9 +182,30 @@ def _quantize(
         reference.layernorm_modulate_quantize,
         reference.layernorm_modulate_quantize,
         timed=timed,
-        values=lambda _, result: (result[0].double() * result[1].double().unsqueeze(-1),),
+        values=_dequantized,
         exact=lambda x, shift, scale, eps, _: reference.layernorm_modulate(x, shift, scale, eps),
     )
+
+
+def _quantize_rows(
+    n: int, t: int, d: int, dtype: torch.dtype, codes: torch.dtype, timed: bool
+) -> Case:  # fmt: skip
+    return Case(
+        "quantize_rows",
+        f"N={n} T={t} D={d} to {_name(codes)}",
+        dtype,
+        lambda device: (_normal((n, t, d), dtype, _generator(device)), codes),
+        reference.quantize_rows,
+        reference.quantize_rows,
+        timed=timed,
+        values=_dequantized,
+        exact=lambda x, _: x,
+    )
+
+
+def _dequantized(_: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> tuple[Tensor]:
+    codes, scales = result
+    return (codes.double() * scales.double().unsqueeze(-1),)
 
 
 def _linear(operator: str, rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> Case:

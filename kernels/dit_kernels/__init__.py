@@ -11,6 +11,7 @@ from dit_kernels.operators import (
     guided_step,
     layernorm_modulate,
     layernorm_modulate_quantize,
+    quantize_rows,
 )
 from dit_kernels.quantized import QuantizedLinear
 
@@ -29,4 +30,5 @@ __all__ = [
     "layernorm_modulate_quantize",
     "linear",
     "linear_gelu",
+    "quantize_rows",
 ]

@@ -141,6 +141,14 @@ def check_guided_step(
         raise ValueError(f"guided_channels {guided_channels} is out of range: allowed is 1 to {c}")
 
 
+def check_rows(name: str, x: Tensor) -> None:
+    """x is (…, D) with D above 0, contiguous."""
+    _check_floating(name, x, DTYPES)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; (…, D) with D > 0 is needed")
+    _check_contiguous(name, x)
+
+
 def check_codes(dtype: torch.dtype) -> None:
     if dtype not in (torch.int8, torch.float8_e4m3fn):
         raise ValueError(f"dtype {dtype}: choose torch.int8 or torch.float8_e4m3fn")

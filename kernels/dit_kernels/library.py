@@ -114,6 +114,16 @@ def _(
     return torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
+@torch.library.custom_op("dit_kernels::quantize_rows", mutates_args=())
+def quantize_rows(x: Tensor, dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor]:
+    return operators.quantize_rows(x, dtype, impl=impl)
+
+
+@quantize_rows.register_fake
+def _(x: Tensor, dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
 @torch.library.custom_op("dit_kernels::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor, m: int, gelu: bool) -> Tensor:
     return native_product.linear(x, packed, bias, m, gelu)

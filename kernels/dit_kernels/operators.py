@@ -153,10 +153,24 @@ def layernorm_modulate_quantize(
     checks.check_modulation(x, shift=shift, scale=scale)
     checks.check_eps(eps)
     checks.check_codes(dtype)
-    if impl == "auto" and dtype.is_floating_point and not _has_fused_fp8(x.device):
-        impl = "reference"
+    impl = _with_codes(impl, dtype, x.device)
     run = _chosen("layernorm_modulate_quantize", impl, x, shift, scale)
     return run(x, shift, scale, eps, dtype)
+
+
+def quantize_rows(
+    x: Tensor, dtype: torch.dtype = torch.int8, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """x, quantised symmetrically with one scale a row.
+
+    x: (…, D) contiguous. Returns codes (…, D) of ``dtype`` (int8 or float8_e4m3fn) and float32
+    scales (…): x is about codes · scale.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.dit_kernels.quantize_rows(x, dtype, impl)
+    checks.check_rows("x", x)
+    checks.check_codes(dtype)
+    return _chosen("quantize_rows", _with_codes(impl, dtype, x.device), x)(x, dtype)
 
 
 def _chosen(operator: str, impl: str, *tensors: Tensor) -> Callable[..., Any]:
@@ -176,5 +190,9 @@ def _chosen(operator: str, impl: str, *tensors: Tensor) -> Callable[..., Any]:
     return implementation(operator, impl, tensors[0].device)
 
 
-def _has_fused_fp8(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+def _with_codes(impl: str, dtype: torch.dtype, device: torch.device) -> str:
+    """``impl``, with the reference for "auto" where no kernel makes codes of ``dtype``."""
+    if impl != "auto" or not dtype.is_floating_point:
+        return impl
+    fused = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    return impl if fused else "reference"

@@ -52,6 +52,7 @@ CALLS: dict[str, tuple[Callable[..., Results], tuple[object, ...]]] = {
     "groupnorm_silu": (dit_kernels.groupnorm_silu, (IMAGES, 4, WEIGHT, BIAS)),
     "guided_step": (dit_kernels.guided_step, tuple(STEP.values())),
     "layernorm_modulate_quantize": (dit_kernels.layernorm_modulate_quantize, (X, SHIFT, SCALE)),
+    "quantize_rows": (dit_kernels.quantize_rows, (X,)),
 }  # fmt: skip
 
 
@@ -114,6 +115,24 @@ def test_quantised_rows_are_within_half_a_step() -> None:
     assert torch.equal(shifted.int() - 128, codes.int())
     fp8, scales = reference.quantize_rows(x, torch.float8_e4m3fn)
     assert relative_error(fp8.float() * scales[:, None], x) < 2**-4
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("shape", [(7, 33), (33,), (2, 3, 5, 64), (0, 8)], ids=str)
+def test_rows_are_quantised_by_the_public_operator(shape: tuple[int, ...], impl: str) -> None:
+    """Against float64: the largest of a row is code 127, the others at most half a step away."""
+    x = random(*shape) * 5
+    codes, scales = dit_kernels.quantize_rows(x, impl=impl)
+    assert codes.dtype == torch.int8 and codes.shape == x.shape
+    assert scales.dtype == torch.float32 and scales.shape == x.shape[:-1]
+    expected = x.double().abs().amax(-1) / 127
+    assert relative_error(scales, expected) < 1e-6 if x.numel() else scales.numel() == 0
+    error = (codes.double() * expected.unsqueeze(-1) - x.double()).abs()
+    assert (error <= 0.5001 * expected.unsqueeze(-1)).all()
+    fp8, scales = dit_kernels.quantize_rows(x, FP8, impl=impl)
+    assert fp8.dtype == FP8 and scales.shape == x.shape[:-1]
+    restored = fp8.double() * scales.double().unsqueeze(-1)
+    assert relative_error(restored, x.double()) < 2**-4 if x.numel() else fp8.numel() == 0
 
 
 def test_linear_and_gelu_against_float64() -> None:
@@ -370,7 +389,8 @@ def test_operators_pass_torchs_own_checks(name: str) -> None:
     _, arguments = CALLS[name]
     extra = {"layernorm_modulate": (1e-6,), "gate_residual_layernorm_modulate": (1e-6,),
              "groupnorm_silu": (1e-6,),
-             "layernorm_modulate_quantize": (1e-6, torch.int8)}.get(name, ())  # fmt: skip
+             "layernorm_modulate_quantize": (1e-6, torch.int8),
+             "quantize_rows": (torch.int8,)}.get(name, ())  # fmt: skip
     operator = getattr(torch.ops.dit_kernels, name).default
     torch.library.opcheck(operator, (*arguments, *extra, "reference"),
                           test_utils=("test_schema", "test_faketensor"))  # fmt: skip
@@ -425,6 +445,11 @@ BAD: list[tuple[str, dict[str, object], str]] = [
     ("guided_step", {"guided_channels": 5}, r"^guided_channels 5 is out of range"),
     ("guided_step", {"patch_size": 3}, r"^patch_size 3 does not divide the latent side 8$"),
     ("layernorm_modulate_quantize", {"dtype": torch.int16}, r"^dtype torch.int16: choose"),
+    ("quantize_rows", {"dtype": torch.uint8}, r"^dtype torch.uint8: choose torch.int8 or"),
+    ("quantize_rows", {"x": X.double()}, r"^x has dtype torch.float64; allowed: float32"),
+    ("quantize_rows", {"x": torch.tensor(1.0)}, r"^x has shape \(\); \(…, D\) with D > 0"),
+    ("quantize_rows", {"x": random(N, 0)}, r"^x has shape \(2, 0\)"),
+    ("quantize_rows", {"x": X.transpose(1, 2)}, r"^x of strides .* is not contiguous$"),
 ]  # fmt: skip
 
 

@@ -1,5 +1,15 @@
-"""DiT Engine: exact and fast inference for Diffusion Transformers."""
+"""DiT Engine: exact and fast inference for Diffusion Transformers.
 
+    from dit_engine import Engine
+
+    engine = Engine.from_pretrained("builtin")  # or a path, or a hub id
+    result = engine.generate(["planets", 3, 7], steps=50, guidance_scale=4.0, seed=0)
+    result.images[0].save("planet.png")  # a list of PIL images
+
+`help(Engine.generate)` has every option, `engine.label_names` the model's classes.
+"""
+
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dit_engine._version import __version__
@@ -8,22 +18,35 @@ if TYPE_CHECKING:
     from dit_engine.checkpoint import load_model
     from dit_engine.config import ModelConfig
     from dit_engine.engine import Engine
+    from dit_engine.errors import BackendUnavailable
+    from dit_engine.results import Generation, Progress
 
-__all__ = ["Engine", "ModelConfig", "__version__", "load_model"]
+__all__ = [
+    "BackendUnavailable",
+    "Engine",
+    "Generation",
+    "ModelConfig",
+    "Progress",
+    "__version__",
+    "load_model",
+]
+
+# Importing the package stays free of torch, so that `--version` and `--help` answer at once.
+_MODULES = {
+    "BackendUnavailable": "errors",
+    "Engine": "engine",
+    "Generation": "results",
+    "ModelConfig": "config",
+    "Progress": "results",
+    "load_model": "checkpoint",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Importing the package stays free of torch, so that `--version` and `--help` answer at once.
-    if name == "Engine":
-        from dit_engine.engine import Engine
+    if name not in _MODULES:
+        raise AttributeError(f"module 'dit_engine' has no attribute {name!r}")
+    return getattr(import_module(f"dit_engine.{_MODULES[name]}"), name)
 
-        return Engine
-    if name == "ModelConfig":
-        from dit_engine.config import ModelConfig
 
-        return ModelConfig
-    if name == "load_model":
-        from dit_engine.checkpoint import load_model
-
-        return load_model
-    raise AttributeError(f"module 'dit_engine' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,45 +22,11 @@ from dit_engine.memory import in_halves
 from dit_engine.model import DiT
 from dit_engine.noise import GivenNoise, NoiseSource, OfficialNoise, PerImageNoise
 from dit_engine.pixels import LatentDecoder, to_pil, to_uint8
+from dit_engine.results import Generation, Progress
 from dit_engine.sampler import SAMPLERS
 from dit_engine.schedule import make_schedule
 from dit_engine.settings import GenerateSettings, resolve_seeds
 from dit_engine.vae import AutoencoderKL
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a callback is told after every step.
-
-    step counts from 1 to steps; first and count say which images of the call this batch holds;
-    latents (count, C, S, S) is the sampler's state, not to be changed in place.
-    """
-
-    step: int
-    steps: int
-    first: int
-    count: int
-    total: int
-    latents: Tensor
-
-
-@dataclass(frozen=True)
-class Generation:
-    """The outcome of `Engine.generate`.
-
-    images: a list of PIL images, uint8 (N, H, W, 3) for "np", float32 (N, 3, H, W) in [0, 1] for
-    "pt", or float32 latents (N, C, S, S) for "latent"; tensors are on the CPU. labels and seeds
-    hold one number an image; seeds is None where none was used, all noise having been given.
-    settings: everything else that is needed to make the images again.
-    """
-
-    images: Any
-    labels: list[int]
-    seeds: list[int] | None
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 class Engine:
@@ -92,6 +57,10 @@ class Engine:
             raise ValueError(f"max_batch_size {max_batch_size} is not a positive integer")
         if threads is not None and threads < 1:
             raise ValueError(f"threads {threads} is not a positive integer")
+        if label_names is not None and len(label_names) != model.config.num_classes:
+            raise ValueError(
+                f"label_names holds {len(label_names)} for {model.config.num_classes} classes"
+            )
         self.threads = threads
         self.device = parse_device(device)
         self.model = model.eval()
@@ -124,6 +93,9 @@ class Engine:
             numerics: "official" or "diffusers"; None takes what the source was made for.
             num_heads: for bare weight files of an unpublished width, which do not tell it.
             check_finite: look through every weight for NaN and infinity.
+            device: "cpu", "cuda", …; None chooses CUDA where there is one.
+            max_batch_size: more images than this are made in several batches.
+            threads: CPU threads while generating, 1 or more; None leaves torch's setting alone.
 
         Raises:
             ValueError, OSError: one line that says what is wrong with the source.
@@ -142,6 +114,14 @@ class Engine:
             max_batch_size,
             threads,
             sources,
+        )
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"Engine(model={self.sources['model']!r}, depth={c.depth}, "
+            f"hidden_size={c.hidden_size}, patch_size={c.patch_size}, "
+            f"num_classes={c.num_classes}, image_size={self.image_size}, device='{self.device}')"
         )
 
     @property
@@ -289,7 +269,8 @@ class Engine:
         record = self.sources | {"numerics": self.config.numerics, "version": __version__}
         record |= settings.record(scales) | _digests(latents=latents, step_noise=step_noise)
         drew = latents is None or (settings.uses_step_noise and step_noise is None)
-        return Generation(images, labels, seeds if drew else None, record)
+        names = None if self.label_names is None else [self.label_names[i] for i in labels]
+        return Generation(images, labels, seeds if drew else None, record, names)
 
     def _sample(
         self,

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import pydoc
 import re
 import shlex
 import shutil
@@ -22,6 +23,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import dit_engine
 from dit_engine import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -330,8 +332,20 @@ def test_importing_dit_engine_imports_no_torch_and_no_optional_package() -> None
     assert not {"torch", "numpy", "PIL", *NOT_AT_IMPORT} & set(modules)
 
 
+def test_the_packages_help_has_the_readmes_example_and_every_public_name() -> None:
+    shown = pydoc.plain(pydoc.render_doc(dit_engine))
+    readme = (ROOT / "README.md").read_text()
+    for line in readme.partition("```python\n")[2].partition("```")[0].splitlines():
+        assert line in shown
+    for name in set(dit_engine.__all__) - {"__version__"}:
+        assert name in shown and name in dir(dit_engine)
+    with pytest.raises(AttributeError, match=r"^module 'dit_engine' has no attribute 'Motor'$"):
+        _ = dit_engine.Motor
+
+
 def test_public_names_change_no_global_state() -> None:
-    code = "from dit_engine import Engine, ModelConfig, load_model"
+    names = "BackendUnavailable, Engine, Generation, ModelConfig, Progress, load_model"
+    code = f"from dit_engine import {names}"
     found = run_python(STATE.replace("IMPORT", code))
     assert "dit_engine.engine" in found["modules"]
     assert found["changed"] == []

@@ -7,12 +7,13 @@ from typing import Any
 
 from PIL.PngImagePlugin import PngInfo
 
-from dit_engine.engine import Generation
+from dit_engine.results import Generation
 
 
 def call_record(result: Generation) -> dict[str, Any]:
-    """Of a whole call: settings, labels and seeds."""
-    return result.settings | {"labels": result.labels, "seeds": result.seeds}
+    """Of a whole call: settings, labels, their names if there are names, and seeds."""
+    record = result.settings | {"labels": result.labels, "seeds": result.seeds}
+    return record if result.label_names is None else record | {"label_names": result.label_names}
 
 
 def image_record(result: Generation, i: int) -> dict[str, Any]:
@@ -27,6 +28,8 @@ def image_record(result: Generation, i: int) -> dict[str, Any]:
     elif isinstance(record["guidance_scale"], list):
         record["guidance_scale"] = record["guidance_scale"][i]
     seed = None if result.seeds is None else result.seeds[i]
+    if result.label_names is not None:
+        record["label_name"] = result.label_names[i]
     return record | {"label": result.labels[i], "seed": seed, "index": i}
 
 

@@ -48,6 +48,7 @@ def test_files_hold_the_engines_images_and_how_to_make_them(model: Path, tmp_pat
             assert np.array_equal(np.asarray(image), expected[i])
         record = record_of(file)
         assert record["label"] == [2, 7][i] and record["seed"] == 40 + i and record["index"] == i
+        assert record["label_name"] == ["cat", "hen"][i]
         assert record["version"] == __version__ and record["model"] == str(model)
         assert record["guidance_scale"] == [2.5, 1.5][i]
         settings = {name: record[name] for name in SETTINGS}
@@ -83,7 +84,11 @@ def test_a_sheet_is_one_captioned_picture(model: Path, tmp_path: Path) -> None:
         for i in range(3):  # 16 pixels, shown 8 times as large, 4 apart
             shown = np.asarray(image)[4:132:8, 4 + 132 * i : 132 + 132 * i : 8]
             assert np.array_equal(shown, np.asarray(expected.images[i]))
-    assert record["labels"] == [0, 1, 2]
+    assert record["labels"] == [0, 1, 2] and record["label_names"] == labels
+    again = Engine.from_pretrained(model, device="cpu").generate(
+        record["label_names"], seeds=record["seeds"], **{name: record[name] for name in SETTINGS}
+    )
+    assert again.images == expected.images
     assert [p.name for p in tmp_path.iterdir()] == ["sheet.png"]
 
 

@@ -53,8 +53,7 @@ def _allowed(label: str, num_classes: int, lookup: dict[str, int]) -> str:
     numbers = f"numbers 0 to {num_classes - 1}"
     if not lookup:
         return f"this model has no label names, use {numbers}"
-    if len(lookup) <= 30:
-        return f"allowed are {', '.join(lookup)} and {numbers}"
-    near = difflib.get_close_matches(label.lower(), lookup, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}? " if near else ""
-    return f"{hint}allowed are {len(lookup)} names (see list_labels) and {numbers}"
+    near = difflib.get_close_matches(label.lower(), lookup)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    few = ", ".join(lookup) if len(lookup) <= 30 else f"{len(lookup)} names (see --list-labels)"
+    return f"{hint}allowed are {few} and {numbers}"

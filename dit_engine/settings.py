@@ -92,10 +92,16 @@ def resolve_seeds(seed: int | None, seeds: Sequence[int] | None, n: int, noise: 
         start = 0 if seed is None else seed  # the reference's default
         return [_checked(start)] * n
     if seeds is None:
+        if isinstance(seed, list | tuple | range) or getattr(seed, "ndim", 0):
+            raise ValueError(f"seed holds {len(seed)} numbers: give them as seeds, one an image")
         start = _checked(secrets.randbelow(2**31) if seed is None else seed)
         return [_checked(start + i) for i in range(n)]
+    if not hasattr(seeds, "__len__"):
+        raise ValueError(f"seeds {seeds!r} is not one number a label: give seed, or a list")
     if len(seeds) != n:
-        raise ValueError(f"seeds holds {len(seeds)} numbers for {n} labels; one a label is needed")
+        found, needed = (f"{k} {of}{'' if k == 1 else 's'}"
+                         for k, of in ((len(seeds), "number"), (n, "label")))  # fmt: skip
+        raise ValueError(f"seeds holds {found} for {needed}; one a label is needed")
     return [_checked(s) for s in seeds]
 
 

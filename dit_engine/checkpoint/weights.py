@@ -174,8 +174,9 @@ def some_of(names: Iterable[str], quote: bool = True) -> str:
 
 
 def listing(directory: Path) -> str:
-    """What a directory holds, for a message: "nothing" or its first three names."""
-    return some_of(sorted(p.name for p in directory.iterdir())) or "nothing"
+    """What a directory shows, for a message: "nothing" or its first three names."""
+    names = (p.name for p in directory.iterdir())
+    return some_of(sorted(name for name in names if not name.startswith("."))) or "nothing"
 
 
 def one_line(error: BaseException) -> str:

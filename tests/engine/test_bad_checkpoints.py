@@ -252,6 +252,8 @@ def test_empty_directory(tmp_path: Path) -> None:
 
 
 def test_directory_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / ".cache").touch()
+    refused(tmp_path, "it holds nothing$")
     for name in ("notes.md", "photo.jpg", "a.txt", "z.txt"):
         (tmp_path / name).touch()
     refused(tmp_path, "it holds 'a.txt', 'notes.md', 'photo.jpg' and 1 more")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import tiny_dit, tiny_engine
 
-from dit_engine import Engine, __version__
+from dit_engine import Engine, Generation, Progress, __version__
 from dit_engine.backends import Backend, Denoiser, create_backend
 from dit_engine.backends.lean import LeanDenoiser
 from dit_engine.lean_vae import LeanDecoder
@@ -248,6 +248,26 @@ def test_what_a_generation_records(engine: Engine) -> None:
     assert engine.generate(1, latents=z, sampler="ddim", **FAST).seeds is None
 
 
+def test_what_is_printed_is_short(engine: Engine) -> None:
+    """Shapes in the place of thousands of numbers, and no addresses."""
+    told: list[Progress] = []
+    z = engine.generate([1, 2], seed=3, callback=told.append, **FAST)
+    assert repr(told[-1]) == (
+        "Progress(step=4, steps=4, first=0, count=2, total=2, latents=<float32 (2, 4, 8, 8)>)"
+    )
+    assert repr(z) == (
+        f"Generation(images=<float32 (2, 4, 8, 8)>, labels=[1, 2], seeds=[3, 4], "
+        f"settings={z.settings}, label_names=['bee', 'cat'])"
+    )
+    for output, shown in (("pil", "[1 PIL of 16x16]"), ("np", "<uint8 (1, 16, 16, 3)>")):
+        made = engine.generate(1, steps=1, output=output)
+        assert isinstance(made, Generation) and f"images={shown}, labels" in repr(made)
+    assert repr(engine) == (
+        "Engine(model='memory', depth=2, hidden_size=48, patch_size=2, num_classes=10, "
+        "image_size=16, device='cpu')"
+    )
+
+
 class Limited:
     """A backend that runs out of memory above ``rows`` rows."""
 
@@ -315,6 +335,7 @@ BAD = [
     ({"labels": 10}, "label 10 is out of range; allowed are 0 to 9"),
     ({"labels": -1}, "label -1 is out of range"),
     ({"labels": "unicorn"}, "label 'unicorn' is unknown; allowed are ant, bee"),
+    ({"labels": "Iibex"}, "label 'Iibex' is unknown; did you mean 'ibex'? allowed are ant, bee"),
     ({"labels": []}, "labels is empty"),
     ({"labels": [1.5]}, "label 1.5 is neither"),
     ({"steps": 0}, "steps 0"),
@@ -330,8 +351,12 @@ BAD = [
     ({"guidance_interval": (5.0, 0.5)}, "guidance_interval (5.0, 0.5) is upside down"),
     ({"guidance_interval": (float("nan"), 1.0)}, "guidance_interval (nan, 1.0) holds a NaN"),
     ({"seed": -1}, "seed -1 is not a whole number"),
+    ({"seed": [1, 2]}, "seed holds 2 numbers: give them as seeds, one an image"),
+    ({"seed": np.arange(2)}, "seed holds 2 numbers: give them as seeds"),
     ({"seed": 1, "seeds": [1, 2]}, "give one of the two"),
-    ({"seeds": [1]}, "seeds holds 1 numbers for 2 labels"),
+    ({"seeds": [1]}, "seeds holds 1 number for 2 labels; one a label is needed"),
+    ({"labels": 1, "seeds": [1, 2]}, "seeds holds 2 numbers for 1 label; one a label"),
+    ({"seeds": 1}, "seeds 1 is not one number a label: give seed, or a list"),
     ({"noise": "pink"}, "noise 'pink': choose one of per-image, official"),
     ({"latents": torch.zeros(1, 4, 8, 8)}, "latents has shape (1, 4, 8, 8); (2, 4, 8, 8)"),
     ({"latents": torch.full((2, 4, 8, 8), torch.nan)}, "latents holds NaN"),
@@ -353,6 +378,14 @@ def test_labels_by_name_numeral_and_case(engine: Engine) -> None:
     assert engine.generate(["Cat", "3", 4, np.int64(5)], seed=0, **FAST).labels == [2, 3, 4, 5]
     animals = Engine(tiny_dit(num_classes=3), label_names=("crane, bird", "crane", "tench, Tinca"))
     assert animals.generate(["tinca", "bird", "crane"], seed=0, **FAST).labels == [2, 0, 1]
+    with pytest.raises(ValueError, match=r"^label_names holds 2 for 3 classes$"):
+        Engine(tiny_dit(num_classes=3), label_names=("crane", "tench"))
+    thousand = Engine(tiny_dit(num_classes=31), label_names=[f"class {i}" for i in range(31)])
+    many = (
+        r"'clas 30' is unknown; did you mean 'class 30' or .*\? allowed are 31 names \(see --list-"
+    )
+    with pytest.raises(ValueError, match=many):
+        thousand.generate("clas 30", steps=1)
     nameless = Engine(tiny_dit(), device="cpu")
     with pytest.raises(ValueError, match="this model has no label names, use numbers 0 to 9"):
         nameless.generate("cat", steps=1)

@@ -16,7 +16,9 @@ from dit_export.targets import DTYPES
 from dit_export.triton.configuration import ACCELERATORS, PLATFORMS
 
 READY_SECONDS = 300.0
-_SERVE_ALONE = ("server", "host", "http_port", "grpc_port", "metrics_port", "ready_timeout")
+_SERVE_ALONE = (
+    "server", "host", "http_port", "grpc_port", "metrics_port", "ready_timeout", "verbose",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}-port", type=int, default=port, help="of --serve; 0 is any free one")
     add("--ready-timeout", type=float, default=READY_SECONDS, metavar="SECONDS",
         help="of --serve: that loading and warming up may take")  # fmt: skip
+    add("--verbose", action="store_true", help="of --serve: show what the server prints")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -64,7 +67,14 @@ def _serve(arguments: argparse.Namespace) -> int:
     from dit_export.triton.server import serve
 
     ports = (arguments.http_port, arguments.grpc_port, arguments.metrics_port)
-    return serve(arguments.serve, arguments.server, arguments.host, ports, arguments.ready_timeout)
+    return serve(
+        arguments.serve,
+        arguments.server,
+        arguments.host,
+        ports,
+        arguments.ready_timeout,
+        arguments.verbose,
+    )
 
 
 def _write(arguments: argparse.Namespace) -> int:

@@ -22,6 +22,15 @@ from dit_export.triton import supervisor
 from dit_export.triton.server_binary import ServerBinary, assemble_backends, find_server
 
 _STOP_SECONDS = supervisor.ASK_SECONDS + 5
+_LAST_LINES = 30
+
+
+class ServerFailed(RuntimeError):
+    """It ended, or was not ready in time. what: that alone, where str() may name its log too."""
+
+    def __init__(self, what: str, log: Path | None) -> None:
+        super().__init__(what if log is None else f"{what}; see {log}")
+        self.what = what
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ def running_server(
 
     Raises:
         ValueError: no repository of ours, or a port that is taken, or none.
-        RuntimeError: it ended, or was not ready in time.
+        ServerFailed: it ended, or was not ready in time.
     """
     read_marker(repository)
     chosen = choose_ports(host, ports)
@@ -93,8 +102,13 @@ def serve(
     host: str,
     ports: tuple[int, int, int],
     ready_seconds: float,
+    verbose: bool,
 ) -> int:  # pragma: no cover
-    """Run a server until Ctrl-C (or SIGTERM); print where it answers once it is ready."""
+    """Run a server until Ctrl-C (or SIGTERM); print where it answers once it is ready.
+
+    What the server itself prints goes to standard error: all of it if ``verbose``, else the last
+    lines if it fails.
+    """
     read_marker(repository)
     server = find_server(given)
 
@@ -103,18 +117,36 @@ def serve(
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        with running_server(repository, server, host, ports, ready_seconds) as running:
+        with (
+            _log_unless(verbose) as log,
+            running_server(repository, server, host, ports, ready_seconds, log) as running,
+        ):
             print(f"ready: http {running.http}, gRPC {running.grpc}, metrics {running.metrics}")
             client = shlex.quote(str(repository / "client.py"))
             print(f"python {client} {running.http} images.png 50 0; Ctrl-C ends it", flush=True)
-            code = running.process.wait()
+            raise ServerFailed(f"the server ended with code {running.process.wait()}", log)
     except KeyboardInterrupt:
         return 0
-    except RuntimeError as error:
-        raise OSError(str(error)) from None
+    except ServerFailed as error:
+        raise OSError(error.what) from None
     finally:
         signal.signal(signal.SIGTERM, before)
-    raise OSError(f"the server ended with code {code}")
+
+
+@contextmanager
+def _log_unless(verbose: bool) -> Iterator[Path | None]:
+    """A log for a server, or None if ``verbose``; its last lines are shown if the server fails."""
+    if verbose:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="triton-log-") as folder:
+        log = Path(folder) / "log"
+        try:
+            yield log
+        except ServerFailed:
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            print(*lines[-_LAST_LINES:], sep="\n", end="\n" if lines else "", file=sys.stderr)
+            raise
 
 
 @contextmanager
@@ -129,19 +161,18 @@ def _output(log: Path | None) -> Iterator[int]:
 def _wait_until_ready(
     process: subprocess.Popen[bytes], address: str, seconds: float, log: Path | None
 ) -> None:
-    where = "" if log is None else f"; see {log}"
     # The environment may name a proxy, which knows nothing of this machine's own addresses.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if (code := process.poll()) is not None:
-            raise RuntimeError(f"the server ended with code {code} before it was ready{where}")
+            raise ServerFailed(f"the server ended with code {code} before it was ready", log)
         try:
             with direct.open(f"http://{address}/v2/health/ready", timeout=5):
                 return
         except (OSError, HTTPException):
             time.sleep(0.1)
-    raise RuntimeError(f"the server was not ready after {seconds:g} s{where}")
+    raise ServerFailed(f"the server was not ready after {seconds:g} s", log)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

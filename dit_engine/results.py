@@ -35,10 +35,10 @@ class Generation:
     """The outcome of `Engine.generate`.
 
     images: a list of PIL images, uint8 (N, H, W, 3) for "np", float32 (N, 3, H, W) in [0, 1] for
-    "pt", or float32 latents (N, C, S, S) for "latent"; tensors are on the CPU; None of what was only
-    planned. labels and seeds hold one number an image; seeds is None where none was used, all noise having been given.
-    settings: everything else that is needed to make the images again. label_names: the names of
-    labels, where the model has names.
+    "pt", or float32 latents (N, C, S, S) for "latent"; tensors are on the CPU. None: only planned.
+    labels and seeds hold one number an image; seeds is None where none was used, all noise having
+    been given. settings: everything else that is needed to make the images again. label_names: the
+    names of labels, where the model has names.
     """
 
     images: Any

@@ -262,6 +262,11 @@ def test_what_is_printed_is_short(engine: Engine) -> None:
     for output, shown in (("pil", "[1 PIL of 16x16]"), ("np", "<uint8 (1, 16, 16, 3)>")):
         made = engine.generate(1, steps=1, output=output)
         assert isinstance(made, Generation) and f"images={shown}, labels" in repr(made)
+    settings = z.settings | {"output": "latent"}
+    for key in ("model", "numerics", "version"):
+        del settings[key]
+    planned = engine.planned([1], [3], **settings)
+    assert repr(planned).startswith("Generation(images=None, labels=[1], seeds=[3], ")
     assert repr(engine) == (
         "Engine(model='memory', depth=2, hidden_size=48, patch_size=2, num_classes=10, "
         "image_size=16, device='cpu')"

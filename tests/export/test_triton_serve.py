@@ -37,8 +37,8 @@ def answers(address: str) -> bool:
 class Command:
     """`dit-export triton --serve` in a process, as a shell starts it, and what it has started."""
 
-    def __init__(self, repository: Path, server: Path, folder: Path) -> None:
-        options = ["--serve", str(repository), "--server", str(server)]
+    def __init__(self, repository: Path, server: Path, folder: Path, *more: str) -> None:
+        options = ["--serve", str(repository), "--server", str(server), *more]
         ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
         self.log, self.groups = folder / "log", set[int]()
         with self.log.open("w") as log:
@@ -110,10 +110,11 @@ def test_serve_until_it_is_told_to_end(
 def test_a_test_that_fails_leaves_no_server(
     stubborn: Path, repository: Path, tmp_path: Path
 ) -> None:
-    command = Command(repository, stubborn, tmp_path)
+    command = Command(repository, stubborn, tmp_path, "--verbose")
     http, _ = command.addresses()
     assert answers(http)
     command.end()
+    assert command.log.read_text() == "a wide table\n"  # what the server prints
     assert command.process.returncode == -signal.SIGKILL
     wait_until(lambda: not answers(http), 5)  # and not as the supervisor would, after 20 seconds
     assert len(command.groups) == 1
@@ -273,7 +274,7 @@ while True:
 def stubborn(tmp_path: Path) -> Path:
     """A server that is ready at once, and does no more on SIGINT than say so in a file "asked"."""
     (tmp_path / "ready.py").write_text(READY)
-    script = f'exec {sys.executable} {tmp_path}/ready.py {tmp_path}/asked "$@"'
+    script = f'echo a wide table; exec {sys.executable} {tmp_path}/ready.py {tmp_path}/asked "$@"'
     return fake_server(tmp_path / "stubborn", script)
 
 
@@ -306,6 +307,7 @@ def test_a_second_signal_does_not_wait_and_leaves_nothing(
     command.process.send_signal(end)
     assert command.process.wait(60) == 0 and time.monotonic() - began < 10
     wait_until(lambda: not answers(http))
+    assert command.log.read_text() == ""
 
 
 def test_ready_timeout_of_the_command(
@@ -316,6 +318,23 @@ def test_ready_timeout_of_the_command(
     arguments = ["--serve", str(repository), "--server", str(sleeps), "--ready-timeout", "0.5"]
     assert main(["triton", *arguments, *ports]) == 2
     assert capfd.readouterr().err == "error: the server was not ready after 0.5 s\n"
+
+
+def test_the_last_lines_of_a_server_that_fails(
+    repository: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All of them on demand; and what only a server can be told is refused without one."""
+    ends = fake_server(tmp_path / "opt", "seq 1000; exit 3")
+    ports = [f"--{port}-port=0" for port in ("http", "grpc", "metrics")]
+    command = ["triton", "--serve", str(repository), "--server", str(ends), *ports]
+    error = "error: the server ended with code 3 before it was ready"
+    for more, first in (((), 971), (("--verbose",), 1)):
+        assert main([*command, *more]) == 2
+        out, err = capfd.readouterr()
+        assert (out, err.splitlines()) == ("", [*map(str, range(first, 1001)), error])
+    assert main(["triton", "-o", str(tmp_path / "made"), "--verbose"]) == 2
+    refused = "error: --verbose is an option of --serve, which is not given\n"
+    assert capfd.readouterr() == ("", refused)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import secrets
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -92,20 +93,25 @@ def resolve_seeds(seed: int | None, seeds: Sequence[int] | None, n: int, noise: 
         start = 0 if seed is None else seed  # the reference's default
         return [_checked(start)] * n
     if seeds is None:
-        if isinstance(seed, list | tuple | range) or getattr(seed, "ndim", 0):
+        # A tensor or an array without dimensions is one number.
+        if isinstance(seed, Sized) and not isinstance(seed, str) and getattr(seed, "ndim", 1):
             raise ValueError(f"seed holds {len(seed)} numbers: give them as seeds, one an image")
         start = _checked(secrets.randbelow(2**31) if seed is None else seed)
         return [_checked(start + i) for i in range(n)]
     if not hasattr(seeds, "__len__"):
         raise ValueError(f"seeds {seeds!r} is not one number a label: give seed, or a list")
     if len(seeds) != n:
-        found, needed = (f"{k} {of}{'' if k == 1 else 's'}"
-                         for k, of in ((len(seeds), "number"), (n, "label")))  # fmt: skip
+        found = f"{len(seeds)} number{'s' * (len(seeds) != 1)}"
+        needed = f"{n} label{'s' * (n != 1)}"
         raise ValueError(f"seeds holds {found} for {needed}; one a label is needed")
     return [_checked(s) for s in seeds]
 
 
 def _checked(seed: Any) -> int:
-    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed < _SEED_LIMIT:
+    try:
+        number = -1 if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        number = -1
+    if not 0 <= number < _SEED_LIMIT:
         raise ValueError(f"seed {seed!r} is not a whole number from 0 to {_SEED_LIMIT - 1}")
-    return int(seed)
+    return number

@@ -51,6 +51,9 @@ def test_seed_counts_up_and_random_seeds_are_recorded(engine: Engine) -> None:
     by_seed = engine.generate([1, 2], seed=7, **FAST)
     assert by_seed.seeds == [7, 8]
     assert torch.equal(by_seed.images, engine.generate([1, 2], seeds=[7, 8], **FAST).images)
+    for seeds in (torch.tensor([7, 8]), np.array([7, 8]), range(7, 9)):
+        assert engine.generate([1, 2], seeds=seeds, **FAST).seeds == [7, 8]
+    assert engine.generate(1, seed=torch.tensor(7), **FAST).seeds == [7]
     drawn = engine.generate([1, 2], **FAST)
     again = engine.generate([1, 2], seeds=drawn.seeds, **FAST)
     assert torch.equal(drawn.images, again.images)
@@ -356,6 +359,9 @@ BAD = [
     ({"guidance_interval": (5.0, 0.5)}, "guidance_interval (5.0, 0.5) is upside down"),
     ({"guidance_interval": (float("nan"), 1.0)}, "guidance_interval (nan, 1.0) holds a NaN"),
     ({"seed": -1}, "seed -1 is not a whole number"),
+    ({"seed": "7"}, "seed '7' is not a whole number"),
+    ({"seed": 1.0}, "seed 1.0 is not a whole number"),
+    ({"seed": True}, "seed True is not a whole number"),
     ({"seed": [1, 2]}, "seed holds 2 numbers: give them as seeds, one an image"),
     ({"seed": np.arange(2)}, "seed holds 2 numbers: give them as seeds"),
     ({"seed": 1, "seeds": [1, 2]}, "give one of the two"),

@@ -8,7 +8,6 @@ one's. Exit code 1: another is better by more than 5 %, also at the low end of i
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dit_bench.environment import environment
+from dit_bench.hardware import load_average, settle
 from dit_bench.outputs import write_json
 from dit_bench.peers import relative_error
 from dit_bench.timing import Interleaved, interleave
@@ -129,7 +129,7 @@ def model_of(name: str) -> Any:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    load = os.getloadavg()[0]
+    load = load_average()
     torch.set_num_threads(arguments.threads)
     with torch.inference_mode():
         runs = functions(model_of(arguments.model), arguments.batch, arguments.threads)
@@ -166,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"{name} {getattr(arguments, name)} is not positive")
         if arguments.json is not None:
             check_file(arguments.json)  # before the long run
+            settle(print)
         report = measure(arguments)
         for row in report["rows"]:
             ratio = row["ours_over_it"]

@@ -7,7 +7,7 @@ says what it holds.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from dit_bench.contenders import Cast, Name
 from dit_bench.counted import decoder_record, model_record
 from dit_bench.energy import find_meter, joules_per_call
 from dit_bench.forwards import Networks, Work
+from dit_bench.generation_check import GenerationCheck
 from dit_bench.hardware import load_average
 from dit_bench.latency import Task, Timer, shares
 from dit_bench.memory import MemoryWatch
@@ -178,14 +179,8 @@ class _Model:
                 error = self._bf16_error(lambda p: work.decode(False, p), expected)
             else:
                 way = (self.plan.steps, self.plan.sampler)
-                contenders = cast.image(work, *way, decode_macs)
-
-                def eager(precision: str) -> Callable[[], torch.Tensor]:
-                    run = work.generation("eager", precision, *way, self.progress.check)
-                    return lambda: work.generated(run())
-
-                expected = eager("fp32")()
-                error = self._bf16_error(eager, expected)
+                check = GenerationCheck(work, *way, self.progress.check)
+                contenders, expected, error = cast.image(work, check, decode_macs), None, 0.0
             task = Task(subject.name, kind, work.images, contenders, expected, error)
             rows, built = self.timer.run(task)
         extra = {"size": subject.size, "tokens": subject.model.config.num_tokens}

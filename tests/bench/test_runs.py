@@ -109,7 +109,7 @@ def test_a_whole_generation_is_checked_by_what_it_returns(
         assert row["error"] == pytest.approx(error, rel=0.01)
 
 
-def test_eager_makes_what_generations_are_checked_by_once(
+def test_eager_bfloat16_is_generated_once_for_all_contenders(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
@@ -120,9 +120,20 @@ def test_eager_makes_what_generations_are_checked_by_once(
         return honest(self, labels, **options)
 
     monkeypatch.setattr(Engine, "generate", counted)
-    run(model, "--only", "image", "--batch", "1", "2", path=tmp_path / "a.json")
+    options = [
+        "--only",
+        "image",
+        "--precision",
+        "bf16",
+        "--peers",
+        "lean/int8",
+        "--batch",
+        "1",
+        "2",
+    ]
+    run(model, *options, path=tmp_path / "a.json")
     assert [each for each in made if each[0] == "eager"] == [
-        ("eager", "fp32", 1), ("eager", "fp32", 2),
+        ("eager", "bf16", 1), ("eager", "bf16", 2),
     ]  # fmt: skip
 
 

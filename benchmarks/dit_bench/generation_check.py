@@ -32,7 +32,7 @@ numbers do not reach: the built-in model's lean bf16 has 1.14 at most in 180 gen
 QUANTISED_TIMES_EAGER = 4.0
 AGAIN_BOUND = 0.5
 """Relative error between the images of two calls of one generation. Most backends give the same
-ones to the bit; where sums come in any order, chaos is allowed for, another label or seed is not."""
+ones to the bit; where sums come in any order, chaos is allowed, another label or seed is not."""
 
 
 class Recorder:

@@ -31,8 +31,8 @@ Row = dict[str, Any]
 class Contender:
     """role: "subject", "peer", or "other network", which is another function of other inputs.
 
-    precision: of its numbers. checked: whether its result is compared with float32 eager; check: how,
-    where it is another way than by the task's ``expected`` (`dit_bench.peers.Peer`).
+    precision: of its numbers. checked: whether its result is compared with float32 eager; check:
+    how, where it is another way than by the task's ``expected`` (`dit_bench.peers.Peer`).
     """
 
     name: str

@@ -28,7 +28,7 @@ def builtin() -> Engine:
 
 @pytest.fixture(scope="module")
 def pair(builtin: Engine) -> GenerationCheck:
-    """Of two images by the built-in model; eager bf16's errors, which no test damages, are found."""
+    """Of two images by the built-in model; the errors of eager bf16, which no test damages."""
     check = GenerationCheck(Work(Networks(builtin), 2), STEPS, "ddpm")
     check.bf16_errors()
     return check

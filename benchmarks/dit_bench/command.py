@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_bench.inputs import read_operators, read_report, read_scaling
@@ -14,6 +16,7 @@ from dit_bench.outputs import (
     check_folder,
     check_outputs,
     csv_text,
+    partial_path,
     write_json,
     write_text,
 )
@@ -23,6 +26,8 @@ from dit_engine.cli.errors import one_line
 if TYPE_CHECKING:
     from dit_bench.measure import Plan
     from dit_bench.progress import Progress
+
+INTERRUPTED = 130  # exit code
 
 
 def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
@@ -69,6 +74,11 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         code = 1  # what was to be measured computes another function
     validate(report)
     _write(report, arguments, scaling, sheets)
+    if isinstance(failure, KeyboardInterrupt):
+        kept = [str(path) for path in outputs if path not in (None, STDOUT)]
+        where = f"in {', '.join(kept)}" if kept else "above"
+        print(f"interrupted: what was measured until then is {where}", file=sys.stderr)
+        return INTERRUPTED
     if failure is not None:
         raise failure
     return code
@@ -113,7 +123,7 @@ def _measured(
     plan = plan_of(arguments)
     report, progress = new_report(plan, given), Progress(arguments.quiet)
     try:
-        engines = measure(plan, report, progress)
+        engines = measure(plan, report, progress, lambda: _keep(report, arguments.json))
         if arguments.html is not None:
             sheets += _sheets(plan, engines, progress)
     except (KeyboardInterrupt, Exception) as error:  # of any kind: what is finished is kept
@@ -124,6 +134,13 @@ def _measured(
             report["failure"] = one_line(error) or type(error).__name__
         return report, error
     return report, _not_run(report)
+
+
+def _keep(report: dict[str, Any], path: Path | None) -> None:
+    """What is measured so far, as <name>.partial beside the JSON that is asked for, so that it is
+    there however the run ends."""
+    if path is not None and path != STDOUT:
+        write_json({**report, "interrupted": True}, partial_path(path))
 
 
 def _not_run(report: dict[str, Any]) -> ValueError | None:
@@ -156,6 +173,8 @@ def _write(
     report: dict[str, Any], arguments: argparse.Namespace, scaling: Any, sheets: list[Any]
 ) -> None:
     write_json(report, arguments.json)
+    if arguments.json is not None and arguments.load is None:
+        partial_path(arguments.json).unlink(missing_ok=True)
     write_text(csv_text(report), arguments.csv)
     if arguments.plot or arguments.html:
         from dit_bench.drawing import save_figures

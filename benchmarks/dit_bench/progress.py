@@ -1,6 +1,6 @@
 """What a long run shows on standard error, and how Ctrl-C ends it.
 
-The first Ctrl-C only sets a flag: the round that is being timed is finished, and what was measured
+The first Ctrl-C (or SIGTERM) only sets a flag: the round that is being timed is finished, and what was measured
 is kept. (An exception raised from a signal handler can crash CPython 3.11 once torch.compile has
 run.) A second one stops the program where it stands.
 """
@@ -31,12 +31,12 @@ class Progress:
 
     @contextmanager
     def run(self, stages: int) -> Iterator[None]:
-        """A bar of ``stages``, and the handler of Ctrl-C, for this block."""
+        """A bar of ``stages``, and the handler of Ctrl-C and SIGTERM, for this block."""
         from tqdm import tqdm
 
-        before = None
+        before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            before = signal.signal(signal.SIGINT, self._interrupt)
+            before = {each: signal.signal(each, self._interrupt) for each in SIGNALS}
         self._bar = tqdm(total=stages, desc="dit-bench", unit="part", file=sys.stderr,
                          delay=DELAY_S, leave=False, disable=self.quiet)  # fmt: skip
         try:
@@ -46,8 +46,8 @@ class Progress:
             self._bar.clear()
             self._bar.close()
             self._bar = None
-            if before is not None:
-                signal.signal(signal.SIGINT, before)
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
     def stage(self, name: str) -> None:
         """A new stage begins. Raises KeyboardInterrupt where one was asked for."""
@@ -91,5 +91,6 @@ class Progress:
 
     def _interrupt(self, *_: object) -> None:
         self.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in SIGNALS:
+            signal.signal(each, signal.default_int_handler)
         print("\nstopping after this round (Ctrl-C again: at once)", file=sys.stderr)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -294,3 +296,33 @@ def test_files_of_other_shapes_are_refused_in_one_line(
     assert cli.main(["--model", "S/2", option, str(path)]) == 2
     error = capsys.readouterr().err
     assert said in error and "other.json" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_measured_is_kept_while_a_run_goes_on(
+    sent: signal.Signals,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Beside the final name; a signal then gives the file its name, and one line."""
+    honest = Work.guided_step
+    path = tmp_path / "a.json"
+    seen: list[dict[str, Any]] = []
+
+    def interrupted(self: Work, name: str, precision: str) -> Any:
+        if not seen:
+            assert not path.exists()
+            seen.append(read_report(tmp_path / "a.json.partial"))
+            os.kill(os.getpid(), sent)
+        return honest(self, name, precision)
+
+    monkeypatch.setattr(Work, "guided_step", interrupted)
+    report = run(model, path=path, code=130)
+    assert [row["what"] for row in seen[0]["measurements"]] == ["forward"]
+    assert seen[0]["interrupted"] and report["interrupted"]
+    assert [row["what"] for row in report["measurements"]] == ["forward", "step"]
+    assert not (tmp_path / "a.json.partial").exists()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"interrupted: what was measured until then is in {path}"

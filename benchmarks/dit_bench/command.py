@@ -164,7 +164,7 @@ def _sheets(plan: Plan, engines: Sequence[Any], progress: Progress) -> list[Any]
 
     with limited_threads(plan.threads), progress.run(2 * plan.steps * len(engines)):
         for engine in engines:
-            progress.stage("samples")
+            progress.stage("samples for the page")
             found += sample_sheets(engine, plan.subject, plan.steps, plan.sampler, stepped)
     return found
 
@@ -181,8 +181,11 @@ def _write(
         from dit_bench.plots import all_figures
 
         figures = all_figures(report, scaling)
-        if arguments.plot is not None:
+        if arguments.plot is not None and figures:
             save_figures(figures, arguments.plot)
+        elif arguments.plot is not None:
+            print(f"note: nothing is drawn into {arguments.plot}: there are no times of forwards "
+                  "or guided steps, no --operators and no --scaling", file=sys.stderr)  # fmt: skip
         if arguments.html is not None:
             from dit_bench.page import page
 

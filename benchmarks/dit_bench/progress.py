@@ -1,6 +1,6 @@
-"""What a long run shows on standard error, and how Ctrl-C ends it.
+"""What a long run shows on standard error, and how Ctrl-C or SIGTERM ends it.
 
-The first Ctrl-C (or SIGTERM) only sets a flag: the round that is being timed is finished, and what was measured
+The first Ctrl-C only sets a flag: the round that is being timed is finished, and what was measured
 is kept. (An exception raised from a signal handler can crash CPython 3.11 once torch.compile has
 run.) A second one stops the program where it stands.
 """
@@ -17,8 +17,11 @@ from typing import Any
 
 DELAY_S = 2.0
 """Bars of what takes less are never drawn."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LEAST_ROUNDS = 5
-"""Of timing, however long they take: fewer tell nothing of the noise."""
+"""Of timing, also where the time is up: fewer tell nothing of the noise."""
+LONGEST = 2.0
+"""No round begins that would end after so many times the time, however few there are."""
 
 
 class Progress:
@@ -73,7 +76,8 @@ class Progress:
     @contextmanager
     def rounds(self, total: int, name: str, seconds: float) -> Iterator[Any]:
         """Yields ``go_on`` for `dit_bench.timing.interleave`: False after so many seconds and
-        `LEAST_ROUNDS`, or when the run was interrupted."""
+        `LEAST_ROUNDS`, where another round as long as those before would end after `LONGEST` times
+        the seconds, or when the run was interrupted."""
         from tqdm import tqdm
 
         start, done = time.perf_counter(), 0
@@ -84,8 +88,10 @@ class Progress:
                 nonlocal done
                 done += 1
                 bar.update()
-                late = time.perf_counter() - start >= seconds and done >= LEAST_ROUNDS
-                return not (self.interrupted or late)
+                spent = time.perf_counter() - start
+                late = spent >= seconds and done >= LEAST_ROUNDS
+                too_long = spent * (done + 1) / done > LONGEST * seconds
+                return not (self.interrupted or late or too_long)
 
             yield go_on
 

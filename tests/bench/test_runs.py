@@ -326,3 +326,39 @@ def test_what_is_measured_is_kept_while_a_run_goes_on(
     assert not (tmp_path / "a.json.partial").exists()
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == f"interrupted: what was measured until then is in {path}"
+
+
+def test_a_plot_that_draws_nothing_says_why_and_makes_no_directory(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "figures"
+    run(model, "--only", "decode", "--plot", str(folder), path=tmp_path / "a.json")
+    assert not folder.exists()
+    notes = [line for line in capsys.readouterr().err.splitlines() if "figures" in line]
+    assert len(notes) == 1 and "no times of forwards" in notes[0]
+
+
+@pytest.mark.parametrize("option", ["--compare", "--load", "--scaling", "--operators"])
+def test_a_file_that_is_not_there_is_told_without_an_errno(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, said in ((tmp_path / "no.json", "does not exist"), (tmp_path, "is a directory")):
+        models = [] if option == "--load" else ["--model", "S/2"]
+        assert cli.main([*models, option, str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error == f"error: {path} {said}; a JSON file is needed\n"
+
+
+def test_long_rounds_do_not_overshoot_the_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only rounds move: at most twice the seconds, but for one round."""
+    now = 0.0
+    monkeypatch.setattr("dit_bench.progress.time.perf_counter", lambda: now)
+    for each, wanted in ((0.1, 100), (1.0, 10), (3.0, 5), (4.0, 5), (6.0, 3), (15.0, 1)):
+        with Progress(quiet=True).rounds(1000, "a part", 10.0) as go_on:
+            done = 0
+            while True:
+                now += each
+                done += 1
+                if not go_on():
+                    break
+        assert abs(done - wanted) <= (each == 0.1) and each * done <= max(20.0, each), each

@@ -36,15 +36,10 @@ def build_parser(about: str) -> argparse.ArgumentParser:
     add("--vae", help="another VAE for a checkpoint: file, directory or hub id")
     add("--steps", type=int, default=20, help="of a whole generation, 1 to 1000")
     add("--sampler", default="ddpm", help="of a whole generation: ddpm, ddim or dpm++")
-    add(
-        "--rounds",
-        type=_positive,
-        default=20,
-        help="of interleaved timing, at most, in each part of the run",
-    )
-    add("--seconds", type=float, default=20.0, help="of timing in each part of the run: after that, "
-        f"no round begins once {LEAST_ROUNDS} are done; where rounds are long there are fewer, and "
-        f"then no verdict, so that a part takes {LONGEST:g} times the seconds, or one round")  # fmt: skip
+    add("--rounds", type=_positive, default=20, help="of timing in each part, at most")
+    add("--seconds", type=float, default=20.0, help="of timing in each part: then no round begins "
+        f"once {LEAST_ROUNDS} are done; of long rounds there are fewer, and no verdict, so that a "
+        f"part takes at most {LONGEST:g} times the seconds, or one round")  # fmt: skip
     add("--threads", type=_positive, help="of the CPU; torch's own choice unless given")
     add("--device", help="cpu or cuda; CUDA where there is one unless given")
     add("--parity", action="store_true", help="paired samples against eager float32 as well")

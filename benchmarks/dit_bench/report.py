@@ -102,10 +102,10 @@ def cost_table(report: dict[str, Any]) -> Table:
 
 def latency_table(report: dict[str, Any]) -> Table:
     settings = report["settings"]
-    columns = ["", "images", "by", "median ms", "p5", "p95", "n", "images/s", "error", "allowed",
-               "set-up s", "first call s", "time ÷ subject's (p5–p95)", "verdict"]  # fmt: skip
+    columns = ["", "images", "by", "verdict", "median ms", "p5", "p95", "n", "images/s", "error",
+               "allowed", "set-up s", "first call s", "time ÷ subject's (p5–p95)"]  # fmt: skip
     title = f"Latency of {settings['backend']} {settings['precision']}, and of its peers"
-    table = Table(title, columns, left=3, right=1)
+    table = Table(title, columns, left=4)
     last = None
     for row in report["measurements"]:
         key = (row["model"], row["what"], row["images"])
@@ -114,16 +114,17 @@ def latency_table(report: dict[str, Any]) -> Table:
         last = key
         if row["status"] != "ok":
             reason = row["reason"]
-            table.add(name, images, row["name"], *[""] * 10, f"{row['status']}: {reason}")
+            status = row["status"].upper() if row["status"] == "wrong" else row["status"]
+            table.add(name, images, row["name"], f"{status}: {reason}")
             continue
         ms = row["ms"]
         table.add(
-            name, images, row["name"], _ms(ms["median"]), _ms(ms["p5"]), _ms(ms["p95"]), ms["n"],
-            f"{row['images_s']:.3g}",
+            name, images, row["name"], row.get("verdict") or ("noisy" if row["noisy"] else ""),
+            _ms(ms["median"]), _ms(ms["p5"]), _ms(ms["p95"]), ms["n"], f"{row['images_s']:.3g}",
             _error(row["error"]) if "error" in row else "–",
             _error(row["bound"]) if "bound" in row else "–",
             f"{row['setup_s']:.2f}", f"{row['first_call_s']:.2f}",
-            _ratio(row), row.get("verdict") or ("noisy" if row["noisy"] else ""),
+            _ratio(row),
         )  # fmt: skip
     kinds = {row["what"] for row in report["measurements"]}
     table.notes += [_CHECKED, _NOISY.format(settings["noise_bound"])]

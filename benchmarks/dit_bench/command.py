@@ -198,9 +198,9 @@ def _write(
 
 
 def _show_environment(arguments: argparse.Namespace) -> int:
-    from dit_bench.environment import environment
+    from dit_bench.environment import overview
 
-    found = environment()
+    found = overview()
     if arguments.json is not None:
         check_outputs([arguments.json])
         write_json(found, arguments.json)

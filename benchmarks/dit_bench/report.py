@@ -22,8 +22,9 @@ _GENERATION_CHECKED = (
 )
 _PER_SECOND = (
     "images/s: how often a second this is done for one image; a whole generation's are the images "
-    "that one gets; lean alone has a decoder of its own, other backends decode with torch"
+    "that one gets"
 )
+_DECODERS = "lean alone has a decoder of its own, other backends decode with torch"
 _NUMERICS = (
     "{}: measured with numerics 'diffusers', the function that all of these peers compute; paired "
     "and shown samples are of the model's own"
@@ -131,6 +132,9 @@ def latency_table(report: dict[str, Any]) -> Table:
     if "image" in kinds:
         table.notes += [_WHOLE.format(**settings), _GENERATION_CHECKED]
     table.notes.append(_PER_SECOND)
+    decoded = bool(kinds & {"decode", "image"}) and any(m["decoder"] for m in report["models"])
+    if decoded and len({row["name"] for row in report["measurements"]}) > 1:
+        table.notes.append(_DECODERS)
     compared = [m["model"] for m in report["models"] if m["config"]["numerics"] == "diffusers"]
     if compared:
         table.notes.append(_NUMERICS.format(", ".join(compared)))
@@ -156,9 +160,10 @@ def rates_table(report: dict[str, Any]) -> Table:
         )  # fmt: skip
     table.notes.append(
         "true FLOPs of the whole network, conditioning included; FLOP a byte and % of copy: of one "
-        "pass over the weights that every step needs, which the conditioning's are not; MiB: above "
-        "what was taken before the backend was built"
+        "pass over the weights that every step needs, which the conditioning's are not"
     )
+    if any("peak_mib" in row for row in report["measurements"]):
+        table.notes.append("MiB: above what was taken before the backend was built")
     return table
 
 

@@ -296,3 +296,17 @@ def test_the_made_up_report_is_not_shared() -> None:
     kept = copy.deepcopy(first)
     made_up.report()["measurements"][0]["ms"]["median"] = 0
     assert first == kept
+
+
+def test_footnotes_stand_where_they_apply() -> None:
+    def notes(report: dict[str, Any]) -> str:
+        return "\n".join(note for table in report_tables(report) for note in table.notes)
+
+    report = made_up.report()
+    for text in ("whole generation", "decoder of its own", "MiB"):
+        assert text not in notes(report).replace("a whole generation's are", ""), text
+    report["measurements"].append(
+        made_up.row("S/8", "image", 1, "lean bf16", "subject", 900.0, 50.0) | {"peak_mib": 3.0}
+    )
+    for text in ("error of a whole generation", "20 steps of ddpm", "decoder of its own", "MiB"):
+        assert text in notes(report), text

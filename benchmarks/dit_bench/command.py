@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_bench.inputs import read_operators, read_report, read_scaling
@@ -14,6 +16,7 @@ from dit_bench.outputs import (
     check_folder,
     check_outputs,
     csv_text,
+    partial_path,
     write_json,
     write_text,
 )
@@ -23,6 +26,8 @@ from dit_engine.cli.errors import one_line
 if TYPE_CHECKING:
     from dit_bench.measure import Plan
     from dit_bench.progress import Progress
+
+INTERRUPTED = 130  # exit code
 
 
 def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
@@ -73,6 +78,11 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         code = 1  # what was to be measured computes another function
     validate(report)
     _write(report, arguments, scaling, sheets)
+    if isinstance(failure, KeyboardInterrupt):
+        kept = [str(path) for path in outputs if path not in (None, STDOUT)]
+        where = f"in {', '.join(kept)}" if kept else "above"
+        print(f"interrupted: what was measured until then is {where}", file=sys.stderr)
+        return INTERRUPTED
     if failure is not None:
         raise failure
     return code
@@ -116,7 +126,7 @@ def _measured(
 
     report, progress = new_report(plan, given), Progress(arguments.quiet)
     try:
-        engines = measure(plan, report, progress)
+        engines = measure(plan, report, progress, lambda: _keep(report, arguments.json))
         if arguments.html is not None:
             sheets += _sheets(plan, engines, progress)
     except (KeyboardInterrupt, Exception) as error:  # of any kind: what is finished is kept
@@ -127,6 +137,13 @@ def _measured(
             report["failure"] = one_line(error) or type(error).__name__
         return report, error
     return report, _not_run(report)
+
+
+def _keep(report: dict[str, Any], path: Path | None) -> None:
+    """What is measured so far, as <name>.partial beside the JSON that is asked for, so that it is
+    there however the run ends."""
+    if path is not None and path != STDOUT:
+        write_json({**report, "interrupted": True}, partial_path(path))
 
 
 def _not_run(report: dict[str, Any]) -> ValueError | None:
@@ -150,7 +167,7 @@ def _sheets(plan: Plan, engines: Sequence[Any], progress: Progress) -> list[Any]
 
     with limited_threads(plan.threads), progress.run(2 * plan.steps * len(engines)):
         for engine in engines:
-            progress.stage("samples")
+            progress.stage("samples for the page")
             found += sample_sheets(engine, plan.subject, plan.steps, plan.sampler, stepped)
     return found
 
@@ -159,14 +176,19 @@ def _write(
     report: dict[str, Any], arguments: argparse.Namespace, scaling: Any, sheets: list[Any]
 ) -> None:
     write_json(report, arguments.json)
+    if arguments.json is not None and arguments.load is None:
+        partial_path(arguments.json).unlink(missing_ok=True)
     write_text(csv_text(report), arguments.csv)
     if arguments.plot or arguments.html:
         from dit_bench.drawing import save_figures
         from dit_bench.plots import all_figures
 
         figures = all_figures(report, scaling)
-        if arguments.plot is not None:
+        if arguments.plot is not None and figures:
             save_figures(figures, arguments.plot)
+        elif arguments.plot is not None:
+            print(f"note: nothing is drawn into {arguments.plot}: there are no times of forwards "
+                  "or guided steps, no --operators and no --scaling", file=sys.stderr)  # fmt: skip
         if arguments.html is not None:
             from dit_bench.page import page
 
@@ -179,9 +201,9 @@ def _write(
 
 
 def _show_environment(arguments: argparse.Namespace) -> int:
-    from dit_bench.environment import environment
+    from dit_bench.environment import overview
 
-    found = environment()
+    found = overview()
     if arguments.json is not None:
         check_outputs([arguments.json])
         write_json(found, arguments.json)

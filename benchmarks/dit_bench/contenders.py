@@ -10,6 +10,7 @@ import torch
 
 from dit_bench.cost import dit_cost
 from dit_bench.forwards import Networks, Work, decoder_dtype
+from dit_bench.generation_check import GenerationCheck
 from dit_bench.latency import Contender
 from dit_bench.memory import MemoryWatch
 from dit_bench.peers import Function
@@ -128,13 +129,14 @@ class Cast:
             found.setdefault(title, Contender(title, role, dtype, build, flops=flops))
         return list(found.values())
 
-    def image(self, work: Work, steps: int, sampler: str, decode_macs: int) -> list[Contender]:
-        """Whole generations."""
+    def image(self, work: Work, check: GenerationCheck, decode_macs: int) -> list[Contender]:
+        """Whole generations, as ``check`` says which."""
+        steps, sampler = check.steps, check.sampler
         flops = work.images * (2 * steps * self.flops + 2 * decode_macs)  # guided: two rows
         return [
             Contender(f"{name} {precision}", role, precision,
                       partial(work.generation, name, precision, steps, sampler),
-                      result=work.generated, flops=flops)
+                      check=partial(check, name, precision), flops=flops)
             for role, (name, precision) in self._backends()
         ]  # fmt: skip
 

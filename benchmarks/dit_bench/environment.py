@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dit_bench.cpu_report import _version, instruction_sets
 from dit_bench.gpu_environment import describe_environment
-from dit_bench.hardware import describe_hardware
+from dit_bench.hardware import BUSY, describe_hardware, load_average
 
 PACKAGES = (
     "torch", "numpy", "diffusers", "openvino", "onnxruntime", "tensorrt", "tensorrt-rtx", "triton",
@@ -34,6 +36,49 @@ def environment() -> dict[str, dict[str, object]]:
         "kernels": dict(available()),
         "quantised products": dict(products),
     }
+
+
+def overview() -> dict[str, dict[str, object]]:
+    """`environment` with the memory, the load average, and which backends work here."""
+    found = environment()
+    hardware = {k: v for k, v in found["hardware"].items() if k != "torch"}  # it is a version
+    total, available = memory_gib()
+    if total is not None:
+        free = "" if available is None else f", {available:.1f} available"
+        hardware["memory"] = f"{total:.1f} GiB{free}"
+    if (load := load_average()) is not None:
+        busy = f" (above {BUSY}: busy, times are not to be quoted)" if load > BUSY else ""
+        hardware["load average"] = f"{load:.2f}{busy}"
+    return found | {"hardware": hardware, "backends": dict(backends())}
+
+
+def backends() -> dict[str, str]:
+    """Every backend's name → "yes", or why it cannot run here, in one line; of float32."""
+    from dit_bench.contenders import check_backend
+    from dit_engine.backends import known_backends
+    from dit_engine.cli.errors import one_line
+    from dit_engine.device import parse_device
+    from dit_engine.errors import BackendUnavailable
+
+    device, found = parse_device(None), {}
+    for name in known_backends():
+        if name == "auto":
+            continue
+        try:
+            check_backend(name, "fp32", device)
+            found[name] = "yes"
+        except (BackendUnavailable, ImportError, ValueError, OSError) as error:
+            found[name] = one_line(error)
+    return found
+
+
+def memory_gib(path: Path = Path("/proc/meminfo")) -> tuple[float | None, float | None]:
+    """The machine's memory, and what of it is available; None where the system does not tell."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    kib = dict(re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE))
+    total, available = (kib.get(key) for key in ("MemTotal", "MemAvailable"))
+    return (None if total is None else int(total) / 2**20,
+            None if available is None else int(available) / 2**20)  # fmt: skip
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -46,12 +46,19 @@ def format_report(report: dict[str, Any]) -> str:
             counts += f", {m['splits']} split{'s' * (m['splits'] > 1)} of up to {m['split']}"
         if "k" in m:
             counts += f", k = {m['k']}"
-        value = "–" if m["value"] is None else f"{m['value']:.4f}"
+        value = "–" if m["value"] is None else _figure(m["value"])
         why = f" ({m['why']})" if "why" in m else ""
+        if (width := m.get("fewer_than_features")) is not None:
+            why += f"; CAUTION: fewer images than the {width} features: compares with no other N"
         lines.append(f"{name:<26} {value:>12}    {counts}{why}")
     if report["interrupted"]:
         lines.append(f"interrupted {report['interrupted']}; the figures are of what was finished")
     return "\n".join(lines)
+
+
+def _figure(value: float) -> str:
+    """Four digits, three below 1: more differ from one set of samples to the next."""
+    return f"{value:.3g}" if abs(value) < 1 else f"{value:.4g}"
 
 
 def _count(n: int | None) -> str:

@@ -20,7 +20,7 @@ from dit_bench.peers import Function, diffusers_transformer, openvino_function
 from dit_bench.subjects import float_dtype
 from dit_engine.backends import Backend
 from dit_engine.backends.eager import placed
-from dit_engine.engine import Engine, Generation
+from dit_engine.engine import Engine, Generation, Progress
 from dit_engine.fused_sampling import sample_fused, step_coefficients, uses_noise
 from dit_engine.guidance import guided
 from dit_engine.model import DiT
@@ -66,6 +66,7 @@ class Work:
         draw = torch.Generator().manual_seed(images)
         shape = (images, config.in_channels, config.input_size, config.input_size)
         self.engine, self.images = engine, images
+        self.seeds = list(range(images))  # of whole generations
         self.x = torch.randn(shape, generator=draw).to(device)
         self.labels = torch.randint(config.num_classes, (images,), generator=draw).to(device)
         self.schedule = make_schedule(STEPS)
@@ -146,16 +147,15 @@ class Work:
         precision: str,
         steps: int,
         sampler: str,
-        check: Callable[[], object] | None = None,
+        callback: Callable[[Progress], object] | None = None,
     ) -> Callable[[], Generation]:
         """`Engine.generate` by backend ``name``: images in [0, 1], latents without a VAE; the same
-        labels and noise for every backend. check: called after every step."""
+        labels and noise for every backend."""
         labels = self.labels.tolist()
-        callback = None if check is None else lambda _: check()
         options: dict[str, Any] = {"steps": steps, "sampler": sampler, "callback": callback}
         options["output"] = "latent" if self.engine.vae is None else "pt"
         return lambda: self.engine.generate(
-            labels, seed=0, backend=name, precision=precision, **options
+            labels, seeds=self.seeds, backend=name, precision=precision, **options
         )
 
     def generated(self, generation: Generation) -> Tensor:

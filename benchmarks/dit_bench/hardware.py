@@ -37,14 +37,14 @@ def load_average() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
-def settle(log: Callable[[str], object]) -> None:
-    """Wait until the load average is an idle machine's, but no longer than ``SETTLE_S``."""
+def settle(log: Callable[[str], object], longest: float = SETTLE_S) -> None:
+    """Wait until the load average is an idle machine's, but no longer than ``longest`` seconds."""
     if (load_average() or 0) > BUSY:
-        log(f"waiting for a load average of at most {BUSY}, {SETTLE_S} s at most")
-    for _ in range(SETTLE_S // 5):
-        if (load_average() or 0) <= BUSY:
-            break
-        time.sleep(5)
+        log(f"waiting for a load average of at most {BUSY}, {longest:.0f} s at most")
+    waited = 0.0
+    while waited < longest and (load_average() or 0) > BUSY:
+        time.sleep(min(5.0, longest - waited))
+        waited += 5.0
 
 
 def cpu_model() -> str:

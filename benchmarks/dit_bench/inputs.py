@@ -16,6 +16,7 @@ OPERATOR_KEYS = ("operator", "shape", "dtype", "impl", "ms", "unit", "bytes", "f
 
 def read_report(path: Path) -> dict[str, Any]:
     """A report from its JSON. Raises ValueError, which names the file, for what is none."""
+    _check_there(path)
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         validate(report)
@@ -26,6 +27,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
 def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
     """A JSON object with ``keys``. Raises ValueError, which names the file."""
+    _check_there(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -34,6 +36,13 @@ def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
         if not isinstance(found, dict) or key not in found:
             raise ValueError(f"{path} has no {key!r}")
     return found
+
+
+def _check_there(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; a JSON file is needed")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; a JSON file is needed")
 
 
 def read_scaling(path: Path) -> dict[str, Any]:

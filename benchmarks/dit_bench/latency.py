@@ -16,24 +16,13 @@ from torch import Tensor
 
 from dit_bench.ceilings import Ceilings
 from dit_bench.cpu_timing import interleave_visits
-from dit_bench.peers import (
-    BF16_TIMES_EAGER,
-    FP32_BOUND,
-    Built,
-    Peer,
-    build_peers,
-    error_bounds,
-)
+from dit_bench.peers import Built, Peer, allowed_error, build_peers
 from dit_bench.progress import LEAST_ROUNDS, Progress
 from dit_bench.timing import Interleaved, Spread, interleave
+from dit_engine.backends import PRECISIONS
 
 NOISE_BOUND = 0.25
 """(p95 − p5) / median of a contender's times, above which they are noise."""
-FP8_BOUND = 0.25
-"""Relative error of fp8: beyond it the output is wrong."""
-
-GENERATION_BOUND = 0.5
-"""Relative error of a whole generation, beyond which it is wrong in any precision."""
 
 Row = dict[str, Any]
 
@@ -42,8 +31,8 @@ Row = dict[str, Any]
 class Contender:
     """role: "subject", "peer", or "other network", which is another function of other inputs.
 
-    precision: of its numbers. checked: whether its result is compared with float32 eager; result:
-    the tensor within it that is compared.
+    precision: of its numbers. checked: whether its result is compared with float32 eager; check:
+    how, where it is another way than by the task's ``expected`` (`dit_bench.peers.Peer`).
     """
 
     name: str
@@ -51,21 +40,22 @@ class Contender:
     precision: str
     build: Callable[[], Callable[[], Any]]
     checked: bool = True
-    result: Callable[[Any], Tensor] = lambda output: output
+    check: Callable[[Any], tuple[float, float]] | None = None
     flops: int = 0
     weight_bytes: int = 0
 
 
 @dataclass
 class Task:
-    """One piece of work: what it is called, who does it, and what comes out in float32."""
+    """One piece of work: what it is called, who does it, and what comes out in float32 (None where
+    every contender has a check of its own)."""
 
     model: str
     what: str
     images: int
     contenders: Sequence[Contender]
-    expected: Tensor
-    bf16_error: float
+    expected: Tensor | None
+    bf16_error: float = 0.0
     note: str = ""
 
 
@@ -82,10 +72,10 @@ class Timer:
     def run(self, task: Task) -> tuple[list[Row], Built]:
         """Build, check and time; a row for each contender, also for those that were left out."""
         peers = [
-            Peer(c.name, c.precision if c.checked else None, c.build, c.result)
+            Peer(c.name, c.precision if c.checked else None, c.build, c.check)
             for c in task.contenders
         ]
-        bounds = generation_bounds(task) if task.what == "image" else usual_bounds(task)
+        bounds = {p: allowed_error(p, task.bf16_error) for p in PRECISIONS}
         built = build_peers(peers, task.expected, task.bf16_error, self.progress.say, bounds=bounds)
         times = self._times(built, f"{task.model} {task.what}, {task.images}")
         subject = next((c.name for c in task.contenders if c.role == "subject"), None)
@@ -139,21 +129,6 @@ class Timer:
         if contender.flops and contender.weight_bytes:
             row["flops_per_byte"] = contender.flops / contender.weight_bytes
         return row | shares(row, self.ceilings)
-
-
-def usual_bounds(task: Task) -> dict[str, float]:
-    """Precision → the relative error that is allowed of one pass through a network."""
-    # float16 rounds eight times finer than bfloat16.
-    fp16 = max(FP32_BOUND, BF16_TIMES_EAGER * task.bf16_error / 8)
-    return error_bounds(task.bf16_error) | {"fp16": fp16, "fp8": FP8_BOUND}
-
-
-def generation_bounds(task: Task) -> dict[str, float]:
-    """Of a whole generation, whose steps carry errors on: quantised ones are allowed what bf16 is,
-    if that is more. No bound comes near 1, the error of a result that is all zeros."""
-    usual = usual_bounds(task)
-    quantised = {key: max(usual[key], usual["bf16"]) for key in ("int8", "fp8")}
-    return {key: min(bound, GENERATION_BOUND) for key, bound in (usual | quantised).items()}
 
 
 def shares(row: Row, ceilings: Ceilings) -> Row:

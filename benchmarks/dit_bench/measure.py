@@ -18,6 +18,7 @@ from dit_bench.contenders import Cast, Name
 from dit_bench.counted import decoder_record, model_record
 from dit_bench.energy import find_meter, joules_per_call
 from dit_bench.forwards import Networks, Work
+from dit_bench.generation_check import GenerationCheck
 from dit_bench.hardware import load_average
 from dit_bench.latency import Task, Timer, shares
 from dit_bench.memory import MemoryWatch
@@ -70,8 +71,12 @@ class Plan:
         return 2 + (self.sets is not None) + len(self.models) * (1 + each)
 
 
-def measure(plan: Plan, report: Report, progress: Progress) -> list[Engine]:
+def measure(
+    plan: Plan, report: Report, progress: Progress, keep: Callable[[], object] = lambda: None
+) -> list[Engine]:
     """Fill ``report``; the engines of trained models where the plan keeps them.
+
+    keep: called whenever the report has grown.
 
     Raises KeyboardInterrupt after the part during which it was asked for.
     """
@@ -89,7 +94,7 @@ def measure(plan: Plan, report: Report, progress: Progress) -> list[Engine]:
         progress.done()
         timer = Timer(plan.device, plan.rounds, plan.seconds, ceilings, progress)
         for name in plan.models:
-            engine = _Model(plan, report, timer).run(name)
+            engine = _Model(plan, report, timer, keep).run(name)
             if engine is not None:
                 kept.append(engine)
             torch.compiler.reset()  # what was compiled holds its model's weights
@@ -116,8 +121,10 @@ def better(first: Ceilings, second: Ceilings) -> Ceilings:
 class _Model:
     """The part of a run that is about one model."""
 
-    def __init__(self, plan: Plan, report: Report, timer: Timer) -> None:
-        self.plan, self.report, self.timer = plan, report, timer
+    def __init__(
+        self, plan: Plan, report: Report, timer: Timer, keep: Callable[[], object]
+    ) -> None:
+        self.plan, self.report, self.timer, self.keep = plan, report, timer, keep
         self.progress = timer.progress
         meter = find_meter(plan.device)
         report["energy"] = meter if isinstance(meter, str) else meter.source
@@ -178,14 +185,8 @@ class _Model:
                 error = self._bf16_error(lambda p: work.decode(False, p), expected)
             else:
                 way = (self.plan.steps, self.plan.sampler)
-                contenders = cast.image(work, *way, decode_macs)
-
-                def eager(precision: str) -> Callable[[], torch.Tensor]:
-                    run = work.generation("eager", precision, *way, self.progress.check)
-                    return lambda: work.generated(run())
-
-                expected = eager("fp32")()
-                error = self._bf16_error(eager, expected)
+                check = GenerationCheck(work, *way, self.progress.check)
+                contenders, expected, error = cast.image(work, check, decode_macs), None, 0.0
             task = Task(subject.name, kind, work.images, contenders, expected, error)
             rows, built = self.timer.run(task)
         extra = {"size": subject.size, "tokens": subject.model.config.num_tokens}
@@ -193,6 +194,7 @@ class _Model:
             rows[0] |= self._memory(cast.watch)
         self._energy(rows[0], built)
         self.report["measurements"] += [row | extra for row in rows]
+        self.keep()
 
     def _bf16_error(self, build: Any, expected: torch.Tensor) -> float:
         """Of eager bf16, unless everything is float32."""
@@ -229,6 +231,7 @@ class _Model:
         if self.plan.sets is not None:
             found["features"] = self.plan.sets.network.record
         self.report["parity"].append({"model": name, **found})
+        self.keep()
         self.progress.check()
 
 

@@ -12,6 +12,7 @@ large copy is possible; on CUDA the caches are overwritten before every sample.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from dit_bench.budget import Budget
 from dit_bench.ceilings import NAMES, Ceilings, measure_ceilings
 from dit_bench.gpu_environment import describe_environment
 from dit_bench.gpu_report import Report, check_report_path, failure, skipped
-from dit_bench.hardware import load_average, settle
+from dit_bench.hardware import BUSY, SETTLE_S, load_average, settle
 from dit_bench.operator_cases import Case, all_cases
 from dit_bench.operator_checks import DeviceLost, Target, check_device, tensors
 from dit_bench.operator_contenders import Find, implementations, opponents, third_party
@@ -39,6 +40,8 @@ ERROR_RATIO = 2.0
 OPPONENT_RATIO = 20.0
 """The same for opponents, who need not round as carefully: beyond it their output is wrong."""
 TIMING_SECONDS = 3.0
+WAIT_SHARE = 0.5
+"""Of the minutes that were asked for, at most so much is spent on waiting for an idle machine."""
 
 Run = Callable[..., Any]
 Row = dict[str, Any]
@@ -191,7 +194,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser("python -m dit_bench.operators", "Check the operators, then time them.")
     add = parser.add_argument
     add("--device", help="cpu or cuda; CUDA where there is one unless given")
-    add("--minutes", type=float, default=5.0, help="what is not measured by then is skipped")
+    add("--minutes", type=float, default=5.0, help="what is not measured by then is skipped; "
+        "with --json, up to half of it may be a wait for an idle CPU")  # fmt: skip
     add("--rounds", type=int, default=30, help="samples of each function")
     add("--only", default="", help="operators whose names contain this")
     add("--json", type=Path, help="write every figure here")
@@ -209,9 +213,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not cases:
             raise ValueError(f"--only {arguments.only!r} is part of no operator's name")
         check_report_path(arguments.json)
-        if device.type == "cpu" and arguments.json is not None:
-            settle(print)
+        if not 0 < arguments.minutes < math.inf:
+            raise ValueError(f"minutes {arguments.minutes:g} is not a finite number above 0")
         budget = Budget(60 * arguments.minutes)
+        if device.type == "cpu" and arguments.json is not None:
+            settle(print, min(SETTLE_S, WAIT_SHARE * budget.left()))
         about = {"environment": describe_environment(device), "load_average": load_average()}
         report = Report(arguments.json, about)
         with torch.inference_mode():
@@ -223,7 +229,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             benchmark.run_third_party(cases)
         report.put("complete", True)
         report.finish()
-        print("\n".join(operator_lines(report.values) + failure_lines(report.values)))
+        lines = operator_lines(report.values) + failure_lines(report.values)
+        if (load := report.values["load_average"] or 0) > BUSY:
+            lines.append(f"The machine was busy (load average {load:.2f} at the start): "
+                         "these figures are not to be quoted.")  # fmt: skip
+        print("\n".join(lines))
         return 1 if report.failed else 0
 
     return run_command(command)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_bench.outputs import STDOUT
+from dit_bench.progress import LEAST_ROUNDS, LONGEST
 from dit_bench.schema import KINDS
 from dit_bench.set_arguments import SET_OPTIONS, add_set_arguments, refuse_given
 from dit_engine.cli.arguments import Parser
@@ -35,8 +36,10 @@ def build_parser(about: str) -> argparse.ArgumentParser:
     add("--vae", help="another VAE for a checkpoint: file, directory or hub id")
     add("--steps", type=int, default=20, help="of a whole generation, 1 to 1000")
     add("--sampler", default="ddpm", help="of a whole generation: ddpm, ddim or dpm++")
-    add("--rounds", type=_positive, default=20, help="of interleaved timing, at most")
-    add("--seconds", type=float, default=20.0, help="of timing, for each part of the run")
+    add("--rounds", type=_positive, default=20, help="of timing in each part, at most")
+    add("--seconds", type=float, default=20.0, help="of timing in each part: then no round begins "
+        f"once {LEAST_ROUNDS} are done; of long rounds there are fewer, and no verdict, so that a "
+        f"part takes at most {LONGEST:g} times the seconds, or one round")  # fmt: skip
     add("--threads", type=_positive, help="of the CPU; torch's own choice unless given")
     add("--device", help="cpu or cuda; CUDA where there is one unless given")
     add("--parity", action="store_true", help="paired samples against eager float32 as well")

@@ -44,6 +44,11 @@ def check_folder(path: Path | None) -> None:
     check_destination(path / "figures")  # a name without a suffix: a folder, made as needed
 
 
+def partial_path(path: Path) -> Path:
+    """Where a run keeps what it has measured until ``path`` is written."""
+    return path.with_name(f"{path.name}.partial")
+
+
 def write_text(text: str, path: Path | None) -> None:
     """To ``path``, to standard output for "-", nowhere for None."""
     if path == STDOUT:

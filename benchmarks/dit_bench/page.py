@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dit_bench.drawing import svg
+from dit_bench.hardware import BUSY
 from dit_bench.report import report_tables
 
 if TYPE_CHECKING:
@@ -20,19 +21,22 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1560px; margin: 2rem auto; padding: 0 1rem;
        color: #1b1b1b; background: #fff; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; background: /* a shadow where more lies to the right */
+          linear-gradient(to left, #fff 30%, #fff0) right / 3rem 100% no-repeat local,
+          linear-gradient(to left, #0004, #0000) right / 1rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; text-align: left; border-bottom: 1px solid #e3e3e3;
+th, td { padding: .25rem .45rem; text-align: left; border-bottom: 1px solid #e3e3e3;
          vertical-align: top; }
-th { border-bottom: 2px solid #999; } td:not(:last-child), th { white-space: nowrap; }
-.number { text-align: right; } td:last-child { max-width: 40rem; }
+th { border-bottom: 2px solid #999; vertical-align: bottom; }
+.number { text-align: right; } td.number { white-space: nowrap; }
 .note { color: #555; font-size: .85rem; margin: .3rem 0; }
 figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; }
 .sheets { display: flex; flex-wrap: wrap; gap: 1.5rem; }
 .sheets figure { margin: 0; flex: 1 1 420px; max-width: 600px; }
 .sheets img { width: 100%; image-rendering: auto; border: 1px solid #ddd; }
 figcaption { color: #555; font-size: .85rem; }
-.warning { background: #fff3cd; padding: .5rem 1rem; border-left: 4px solid #d39e00; }
+.warning, .wrong { background: #fff3cd; padding: .5rem 1rem; border-left: 4px solid #d39e00; }
+.wrong { background: #fde0e0; border-color: #c62828; color: #8e0000; font-weight: 600; }
 """
 
 
@@ -49,6 +53,10 @@ def page(
     models = ", ".join(model["model"] for model in report["models"])
     title = f"DiT {models}: {settings['backend']} {settings['precision']}"
     parts = [f"<h1>{html.escape(title)}</h1>", f"<p class=note>{_about(report)}</p>"]
+    parts += [f"<p class=wrong>{html.escape(text)}</p>" for text in wrong_subjects(report)]
+    if (load := report["load_average"]) is not None and load > BUSY:
+        parts.append(f"<p class=warning>The machine was busy (load average {load:.2f} at the "
+                     "start): these figures are not to be quoted.</p>")  # fmt: skip
     if report["interrupted"]:
         parts.append("<p class=warning>This run was interrupted: what is missing was not "
                      "measured.</p>")  # fmt: skip
@@ -73,6 +81,15 @@ def page(
         f'<link rel="icon" href="data:,">\n<title>{html.escape(title)}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
+
+
+def wrong_subjects(report: dict[str, Any]) -> list[str]:
+    """A line for each measurement that was to be made, and whose result is another function's."""
+    return [
+        f"WRONG: {row['model']} {row['what']}, {row['images']}: {row['name']} {row['reason']}"
+        for row in report["measurements"]
+        if row["role"] == "subject" and row["status"] == "wrong"
+    ]
 
 
 def _about(report: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dit_bench.features import load_network
+from dit_bench.generation_check import Recorder
 from dit_bench.hardware import describe_hardware
 from dit_bench.paired_sets import SetComparison, format_row, open_reference
 from dit_bench.probe import try_step
@@ -42,7 +43,7 @@ from dit_engine.pixels import to_uint8
 from dit_engine.settings import resolve_seeds
 
 if TYPE_CHECKING:
-    from dit_engine.engine import Engine, Progress
+    from dit_engine.engine import Engine
 
 REFERENCE = ("eager", "fp32")
 INTERRUPTED = 130  # exit code
@@ -59,17 +60,9 @@ def trajectory(
 
     ``check`` is called after every step.
     """
-    batches: dict[int, list[Tensor]] = {}
-
-    def keep(progress: Progress) -> None:
-        if progress.step == 1:  # also of a batch that did not fit and is made again in halves
-            batches[progress.first] = []
-        batches[progress.first].append(progress.latents.float().cpu().clone())
-        check()
-
-    result = engine.generate(labels, output="latent", callback=keep, **settings)
-    parts = [torch.stack(steps) for _, steps in sorted(batches.items())]
-    return torch.cat(parts, dim=1), result.settings
+    recorder = Recorder(check)
+    result = engine.generate(labels, output="latent", callback=recorder, **settings)
+    return recorder.latents(), result.settings
 
 
 def relative_errors(found: Tensor, reference: Tensor) -> np.ndarray:

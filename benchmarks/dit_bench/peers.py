@@ -26,6 +26,7 @@ Function = Callable[[], Tensor]
 FP32_BOUND = 1e-4
 BF16_TIMES_EAGER = 4.0
 INT8_BOUND = 0.1
+FP8_BOUND = 0.25
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,14 @@ class Peer:
     """``build`` makes the function that is timed.
 
     precision: "fp32", "bf16", "int8", or None for what computes no network output (not checked).
-    result: of what the function gives, the tensor that is compared.
+    check: of what the function gave first, its error and the bound of it; None: the error is that
+    of the tensor that it gave, the bound that of the precision.
     """
 
     name: str
     precision: str | None
     build: Callable[[], Callable[[], Any]]
-    result: Callable[[Any], Tensor] = lambda output: output
+    check: Callable[[Any], tuple[float, float]] | None = None
 
 
 @dataclass
@@ -58,12 +60,12 @@ class Built:
 
 def build_peers(
     peers: Sequence[Peer],
-    expected: Tensor,
+    expected: Tensor | None,
     bf16_error: float,
     log: Callable[[str], object] = print,
     bounds: Mapping[str, float] | None = None,
 ) -> Built:
-    """Build each peer and compare its result with ``expected`` (float32 eager).
+    """Build each peer and compare its result with ``expected`` (float32 eager), or as it asks.
 
     bf16_error: relative error of bf16 eager, from which the bf16 bound comes.
     bounds: precision → allowed relative error, where it is another than usual.
@@ -87,8 +89,13 @@ def build_peers(
             log(f"  {peer.name}: skipped: {record['skipped']}")
             continue
         if peer.precision is not None:
-            record["error"] = relative_error(peer.result(output), expected)
-            record["bound"] = bounds[peer.precision]
+            if peer.check is None:
+                assert expected is not None
+                record["error"] = relative_error(output, expected)
+                record["bound"] = bounds[peer.precision]
+            else:
+                with torch.inference_mode():
+                    record["error"], record["bound"] = peer.check(output)
             text = f"error {record['error']:.2e}, bound {record['bound']:.2e}"
             if not record["error"] <= record["bound"]:  # NaN fails too
                 record["skipped"] = f"computes another function ({text})"
@@ -112,6 +119,13 @@ def error_bounds(bf16_error: float) -> dict[str, float]:
         "bf16": max(FP32_BOUND, BF16_TIMES_EAGER * bf16_error),
         "int8": INT8_BOUND,
     }
+
+
+def allowed_error(precision: str, bf16_error: float) -> float:
+    """The relative error of one pass through a network that is allowed in ``precision``."""
+    # float16 rounds eight times finer than bfloat16.
+    fp16 = max(FP32_BOUND, BF16_TIMES_EAGER * bf16_error / 8)
+    return (error_bounds(bf16_error) | {"fp16": fp16, "fp8": FP8_BOUND})[precision]
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What a long run shows on standard error, and how Ctrl-C ends it.
+"""What a long run shows on standard error, and how Ctrl-C or SIGTERM ends it.
 
 The first Ctrl-C only sets a flag: the round that is being timed is finished, and what was measured
 is kept. (An exception raised from a signal handler can crash CPython 3.11 once torch.compile has
@@ -17,8 +17,11 @@ from typing import Any
 
 DELAY_S = 2.0
 """Bars of what takes less are never drawn."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LEAST_ROUNDS = 5
-"""Of timing, however long they take: fewer tell nothing of the noise."""
+"""Of timing, also where the time is up: fewer tell nothing of the noise."""
+LONGEST = 2.0
+"""No round begins that would end after so many times the time, however few there are."""
 
 
 class Progress:
@@ -31,12 +34,12 @@ class Progress:
 
     @contextmanager
     def run(self, stages: int) -> Iterator[None]:
-        """A bar of ``stages``, and the handler of Ctrl-C, for this block."""
+        """A bar of ``stages``, and the handler of Ctrl-C and SIGTERM, for this block."""
         from tqdm import tqdm
 
-        before = None
+        before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            before = signal.signal(signal.SIGINT, self._interrupt)
+            before = {each: signal.signal(each, self._interrupt) for each in SIGNALS}
         self._bar = tqdm(total=stages, desc="dit-bench", unit="part", file=sys.stderr,
                          delay=DELAY_S, leave=False, disable=self.quiet)  # fmt: skip
         try:
@@ -46,8 +49,8 @@ class Progress:
             self._bar.clear()
             self._bar.close()
             self._bar = None
-            if before is not None:
-                signal.signal(signal.SIGINT, before)
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
     def stage(self, name: str) -> None:
         """A new stage begins. Raises KeyboardInterrupt where one was asked for."""
@@ -73,7 +76,8 @@ class Progress:
     @contextmanager
     def rounds(self, total: int, name: str, seconds: float) -> Iterator[Any]:
         """Yields ``go_on`` for `dit_bench.timing.interleave`: False after so many seconds and
-        `LEAST_ROUNDS`, or when the run was interrupted."""
+        `LEAST_ROUNDS`, where another round as long as those before would end after `LONGEST` times
+        the seconds, or when the run was interrupted."""
         from tqdm import tqdm
 
         start, done = time.perf_counter(), 0
@@ -84,12 +88,15 @@ class Progress:
                 nonlocal done
                 done += 1
                 bar.update()
-                late = time.perf_counter() - start >= seconds and done >= LEAST_ROUNDS
-                return not (self.interrupted or late)
+                spent = time.perf_counter() - start
+                late = spent >= seconds and done >= LEAST_ROUNDS
+                too_long = spent * (done + 1) / done > LONGEST * seconds
+                return not (self.interrupted or late or too_long)
 
             yield go_on
 
     def _interrupt(self, *_: object) -> None:
         self.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in SIGNALS:
+            signal.signal(each, signal.default_int_handler)
         print("\nstopping after this round (Ctrl-C again: at once)", file=sys.stderr)

@@ -15,15 +15,16 @@ _WHAT = {
     "image": "whole generation",
 }  # fmt: skip
 
-_CHECKED = (
-    "error: relative, against eager float32 on the same weights and inputs, before timing; of a "
-    "whole generation: of its images in [-1, 1] (of its latents without a VAE), same labels and "
-    "noise"
+_CHECKED = "error: relative, against eager float32 on the same weights and inputs, before timing"
+_GENERATION_CHECKED = (
+    "error of a whole generation: of one step of it, which eager float32 takes again from the same "
+    "latents, or of its decoding: whichever is nearest to what is allowed there"
 )
 _PER_SECOND = (
     "images/s: how often a second this is done for one image; a whole generation's are the images "
-    "that one gets; lean alone has a decoder of its own, other backends decode with torch"
+    "that one gets"
 )
+_DECODERS = "lean alone has a decoder of its own, other backends decode with torch"
 _NUMERICS = (
     "{}: measured with numerics 'diffusers', the function that all of these peers compute; paired "
     "and shown samples are of the model's own"
@@ -102,10 +103,10 @@ def cost_table(report: dict[str, Any]) -> Table:
 
 def latency_table(report: dict[str, Any]) -> Table:
     settings = report["settings"]
-    columns = ["", "images", "by", "median ms", "p5", "p95", "n", "images/s", "error", "allowed",
-               "set-up s", "first call s", "time ÷ subject's (p5–p95)", "verdict"]  # fmt: skip
+    columns = ["", "images", "by", "verdict", "median ms", "p5", "p95", "n", "images/s", "error",
+               "allowed", "set-up s", "first call s", "time ÷ subject's (p5–p95)"]  # fmt: skip
     title = f"Latency of {settings['backend']} {settings['precision']}, and of its peers"
-    table = Table(title, columns, left=3, right=1)
+    table = Table(title, columns, left=4)
     last = None
     for row in report["measurements"]:
         key = (row["model"], row["what"], row["images"])
@@ -114,19 +115,26 @@ def latency_table(report: dict[str, Any]) -> Table:
         last = key
         if row["status"] != "ok":
             reason = row["reason"]
-            table.add(name, images, row["name"], *[""] * 10, f"{row['status']}: {reason}")
+            status = row["status"].upper() if row["status"] == "wrong" else row["status"]
+            table.add(name, images, row["name"], f"{status}: {reason}")
             continue
         ms = row["ms"]
         table.add(
-            name, images, row["name"], _ms(ms["median"]), _ms(ms["p5"]), _ms(ms["p95"]), ms["n"],
-            f"{row['images_s']:.3g}",
+            name, images, row["name"], row.get("verdict") or ("noisy" if row["noisy"] else ""),
+            _ms(ms["median"]), _ms(ms["p5"]), _ms(ms["p95"]), ms["n"], f"{row['images_s']:.3g}",
             _error(row["error"]) if "error" in row else "–",
             _error(row["bound"]) if "bound" in row else "–",
             f"{row['setup_s']:.2f}", f"{row['first_call_s']:.2f}",
-            _ratio(row), row.get("verdict") or ("noisy" if row["noisy"] else ""),
+            _ratio(row),
         )  # fmt: skip
-    table.notes += [_CHECKED, _NOISY.format(settings["noise_bound"]), _WHOLE.format(**settings)]
+    kinds = {row["what"] for row in report["measurements"]}
+    table.notes += [_CHECKED, _NOISY.format(settings["noise_bound"])]
+    if "image" in kinds:
+        table.notes += [_WHOLE.format(**settings), _GENERATION_CHECKED]
     table.notes.append(_PER_SECOND)
+    decoded = bool(kinds & {"decode", "image"}) and any(m["decoder"] for m in report["models"])
+    if decoded and len({row["name"] for row in report["measurements"]}) > 1:
+        table.notes.append(_DECODERS)
     compared = [m["model"] for m in report["models"] if m["config"]["numerics"] == "diffusers"]
     if compared:
         table.notes.append(_NUMERICS.format(", ".join(compared)))
@@ -152,9 +160,10 @@ def rates_table(report: dict[str, Any]) -> Table:
         )  # fmt: skip
     table.notes.append(
         "true FLOPs of the whole network, conditioning included; FLOP a byte and % of copy: of one "
-        "pass over the weights that every step needs, which the conditioning's are not; MiB: above "
-        "what was taken before the backend was built"
+        "pass over the weights that every step needs, which the conditioning's are not"
     )
+    if any("peak_mib" in row for row in report["measurements"]):
+        table.notes.append("MiB: above what was taken before the backend was built")
     return table
 
 

@@ -164,12 +164,23 @@ def _compare(
             metrics[name] = {"value": None, "why": str(error), "n": n, "n_reference": n_reference}
             continue
         metrics[name] = {"value": value, "n": n, "n_reference": n_reference}
-    if samples.found is None or reference.found is None or report["interrupted"]:
+        if min(count for count in (n, n_reference, a.width + 1) if count is not None) <= a.width:
+            metrics[name]["fewer_than_features"] = a.width
+    if report["interrupted"]:
         return
-    counts = {"n": samples.found.count, "n_reference": reference.found.count, "k": NEIGHBOURS}
-    if min(counts["n"], counts["n_reference"]) <= NEIGHBOURS:
+    of = "" if network.name == "inception" else f" ({network.name} features)"
+    n, n_reference = (None if s.found is None else s.found.count for s in (samples, reference))
+    counts = {"n": n, "n_reference": n_reference, "k": NEIGHBOURS}
+    why = None
+    for side in (samples, reference):
+        if side.found is None:
+            why = f"{side.of.name} holds statistics, no images"
+        elif side.found.count <= NEIGHBOURS:
+            why = f"{side.of.name} has {side.found.count} images; more than {NEIGHBOURS} are needed"
+    if why is not None or samples.found is None or reference.found is None:
+        left_out = {"value": None, "why": why, **counts}
+        metrics["precision" + of], metrics["recall" + of] = left_out, dict(left_out)
         return
     precision, recall = precision_recall(reference.found.vectors(), samples.found.vectors())
-    of = "" if network.name == "inception" else f" ({network.name} features)"
     metrics["precision" + of] = {"value": precision, **counts}
     metrics["recall" + of] = {"value": recall, **counts}

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+DASH = "–"
+"""A cell without a value."""
 _UNFOLDED = 100_000  # columns; tables are no wider than they need be
 
 
@@ -34,7 +36,21 @@ class Table:
         """Whether the column is aligned to the left."""
         return column < self.left or column >= len(self.columns) - self.right
 
+    def filled(self) -> Table:
+        """Without the columns that are empty, or a dash, in every row."""
+        kept = [i for i in range(len(self.columns))
+                if not self.rows or any(row[i] not in ("", DASH) for row in self.rows)]  # fmt: skip
+        words = [i for i in kept if self.words(i)]
+        left = sum(i < self.left for i in kept)
+        return Table(
+            self.title, [self.columns[i] for i in kept], left, len(words) - left,
+            [[row[i] for i in kept] for row in self.rows], self.notes,
+        )  # fmt: skip
+
     def html(self) -> str:
+        return self.filled()._html()
+
+    def _html(self) -> str:
         def cells(tag: str, texts: list[str]) -> str:
             return "".join(
                 f"<{tag}{'' if self.words(i) else ' class=number'}>{html.escape(t)}</{tag}>"
@@ -77,7 +93,7 @@ def show(tables: Sequence[Table], width: int | None = None) -> None:
             raise BrokenPipeError(errno.EPIPE, "standard output is closed")  # rich would exit
 
     console = Pipeable(width=width, highlight=False, markup=False, emoji=False)
-    for table in tables:
+    for table in map(Table.filled, tables):
         shown = RichTable(title=table.title, title_justify="left", box=SIMPLE_HEAD,
                           title_style="bold", pad_edge=False,
                           show_header=any(table.columns))  # fmt: skip

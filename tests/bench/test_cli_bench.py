@@ -335,3 +335,16 @@ def test_env_names_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["torch"] == torch.__version__
     assert found["hardware"]["cpu_count"] == os.cpu_count()
+
+
+def test_env_tells_which_backends_work_and_torch_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--env"]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert sum(line[-1] == torch.__version__ for line in lines) == 1
+    found = {line[0]: line[1] for line in lines if len(line) == 2}
+    assert found["eager"] == found["compile"] == "yes"
+    assert {"lean", "onnxruntime", "tensorrt", "memory", "load"} <= found.keys()
+    if not torch.cuda.is_available():
+        assert found["tensorrt"] != "yes"
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    assert float(found["memory"].split()[0]) == pytest.approx(pages, rel=0.05)

@@ -132,7 +132,11 @@ def test_statistics_stand_for_the_images_that_they_were_made_of(
             found = report["metrics"][name]
             assert found["value"] == pytest.approx(expected, rel=1e-6, abs=1e-9)
             assert found["n"] == 50 and found["n_reference"] is None
-    assert "precision" not in alone["metrics"]
+    for name in ("precision", "recall"):
+        left_out = alone["metrics"][name]
+        assert left_out["value"] is None and left_out["n_reference"] is None
+        assert left_out["why"].endswith("stats.npz holds statistics, no images")
+        assert both["metrics"][name]["n_reference"] == 10
     assert both["metrics"]["precision"]["n_reference"] == 10
     assert main([str(tmp_path / "a.npz"), str(tmp_path / "stats.npz")]) == 0
     assert "N = 50 against unknown, statistics only" in capsys.readouterr().out
@@ -256,6 +260,7 @@ def test_lite0_is_never_called_fid(tmp_path: Path, capsys: pytest.CaptureFixture
     expected = shift @ shift + (ga**2).sum() / 5 + (gb**2).sum() / 4 - 2 * overlap
     assert float(line.split()[1]) == pytest.approx(expected, rel=1e-3)
     assert "N = 6 against 5" in line
+    assert f"CAUTION: fewer images than the {lite0.FEATURES} features" in line
     for name in ("FID", "Inception", "precision  ", "recall  "):
         assert name not in text
     assert "precision (lite0 features)" in text
@@ -415,3 +420,20 @@ def test_a_model_without_a_vae_is_refused(
     monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: tiny_engine(vae=False))
     assert main([str(tmp_path / "a.npz"), "--model", "tiny"]) == 2
     assert "model 'tiny' has no VAE" in capsys.readouterr().err
+
+
+def test_figures_have_the_digits_that_they_deserve_and_a_caution_of_few_images() -> None:
+    metrics = {
+        "FID": {"value": 337.25601, "n": 40, "n_reference": 50, "fewer_than_features": 2048},
+        "sFID": {"value": 2.27314, "n": 50_000, "n_reference": 50_000},
+        "precision": {"value": 0.666666, "n": 40, "n_reference": 50, "k": 3},
+        "recall": {"value": None, "why": "b.npz holds statistics, no images", "n": 4,
+                   "n_reference": None, "k": 3},
+    }  # fmt: skip
+    side = {"name": "a", "size": None}
+    report = {"samples": side, "reference": side, "metrics": metrics, "interrupted": None}
+    first, sfid, precision, recall = fid.format_report(report).splitlines()[1:]
+    assert first.split()[1] == "337.3" and "CAUTION: fewer images than the 2048 features" in first
+    assert sfid.split()[1] == "2.273" and "CAUTION" not in sfid
+    assert precision.split()[1] == "0.667" and "CAUTION" not in precision
+    assert "– " in recall and "(b.npz holds statistics, no images)" in recall

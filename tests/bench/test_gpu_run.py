@@ -13,7 +13,8 @@ import pytest
 import torch
 from gpu_runs import LEAN, measured
 
-from dit_bench import gpu, gpu_models, operators
+from dit_bench import gpu, gpu_models, hardware, operators
+from dit_bench.ceilings import Ceilings
 from dit_bench.gpu import Plan
 from dit_bench.gpu_contenders import EAGER, Contender
 from dit_bench.gpu_table import format_table
@@ -223,3 +224,24 @@ def test_other_packages_attention_runs_last_and_may_lose_the_device(
     assert set(row["speedup_over"]) == {"reference"}
     ours = [r for r in values["operators"] if not r.get("opponent")]
     assert len(ours) == len(plan.cases)  # not recorded a second time
+
+
+def test_waiting_for_an_idle_machine_counts_as_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the minutes at most; what is printed then says that the machine was busy."""
+    slept: list[float] = []
+    monkeypatch.setattr(hardware, "load_average", lambda: 3.0)
+    monkeypatch.setattr(operators, "load_average", lambda: 3.0)
+    monkeypatch.setattr(hardware.time, "sleep", slept.append)
+    monkeypatch.setattr(operators, "measure_ceilings", lambda _: Ceilings(1.0, {}, 1, 1, {}))
+    monkeypatch.setattr(operators.OperatorBenchmark, "run", lambda *_: None)
+    monkeypatch.setattr(operators.OperatorBenchmark, "run_third_party", lambda *_: None)
+    options = ["--device", "cpu", "--json", str(tmp_path / "a.json")]
+    for minutes, most in (("0.4", 12.0), ("10", 180.0)):
+        slept.clear()
+        assert operators.main([*options, "--minutes", minutes]) == 0
+        assert sum(slept) == pytest.approx(most, abs=0.1)
+        shown = capsys.readouterr().out
+        assert f"{most:.0f} s at most" in shown and "busy (load average 3.00" in shown
+    assert operators.main([*options, "--minutes", "0"]) == 2

@@ -13,6 +13,7 @@ from dit_bench import latency
 from dit_bench.ceilings import Ceilings
 from dit_bench.contenders import Cast
 from dit_bench.forwards import CHANNELS, SCALE, STEP, Networks, Work
+from dit_bench.generation_check import GenerationCheck
 from dit_bench.latency import NOISE_BOUND, Contender, Task, Timer, noisy, shares, verdict
 from dit_bench.measure import better
 from dit_bench.peers import relative_error
@@ -134,5 +135,6 @@ def test_the_subject_is_no_peer_of_itself(work: Work) -> None:
     cast = Cast(Networks(work.engine), ("lean", "fp32"), peers, 1000)
     assert [c.role for c in cast.step(work)] == ["subject", "peer"]  # libraries take no steps
     assert [c.flops for c in cast.step(work)] == [2 * 1000 * 6] * 2  # two rows an image
-    assert [c.name for c in cast.image(work, 5, "ddpm", 0)] == ["lean fp32", "eager fp32"]
-    assert cast.image(work, 5, "ddpm", 7)[0].flops == 3 * (2 * 5 * 2000 + 14)
+    check = GenerationCheck(work, 5, "ddpm")
+    assert [c.name for c in cast.image(work, check, 0)] == ["lean fp32", "eager fp32"]
+    assert cast.image(work, check, 7)[0].flops == 3 * (2 * 5 * 2000 + 14)

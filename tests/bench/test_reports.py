@@ -238,12 +238,54 @@ def test_a_page_opens_in_a_browser_without_an_error(made_page: str, tmp_path: Pa
     assert any("Uncaught 1" in line for line in browse(bad, tmp_path)[1])  # it would be seen
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium (Debian's package of that name)")
+def test_no_table_is_cut_at_1200_pixels(tmp_path: Path) -> None:
+    report = made_up.report()
+    names = ("lean bf16", "onnxruntime fp32")
+    for row in report["measurements"]:
+        if row["status"] == "ok" and row["role"] == "peer":
+            row |= {"ratio": made_up.spread(2.0), "verdict": f"{names[0]} is 12.34× as quick",
+                    "name": names[1], "error": 1e-3, "bound": 1e-2}  # fmt: skip
+    script = (
+        "<script>document.title = JSON.stringify([...document.querySelectorAll('.scroll')]"
+        ".map(e => e.scrollWidth - e.clientWidth))</script></body>"
+    )
+    path = tmp_path / "page.html"
+    path.write_text(page(report, {}).replace("</body>", script), encoding="utf-8")
+    dom, said = browse(path, tmp_path)
+    found = re.search(r"<title>(\[.*?\])</title>", dom)
+    assert said == [] and found is not None
+    assert found[1] == "[0,0,0,0]"
+
+
+def test_a_page_begins_with_what_is_wrong() -> None:
+    report = made_up.report()
+    assert "<p class=wrong>" not in page(report, {}) and "<p class=warning>" not in page(report, {})
+    report["measurements"][0] |= {"status": "wrong", "reason": "computes <another> function"}
+    report["load_average"] = 2.5
+    text = page(report, {})
+    said = "<p class=wrong>WRONG: S/8 forward, 1: lean bf16 computes &lt;another&gt; function</p>"
+    assert said in text and "busy (load average 2.50" in text
+    assert text.index(said) < text.index("<h2>")
+
+
+def test_columns_that_are_empty_in_every_row_are_left_out() -> None:
+    table = Table("t", ["", "a", "b", "c", "d"], left=1, right=1)
+    table.add("x", 1, "–", "", "")
+    table.add("y", "–", "", "–", "word")
+    kept = table.filled()
+    assert kept.columns == ["", "a", "d"] and kept.rows == [["x", "1", ""], ["y", "–", "word"]]
+    assert [kept.words(i) for i in range(3)] == [True, False, True]
+    head = report_tables(made_up.report())[3].filled().columns
+    assert "J an image" not in head and "peak MiB" not in head and "TFLOP/s" in head
+
+
 def browse(path: Path, folder: Path) -> tuple[str, list[str]]:
     """The page's DOM once it is loaded, and what was written to its console."""
     command = [
         str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
         f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--v=0",
-        "--virtual-time-budget=2000", "--dump-dom", path.as_uri(),
+        "--virtual-time-budget=2000", "--window-size=1200,900", "--dump-dom", path.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
@@ -254,3 +296,17 @@ def test_the_made_up_report_is_not_shared() -> None:
     kept = copy.deepcopy(first)
     made_up.report()["measurements"][0]["ms"]["median"] = 0
     assert first == kept
+
+
+def test_footnotes_stand_where_they_apply() -> None:
+    def notes(report: dict[str, Any]) -> str:
+        return "\n".join(note for table in report_tables(report) for note in table.notes)
+
+    report = made_up.report()
+    for text in ("whole generation", "decoder of its own", "MiB"):
+        assert text not in notes(report).replace("a whole generation's are", ""), text
+    report["measurements"].append(
+        made_up.row("S/8", "image", 1, "lean bf16", "subject", 900.0, 50.0) | {"peak_mib": 3.0}
+    )
+    for text in ("error of a whole generation", "20 steps of ddpm", "decoder of its own", "MiB"):
+        assert text in notes(report), text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,7 +111,7 @@ def test_a_whole_generation_is_checked_by_what_it_returns(
         assert row["error"] == pytest.approx(error, rel=0.01)
 
 
-def test_eager_makes_what_generations_are_checked_by_once(
+def test_eager_bfloat16_is_generated_once_for_all_contenders(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
@@ -120,9 +122,20 @@ def test_eager_makes_what_generations_are_checked_by_once(
         return honest(self, labels, **options)
 
     monkeypatch.setattr(Engine, "generate", counted)
-    run(model, "--only", "image", "--batch", "1", "2", path=tmp_path / "a.json")
+    options = [
+        "--only",
+        "image",
+        "--precision",
+        "bf16",
+        "--peers",
+        "lean/int8",
+        "--batch",
+        "1",
+        "2",
+    ]
+    run(model, *options, path=tmp_path / "a.json")
     assert [each for each in made if each[0] == "eager"] == [
-        ("eager", "fp32", 1), ("eager", "fp32", 2),
+        ("eager", "bf16", 1), ("eager", "bf16", 2),
     ]  # fmt: skip
 
 
@@ -283,3 +296,69 @@ def test_files_of_other_shapes_are_refused_in_one_line(
     assert cli.main(["--model", "S/2", option, str(path)]) == 2
     error = capsys.readouterr().err
     assert said in error and "other.json" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_measured_is_kept_while_a_run_goes_on(
+    sent: signal.Signals,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Beside the final name; a signal then gives the file its name, and one line."""
+    honest = Work.guided_step
+    path = tmp_path / "a.json"
+    seen: list[dict[str, Any]] = []
+
+    def interrupted(self: Work, name: str, precision: str) -> Any:
+        if not seen:
+            assert not path.exists()
+            seen.append(read_report(tmp_path / "a.json.partial"))
+            os.kill(os.getpid(), sent)
+        return honest(self, name, precision)
+
+    monkeypatch.setattr(Work, "guided_step", interrupted)
+    report = run(model, path=path, code=130)
+    assert [row["what"] for row in seen[0]["measurements"]] == ["forward"]
+    assert seen[0]["interrupted"] and report["interrupted"]
+    assert [row["what"] for row in report["measurements"]] == ["forward", "step"]
+    assert not (tmp_path / "a.json.partial").exists()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"interrupted: what was measured until then is in {path}"
+
+
+def test_a_plot_that_draws_nothing_says_why_and_makes_no_directory(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "figures"
+    run(model, "--only", "decode", "--plot", str(folder), path=tmp_path / "a.json")
+    assert not folder.exists()
+    notes = [line for line in capsys.readouterr().err.splitlines() if "figures" in line]
+    assert len(notes) == 1 and "no times of forwards" in notes[0]
+
+
+@pytest.mark.parametrize("option", ["--compare", "--load", "--scaling", "--operators"])
+def test_a_file_that_is_not_there_is_told_without_an_errno(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, said in ((tmp_path / "no.json", "does not exist"), (tmp_path, "is a directory")):
+        models = [] if option == "--load" else ["--model", "S/2"]
+        assert cli.main([*models, option, str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error == f"error: {path} {said}; a JSON file is needed\n"
+
+
+def test_long_rounds_do_not_overshoot_the_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only rounds move: at most twice the seconds, but for one round."""
+    now = 0.0
+    monkeypatch.setattr("dit_bench.progress.time.perf_counter", lambda: now)
+    for each, wanted in ((0.1, 100), (1.0, 10), (3.0, 5), (4.0, 5), (6.0, 3), (15.0, 1)):
+        with Progress(quiet=True).rounds(1000, "a part", 10.0) as go_on:
+            done = 0
+            while True:
+                now += each
+                done += 1
+                if not go_on():
+                    break
+        assert abs(done - wanted) <= (each == 0.1) and each * done <= max(20.0, each), each

@@ -6,6 +6,7 @@ whose result is wrong is not timed. All of them take and give float32 latents, a
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -190,6 +191,19 @@ def diffusers_state(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor
     return theirs
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """OpenVINO's one Core of this process, never given up.
+
+    Each has a CPU plugin that sets the thread's stack for signals, and puts back what it found when
+    it goes. Two that go in another order than they came leave memory there that is no more, and the
+    process dies of the next Ctrl-C.
+    """
+    import openvino  # pyright: ignore[reportMissingImports]
+
+    return openvino.Core()
+
+
 def openvino_function(
     module: nn.Module, arguments: tuple[Tensor, ...], precision: str, threads: int
 ) -> Function:
@@ -208,7 +222,7 @@ def openvino_function(
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled = openvino.Core().compile_model(converted, "CPU", options)
+    compiled = openvino_core().compile_model(converted, "CPU", options)
     used = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if used != hint:
         raise RuntimeError(f"OpenVINO runs {used} on this processor, not {hint}")

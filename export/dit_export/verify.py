@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -174,9 +175,15 @@ def _onnxruntime(path: Path) -> tuple[Runner, str]:
     return lambda inputs: session.run(None, inputs), f"onnxruntime {ort.__version__}"
 
 
+@functools.cache
+def _openvino_core() -> Any:
+    """The one of this process: plugins of several that go in another order than they came leave the
+    thread without a stack for signals, and the process dies of the next one."""
+    return import_module("openvino").Core()
+
+
 def _openvino(path: Path) -> tuple[Runner, str]:
-    openvino = import_module("openvino")
-    core = openvino.Core()
+    openvino, core = import_module("openvino"), _openvino_core()
     # By itself it would compute the float32 parts in bfloat16 too, and among them the time
     # embedding's angles of up to 1000 radians.
     compiled = core.compile_model(str(path), "CPU", {"EXECUTION_MODE_HINT": "ACCURACY"})

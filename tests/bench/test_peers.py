@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -196,3 +198,30 @@ def test_official_numerics_are_refused() -> None:
     official = ModelConfig(**{**CONFIG.to_dict(), "numerics": "official"})
     with pytest.raises(ValueError, match="numerics 'official': diffusers computes only"):
         Forward(SimpleNamespace(config=official), 2, 1)
+
+
+AFTER_OPENVINO = """
+import faulthandler, os, signal, torch
+from torch import nn
+from dit_bench.peers import openvino_function
+
+faulthandler.enable()  # as pytest does: signals then have a stack of their own
+model = nn.Linear(8, 8).eval()
+first, second = (openvino_function(model, (torch.randn(2, 8),), "fp32", 1) for _ in range(2))
+first(), second()
+del first
+del second
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("heard")
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_heard_after_openvino() -> None:
+    """OpenVINO's plugins replace the stack for signals, and may leave one that is no more."""
+    pytest.importorskip("openvino")
+    done = subprocess.run([sys.executable, "-c", AFTER_OPENVINO], capture_output=True, text=True,
+                          timeout=120)  # fmt: skip
+    assert done.returncode == 0 and "heard" in done.stdout, done.stderr[-2000:]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +15,11 @@ from vectors import Vectors, read_vectors
 # A shell starts its background jobs with SIGINT ignored, and what the tests start would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# torch.compile's cache outlives a run, and what another left there, broken off or of other flags, is
+# loaded without a question.
+_COMPILED = tempfile.TemporaryDirectory(prefix="dit-engine-compiled-")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _COMPILED.name)
 
 
 @pytest.fixture(params=["dit_p2_d24", "dit_p4_d72"])

@@ -16,8 +16,8 @@ from vectors import Vectors, read_vectors
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# torch.compile's cache outlives a run, and what another left there, broken off or of other flags, is
-# loaded without a question.
+# torch.compile's cache outlives a run, and what another left there, broken off or of other flags,
+# is loaded without a question.
 _COMPILED = tempfile.TemporaryDirectory(prefix="dit-engine-compiled-")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _COMPILED.name)
 

@@ -14,9 +14,9 @@ def wait_briefly() -> None:
     """Let OpenMP's threads sleep soon when they wait, unless the environment says how they wait.
 
     Where other programs use the processors too, a thread that waits awake may take the time from
-    the very one that it waits for; a step then takes many times as long. On an idle machine the
-    built-in model's steps take up to a tenth longer for it. libgomp reads its environment once:
-    this is for programs of our own, before they import torch.
+    the very one that it waits for; a step then takes many times as long. An idle machine pays a
+    little for it: threads that sleep have to be woken. libgomp reads its environment once: this is
+    for programs of our own, before they import torch.
     """
     if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

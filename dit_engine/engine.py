@@ -65,13 +65,25 @@ class Engine:
         self.device = parse_device(device)
         self.model = model.eval()
         self.vae = None if vae is None else vae.eval()
-        self._decode = None if vae is None else LatentDecoder(vae, self.device)
         self.config = model.config
         self.label_names = None if label_names is None else tuple(label_names)
         self.max_batch_size = max_batch_size
         self.sources = sources or {"model": "memory"}
+        self._start()
+
+    def _start(self) -> None:
+        """Decoder, backends and lock: what a copy or an unpickled engine makes for itself."""
+        self._decode = None if self.vae is None else LatentDecoder(self.vae, self.device)
         self._backends: dict[tuple[str, str], Backend] = {}
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        made_again = ("_decode", "_backends", "_lock")
+        return {name: value for name, value in vars(self).items() if name not in made_again}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._start()
 
     @classmethod
     def from_pretrained(

@@ -13,6 +13,7 @@ from importlib import import_module
 
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
+from dit_engine.cli.start import entry
 
 # word → (module with add_arguments(parser) and run(arguments), what it does)
 COMMANDS = {
@@ -22,6 +23,7 @@ COMMANDS = {
 ABOUT = "Measure a Diffusion Transformer: cost, latency, peers. Other commands: "
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     word = given[0] if given and not given[0].startswith("-") else None

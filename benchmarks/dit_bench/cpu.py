@@ -34,6 +34,7 @@ from dit_bench.hardware import BUSY, cpu_model, load_average, settle
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.destination import check_file
 from dit_engine.cli.errors import run_command
+from dit_engine.cli.start import entry
 from dit_engine.files import atomic_path
 from dit_kernels.quantized import quantized_why_not
 
@@ -146,6 +147,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
 

@@ -23,6 +23,7 @@ import torch
 from dit_bench.cpu_forward import STEPS, random_model
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
+from dit_engine.cli.start import entry
 from dit_engine.config import ModelConfig
 from dit_engine.model import DiT
 
@@ -153,6 +154,7 @@ def measure(model: DiT, batch: int, precision: str, threads: int) -> dict[str, A
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("python -m dit_bench.cpu_memory", "Resident memory of a lean forward.")
     add = parser.add_argument

@@ -28,6 +28,7 @@ from dit_bench.result_tables import (
 )
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
+from dit_engine.cli.start import entry
 from dit_engine.files import atomic_path
 
 _NAMES = {
@@ -184,6 +185,7 @@ def block_and_table(
     return "cpu", cpu_table(report)
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m dit_bench.documents", description="Write figures into files.")
     parser.add_argument("results", type=Path, help="JSON of dit_bench.quality, .cpu, .gpu, …")

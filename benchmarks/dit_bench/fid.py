@@ -24,6 +24,7 @@ from dit_bench.set_arguments import NETWORKS
 from dit_bench.set_distances import evaluate
 from dit_engine.cli.arguments import Parser, add_sampling_arguments, sampling_options
 from dit_engine.cli.errors import run_command
+from dit_engine.cli.start import entry
 
 INTERRUPTED = 130  # exit code: what is printed is what was finished
 
@@ -158,6 +159,7 @@ def _surroundings() -> dict[str, Any]:
     return {"hardware": describe_hardware()}
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("python -m dit_bench.fid", "FID and other distances between sets of images.")
     add_arguments(parser)

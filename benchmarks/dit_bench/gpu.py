@@ -40,6 +40,7 @@ from dit_bench.operator_checks import DeviceLost
 from dit_bench.operators import OperatorBenchmark
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import one_line, run_command
+from dit_engine.cli.start import entry
 from dit_engine.config import ModelConfig
 from dit_engine.vae import VAEConfig
 
@@ -217,6 +218,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
 

@@ -33,6 +33,7 @@ from dit_bench.operator_contenders import Find, implementations, opponents, thir
 from dit_bench.timing import Interleaved, interleave
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
+from dit_engine.cli.start import entry
 from dit_engine.device import parse_device
 
 ERROR_RATIO = 2.0
@@ -202,6 +203,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     from dit_bench.gpu_table import failure_lines, operator_lines
 

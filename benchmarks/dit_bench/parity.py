@@ -39,6 +39,7 @@ from dit_engine.cli.arguments import (
 )
 from dit_engine.cli.destination import check_file
 from dit_engine.cli.errors import run_command
+from dit_engine.cli.start import entry
 from dit_engine.pixels import to_uint8
 from dit_engine.settings import resolve_seeds
 
@@ -297,6 +298,7 @@ def set_comparison(arguments: argparse.Namespace, device: torch.device) -> SetCo
     return replace(sets, unread=open_reference(path, network, few))
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
 

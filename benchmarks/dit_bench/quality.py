@@ -40,6 +40,7 @@ from dit_engine.cli.arguments import (
 )
 from dit_engine.cli.destination import check_file
 from dit_engine.cli.errors import run_command
+from dit_engine.cli.start import entry
 from dit_engine.files import atomic_path
 
 if TYPE_CHECKING:
@@ -230,6 +231,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.destination import check_file
 from dit_engine.cli.errors import run_command
+from dit_engine.cli.start import entry
 from dit_engine.config import ModelConfig
 from dit_engine.model import DiT
 from dit_engine.training.dit_stage import train_denoiser
@@ -174,6 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     arguments: Any = build_parser().parse_args(argv)
     return run_command(lambda: arguments.function(arguments))

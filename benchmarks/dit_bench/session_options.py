@@ -25,6 +25,7 @@ from dit_bench.timing import Interleaved, interleave
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.destination import check_file
 from dit_engine.cli.errors import run_command
+from dit_engine.cli.start import entry
 from dit_engine.config import ModelConfig
 
 OURS = "the backend's"
@@ -157,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
 

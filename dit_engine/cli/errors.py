@@ -27,10 +27,7 @@ def run_command(command: Callable[[], int], quiet: bool = False) -> int:
             sys.stdout.flush()
             return code
     except BrokenPipeError as error:
-        if not _reader_left():  # it was another pipe
-            return _fail(error)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to come
-        return PIPE_CLOSED
+        return PIPE_CLOSED if _reader_left() else _fail(error)  # it may be another pipe
     except (ValueError, OSError, ImportError, MemoryError, BackendUnavailable) as error:
         return _fail(error)
     except RuntimeError as error:
@@ -42,6 +39,8 @@ def run_command(command: Callable[[], int], quiet: bool = False) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        _drop_unprinted()
 
 
 def one_line(text: object) -> str:
@@ -51,6 +50,16 @@ def one_line(text: object) -> str:
 def _fail(error: Exception) -> int:
     print(f"error: {one_line(error) or type(error).__name__}", file=sys.stderr)
     return 2
+
+
+def _drop_unprinted() -> None:
+    """What standard output did not take, it would refuse once more when Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def _reader_left() -> bool:

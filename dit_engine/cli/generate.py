@@ -18,7 +18,7 @@ from dit_engine.cli.arguments import (
 )
 from dit_engine.cli.destination import check_destination, is_directory, output_kind
 from dit_engine.cli.errors import run_command
-from dit_engine.cli.waiting import wait_briefly
+from dit_engine.cli.start import entry, output_is_a_file
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from dit_engine.engine import Engine, Generation, Progress
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
-    wait_briefly()
     arguments = build_parser().parse_args(argv)
+    if not arguments.list_labels:
+        output_is_a_file()
     return run_command(lambda: generate(arguments), arguments.quiet)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
+from dit_engine.cli.start import entry, output_is_a_file
 
 # One for every field of TrainSettings.
 _HELP = {
@@ -60,8 +61,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
+    output_is_a_file()
     return run_command(lambda: _train(arguments))
 
 

@@ -9,6 +9,7 @@ from importlib import import_module
 from dit_engine._version import __version__
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
+from dit_engine.cli.start import entry, output_is_a_file
 from dit_export.given import options_given
 
 # name → (module with add_arguments and run, one line of help); only the one asked for is imported.
@@ -19,6 +20,7 @@ _COMMANDS = {
 }
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return made
 
         parsed = parser().parse_args(arguments[1:])
+        output_is_a_file()
         parsed.given = options_given(parser(), arguments[1:])
         return module.run(parsed)
 

@@ -14,11 +14,13 @@ import torch
 def parse_device(device: str | torch.device | None) -> torch.device:
     """The torch device that ``device`` names; None is CUDA where there is one, else the CPU.
 
+    A GPU named without an index is the calling thread's current one, see `with_index`.
+
     Raises ValueError, naming the allowed ones, for a device that is unknown or not there.
     """
     counts = _counts()
     if device is None:
-        return torch.device("cuda" if counts["cuda"] else "cpu")
+        return with_index(torch.device("cuda" if counts["cuda"] else "cpu"))
     parsed = None
     if isinstance(device, str | torch.device):  # torch.device(3) would be an accelerator's index
         with contextlib.suppress(RuntimeError):
@@ -27,7 +29,20 @@ def parse_device(device: str | torch.device | None) -> torch.device:
         allowed = [name for name, count in counts.items() if count]
         allowed += [f"cuda:{i}" for i in range(counts["cuda"])]
         raise ValueError(f"device {str(device)!r} is not available; allowed: {', '.join(allowed)}")
-    return parsed
+    return with_index(parsed)
+
+
+def with_index(device: torch.device) -> torch.device:
+    """``device`` with the index of the current GPU where it names a GPU without one.
+
+    torch looks a missing index up again at every use, in the thread that uses it: after another
+    `torch.cuda.set_device`, the labels would be on another GPU than the weights.
+    """
+    kinds = {"cuda": torch.cuda, "xpu": torch.xpu}
+    kind = kinds.get(device.type)
+    if kind is None or device.index is not None or not kind.is_available():
+        return device
+    return torch.device(device.type, kind.current_device())
 
 
 @contextlib.contextmanager

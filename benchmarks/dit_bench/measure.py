@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -215,8 +216,8 @@ class _Model:
     def _energy(self, row: dict[str, Any], built: Built) -> None:
         if self.meter is None or row["status"] != "ok":
             return
-        cuda = self.plan.device.type == "cuda"
-        wait = torch.cuda.synchronize if cuda else lambda: None
+        device = self.plan.device
+        wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
         joules = joules_per_call(built.functions[row["name"]], self.meter, wait)
         row["joules_per_image"] = joules / row["images"]
 

@@ -160,14 +160,15 @@ def _cuda_round(
     functions: Sequence[Function], scratch: torch.Tensor, device: torch.device
 ) -> list[float]:
     marks = []
+    stream = torch.cuda.current_stream(device)  # ``device`` need not be the current one
     for function in functions:
         for _ in range(_FLUSHES):
             scratch.zero_()
         begin = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
-        begin.record()
+        begin.record(stream)
         function()
-        end.record()
+        end.record(stream)
         marks.append((begin, end))
     torch.cuda.synchronize(device)
     return [begin.elapsed_time(end) for begin, end in marks]

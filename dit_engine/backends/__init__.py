@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dit_engine.device import with_index
 from dit_engine.model import DiT
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
@@ -83,6 +84,7 @@ def create_backend(name: str, model: DiT, precision: str, device: torch.device) 
     Raises ValueError for an unknown name or precision and `BackendUnavailable` where the backend
     cannot run on this machine: a backend asked for by name never gives way to another.
     """
+    device = with_index(device)
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
     kind, scheme, address = resolve_backend(name).partition("://")

@@ -112,7 +112,8 @@ def test_cuda_samples_are_the_time_between_two_events(monkeypatch: pytest.Monkey
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
 
-        def record(self) -> None:
+        def record(self, stream: object) -> None:
+            assert stream == "stream of cuda:1"  # and not of the current device
             self.at = clock.now
 
         def elapsed_time(self, end: Event) -> float:
@@ -125,8 +126,9 @@ def test_cuda_samples_are_the_time_between_two_events(monkeypatch: pytest.Monkey
     synchronized: list[object] = []
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     functions = [clock.work(0.25), clock.work(2.0)]
-    assert timing._cuda_round(functions, Scratch(), torch.device("cuda")) == [250, 2000]
+    assert timing._cuda_round(functions, Scratch(), torch.device("cuda:1")) == [250, 2000]
     # The caches are overwritten before each, for longer than a launch takes to be queued.
     assert clock.now == 2 * 5 * timing._FLUSHES + 0.25 + 2
 

@@ -165,8 +165,10 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
             parse_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert parse_device(None) == torch.device("cuda")
-    assert parse_device("cuda:1") == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for name in (None, "cuda", "cuda:1", torch.device("cuda")):
+        assert parse_device(name) == torch.device("cuda", 1)
+    assert parse_device("cuda:0") == torch.device("cuda", 0)
     with pytest.raises(ValueError, match=r"device 'cuda:2' .* cpu, cuda, (.*, )?cuda:0, cuda:1$"):
         parse_device("cuda:2")
 

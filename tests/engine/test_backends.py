@@ -10,13 +10,14 @@ from tiny import tiny_dit
 
 from dit_engine import backends
 from dit_engine.backends import create_backend, known_backends, resolve_backend
+from dit_engine.engine import Engine
 
 CPU = torch.device("cpu")
 
 
 class Remote:
     def __init__(self, model, precision, device, address: str = "none") -> None:
-        self.address = address
+        self.address, self.device = address, device
 
 
 @pytest.fixture
@@ -46,3 +47,17 @@ def test_an_entry_point_adds_a_backend_which_may_take_an_address() -> None:
         create_backend("eager://host", model, "fp32", CPU)
     with pytest.raises(ValueError, match=r"'magic' is unknown; choose one of auto, .*, remote$"):
         resolve_backend("magic")
+
+
+@pytest.mark.usefixtures("remote")
+def test_a_backend_stays_on_the_gpu_that_was_current_when_it_was_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    engine = Engine(tiny_dit(), device="cuda")
+    made = create_backend("remote", engine.model, "fp32", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)  # as after set_device(0)
+    assert engine.device == made.device == torch.device("cuda", 2)
+    assert create_backend("remote", engine.model, "fp32", engine.device).device == engine.device

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit_bench.gpu_peers import DiffusersBackend, MaxAutotuneBackend
 from dit_engine.backends import Backend, Denoiser, Factory, known_backends
+from dit_engine.capture import capture_graph
 from dit_engine.errors import BackendUnavailable
 
 Evaluate = Callable[[Tensor, int], Tensor]
@@ -128,22 +129,11 @@ def _graphed(denoiser: Denoiser, like: Tensor) -> Evaluate:
     static = torch.empty_like(like)
     graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
-    def capture(step: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        stream = torch.cuda.Stream(like.device)
-        stream.wait_stream(torch.cuda.current_stream(like.device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # libraries allocate their workspaces before the capture
-                denoiser(static, step)
-        torch.cuda.current_stream(like.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = denoiser(static, step)
-        return graph, result
-
     def evaluate(x: Tensor, step: int) -> Tensor:
         static.copy_(x)
         if step not in graphs:
-            graphs[step] = capture(step)
+            stream = torch.cuda.Stream(like.device)
+            graphs[step] = capture_graph(lambda: denoiser(static, step), stream)
         graph, result = graphs[step]
         graph.replay()
         return result

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_engine.capture import capture_graph
 from dit_engine.conditioning import ModulationTable
 from dit_engine.lean import LeanTransformer
 from dit_kernels.choose import launcher
@@ -19,9 +20,6 @@ GRAPH_LIMIT = 8
 """Graphs of one transformer kept at once; the one unused for longest is dropped. Each has inputs of
 its own (latents, tokens, modulations); the activations lie in one memory pool for all of them, as
 large as the largest batch needs."""
-
-# CUDA allows one capture at a time in a process.
-_CAPTURE = threading.Lock()
 
 
 class Turns:
@@ -102,26 +100,8 @@ class StepGraph:
             self.rows, config.num_tokens, config.hidden_size, dtype=transformer.dtype, device=device
         )
         self.update: Callable[..., tuple[Tensor, Tensor]] = launcher("guided_step", device)
-        with _CAPTURE, turns.take() as current:
-            self._capture(current, pool)
-
-    def _capture(self, current: torch.cuda.Stream, pool: Any) -> None:
-        # Libraries choose their kernels and allocate workspaces at the first calls, which must
-        # not be captured; a stream other than the default one is what capture asks for.
-        stream = self.turns.capture_stream
-        stream.wait_stream(current)
-        try:
-            with torch.inference_mode(), torch.cuda.stream(stream):
-                for _ in range(2):
-                    self._step()
-                self.graph = torch.cuda.CUDAGraph()
-                # "thread_local": other threads may allocate and free memory meanwhile.
-                with torch.cuda.graph(
-                    self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-                ):
-                    self.results = self._step()
-        finally:  # the first steps may still run when memory did not suffice for the next
-            current.wait_stream(stream)
+        with turns.take(), torch.inference_mode():
+            self.graph, self.results = capture_graph(self._step, turns.capture_stream, pool)
 
     def _step(self) -> tuple[Tensor, Tensor]:
         for half in self.tokens.split(len(self.z)):

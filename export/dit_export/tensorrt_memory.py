@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from dit_engine.capture import capture_graph, one_capture
+
 MEMORIES = ("cuda-core", "pycuda")
 
 
@@ -80,10 +82,11 @@ class CudaCoreMemory:
         return buffer.array.copy()
 
     def capture(self, work: Callable[[int], None]) -> Callable[[], None]:
-        builder = self._stream.create_graph_builder()
-        builder.begin_building("thread_local")
-        work(int(builder.stream.handle))
-        graph = builder.end_building().complete()
+        with one_capture():
+            builder = self._stream.create_graph_builder()
+            builder.begin_building("thread_local")
+            work(int(builder.stream.handle))
+            graph = builder.end_building().complete()
         return lambda: graph.launch(self._stream)
 
     def synchronize(self) -> None:
@@ -183,9 +186,7 @@ class TorchMemory:
         return copy
 
     def capture(self, work: Callable[[int], None]) -> Callable[[], None]:
-        graph = self._torch.cuda.CUDAGraph()
-        with self._torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            work(self.stream)
+        graph, _ = capture_graph(lambda: work(self.stream), self._stream, warmups=0)
 
         def launch() -> None:
             with self._torch.cuda.stream(self._stream):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -15,19 +18,24 @@ from tiny import tiny_dit, tiny_engine
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_engine.backends import cuda_graphs
+from dit_bench.gpu_contenders import _graphed
 from dit_engine.backends.cuda_graphs import GRAPH_LIMIT, StepGraph, StepGraphs
 from dit_engine.backends.lean import FusedLeanDenoiser, LeanBackend
+from dit_engine.capture import one_capture
 from dit_engine.fused_sampling import step_coefficients
 from dit_engine.schedule import make_schedule
+from dit_export import tensorrt_memory
+from dit_export.tensorrt_memory import CudaCoreMemory, TorchMemory
 from dit_kernels import choose, native_product
 
 CPU = torch.device("cpu")
 
 
 class Stream:
+    cuda_stream = 7
+
     def __init__(self, device: object = None) -> None:
-        self.waited: list[object] = []
+        self.device, self.waited = device, list[object]()
 
     def wait_event(self, event: Event) -> None:
         log(("wait", self))
@@ -96,11 +104,14 @@ class Capture:
 
     def __enter__(self) -> None:
         assert self.underway.acquire(blocking=False), "two captures at once"
+        assert not gc.isenabled()
+        log(("begin", self.graph))
         time.sleep(0.01)
         self.mode.__enter__()
 
     def __exit__(self, *error: Any) -> None:
         self.mode.__exit__(*error)
+        log(("end", self.graph))
         self.underway.release()
 
 
@@ -135,6 +146,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         ("current_stream", current_stream),
     ):
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    clear = "_cuda_clearCublasWorkspaces"  # not in a torch without CUDA
+    monkeypatch.setattr(torch._C, clear, lambda: log(("clear workspaces", None)), raising=False)
     Capture.begun.clear()
     _log.clear()
     yield _log
@@ -289,7 +302,10 @@ def test_a_capture_takes_a_turn_among_the_replays(steps: Steps, cuda: list[Any])
     graphs = steps.graphed.graphs
     graphs.of(1, True, 3)
     here, inner = current_stream(), graphs._turns.capture_stream
-    assert cuda == [("wait", here), ("record", here)]
+    assert [event for event in cuda if event[0] in ("wait", "record")] == [
+        ("wait", here),
+        ("record", here),
+    ]
     assert inner.waited == [here] and here.waited[-1] is inner
 
 
@@ -335,15 +351,68 @@ def test_generate_through_graphs(steps: Steps, sampler: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
-def test_one_lock_for_all_captures_of_the_process() -> None:
-    assert cuda_graphs._CAPTURE.acquire(timeout=1)
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(lambda: Steps().graphed.graphs.of(1, False, 3))
+def test_workspaces_are_cleared_right_before_and_after_each_capture(
+    steps: Steps, cuda: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after one that fails. The steps before it, which fill the workspaces, come earlier."""
+    step = StepGraph._step
+
+    def logged(self: StepGraph, fails: bool = False) -> Any:
+        log(("step", None))
+        assert not (fails and Capture.underway.locked())
+        return step(self)
+
+    expected = ["wait", "step", "step", "clear workspaces", "begin", "step", "end",
+                "clear workspaces", "record"]  # fmt: skip
+    monkeypatch.setattr(StepGraph, "_step", logged)
+    for n in (1, 2):
+        cuda.clear()
+        steps.graphed.graphs.of(n, True, 3)
+        assert [name for name, _ in cuda] == expected
+    monkeypatch.setattr(StepGraph, "_step", lambda self: logged(self, fails=True))
+    cuda.clear()
+    with pytest.raises(AssertionError):
+        steps.graphed.graphs.of(3, True, 3)
+    assert [name for name, _ in cuda] == expected
+    assert gc.isenabled()
+
+
+def test_the_benchmarks_and_the_tensorrt_sessions_graphs_are_captured_alike(
+    cuda: list[Any],
+) -> None:
+    work = ["step", "step", "clear workspaces", "begin", "step", "end", "clear workspaces"]
+
+    def double(x: Tensor, step: int) -> Tensor:
+        log(("step", None))
+        return (step + 1) * x
+
+    evaluate = _graphed(double, torch.zeros(2))
+    assert evaluate(torch.tensor([1.0, 2.0]), 1).tolist() == [2, 4]
+    assert [name for name, _ in cuda] == [*work, "replay"]
+    assert evaluate(torch.tensor([3.0, 4.0]), 1).tolist() == [6, 8]
+    assert [name for name, _ in cuda] == [*work, "replay", "replay"]
+    cuda.clear()
+    launch = TorchMemory("cpu").capture(lambda stream: log(("step", stream)))
+    launch()
+    assert [name for name, _ in cuda] == [*work[2:], "replay"]  # a session runs it once before
+
+
+def test_one_lock_for_all_captures_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = SimpleNamespace(
+        Device=lambda _: MagicMock(name="device"), LegacyPinnedMemoryResource=MagicMock
+    )
+    monkeypatch.setattr(tensorrt_memory, "import_module", lambda name: core)
+    captures = {
+        "lean": lambda: Steps().graphed.graphs.of(1, False, 3),
+        "benchmark": lambda: _graphed(lambda x, step: x + step, torch.zeros(2))(torch.ones(2), 1),
+        "tensorrt": lambda: TorchMemory("cpu").capture(lambda stream: log(("begin", None))),
+        "cuda-core": lambda: CudaCoreMemory().capture(lambda stream: log(("begin", None))),
+    }
+    with ThreadPoolExecutor(len(captures)) as pool:
+        with one_capture():
+            waiting = {name: pool.submit(capture) for name, capture in captures.items()}
             time.sleep(0.3)
-            assert not Capture.begun
-            cuda_graphs._CAPTURE.release()
-            assert waiting.result(timeout=60).rows == 1
-    finally:
-        if cuda_graphs._CAPTURE.locked():
-            cuda_graphs._CAPTURE.release()
+            assert "begin" not in [name for name, _ in _log]
+        for task in waiting.values():
+            task.result(timeout=60)
+    assert [name for name, _ in _log].count("begin") == len(captures) + 1  # one says it twice

@@ -17,7 +17,7 @@ from dit_engine.checkpoint import build_model, build_vae, load_checkpoint
 from dit_engine.device import limited_threads, parse_device
 from dit_engine.fused_sampling import FusedDenoiser, sample_fused, step_coefficients, uses_noise
 from dit_engine.guidance import guided, guided_steps, parse_scales
-from dit_engine.labels import resolve_labels
+from dit_engine.labels import check_names, resolve_labels
 from dit_engine.memory import in_halves
 from dit_engine.model import DiT
 from dit_engine.noise import GivenNoise, NoiseSource, OfficialNoise, PerImageNoise
@@ -57,16 +57,14 @@ class Engine:
             raise ValueError(f"max_batch_size {max_batch_size} is not a positive integer")
         if threads is not None and threads < 1:
             raise ValueError(f"threads {threads} is not a positive integer")
-        if label_names is not None and len(label_names) != model.config.num_classes:
-            raise ValueError(
-                f"label_names holds {len(label_names)} for {model.config.num_classes} classes"
-            )
+        if label_names is not None:
+            label_names = check_names("label_names", label_names, model.config.num_classes)
         self.threads = threads
         self.device = parse_device(device)
         self.model = model.eval()
         self.vae = None if vae is None else vae.eval()
         self.config = model.config
-        self.label_names = None if label_names is None else tuple(label_names)
+        self.label_names = label_names
         self.max_batch_size = max_batch_size
         self.sources = sources or {"model": "memory"}
         self._start()

@@ -3,3 +3,8 @@
 
 class BackendUnavailable(RuntimeError):
     """A backend was asked for by name that cannot run here; the message says what is missing."""
+
+
+class NotFinite(ValueError):
+    """NaN or infinity in the latents or the pixels of a generation; the message names the images,
+    the first step, and what helps."""

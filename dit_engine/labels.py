@@ -3,57 +3,165 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence, Set
+from functools import lru_cache
 from typing import Any
+
+from dit_engine.arguments import scalar, shown, whole_number
+
+_NUMERAL = re.compile(r"(number:)?(-?\d+)")
 
 
 def resolve_labels(
     labels: int | str | Iterable[int | str], num_classes: int, names: Sequence[str] | None
 ) -> list[int]:
-    """Class numbers for ``labels``: numbers, numerals, or names (any case).
+    """Class numbers for ``labels``: one or many numbers, numerals or names, arrays of them too.
 
-    Raises ValueError naming the label that is out of range or unknown, and what is allowed.
+    A name is a class's own or one of its aliases ("tench, Tinca tinca" has two), in its own case
+    or else in any; composed and decomposed letters are the same. "number:3" is class 3 whatever
+    the names are.
+
+    Raises ValueError naming the label and what is allowed: for one that is out of range or unknown,
+    a name that several classes have, and a numeral that is also the name of another class.
     """
-    items: list[Any] = [labels] if isinstance(labels, int | str) else list(labels)
+    lookup = _lookup(tuple(names or ()))
+    return [_resolve(item, num_classes, lookup) for item in _items(labels)]
+
+
+def class_order(names: Iterable[str]) -> list[str]:
+    """Names of classes in the order of their numbers: numerals by value, then the others."""
+
+    def place(name: str) -> tuple[bool, int, str]:
+        numeral = name.isascii() and name.isdecimal() and len(name) < 20
+        return not numeral, int(name) if numeral else 0, name
+
+    return sorted(names, key=place)
+
+
+def check_names(name: str, names: Any, num_classes: int) -> tuple[str, ...]:
+    """``names``, the argument ``name``, if they are one string a class; else ValueError."""
+    try:
+        found = None if isinstance(names, str | bytes) else tuple(names)
+    except TypeError:
+        found = None
+    if found is None:
+        raise ValueError(f"{name} {shown(names)} is not a list of names, one a class")
+    if len(found) != num_classes:
+        raise ValueError(f"{name} holds {len(found)} for {num_classes} classes")
+    for each in found:
+        if not isinstance(each, str):
+            raise ValueError(f"{name} holds {shown(each)}, which is not a string")
+    return found
+
+
+def shared_names(names: Sequence[str]) -> dict[str, list[int]]:
+    """Names and aliases, in their case, that several classes have, with the classes' numbers."""
+    exact = _lookup(tuple(names)).exact
+    return {name: sorted(owners) for name, owners in exact.items() if len(owners) > 1}
+
+
+class _Lookup:
+    """Which classes have a name: in its own case, and in any."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.exact: dict[str, set[int]] = {}
+        self.folded: dict[str, set[int]] = {}
+        for number, name in enumerate(names):
+            for alias in {name, *name.split(",")}:
+                if key := _composed(alias):
+                    self.exact.setdefault(key, set()).add(number)
+                    self.folded.setdefault(_folded(alias), set()).add(number)
+
+    def classes(self, name: str) -> set[int]:
+        return self.exact.get(_composed(name)) or self.folded.get(_folded(name)) or set()
+
+
+_lookup = lru_cache(maxsize=8)(_Lookup)
+
+
+def _composed(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", name).split())
+
+
+def _folded(name: str) -> str:
+    decomposed = unicodedata.normalize("NFD", name).casefold()
+    return _composed(decomposed)
+
+
+def _items(labels: Any) -> list[Any]:
+    """What one or many labels hold, without a look at each."""
+    dimensions = getattr(labels, "ndim", 1)
+    if isinstance(labels, int | str | bytes | bytearray) or dimensions == 0:
+        return [labels]
+    if dimensions > 1:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}; one dimension is needed")
+    if isinstance(labels, Mapping | Set):
+        raise ValueError(f"labels {shown(labels)} has no order; give a list")
+    try:
+        items = list(labels)
+    except (TypeError, RuntimeError):
+        if hasattr(labels, "__index__"):
+            return [labels]
+        raise ValueError(
+            f"labels {shown(labels)}: give a class name, a number, or a list of them"
+        ) from None
     if not items:
         raise ValueError("labels is empty; give at least one class name or number")
-    lookup = _lookup(names or ())
-    return [_resolve(item, num_classes, lookup) for item in items]
+    return items
 
 
-def _lookup(names: Sequence[str]) -> dict[str, int]:
-    """Class numbers by lower-case name, and by each alias of "tench, Tinca tinca" that is unique.
-
-    ImageNet has two "crane" and two "maillot": those must be given whole or by number.
-    """
-    whole = {name.lower(): i for i, name in enumerate(names)}
-    owners: dict[str, set[int]] = {}
-    for name, i in whole.items():
-        for alias in name.split(","):
-            owners.setdefault(alias.strip(), set()).add(i)
-    unique = {alias: next(iter(i)) for alias, i in owners.items() if len(i) == 1}
-    return unique | whole
-
-
-def _resolve(label: Any, num_classes: int, lookup: dict[str, int]) -> int:
+def _resolve(label: Any, num_classes: int, lookup: _Lookup) -> int:
+    label = scalar(label)
     if isinstance(label, str):
-        if label.lower() in lookup:
-            return lookup[label.lower()]
-        if not label.lstrip("-").isdecimal():
-            raise ValueError(f"label {label!r} is unknown; {_allowed(label, num_classes, lookup)}")
-    elif isinstance(label, bool) or not hasattr(label, "__index__"):
-        raise ValueError(f"label {label!r} is neither a name nor a whole number")
-    number = int(label)
+        named = lookup.classes(label)
+        numeral = _NUMERAL.fullmatch(label.strip())
+        number = _number(numeral[2]) if numeral else -1
+        if named:
+            return _named(label, named, number if 0 <= number < num_classes else None, lookup)
+        if numeral is None:
+            raise ValueError(
+                f"label {shown(label)} is unknown; {_allowed(label, num_classes, lookup)}"
+            )
+    else:
+        number = whole_number(label)
+        if number is None:
+            raise ValueError(f"label {shown(label)} is neither a name nor a whole number")
     if not 0 <= number < num_classes:
-        raise ValueError(f"label {number} is out of range; allowed are 0 to {num_classes - 1}")
+        told = shown(label).strip("'")
+        raise ValueError(f"label {told} is out of range; allowed are 0 to {num_classes - 1}")
     return number
 
 
-def _allowed(label: str, num_classes: int, lookup: dict[str, int]) -> str:
+def _named(label: str, classes: set[int], number: int | None, lookup: _Lookup) -> int:
+    """The class of a name that ``classes`` have, and which may also be read as a number."""
+    names = [f"{i} ({_composed(lookup.names[i])})" for i in sorted(classes)]
+    if len(classes) > 1:
+        raise ValueError(
+            f"label {shown(label)} is a name of classes {' and '.join(names)}: give the number"
+        )
+    (named,) = classes
+    if number not in (None, named):
+        raise ValueError(
+            f"label {shown(label)} is the name of class {named} and the number of class {number} "
+            f"({_composed(lookup.names[number])}): give number:{named} or "
+            f"number:{number}, or an int"
+        )
+    return named
+
+
+def _number(numeral: str) -> int:
+    return int(numeral) if len(numeral) < 20 else -1  # longer ones are no class
+
+
+def _allowed(label: str, num_classes: int, lookup: _Lookup) -> str:
     numbers = f"numbers 0 to {num_classes - 1}"
-    if not lookup:
+    if not lookup.names:
         return f"this model has no label names, use {numbers}"
-    near = difflib.get_close_matches(label.lower(), lookup)
+    names = lookup.folded
+    near = difflib.get_close_matches(_folded(label)[:80], names)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    few = ", ".join(lookup) if len(lookup) <= 30 else f"{len(lookup)} names (see --list-labels)"
+    few = ", ".join(names) if len(names) <= 30 else f"{len(names)} names (see --list-labels)"
     return f"{hint}allowed are {few} and {numbers}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +20,7 @@ from dit_engine.cli.arguments import (
 from dit_engine.cli.destination import check_destination, is_directory, output_kind
 from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry, output_is_a_file
+from dit_engine.labels import shared_names
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -158,6 +160,10 @@ def list_labels(arguments: argparse.Namespace) -> int:
         print(f"{arguments.model} has no label names; numbers 0 to {engine.config.num_classes - 1}")
     for number, name in enumerate(engine.label_names or ()):
         print(f"{number:4d}  {name}")
+    if shared := shared_names(engine.label_names or ()):
+        told = (f"{name} ({', '.join(map(str, owners))})" for name, owners in shared.items())
+        warnings.warn(f"several classes have these names, so give numbers: {'; '.join(told)}",
+                      stacklevel=2)  # fmt: skip
     return 0
 
 

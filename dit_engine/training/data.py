@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from dit_engine.labels import class_order
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -36,8 +39,10 @@ class ImageSet:
         return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-def load_image_folder(root: Path, size: int) -> ImageSet:
+def load_image_folder(root: Path, size: int, earlier: Sequence[str] = ()) -> ImageSet:
     """Read one directory a class, each image cropped to its centre square and resized.
+
+    Classes are numbered by `class_order`, or, if they are those of an ``earlier`` reading, as then.
 
     Raises ValueError for a folder without classes, an empty class, or a file that is no image.
     """
@@ -45,11 +50,14 @@ def load_image_folder(root: Path, size: int) -> ImageSet:
 
     if not root.is_dir():
         raise ValueError(f"image folder {root} is not a directory")
-    classes = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes = [p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
     if not classes:
         raise ValueError(f"image folder {root} holds no directories; one a class is needed")
+    names = class_order(path.name for path in classes)
+    if set(names) == set(earlier):
+        names = list(earlier)
     images, labels = [], []
-    for label, directory in enumerate(classes):
+    for label, directory in enumerate(root / name for name in names):
         paths = sorted(p for p in directory.rglob("*") if p.suffix.lower() in _SUFFIXES)
         if not paths:
             raise ValueError(f"class {directory.name!r} holds no images ({sorted(_SUFFIXES)})")
@@ -61,5 +69,4 @@ def load_image_folder(root: Path, size: int) -> ImageSet:
                 raise ValueError(f"{path} cannot be read as an image: {error}") from error
             images.append(np.asarray(fitted))
             labels.append(label)
-    names = tuple(p.name for p in classes)
-    return ImageSet(np.stack(images), np.asarray(labels), names)
+    return ImageSet(np.stack(images), np.asarray(labels), tuple(names))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from dit_engine.checkpoint import save_pretrained
 from dit_engine.config import ModelConfig
 from dit_engine.engine import Engine
 from dit_engine.files import atomic_path, save_tensors
+from dit_engine.labels import resolve_labels
 from dit_engine.model import DiT
 from dit_engine.training.avatars import load_avatars
 from dit_engine.training.data import ImageSet, load_image_folder
@@ -90,11 +91,10 @@ def train(
     ``decoder_budget`` the VAE's decoder is trained on at the end; the latents stay as they are.
     """
     _require_matplotlib()
-    data = _load_data(settings, directory / "data")
-    for name in settings.flip:
-        if name not in data.class_names:
-            raise ValueError(f"flip {name!r} is no class; there are {', '.join(data.class_names)}")
+    data = _load_data(settings, directory)
+    flip = _flipped(settings.flip, data.class_names)
     _check_same(settings, data, directory / "settings.json")
+    settings = replace(settings, flip=flip)
     vae = _stage_one(settings, vae_budget, data, directory / "vae", device)
     means, deviations, labels = _latents(settings, vae, data, directory / "latents.safetensors")
     config = settings.model_config(len(data.class_names))
@@ -145,10 +145,23 @@ def _check_same(settings: TrainSettings, data: ImageSet, path: Path) -> None:
             )
 
 
-def _load_data(settings: TrainSettings, cache: Path) -> ImageSet:
+def _load_data(settings: TrainSettings, directory: Path) -> ImageSet:
     if settings.data == "avatars":
-        return load_avatars(cache, "train", settings.images_per_class, settings.size)
-    return load_image_folder(Path(settings.data), settings.size)
+        return load_avatars(
+            directory / "data", "train", settings.images_per_class, settings.size
+        )  # fmt: skip
+    # A run that was begun with classes in another order goes on with it.
+    begun = directory / "settings.json"
+    earlier = json.loads(begun.read_text())["class_names"] if begun.is_file() else ()
+    return load_image_folder(Path(settings.data), settings.size, earlier)
+
+
+def _flipped(flip: Sequence[str], names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of the classes that ``flip`` tells, each as `resolve_labels` reads it."""
+    try:
+        return tuple(names[i] for i in resolve_labels(flip, len(names), names)) if flip else ()
+    except ValueError as error:
+        raise ValueError(f"flip: {error}") from None
 
 
 def _stage_one(

@@ -29,6 +29,7 @@ FORMAT = 1
 
 # Copied into dit/1 as they are installed here, so that the server's loop cannot drift from ours.
 SOURCES = (
+    "dit_engine.arguments",
     "dit_engine.coefficients",
     "dit_engine.labels",
     "dit_engine.schedule",

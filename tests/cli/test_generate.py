@@ -183,3 +183,14 @@ def test_the_bar_counts_image_steps(
     assert captured.out.startswith("3 images in ")
     assert run(model, *arguments, "--quiet") == 0
     assert capsys.readouterr() == ("", "")
+
+
+def test_list_labels_tells_of_names_that_classes_share(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("crane, bird", "maillot", "crane, machine", "maillot", *NAMES[4:])
+    save_pretrained(tmp_path / "model", tiny_dit(), tiny_vae(), names)
+    assert run(tmp_path / "model", "--list-labels") == 0
+    told = capsys.readouterr()
+    assert len(told.out.splitlines()) == 10
+    assert "so give numbers: crane (0, 2); maillot (1, 3)" in told.err

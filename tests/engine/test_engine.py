@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_dit, tiny_engine
+from tiny import tiny_engine
 
 from dit_engine import Engine, Generation, Progress, __version__
 from dit_engine.backends import Backend, Denoiser, create_backend
@@ -383,20 +383,3 @@ def test_bad_input_is_one_line(engine: Engine, options: dict, message: str) -> N
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         engine.generate(**({"labels": [1, 2], "steps": 2} | options))
     assert "\n" not in str(caught.value)
-
-
-def test_labels_by_name_numeral_and_case(engine: Engine) -> None:
-    assert engine.generate(["Cat", "3", 4, np.int64(5)], seed=0, **FAST).labels == [2, 3, 4, 5]
-    animals = Engine(tiny_dit(num_classes=3), label_names=("crane, bird", "crane", "tench, Tinca"))
-    assert animals.generate(["tinca", "bird", "crane"], seed=0, **FAST).labels == [2, 0, 1]
-    with pytest.raises(ValueError, match=r"^label_names holds 2 for 3 classes$"):
-        Engine(tiny_dit(num_classes=3), label_names=("crane", "tench"))
-    thousand = Engine(tiny_dit(num_classes=31), label_names=[f"class {i}" for i in range(31)])
-    many = (
-        r"'clas 30' is unknown; did you mean 'class 30' or .*\? allowed are 31 names \(see --list-"
-    )
-    with pytest.raises(ValueError, match=many):
-        thousand.generate("clas 30", steps=1)
-    nameless = Engine(tiny_dit(), device="cpu")
-    with pytest.raises(ValueError, match="this model has no label names, use numbers 0 to 9"):
-        nameless.generate("cat", steps=1)

@@ -92,7 +92,10 @@ def test_a_run_is_resumed_with_its_own_settings_only(
         (["--vae-channels", "12"], "12 is not a positive multiple of norm_num_groups 8"),
         (["--dit-minutes", "nan"], "nan is not above 0"),
         (["--decoder-steps", "0"], "0 is not above 0"),
-        (["--data", "{folder}", "--size", "16", "--flip", "drk"], "flip 'drk' is no class; there"),
+        (
+            ["--data", "{folder}", "--size", "16", "--flip", "drk"],
+            "flip: label 'drk' is unknown; did you mean 'dark'?",
+        ),
     ],
 )
 def test_bad_settings_are_one_line(

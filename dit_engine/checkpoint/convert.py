@@ -49,6 +49,20 @@ STORED_POSITIONS = "pos_embed.pos_embed"
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
+# latent-diffusion's names of an autoencoder's modules, applied one after the other.
+_ORIGINAL_NAMES = (
+    (r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1."),
+    (r"_blocks\.(\d+)\.block\.(\d+)\.", r"_blocks.\1.resnets.\2."),
+    (r"_blocks\.(\d+)\.(down|up)sample\.conv\.", r"_blocks.\1.\2samplers.0.conv."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
+)
+
 
 def config_from_diffusers(values: Mapping[str, Any]) -> ModelConfig:
     """ModelConfig (numerics "diffusers") of a ``DiTTransformer2DModel`` config.json.
@@ -184,8 +198,11 @@ def normalise_vae_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """AutoencoderKL keys with attention as to_q, to_k, to_v, to_out.0 and 2-D weights.
 
     Files from before diffusers 0.12 say query, key, value and proj_attn; files converted from
-    the original Stable Diffusion may hold these weights as 1×1 convolutions, (C, C, 1, 1).
+    the original Stable Diffusion may hold these weights as 1×1 convolutions, (C, C, 1, 1). The
+    original's own names (CompVis/latent-diffusion) are read too.
     """
+    if any(key.startswith(("encoder.down.", "decoder.up.")) for key in state):
+        state = _from_original_names(state)
     renamed: dict[str, Tensor] = {}
     for key, tensor in state.items():
         match = re.fullmatch(r"(.+\.attentions\.\d+)\.(\w+)(?:\.0)?\.(weight|bias)", key)
@@ -193,5 +210,25 @@ def normalise_vae_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             module = _OLD_ATTENTION.get(match[2])
             key = f"{match[1]}.{module}.{match[3]}" if module else key
             tensor = tensor[:, :, 0, 0] if tensor.shape[2:] == (1, 1) else tensor
+        renamed[key] = tensor
+    return renamed
+
+
+def _from_original_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' names of an autoencoder in latent-diffusion's (``diffusionmodules/model.py``).
+
+    There the decoder's levels are numbered from the finest one, and the file of a training may
+    hold the discriminator of its loss.
+    """
+    levels = [int(m[1]) for key in state if (m := re.match(r"decoder\.up\.(\d{1,4})\.", key))]
+    last = max(levels, default=0)
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        if key.startswith(("loss.", "model_ema.")):
+            continue
+        if match := re.fullmatch(r"decoder\.up\.(\d{1,4})\.(.+)", key):
+            key = f"decoder.up_blocks.{last - int(match[1])}.{match[2]}"
+        for pattern, name in _ORIGINAL_NAMES:
+            key = re.sub(pattern, name, key)
         renamed[key] = tensor
     return renamed

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dit_engine.checkpoint.convert import DIFFUSERS_CLASSES
 from dit_engine.checkpoint.saving import NATIVE_CLASS
-from dit_engine.checkpoint.weights import find_weights, listing, read_json
+from dit_engine.checkpoint.weights import find_weights, listing, read_json, read_json_value
 
 
 def open_directory(path: Path) -> tuple[Path, Path | None, tuple[str, ...] | None]:
@@ -36,10 +35,7 @@ def open_directory(path: Path) -> tuple[Path, Path | None, tuple[str, ...] | Non
 def _read_names(path: Path) -> tuple[str, ...] | None:
     if not path.is_file():
         return None
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path}: not valid JSON") from None
+    names = read_json_value(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: not a list of names")
     return tuple(names)

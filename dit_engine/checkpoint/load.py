@@ -30,11 +30,13 @@ from dit_engine.checkpoint.saving import NATIVE_CLASS
 from dit_engine.checkpoint.weights import (
     check_all_finite,
     check_shapes,
+    check_tensors,
     find_weights,
     listing,
     read_json,
-    read_tensors,
+    read_weights,
 )
+from dit_engine.checkpoint.wrappers import MODEL_MARKS, VAE_MARKS, unwrapped
 from dit_engine.config import NUMERICS, ModelConfig
 from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL, VAEConfig
@@ -168,7 +170,7 @@ def _read_transformer(
     weights: Path, num_heads: int | None, check_finite: bool
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Config and official state dict of a weight file, with the config.json beside it if any."""
-    state = read_tensors(weights)
+    state = check_tensors(unwrapped(read_weights(weights), MODEL_MARKS, weights), weights)
     if check_finite:
         check_all_finite(state, weights)
     beside = weights.parent / "config.json"
@@ -211,7 +213,8 @@ def _read_vae(path: Path, check_finite: bool) -> tuple[VAEConfig, dict[str, Tens
         if kind != VAE_CLASS:
             raise ValueError(f"{path}: config.json is of class {kind!r}; {VAE_CLASS} is needed")
         path = find_weights(path)
-    state = normalise_vae_keys(read_tensors(path))
+    state = unwrapped(read_weights(path), VAE_MARKS, path)
+    state = normalise_vae_keys(check_tensors(state, path))
     if check_finite:
         check_all_finite(state, path)
     beside = path.parent / "config.json"

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_engine.checkpoint.formats import JSON, PYTORCH, SAFETENSORS, check_format, format_of
+
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# What a training checkpoint may wrap its weights in, the one to sample with first.
-WRAPPERS = ("ema", "model", "state_dict")
 # A directory's weights, in the order of preference; the names are diffusers' and transformers'.
 WEIGHT_NAMES = tuple(
     f"{stem}{ending}"
@@ -26,31 +26,38 @@ WEIGHT_NAMES = tuple(
 )
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The state dict of a ``.pt``, ``.bin`` or ``.safetensors`` file, or of a shard index.
+def read_weights(path: Path) -> dict[Any, Any]:
+    """What a ``.pt``, ``.bin`` or ``.safetensors`` file or a shard index holds, as it is there.
 
     Tensors are mapped from the file, not copied: they take memory as they are first used. Only
     tensors are read from pickles (``weights_only``); beside them a training checkpoint may hold
     plain containers, numbers, strings and the ``argparse.Namespace`` of its options.
 
     Raises:
-        ValueError: the file is damaged, asks to run code, or holds something else than tensors of
-            floating point. OSError: it cannot be opened.
+        ValueError: the file is damaged, is something else, asks to run code, or holds no dict.
+        OSError: it cannot be opened.
     """
     if path.name.endswith(".index.json"):
-        state = _read_shards(path)
-    elif path.suffix == ".safetensors":
-        state = _read_safetensors(path)
-    elif path.suffix in SUFFIXES:
-        state = _read_pickle(path)
-    else:
-        raise ValueError(f"{path}: suffix {path.suffix!r} is not one of {', '.join(SUFFIXES)}")
+        return _read_shards(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in SUFFIXES:
+        return _read_pickle(path)
+    found = format_of(path)
+    raise ValueError(
+        f"{path}: suffix {path.suffix!r} is not one of {', '.join(SUFFIXES)}"
+        + (f"; it is {found}" if found else "")
+    )
+
+
+def check_tensors(state: Mapping[Any, Any], source: object) -> dict[str, Tensor]:
+    """``state`` without gradients; raises ValueError for what is no named, dense, real tensor."""
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{path}: {name!r} is a {type(tensor).__name__}, not a named tensor")
+            raise ValueError(f"{source}: {name!r} is a {type(tensor).__name__}, not a named tensor")
         if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(
-                f"{path}: tensor {name!r} is {tensor.dtype} ({tensor.layout}, "
+                f"{source}: tensor {name!r} is {tensor.dtype} ({tensor.layout}, "
                 f"{tensor.device.type}); dense {', '.join(map(str, DTYPES))} are known"
             )
     return {name: tensor.detach() for name, tensor in state.items()}
@@ -61,15 +68,15 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     import safetensors
     import safetensors.torch
 
-    with path.open("rb"):
-        pass  # safetensors would say of a file that may not be read that it does not exist
+    check_format(path, SAFETENSORS)
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: damaged safetensors file ({one_line(error)})") from None
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path) -> dict[Any, Any]:
+    check_format(path, PYTORCH)
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"  # torch.save since 1.6; older files cannot be mapped
     try:
@@ -89,24 +96,20 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         why = re.search(r"Unsupported .*$", str(error), re.MULTILINE)
         reason = why[0] if why else one_line(error)
         raise ValueError(f"{path}: damaged or no PyTorch file ({reason})") from None
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a state dict")
     return content
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path) -> dict[Any, Any]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: holds no weight_map")
-    state: dict[str, Tensor] = {}
+    state: dict[Any, Any] = {}
     for name in sorted(set(map(str, weight_map.values()))):
         if Path(name).name != name or name.endswith(".index.json"):
             raise ValueError(f"{index}: shard {name!r} is not a file name")
-        state |= read_tensors(index.parent / name)
+        state |= read_weights(index.parent / name)
     absent = [key for key in weight_map if key not in state]
     if absent:
         raise ValueError(f"{index}: the shards lack {some_of(absent)}")
@@ -115,13 +118,19 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Raises ValueError where the file is no JSON object."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({one_line(error)})") from None
+    values = read_json_value(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds a {type(values).__name__}, not a JSON object")
     return values
+
+
+def read_json_value(path: Path) -> Any:
+    """Raises ValueError where the file is not JSON."""
+    check_format(path, JSON)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({one_line(error)})") from None
 
 
 def find_weights(directory: Path) -> Path:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_engine.checkpoint.formats import NUMPY, SAFETENSORS, check_format
+
 
 def read_tensor(path: Path | None) -> Tensor | None:
     """The one tensor in a .npy or .safetensors file as float32; None for None.
@@ -27,6 +29,7 @@ def read_tensor(path: Path | None) -> Tensor | None:
 
 
 def _read_npy(path: Path) -> Tensor:
+    check_format(path, NUMPY)
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, MemoryError):
@@ -44,6 +47,7 @@ def _read_safetensors(path: Path) -> Tensor:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    check_format(path, SAFETENSORS)
     try:
         tensors = load_file(path)
     except SafetensorError as error:

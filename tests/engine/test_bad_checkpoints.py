@@ -107,9 +107,7 @@ def test_truncated_file(state: dict[str, Tensor], form: str, kept: float, tmp_pa
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".bin", ".safetensors"])
-@pytest.mark.parametrize(
-    "content", [b"\x00" * 4096, b"<!DOCTYPE html><html>not found</html>" * 40, b"PK\x03\x04" * 99]
-)
+@pytest.mark.parametrize("content", [b"\x00" * 4096, b"PK\x03\x04" * 99, b"ab" * 2000])
 def test_files_of_something_else(content: bytes, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"download{suffix}"
     path.write_bytes(content)

@@ -1,0 +1,226 @@
+"""Weights inside what training code puts around them: dicts, prefixes, counters, larger models."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from numerics import assert_close_to_reference
+from safetensors.torch import save_file
+from tiny import tiny_dit, tiny_vae
+from torch import Tensor
+
+from dit_engine.checkpoint import build_vae, load_checkpoint, load_model, save_pretrained
+from dit_engine.vae import AutoencoderKL
+
+diffusers = pytest.importorskip("diffusers")
+
+STATE = tiny_dit().state_dict()
+OTHER = {name: torch.zeros_like(tensor) for name, tensor in STATE.items()}
+STEP = torch.tensor(5)
+
+
+def prefixed(*prefixes: str, state: Mapping[str, Tensor] = STATE) -> dict[str, Any]:
+    return {"".join(prefixes) + name: tensor for name, tensor in state.items()}
+
+
+def assert_loads(path: Path, expected: Mapping[str, Tensor] = STATE) -> None:
+    state = load_checkpoint(path, num_heads=2).state_dict
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor), name
+
+
+CASES = {
+    "ddp": prefixed("module."),
+    "compiled": prefixed("_orig_mod."),
+    "compiled of ddp": prefixed("_orig_mod.", "module."),
+    "ddp of compiled": prefixed("module.", "_orig_mod."),
+    "lightning": {"state_dict": prefixed("model.")},
+    "all of them, twice": prefixed("model.", "module.", "_orig_mod.", "module.", "model."),
+    "a name of their own": {"state_dict": prefixed("net.dit.")},
+    "blocks compiled": {
+        re.sub(r"(blocks\.\d+\.)", r"\1_orig_mod.", k): v for k, v in STATE.items()},
+    "blocks in shards": {"model": {
+        re.sub(r"(blocks\.\d+\.)", r"\1_fsdp_wrapped_module.", k): v for k, v in STATE.items()}},
+    "model_state_dict": {"model_state_dict": STATE, "epoch": 3},
+    "model_ema": {"model": OTHER, "model_ema": STATE},
+    "ema_model": {"ema_model": prefixed("module."), "model": OTHER},
+    "state_dict_ema": {"state_dict": OTHER, "state_dict_ema": STATE},
+    "dict in dict": {"state_dict": {"ema": STATE, "model": OTHER}},
+    "three deep": {"model": {"state_dict": {"module": prefixed("module.")}}},
+    "ema False": {"ema": {"module": STATE, "updates": 7}, "model": OTHER},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("error")
+def test_wrapped_weights(case: str, tmp_path: Path) -> None:
+    torch.save(CASES[case], tmp_path / "m.pt")
+    assert_loads(tmp_path / "m.pt")
+    if all(isinstance(value, Tensor) for value in CASES[case].values()):
+        save_file(CASES[case], tmp_path / "m.safetensors")
+        assert_loads(tmp_path / "m.safetensors")
+
+
+def test_prefixes_of_a_sharded_file(tmp_path: Path) -> None:
+    """Only the shards together show what their names have in common."""
+    save_pretrained(tmp_path / "m", tiny_dit())
+    (tmp_path / "m" / "model.safetensors").unlink()
+    names = {name: f"{'blocks' in name}.safetensors" for name in prefixed("module.")}
+    for shard in set(names.values()):
+        part = {k: v for k, v in prefixed("module.").items() if names[k] == shard}
+        save_file(part, tmp_path / "m" / shard)
+    index = str({"weight_map": names}).replace("'", '"')
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(index)
+    assert_loads(tmp_path / "m")
+
+
+def test_prefixes_of_a_diffusers_transformer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=24, num_layers=1, sample_size=8
+    )
+    theirs.save_pretrained(tmp_path)
+    expected = load_model(tmp_path).state_dict()
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file(prefixed("module.", state=theirs.state_dict()), path)
+    assert_loads(tmp_path, expected)
+
+
+@pytest.mark.parametrize("empty", [{}, None, {"decay": 0.999, "shadow": []}, False], ids=str)
+def test_an_average_without_weights(empty: Any, tmp_path: Path) -> None:
+    torch.save({"ema": empty, "model": STATE, "opt": {}}, tmp_path / "m.pt")
+    said = r"m\.pt: 'ema' holds no weights; taking those of 'model', which are not averaged"
+    with pytest.warns(UserWarning, match=said):
+        assert_loads(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "left_out"),
+    [
+        (torch.optim.swa_utils.AveragedModel(tiny_dit()).state_dict(), "'n_averaged'"),
+        (prefixed("model.") | {"step": STEP}, "'step'"),
+        (STATE | {"step": torch.ones(1), "version": "2", "epoch": 4}, "'step', 'version', 'epoch'"),
+        ({"ema": prefixed("ema_model.") | prefixed("online_model.", state=OTHER)
+          | {"initted": torch.tensor(True), "step": STEP}}, "'initted', 'step'"),
+    ],
+    ids=["AveragedModel", "step", "numbers", "ema_pytorch"],
+)  # fmt: skip
+def test_counters_beside_the_weights(content: Any, left_out: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "m.pt")
+    with pytest.warns(UserWarning, match=f"m.pt: left out beside the weights: {left_out}$"):
+        assert_loads(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (prefixed("a.") | prefixed("b."), "holds several models, under 'a.', 'b.'; one is needed"),
+        (prefixed("_orig_mod.") | STATE, "holds the same weights twice"),
+        (prefixed("module.") | {"head.weight": torch.ones(2, 2)}, "'x_embedder.proj.weight' is"),
+        (STATE | {"head.weight": torch.ones(1)}, "1 keys too many: 'head.weight'"),
+        (STATE | {"settings": {"a": 1}}, "'settings' is a dict, not a named tensor"),
+    ],
+)
+def test_what_is_no_wrapper_is_refused(content: Any, message: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(tmp_path / "m.pt", num_heads=2)
+
+
+def test_a_pickle_that_holds_itself(tmp_path: Path) -> None:
+    content: dict[str, Any] = {}
+    content |= dict.fromkeys(("ema", "model", "state_dict", "module"), content)
+    torch.save(content, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="'ema' is a dict, not a named tensor"):
+        load_checkpoint(tmp_path / "m.pt")
+
+
+def original_names(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
+    """latent-diffusion's names of diffusers' AutoencoderKL; attention as 1×1 convolutions."""
+    renamed = {}
+    for name, tensor in state.items():
+        for i in range(levels):
+            name = name.replace(f"down_blocks.{i}.resnets.", f"down.{i}.block.")
+            name = name.replace(f"down_blocks.{i}.downsamplers.0.", f"down.{i}.downsample.")
+            name = name.replace(f"up_blocks.{i}.resnets.", f"up.{levels - 1 - i}.block.")
+            name = name.replace(f"up_blocks.{i}.upsamplers.0.", f"up.{levels - 1 - i}.upsample.")
+        name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+        name = name.replace("mid_block.resnets.0", "mid.block_1")
+        name = name.replace("mid_block.resnets.1", "mid.block_2")
+        if "attentions.0" in name:
+            name = name.replace("mid_block.attentions.0", "mid.attn_1")
+            name = name.replace("group_norm", "norm").replace("to_out.0", "proj_out")
+            name = name.replace("to_q", "q").replace("to_k", "k").replace("to_v", "v")
+            tensor = tensor[:, :, None, None] if tensor.ndim == 2 else tensor
+        renamed[name] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize("form", ["vae.safetensors", "training.ckpt", "whole.ckpt", "ddp.pt"])
+@pytest.mark.filterwarnings("ignore:.*no config.json")
+def test_the_original_stable_diffusion_autoencoder(form: str, tmp_path: Path) -> None:
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    torch.manual_seed(0)
+    widths = (32, 64, 64)
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=2,
+    ).double().eval()  # fmt: skip
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 or 0.1)
+    state = original_names(theirs.state_dict(), len(widths))
+    assert "decoder.up.2.block.0.norm1.weight" in state and "encoder.mid.attn_1.q.weight" in state
+    levels = {"down_block_types": widths, "up_block_types": widths}
+    back = convert_ldm_vae_checkpoint(dict(state), levels)
+    assert back.keys() == theirs.state_dict().keys()  # diffusers reads these names alike
+
+    save_pretrained(tmp_path / "dit", tiny_dit())
+    if form == "vae.safetensors":
+        save_file(state, tmp_path / form)
+    elif form == "training.ckpt":
+        loss = {"loss.discriminator.main.0.weight": torch.ones(2), "loss.logvar": torch.ones(())}
+        torch.save({"state_dict": state | loss, "global_step": 4}, tmp_path / form)
+    elif form == "whole.ckpt":
+        others = {
+            "model.diffusion_model.input_blocks.0.0.weight": torch.ones(4, 4),
+            "cond_stage_model.transformer.embeddings.position_ids": torch.arange(77)[None],
+        }
+        whole = {"state_dict": others | prefixed("first_stage_model.", state=state)}
+        torch.save(whole, tmp_path / form)
+    else:
+        torch.save({"model": prefixed("module.", state=state)}, tmp_path / form)
+    ours = build_vae(load_checkpoint(tmp_path / "dit", vae=tmp_path / form))
+    assert ours is not None
+    z = torch.randn(1, 4, 3, 3, dtype=torch.float64)
+    images = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert_close_to_reference(ours.decode(z), theirs.decode(z).sample, tolerance=1e-10)
+        mean = theirs.encode(images).latent_dist.mean
+        assert_close_to_reference(ours.encode(images)[0], mean, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("wrap", ["module.", "_orig_mod.module.", "vae."])
+@pytest.mark.filterwarnings("ignore:.*no config.json")
+def test_a_wrapped_vae(wrap: str, tmp_path: Path) -> None:
+    vae: AutoencoderKL = tiny_vae()
+    save_pretrained(tmp_path / "dit", tiny_dit())
+    save_file(prefixed(wrap, state=vae.state_dict()), tmp_path / "vae.safetensors")
+    loaded = load_checkpoint(tmp_path / "dit", vae=tmp_path / "vae.safetensors").vae_state_dict
+    torch.testing.assert_close(loaded, vae.state_dict(), rtol=0, atol=0)
+
+
+def test_plain_files_load_without_a_word(tmp_path: Path) -> None:
+    torch.save({"ema": STATE, "model": OTHER}, tmp_path / "m.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_loads(tmp_path / "m.pt")

@@ -8,8 +8,10 @@ more than a batch of images in memory.
 from __future__ import annotations
 
 import math
+import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_bench.frechet import Statistics
-from dit_engine.cli.errors import one_line
+from dit_engine.images import (
+    SUFFIXES,
+    Unreadable,
+    count_of,
+    find_images,
+    has_orientation,
+    open_image,
+    tell_left_out,
+)
 
 Images = NDArray[np.uint8]
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Pillow turns these into 8-bit RGB without losing range; 16-bit modes would be cut off.
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _ARRAY = "arr_0"
@@ -86,26 +95,39 @@ def open_set(path: Path) -> ComparedSet:
 
 
 class ImageFolder:
-    """The images in a folder and the folders below it, in the order of their paths.
+    """The images in a folder and the folders below it (`find_images`), in the order of their paths.
 
-    All headers are read at once, so that a wrong size is told before any long work.
+    All headers are read at once, so that a wrong size is told before any long work. Pixels are
+    those that the published tools read: EXIF orientation is not applied and alpha is dropped, as a
+    warning tells where it matters.
     """
 
     def __init__(self, folder: Path) -> None:
         from tqdm import tqdm
 
         self.name = str(folder)
-        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        left_out: Counter[str] = Counter()
+        self.paths = find_images(folder, left_out)
         if not self.paths:
-            raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
-        self._size = _header(self.paths[0])
+            raise ValueError(
+                f"{folder} holds no images ({', '.join(SUFFIXES)})"
+                + (f", but {count_of(left_out)}" if left_out else "")
+            )
+        ignored: Counter[str] = Counter()
+        self._size = _header(self.paths[0], ignored)
         with tqdm(self.paths[1:], f"{folder.name}: sizes", unit="img", delay=2.0) as bar:
             for path in bar:
-                if (size := _header(path)) != self._size:
+                if (size := _header(path, ignored)) != self._size:
                     raise ValueError(
                         f"{path} is {_pixels(size)} and {self.paths[0].name} is "
                         f"{_pixels(self._size)}; all images of a set must have one size"
                     )
+        tell_left_out(folder, left_out)
+        if ignored.total():
+            warnings.warn(
+                f"{folder}: {count_of(+ignored)}, which is ignored, as by the published tools",
+                stacklevel=3,
+            )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -241,37 +263,20 @@ def _read_exactly(file: IO[bytes], size: int, path: Path) -> bytes:
     return data
 
 
-def _header(path: Path) -> tuple[int, int]:
-    """Height and width by the file's header."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            if image.mode not in _MODES:
-                raise ValueError(f"mode {image.mode}; 8-bit {', '.join(_MODES)} are known")
-            return image.height, image.width
-    except MemoryError:
-        raise
-    except Exception as error:  # damage, or a size that no memory holds, can raise almost anything
-        raise ValueError(f"{path} is no readable image ({_reason(error)})") from None
+def _header(path: Path, ignored: Counter[str]) -> tuple[int, int]:
+    """Height and width by the file's header; counts what it says that `_decode` ignores."""
+    with open_image(path) as image:
+        if image.mode not in _MODES:
+            raise Unreadable(f"mode {image.mode}; 8-bit {', '.join(_MODES)} are known")
+        ignored["with an EXIF orientation"] += has_orientation(image)
+        ignored["with transparency"] += image.has_transparency_data
+        return image.height, image.width
 
 
 def _decode(path: Path) -> Images:
     """uint8 (H, W, 3)."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except MemoryError:
-        raise
-    except Exception as error:  # of damage
-        raise ValueError(f"{path} is damaged ({_reason(error)})") from None
-
-
-def _reason(error: Exception) -> str:
-    """Pillow says "cannot identify image file 'path'"; the path has been told."""
-    return one_line(str(error).split(" '")[0]) or type(error).__name__
+    with open_image(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def _pixels(size: tuple[int, int]) -> str:

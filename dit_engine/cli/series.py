@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dit_engine.cli.destination import file_name
 from dit_engine.cli.metadata import image_record, png_text
 from dit_engine.files import atomic_path
+from dit_engine.images import open_image
 from dit_engine.labels import resolve_labels
 from dit_engine.settings import resolve_seeds
 
@@ -128,12 +129,10 @@ class Series:
 
 def _record_of(path: Path) -> dict[str, Any] | None:
     """What a PNG says of its making; None for anything that says nothing."""
-    from PIL import Image, UnidentifiedImageError
-
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             image.load()  # a file that breaks off is not there
             record = json.loads(getattr(image, "text", {})["dit_engine"])
-    except (UnidentifiedImageError, OSError, SyntaxError, KeyError, ValueError):
+    except ValueError:
         return None
     return record if isinstance(record, dict) else None

@@ -15,7 +15,8 @@ from dit_engine.cli.start import entry, output_is_a_file
 
 # One for every field of TrainSettings.
 _HELP = {
-    "data": "'avatars', or a folder with one directory of images a class",
+    "data": "'avatars', or a folder with one directory of images a class; they are turned as EXIF "
+    "says, and what is transparent lies on white",
     "size": "pixels along a side",
     "images_per_class": "avatars only: how many to render of each class",
     "vae_channels": "widths of the autoencoder's levels; each but the first halves the size",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_engine.images import (
+    SUFFIXES,
+    count_of,
+    find_folders,
+    find_images,
+    read_rgb,
+    tell_left_out,
+)
 from dit_engine.labels import class_order
-
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True)
@@ -40,9 +47,10 @@ class ImageSet:
 
 
 def load_image_folder(root: Path, size: int, earlier: Sequence[str] = ()) -> ImageSet:
-    """Read one directory a class, each image cropped to its centre square and resized.
+    """Read one directory a class, each image (`read_rgb`) cropped to its centre square and resized.
 
     Classes are numbered by `class_order`, or, if they are those of an ``earlier`` reading, as then.
+    Which files are images is `find_images`'s choice; a warning counts the others.
 
     Raises ValueError for a folder without classes, an empty class, or a file that is no image.
     """
@@ -50,23 +58,25 @@ def load_image_folder(root: Path, size: int, earlier: Sequence[str] = ()) -> Ima
 
     if not root.is_dir():
         raise ValueError(f"image folder {root} is not a directory")
-    classes = [p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    if not classes:
+    left_out: Counter[str] = Counter()
+    names = class_order(path.name for path in find_folders(root, left_out))
+    if not names:
         raise ValueError(f"image folder {root} holds no directories; one a class is needed")
-    names = class_order(path.name for path in classes)
     if set(names) == set(earlier):
         names = list(earlier)
     images, labels = [], []
     for label, directory in enumerate(root / name for name in names):
-        paths = sorted(p for p in directory.rglob("*") if p.suffix.lower() in _SUFFIXES)
+        others: Counter[str] = Counter()
+        paths = find_images(directory, others)
         if not paths:
-            raise ValueError(f"class {directory.name!r} holds no images ({sorted(_SUFFIXES)})")
+            raise ValueError(
+                f"class {directory.name!r} holds no images ({', '.join(SUFFIXES)})"
+                + (f", but {count_of(others)}" if others else "")
+            )
+        left_out += others
         for path in paths:
-            try:
-                with Image.open(path) as image:
-                    fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BOX)
-            except OSError as error:
-                raise ValueError(f"{path} cannot be read as an image: {error}") from error
+            fitted = ImageOps.fit(read_rgb(path), (size, size), Image.Resampling.BOX)
             images.append(np.asarray(fitted))
             labels.append(label)
+    tell_left_out(root, left_out)
     return ImageSet(np.stack(images), np.asarray(labels), tuple(names))

@@ -1,0 +1,225 @@
+"""Pictures in folders: which files they are, and their pixels."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+"""What torchvision's ImageFolder and pytorch-fid take for pictures."""
+
+# Named, so that Pillow tries no other reader (it has one that starts a program). GIF is here for
+# the many that are named .jpg.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 178_956_970  # of one picture; Pillow's own limit, whatever a program has set it to
+
+_KINDS_TOLD = 6  # of what is left out
+
+BACKGROUND = "white"  # behind what is transparent
+
+_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+_ORIENTATION = 0x0112  # the EXIF tag
+
+# What an entry of a folder is, beside the kinds that are left out.
+_PICTURE, _FOLDER = "picture", "folder"
+_LINK_BACK = "link to a folder that is read anyway"
+
+
+class Unreadable(ValueError):
+    """Why a whole file is not read; within `open_image` its message gets the path."""
+
+
+@contextmanager
+def open_image(path: Path) -> Iterator[Image]:
+    """The first frame of a picture; its pixels are read when they are first asked for.
+
+    Everything that Pillow raises, here or in the block, becomes a ValueError of one line that
+    names the file. Its warnings, which name none, are dropped.
+    """
+    from PIL import Image
+
+    opened = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=_FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise Unreadable(f"{width}×{height} pixels; {MAX_PIXELS} in all are allowed")
+                opened = True
+                yield image
+    except MemoryError:
+        raise MemoryError(f"{path} does not fit in memory") from None
+    except Exception as error:  # damage can raise almost anything
+        damaged = opened and not isinstance(error, Unreadable)
+        what = "is damaged" if damaged else "is no readable image"
+        raise ValueError(f"{path} {what} ({_reason(error)})") from None
+
+
+def read_rgb(path: Path) -> Image:
+    """A picture as a viewer shows it, in mode RGB.
+
+    It is turned by its EXIF orientation, 16 bits are scaled to 8, and what is transparent lies on
+    `BACKGROUND`. Colour profiles are not applied.
+
+    Raises ValueError for what `open_image` refuses, and for pixels without a known range: 32-bit
+    integers and floating point.
+    """
+    with open_image(path) as image:
+        image.load()  # of a TIFF, Pillow turns the pixels then
+        return _upright(_on_background(image), _orientation(image))
+
+
+def find_images(folder: Path, left_out: Counter[str]) -> list[Path]:
+    """The pictures in ``folder`` and below, in the order of their paths; what else is there is
+    counted in ``left_out``, by kind.
+
+    Hidden files and folders are left out. Links to folders are followed, but no folder is entered
+    twice, nor one that holds ``folder``.
+    """
+    entered = _around(folder)
+    found, waiting = [], [folder]
+    while waiting:
+        for path in sorted(waiting.pop().iterdir()):
+            kind = _kind(path)
+            if kind == _FOLDER and (target := path.resolve()) not in entered:
+                entered.add(target)
+                waiting.append(path)
+            elif kind == _PICTURE:
+                found.append(path)
+            else:
+                left_out[_LINK_BACK if kind == _FOLDER else kind] += 1
+    return sorted(found)
+
+
+def find_folders(folder: Path, left_out: Counter[str]) -> list[Path]:
+    """The folders in ``folder``, links to folders among them, but for those that `find_images`
+    would not enter; what else is there is counted in ``left_out``, by kind."""
+    around = _around(folder)
+    found = []
+    for path in sorted(folder.iterdir()):
+        kind = _kind(path)
+        if kind == _FOLDER and path.resolve() not in around:
+            found.append(path)
+        else:
+            left_out[{_FOLDER: _LINK_BACK, _PICTURE: "beside the folders"}.get(kind, kind)] += 1
+    return found
+
+
+def _around(folder: Path) -> set[Path]:
+    """The folder and all that hold it, by its own path and by the one that links lead to."""
+    real, parent = folder.resolve(), folder.absolute().parent.resolve()
+    return {real, *real.parents, parent, *parent.parents}
+
+
+def is_hidden(name: str) -> bool:
+    """Whether systems or programs keep a file or folder of this name for themselves."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def count_of(left_out: Counter[str]) -> str:
+    """For messages: "12 .gif, 1 hidden"."""
+    many = left_out.most_common(_KINDS_TOLD)
+    parts = [f"{n} {kind}" for kind, n in many]
+    if rest := left_out.total() - sum(n for _, n in many):
+        parts.append(f"{rest} of other kinds")
+    return ", ".join(parts)
+
+
+def tell_left_out(folder: Path, left_out: Counter[str]) -> None:
+    """One warning with the counts, if there are any."""
+    if left_out:
+        warnings.warn(
+            f"{folder}: {left_out.total()} left out ({count_of(left_out)}); "
+            f"images are {', '.join(SUFFIXES)}",
+            stacklevel=3,
+        )
+
+
+def has_orientation(image: Image) -> bool:
+    """Whether the file says that its pixels are to be turned. They are not read for it."""
+    return "exif" in image.info and _orientation(image) != 1
+
+
+def _kind(path: Path) -> str:
+    """`_PICTURE`, `_FOLDER`, or what it is that is left out."""
+    if is_hidden(path.name):
+        return "hidden"
+    if path.is_dir():
+        return _FOLDER
+    if not path.exists():
+        return "link to nothing"
+    if not path.is_file():  # reading a pipe would wait for ever
+        return "no regular file"
+    suffix = path.suffix.lower()
+    return _PICTURE if suffix in SUFFIXES else suffix or "without a suffix"
+
+
+def _on_background(image: Image) -> Image:
+    from PIL import Image, ImageCms
+
+    if image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return _eight_bits(image)
+    if image.mode in ("I", "F"):
+        raise Unreadable(f"mode {image.mode}: 32-bit pixels have no known range; save 8 or 16 bits")
+    if image.mode == "LAB":
+        to_rgb = ImageCms.buildTransform(
+            ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"
+        )
+        rgb = ImageCms.applyTransform(image, to_rgb)
+        assert rgb is not None  # it is not in place
+        return rgb
+    if image.has_transparency_data:
+        front = image.convert("LA") if image.mode == "La" else image
+        front = front.convert("RGBA")
+        behind = Image.new("RGBA", front.size, BACKGROUND)
+        return Image.alpha_composite(behind, front).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image) -> Image:
+    """Grey of 16 bits, rounded to 8; a value that means "transparent" becomes the background."""
+    from PIL import Image
+
+    values: NDArray[Any] = np.asarray(image).astype(np.uint32)
+    grey = ((values + 128) // 257).astype(np.uint8)
+    rgb = Image.fromarray(grey).convert("RGB")
+    if (clear := image.info.get("transparency")) is not None:
+        rgb.paste(BACKGROUND, mask=Image.fromarray(values == clear))
+    return rgb
+
+
+def _orientation(image: Image) -> int:
+    """1 to 8, as EXIF numbers them; 1 (upright) where the EXIF data cannot be read."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # of damaged EXIF data; the pixels are none the worse
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _upright(image: Image, orientation: int) -> Image:
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }  # fmt: skip
+    return image.transpose(turns[orientation]) if orientation in turns else image
+
+
+def _reason(error: Exception) -> str:
+    """Pillow says "cannot identify image file 'path'"; the path has been told."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split(" '")[0].split()) or type(error).__name__

@@ -1,0 +1,303 @@
+"""Pictures in folders: which are found, and their pixels, beside Pillow and closed forms."""
+
+from __future__ import annotations
+
+import os
+import struct
+import warnings
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageFile, ImageOps
+
+from dit_bench.image_sets import open_set
+from dit_engine import images
+from dit_engine.images import find_images, read_rgb
+from dit_engine.training.data import load_image_folder
+
+SIDE = 8
+
+
+def random_rgb(seed: int = 0, shape: tuple[int, ...] = (SIDE, SIDE, 3)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def saved(path: Path, pixels: np.ndarray | None = None, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(random_rgb() if pixels is None else pixels).save(path, **options)
+    return path
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(side: int, bits: int, colour: int, data: bytes, *more: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", side, side, bits, colour, 0, 0, 0)
+    return b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), *more,
+                     chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")])  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_stand_as_a_viewer_shows_them(tmp_path: Path, orientation: int, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path / f"x.{suffix}", random_rgb(shape=(6, 10, 3)), exif=exif)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(np.asarray(read_rgb(path)), expected)
+    assert expected.shape[:2] == ((10, 6) if orientation > 4 else (6, 10))
+
+
+def test_damaged_exif_data_cost_the_orientation_alone(tmp_path: Path) -> None:
+    pixels = random_rgb()
+    path = saved(tmp_path / "x.png", pixels, exif=b"Exif\0\0II*\0\xff\xff\xff\xff broken")
+    np.testing.assert_array_equal(np.asarray(read_rgb(path)), pixels)
+
+
+def sixteen_bit(folder: Path, kind: str, values: np.ndarray) -> Path:
+    """Grey of 16 bits in a file that Pillow opens in a mode of this kind."""
+    big, path = values.astype(">u2"), folder / f"x.{kind}"
+    if kind == "pgm":  # mode I
+        path.write_bytes(b"P5 %d %d 65535\n" % values.shape[::-1] + big.tobytes())
+    elif kind == "png":  # mode I;16
+        rows = b"".join(b"\0" + row.tobytes() for row in big)
+        path.write_bytes(png(len(values), 16, 0, rows))
+    else:  # a TIFF of this byte order: mode I;16 or I;16B
+        order, mark = ("<", b"II*\0") if kind == "little.tif" else (">", b"MM\0*")
+        tags = [(256, len(values)), (257, len(values)), (258, 16), (262, 1), (273, 8 + 2 + 84 + 4),
+                (278, len(values)), (279, 2 * values.size)]  # fmt: skip
+        entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
+        head = mark + struct.pack(f"{order}IH", 8, len(tags)) + entries + bytes(4)
+        path.write_bytes(head + values.astype(f"{order}u2").tobytes())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("png", "I;16"), ("pgm", "I"), ("little.tif", "I;16"), ("big.tif", "I;16B")]
+)
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, kind: str, mode: str) -> None:
+    values = np.linspace(0, 65535, 64).round().reshape(8, 8).astype(np.uint16)
+    path = sixteen_bit(tmp_path, kind, values)
+    with Image.open(path) as image:
+        assert image.mode == mode
+    expected = np.round(values / 65535 * 255).astype(np.uint8)
+    got = np.asarray(read_rgb(path))
+    assert all((got[..., c] == expected).all() for c in range(3))
+
+
+@pytest.mark.parametrize("values", [np.linspace(0, 1, 64), np.arange(64)])
+def test_pixels_without_a_known_range_are_refused(tmp_path: Path, values: np.ndarray) -> None:
+    kind = np.float32 if values.dtype.kind == "f" else np.int32
+    path = saved(tmp_path / "x.tif", values.astype(kind).reshape(8, 8))
+    with pytest.raises(ValueError, match=r"x\.tif is no readable image \(mode [IF]: 32-bit pixels"):
+        read_rgb(path)
+
+
+def transparent(folder: Path, kind: str) -> tuple[Path, np.ndarray]:
+    """A file, and its pixels on white by the definition of "over" in float64."""
+    path = folder / "x.png"
+    if kind in ("RGBA", "LA"):
+        pixels = random_rgb(shape=(SIDE, SIDE, 4 if kind == "RGBA" else 2))
+        saved(path, pixels)
+        colour, alpha = pixels[..., :-1].astype(float), pixels[..., -1:] / 255
+        return path, np.broadcast_to(colour * alpha + 255 * (1 - alpha), (SIDE, SIDE, 3))
+    if kind == "palette":
+        indices = random_rgb(shape=(SIDE, SIDE)) % 4
+        image = Image.fromarray(indices).convert("P")
+        palette, alphas = random_rgb(1, (4, 3)), np.array([255, 0, 100, 255])
+        image.putdata(indices.reshape(-1).tolist())
+        image.putpalette(palette.reshape(-1).tolist())
+        image.save(path, transparency=bytes(alphas.tolist()))
+        colour, alpha = palette[indices].astype(float), alphas[indices][..., None] / 255
+        return path, colour * alpha + 255 * (1 - alpha)
+    pixels = random_rgb(shape=(SIDE, SIDE) if kind == "grey key" else (SIDE, SIDE, 3))
+    key = tuple(pixels[2, 3].tolist()) if pixels.ndim == 3 else int(pixels[2, 3])
+    saved(path, pixels, transparency=key)
+    clear = pixels == key if pixels.ndim == 2 else (pixels == key).all(-1)
+    rgb = pixels[..., None].repeat(3, -1) if pixels.ndim == 2 else pixels
+    return path, np.where(clear[..., None], 255, rgb)
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "palette", "grey key", "colour key"])
+def test_what_is_transparent_lies_on_white(tmp_path: Path, kind: str) -> None:
+    path, expected = transparent(tmp_path, kind)
+    got = np.asarray(read_rgb(path)).astype(float)
+    assert got.shape == (SIDE, SIDE, 3) and np.abs(got - expected).max() <= 1  # Pillow's rounding
+    assert not (expected == random_rgb()).all()
+
+
+def test_a_transparent_value_of_sixteen_bits(tmp_path: Path) -> None:
+    values = np.array([[0x0909, 0xFFFF], [0x8080, 0x0908]], ">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    path = tmp_path / "x.png"
+    path.write_bytes(png(2, 16, 0, rows, chunk(b"tRNS", values[0, :1].tobytes())))
+    assert np.asarray(read_rgb(path))[..., 1].tolist() == [[255, 255], [128, 9]]
+
+
+def test_lab_and_cmyk_are_converted(tmp_path: Path) -> None:
+    colour = (200, 30, 60)
+    to_lab = ImageCms.buildTransform(
+        ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
+    )
+    rgb = Image.new("RGB", (4, 4), colour)
+    for name, image in (
+        ("lab", ImageCms.applyTransform(rgb, to_lab)),
+        ("cmyk", rgb.convert("CMYK")),
+    ):
+        image.save(tmp_path / f"{name}.tif")
+        got = np.asarray(read_rgb(tmp_path / f"{name}.tif"))[1, 1]
+        assert np.abs(got.astype(int) - colour).max() <= 1, name
+
+
+def test_the_first_frame_of_what_moves(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 4), c) for c in ("red", "lime")]
+    for suffix in ("webp", "png", "tif"):
+        path = tmp_path / f"x.{suffix}"
+        frames[0].save(
+            path,
+            save_all=True,
+            append_images=frames[1:],
+            **({"lossless": True} if suffix == "webp" else {}),
+        )
+        assert read_rgb(path).getpixel((1, 1)) == (255, 0, 0)
+
+
+def tree(root: Path) -> Path:
+    """Class a with two images and much that is none; class b with one."""
+    a = root / "set" / "a"
+    saved(root / "store" / "y.png")
+    saved(a / "x.png")
+    (a / "more").symlink_to(root / "store")
+    for name in ("._x.png", ".ipynb_checkpoints/x-checkpoint.png", "__MACOSX/z.png", "deep/.z.png"):
+        saved(a / name)
+    (a / "again").symlink_to(root / "store")  # read once
+    (root / "store" / "back").symlink_to(root / "set")  # would bring b's images to a
+    (a / "up").symlink_to("/")
+    (a / "gone.png").symlink_to(root / "nothing.png")
+    (a / "self.png").symlink_to("self.png")
+    os.mkfifo(a / "pipe.png")
+    for name in ("y.gif", "z.GIF", "notes.txt", "README"):
+        (a / name).write_bytes(b"?")
+    (root / "set" / "b").symlink_to(root / "store")
+    (root / "set" / "loop").symlink_to(".")
+    saved(root / "set" / ".hidden" / "x.png")
+    (root / "set" / "list.csv").write_text("")
+    return root / "set"
+
+
+LEFT_OUT = {"hidden": 4, "link to a folder that is read anyway": 3, "link to nothing": 2,
+            "no regular file": 1, ".gif": 2, ".txt": 1, "without a suffix": 1}  # fmt: skip
+
+
+def test_which_images_are_found(tmp_path: Path) -> None:
+    root = tree(tmp_path)
+    left_out: Counter[str] = Counter()
+    found = find_images(root / "a", left_out)
+    # "again" and "more" are one folder; which of the two names it is read by does not matter.
+    assert [p.name for p in found] in (["y.png", "x.png"], ["x.png", "y.png"])
+    assert left_out == LEFT_OUT
+
+
+def test_training_and_fid_find_the_same_and_count_the_rest_once(tmp_path: Path) -> None:
+    root = tree(tmp_path)
+    with pytest.warns(UserWarning, match=" left out ") as told:
+        data = load_image_folder(root, SIDE)
+    assert len(told) == 1 and data.class_names == ("a", "b")
+    assert data.labels.tolist() == [0, 0, 1]
+    # In the root: a hidden folder, a loop, a list; in b: a link to what holds it.
+    message = str(told[0].message)
+    assert "5 hidden" in message and "2 .gif" in message and f"{root}: " in message
+    with pytest.warns(UserWarning, match="2 .gif") as told:
+        assert len(open_set(root).images) == 2  # of a set, one folder is read once
+    assert len(told) == 1
+
+
+def test_a_plain_folder_has_no_note(tmp_path: Path) -> None:
+    saved(tmp_path / "a" / "x.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_image_folder(tmp_path, SIDE)
+        open_set(tmp_path)
+
+
+def test_a_class_with_other_files_alone_names_them(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.gif").write_bytes(b"GIF89a")
+    with pytest.raises(ValueError, match=r"class 'a' holds no images \(.png, .*\), but 1 .gif"):
+        load_image_folder(tmp_path, SIDE)
+
+
+def test_fid_reads_the_published_tools_pixels_and_tells_what_they_ignore(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    saved(tmp_path / "s" / "0.png", exif=exif)
+    pixels = random_rgb(2, (SIDE, SIDE, 4))
+    saved(tmp_path / "s" / "1.png", pixels)
+    with pytest.warns(UserWarning, match="1 with an EXIF orientation, 1 with transparency") as told:
+        source = open_set(tmp_path / "s").images
+    assert len(told) == 1
+    np.testing.assert_array_equal(next(source.batches(2)), [random_rgb(), pixels[..., :3]])
+
+
+BOMB = png(14000, 1, 0, bytes(14000 * (14000 // 8 + 1)))
+TEXT = png(64, 8, 0, bytes(64 * 65), chunk(b"zTXt", b"c\0\0" + zlib.compress(bytes(2**21))))
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("bomb.png", BOMB),
+        ("text.png", TEXT),
+        ("short.png", png(8, 8, 0, bytes(72))[:40]),
+        ("header.png", png(8, 8, 0, b"")[:20]),
+        ("broken.tif", b"II*\0\x08\0\0\0\x01\0"),
+        ("program.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"),
+        ("empty.webp", b""),
+        ("number.ppm", b"P6 4 x 255\n" + bytes(48)),
+    ],
+)
+def test_whatever_pillow_raises_is_one_line_with_the_path(
+    tmp_path: Path, name: str, data: bytes
+) -> None:
+    path = tmp_path / "set" / "a" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(data)
+    readers = (
+        lambda: load_image_folder(tmp_path / "set", SIDE),
+        lambda: list(open_set(tmp_path / "set").images.batches(1)),
+    )
+    for read in readers:
+        with pytest.raises(
+            ValueError, match=f"{name} (is no readable image|is damaged) \\(.+\\)"
+        ) as e:
+            read()
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("error", [SyntaxError("s"), struct.error("b"), EOFError(), IndexError(),
+                                   OSError("truncated"), ZeroDivisionError("z")])  # fmt: skip
+def test_errors_of_decoding_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    path = saved(tmp_path / "x.png")
+
+    def fail(_: ImageFile.ImageFile) -> None:
+        raise error
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    with pytest.raises(ValueError, match=r"x\.png is damaged \(.+\)$"):
+        read_rgb(path)
+
+
+def test_pixels_are_limited_whatever_pillow_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    monkeypatch.setattr(images, "MAX_PIXELS", SIDE * SIDE - 1)
+    with pytest.raises(ValueError, match="8×8 pixels; 63 in all are allowed"):
+        read_rgb(saved(tmp_path / "x.png"))

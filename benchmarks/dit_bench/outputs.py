@@ -9,10 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dit_engine.cli.destination import check_destination, check_file
+from dit_engine.cli.destination import STDOUT, check_destination, check_file, write_stdout
 from dit_engine.files import atomic_path
-
-STDOUT = Path("-")
 
 CSV_COLUMNS = (
     "model", "size", "what", "images", "name", "role", "precision", "status", "reason", "p5_ms",
@@ -50,9 +48,9 @@ def partial_path(path: Path) -> Path:
 
 
 def write_text(text: str, path: Path | None) -> None:
-    """To ``path``, to standard output for "-", nowhere for None."""
+    """In UTF-8 to ``path``, to standard output for "-", nowhere for None."""
     if path == STDOUT:
-        print(text, end="")
+        write_stdout(text.encode())
     elif path is not None:
         with atomic_path(path) as partial:
             partial.write_text(text, encoding="utf-8", newline="")

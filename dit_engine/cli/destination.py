@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from dit_engine.files import atomic_path
 OUTPUTS = {".png": "pil", ".npy": "np", ".safetensors": "latent"}
 """What `Engine.generate` must return for a file of each suffix. All other names are directories,
 so that "run-v1.5" is one."""
+STDOUT = Path("-")
+"""Standard output, as the name of a file."""
 
 _NO_DIRECTORY = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npz", ".pt")
 _NAME_LIMIT = 48  # at most 4 bytes each in UTF-8, which leaves room for the rest of 255
@@ -23,14 +27,22 @@ def output_kind(path: Path) -> str:
 
 def is_directory(path: Path) -> bool:
     """Whether ``path`` asks for a directory of images."""
-    return path.suffix.lower() not in OUTPUTS
+    return path != STDOUT and path.suffix.lower() not in OUTPUTS
 
 
-def check_destination(path: Path) -> None:
-    """Raise a one-line ValueError or OSError if images or latents cannot be written to ``path``."""
+def check_destination(path: Path, overwrite: bool = False) -> None:
+    """Raise a one-line ValueError or OSError if images or latents cannot be written to ``path``.
+
+    overwrite: as of `check_file`.
+    """
+    if path == STDOUT:
+        if sys.stdout.isatty():
+            raise ValueError("-o - writes a PNG to standard output, which is a terminal here: "
+                             "redirect it, or name a file")  # fmt: skip
+        return
     suffix = path.suffix.lower()
     if suffix in OUTPUTS:
-        check_file(path)
+        check_file(path, overwrite)
         return
     if suffix in _NO_DIRECTORY and not path.is_dir():
         allowed = ", ".join(OUTPUTS)
@@ -44,8 +56,11 @@ def check_destination(path: Path) -> None:
     _try_writing(nearest / "image.png", path)
 
 
-def check_file(path: Path) -> None:
-    """Raise a one-line OSError if no file can be written at ``path``; leave no trace."""
+def check_file(path: Path, overwrite: bool = False) -> None:
+    """Raise a one-line OSError if no file can be written at ``path``; leave no trace.
+
+    Warns that a file which is there will be replaced, unless ``overwrite`` says that it may be.
+    """
     parent = path.absolute().parent
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory; a file name is needed")
@@ -54,6 +69,15 @@ def check_file(path: Path) -> None:
     if not parent.is_dir():
         raise NotADirectoryError(f"{path}: {path.parent} is a file and no directory")
     _try_writing(path, path)
+    if path.is_file() and not overwrite:
+        warnings.warn(f"{path} exists and will be replaced", stacklevel=2)
+
+
+def write_stdout(data: bytes) -> None:
+    """To standard output as they are, whatever the terminal's encoding."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(data)
+    sys.stdout.flush()
 
 
 def file_name(index: int, label: int, name: str | None, seed: int | None) -> str:

@@ -17,7 +17,7 @@ from dit_engine.cli.arguments import (
     add_sampling_arguments,
     sampling_options,
 )
-from dit_engine.cli.destination import check_destination, is_directory, output_kind
+from dit_engine.cli.destination import STDOUT, check_destination, is_directory, output_kind
 from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry, output_is_a_file
 from dit_engine.labels import shared_names
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @entry
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    if not arguments.list_labels:
+    if not arguments.list_labels and arguments.output != STDOUT:
         output_is_a_file()
     return run_command(lambda: generate(arguments), arguments.quiet)
 
@@ -49,11 +49,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repeat", type=int, default=1, metavar="COUNT", help="images of each label, in turn")
     add("--list-labels", action="store_true", help="print the model's classes and stop")
     add("-o", "--output", type=Path, default=Path("sheet.png"),
-        help="a .png: all images on one sheet; a .npy: uint8 images (N, H, W, 3); "
-        "a .safetensors: latents (N, C, S, S), not decoded; "
+        help="a .png: all images on one sheet; -: the same, to standard output; "
+        "a .npy: uint8 images (N, H, W, 3); a .safetensors: latents (N, C, S, S), not decoded; "
         "any other name: a directory for one .png an image, where images that are there "
         "already are not made again")  # fmt: skip
-    add("--overwrite", action="store_true", help="of a directory: make all images again")
+    add("--overwrite", action="store_true",
+        help="of a directory: make all images again; of a file: replace it without a "
+        "note")  # fmt: skip
     add("--columns", type=int, help="of the sheet; about square unless given")
     add_sampling_arguments(parser)
     add("--seed", type=int, help="image i is made from seed + i; random unless given")
@@ -79,9 +81,10 @@ def generate(arguments: argparse.Namespace) -> int:
         raise ValueError(f"repeat {arguments.repeat} is not a positive integer")
     if arguments.columns is not None and arguments.columns < 1:
         raise ValueError(f"columns {arguments.columns} is not a positive integer")
-    if arguments.columns is not None and arguments.output.suffix.lower() != ".png":
+    sheet = arguments.output == STDOUT or arguments.output.suffix.lower() == ".png"
+    if arguments.columns is not None and not sheet:
         raise ValueError(f"--columns is of a sheet, a .png, and {arguments.output} is none")
-    check_destination(arguments.output)
+    check_destination(arguments.output, arguments.overwrite)
 
     from dit_engine.cli.pictures import save
     from dit_engine.cli.tensors import read_tensor
@@ -115,7 +118,9 @@ def generate(arguments: argparse.Namespace) -> int:
     if not quiet:
         kind = "latents" if output == "latent" else "image" if made == 1 else "images"
         rate = f" in {seconds:.1f} s ({made / seconds:.2f} a second)" if made else ""
-        print(f"{made} {kind}{rate} → {arguments.output}{notes}")
+        place = "standard output" if arguments.output == STDOUT else arguments.output
+        news = sys.stderr if arguments.output == STDOUT else sys.stdout
+        print(f"{made} {kind}{rate} → {place}{notes}", file=news)
     return 0
 
 
@@ -129,6 +134,11 @@ def make_series(
     from dit_engine.cli.series import Series
 
     series = Series.of(bar.engine, labels, options, arguments.output, arguments.overwrite)
+    if series.others and series.missing:
+        note = f"{series.directory} holds other PNGs ({series.others}), which stay"
+        if arguments.seed is None and arguments.seeds is None:
+            note += "; give the --seed of an earlier call to continue that call instead"
+        warnings.warn(note, stacklevel=1)
     series.make(bar.generate)
     made, notes = len(series.missing), ""
     if made < len(series.whole):

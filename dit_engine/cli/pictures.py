@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from dit_engine.cli.destination import STDOUT, write_stdout
 from dit_engine.cli.metadata import call_record, png_text
 from dit_engine.engine import Generation
 from dit_engine.files import atomic_path, save_tensors
@@ -23,9 +25,9 @@ def save(
 ) -> None:
     """Write ``result``, made with the `destination.output_kind` of ``output``, into one file.
 
-    A .png gets one captioned sheet, a .npy the uint8 images (N, H, W, 3), a .safetensors the
-    latents (N, C, S, S). All but the .npy tell how to make them again. Directories are for
-    `dit_engine.cli.series`. columns: of the sheet; None is about square.
+    A .png, and standard output for "-", gets one captioned sheet, a .npy the uint8 images
+    (N, H, W, 3), a .safetensors the latents (N, C, S, S). All but the .npy tell how to make them
+    again. Directories are for `dit_engine.cli.series`. columns: of the sheet; None is about square.
     """
     suffix = output.suffix.lower()
     if suffix == ".safetensors":
@@ -35,9 +37,14 @@ def save(
             np.save(file, result.images)
     else:
         captions = [names[label] if names else str(label) for label in result.labels]
-        info = png_text(call_record(result))
+        png = io.BytesIO()
+        sheet = make_sheet(result.images, captions, columns)
+        sheet.save(png, "PNG", pnginfo=png_text(call_record(result)))
+        if output == STDOUT:
+            write_stdout(png.getvalue())
+            return
         with atomic_path(output) as partial:
-            make_sheet(result.images, captions, columns).save(partial, "PNG", pnginfo=info)
+            partial.write_bytes(png.getvalue())
 
 
 def _save_latents(result: Generation, path: Path) -> None:

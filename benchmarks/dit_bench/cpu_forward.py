@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from dit_bench.peers import (
     relative_error,
 )
 from dit_engine.backends import create_backend
+from dit_engine.backends.compile import compile_static
 from dit_engine.backends.eager import placed
 from dit_engine.checkpoint.meta import without_storage
 from dit_engine.config import ModelConfig
@@ -94,10 +94,8 @@ class Forward:
         def forward(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             return module(x, t, y)
 
-        # torch counts compilations a code object: this mode is not to be charged for another.
-        own = FunctionType(forward.__code__.replace(), globals(), closure=forward.__closure__)
         mode = mode.removeprefix("frozen ")
-        run = torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
+        run = compile_static(forward, mode=mode)
         if frozen:
             from torch._inductor import config
 

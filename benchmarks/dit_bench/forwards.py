@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from dit_bench.cpu_forward import _Conditioned
 from dit_bench.peers import Function, diffusers_transformer, openvino_function
 from dit_bench.subjects import float_dtype
 from dit_engine.backends import Backend
+from dit_engine.backends.compile import compile_static
 from dit_engine.backends.eager import placed
 from dit_engine.engine import Engine, Generation, Progress
 from dit_engine.fused_sampling import sample_fused, step_coefficients, uses_noise
@@ -89,9 +89,7 @@ class Work:
         def forward(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             return module(x, t, y)
 
-        # torch counts compilations a code object: this one is not to be charged for another.
-        own = FunctionType(forward.__code__.replace(), globals(), closure=forward.__closure__)
-        run = torch.compile(own, fullgraph=True, dynamic=False)
+        run = compile_static(forward)
         return lambda: run(self.x.to(dtype), self.t, self.labels).float()
 
     def diffusers(self, precision: str) -> Function:

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from types import FunctionType
-
 import torch
 from torch import Tensor
 
 from dit_bench.peers import diffusers_transformer
 from dit_engine.backends import Denoiser
-from dit_engine.backends.eager import EagerBackend, placed
+from dit_engine.backends.compile import CompileBackend
+from dit_engine.backends.eager import placed
 from dit_engine.model import DiT
 
 
-class MaxAutotuneBackend(EagerBackend):
-    """The reference model as torch.compile has it quickest: timed candidates, CUDA graphs, one
-    graph a batch size. A result is overwritten by the next call."""
+class MaxAutotuneBackend(CompileBackend):
+    """The reference model as torch.compile has it quickest: timed candidates and CUDA graphs. A
+    result is overwritten by the next call."""
 
     def __init__(self, model: DiT, precision: str, device: torch.device) -> None:
-        super().__init__(model, precision, device)
-        self.one_by_one = False
-        module = self.model
-
-        def forward(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            return module(x, t, y)
-
-        # torch counts compilations a code object, and gives up after eight of them.
-        own = FunctionType(
-            forward.__code__.replace(), globals(), closure=forward.__closure__, name="forward"
-        )
-        self.forward = torch.compile(own, fullgraph=True, dynamic=False, mode="max-autotune")
+        super().__init__(model, precision, device, mode="max-autotune")
 
 
 class DiffusersBackend:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +16,14 @@ from dit_engine.model import DiT
 
 
 class CompileBackend(EagerBackend):
-    """The first batch size gets a graph of its own, the second one that serves all others.
+    """One graph a batch size, in which every shape is a constant.
 
-    ``fullgraph`` makes whatever torch.compile cannot do an error, where it would otherwise run
-    eagerly without a word.
+    The compiler's kernels for shapes that it does not know are slower, and on CUDA rule out some of
+    its own CUDA graphs; a batch size costs a compilation when it is first met.
     """
 
-    def __init__(self, model: DiT, precision: str, device: torch.device) -> None:
+    def __init__(self, model: DiT, precision: str, device: torch.device, **options: Any) -> None:
+        """options: of torch.compile."""
         super().__init__(model, precision, device)
         if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
             raise BackendUnavailable(
@@ -29,12 +32,31 @@ class CompileBackend(EagerBackend):
         self.one_by_one = False
         module = self.model
 
-        def forward(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        def run(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             return module(x, t, y)
 
-        # torch counts compilations a code object, and gives up after eight of them. A code object
-        # of its own keeps this backend from being charged for those of other engines.
-        own = FunctionType(
-            forward.__code__.replace(), globals(), closure=forward.__closure__, name="forward"
-        )
-        self.forward = torch.compile(own, fullgraph=True)
+        compiled: dict[int, Callable[..., Tensor]] = {}
+
+        def forward(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            if len(x) not in compiled:  # two threads at once: one of them keeps its function
+                compiled.setdefault(len(x), compile_static(run, **options))
+            return compiled[len(x)](x, t, y)
+
+        self.forward = forward
+
+
+def compile_static(function: FunctionType, **options: Any) -> Callable[..., Any]:
+    """torch.compile of ``function`` for the shapes that it is called with, as one graph.
+
+    torch counts compilations a code object, and gives up after eight of them. A code object of its
+    own keeps this one from being charged for others: other shapes, models and engines. Whatever
+    torch.compile cannot do is an error, where it would otherwise run eagerly without a word.
+    """
+    own = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return torch.compile(own, fullgraph=True, dynamic=False, **options)

@@ -123,11 +123,11 @@ def test_the_autotuned_peer_is_compiled_in_that_mode(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "compile", compiled)
     model = tiny_dit()
     backend = gpu_peers.MaxAutotuneBackend(model, "fp32", CPU)
-    assert asked == [{"fullgraph": True, "dynamic": False, "mode": "max-autotune"}]
     labels, timesteps, x = torch.tensor([1, 2]), torch.tensor([999, 3]), torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         expected = model(x, timesteps[1].expand(2), labels)
         assert torch.equal(backend.prepare(labels, timesteps)(x, 1), expected)
+    assert asked == [{"fullgraph": True, "dynamic": False, "mode": "max-autotune"}]
 
 
 def test_wrong_pixels_fail(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,3 +61,32 @@ def test_a_backend_stays_on_the_gpu_that_was_current_when_it_was_made(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)  # as after set_device(0)
     assert engine.device == made.device == torch.device("cuda", 2)
     assert create_backend("remote", engine.model, "fp32", engine.device).device == engine.device
+
+
+def test_every_batch_size_is_compiled_for_its_own_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than torch compiles a function for, in two engines; a second call compiles
+    nothing."""
+    compiler, graphs = torch.compile, list[torch.fx.GraphModule]()
+
+    def counted(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=counted, **how))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    batches = range(1, 5)
+    generator = torch.Generator().manual_seed(0)
+    timesteps, x = torch.tensor([999, 20]), torch.randn(99, 4, 8, 8, generator=generator)
+    for seed in (0, 1):
+        model = tiny_dit(seed, depth=1)
+        made = create_backend("compile", model, "fp32", CPU)
+        for batch in (*batches, *batches):
+            labels = torch.arange(batch) % 10
+            with torch.inference_mode():
+                found = made.prepare(labels, timesteps)(x[:batch], 1)
+                expected = model(x[:batch], timesteps[1].expand(batch), labels)
+            torch.testing.assert_close(found, expected)
+    assert len(graphs) == 2 * len(batches)
+    values = [n.meta.get("example_value") for g in graphs for n in g.graph.nodes]
+    sizes = [size for v in values if isinstance(v, torch.Tensor) for size in v.shape]
+    assert sizes and {type(size) for size in sizes} == {int}  # and no symbols

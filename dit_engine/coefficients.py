@@ -20,7 +20,22 @@ def step_coefficients(name: str, schedule: Schedule, learned: bool, eta: float =
     """
     rows = {"ddpm": _ddpm, "ddim": _ddim, "dpm++": _dpm_solver_pp}[name](schedule, eta, learned)
     rows[-1, 8] = 0.0  # no sampler adds noise at its last step
+    if schedule.diffusion.prediction != "epsilon":
+        # The operator's ε is then what the model gives instead, and the noise a sum of that and z.
+        rows[:, :2] = schedule.x0_weights
+        of_z, of_output = schedule.epsilon_weights.T
+        rows[:, 3] += rows[:, 4] * of_z
+        rows[:, 4] *= of_output
     return rows
+
+
+def clipping(
+    name: str, schedule: Schedule, coefficients: np.ndarray
+) -> tuple[float, np.ndarray] | None:
+    """What sampler ``name`` clamps x₀ to, ±, and c₁ (steps,), by which x₀ reaches z′, for the
+    correction z′ + c₁·(clamped x₀ − x₀); None where it does not clamp."""
+    clip = schedule.diffusion.clip
+    return None if clip is None or name == "dpm++" else (clip, coefficients[:, 2])
 
 
 def uses_noise(coefficients: np.ndarray) -> np.ndarray:
@@ -31,16 +46,16 @@ def uses_noise(coefficients: np.ndarray) -> np.ndarray:
 def _ddpm(schedule: Schedule, eta: float, learned: bool) -> np.ndarray:
     del eta
     rows = np.zeros((len(schedule), 9))
-    rows[:, 0] = schedule.sqrt_recip_alphas_cumprod
-    rows[:, 1] = -schedule.sqrt_recipm1_alphas_cumprod
+    rows[:, :2] = schedule.x0_weights
     rows[:, 2] = schedule.posterior_mean_coef1
     rows[:, 3] = schedule.posterior_mean_coef2
-    if learned:
+    fixed = schedule.fixed_log_variance(learned)
+    if fixed is None:
         rows[:, 6] = schedule.posterior_log_variance_clipped
         rows[:, 7] = schedule.log_betas
         rows[:, 8] = 1.0
-    else:
-        rows[:, 8] = np.exp(0.5 * schedule.log_betas)
+    else:  # low = high = 0: the operator's own factor is exp(0), whatever the model gives
+        rows[:, 8] = np.exp(0.5 * fixed)
     return rows
 
 
@@ -48,11 +63,10 @@ def _ddim(schedule: Schedule, eta: float, learned: bool) -> np.ndarray:
     del learned
     # float32 in between, as in `sampler.ddim`: 1 − ᾱ near ᾱ = 1 shows the rounding.
     now = schedule.alphas_cumprod.astype(np.float32)
-    before = schedule.alphas_cumprod_prev.astype(np.float32)
+    before = schedule.ddim_alphas_cumprod_prev.astype(np.float32)
     sigmas = np.float32(eta) * np.sqrt((1 - before) / (1 - now)) * np.sqrt(1 - now / before)
     rows = np.zeros((len(schedule), 9))
-    rows[:, 0] = schedule.sqrt_recip_alphas_cumprod
-    rows[:, 1] = -schedule.sqrt_recipm1_alphas_cumprod
+    rows[:, :2] = schedule.x0_weights
     rows[:, 2] = np.sqrt(before)
     rows[:, 4] = np.sqrt(1 - before - sigmas**2)
     rows[:, 8] = sigmas
@@ -61,7 +75,7 @@ def _ddim(schedule: Schedule, eta: float, learned: bool) -> np.ndarray:
 
 def _dpm_solver_pp(schedule: Schedule, eta: float, learned: bool) -> np.ndarray:
     del eta, learned
-    now, before = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+    now, before = schedule.solver_alphas_cumprod, schedule.alphas_cumprod_prev
     rows = np.zeros((len(schedule), 9))
     rows[:, 0] = 1 / np.sqrt(now)
     rows[:, 1] = -np.sqrt(1 - now) / np.sqrt(now)

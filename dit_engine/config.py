@@ -7,6 +7,8 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from dit_engine.diffusion import PUBLISHED_DIFFUSION, Diffusion
+
 # depth, hidden size, heads (Peebles & Xie 2022, table 1)
 FAMILIES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PATCH_SIZES = (2, 4, 8)
@@ -26,6 +28,7 @@ class ModelConfig:
             time-step frequencies are spaced by 1/127 instead of 1/128 (another function of t).
         mlp_norm_eps: epsilon of each block's second LayerNorm; every other is 1e-6. Diffusers
             directories may hold another value here (`norm_eps`).
+        diffusion: what the model was trained to undo.
     """
 
     depth: int
@@ -39,6 +42,7 @@ class ModelConfig:
     learn_sigma: bool = True
     numerics: Literal["official", "diffusers"] = "official"
     mlp_norm_eps: float = 1e-6
+    diffusion: Diffusion = PUBLISHED_DIFFUSION
 
     def __post_init__(self) -> None:
         for name in ("depth", "hidden_size", "num_heads", "patch_size", "input_size",
@@ -65,6 +69,8 @@ class ModelConfig:
             raise ValueError(f"learn_sigma {self.learn_sigma!r} is neither True nor False")
         if self.numerics not in NUMERICS:
             raise ValueError(f"numerics {self.numerics!r}: choose one of {', '.join(NUMERICS)}")
+        if not isinstance(self.diffusion, Diffusion):
+            raise ValueError(f"diffusion {self.diffusion!r} is no Diffusion")
 
     @property
     def num_tokens(self) -> int:
@@ -120,7 +126,15 @@ class ModelConfig:
         for key in known[:5]:
             if key not in values:
                 raise ValueError(f"config key {key!r} is missing")
+        given = values.get("diffusion")
+        if isinstance(given, dict):
+            values = values | {"diffusion": Diffusion.from_dict(given)}
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Every field for `from_dict`, but for a published diffusion, which has no key."""
+        values = asdict(self)
+        values["diffusion"] = self.diffusion.to_dict()
+        if not values["diffusion"]:
+            del values["diffusion"]
+        return values

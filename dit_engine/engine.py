@@ -15,7 +15,13 @@ from dit_engine._version import __version__
 from dit_engine.backends import Backend, create_backend, resolve_backend
 from dit_engine.checkpoint import build_model, build_vae, load_checkpoint
 from dit_engine.device import limited_threads, parse_device
-from dit_engine.fused_sampling import FusedDenoiser, sample_fused, step_coefficients, uses_noise
+from dit_engine.fused_sampling import (
+    FusedDenoiser,
+    clipping,
+    sample_fused,
+    step_coefficients,
+    uses_noise,
+)
 from dit_engine.guidance import guided, guided_steps, parse_scales
 from dit_engine.labels import check_names, resolve_labels
 from dit_engine.memory import in_halves
@@ -164,9 +170,10 @@ class Engine:
 
         Args:
             labels: class numbers or names, one or many.
-            steps: denoising steps, 1 to 1000; None is the sampler's usual count.
+            steps: denoising steps, 1 to the model's training steps (1000 of a published one);
+                None is the sampler's usual count.
             sampler: "ddpm" (the reference's), "ddim", or "dpm++" (good from 20 steps).
-            spacing: which of the 1000 steps are taken (see `space_timesteps`); None is the
+            spacing: which of the model's steps are taken (see `space_timesteps`); None is the
                 sampler's usual choice. DiTPipeline's is "leading".
             eta: ddim only: 0 is deterministic, 1 as noisy as ddpm.
             guidance_scale: classifier-free guidance, one number or one an image; 1 is none.
@@ -262,7 +269,11 @@ class Engine:
     def _settings(
         self, n: int, guidance_scale: float | Sequence[float] | Tensor, backend: str, **options: Any
     ) -> tuple[GenerateSettings, Tensor]:
-        settings = GenerateSettings.of(backend=resolve_backend(backend), **options)
+        settings = GenerateSettings.of(
+            backend=resolve_backend(backend),
+            train_steps=self.config.diffusion.num_train_steps,
+            **options,
+        )
         checked = settings.checked(self.config, has_vae=self.vae is not None)
         return checked, parse_scales(guidance_scale, n).expand(n)
 
@@ -276,7 +287,12 @@ class Engine:
         latents: Tensor | None,
         step_noise: Tensor | None,
     ) -> Generation:
-        record = self.sources | {"numerics": self.config.numerics, "version": __version__}
+        record: dict[str, Any] = self.sources | {
+            "numerics": self.config.numerics,
+            "version": __version__,
+        }
+        if diffusion := self.config.diffusion.record():  # what is not the published one's
+            record["diffusion"] = diffusion
         record |= settings.record(scales) | _digests(latents=latents, step_noise=step_noise)
         drew = latents is None or (settings.uses_step_noise and step_noise is None)
         names = None if self.label_names is None else [self.label_names[i] for i in labels]
@@ -292,7 +308,7 @@ class Engine:
         report: Callable[[int, Tensor], None],
     ) -> Tensor:
         """Noise to latents for one batch, (N, C, S, S) float32."""
-        schedule = make_schedule(settings.steps, settings.spacing)
+        schedule = make_schedule(settings.steps, settings.spacing, self.config.diffusion)
         z = noise.start()  # (N, C, S, S)
         n = len(labels)
         guides = guided_steps(scales, len(schedule), settings.guidance_interval, schedule.sigmas)
@@ -308,7 +324,8 @@ class Engine:
             )
             channels = settings.guidance_channels or self.config.in_channels
             fused: FusedDenoiser = fuse(table, scales, channels)
-            return sample_fused(fused, z, uses_noise(table), guides, noise, report)
+            clip = clipping(settings.sampler, schedule, table)
+            return sample_fused(fused, z, uses_noise(table), guides, noise, report, clip)
         denoise = guided(
             denoiser,
             n,

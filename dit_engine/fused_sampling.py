@@ -2,7 +2,7 @@
 
 Every sampler's step is x₀ = a·z + b·ε and z′ = c₁·x₀ + c₂·z + c₃·ε + c₄·x₀_before + σ·noise with
 coefficients of the schedule alone, so that a single operator (`dit_kernels.guided_step`) does the
-guidance and the update for all of them.
+guidance and the update for all of them. Clamping x₀ is not affine: it is a correction afterwards.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_engine.coefficients import step_coefficients, uses_noise
+from dit_engine.coefficients import clipping, step_coefficients, uses_noise
 from dit_engine.noise import NoiseSource
 
-__all__ = ["FusedDenoiser", "sample_fused", "step_coefficients", "uses_noise"]
+__all__ = ["FusedDenoiser", "clipping", "sample_fused", "step_coefficients", "uses_noise"]
 
 
 class FusedDenoiser(Protocol):
@@ -37,15 +37,21 @@ def sample_fused(
     guides: np.ndarray,
     noise: NoiseSource,
     callback: Callable[[int, Tensor], None],
+    clip: tuple[float, np.ndarray] | None = None,
 ) -> Tensor:
     """The sampling loop: z (N, C, S, S) float32, the starting noise → latents of the same shape.
 
-    draws, guides: (steps,) bool: which steps add noise, and which are guided.
+    Args:
+        draws, guides: (steps,) bool: which steps add noise, and which are guided.
+        clip: of `clipping`.
     """
     z = z.contiguous()  # given latents have any strides
     x0 = torch.zeros_like(z)
     for k in range(len(draws)):
         drawn = noise(k).to(z).contiguous() if draws[k] else x0  # not read where no noise is added
         z, x0 = denoiser.guided_step(z, x0, drawn, k, bool(guides[k]))
+        if clip is not None:
+            limit, weights = clip
+            z = z + float(weights[k]) * (x0.clamp(-limit, limit) - x0)
         callback(k, z)
     return z

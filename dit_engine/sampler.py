@@ -21,7 +21,8 @@ from torch import Tensor
 from dit_engine.schedule import Schedule
 
 Denoise = Callable[[Tensor, int], Tensor]
-"""(z (N, C, S, S), k) → epsilon (N, C, S, S), or epsilon and variance (N, 2C, S, S)."""
+"""(z (N, C, S, S), k) → what the diffusion predicts, as a rule epsilon, (N, C, S, S), or that and
+the variance (N, 2C, S, S)."""
 Noise = Callable[[int], Tensor]
 """k → the standard normal draw (N, C, S, S) of step k; called only where one is used."""
 Callback = Callable[[int, Tensor], None]
@@ -38,7 +39,8 @@ def ddpm(
     """Ancestral sampling (Ho et al. 2020) with the learned variance of Nichol & Dhariwal 2021.
 
     A denoiser that gives no variance gets the fixed one, beta (the reference's FIXED_LARGE, its
-    choice for ``learn_sigma=False``). The last step adds no noise.
+    choice for ``learn_sigma=False``), unless the diffusion says otherwise. The last step adds no
+    noise.
 
     Args:
         z: (N, C, S, S) the starting noise; not modified.
@@ -51,12 +53,14 @@ def ddpm(
     min_log = _float32(schedule.posterior_log_variance_clipped)
     max_log = _float32(schedule.log_betas)
     for k in range(len(schedule)):
-        eps, variance = _split(denoise(z, k), z)
-        mean = mean_x0[k] * _predict_x0(eps, z, schedule, k) + mean_z[k] * z
+        output, variance = _split(denoise(z, k), z)
+        mean = mean_x0[k] * _clipped_x0(output, z, schedule, k) + mean_z[k] * z
+        fixed = schedule.fixed_log_variance(learned=variance is not None)
         if k == len(schedule) - 1:
             z = mean
-        elif variance is None:
-            z = mean + math.exp(0.5 * max_log[k]) * noise(k).to(z)
+        elif fixed is not None or variance is None:
+            assert fixed is not None
+            z = mean + math.exp(0.5 * float(np.float32(fixed[k]))) * noise(k).to(z)
         else:
             fraction = (variance + 1) / 2  # -1 … 1 → the lower … the upper bound
             log_variance = fraction * max_log[k] + (1 - fraction) * min_log[k]
@@ -90,13 +94,14 @@ def ddim(
         raise ValueError(f"eta {eta!r} is out of range: allowed is 0 to 1")
     # float32 from here on, as the reference computes them; each operation is correctly rounded.
     now = schedule.alphas_cumprod.astype(np.float32)
-    prev = schedule.alphas_cumprod_prev.astype(np.float32)
+    prev = schedule.ddim_alphas_cumprod_prev.astype(np.float32)
     sigmas = np.float32(eta) * np.sqrt((1 - prev) / (1 - now)) * np.sqrt(1 - now / prev)
     directions = np.sqrt(1 - prev - sigmas**2)
     roots = np.sqrt(prev)
     for k in range(len(schedule)):
-        eps, _ = _split(denoise(z, k), z)
-        x0 = _predict_x0(eps, z, schedule, k)
+        output, _ = _split(denoise(z, k), z)
+        eps = _predict_epsilon(output, z, schedule, k)
+        x0 = _clipped_x0(output, z, schedule, k)  # eps stays as it is, as in diffusers
         step = float(roots[k]) * x0 + float(directions[k]) * eps
         if eta > 0 and k < len(schedule) - 1:
             step = step + float(sigmas[k]) * noise(k).to(z)
@@ -125,14 +130,18 @@ def dpm_solver_pp(
     Returns:
         (N, C, S, S) latents in z's dtype.
     """
-    signal, signal_prev = np.sqrt(schedule.alphas_cumprod), np.sqrt(schedule.alphas_cumprod_prev)
-    level = np.sqrt(1 - schedule.alphas_cumprod)
+    now = schedule.solver_alphas_cumprod
+    signal, signal_prev = np.sqrt(now), np.sqrt(schedule.alphas_cumprod_prev)
+    level = np.sqrt(1 - now)
     level_prev = np.sqrt(1 - schedule.alphas_cumprod_prev)
     lambdas = np.log(signal / level)  # half the log signal-to-noise ratio, rising
     x0_before: Tensor | None = None
     for k in range(len(schedule)):
-        eps, _ = _split(denoise(z, k), z)
-        x0 = (z - float(level[k]) * eps) / float(signal[k])
+        output, _ = _split(denoise(z, k), z)
+        if schedule.diffusion.prediction == "epsilon":
+            x0 = (z - float(level[k]) * output) / float(signal[k])
+        else:
+            x0 = _predict_x0(output, z, schedule, k)
         if k == len(schedule) - 1:
             z = x0
         else:
@@ -179,14 +188,25 @@ def _float32(coefficients: np.ndarray) -> list[float]:
     return coefficients.astype(np.float32).tolist()
 
 
-def _predict_x0(eps: Tensor, z: Tensor, schedule: Schedule, k: int) -> Tensor:
-    factor_z = float(np.float32(schedule.sqrt_recip_alphas_cumprod[k]))
-    factor_eps = float(np.float32(schedule.sqrt_recipm1_alphas_cumprod[k]))
-    return factor_z * z - factor_eps * eps  # (N, C, S, S)
+def _predict_x0(output: Tensor, z: Tensor, schedule: Schedule, k: int) -> Tensor:
+    of_z, of_output = _float32(schedule.x0_weights[k])
+    return of_z * z + of_output * output  # (N, C, S, S)
+
+
+def _clipped_x0(output: Tensor, z: Tensor, schedule: Schedule, k: int) -> Tensor:
+    x0, clip = _predict_x0(output, z, schedule, k), schedule.diffusion.clip
+    return x0 if clip is None else x0.clamp(-clip, clip)
+
+
+def _predict_epsilon(output: Tensor, z: Tensor, schedule: Schedule, k: int) -> Tensor:
+    if schedule.diffusion.prediction == "epsilon":
+        return output
+    of_z, of_output = _float32(schedule.epsilon_weights[k])
+    return of_z * z + of_output * output  # (N, C, S, S)
 
 
 def _split(output: Tensor, z: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The denoiser's output as (epsilon, variance or None), each (N, C, S, S) in z's dtype."""
+    """The denoiser's output as (prediction, variance or None), each (N, C, S, S) in z's dtype."""
     channels = z.shape[1]
     if output.shape[1] not in (channels, 2 * channels):
         raise ValueError(

@@ -1,29 +1,26 @@
 """Noise schedule and time-step spacing: which steps a sampler takes, and their coefficients.
 
-The diffusion is the published one (facebookresearch/DiT ``diffusion/``): 1000 steps with betas
-linear from 1e-4 to 2e-2. A sampler visits a subset of them. Everything here is float64 numpy.
+The diffusion (`dit_engine.diffusion`) has N steps, of which a sampler visits a subset; the
+published one has 1000. Everything here is float64 numpy.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 
-NUM_TRAIN_STEPS = 1000
-BETA_START, BETA_END = 1e-4, 2e-2
+from dit_engine.diffusion import PUBLISHED_DIFFUSION, Diffusion
 
 SPACINGS = ("official", "ddim", "leading", "linspace", "trailing")
+SOLVER_LEAST_SIGNAL = 2.0**-24
+"""ᾱ that dpm++ takes for 0, where λ has no value; that of diffusers' solvers."""
 
 
-@lru_cache(maxsize=1)
-def training_alphas_cumprod() -> np.ndarray:
-    """ᾱ_t (1000,) of the full diffusion, t = 0 … 999; read-only."""
-    betas = np.linspace(BETA_START, BETA_END, NUM_TRAIN_STEPS, dtype=np.float64)
-    alphas_cumprod = np.cumprod(1.0 - betas)
-    alphas_cumprod.setflags(write=False)
-    return alphas_cumprod
+def training_alphas_cumprod(diffusion: Diffusion = PUBLISHED_DIFFUSION) -> np.ndarray:
+    """ᾱ_t (N,) of the full diffusion, t = 0 … N − 1; read-only."""
+    return diffusion.alphas_cumprod
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +35,14 @@ class Schedule:
         alphas_cumprod: (steps,) ᾱ of the latent that step k starts from.
         alphas_cumprod_prev: (steps,) ᾱ of the latent that step k yields; the last is exactly 1.
         betas: (steps,) 1 − ᾱ/ᾱ_prev, the betas of the respaced diffusion.
+        diffusion: what it is a schedule of.
     """
 
     timesteps: np.ndarray
     alphas_cumprod: np.ndarray
     alphas_cumprod_prev: np.ndarray
     betas: np.ndarray
+    diffusion: Diffusion = PUBLISHED_DIFFUSION
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -51,8 +50,9 @@ class Schedule:
     @cached_property
     def sigmas(self) -> np.ndarray:
         """(steps,) noise level √((1−ᾱ)/ᾱ) at which the model is evaluated, 157.4 at t = 999 down
-        to 0.01 at t = 0: noise over signal, the σ of Karras et al. 2022."""
-        return np.sqrt((1.0 - self.alphas_cumprod) / self.alphas_cumprod)
+        to 0.01 at t = 0: noise over signal, the σ of Karras et al. 2022. Infinite at ᾱ = 0."""
+        with np.errstate(divide="ignore"):
+            return np.sqrt((1.0 - self.alphas_cumprod) / self.alphas_cumprod)
 
     @cached_property
     def sqrt_recip_alphas_cumprod(self) -> np.ndarray:
@@ -63,6 +63,43 @@ class Schedule:
     def sqrt_recipm1_alphas_cumprod(self) -> np.ndarray:
         """(steps,) factor of eps in x0 = √(1/ᾱ)·z − √(1/ᾱ−1)·eps."""
         return np.sqrt(1.0 / self.alphas_cumprod - 1)
+
+    @cached_property
+    def x0_weights(self) -> np.ndarray:
+        """(steps, 2) factors of z and of the model's output in the predicted x0."""
+        now, kind = self.alphas_cumprod, self.diffusion.prediction
+        if kind == "epsilon":
+            pair = self.sqrt_recip_alphas_cumprod, -self.sqrt_recipm1_alphas_cumprod
+        elif kind == "v_prediction":
+            pair = np.sqrt(now), -np.sqrt(1.0 - now)
+        else:
+            pair = np.zeros(len(self)), np.ones(len(self))
+        return np.stack(pair, axis=1)
+
+    @cached_property
+    def epsilon_weights(self) -> np.ndarray:
+        """(steps, 2) factors of z and of the model's output in the predicted noise."""
+        now, kind = self.alphas_cumprod, self.diffusion.prediction
+        if kind == "epsilon":
+            pair = np.zeros(len(self)), np.ones(len(self))
+        elif kind == "v_prediction":
+            pair = np.sqrt(1.0 - now), np.sqrt(now)
+        else:
+            pair = 1.0 / np.sqrt(1.0 - now), -np.sqrt(now / (1.0 - now))
+        return np.stack(pair, axis=1)
+
+    @cached_property
+    def ddim_alphas_cumprod_prev(self) -> np.ndarray:
+        """(steps,) ``alphas_cumprod_prev`` as ddim takes them (see `Diffusion.end_at_first`)."""
+        if not self.diffusion.end_at_first:
+            return self.alphas_cumprod_prev
+        return np.append(self.alphas_cumprod_prev[:-1], self.diffusion.alphas_cumprod[0])
+
+    @cached_property
+    def solver_alphas_cumprod(self) -> np.ndarray:
+        """(steps,) ``alphas_cumprod`` as dpm++ takes them."""
+        now = self.alphas_cumprod
+        return np.where(now == 0, SOLVER_LEAST_SIGNAL, now)
 
     @cached_property
     def posterior_mean_coef1(self) -> np.ndarray:
@@ -82,7 +119,7 @@ class Schedule:
 
     @cached_property
     def posterior_log_variance_clipped(self) -> np.ndarray:
-        """(steps,) lower bound of the learned log variance.
+        """(steps,) lower bound of the learned log variance: the posterior's.
 
         The last step's variance is 0: its logarithm is replaced by the step before's. It is never
         used, since no noise is added there. (With one step the reference has no value at all.)
@@ -94,38 +131,54 @@ class Schedule:
         variance[-1] = variance[-2]
         return np.log(variance)
 
+    def fixed_log_variance(self, learned: bool) -> np.ndarray | None:
+        """(steps,) log variance that ddpm adds whatever the model gives; None is the learned one.
 
-def make_schedule(steps: int, spacing: str = "official") -> Schedule:
-    """The schedule of a sampler that takes ``steps`` of the 1000 steps.
+        learned: whether the model gives one. Without, it is the reference's FIXED_LARGE.
+        """
+        kind = self.diffusion.variance
+        if kind == "fixed_small":
+            return self.posterior_log_variance_clipped
+        return None if kind == "model" and learned else self.log_betas
+
+
+def make_schedule(
+    steps: int, spacing: str = "official", diffusion: Diffusion = PUBLISHED_DIFFUSION
+) -> Schedule:
+    """The schedule of a sampler that takes ``steps`` of the diffusion's N steps.
 
     Args:
-        steps: 1 to 1000.
+        steps: 1 to N, which is 1000 of the published diffusion.
         spacing: see ``space_timesteps``.
 
     Raises:
         ValueError: steps out of range or no integer, an unknown spacing, or a number of steps
             that the spacing cannot make.
     """
-    return schedule_from_timesteps(space_timesteps(steps, spacing))
+    return schedule_from_timesteps(space_timesteps(steps, spacing, diffusion), diffusion)
 
 
-def schedule_from_timesteps(timesteps: np.ndarray | list[int]) -> Schedule:
+def schedule_from_timesteps(
+    timesteps: np.ndarray | list[int], diffusion: Diffusion = PUBLISHED_DIFFUSION
+) -> Schedule:
     """The schedule that visits these time steps, given in the order taken: strictly falling.
 
     Raises:
-        ValueError: none, out of 0 … 999, or not strictly falling.
+        ValueError: none, out of 0 … N − 1, or not strictly falling.
     """
     taken = np.array(timesteps, dtype=np.int64)
     if taken.ndim != 1 or len(taken) == 0:
         raise ValueError(f"timesteps {timesteps!r} is not a list of at least one time step")
-    if taken.min() < 0 or taken.max() >= NUM_TRAIN_STEPS:
-        raise ValueError(f"timesteps reach from {taken.min()} to {taken.max()}: allowed is 0 … 999")
+    last = diffusion.num_train_steps - 1
+    if taken.min() < 0 or taken.max() > last:
+        reach = f"timesteps reach from {taken.min()} to {taken.max()}"
+        raise ValueError(f"{reach}: allowed is 0 … {last}")
     if (np.diff(taken) >= 0).any():
         raise ValueError(f"timesteps {taken.tolist()} do not fall strictly")
 
     # As the reference does it: betas from the ratios, then ᾱ from those betas. The detour moves ᾱ
     # by parts in 1e16, which decides how a few coefficients round to float32.
-    wanted = training_alphas_cumprod()[taken[::-1]]
+    wanted = training_alphas_cumprod(diffusion)[taken[::-1]]
     betas = 1.0 - wanted / np.append(1.0, wanted[:-1])
     alphas_cumprod = np.cumprod(1.0 - betas)
     alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
@@ -134,13 +187,16 @@ def schedule_from_timesteps(timesteps: np.ndarray | list[int]) -> Schedule:
         alphas_cumprod=alphas_cumprod[::-1].copy(),
         alphas_cumprod_prev=alphas_cumprod_prev[::-1].copy(),
         betas=betas[::-1].copy(),
+        diffusion=diffusion,
     )
 
 
-def space_timesteps(steps: int, spacing: str = "official") -> np.ndarray:
+def space_timesteps(
+    steps: int, spacing: str = "official", diffusion: Diffusion = PUBLISHED_DIFFUSION
+) -> np.ndarray:
     """(steps,) int64 time steps in the order taken, strictly falling.
 
-    Spacings:
+    Spacings, told of N = 1000 steps:
         official: the reference's respacing of one section (``space_timesteps`` of
             facebookresearch/DiT): from 0 in strides of 999/(steps−1), so it ends at 999. One step
             is [0], as there; for a picture in one step use linspace or trailing, whose step is 999.
@@ -154,27 +210,32 @@ def space_timesteps(steps: int, spacing: str = "official") -> np.ndarray:
     Raises:
         ValueError: see ``make_schedule``.
     """
+    n = diffusion.num_train_steps
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)):
-        raise ValueError(f"steps {steps!r} is not an integer from 1 to {NUM_TRAIN_STEPS}")
-    if not 1 <= steps <= NUM_TRAIN_STEPS:
-        raise ValueError(f"steps {steps} is out of range: allowed is 1 to {NUM_TRAIN_STEPS}")
+        raise ValueError(f"steps {steps!r} is not an integer from 1 to {n}")
+    if not 1 <= steps <= n:
+        raise ValueError(f"steps {steps} is out of range: allowed is 1 to {n}")
     if spacing == "official":
-        return np.array(_official(int(steps))[::-1], dtype=np.int64)
+        return np.array(_official(int(steps), n)[::-1], dtype=np.int64)
     if spacing == "ddim":
-        return np.arange(0, NUM_TRAIN_STEPS, _ddim_stride(int(steps)), dtype=np.int64)[::-1].copy()
+        return np.arange(0, n, _ddim_stride(int(steps), n), dtype=np.int64)[::-1].copy()
     if spacing == "leading":
-        return np.arange(steps, dtype=np.int64)[::-1] * (NUM_TRAIN_STEPS // steps)
+        stride, offset = n // steps, diffusion.steps_offset
+        if offset >= stride:  # the last step would not reach the end, or the first is beyond N
+            most = n // (offset + 1)
+            raise ValueError(f"steps {steps}: with steps_offset {offset} at most {most} can be")
+        return np.arange(steps, dtype=np.int64)[::-1] * stride + offset
     if spacing == "linspace":
-        points = np.linspace(0, NUM_TRAIN_STEPS - 1, steps + 1).round()[:0:-1].astype(np.int64)
-        return np.arange(NUM_TRAIN_STEPS)[::-1].copy() if steps == NUM_TRAIN_STEPS else points
+        points = np.linspace(0, n - 1, steps + 1).round()[:0:-1].astype(np.int64)
+        return np.arange(n)[::-1].copy() if steps == n else points
     if spacing == "trailing":
-        points = NUM_TRAIN_STEPS - np.arange(steps) * (NUM_TRAIN_STEPS / steps)
+        points = n - np.arange(steps) * (n / steps)
         return points.round().astype(np.int64) - 1
     raise ValueError(f"spacing {spacing!r} is unknown; choose one of {', '.join(SPACINGS)}")
 
 
-def _official(steps: int) -> list[int]:
-    stride = (NUM_TRAIN_STEPS - 1) / (steps - 1) if steps > 1 else 1.0
+def _official(steps: int, n: int) -> list[int]:
+    stride = (n - 1) / (steps - 1) if steps > 1 else 1.0
     timesteps, position = [], 0.0
     for _ in range(steps):
         timesteps.append(round(position))
@@ -182,8 +243,8 @@ def _official(steps: int) -> list[int]:
     return timesteps
 
 
-def _ddim_stride(steps: int) -> int:
-    counts = {stride: -(-NUM_TRAIN_STEPS // stride) for stride in range(NUM_TRAIN_STEPS, 0, -1)}
+def _ddim_stride(steps: int, n: int) -> int:
+    counts = {stride: -(-n // stride) for stride in range(n, 0, -1)}
     strides = {count: stride for stride, count in counts.items()}  # smallest stride of a count
     if steps not in strides:
         near = sorted(sorted(strides, key=lambda count: abs(count - steps))[:2])

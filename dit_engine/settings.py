@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit_engine.backends import PRECISIONS
 from dit_engine.config import ModelConfig
+from dit_engine.diffusion import PUBLISHED_DIFFUSION
 from dit_engine.guidance import check_channels, check_interval
 from dit_engine.sampler import SAMPLERS
 from dit_engine.schedule import SPACINGS, make_schedule
@@ -36,15 +37,23 @@ class GenerateSettings:
 
     @classmethod
     def of(
-        cls, sampler: str, steps: int | None, spacing: str | None, **others: Any
+        cls,
+        sampler: str,
+        steps: int | None,
+        spacing: str | None,
+        train_steps: int = PUBLISHED_DIFFUSION.num_train_steps,
+        **others: Any,
     ) -> GenerateSettings:
-        """Settings with the sampler's own number and spacing of steps where None are given."""
+        """Settings with the sampler's own number and spacing of steps where None are given.
+
+        train_steps: of the model; its sampler takes no more by itself.
+        """
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
         usual = SAMPLERS[sampler]
         return cls(
             sampler=sampler,
-            steps=usual.default_steps if steps is None else steps,
+            steps=min(usual.default_steps, train_steps) if steps is None else steps,
             spacing=usual.spacing if spacing is None else spacing,
             **others,
         )
@@ -63,7 +72,7 @@ class GenerateSettings:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} {value!r}: choose one of {', '.join(allowed)}")
-        make_schedule(self.steps, self.spacing)
+        make_schedule(self.steps, self.spacing, config.diffusion)
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"eta {self.eta!r} is not in 0 to 1")
         if self.eta and self.sampler != "ddim":

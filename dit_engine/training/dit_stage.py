@@ -33,7 +33,11 @@ def train_dit(
 
     Labels (N,) are replaced by the null class with probability 0.1, which makes the model its own
     unconditional half for classifier-free guidance (Ho & Salimans 2022).
+
+    Raises ValueError for a config with another diffusion than the published one.
     """
+    if changed := config.diffusion.to_dict():
+        raise ValueError(f"training is of the published diffusion only, not of {changed}")
     torch.manual_seed(settings.seed)
     model = DiT(config)
     model.initialize_weights()

@@ -43,8 +43,8 @@ def _check_source(bundle: Bundle, source: Source, arguments: argparse.Namespace)
         raise ValueError(f"{path}: is an export of another model than --model {arguments.model}")
     if config != bundle.config:
         ours, theirs = config.to_dict(), bundle.config.to_dict()
-        names = [name for name in theirs if ours[name] != theirs[name]]
-        difference = ", ".join(f"{n} {theirs[n]!r} and not {ours[n]!r}" for n in names)
+        names = [n for n in sorted({*theirs, *ours}) if ours.get(n) != theirs.get(n)]
+        difference = ", ".join(f"{n} {theirs.get(n)!r} and not {ours.get(n)!r}" for n in names)
         raise ValueError(f"{path}: is an export of --model {arguments.model} with {difference}")
     if source.label_names != bundle.label_names:
         difference = _label_difference(bundle.label_names, source.label_names)

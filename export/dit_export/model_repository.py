@@ -31,6 +31,7 @@ FORMAT = 1
 SOURCES = (
     "dit_engine.arguments",
     "dit_engine.coefficients",
+    "dit_engine.diffusion",
     "dit_engine.labels",
     "dit_engine.schedule",
     "dit_export.triton.pipeline",

@@ -277,9 +277,14 @@ def test_the_repositorys_client(served: Served, tmp_path: Path) -> None:
     [
         ([], "four or more arguments are needed. Images of labels, from seeds 0, 1, …: python"),
         (["{nobody}", "a.png", "50"], "four or more arguments are needed"),
-        (["{nobody}", "a.png", "fifty", "planets"], "invalid literal for int.* 'fifty'"),
-        (["{nobody}", "a.png", "50", "planets"], "Connection refused .*{nobody} a.png 50 planets"),
-        (["http://{nobody}", "a.png", "50", "planets"], "Connection refused"),
+        (["{nobody}", "a.png", "fifty", "planets"], "steps 'fifty' is not a whole number"),
+        (["{nobody}", "a.png", "-1", "planets"], "steps '-1' is not a whole number"),
+        (
+            ["{nobody}", "a.png", "50", "planets"],
+            "no server answers at {nobody}: .*Connection refused .*{nobody} a.png 50 planets",
+        ),
+        (["http://{nobody}", "a.png", "50", "planets"], "no server answers at http://{nobody}: "),
+        (["no.such.host.invalid:1", "a.png", "50", "a"], "no server answers at no.such.host"),
     ],
 )
 def test_the_repositorys_client_with_bad_input(
@@ -287,7 +292,7 @@ def test_the_repositorys_client_with_bad_input(
 ) -> None:
     """Without a server: where nobody listens, a port is held all the same."""
     lines = (repository / "client.py").read_text().splitlines()
-    assert sum(line != "" for line in lines) <= 22
+    assert sum(line != "" for line in lines) <= 27
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         nobody = f"127.0.0.1:{unused.getsockname()[1]}"

@@ -4,6 +4,8 @@ import sys
 
 
 def main(url: str, output: str, steps: str, *labels: str) -> None:
+    if not steps.isdecimal():
+        raise ValueError(f"steps {steps!r} is not a whole number")
     import numpy as np
     import tritonclient.http as triton  # pip install 'tritonclient[http]' pillow
     from PIL import Image
@@ -13,7 +15,10 @@ def main(url: str, output: str, steps: str, *labels: str) -> None:
     inputs = [triton.InferInput(name, [n, 1], kind) for name, kind in kinds.items()]
     sent = [i.set_data_from_numpy(c[:, None]) for i, c in zip(inputs, columns, strict=True)]
     client = triton.InferenceServerClient(url.removeprefix("http://"), network_timeout=3600)
-    answer = client.infer("dit", sent)
+    try:
+        answer = client.infer("dit", sent)
+    except OSError as error:
+        raise OSError(f"no server answers at {url}: {error}") from None
     Image.fromarray(np.concatenate(np.asarray(answer.as_numpy("images")), axis=1)).save(output)
 
 

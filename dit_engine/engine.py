@@ -23,6 +23,7 @@ from dit_engine.fused_sampling import (
     uses_noise,
 )
 from dit_engine.guidance import guided, guided_steps, parse_scales
+from dit_engine.keywords import names_ours
 from dit_engine.labels import check_names, resolve_labels
 from dit_engine.memory import in_halves
 from dit_engine.model import DiT
@@ -145,6 +146,7 @@ class Engine:
         """Pixels along a side of an image; None without a VAE."""
         return None if self.vae is None else self.config.input_size * self.vae.config.downsampling
 
+    @names_ours
     def generate(
         self,
         labels: int | str | Iterable[int | str],

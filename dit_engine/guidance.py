@@ -96,7 +96,7 @@ def parse_scales(guidance_scale: float | Sequence[float] | Tensor, n: int | None
     """One scale, or one per image, as a float64 tensor (1,) or (N,).
 
     Raises:
-        ValueError: not finite, or neither 1 nor ``n`` of them.
+        ValueError: not finite, negative, or neither 1 nor ``n`` of them.
     """
     try:
         scales = torch.as_tensor(guidance_scale, dtype=torch.float64)
@@ -107,6 +107,10 @@ def parse_scales(guidance_scale: float | Sequence[float] | Tensor, n: int | None
     for value in scales.flatten().tolist():
         if not math.isfinite(value):
             raise ValueError(f"guidance_scale {value} is not a finite number")
+        if value < 0:
+            raise ValueError(
+                f"guidance_scale {value} is negative: 0 and above are allowed, 1 is none"
+            )
     if scales.ndim > 1 or (scales.ndim == 1 and n is not None and len(scales) != n):
         images = "the images" if n is None else f"{n} images"
         raise ValueError(

@@ -12,7 +12,7 @@ from dit_bench.outputs import STDOUT
 from dit_bench.progress import LEAST_ROUNDS, LONGEST
 from dit_bench.schema import KINDS
 from dit_bench.set_arguments import SET_OPTIONS, add_set_arguments, refuse_given
-from dit_engine.cli.arguments import Parser
+from dit_engine.cli.arguments import Parser, add_backend_argument
 
 if TYPE_CHECKING:
     from dit_bench.measure import Plan
@@ -25,7 +25,7 @@ def build_parser(about: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", "--models", nargs="+", dest="models", metavar="MODEL",
         help="published sizes (XL/2: random weights), 'builtin', paths, hub ids")  # fmt: skip
-    add("--backend", default="auto", help="auto, lean, eager, compile, trt, …")
+    add_backend_argument(parser)
     add("--precision", default="fp32", help="fp32, bf16, fp16, int8 or fp8")
     add("--peers", default="", help="in the same run: diffusers,compile,openvino,onnxruntime,unet; "
         "any backend; with a precision of its own as in onnxruntime/fp32")  # fmt: skip

@@ -7,15 +7,16 @@ name may carry an address, as in "triton://host:port", which its factory is give
 from __future__ import annotations
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the commands' --help lists the backends, and does without torch
+    import torch
+    from torch import Tensor
 
-from dit_engine.device import with_index
-from dit_engine.model import DiT
+    from dit_engine.model import DiT
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
 
@@ -68,9 +69,11 @@ def resolve_backend(name: str) -> str:
     kind, scheme, address = name.partition("://")
     kind = ALIASES.get(kind, kind)
     if kind not in _FACTORIES and _added(kind) is None:
-        raise ValueError(
-            f"backend {name!r} is unknown; choose one of {', '.join(known_backends())}"
-        )
+        known = known_backends()
+        begin = [other for other in known if kind and other.startswith(kind.lower())]
+        near = begin or get_close_matches(kind.lower(), known, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"backend {name!r} is unknown; {hint}choose one of {', '.join(known)}")
     return kind + scheme + address
 
 
@@ -84,6 +87,8 @@ def create_backend(name: str, model: DiT, precision: str, device: torch.device) 
     Raises ValueError for an unknown name or precision and `BackendUnavailable` where the backend
     cannot run on this machine: a backend asked for by name never gives way to another.
     """
+    from dit_engine.device import with_index
+
     device = with_index(device)
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}: choose one of {', '.join(PRECISIONS)}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any, NoReturn
 
 from dit_engine._version import __version__
 from dit_engine.cli.errors import one_line
+from dit_engine.keywords import our_name
 
 
 class _Help(argparse.HelpFormatter):
@@ -32,7 +34,12 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {one_line(message)} (see {self.prog} --help)\n")
+        hint = ""
+        if unknown := re.match("unrecognized arguments: --([^ =]+)", message):
+            options = [name[2:].replace("-", "_") for name in self._option_string_actions]
+            ours = our_name(unknown[1].replace("-", "_"), options)
+            hint = f"; did you mean --{ours.replace('_', '-')}?" if ours else ""
+        self.exit(2, f"error: {one_line(message)} (see {self.prog} --help){hint}\n")
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
@@ -65,12 +72,17 @@ def add_sampling_arguments(
         help="noise levels between which guidance is on")  # fmt: skip
     if not backend:
         return
-    add(
-        "--backend",
-        default="auto",
-        help="auto, lean, eager, compile, or one that another package adds",
-    )
+    add_backend_argument(parser)
     add("--precision", default="fp32", help="fp32, bf16 or fp16; lean also int8 (CPU), fp8 (CUDA)")
+
+
+def add_backend_argument(parser: argparse.ArgumentParser) -> None:
+    from dit_engine.backends import known_backends
+
+    known = ", ".join(known_backends())
+    parser.add_argument(
+        "--backend", default="auto", help=f"{known}; a server as triton://HOST:PORT"
+    )
 
 
 def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -43,6 +43,11 @@ BAD = [
     (["--steps", "1001"], "steps 1001"),
     (["--steps", "ten"], "--steps: invalid int value: 'ten' (see dit-generate --help)"),
     (["--step-count", "10"], "--step-count 10 (see dit-generate --help)"),
+    (["--num-inference-steps", "10"], "(see dit-generate --help); did you mean --steps?"),
+    (["--guidence-scale=3"], "(see dit-generate --help); did you mean --guidance-scale?"),
+    (["--guidance-scale", "-1"], "guidance_scale -1.0 is negative: 0 and above are allowed"),
+    (["--backend", "onnx"], "backend 'onnx' is unknown; did you mean 'onnxruntime'? choose one of"),
+    (["--backend", "Lean"], "did you mean 'lean'?"),
     (["--sampler", "euler"], "sampler 'euler'"),
     (["--spacing", "odd"], "spacing 'odd'"),
     (["--guidance-channels", "foo"], "'foo' is neither a number of latent channels (1, 2, …)"),
@@ -81,6 +86,19 @@ def test_bad_input_is_one_line_and_exit_code_2(
     line = only_line(capsys)
     assert line.startswith("error: ") and message in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_help_lists_the_backends_without_torch() -> None:
+    code = """
+import sys
+from dit_engine.cli.generate import build_parser as generate
+from dit_bench.options import build_parser as bench
+for parser in (generate(), bench("")):
+    text = " ".join(parser.format_help().split())
+    assert "auto, eager, compile, lean, onnxruntime, tensorrt, triton" in text
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_labels_are_needed(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -371,9 +371,24 @@ BAD = [
     ({"latents": torch.full((2, 4, 8, 8), torch.nan)}, "latents holds NaN"),
     ({"step_noise": torch.zeros(3, 2, 4, 8, 8)}, "step_noise has shape (3, 2, 4, 8, 8)"),
     ({"backend": "magic"}, "backend 'magic' is unknown; choose one of auto, eager"),
+    ({"backend": "onnx"}, "backend 'onnx' is unknown; did you mean 'onnxruntime'? choose one"),
+    ({"backend": "torch.compile"}, "did you mean 'compile'?"),
+    ({"guidance_scale": -1}, "guidance_scale -1.0 is negative: 0 and above are allowed, 1 is none"),
+    ({"guidance_scale": [4, -0.5]}, "guidance_scale -0.5 is negative"),
     ({"precision": "fp4"}, "precision 'fp4': choose one of fp32, bf16, fp16"),
     ({"output": "gif"}, "output 'gif': choose one of pil, np, pt, latent"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("keyword", "ours"),
+    [("num_inference_steps", "steps"), ("num_sampling_steps", "steps"), ("step", "steps"),
+     ("cfg_scale", "guidance_scale"), ("output_type", "output"), ("generator", "seed")],
+)  # fmt: skip
+def test_other_projects_keywords(engine: Engine, keyword: str, ours: str) -> None:
+    message = rf"^generate\(\) has no keyword '{keyword}'; it is called '{ours}' here$"
+    with pytest.raises(TypeError, match=message):
+        engine.generate([1], **{keyword: 3})
 
 
 @pytest.mark.parametrize(("options", "message"), BAD, ids=[m[:30] for _, m in BAD])

@@ -167,6 +167,7 @@ REFUSED = {
     "too many steps": ("dit", {"steps": numbers(1001)}, "steps 1001 is out of range"),
     "NaN": ("dit", {"guidance_scale": scales(np.nan)}, "guidance_scale nan is not a finite"),
     "infinity": ("dit", {"guidance_scale": scales(np.inf)}, "guidance_scale inf is not a finite"),
+    "negative": ("dit", {"guidance_scale": scales(-0.5)}, "guidance_scale -0.5 is negative"),
     "overflow": ("dit", {"guidance_scale": scales(3e38)}, "latents are not finite"),
     "unknown sampler": ("dit", {"sampler": names("euler")},
                         "sampler 'euler': choose one of ddpm, ddim, dpm"),

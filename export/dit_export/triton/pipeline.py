@@ -73,6 +73,8 @@ def parse_rows(inputs: dict[str, np.ndarray], facts: Facts) -> list[Row]:
             raise ValueError(f"seed {seed} is not a whole number from 0 to {2**63 - 1}")
         if not math.isfinite(scale):
             raise ValueError(f"guidance_scale {scale} is not a finite number")
+        if scale < 0:
+            raise ValueError(f"guidance_scale {scale} is negative; 0 and above are allowed")
     spacings = [facts.samplers[sampler][1] for sampler in samplers]
     for count, spacing in zip(steps, spacings, strict=True):
         make_schedule(count, spacing)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -346,12 +347,13 @@ class Engine:
         if settings.output == "latent":
             return z.cpu()
         assert self._decode is not None
-        parts = z.split(self.max_batch_size)
         lean = settings.backend == "lean"
-        decoded = torch.cat([self._decode(part, settings.precision, lean).cpu() for part in parts])
+        parts = (
+            self._decode(part, settings.precision, lean) for part in z.split(self.max_batch_size)
+        )
         if settings.output == "pt":
-            return (decoded.clamp(-1, 1) + 1) / 2
-        pixels = to_uint8(decoded)
+            return (torch.cat([part.cpu() for part in parts]).clamp(-1, 1) + 1) / 2
+        pixels = np.concatenate([to_uint8(part) for part in parts])
         return pixels if settings.output == "np" else to_pil(pixels)
 
     def _backend(self, name: str, precision: str) -> Backend:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+AHEAD = 4
+"""Draws that may be on their way to a GPU at once: so many steps the host works ahead of it."""
+
 
 class NoiseSource(Protocol):
+    device: torch.device
+
     def start(self) -> Tensor:
         """The latents that sampling starts from, (N, C, S, S) float32."""
         ...
@@ -17,6 +23,39 @@ class NoiseSource(Protocol):
     def __call__(self, step: int) -> Tensor:
         """The draw of the ``step``-th step taken, (N, C, S, S) float32."""
         ...
+
+
+class Uploads:
+    """Copies of CPU numbers to a CUDA device, for which the host does not wait.
+
+    From ordinary memory a copy would first let the device finish all that is queued. These are
+    made from page-locked buffers, each of which is filled again when its copy has been made.
+
+    Args:
+        shape: of each of the float32 tensors.
+    """
+
+    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        self._ring: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def send(self, fill: Callable[[Tensor], object]) -> Tensor:
+        """What ``fill`` writes into the buffer that it is given, on the device."""
+        if len(self._ring) < AHEAD:  # a run without step noise needs but one
+            # "blocking": the host sleeps while it waits for the device.
+            self._ring.append((_page_locked(self.shape), torch.cuda.Event(blocking=True)))
+        else:
+            self._ring.rotate(-1)
+        buffer, copied = self._ring[-1]  # the one unused for longest
+        copied.synchronize()
+        fill(buffer)
+        sent = buffer.to(self.device, non_blocking=True)
+        copied.record(torch.cuda.current_stream(self.device))
+        return sent
+
+
+def _page_locked(shape: Sequence[int]) -> Tensor:
+    return torch.empty(*shape, dtype=torch.float32, device="cpu", pin_memory=True)
 
 
 class PerImageNoise:
@@ -28,8 +67,9 @@ class PerImageNoise:
     def __init__(
         self, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device
     ) -> None:
-        self.shape, self.device = shape, device
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.shape, self.device = (len(seeds), *shape), device
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        self._uploads: Uploads | None = None
 
     def start(self) -> Tensor:
         return self._draw()
@@ -38,8 +78,16 @@ class PerImageNoise:
         return self._draw()
 
     def _draw(self) -> Tensor:
-        draws = [torch.randn(self.shape, generator=g) for g in self.generators]
-        return torch.stack(draws).to(self.device)
+        if self.device.type == "cuda":
+            self._uploads = self._uploads or Uploads(self.shape, self.device)
+            return self._uploads.send(self._fill)
+        drawn = torch.empty(self.shape, dtype=torch.float32, device="cpu")
+        self._fill(drawn)
+        return drawn.to(self.device)
+
+    def _fill(self, images: Tensor) -> None:
+        for image, generator in zip(images, self.generators, strict=True):
+            image.normal_(generator=generator)
 
 
 class OfficialNoise:
@@ -87,6 +135,8 @@ class GivenNoise:
         self, latents: Tensor | None, step_noise: Tensor | None, otherwise: NoiseSource
     ) -> None:
         self.latents, self.step_noise, self.otherwise = latents, step_noise, otherwise
+        self.device = otherwise.device
+        self._uploads: Uploads | None = None
 
     def start(self) -> Tensor:
         drawn = self.otherwise.start()  # always, so that the steps' draws stay the same
@@ -95,4 +145,8 @@ class GivenNoise:
     def __call__(self, step: int) -> Tensor:
         if self.step_noise is None:
             return self.otherwise(step)
-        return self.step_noise[step]
+        drawn = self.step_noise[step]
+        if self.device.type == "cuda" and drawn.device.type == "cpu":
+            self._uploads = self._uploads or Uploads(drawn.shape, self.device)
+            return self._uploads.send(lambda buffer: buffer.copy_(drawn))
+        return drawn

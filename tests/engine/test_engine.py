@@ -6,6 +6,7 @@ import hashlib
 import re
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from dit_engine import Engine, Generation, Progress, __version__
 from dit_engine.backends import Backend, Denoiser, create_backend
 from dit_engine.backends.lean import LeanDenoiser
 from dit_engine.lean_vae import LeanDecoder
+from dit_engine.pixels import LatentDecoder
 from dit_engine.sampler import SAMPLERS
 from dit_engine.vae import AutoencoderKL
 
@@ -58,6 +60,33 @@ def test_seed_counts_up_and_random_seeds_are_recorded(engine: Engine) -> None:
     again = engine.generate([1, 2], seeds=drawn.seeds, **FAST)
     assert torch.equal(drawn.images, again.images)
     assert drawn.seeds != engine.generate([1, 2], **FAST).seeds
+
+
+@pytest.mark.parametrize("output", ["np", "pil"])
+def test_pixels_leave_the_device_as_bytes(
+    engine: Engine, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is copied to the host is uint8 already; 127.5·x + 128, clamped and truncated."""
+    copied: list[torch.dtype] = []
+    decoded = torch.linspace(-1.2, 1.2, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
+
+    class OnDevice(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            if func in (torch.Tensor.cpu, torch.Tensor.to):
+                result = super().__torch_function__(func, types, args, kwargs or {})
+                host = func is torch.Tensor.cpu or any(str(a) == "cpu" for a in args[1:])
+                copied.extend([args[0].dtype] * host)
+                return result
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    monkeypatch.setattr(
+        LatentDecoder, "__call__", lambda self, z, *_: decoded.as_subclass(OnDevice)
+    )
+    images = engine.generate([1, 2], seed=0, steps=1, output=output).images
+    expected = np.clip(127.5 * decoded.numpy() + np.float32(128), 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(np.stack(images), expected.transpose(0, 2, 3, 1))
+    assert copied == [torch.uint8]
 
 
 def test_batches_larger_than_the_limit_are_split(engine: Engine) -> None:

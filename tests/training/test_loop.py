@@ -111,3 +111,37 @@ def test_progress_of_both_kinds_of_budget() -> None:
 def test_bad_budgets(values: dict) -> None:
     with pytest.raises(ValueError, match=r"give exactly one|is not above 0"):
         Budget(**values)
+
+
+def test_a_checkpoint_that_breaks_off_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(tmp_path, 5)
+    run.run("test")
+
+    def half(_: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half)
+    run.step = 9
+    with pytest.raises(OSError, match="disk full"):
+        run.save()
+    assert trainer(tmp_path, 5).step == 5
+
+
+def test_every_step_draws_anew_by_seed_and_step(tmp_path: Path) -> None:
+    def draws(name: str, seed: int) -> list[float]:
+        drawn: list[float] = []
+
+        def loss(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+            drawn.append(float(torch.rand((), generator=generator, dtype=torch.float64)))
+            return {"loss": model.weight.sum()}
+
+        settings = LoopSettings(Budget(steps=12), 0.1, seed=seed)
+        Trainer(nn.Linear(3, 1), loss, settings, tmp_path / name).run("test")
+        return drawn
+
+    first, same, other = draws("a", 1), draws("b", 1), draws("c", 2)
+    assert first == same
+    assert len(set(first + other)) == 24  # none twice, over steps and over seeds

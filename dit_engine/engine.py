@@ -100,6 +100,9 @@ class Engine:
         numerics: str | None = None,
         num_heads: int | None = None,
         check_finite: bool = False,
+        vae_scaling_factor: float | None = None,
+        vae_shift_factor: float | None = None,
+        vae_groups: int | None = None,
         device: torch.device | str | None = None,
         max_batch_size: int = 32,
         threads: int | None = None,
@@ -111,6 +114,8 @@ class Engine:
             numerics: "official" or "diffusers"; None takes what the source was made for.
             num_heads: for bare weight files of an unpublished width, which do not tell it.
             check_finite: look through every weight for NaN and infinity.
+            vae_scaling_factor, vae_shift_factor, vae_groups: of a VAE file without a config.json,
+                or in place of what that says (see `load_checkpoint`).
             device: "cpu", "cuda", …; None chooses CUDA where there is one.
             max_batch_size: more images than this are made in several batches.
             threads: CPU threads while generating, 1 or more; None leaves torch's setting alone.
@@ -119,7 +124,14 @@ class Engine:
             ValueError, OSError: one line that says what is wrong with the source.
         """
         checkpoint = load_checkpoint(
-            source, vae=vae, numerics=numerics, num_heads=num_heads, check_finite=check_finite
+            source,
+            vae=vae,
+            numerics=numerics,
+            num_heads=num_heads,
+            check_finite=check_finite,
+            vae_scaling_factor=vae_scaling_factor,
+            vae_shift_factor=vae_shift_factor,
+            vae_groups=vae_groups,
         )
         sources = {"model": checkpoint.source}
         if vae is not None:

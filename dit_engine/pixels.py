@@ -39,7 +39,7 @@ class LatentDecoder:
         little).
         """
         dtype = torch.float32 if precision in ("fp32", "fp16") else torch.bfloat16
-        z = z / self.vae.config.scaling_factor
+        z = self.vae.config.denormalise(z)
         whole = self._lean_in(dtype) if lean else self._plain_in(dtype).decode
         tile = max(z.shape[-1] // 2, 4)
         attempts: list[tuple[str, Callable[[Tensor], Tensor]]] = [

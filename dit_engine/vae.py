@@ -8,6 +8,7 @@ N images, H and W pixels, c latent channels, h and w latent rows and columns (H 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -20,7 +21,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Shape of an AutoencoderKL, in diffusers' names. The default is Stable Diffusion's."""
+    """Shape of an AutoencoderKL and scale of its latents, in diffusers' names.
+
+    The default is Stable Diffusion's. `denormalise` applies the last four; of ``latents_mean`` and
+    ``latents_std`` there is one for each latent channel. None has no effect.
+    """
 
     in_channels: int = 3
     out_channels: int = 3
@@ -30,6 +35,9 @@ class VAEConfig:
     norm_num_groups: int = 32
     mid_block_add_attention: bool = True
     scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.block_out_channels, list | tuple) or not self.block_out_channels:
@@ -48,13 +56,53 @@ class VAEConfig:
                     f"block_out_channels {width} is not a positive multiple of "
                     f"norm_num_groups {self.norm_num_groups}"
                 )
-        if not self.scaling_factor > 0:
-            raise ValueError(f"scaling_factor {self.scaling_factor} is not above 0")
+        if not isinstance(self.mid_block_add_attention, bool):
+            value = self.mid_block_add_attention
+            raise ValueError(f"mid_block_add_attention {value!r} is neither True nor False")
+        self._check_scale()
+
+    def _check_scale(self) -> None:
+        if not _is_finite(self.scaling_factor) or self.scaling_factor <= 0:
+            raise ValueError(
+                f"scaling_factor {self.scaling_factor!r} is not a finite number above 0"
+            )
+        if self.shift_factor is not None and not _is_finite(self.shift_factor):
+            raise ValueError(f"shift_factor {self.shift_factor!r} is not a finite number")
+        for name in ("latents_mean", "latents_std"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            above = 0.0 if name == "latents_std" else -math.inf
+            if (
+                not isinstance(values, list | tuple)
+                or len(values) != self.latent_channels
+                or not all(_is_finite(value) and value > above for value in values)
+            ):
+                kind = "finite numbers above 0" if name == "latents_std" else "finite numbers"
+                raise ValueError(
+                    f"{name} {values!r} is not a list of {self.latent_channels} {kind}, "
+                    "one for each latent channel"
+                )
+            object.__setattr__(self, name, tuple(map(float, values)))
 
     @property
     def downsampling(self) -> int:
         """Image pixels per latent pixel along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    def denormalise(self, z: Tensor) -> Tensor:
+        """The sampler's latents (N, c, h, w) → those that `AutoencoderKL.decode` takes.
+
+        z · std / scaling_factor + mean + shift_factor, as diffusers' pipelines do: those of Stable
+        Diffusion XL with ``latents_mean`` and ``latents_std``, of Stable Diffusion 3 with
+        ``shift_factor``.
+        """
+        if self.latents_std is not None:
+            z = z * _per_channel(self.latents_std, z)
+        z = z / self.scaling_factor
+        if self.latents_mean is not None:
+            z = z + _per_channel(self.latents_mean, z)
+        return z + self.shift_factor if self.shift_factor else z
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VAEConfig:
@@ -65,20 +113,28 @@ class VAEConfig:
         for key in ("use_quant_conv", "use_post_quant_conv"):
             if values.get(key, True) is False:
                 raise ValueError(f"{key} False: only VAEs with both 1×1 convolutions are supported")
-        for key in ("shift_factor", "latents_mean", "latents_std"):
-            if values.get(key):
-                raise ValueError(f"{key} {values[key]}: only VAEs without it are supported")
         if values.get("act_fn", "silu") != "silu":
             raise ValueError(f"act_fn {values['act_fn']!r}: only 'silu' is supported")
         known = {f.name for f in fields(cls)}
         return cls(**{k: v for k, v in values.items() if k in known})
 
     def to_json(self) -> str:
-        values = asdict(self) | {"_class_name": "AutoencoderKL", "act_fn": "silu"}
+        values = {key: value for key, value in asdict(self).items() if value is not None}
+        values |= {"_class_name": "AutoencoderKL", "act_fn": "silu"}
         depth = len(self.block_out_channels)
         values["down_block_types"] = ["DownEncoderBlock2D"] * depth
         values["up_block_types"] = ["UpDecoderBlock2D"] * depth
         return json.dumps(values, indent=2) + "\n"
+
+
+def _is_finite(value: Any) -> bool:
+    """A real number that float32, in which latents are, holds too."""
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return real and abs(value) <= torch.finfo(torch.float32).max
+
+
+def _per_channel(values: tuple[float, ...], z: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=z.dtype, device=z.device).view(-1, 1, 1)
 
 
 class ResnetBlock(nn.Module):
@@ -222,7 +278,7 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """Encoder to a diagonal Gaussian over latents, decoder back to pixels in [-1, 1].
 
-    Latents here are the network's own: the sampler's latents are ``scaling_factor`` times these.
+    Latents here are the network's own, which `VAEConfig.denormalise` makes of the sampler's.
     """
 
     def __init__(self, config: VAEConfig) -> None:

@@ -175,10 +175,10 @@ class Work:
         assert vae is not None
         dtype = decoder_dtype(precision)
         twin = channels_last(copy.deepcopy(vae).to(self.engine.device, dtype))
-        theirs, scale = diffusers_autoencoder(twin), vae.config.scaling_factor
+        theirs, config = diffusers_autoencoder(twin), vae.config
 
         def run() -> Tensor:
-            z = (self.x / scale).to(dtype, memory_format=torch.channels_last)
+            z = config.denormalise(self.x).to(dtype, memory_format=torch.channels_last)
             return theirs.decode(z).sample.float()
 
         return run

@@ -220,7 +220,7 @@ def _decoder(engine: Engine) -> Callable[[Tensor], Tensor] | None:
     vae = copy.deepcopy(engine.vae).float()  # the stored weights may be half as wide
 
     def decode(latents: Tensor) -> Tensor:
-        z = (latents / vae.config.scaling_factor).to(vae.post_quant_conv.weight.device)
+        z = vae.config.denormalise(latents).to(vae.post_quant_conv.weight.device)
         with torch.inference_mode():
             parts = [vae.decode(part).cpu() for part in z.split(8)]
         return (torch.cat(parts).clamp(-1, 1) + 1) / 2

@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,11 +97,11 @@ def count_blocks(state: Mapping[str, Tensor], pattern: str) -> int:
     return len(found)
 
 
-def infer_vae_config(state: Mapping[str, Tensor]) -> VAEConfig:
+def infer_vae_config(state: Mapping[str, Tensor], **given: Any) -> VAEConfig:
     """The config of an AutoencoderKL's tensors (keys as after `normalise_vae_keys`).
 
-    The number of norm groups and the scaling factor leave no trace: they are Stable Diffusion's,
-    32 and 0.18215.
+    The number of norm groups and the scaling factor leave no trace: unless they are ``given``,
+    they are Stable Diffusion's, 32 and 0.18215, and a warning says so.
 
     Raises ValueError where the tensors are not those of an AutoencoderKL.
     """
@@ -113,6 +114,16 @@ def infer_vae_config(state: Mapping[str, Tensor]) -> VAEConfig:
             )
         return state[key].shape[dimension]
 
+    guesses = {"norm_num_groups": "norm groups", "scaling_factor": "as the scaling factor"}
+    options = {"norm_num_groups": "vae_groups", "scaling_factor": "vae_scaling_factor"}
+    usual = [name for name in guesses if name not in given]
+    if usual:
+        guessed = " and ".join(f"{getattr(VAEConfig, name)} {guesses[name]}" for name in usual)
+        warnings.warn(
+            f"a VAE with no config.json beside it: taking Stable Diffusion's {guessed} "
+            f"(give {' and '.join(options[name] for name in usual)} if it has others)",
+            stacklevel=4,
+        )
     levels = count_blocks(state, r"encoder\.down_blocks\.(\d+)\.")
     return VAEConfig(
         in_channels=width("encoder.conv_in.weight", 1),
@@ -123,4 +134,5 @@ def infer_vae_config(state: Mapping[str, Tensor]) -> VAEConfig:
         ),
         layers_per_block=count_blocks(state, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
         mid_block_add_attention="encoder.mid_block.attentions.0.to_q.weight" in state,
+        **given,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,9 @@ def load_checkpoint(
     numerics: str | None = None,
     num_heads: int | None = None,
     check_finite: bool = False,
+    vae_scaling_factor: float | None = None,
+    vae_shift_factor: float | None = None,
+    vae_groups: int | None = None,
 ) -> Checkpoint:
     """Read a model.
 
@@ -80,6 +84,9 @@ def load_checkpoint(
             is "diffusers" for diffusers directories.
         num_heads: for files whose width does not tell it.
         check_finite: look through every weight for NaN and infinity.
+        vae_scaling_factor, vae_shift_factor, vae_groups: what the VAE's config.json calls
+            scaling_factor, shift_factor and norm_num_groups; for a VAE file without a config, of
+            which nothing tells them, or in place of what the config says.
 
     Raises:
         ValueError: one line that names the file and what is wrong with it.
@@ -95,8 +102,14 @@ def load_checkpoint(
     if vae is not None:
         vae_path = locate(vae)
     vae_config, vae_state = None, None
+    given = {"scaling_factor": vae_scaling_factor, "shift_factor": vae_shift_factor,
+             "norm_num_groups": vae_groups}  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    if vae_path is None and given:
+        name, value = next(iter(given.items()))
+        raise ValueError(f"{name} {value!r} is of a VAE, and {source} has none; give vae")
     if vae_path is not None:
-        vae_config, vae_state = _read_vae(vae_path, check_finite)
+        vae_config, vae_state = _read_vae(vae_path, check_finite, given)
         if vae_config.latent_channels != config.in_channels:
             raise ValueError(
                 f"{vae_path}: the VAE has {vae_config.latent_channels} latent channels, "
@@ -203,8 +216,13 @@ def _check_depth(config: ModelConfig, state: dict[str, Tensor], pattern: str) ->
         raise ValueError(f"the config's depth is {config.depth}, the file holds {blocks} blocks")
 
 
-def _read_vae(path: Path, check_finite: bool) -> tuple[VAEConfig, dict[str, Tensor]]:
-    """Config and state dict of an AutoencoderKL's file, directory, or pipeline directory."""
+def _read_vae(
+    path: Path, check_finite: bool, given: dict[str, Any]
+) -> tuple[VAEConfig, dict[str, Tensor]]:
+    """Config and state dict of an AutoencoderKL's file, directory, or pipeline directory.
+
+    given: fields of the config that are to have other values than in the file.
+    """
     if path.is_dir():
         path = path / "vae" if (path / "vae").is_dir() else path
         if not (path / "config.json").is_file():
@@ -221,9 +239,9 @@ def _read_vae(path: Path, check_finite: bool) -> tuple[VAEConfig, dict[str, Tens
     values = read_json(beside) if beside.is_file() else {}
     try:
         if values.get("_class_name") == VAE_CLASS:
-            config = VAEConfig.from_dict(values)
+            config = VAEConfig.from_dict(values | given)
         else:
-            config = infer_vae_config(state)
+            config = infer_vae_config(state, **given)
         check_shapes(state, vae_shapes(config))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None

@@ -46,6 +46,28 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="builtin", help="file, directory, hub id, or 'builtin'")
 
 
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `load_checkpoint` that `loading_options` reads back."""
+    add = parser.add_argument
+    add("--vae", help="another VAE: file, directory or hub id")
+    add("--vae-scaling-factor", type=float, metavar="NUMBER",
+        help="of a VAE file without config.json, or in place of its own")  # fmt: skip
+    add("--vae-shift-factor", type=float, metavar="NUMBER", help="likewise")
+    add("--vae-groups", type=int, metavar="COUNT", help="likewise: groups of the group norms")
+    add("--numerics", help="official or diffusers (what the model was made for, unless given)")
+    add("--num-heads", type=int, help="for bare weight files of an unpublished width")
+
+
+LOADING_OPTIONS = (
+    "vae", "vae_scaling_factor", "vae_shift_factor", "vae_groups", "numerics", "num_heads",
+)  # fmt: skip
+
+
+def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keywords for `load_checkpoint` from the arguments of `add_loading_arguments`."""
+    return {name: getattr(arguments, name) for name in LOADING_OPTIONS}
+
+
 def add_sampling_arguments(
     parser: argparse.ArgumentParser,
     steps: int | None = None,

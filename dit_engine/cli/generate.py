@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from dit_engine.cli.arguments import (
     Parser,
+    add_loading_arguments,
     add_model_argument,
     add_sampling_arguments,
+    loading_options,
     sampling_options,
 )
 from dit_engine.cli.destination import STDOUT, check_destination, is_directory, output_kind
@@ -40,9 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser("dit-generate", "Make images from class labels with a Diffusion Transformer.")
     add_model_argument(parser)
     add = parser.add_argument
-    add("--vae", help="another VAE: file, directory or hub id")
-    add("--numerics", help="official or diffusers (what the model was made for, unless given)")
-    add("--num-heads", type=int, help="for bare weight files of an unpublished width")
+    add_loading_arguments(parser)
     add("--check-finite", action="store_true", help="look for NaN in every weight")
     add("--labels", nargs="+", metavar="LABEL", help="class names or numbers, one image each")
     add("--all-labels", action="store_true", help="every class of the model")
@@ -154,9 +154,7 @@ def load_engine(arguments: argparse.Namespace) -> Engine:
 
     return Engine.from_pretrained(
         arguments.model,
-        vae=arguments.vae,
-        numerics=arguments.numerics,
-        num_heads=arguments.num_heads,
+        **loading_options(arguments),
         check_finite=arguments.check_finite,
         device=parse_device(arguments.device),  # before the weights are read
         max_batch_size=arguments.max_batch_size,

@@ -9,8 +9,6 @@ from dit_export.bundle import Bundle
 from dit_export.given import refuse
 from dit_export.source import Source, load_source, weights_hash
 
-MODEL_OPTIONS = ("model", "checkpoint", "vae", "numerics", "num_heads")
-
 
 def given_export(arguments: argparse.Namespace) -> Bundle:
     """The export of --onnx, which is what every other option says, or a ValueError that names one.
@@ -33,7 +31,8 @@ def given_export(arguments: argparse.Namespace) -> Bundle:
     if {"model", "checkpoint"} & arguments.given.keys():
         _check_source(bundle, load_source(arguments), arguments)
     else:
-        refuse(arguments, ["vae"], "beside --onnx needs --model, with which the export is compared")
+        names = ["vae", "vae_scaling_factor", "vae_shift_factor", "vae_groups"]
+        refuse(arguments, names, "beside --onnx needs --model, with which the export is compared")
     return bundle
 
 

@@ -206,7 +206,7 @@ class VAEDecoder(nn.Module):
         self.dtype = dtype
 
     def forward(self, z: Tensor) -> Tensor:  # (N, c, h, w) → (N, 3, H, W)
-        z = (z / self.vae.config.scaling_factor).to(self.dtype)
+        z = self.vae.config.denormalise(z).to(self.dtype)
         return self.vae.decode(z).float()
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dit_engine.checkpoint import build_model, build_vae, load_checkpoint
+from dit_engine.cli.arguments import add_loading_arguments, loading_options
 from dit_engine.config import PUBLISHED, ModelConfig
 from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL
@@ -28,9 +29,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     sources = "file, directory, hub id or 'builtin'; or a size (DiT-XL/2) with --checkpoint"
     add("--model", default="builtin", help=sources)
     add("--checkpoint", help="the weights, where --model is a size: file, directory or hub id")
-    add("--vae", help="another VAE: file, directory or hub id")
-    add("--numerics", help="official or diffusers (what the model was made for, unless given)")
-    add("--num-heads", type=int, help="for bare weight files of an unpublished width")
+    add_loading_arguments(parser)
 
 
 def load_source(arguments: argparse.Namespace) -> Source:
@@ -41,12 +40,7 @@ def load_source(arguments: argparse.Namespace) -> Source:
         raise ValueError(f"--model {name} is a size: give its weights with --checkpoint")
     if checkpoint is not None and not sized:
         raise ValueError(f"--model {name}: with --checkpoint it is one of {', '.join(PUBLISHED)}")
-    loaded = load_checkpoint(
-        checkpoint or name,
-        vae=arguments.vae,
-        numerics=arguments.numerics,
-        num_heads=arguments.num_heads,
-    )
+    loaded = load_checkpoint(checkpoint or name, **loading_options(arguments))
     if sized:
         _check_size(name, loaded.config, str(checkpoint))
     return Source(build_model(loaded), build_vae(loaded), loaded.label_names)

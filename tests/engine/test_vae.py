@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from tiny import tiny_dit
 from torch import Tensor
 
 from dit_engine.checkpoint import build_vae, load_checkpoint, save_pretrained
+from dit_engine.engine import Engine
+from dit_engine.pixels import LatentDecoder
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 SHAPES = [
@@ -103,6 +106,99 @@ def test_old_attention_keys(naming: str, tmp_path: Path) -> None:
         assert_close_to_reference(ours.decode(z), reference.decode(z).sample, tolerance=1e-10)
 
 
+SCALES = [
+    {"scaling_factor": 0.3611},
+    {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    {"scaling_factor": 0.5, "latents_mean": (-1.6, 2.2, 1.3, 0.0),
+     "latents_std": (8.4, 5.6, 2.6, 5.2)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=lambda s: ",".join(s))
+@pytest.mark.parametrize("lean", [False, True])
+def test_scale_and_shift_of_the_latents(scale: dict[str, Any], lean: bool, tmp_path: Path) -> None:
+    """Images are those that diffusers' pipelines decode, by the formulas of the pipelines."""
+    reference = theirs(block_out_channels=(32, 64), layers_per_block=1, **scale).float()
+    reference.save_pretrained(tmp_path / "vae")
+    vae = loaded(tmp_path / "vae")
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(2, 4, 4, 6, generator=generator)
+    if "latents_mean" in scale:  # StableDiffusionXLPipeline
+        std = torch.tensor(reference.config.latents_std).view(1, 4, 1, 1)
+        mean = torch.tensor(reference.config.latents_mean).view(1, 4, 1, 1)
+        scaled = z * std / reference.config.scaling_factor + mean
+    else:  # StableDiffusion3Pipeline
+        scaled = z / reference.config.scaling_factor + (reference.config.shift_factor or 0)
+    with torch.no_grad():
+        expected = reference.decode(scaled).sample
+    images = LatentDecoder(vae, torch.device("cpu"))(z, "fp32", lean)
+    assert_close_to_reference(images, expected, tolerance=1e-5)
+    save_pretrained(tmp_path / "again", tiny_dit(), vae)
+    again = load_checkpoint(tmp_path / "again").vae_config
+    assert again == vae.config
+    unset = {"shift_factor", "latents_mean", "latents_std"} - scale.keys()
+    assert unset.isdisjoint(json.loads((tmp_path / "again" / "vae" / "config.json").read_text()))
+
+
+def test_division_by_the_scaling_factor_alone_is_as_it_was() -> None:
+    z = torch.randn(2, 4, 8, 8)
+    for config in (VAEConfig(), VAEConfig(shift_factor=0.0), VAEConfig(scaling_factor=1)):
+        assert torch.equal(config.denormalise(z), z / config.scaling_factor)
+
+
+def test_options_of_a_file_without_config(tmp_path: Path) -> None:
+    groups, scale, shift = 8, 0.3611, 0.1159
+    reference = theirs(block_out_channels=(16, 24), layers_per_block=1, norm_num_groups=groups)
+    save_file(reference.state_dict(), tmp_path / "vae.safetensors")
+    save_pretrained(tmp_path / "dit", tiny_dit())
+    options = {"vae_groups": groups, "vae_scaling_factor": scale, "vae_shift_factor": shift}
+
+    def load(**chosen: Any) -> Engine:
+        vae = tmp_path / "vae.safetensors"
+        return Engine.from_pretrained(tmp_path / "dit", vae=vae, device="cpu", **chosen)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is guessed
+        engine = load(**options)
+    z = torch.randn(1, 4, 8, 8)
+    assert engine.vae is not None
+    scaled = z.double() / scale + shift
+    with torch.no_grad():
+        expected = reference.decode(scaled).sample
+        ours = engine.vae.decode(engine.vae.config.denormalise(z.double()))
+    assert_close_to_reference(ours, expected, tolerance=1e-10)
+    with pytest.warns(
+        UserWarning, match=r"Diffusion's 0\.18215 as the scaling factor \(give vae_sc"
+    ):
+        load(vae_groups=groups)
+    with (
+        pytest.warns(UserWarning, match="32 norm groups"),
+        pytest.raises(ValueError, match="16 is not a positive multiple of norm_num_groups 32"),
+    ):
+        load()
+    for wrong, message in (
+        ({"vae_groups": 0}, "norm_num_groups 0 is not a positive integer"),
+        ({"vae_scaling_factor": -1.0}, "scaling_factor -1.0 is not a finite number above 0"),
+        ({"vae_shift_factor": float("nan")}, "shift_factor nan is not a finite number"),
+        ({"vae_scaling_factor": "0.2"}, "scaling_factor '0.2' is not a finite number above 0"),
+    ):
+        with pytest.raises(ValueError, match=f"vae.safetensors: {message}"):
+            load(**options | wrong)
+    with pytest.raises(ValueError, match=r"scaling_factor 0\.2 is of a VAE, and .*dit has none"):
+        load_checkpoint(tmp_path / "dit", vae_scaling_factor=0.2)
+
+
+def test_options_take_the_place_of_a_config(tmp_path: Path) -> None:
+    theirs(block_out_channels=(32,), layers_per_block=1).save_pretrained(tmp_path / "vae")
+    save_pretrained(tmp_path / "dit", tiny_dit())
+    config = load_checkpoint(
+        tmp_path / "dit", vae=tmp_path / "vae", vae_scaling_factor=0.13025, vae_groups=16
+    ).vae_config
+    assert config == VAEConfig(
+        block_out_channels=(32,), layers_per_block=1, scaling_factor=0.13025, norm_num_groups=16
+    )
+
+
 @pytest.mark.parametrize("attention", [True, False])
 def test_a_file_without_config(attention: bool, tmp_path: Path) -> None:
     """Shapes are read from the tensors; 32 groups and the scaling factor are Stable Diffusion's."""
@@ -111,8 +207,13 @@ def test_a_file_without_config(attention: bool, tmp_path: Path) -> None:
     state = {key: tensor.contiguous() for key, tensor in reference.state_dict().items()}
     save_file(state, tmp_path / "vae.safetensors")
     torch.save(state, tmp_path / "vae.pt")
+    guessed = (
+        r"no config\.json beside it: taking Stable Diffusion's 32 norm groups and 0\.18215 as the "
+        r"scaling factor \(give vae_groups and vae_scaling_factor if it has others\)$"
+    )
     for name in ("vae.safetensors", "vae.pt"):
-        ours = loaded(tmp_path / name)
+        with pytest.warns(UserWarning, match=guessed):
+            ours = loaded(tmp_path / name)
         assert ours.config == VAEConfig(
             block_out_channels=(32, 64), layers_per_block=1, mid_block_add_attention=attention
         )
@@ -139,14 +240,27 @@ def test_diffusers_reads_what_we_write(tmp_path: Path) -> None:
     [
         ({"use_quant_conv": False}, "use_quant_conv False"),
         ({"use_post_quant_conv": False}, "use_post_quant_conv False"),
-        ({"shift_factor": 0.1}, "shift_factor 0.1"),
-        ({"latents_mean": [0.1] * 4}, "latents_mean"),
+        ({"shift_factor": "0.1"}, "shift_factor '0.1' is not a finite number$"),
+        ({"shift_factor": float("inf")}, "shift_factor inf is not a finite number$"),
+        ({"latents_mean": [0.1] * 3}, r"latents_mean \[0.1, 0.1, 0.1\] is not a list of 4 finite"),
+        ({"latents_mean": 0.1}, "latents_mean 0.1 is not a list of 4 finite numbers, one for each"),
+        ({"latents_mean": [0, 0, 0, True]}, "latents_mean .* is not a list of 4"),
+        ({"latents_std": [1, 1, 1, 0]}, r"latents_std \[1, 1, 1, 0\] .* 4 finite numbers above 0"),
+        ({"latents_std": [1, 1, 1, float("nan")]}, "latents_std .* 4 finite numbers above 0"),
         ({"act_fn": "relu"}, "act_fn 'relu'"),
         ({"norm_num_groups": 3}, "8 is not a positive multiple of norm_num_groups 3"),
         ({"norm_num_groups": 0}, "norm_num_groups 0 is not a positive integer"),
         ({"layers_per_block": 2}, "keys missing: 'encoder.down_blocks.0.resnets.1"),
         ({"mid_block_add_attention": False}, "keys too many"),
-        ({"scaling_factor": 0}, "scaling_factor 0 is not above 0"),
+        ({"scaling_factor": 0}, "scaling_factor 0 is not a finite number above 0$"),
+        ({"scaling_factor": -0.18}, "scaling_factor -0.18 is not a finite number above 0$"),
+        ({"scaling_factor": "0.18"}, "scaling_factor '0.18' is not a finite number above 0$"),
+        ({"scaling_factor": None}, "scaling_factor None is not a finite number above 0$"),
+        ({"scaling_factor": True}, "scaling_factor True is not a finite number above 0$"),
+        ({"scaling_factor": float("nan")}, "scaling_factor nan is not a finite number above 0$"),
+        ({"scaling_factor": 10**400}, "scaling_factor 10+ is not a finite number above 0$"),
+        ({"norm_num_groups": True}, "norm_num_groups True is not a positive integer"),
+        ({"mid_block_add_attention": 1}, "mid_block_add_attention 1 is neither True nor False"),
         ({"block_out_channels": None}, "block_out_channels None is not a list"),
         ({"_class_name": "AutoencoderTiny"}, "is of class 'AutoencoderTiny'"),
     ],

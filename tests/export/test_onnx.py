@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from dit_engine.schedule import make_schedule
 from dit_export import verify
 from dit_export.bundle import Bundle
 from dit_export.graphs import GuidedStep
-from dit_export.onnx import ExportOptions
+from dit_export.onnx import ExportOptions, export_onnx
 from dit_export.source import weights_hash
 from dit_export.upcast import upcast_file
 
@@ -67,6 +68,21 @@ def test_vae_decoder_divides_by_the_scale_and_takes_every_size(fp32: Bundle, n: 
     assert images.shape == (n, 3, 2 * (6 + n), 18) and images.dtype == torch.float32
     with torch.inference_mode():
         expected = vae.decode(z.double() / 0.18215)
+    assert_close_to_reference(images, expected, tolerance=1e-5)
+
+
+def test_vae_decoder_applies_shift_mean_and_deviation(tmp_path: Path) -> None:
+    scale = {"latents_mean": (1.0, -2.0, 0.0, 3.0), "latents_std": (0.5, 1.0, 2.0, 4.0)}
+    vae = random_vae()
+    vae.config = replace(vae.config, shift_factor=0.25, **scale)
+    options = ExportOptions("fp32", graphs=("vae_decoder",))
+    bundle = export_onnx(random_dit(), tmp_path / "out", options, vae=vae)
+    assert bundle.vae == vae.config
+    z = torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(2))
+    (images,) = run(bundle, "vae_decoder", z=z)
+    mean, std = (torch.tensor(values).double().view(1, 4, 1, 1) for values in scale.values())
+    with torch.inference_mode():
+        expected = vae.double().decode(z.double() * std / 0.18215 + mean + 0.25)
     assert_close_to_reference(images, expected, tolerance=1e-5)
 
 

@@ -18,6 +18,13 @@ import numpy as np
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 VARIANCES = ("model", "fixed_small", "fixed_large")
+# Sampler and spacing of a diffusers scheduler → what `space_timesteps` calls those time steps.
+OWN_SPACINGS = {
+    "ddim linspace": "official",
+    "ddim trailing": "trailing",
+    "ddpm linspace": "official",
+    "dpm++ leading": "solver-leading",
+}
 
 MOST_TRAIN_STEPS = 100_000
 LEAST_SIGNAL = 1e-12  # of the last ᾱ; below, float32 has nothing left to divide by
@@ -45,6 +52,8 @@ class Diffusion:
             "fixed_small" is the posterior's, "fixed_large" is beta, whatever is learned.
         steps_offset: added to the time steps of the spacing "leading".
         end_at_first: ddim's last step goes to ᾱ of step 0, and not to 1 (no noise).
+        scheduler: "sampler spacing" of a diffusers scheduler whose spacing is none of that name
+            here (`OWN_SPACINGS`): asked for with that sampler, the name is then the scheduler's.
     """
 
     num_train_steps: int = 1000
@@ -58,6 +67,7 @@ class Diffusion:
     variance: Literal["model", "fixed_small", "fixed_large"] = "model"
     steps_offset: int = 0
     end_at_first: bool = False
+    scheduler: str | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -70,6 +80,8 @@ class Diffusion:
                 raise ValueError(f"{name} {value!r}: choose one of {', '.join(allowed)}")
         _check_whole("num_train_steps", self.num_train_steps, 1, MOST_TRAIN_STEPS)
         _check_whole("steps_offset", self.steps_offset, 0, self.num_train_steps - 1)
+        if self.scheduler not in (None, *OWN_SPACINGS):
+            raise ValueError(f"scheduler {self.scheduler!r}: known are {', '.join(OWN_SPACINGS)}")
         for name in ("zero_terminal_snr", "end_at_first"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} {getattr(self, name)!r} is neither true nor false")
@@ -111,6 +123,18 @@ class Diffusion:
     def alphas_cumprod(self) -> np.ndarray:
         """ᾱ_t (N,) float64, t = 0 … N − 1; read-only."""
         return _alphas_cumprod(self)
+
+    def spacing_for(self, sampler: str, spacing: str) -> str:
+        """The spacing of `dit_engine.schedule` that ``spacing`` is, asked for with ``sampler``."""
+        asked = f"{sampler} {spacing}"
+        return OWN_SPACINGS[asked] if asked == self.scheduler else spacing
+
+    def ddim_stride(self, steps: int, spacing: str) -> int | None:
+        """How far each step of DDIMScheduler goes down from its time step, for the spacings of
+        which that is not where the next step begins; None where it is."""
+        strided = ("ddim linspace", "ddim trailing")
+        own = any(self.scheduler == name and OWN_SPACINGS[name] == spacing for name in strided)
+        return self.num_train_steps // steps if own else None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Diffusion:

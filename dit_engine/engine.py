@@ -286,7 +286,7 @@ class Engine:
     ) -> tuple[GenerateSettings, Tensor]:
         settings = GenerateSettings.of(
             backend=resolve_backend(backend),
-            train_steps=self.config.diffusion.num_train_steps,
+            diffusion=self.config.diffusion,
             **options,
         )
         checked = settings.checked(self.config, has_vae=self.vae is not None)

@@ -6,14 +6,14 @@ published one has 1000. Everything here is float64 numpy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from dit_engine.diffusion import PUBLISHED_DIFFUSION, Diffusion
 
-SPACINGS = ("official", "ddim", "leading", "linspace", "trailing")
+SPACINGS = ("official", "ddim", "leading", "linspace", "trailing", "solver-leading")
 SOLVER_LEAST_SIGNAL = 2.0**-24
 """ᾱ that dpm++ takes for 0, where λ has no value; that of diffusers' solvers."""
 
@@ -36,6 +36,7 @@ class Schedule:
         alphas_cumprod_prev: (steps,) ᾱ of the latent that step k yields; the last is exactly 1.
         betas: (steps,) 1 − ᾱ/ᾱ_prev, the betas of the respaced diffusion.
         diffusion: what it is a schedule of.
+        ddim_stride: see `Diffusion.ddim_stride`.
     """
 
     timesteps: np.ndarray
@@ -43,6 +44,7 @@ class Schedule:
     alphas_cumprod_prev: np.ndarray
     betas: np.ndarray
     diffusion: Diffusion = PUBLISHED_DIFFUSION
+    ddim_stride: int | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -90,10 +92,13 @@ class Schedule:
 
     @cached_property
     def ddim_alphas_cumprod_prev(self) -> np.ndarray:
-        """(steps,) ``alphas_cumprod_prev`` as ddim takes them (see `Diffusion.end_at_first`)."""
-        if not self.diffusion.end_at_first:
-            return self.alphas_cumprod_prev
-        return np.append(self.alphas_cumprod_prev[:-1], self.diffusion.alphas_cumprod[0])
+        """(steps,) ``alphas_cumprod_prev`` as ddim takes them."""
+        table = self.diffusion.alphas_cumprod
+        end = table[0] if self.diffusion.end_at_first else 1.0
+        if self.ddim_stride is not None:
+            t = self.timesteps - self.ddim_stride
+            return np.where(t < 0, end, table[t])
+        return np.append(self.alphas_cumprod_prev[:-1], end)
 
     @cached_property
     def solver_alphas_cumprod(self) -> np.ndarray:
@@ -155,7 +160,9 @@ def make_schedule(
         ValueError: steps out of range or no integer, an unknown spacing, or a number of steps
             that the spacing cannot make.
     """
-    return schedule_from_timesteps(space_timesteps(steps, spacing, diffusion), diffusion)
+    schedule = schedule_from_timesteps(space_timesteps(steps, spacing, diffusion), diffusion)
+    stride = diffusion.ddim_stride(steps, spacing)
+    return schedule if stride is None else replace(schedule, ddim_stride=stride)
 
 
 def schedule_from_timesteps(
@@ -206,6 +213,8 @@ def space_timesteps(
         linspace: as diffusers' DPMSolverMultistepScheduler: steps+1 points from 999 to 0, of which
             the last is left out. 1000 steps, which would repeat one, are every step instead.
         trailing: diffusers' name: from 999 down in strides of 1000/steps.
+        solver-leading: "leading" of diffusers' DPMSolverMultistepScheduler: integer stride
+            ⌊1000/(steps+1)⌋, and the last step is one stride above 0.
 
     Raises:
         ValueError: see ``make_schedule``.
@@ -219,12 +228,16 @@ def space_timesteps(
         return np.array(_official(int(steps), n)[::-1], dtype=np.int64)
     if spacing == "ddim":
         return np.arange(0, n, _ddim_stride(int(steps), n), dtype=np.int64)[::-1].copy()
-    if spacing == "leading":
-        stride, offset = n // steps, diffusion.steps_offset
+    if spacing in ("leading", "solver-leading"):
+        start = 0 if spacing == "leading" else 1
+        stride, offset = n // (steps + start), diffusion.steps_offset
         if offset >= stride:  # the last step would not reach the end, or the first is beyond N
-            most = n // (offset + 1)
-            raise ValueError(f"steps {steps}: with steps_offset {offset} at most {most} can be")
-        return np.arange(steps, dtype=np.int64)[::-1] * stride + offset
+            most = n // (offset + 1) - start
+            raise ValueError(
+                f"steps {steps}: allowed is 1 to {most} for spacing {spacing!r}"
+                f" and steps_offset {offset}"
+            )
+        return np.arange(start, steps + start, dtype=np.int64)[::-1] * stride + offset
     if spacing == "linspace":
         points = np.linspace(0, n - 1, steps + 1).round()[:0:-1].astype(np.int64)
         return np.arange(n)[::-1].copy() if steps == n else points

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_engine.backends import PRECISIONS
 from dit_engine.config import ModelConfig
-from dit_engine.diffusion import PUBLISHED_DIFFUSION
+from dit_engine.diffusion import PUBLISHED_DIFFUSION, Diffusion
 from dit_engine.guidance import check_channels, check_interval
 from dit_engine.sampler import SAMPLERS
 from dit_engine.schedule import SPACINGS, make_schedule
@@ -41,20 +41,18 @@ class GenerateSettings:
         sampler: str,
         steps: int | None,
         spacing: str | None,
-        train_steps: int = PUBLISHED_DIFFUSION.num_train_steps,
+        diffusion: Diffusion = PUBLISHED_DIFFUSION,
         **others: Any,
     ) -> GenerateSettings:
-        """Settings with the sampler's own number and spacing of steps where None are given.
-
-        train_steps: of the model; its sampler takes no more by itself.
-        """
+        """Settings with the sampler's own number and spacing of steps where None are given."""
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
         usual = SAMPLERS[sampler]
+        most = min(usual.default_steps, diffusion.num_train_steps)
         return cls(
             sampler=sampler,
-            steps=min(usual.default_steps, train_steps) if steps is None else steps,
-            spacing=usual.spacing if spacing is None else spacing,
+            steps=most if steps is None else steps,
+            spacing=usual.spacing if spacing is None else diffusion.spacing_for(sampler, spacing),
             **others,
         )
 

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from dit_engine.checkpoint.scheduler import CONFIG
 from dit_engine.checkpoint.weights import SUFFIXES, one_line
 
 BUILTIN = "builtin"
@@ -65,7 +66,7 @@ def download(repo_id: str) -> Path:
     Half-precision variants and other frameworks' files are left out. Files that are in the cache
     already are not fetched again; without a network the cache alone serves.
     """
-    patterns = ["model_index.json", "labels.json", "model.safetensors"]
+    patterns = ["model_index.json", "labels.json", "model.safetensors", f"scheduler/{CONFIG}"]
     for prefix in COMPONENTS:
         patterns.append(f"{prefix}config.json")
         patterns += _patterns(prefix, "safetensors")

@@ -28,6 +28,7 @@ from dit_engine.checkpoint.hub import locate
 from dit_engine.checkpoint.infer import count_blocks, infer_config, infer_vae_config
 from dit_engine.checkpoint.meta import without_storage
 from dit_engine.checkpoint.saving import NATIVE_CLASS
+from dit_engine.checkpoint.scheduler import read_diffusion, scheduler_beside
 from dit_engine.checkpoint.weights import (
     check_all_finite,
     check_shapes,
@@ -206,6 +207,8 @@ def _read_transformer(
         check_shapes(state, model_shapes(config))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{weights}: {error}") from None
+    if (scheduler := scheduler_beside(weights)) is not None:
+        config = replace(config, diffusion=read_diffusion(scheduler, config))
     return config, state
 
 

@@ -1,0 +1,175 @@
+"""A diffusers pipeline's ``scheduler_config.json`` → `Diffusion`.
+
+What concerns the model (betas, prediction) is taken from every scheduler of a noise-predicting
+diffusion. What concerns sampling is taken so that ddim, ddpm and dpm++ give the images that
+DiTPipeline gives with its DDIM, DDPM and DPMSolverMultistep schedulers; what they cannot give is
+refused. Other solvers' own settings are not looked at: nothing here samples with them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from dit_engine.checkpoint.weights import read_json
+from dit_engine.config import ModelConfig
+from dit_engine.diffusion import OWN_SPACINGS, Diffusion
+
+CONFIG = "scheduler_config.json"
+
+# Class → the sampler that is here.
+_SAMPLERS = {
+    "DDIMScheduler": "ddim",
+    "DDIMParallelScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "DDPMParallelScheduler": "ddpm",
+    "DPMSolverMultistepScheduler": "dpm++",
+}
+_SPACINGS = ("leading", "linspace", "trailing")
+# The same diffusion, with solvers that are not here. Those of the second line have other betas
+# where their files name none.
+_OTHERS = (
+    "DEISMultistepScheduler", "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler",
+)  # fmt: skip
+_LATENT_BETAS = (
+    "DPMSolverSDEScheduler", "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+)  # fmt: skip
+CLASSES = (*_SAMPLERS, *_OTHERS, *_LATENT_BETAS)
+
+# Key → the field of `Diffusion` that it is, where the names differ.
+_FIELDS = {
+    "num_train_timesteps": "num_train_steps",
+    "prediction_type": "prediction",
+    "rescale_betas_zero_snr": "zero_terminal_snr",
+    "clip_sample_range": "clip",
+}
+_SAME = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "steps_offset")
+
+# Key → values that dpm++ is, the first of them diffusers' default.
+_SOLVER_NEEDS: dict[str, tuple[Any, ...]] = {
+    "solver_order": (2,),
+    "algorithm_type": ("dpmsolver++", "deis"),
+    "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # all of them are taken for the first
+    "final_sigmas_type": ("zero",),
+    "lambda_min_clipped": (-math.inf, "-Infinity", "-inf", None),
+    "use_karras_sigmas": (False, None),
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+    "use_lu_lambdas": (False, None),
+}
+_VARIANCES = {
+    "fixed_small": "fixed_small",
+    "fixed_small_log": "fixed_small",
+    "fixed_large": "fixed_large",
+    "learned_range": "model",
+}
+_WITHOUT_EFFECT = (
+    "dynamic_thresholding_ratio", "sample_max_value",  # of thresholding
+    "lower_order_final", "euler_at_final",  # the last step goes to no noise, in first order
+    "flow_shift", "use_dynamic_shifting", "time_shift_type",  # of use_flow_sigmas
+    "skip_prk_steps", "solver_p", "predict_x0", "disable_corrector", "interpolation_type",
+    "timestep_type", "sigma_min", "sigma_max", "noise_sampler_seed",  # of other solvers
+)  # fmt: skip
+_KNOWN = {
+    *_FIELDS, *_SAME, *_SOLVER_NEEDS, *_WITHOUT_EFFECT, "clip_sample", "set_alpha_to_one",
+    "thresholding", "timestep_spacing", "use_flow_sigmas", "variance_type",
+}  # fmt: skip
+
+
+def scheduler_beside(weights: Path) -> Path | None:
+    """The scheduler's file of the pipeline that this transformer's weight file belongs to."""
+    pipeline = weights.parent.parent
+    if weights.parent.name != "transformer" or not (pipeline / "model_index.json").is_file():
+        return None
+    path = pipeline / "scheduler" / CONFIG
+    return path if path.is_file() else None
+
+
+def read_diffusion(path: Path, config: ModelConfig) -> Diffusion:
+    """The diffusion of a ``scheduler_config.json`` for the transformer of ``config``.
+
+    A key that is unknown has no effect, in diffusers neither; a warning names it.
+
+    Raises:
+        ValueError: one line that names the file, the key and the value, and what is allowed.
+    """
+    values = read_json(path)
+    try:
+        return _diffusion(values, config, path)
+    except ValueError as error:
+        message = str(error)
+        for key, field in _FIELDS.items():
+            message = re.sub(rf"\b{field}\b", key, message)
+        raise ValueError(f"{path}: {message}") from None
+
+
+def _diffusion(values: dict[str, Any], config: ModelConfig, path: Path) -> Diffusion:
+    kind = values.get("_class_name")
+    if kind not in CLASSES:
+        raise ValueError(
+            f"_class_name {kind!r} is not of a diffusion that the samplers undo; known are "
+            f"{', '.join(CLASSES)}"
+        )
+    unknown = [key for key in values if key not in _KNOWN and not key.startswith("_")]
+    if unknown:
+        warnings.warn(f"{path}: unknown, without effect: {', '.join(unknown)}", stacklevel=2)
+    _need(values, "thresholding", (False, None))
+    _need(values, "use_flow_sigmas", (False, None))
+    sampler = _SAMPLERS.get(kind)
+    if sampler == "dpm++":
+        for key, allowed in _SOLVER_NEEDS.items():
+            _need(values, key, allowed)
+    chosen: dict[str, Any] = {key: values[key] for key in _SAME if key in values}
+    if kind in _LATENT_BETAS:
+        chosen = {"beta_start": 0.00085, "beta_end": 0.012} | chosen
+    for key, field in _FIELDS.items():
+        if key in values and field != "clip":
+            chosen[field] = values[key]
+    # Absent, it is what the class does; another class's samplers are not here, and nothing clips.
+    if _flag(values, "clip_sample", default=sampler in ("ddim", "ddpm")):
+        chosen["clip"] = values.get("clip_sample_range", 1.0)
+    chosen["end_at_first"] = not _flag(values, "set_alpha_to_one", default=True)
+    if sampler is not None:
+        usual = "linspace" if sampler == "dpm++" else "leading"
+        spacing = _need(values, "timestep_spacing", (usual, *_SPACINGS))
+        scheduler = f"{sampler} {spacing}"
+        chosen["scheduler"] = scheduler if scheduler in OWN_SPACINGS else None
+    if sampler == "ddpm":
+        chosen["variance"] = _variance(values, config)
+    return Diffusion(**chosen)
+
+
+def _variance(values: dict[str, Any], config: ModelConfig) -> str:
+    kind = _need(values, "variance_type", tuple(_VARIANCES))
+    if kind == "learned_range" and not config.learn_sigma:
+        raise ValueError("variance_type 'learned_range': the transformer learns no variance")
+    ends_above_0 = values.get("timestep_spacing") == "trailing" or values.get("steps_offset")
+    if kind == "fixed_large" and ends_above_0:
+        raise ValueError(
+            "variance_type 'fixed_large': DDPMScheduler adds noise at its last step unless that is "
+            "step 0, as timestep_spacing 'leading' with steps_offset 0 has it; the ddpm here adds "
+            "none"
+        )
+    return _VARIANCES[kind]
+
+
+def _need(values: dict[str, Any], key: str, allowed: tuple[Any, ...]) -> Any:
+    """The value of ``key``, by default the first of the allowed ones."""
+    value = values.get(key, allowed[0])
+    # 1 == True and 0 == False, but no flag is a number.
+    if not any(type(value) is type(other) and value == other for other in allowed):
+        shown = " or ".join(dict.fromkeys(repr(v) for v in allowed if v is not None))
+        raise ValueError(f"{key} {value!r} is not what the samplers do: {shown} is")
+    return value
+
+
+def _flag(values: dict[str, Any], key: str, default: bool) -> bool:
+    value = values.get(key, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} {value!r} is neither true nor false")
+    return value

@@ -1,0 +1,350 @@
+"""A pipeline's scheduler_config.json: DiTPipeline's own images, or a refusal that names the key."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numerics import relative_error
+from torch import Tensor
+
+from dit_engine.checkpoint import load_checkpoint, load_model, save_pretrained
+from dit_engine.diffusion import PUBLISHED_DIFFUSION, Diffusion
+from dit_engine.engine import Engine
+from dit_engine.schedule import make_schedule
+
+diffusers = pytest.importorskip("diffusers")
+
+LABELS, SEED = [3, 77], 5
+SHAPE = (2, 4, 8, 8)
+
+
+def transformer(out_channels: int) -> Any:
+    torch.manual_seed(0)
+    # DiTPipeline's null class is 1000, whatever the model's number of classes.
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=24, num_layers=1, sample_size=8, patch_size=2,
+        out_channels=out_channels, num_embeds_ada_norm=1000,
+    ).eval()  # fmt: skip
+    for parameter in model.parameters():
+        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+        torch.nn.init.normal_(parameter, std=scale)
+    return model
+
+
+def pipeline(out_channels: int) -> Any:
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    ).eval()
+    made = diffusers.DiTPipeline(transformer(out_channels), vae, diffusers.DDIMScheduler())
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def learned() -> Any:
+    return pipeline(out_channels=8)
+
+
+@pytest.fixture(scope="module")
+def unlearned() -> Any:
+    return pipeline(out_channels=4)
+
+
+@pytest.fixture
+def directory(learned: Any, tmp_path: Path) -> Path:
+    learned.scheduler = diffusers.DDIMScheduler()
+    learned.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def theirs(pipe: Any, steps: int) -> tuple[Tensor, np.ndarray, Tensor]:
+    """DiTPipeline's last latents and images, and its noise of each step, of LABELS and SEED."""
+    latents: list[Tensor] = []
+    decode = pipe.vae.decode
+    pipe.vae.decode = lambda z: latents.append(z) or decode(z)
+    try:
+        torch.manual_seed(SEED)  # DiTPipeline gives its scheduler no generator
+        images = pipe(
+            LABELS, num_inference_steps=steps, output_type="np",
+            generator=torch.Generator().manual_seed(SEED),
+        ).images  # fmt: skip
+    finally:
+        del pipe.vae.decode
+    torch.manual_seed(SEED)
+    n = len(LABELS)
+    draws = torch.stack([torch.randn(2 * n, *SHAPE[1:])[:n] for _ in range(steps)])
+    return latents[0] * pipe.vae.config.scaling_factor, images, draws
+
+
+def ours(engine: Engine, sampler: str, spacing: str, steps: int, draws: Tensor, **more: Any) -> Any:
+    z = torch.randn(SHAPE, generator=torch.Generator().manual_seed(SEED))
+    return engine.generate(
+        LABELS, sampler=sampler, steps=steps, spacing=spacing, guidance_channels=None, latents=z,
+        step_noise=draws, **more,
+    ).images  # fmt: skip
+
+
+SAMPLERS = {
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "DPMSolverMultistepScheduler": "dpm++",
+}
+DDIM, DDPM, SOLVER = SAMPLERS
+BETAS = [*np.linspace(1e-3, 3e-2, 400).tolist()]
+STABLE = {
+    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1,
+    "set_alpha_to_one": False, "clip_sample": False,
+}  # fmt: skip
+V = {"prediction_type": "v_prediction"}
+ZERO = V | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+
+
+CASES = [
+    (DDIM, {}, 7),  # clip_sample is True unless a file says otherwise
+    (DDIM, {"clip_sample": False}, 7),
+    (DDIM, {"clip_sample_range": 0.5}, 7),
+    (DDIM, {"beta_start": 1e-3, "beta_end": 1e-2}, 7),
+    (DDIM, {"trained_betas": BETAS, "num_train_timesteps": 400}, 7),
+    (DDIM, {"num_train_timesteps": 100}, 7),
+    (DDIM, {"num_train_timesteps": 2000, "clip_sample": False}, 7),
+    (DDIM, STABLE, 7),
+    (DDIM, V | {"clip_sample": False}, 7),
+    (DDIM, V, 7),
+    (DDIM, {"prediction_type": "sample"}, 7),
+    (DDIM, {"prediction_type": "sample", "clip_sample": False}, 7),
+    (DDIM, ZERO | {"clip_sample": False}, 5),
+    (DDIM, ZERO, 7),
+    (DDIM, ZERO | {"prediction_type": "sample", "clip_sample": False}, 5),
+    (DDIM, COSINE, 7),
+    (DDIM, COSINE | V | {"clip_sample": False}, 7),
+    (DDIM, {"timestep_spacing": "trailing", "clip_sample": False}, 7),
+    (DDIM, {"timestep_spacing": "linspace", "clip_sample": False}, 7),
+    (DDIM, {"steps_offset": 3}, 9),
+    (DDPM, {}, 7),
+    (DDPM, {"clip_sample": False}, 7),
+    (DDPM, {"clip_sample": False, "variance_type": "fixed_large"}, 7),
+    (DDPM, {"clip_sample": False, "variance_type": "fixed_small_log"}, 7),
+    (DDPM, V | {"clip_sample_range": 2.0}, 7),
+    (DDPM, {"prediction_type": "sample", "clip_sample": False}, 7),
+    (DDPM, ZERO, 7),
+    (DDPM, {"timestep_spacing": "linspace", "clip_sample": False}, 7),
+    (DDPM, {"timestep_spacing": "trailing", "clip_sample": False}, 7),
+    (DDPM, STABLE, 7),
+    (SOLVER, {}, 7),
+    (SOLVER, V, 7),
+    (SOLVER, {"prediction_type": "sample"}, 7),
+    (SOLVER, STABLE, 7),
+    (SOLVER, {"num_train_timesteps": 100}, 7),
+    (SOLVER, {"timestep_spacing": "leading"}, 7),
+    (SOLVER, {"timestep_spacing": "leading", "steps_offset": 1}, 7),
+    (SOLVER, {"timestep_spacing": "trailing"}, 7),
+    (SOLVER, ZERO, 7),
+    (SOLVER, COSINE | V, 20),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "steps"), CASES, ids=lambda value: str(value)[:90])
+def test_the_pipelines_own_images(
+    learned: Any, kind: str, values: dict[str, Any], steps: int, tmp_path: Path
+) -> None:
+    check_equal(learned, kind, values, steps, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "steps"),
+    [case for case in CASES if case[0] == DDPM or case[1] == V],
+    ids=lambda value: str(value)[:90],
+)
+def test_the_pipelines_own_images_without_a_learned_variance(
+    unlearned: Any, kind: str, values: dict[str, Any], steps: int, tmp_path: Path
+) -> None:
+    check_equal(unlearned, kind, values, steps, tmp_path)
+
+
+def check_equal(pipe: Any, kind: str, values: dict[str, Any], steps: int, directory: Path) -> None:
+    scheduler = getattr(diffusers, kind)
+    known = set(scheduler.__init__.__wrapped__.__annotations__)
+    pipe.scheduler = scheduler(**{key: v for key, v in values.items() if key in known})
+    pipe.save_pretrained(directory)
+    expected, images, draws = theirs(pipe, steps)
+    engine = Engine.from_pretrained(directory, device="cpu")
+    spacing = pipe.scheduler.config.timestep_spacing
+    for backend in ("lean", "eager"):
+        z = ours(engine, SAMPLERS[kind], spacing, steps, draws, backend=backend, output="latent")
+        assert relative_error(z, expected) < 1e-3
+    shown = ours(engine, SAMPLERS[kind], spacing, steps, draws, output="pt").permute(0, 2, 3, 1)
+    assert (shown - torch.from_numpy(images)).abs().max() < 0.5 / 255
+
+
+def change(directory: Path, **values: Any) -> Path:
+    path = directory / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name 'FlowMatchEulerDiscrete"),
+        ({"_class_name": None}, "_class_name None is not of a diffusion"),
+        ({"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction': choose one"),
+        ({"prediction_type": None}, "prediction_type None: choose one of epsilon, v_pred"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid': choose one of linear, scaled"),
+        ({"beta_schedule": ["linear"]}, r"beta_schedule \['linear'\]: choose"),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps '1000' is not a whole number"),
+        ({"num_train_timesteps": True}, "num_train_timesteps True is not a whole number"),
+        ({"num_train_timesteps": 10**12}, "num_train_timesteps 1000000000000 is not a whole"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps 0 is not a whole number from 1"),
+        ({"beta_start": math.nan}, "beta_start nan is not between 0 and 1"),
+        ({"beta_end": math.inf}, "beta_end inf is not between 0 and 1"),
+        ({"beta_start": -1e-4}, "beta_start -0.0001 is not between 0 and 1"),
+        ({"beta_start": "0.1"}, "beta_start '0.1' is not between 0 and 1"),
+        ({"beta_start": 0.1}, "beta_start 0.1 is above beta_end 0.02"),
+        ({"beta_end": 0.9}, "the betas leave ᾱ = .* after the last step"),
+        ({"trained_betas": [0.1] * 5}, "trained_betas holds 5 numbers for 1000 steps"),
+        ({"trained_betas": 0.1}, "trained_betas 0.1 is no list"),
+        ({"trained_betas": [1e-3] * 999 + [2]}, r"trained_betas\[999\] 2 is not between 0 and 1"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True needs prediction_type 'v_"),
+        ({"rescale_betas_zero_snr": 1}, "rescale_betas_zero_snr 1 is neither true nor false"),
+        ({"clip_sample": "yes"}, "clip_sample 'yes' is neither true nor false"),
+        ({"clip_sample_range": -1}, "clip_sample_range -1 is not a finite number above 0"),
+        ({"thresholding": True}, "thresholding True is not what the samplers do: False is"),
+        ({"set_alpha_to_one": 0}, "set_alpha_to_one 0 is neither"),
+        ({"steps_offset": -1}, "steps_offset -1 is not a whole number from 0 to 999"),
+        ({"timestep_spacing": "karras"}, "timestep_spacing 'karras' is not what"),
+        (
+            {"_class_name": DDPM, "variance_type": "fixed_large_log"},
+            "variance_type 'fixed_large_log",
+        ),
+        ({"_class_name": DDPM, "variance_type": "learned"}, "variance_type 'learned' is not"),
+        (
+            {"_class_name": DDPM, "variance_type": "fixed_large", "steps_offset": 1},
+            "variance_type 'fixed_large': DDPMScheduler adds noise at its last step",
+        ),
+        (
+            {"_class_name": SOLVER, "solver_order": 3},
+            "solver_order 3 is not what the samplers do: 2",
+        ),
+        ({"_class_name": SOLVER, "algorithm_type": "sde-dpmsolver++"}, "algorithm_type 'sde-dpm"),
+        ({"_class_name": SOLVER, "solver_type": "heun"}, "solver_type 'heun' is not what"),
+        ({"_class_name": SOLVER, "use_karras_sigmas": True}, "use_karras_sigmas True is not"),
+        ({"_class_name": SOLVER, "use_flow_sigmas": True}, "use_flow_sigmas True is not"),
+        (
+            {"_class_name": SOLVER, "final_sigmas_type": "sigma_min"},
+            "final_sigmas_type 'sigma_min'",
+        ),
+        ({"_class_name": SOLVER, "lambda_min_clipped": -5.1}, "lambda_min_clipped -5.1 is not"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_what_cannot_be_done_is_refused(
+    values: dict[str, Any], message: str, directory: Path
+) -> None:
+    expected = rf"scheduler.scheduler_config\.json: {message}"
+    with pytest.raises(ValueError, match=expected) as caught:
+        Engine.from_pretrained(change(directory, **values), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_learned_range_needs_a_learned_variance(
+    learned: Any, unlearned: Any, tmp_path: Path
+) -> None:
+    for pipe in (learned, unlearned):
+        pipe.scheduler = diffusers.DDPMScheduler(variance_type="learned_range")
+        pipe.save_pretrained(tmp_path)
+        if pipe is learned:
+            assert load_checkpoint(tmp_path).config.diffusion.variance == "model"
+        else:
+            with pytest.raises(ValueError, match="variance_type 'learned_range': the transformer"):
+                load_checkpoint(tmp_path)
+
+
+def test_other_schedulers_give_the_models_part_alone(directory: Path) -> None:
+    euler = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", use_karras_sigmas=True)
+    euler.save_pretrained(directory / "scheduler")
+    assert load_model(directory).config.diffusion == Diffusion(beta_schedule="scaled_linear")
+    (directory / "scheduler" / "scheduler_config.json").write_text(
+        '{"_class_name": "HeunDiscreteScheduler"}'
+    )
+    there = diffusers.HeunDiscreteScheduler().alphas_cumprod
+    assert relative_error(load_model(directory).config.diffusion.alphas_cumprod, there) < 1e-4
+
+
+def test_the_published_pipelines_scheduler_changes_nothing(directory: Path) -> None:
+    """facebook/DiT-XL-2-256 has DDIMScheduler without clipping; without the file it is the same."""
+    change(directory, clip_sample=False)
+    assert load_model(directory).config.diffusion == PUBLISHED_DIFFUSION
+    shutil.rmtree(directory / "scheduler")
+    assert load_model(directory).config.diffusion == PUBLISHED_DIFFUSION
+
+
+def test_the_transformer_alone_is_still_the_pipelines(directory: Path) -> None:
+    change(directory, prediction_type="v_prediction")
+    weights = directory / "transformer" / "diffusion_pytorch_model.safetensors"
+    for source in (directory, directory / "transformer", weights):
+        assert load_model(source).config.diffusion == Diffusion(prediction="v_prediction", clip=1.0)
+
+
+def test_an_unknown_key_is_named(directory: Path) -> None:
+    with pytest.warns(
+        UserWarning, match=r"scheduler_config\.json: unknown, without .*: zeta, eta$"
+    ):
+        load_model(change(directory, zeta=1, _private=2, eta=0.5))
+
+
+def test_the_diffusion_is_saved_and_recorded(directory: Path, tmp_path_factory: Any) -> None:
+    change(directory, trained_betas=BETAS, num_train_timesteps=400, prediction_type="v_prediction")
+    engine = Engine.from_pretrained(directory, device="cpu")
+    native = tmp_path_factory.mktemp("saved") / "native"
+    save_pretrained(native, engine.model, engine.vae)
+    again = Engine.from_pretrained(native, device="cpu")
+    assert again.config == engine.config
+    assert again.config.diffusion.trained_betas == tuple(BETAS)
+    options: dict[str, Any] = {"sampler": "ddim", "steps": 3, "seed": 1, "output": "np"}
+    made = engine.generate([3], **options)
+    assert (made.images == again.generate([3], **options).images).all()
+    record = made.settings["diffusion"]
+    assert record["prediction"] == "v_prediction"
+    assert record["num_train_steps"] == 400
+    assert len(record["trained_betas_sha256"]) == 64
+    assert "diffusion" not in load_model("builtin").config.to_dict()
+
+
+def test_a_sampler_takes_no_more_steps_than_the_model_has(directory: Path) -> None:
+    engine = Engine.from_pretrained(change(directory, num_train_timesteps=100), device="cpu")
+    made = engine.generate([3], seed=0, output="latent")  # ddpm's usual count is 250
+    assert made.settings["steps"] == 100
+    with pytest.raises(ValueError, match="steps 101 is out of range: allowed is 1 to 100"):
+        engine.generate([3], steps=101)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"beta_schedule": "scaled_linear"}, COSINE, {"num_train_timesteps": 50}, ZERO],
+    ids=str,
+)
+def test_the_tables_are_those_of_diffusers(values: dict[str, Any], directory: Path) -> None:
+    """Theirs are rounded to float32 at every step; the last ᾱ of a cosine is sensitive to it."""
+    there = diffusers.DDIMScheduler(**values).alphas_cumprod.double()
+    ours = torch.from_numpy(load_model(change(directory, **values)).config.diffusion.alphas_cumprod)
+    assert (ours - there).abs().max() < 1e-6
+    assert ((ours - there).abs()[:-1] <= 2e-4 * there[:-1]).all()
+
+
+def test_offsets_leave_room_for_the_last_step() -> None:
+    offset = Diffusion(steps_offset=1)
+    assert make_schedule(500, "leading", offset).timesteps[[0, -1]].tolist() == [999, 1]
+    with pytest.raises(ValueError, match="steps 501: allowed is 1 to 500 for spacing 'leading'"):
+        make_schedule(501, "leading", offset)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dit_bench.hardware import same_processor
+
 LEAST = 0.03
 _KEY = ("model", "size", "what", "images", "name")
 _MACHINE = ("cpu", "gpu")
@@ -77,4 +79,7 @@ def _differences(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
         for name in _MACHINE
     ]
     pairs += [(name, new["settings"][name], old["settings"][name]) for name in _SETTINGS]
-    return [f"{name}: {was!r} then, {now!r} now" for name, now, was in pairs if now != was]
+    return [
+        f"{name}: {was!r} then, {now!r} now" for name, now, was in pairs
+        if not (same_processor(now, was) if name == "cpu" else now == was)
+    ]  # fmt: skip

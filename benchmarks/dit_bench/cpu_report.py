@@ -213,7 +213,7 @@ def instruction_sets(cpuinfo: str | None = None) -> list[str]:
     """Those of `INSTRUCTIONS` that the processor has; none where the system does not tell."""
     if cpuinfo is None:
         path = Path("/proc/cpuinfo")
-        cpuinfo = path.read_text() if path.exists() else ""
+        cpuinfo = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     match = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
     flags = set(match[1].split()) if match else set()
     return [name for name in INSTRUCTIONS if name in flags]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dit_bench.cost import dit_cost
-from dit_bench.hardware import BUSY
+from dit_bench.hardware import BUSY, same_processor
 from dit_engine.config import ModelConfig
 
 
@@ -15,11 +15,10 @@ def bounds_table(cpu: dict[str, Any], operators: dict[str, Any]) -> str:
     """Of the first workload of a `dit_bench.cpu` report, beside a `dit_bench.operators` report of
     the same machine: the least ratio to each peer that its products allow, at the best rate that
     any product of the same precision reached in the latter, if everything else took no time."""
-    machines = [
-        {key: hardware[key] for key in ("cpu", "torch_threads")}
-        for hardware in (cpu["hardware"], operators["environment"])
-    ]
-    if machines[0] != machines[1]:
+    one, other = cpu["hardware"], operators["environment"]
+    threads = one["torch_threads"] == other["torch_threads"]
+    if not (threads and same_processor(one["cpu"], other["cpu"])):
+        machines = [{key: m[key] for key in ("cpu", "torch_threads")} for m in (one, other)]
         raise ValueError(f"the reports are of two machines: {machines[0]} and {machines[1]}")
     section = cpu["sections"][0]
     workload = section["workload"]

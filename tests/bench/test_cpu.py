@@ -365,3 +365,42 @@ def test_report_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "lean bf16 ÷ diffusers bf16" in text
     assert "busy (load average 1.50 at the start)" in text
     assert "busy" not in cpu.format_report({**report, "load_average": 0.0})
+
+
+# /proc/cpuinfo's name, vendor, family, model and stepping, as published for these machines → ours.
+PROCESSORS = [
+    ("AMD EPYC", "AuthenticAMD", 25, 17, 1, "AMD EPYC (family 25, model 17: Zen 4)"),
+    ("AMD EPYC", "AuthenticAMD", 23, 49, 0, "AMD EPYC (family 23, model 49: Zen 2)"),
+    ("AMD EPYC", "AuthenticAMD", 25, 1, 1, "AMD EPYC (family 25, model 1: Zen 3)"),
+    ("AMD EPYC", "AuthenticAMD", 26, 2, 1, "AMD EPYC (family 26, model 2: Zen 5)"),
+    ("AMD EPYC", "AuthenticAMD", 99, 1, 1, "AMD EPYC (family 99, model 1)"),
+    ("AMD EPYC 9654 96-Core", "AuthenticAMD", 25, 17, 1, "AMD EPYC 9654 96-Core"),
+    ("Intel(R) Xeon(R) Processor @ 2.20GHz", "GenuineIntel", 6, 143, 8,
+        "Intel(R) Xeon(R) Processor @ 2.20GHz (family 6, model 143: Sapphire Rapids)"),
+    ("Intel(R) Xeon(R) CPU @ 2.20GHz", "GenuineIntel", 6, 85, 7,
+        "Intel(R) Xeon(R) CPU @ 2.20GHz (family 6, model 85: Cascade Lake)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "vendor", "family", "model", "stepping", "expected"), PROCESSORS)
+def test_the_processor_is_named_with_its_generation(
+    name: str, vendor: str, family: int, model: int, stepping: int, expected: str
+) -> None:
+    one = f"""processor	: 0
+vendor_id	: {vendor}
+cpu family	: {family}
+model		: {model}
+model name	: {name}
+stepping	: {stepping}
+"""
+    found = hardware.processor(f"{one}\n{one.replace(name, 'another')}")
+    assert found == expected
+    assert hardware.same_processor(found, name) and hardware.same_processor(found, found)
+    assert not hardware.same_processor(found, f"{name} (family 1, model 1)") or found == name
+
+
+def test_a_processor_of_arm() -> None:
+    text = "processor	: 0\nCPU implementer	: 0x41\nCPU part	: 0xd40\n"
+    assert hardware.processor(text).endswith("(part 0xd40: Neoverse V1)")
+    assert hardware.processor("") == hardware.cpu_model("")
+    assert hardware.describe_hardware()["cpu"] == hardware.processor()

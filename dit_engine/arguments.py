@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 _LIMIT = 80  # characters of a value in a message
 
 
+def dimensions(value: Any) -> int | None:
+    """Of an array or a tensor; None for all else."""
+    array = hasattr(value, "dtype") and not isinstance(value, type)
+    return getattr(value, "ndim", None) if array else None
+
+
 def shown(value: Any) -> str:
     """``value`` for a message: its repr in one line of bounded length, of arrays their shape."""
-    if hasattr(value, "dtype") and (shape := getattr(value, "shape", ())):
-        return f"<{str(value.dtype).removeprefix('torch.')} {tuple(shape)}>"
+    if dimensions(value):
+        return f"<{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}>"
     try:
         text = " ".join(repr(value).split())
     except ValueError:  # Python writes no integers of more than some thousand digits
@@ -27,12 +33,25 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
     """
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} {shown(value)}: choose one of {', '.join(allowed)}")
-    return value
+    return str(value)
+
+
+def sequence(value: Any) -> list[Any] | None:
+    """What a list, an array or the like holds, in order; None for text, sets, iterators (which may
+    never end), and whatever else has no order and no length."""
+    if isinstance(value, str | bytes | bytearray | Mapping | Set | Iterator | type):
+        return None
+    if dimensions(value) == 0:
+        return None
+    try:
+        return list(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def scalar(value: Any) -> Any:
     """An array or a tensor without dimensions as the Python value that it holds; all else as is."""
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+    if dimensions(value) == 0 and hasattr(value, "item"):
         try:
             return value.item()
         except (RuntimeError, TypeError, ValueError):  # of a tensor without storage
@@ -44,7 +63,7 @@ def whole_number(value: Any) -> int | None:
     """A whole number of whatever type, NumPy's and torch's too; None for all else: booleans,
     floats, arrays with dimensions."""
     value = scalar(value)
-    if isinstance(value, bool) or getattr(value, "ndim", 0) or not hasattr(value, "__index__"):
+    if isinstance(value, bool | type) or dimensions(value) or not hasattr(value, "__index__"):
         return None
     try:
         return operator.index(value)
@@ -56,7 +75,7 @@ def real_number(value: Any) -> float | None:
     """A real number of whatever type, NumPy's and torch's too; None for all else: booleans, text,
     arrays with dimensions."""
     value = scalar(value)
-    if isinstance(value, bool | str | bytes | bytearray) or getattr(value, "ndim", 0):
+    if isinstance(value, bool | str | bytes | bytearray | type) or dimensions(value):
         return None
     try:
         return float(value)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from dit_engine.arguments import shown
+
 
 def parse_device(device: str | torch.device | None) -> torch.device:
     """The torch device that ``device`` names; None is CUDA where there is one, else the CPU.
@@ -28,7 +30,9 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     if parsed is None or (parsed.index or 0) >= counts.get(parsed.type, 0):
         allowed = [name for name, count in counts.items() if count]
         allowed += [f"cuda:{i}" for i in range(counts["cuda"])]
-        raise ValueError(f"device {str(device)!r} is not available; allowed: {', '.join(allowed)}")
+        raise ValueError(
+            f"device {shown(str(device))} is not available; allowed: {', '.join(allowed)}"
+        )
     return with_index(parsed)
 
 

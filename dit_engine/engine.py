@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_engine._version import __version__
+from dit_engine.arguments import positive, shown
 from dit_engine.backends import Backend, create_backend, resolve_backend
 from dit_engine.checkpoint import build_model, build_vae, load_checkpoint
 from dit_engine.device import limited_threads, parse_device
@@ -28,7 +29,7 @@ from dit_engine.keywords import names_ours
 from dit_engine.labels import check_names, resolve_labels
 from dit_engine.memory import in_halves
 from dit_engine.model import DiT
-from dit_engine.noise import GivenNoise, NoiseSource, OfficialNoise, PerImageNoise
+from dit_engine.noise import GivenNoise, NoiseSource, OfficialNoise, PerImageNoise, given_noise
 from dit_engine.pixels import LatentDecoder, to_pil, to_uint8
 from dit_engine.results import Generation, Progress
 from dit_engine.sampler import SAMPLERS
@@ -61,20 +62,20 @@ class Engine:
         threads: int | None = None,
         sources: dict[str, str] | None = None,
     ) -> None:
-        if max_batch_size < 1:
-            raise ValueError(f"max_batch_size {max_batch_size} is not a positive integer")
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads {threads} is not a positive integer")
+        if not isinstance(model, DiT):
+            raise ValueError(f"model {shown(model)} is not a dit_engine.model.DiT")
+        if vae is not None and not isinstance(vae, AutoencoderKL):
+            raise ValueError(f"vae {shown(vae)} is not a dit_engine.vae.AutoencoderKL")
         if label_names is not None:
             label_names = check_names("label_names", label_names, model.config.num_classes)
-        self.threads = threads
+        self.threads = None if threads is None else positive("threads", threads)
         self.device = parse_device(device)
         self.model = model.eval()
         self.vae = None if vae is None else vae.eval()
         self.config = model.config
         self.label_names = label_names
-        self.max_batch_size = max_batch_size
-        self.sources = sources or {"model": "memory"}
+        self.max_batch_size = positive("max_batch_size", max_batch_size)
+        self.sources = {"model": "memory"} if sources is None else _texts("sources", sources)
         self._start()
 
     def _start(self) -> None:
@@ -214,11 +215,10 @@ class Engine:
         """
         numbers = resolve_labels(labels, self.config.num_classes, self.label_names)
         n = len(numbers)
-        image_seeds = resolve_seeds(seed, seeds, n, noise)
         settings, scales = self._settings(
             n,
             guidance_scale,
-            output=output or ("latent" if self.vae is None else "pil"),
+            output=("latent" if self.vae is None else "pil") if output is None else output,
             sampler=sampler,
             steps=steps,
             spacing=spacing,
@@ -229,16 +229,19 @@ class Engine:
             precision=precision,
             backend=backend,
         )
+        image_seeds = resolve_seeds(seed, seeds, n, settings.noise)
         shape = (self.config.in_channels, self.config.input_size, self.config.input_size)
-        _check_given("latents", latents, (n, *shape))
-        _check_given("step_noise", step_noise, (settings.steps, n, *shape))
-        as_a_whole = noise == "official"
+        latents = given_noise("latents", latents, (n, *shape))
+        step_noise = given_noise("step_noise", step_noise, (settings.steps, n, *shape))
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback {shown(callback)} is not callable")
+        as_a_whole = settings.noise == "official"
         if as_a_whole and n > self.max_batch_size:
             raise ValueError(
                 f"noise 'official' draws for the batch as a whole: {n} labels exceed "
                 f"max_batch_size {self.max_batch_size}"
             )
-        runner = self._backend(settings.backend, precision)
+        runner = self._backend(settings.backend, settings.precision)
 
         def run(first: int, count: int) -> Tensor:
             part = slice(first, first + count)
@@ -377,13 +380,11 @@ class Engine:
             return self._backends[name, precision]
 
 
-def _check_given(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    if tensor is None:
-        return
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {shape} is needed")
-    if not tensor.isfinite().all():
-        raise ValueError(f"{name} holds NaN or infinity")
+def _texts(name: str, value: Any) -> dict[str, str]:
+    items = value.items() if isinstance(value, Mapping) else [(value, None)]
+    if not all(isinstance(text, str) for item in items for text in item):
+        raise ValueError(f"{name} {shown(value)} is not a dict of strings")
+    return dict(value)
 
 
 def _digests(**tensors: Tensor | None) -> dict[str, str]:

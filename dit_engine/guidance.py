@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_engine.arguments import dimensions, real_number, sequence, shown, whole_number
 from dit_engine.sampler import Denoise
 
 OFFICIAL_CHANNELS = 3
@@ -98,48 +99,51 @@ def parse_scales(guidance_scale: float | Sequence[float] | Tensor, n: int | None
     Raises:
         ValueError: not finite, negative, or neither 1 nor ``n`` of them.
     """
-    try:
-        scales = torch.as_tensor(guidance_scale, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
+    one, many = real_number(guidance_scale), sequence(guidance_scale)
+    numbers = [one] if many is None else [real_number(each) for each in many]
+    flat = (dimensions(guidance_scale) or 0) < 2
+    if flat and None in numbers:
         raise ValueError(
-            f"guidance_scale {guidance_scale!r} is neither a number nor one number per image"
-        ) from None
-    for value in scales.flatten().tolist():
-        if not math.isfinite(value):
-            raise ValueError(f"guidance_scale {value} is not a finite number")
-        if value < 0:
-            raise ValueError(
-                f"guidance_scale {value} is negative: 0 and above are allowed, 1 is none"
-            )
-    if scales.ndim > 1 or (scales.ndim == 1 and n is not None and len(scales) != n):
+            f"guidance_scale {shown(guidance_scale)} is neither a number nor one number per image"
+        )
+    if not flat or (many is not None and n is not None and len(numbers) != n):
+        shape = tuple(getattr(guidance_scale, "shape", (len(numbers),)))
         images = "the images" if n is None else f"{n} images"
         raise ValueError(
-            f"guidance_scale of shape {tuple(scales.shape)} for {images}: "
-            f"give one number, or one per image"
+            f"guidance_scale of shape {shape} for {images}: give one number, or one per image"
         )
-    return scales.reshape(-1)
+    for number in numbers:
+        if number is None or not math.isfinite(number):
+            raise ValueError(f"guidance_scale {number} is not a finite number")
+        if number < 0:
+            raise ValueError(
+                f"guidance_scale {number} is negative: 0 and above are allowed, 1 is none"
+            )
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
-def check_channels(channels: int | None, in_channels: int) -> None:
-    """Raises ValueError unless channels is None or 1 … in_channels."""
+def check_channels(channels: int | None, in_channels: int) -> int | None:
+    """``channels`` as an int, or None. Raises ValueError unless it is None or 1 … in_channels."""
     if channels is None:
-        return
-    if isinstance(channels, bool) or not isinstance(channels, int):
+        return None
+    number = whole_number(channels)
+    if number is None:
         raise ValueError(
-            f"guidance_channels {channels!r} is not an integer from 1 to {in_channels}"
+            f"guidance_channels {shown(channels)} is not an integer from 1 to {in_channels}"
         )
-    if not 1 <= channels <= in_channels:
+    if not 1 <= number <= in_channels:
         raise ValueError(
-            f"guidance_channels {channels} is out of range: allowed is 1 to {in_channels}"
+            f"guidance_channels {shown(number)} is out of range: allowed is 1 to {in_channels}"
         )
+    return number
 
 
-def check_interval(interval: Interval) -> None:
-    """Raises ValueError unless 0 ≤ low < high."""
-    try:
-        low, high = (float(bound) for bound in interval)
-    except (TypeError, ValueError):
-        raise ValueError(f"guidance_interval {interval!r} is not a pair (low, high)") from None
+def parse_interval(interval: Interval) -> Interval:
+    """The two bounds as floats. Raises ValueError unless 0 ≤ low < high."""
+    bounds = [real_number(bound) for bound in sequence(interval) or ()]
+    low, high = bounds if len(bounds) == 2 else (None, None)
+    if low is None or high is None:
+        raise ValueError(f"guidance_interval {shown(interval)} is not a pair (low, high)")
     if math.isnan(low) or math.isnan(high):
         raise ValueError(f"guidance_interval ({low}, {high}) holds a NaN")
     if low < 0 or high < 0:
@@ -148,13 +152,14 @@ def check_interval(interval: Interval) -> None:
         raise ValueError(
             f"guidance_interval ({low}, {high}) is upside down: low must be below high"
         )
+    return low, high
 
 
 def _active_steps(interval: Interval | None, sigmas: np.ndarray | None) -> np.ndarray | None:
     """(steps,) bool: whether step k guides; None for "all"."""
     if interval is None:
         return None
-    check_interval(interval)
+    low, high = parse_interval(interval)
     if sigmas is None:
         raise ValueError("guidance_interval needs the schedule's sigmas")
-    return (sigmas > interval[0]) & (sigmas <= interval[1])
+    return (sigmas > low) & (sigmas <= high)

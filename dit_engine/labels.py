@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from dit_engine.arguments import scalar, shown, whole_number
+from dit_engine.arguments import dimensions, scalar, sequence, shown, whole_number
 
 _NUMERAL = re.compile(r"(number:)?(-?\d+)")
 
@@ -42,10 +42,7 @@ def class_order(names: Iterable[str]) -> list[str]:
 
 def check_names(name: str, names: Any, num_classes: int) -> tuple[str, ...]:
     """``names``, the argument ``name``, if they are one string a class; else ValueError."""
-    try:
-        found = None if isinstance(names, str | bytes) else tuple(names)
-    except TypeError:
-        found = None
+    found = sequence(names)
     if found is None:
         raise ValueError(f"{name} {shown(names)} is not a list of names, one a class")
     if len(found) != num_classes:
@@ -53,7 +50,7 @@ def check_names(name: str, names: Any, num_classes: int) -> tuple[str, ...]:
     for each in found:
         if not isinstance(each, str):
             raise ValueError(f"{name} holds {shown(each)}, which is not a string")
-    return found
+    return tuple(found)
 
 
 def shared_names(names: Sequence[str]) -> dict[str, list[int]]:
@@ -93,21 +90,11 @@ def _folded(name: str) -> str:
 
 def _items(labels: Any) -> list[Any]:
     """What one or many labels hold, without a look at each."""
-    dimensions = getattr(labels, "ndim", 1)
-    if isinstance(labels, int | str | bytes | bytearray) or dimensions == 0:
-        return [labels]
-    if dimensions > 1:
+    if (dimensions(labels) or 0) > 1:
         raise ValueError(f"labels has shape {tuple(labels.shape)}; one dimension is needed")
-    if isinstance(labels, Mapping | Set):
-        raise ValueError(f"labels {shown(labels)} has no order; give a list")
-    try:
-        items = list(labels)
-    except (TypeError, RuntimeError):
-        if hasattr(labels, "__index__"):
-            return [labels]
-        raise ValueError(
-            f"labels {shown(labels)}: give a class name, a number, or a list of them"
-        ) from None
+    items = list(labels) if isinstance(labels, Iterator) else sequence(labels)
+    if items is None:
+        return [labels]
     if not items:
         raise ValueError("labels is empty; give at least one class name or number")
     return items

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from dit_engine.arguments import shown
 
 AHEAD = 4
 """Draws that may be on their way to a GPU at once: so many steps the host works ahead of it."""
@@ -121,6 +124,35 @@ class OfficialNoise:
         return torch.randn(
             (n, *self.shape), generator=self.generator, device=self.device, dtype=torch.float32
         )
+
+
+def given_noise(name: str, value: Any, shape: tuple[int, ...]) -> Tensor | None:
+    """``value``, the argument ``name``, as a float32 tensor of ``shape``; None for None.
+
+    Raises ValueError unless it is a tensor, an array or nested lists of finite floating-point
+    numbers in that shape.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        try:
+            array = np.asarray(value)
+            if array.dtype.kind != "f":
+                raise TypeError
+            with np.errstate(over="ignore"):
+                value = torch.from_numpy(np.array(array, np.float32, order="C"))
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"{name} {shown(value)} is no tensor or array of floating-point numbers"
+            ) from None
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; {shape} is needed")
+    if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+        raise ValueError(f"{name} {shown(value)} on {value.device} holds no floating-point numbers")
+    value = value.detach().float()
+    if not value.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinity")
+    return value
 
 
 class GivenNoise:

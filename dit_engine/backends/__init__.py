@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # the commands' --help lists the backends, and does without t
 
     from dit_engine.model import DiT
 
+from dit_engine.arguments import choice, shown
+
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
 
 # name → (module, factory); the order is that of messages and help texts.
@@ -66,14 +68,16 @@ def resolve_backend(name: str) -> str:
 
     Raises ValueError, which lists the known ones.
     """
-    kind, scheme, address = name.partition("://")
+    kind, scheme, address = name.partition("://") if isinstance(name, str) else ("", "", "")
     kind = ALIASES.get(kind, kind)
     if kind not in _FACTORIES and _added(kind) is None:
         known = known_backends()
         begin = [other for other in known if kind and other.startswith(kind.lower())]
         near = begin or get_close_matches(kind.lower(), known, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"backend {name!r} is unknown; {hint}choose one of {', '.join(known)}")
+        raise ValueError(
+            f"backend {shown(name)} is unknown; {hint}choose one of {', '.join(known)}"
+        )
     return kind + scheme + address
 
 
@@ -90,8 +94,7 @@ def create_backend(name: str, model: DiT, precision: str, device: torch.device) 
     from dit_engine.device import with_index
 
     device = with_index(device)
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    choice("precision", precision, PRECISIONS)
     kind, scheme, address = resolve_backend(name).partition("://")
     options = {"address": address} if scheme else {}
     # Ours first: no other package takes over a name of ours.

@@ -30,8 +30,8 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     if parsed is None or (parsed.index or 0) >= counts.get(parsed.type, 0):
         allowed = [name for name, count in counts.items() if count]
         allowed += [f"cuda:{i}" for i in range(counts["cuda"])]
-        name = str(device) if isinstance(device, str | torch.device) else shown(device)
-        raise ValueError(f"device {name!r} is not available; allowed: {', '.join(allowed)}")
+        name = shown(str(device) if isinstance(device, torch.device) else device).strip("'")
+        raise ValueError(f"device '{name}' is not available; allowed: {', '.join(allowed)}")
     return with_index(parsed)
 
 

@@ -47,11 +47,13 @@ class GenerateSettings:
         """Settings with the sampler's own number and spacing of steps where None are given."""
         sampler = choice("sampler", sampler, SAMPLERS)
         usual = SAMPLERS[sampler]
+        if spacing is not None:
+            spacing = diffusion.spacing_for(sampler, choice("spacing", spacing, SPACINGS))
         most = min(usual.default_steps, diffusion.num_train_steps)
         return cls(
             sampler=sampler,
             steps=most if steps is None else steps,
-            spacing=usual.spacing if spacing is None else diffusion.spacing_for(sampler, spacing),
+            spacing=usual.spacing if spacing is None else spacing,
             **others,
         )
 

@@ -156,7 +156,7 @@ class build_native(Command):
         if configure(cmake, folder) is not None:
             shutil.rmtree(folder, ignore_errors=True)  # perhaps of another generator or place
             if (failure := configure(cmake, folder)) is not None:
-                return f"cmake failed; it needs a C++ compiler with OpenMP: {failure}"
+                return f"cmake failed; it needs a C++ compiler: {failure}"
         jobs = str(os.cpu_count() or 1)
         subprocess.run([cmake, "--build", str(folder), "--parallel", jobs], check=True)
         library.parent.mkdir(parents=True, exist_ok=True)

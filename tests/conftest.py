@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import tempfile
-from collections.abc import Iterator
 
 import pytest
-from openmp import check_runtimes
 from vectors import Vectors, read_vectors
 
 # A shell starts its background jobs with SIGINT ignored, and what the tests start would inherit it.
@@ -25,13 +22,3 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _COMPILED.name)
 @pytest.fixture(params=["dit_p2_d24", "dit_p4_d72"])
 def vectors(request: pytest.FixtureRequest) -> Vectors:
     return read_vectors(request.param)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_openmp_runtime() -> Iterator[None]:
-    """Whatever the tests of this process imported: our library brought no pool of threads."""
-    yield
-    if "torch" in sys.modules:
-        from dit_kernels.native_library import openmp_runtimes
-
-        check_runtimes(openmp_runtimes())

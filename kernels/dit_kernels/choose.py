@@ -96,18 +96,9 @@ def available() -> dict[str, str]:
     gpu_reason = triton.why_not(cuda)
     return {
         "reference": "yes",
-        "native": native.why_not() or f"yes ({native.isa()}{_beside_others()})",
+        "native": native.why_not() or f"yes ({native.isa()})",
         "triton": gpu_reason or f"yes ({cuda})",
     }
-
-
-def _beside_others() -> str:
-    from dit_kernels.native_library import openmp_runtimes
-
-    runtimes = openmp_runtimes()
-    if len(runtimes) < 2:
-        return ""
-    return f"; slowed down by {len(runtimes)} OpenMP runtimes: {', '.join(runtimes)}"
 
 
 def launcher(operator: str, device: torch.device) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ import os
 import re
 from pathlib import Path
 
-import torch  # first: the library then shares the OpenMP runtime that torch brings
+import torch
 
 LIBRARY = "libdit_kernels_cpu.so"
 NOT_BUILT = "libdit_kernels_cpu.txt"
@@ -41,8 +41,6 @@ LETTERS = {"*": "p", "int64_t": "q", "int": "i", "float": "f"}
 TYPES = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 RESULTS = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "const char*": ctypes.c_char_p}
 _PROTOTYPE = re.compile(r"^DIT_API ([\w ]+\*?) (\w+)\(([^)]*)\);", re.MULTILINE)
-# GNU's, LLVM's and Intel's; wheels put a hash into the names of the libraries that they bring.
-_OPENMP_RUNTIME = re.compile(r"lib(?:gomp|omp5?|iomp5)(?:-[0-9a-f]+)?\.so(?:\.\d+)*")
 
 
 @functools.cache
@@ -96,17 +94,6 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     if library.dit_isa() == 0:
         return None, "this processor lacks AVX2, FMA or F16C"
     return library, ""
-
-
-def openmp_runtimes() -> list[str]:
-    """Files of the OpenMP runtimes in this process. Two of them, each with its own threads that
-    wait for work by spinning, slow each other down. Empty where the system does not tell."""
-    try:
-        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-    except OSError:
-        return []
-    files = {fields[5] for line in maps.splitlines() if len(fields := line.split(None, 5)) == 6}
-    return sorted(file for file in files if _OPENMP_RUNTIME.fullmatch(Path(file).name))
 
 
 def _why_not_built(note: Path) -> str:

@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "../../kernels/csrc/cpu/attention_amx.cpp"
+#include "../../kernels/csrc/cpu/pool.cpp"
 
 namespace dit {
 

@@ -24,7 +24,7 @@ HEADS = 2
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 # Of the file, less AMX: the vector half runs on the machine itself.
 FLAGS = [
-    *("-std=c++17", "-O2", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"),
+    *("-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno"),
     *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
     *("-mavx512vnni", "-mavx512bf16", "-DDIT_EMULATED_TILES"),
     *("-I", str(KERNELS / "dit_kernels")),

@@ -25,12 +25,11 @@
 
 #pragma once
 
-#include <omp.h>
-
 #include "attention.h"
 #include "attention_pack.h"
 #include "attention_product.h"
 #include "native_interface.h"
+#include "parallel.h"
 
 namespace dit {
 namespace {
@@ -190,26 +189,30 @@ static int flash_attention(const AttentionCall& call) {
     const int64_t blocks = (call.t + Blocks::queries - 1) / Blocks::queries;
     const int64_t work = call.n * call.heads * blocks;
     const int threads = work < call.threads ? static_cast<int>(work) : call.threads;
+    const int64_t pieces = work < most_pieces ? work : most_pieces;
     int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-    {
-        // Neighbouring blocks share a head, so a thread packs few heads more than its share.
-        const int64_t rank = omp_get_thread_num(), ranks = omp_get_num_threads();
-        const int64_t first = work * rank / ranks, last = work * (rank + 1) / ranks;
+    const bool done = together(pieces, threads, [&](Participant& self) {
         float* scratch = static_cast<float*>(attention_scratch(OneHead::bytes(call)));
-        failed = scratch == nullptr;
-        if (scratch) {
-            OneHead one(call, scratch);
-            Products::enter();
+        int64_t piece, packed = -1;
+        if (scratch == nullptr) {
+            while (self.next(&piece)) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+            return;
+        }
+        OneHead one(call, scratch);
+        Products::enter();
+        while (self.next(&piece)) {
+            const int64_t first = work * piece / pieces, last = work * (piece + 1) / pieces;
             for (int64_t i = first; i < last; ++i) {
                 const int64_t image = i / blocks / call.heads, head = i / blocks % call.heads;
-                if (i == first || i % blocks == 0) one.pack(image, head);
+                // Neighbouring blocks share a head: a thread packs few heads more than its share.
+                if (i / blocks != packed) one.pack(image, head);
+                packed = i / blocks;
                 one.attend(image, head, i % blocks * Blocks::queries);
             }
-            Products::leave();
         }
-    }
-    return failed ? no_memory : ok;
+        Products::leave();
+    });
+    return done && !failed ? ok : no_memory;
 }
 
 }  // namespace

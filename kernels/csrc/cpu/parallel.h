@@ -5,26 +5,36 @@
 #include <cstdint>
 #include <cstdlib>
 
-#include <omp.h>
+#include "pool.h"
 
 namespace dit {
 namespace {
 
-// f(begin, end, thread) on parts of [0, count), on at most `threads` threads of at least `grain`.
+// f(participant) in this thread and in helpers; see run_in_pieces.
+template <class F>
+bool together(int64_t pieces, int threads, const F& f) {
+    return run_in_pieces(
+        pieces, threads,
+        [](const void* context, Participant& self) { (*static_cast<const F*>(context))(self); }, &f);
+}
+
+// f(begin, end, member) on pieces of [0, count) of about `grain`, on at most `threads` threads;
+// member is below `threads`. What f makes of an element must not depend on the pieces.
 template <class F>
 void share(int64_t count, int64_t grain, int threads, const F& f) {
     const int64_t useful = (count + grain - 1) / grain;
     const int team = useful < threads ? static_cast<int>(useful) : threads;
-    if (team <= 1) {
-        if (count > 0) f(int64_t{0}, count, 0);
-        return;
+    if (team > 1) {
+        int64_t pieces = (useful + team - 1) / team * team;  // as many for everyone
+        if (pieces > count) pieces = count;
+        if (pieces > most_pieces) pieces = most_pieces;
+        const bool done = together(pieces, team, [&](Participant& self) {
+            for (int64_t piece; self.next(&piece);)
+                f(count * piece / pieces, count * (piece + 1) / pieces, self.member());
+        });
+        if (done) return;
     }
-#pragma omp parallel num_threads(team)
-    {
-        const int thread = omp_get_thread_num(), members = omp_get_num_threads();
-        const int64_t begin = count * thread / members, end = count * (thread + 1) / members;
-        if (begin < end) f(begin, end, thread);
-    }
+    if (count > 0) f(int64_t{0}, count, 0);
 }
 
 // Rows of `width` elements that are worth a thread.

@@ -1,0 +1,52 @@
+"""The native kernels' threads, by a program of their own (pool.cpp), which sanitizers can run.
+
+ThreadSanitizer: CXXFLAGS="-fsanitize=thread -g" TSAN_OPTIONS=die_after_fork=0 pytest <this file>,
+without the case of too little memory.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+POOL = ROOT / "kernels" / "csrc" / "cpu" / "pool.cpp"
+CASES = {
+    "jobs": "every piece once, in order of the calls",
+    "helpers": "helpers take part",
+    "callers": "several threads call at once",
+    "forks": "a forked child has helpers of its own, also where another thread was in a call",
+    "sleeps": "no processor time is spent between calls",
+    "without threads": "where no thread can be started, the caller does everything",
+}
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if not compiler or sys.platform != "linux":
+        pytest.skip("needs Linux and a C++ compiler")
+    made = tmp_path_factory.mktemp("pool") / "pool"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-pthread"]
+    more = shlex.split(os.environ.get("CXXFLAGS", ""))  # of make asan
+    own = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    sources = [str(Path(__file__).with_name("pool.cpp")), str(POOL)]
+    subprocess.run([compiler, *flags, *more, *sources, "-o", str(made)], env=own, check=True)
+    return made
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_pool(case: str, program: Path) -> None:
+    if case == "without threads" and "sanitize" in os.environ.get("CXXFLAGS", ""):
+        pytest.skip("sanitizers need the memory that this case takes away")
+    own = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    done = subprocess.run(
+        [program, case], env=own, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr

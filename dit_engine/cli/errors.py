@@ -36,9 +36,9 @@ def run_command(command: Callable[[], int], quiet: bool = False) -> int:
         if not is_out_of_memory(error):
             raise
         return _fail(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(one_line(error) or "interrupted", file=sys.stderr)
+        return getattr(error, "exit_code", 130)
     finally:
         _drop_unprinted()
 

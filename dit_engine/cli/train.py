@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from signal import SIGINT
 from typing import Any
 
 from dit_engine.cli.arguments import Parser
-from dit_engine.cli.errors import run_command
+from dit_engine.cli.errors import one_line, run_command
 from dit_engine.cli.start import entry, output_is_a_file
 
 # One for every field of TrainSettings.
@@ -41,6 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser("dit-train", "Train a VAE, then a DiT on its latents. Run it again to resume.")
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory of the run")
     parser.add_argument("--device", help="cpu, cuda, …; CUDA where there is one unless given")
+    parser.add_argument("--threads", type=int, help="of the CPU; as many as other programs leave "
+                        "processors free, unless given")  # fmt: skip
     for stage, name, minutes in (
         ("vae", "autoencoder", 30.0),
         ("dit", "transformer", 90.0),
@@ -71,9 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from dit_engine.device import parse_device
+    from dit_engine.training.card import is_called_untrained
     from dit_engine.training.loop import Budget
     from dit_engine.training.run import TrainSettings, train
+    from dit_engine.training.stopping import Stopped, termination_as_interrupt
 
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ValueError(f"threads {arguments.threads} is not a positive integer")
     values: dict[str, Any] = {f.name: getattr(arguments, f.name) for f in fields(TrainSettings)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
@@ -85,15 +92,26 @@ def _train(arguments: argparse.Namespace) -> int:
 
     vae, dit = budget("vae"), budget("dit")
     assert vae is not None and dit is not None  # they have defaults
-    finished = train(
-        TrainSettings(**values),
-        vae,
-        dit,
-        arguments.output,
-        parse_device(arguments.device),
-        budget("decoder"),
-    )
-    print(f"Engine.from_pretrained({str(finished)!r}) loads the trained model")
+    given = {} if arguments.threads is None else {"threads": arguments.threads}
+    with termination_as_interrupt():
+        try:
+            finished = train(
+                TrainSettings(**values),
+                vae,
+                dit,
+                arguments.output,
+                parse_device(arguments.device),
+                budget("decoder"),
+                **given,
+            )
+        except KeyboardInterrupt as error:
+            raise Stopped(
+                f"{one_line(error) or 'stopped between two checkpoints'}; the same command again "
+                f"goes on from what is in {arguments.output}",
+                getattr(error, "exit_code", 128 + SIGINT) - 128,
+            ) from None
+    trained = "model, which is not trained" if is_called_untrained(finished) else "trained model"
+    print(f"Engine.from_pretrained({str(finished)!r}) loads the {trained}")
     return 0
 
 

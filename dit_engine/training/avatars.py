@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from importlib.resources import files
 from multiprocessing import get_context
@@ -58,8 +59,12 @@ def _render_all(first: int, per_class: int, size: int, description: str) -> np.n
         for name in CLASSES
         for start in range(0, per_class, _CHUNK)
     ]
-    # Spawned, not forked: torch's threads do not survive a fork.
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    # Spawned, not forked: torch's threads do not survive a fork. Ctrl-C, which a terminal sends to
+    # all of them, is for the parent.
+    with ProcessPoolExecutor(
+        mp_context=get_context("spawn"),
+        initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN),
+    ) as pool:  # fmt: skip
         parts = list(tqdm(pool.map(render, *zip(*jobs, strict=True)), description, len(jobs)))
     return np.concatenate(parts)
 

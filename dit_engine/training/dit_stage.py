@@ -77,7 +77,7 @@ def train_denoiser(
 
         return diffusion(denoise, x0, t, noise)
 
-    return Trainer(model, loss, settings, directory, sheet).run(type(model).__name__)
+    return Trainer(model, loss, settings, directory, sheet).run("transformer")
 
 
 def forward_bf16(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import pickle
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dit_engine.files import atomic_path, save_tensors
+from dit_engine.training.log import ProgressLine, add_row, drop_rows_after, plot_losses
+from dit_engine.training.stopping import Stopped, signals_noted
+from dit_engine.training.threads import ThreadsByLoad
 
 CHECKPOINT = "last.pt"
+LOG_STEPS = 50  # of which one row of the log, and the losses that are shown, are the means
 
 
 def kept_path(directory: Path, step: int) -> Path:
@@ -48,6 +53,13 @@ class Budget:
         assert self.minutes is not None
         return min(seconds / (60.0 * self.minutes), 1.0)
 
+    def seconds_left(self, step: int, seconds: float) -> float:
+        """Until the budget is spent, at the pace up to now; NaN before the first step."""
+        if self.minutes is not None:
+            return max(0.0, 60.0 * self.minutes - seconds)
+        assert self.steps is not None
+        return (self.steps - step) * seconds / step if step else math.nan
+
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -61,6 +73,7 @@ class LoopSettings:
     sheet_seconds: float = 600.0
     seed: int = 0
     keep_steps: tuple[int, ...] = ()  # after which the EMA weights are kept in a file of their own
+    follow_load: bool = False  # torch's threads by `ThreadsByLoad`, on the CPU
 
 
 class Trainer:
@@ -96,18 +109,47 @@ class Trainer:
         )
         self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.step, self.seconds = 0, 0.0
+        self.losses: dict[str, float] = {}  # the means of the last steps
         if (directory / CHECKPOINT).exists():
             self._load()
 
     def run(self, description: str) -> nn.Module:
-        """Train until the budget is spent; returns the model with its EMA weights."""
+        """Train until the budget is spent; returns the model with its EMA weights.
+
+        Ctrl-C and SIGTERM end it after the step that is being taken: the checkpoint is written, and
+        `Stopped` raised.
+        """
+        on_cpu = all(parameter.device.type == "cpu" for parameter in self.trainable)
+        by_load = ThreadsByLoad() if self.settings.follow_load and on_cpu else None
+        line = ProgressLine(description, self.settings.budget)
+        announcement = f"{description}: stopping after this step (Ctrl-C again: at once)"
+        try:
+            with closing(line), signals_noted(announcement) as signal_noted:
+                self._train(line, by_load, signal_noted)
+                self.save()
+                if number := signal_noted():
+                    raise Stopped(f"{description}: stopped after {self.step} steps, saved", number)
+                self._make_sheet()
+                if number := signal_noted():
+                    raise Stopped(f"{description}: stopped after its last step, saved", number)
+        finally:
+            if by_load is not None:
+                by_load.restore()
+        self.model.load_state_dict(self.ema)
+        return self.model.eval()
+
+    def _train(
+        self, line: ProgressLine, by_load: ThreadsByLoad | None, signal_noted: Callable[[], int]
+    ) -> None:
+        """Steps until the budget is spent or a signal was noted."""
         settings, budget = self.settings, self.settings.budget
         saved = sheet_made = time.monotonic()
-        window: list[dict[str, float]] = []
+        window: deque[dict[str, float]] = deque(maxlen=LOG_STEPS)
         generator = torch.Generator()
-        bar = tqdm(desc=description, total=budget.steps, initial=self.step, unit="step")
-        while (progress := budget.progress(self.step, self.seconds)) < 1.0:
+        while (progress := budget.progress(self.step, self.seconds)) < 1.0 and not signal_noted():
             began = time.monotonic()
+            if by_load is not None:
+                by_load.update()
             warm = min(1.0, (self.step + 1) / settings.warmup_steps)
             rate = settings.learning_rate * warm * (1.0 - progress)
             for group in self.optimizer.param_groups:
@@ -126,22 +168,16 @@ class Trainer:
             now = time.monotonic()
             self.seconds += now - began
             window.append({k: float(v.detach()) for k, v in losses.items()})
-            bar.update()
-            if self.step % 50 == 0:
-                self._log(window, rate)
-                bar.set_postfix({k: f"{v:.4f}" for k, v in _mean(window).items()})
-                window.clear()
+            self.losses = _mean(window)
+            line.show(self.step, self.seconds, self.losses["loss"])
+            if self.step % LOG_STEPS == 0:
+                self._log(rate)
             if now - saved > settings.save_seconds:
                 self.save()
                 saved = now
             if self.sheet and now - sheet_made > settings.sheet_seconds:
                 self._make_sheet()
                 sheet_made = time.monotonic()
-        bar.close()
-        self.save()
-        self._make_sheet()
-        self.model.load_state_dict(self.ema)
-        return self.model.eval()
 
     def save(self) -> None:
         """Write last.pt (whole or not at all) and redraw the loss curve."""
@@ -151,23 +187,21 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
+            "losses": self.losses,
         }
         with atomic_path(self.directory / CHECKPOINT) as path:
             torch.save(state, path)
         plot_losses(self.directory / "log.csv", self.directory / "loss.png")
 
     def _load(self) -> None:
-        path = self.directory / CHECKPOINT
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(f"{path} is damaged: remove it to begin again") from error
+        state = _read_checkpoint(self.directory / CHECKPOINT)
         self.model.load_state_dict(state["model"])
         for name, average in self.ema.items():
             average.copy_(state["ema"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
-        _drop_rows_after(self.directory / "log.csv", self.step)
+        self.losses = state.get("losses", {})
+        drop_rows_after(self.directory / "log.csv", self.step)
 
     @torch.no_grad()
     def _update_ema(self) -> None:
@@ -186,51 +220,38 @@ class Trainer:
         self.model.train()
         self.model.load_state_dict(trained)
 
-    def _log(self, window: list[dict[str, float]], rate: float) -> None:
-        path = self.directory / "log.csv"
-        row = {"step": self.step, "seconds": round(self.seconds, 1), "lr": rate, **_mean(window)}
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row.keys())
-            if new:
-                writer.writeheader()
-            writer.writerow({k: f"{v:.6g}" for k, v in row.items()})
+    def _log(self, rate: float) -> None:
+        row = {"step": self.step, "seconds": round(self.seconds, 1), "lr": rate, **self.losses}
+        add_row(self.directory / "log.csv", row)
 
 
-def _mean(window: list[dict[str, float]]) -> dict[str, float]:
-    return {k: sum(row[k] for row in window) / len(window) for k in window[0]}
+@dataclass(frozen=True)
+class Stage:
+    """What a stage's checkpoint tells of it.
+
+    seconds: of the steps alone; losses: the means of the last steps, empty in old checkpoints.
+    """
+
+    step: int
+    seconds: float
+    losses: dict[str, float]
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
-    """Forget what was logged after the checkpoint: those steps will be taken again."""
+def read_stage(directory: Path) -> Stage | None:
+    """Of the training in ``directory``; None where there is no checkpoint."""
+    path = directory / CHECKPOINT
     if not path.exists():
-        return
-    header, *rows = path.read_text().splitlines()
-    kept = [row for row in rows if int(float(row.split(",")[0])) <= step]
-    with atomic_path(path) as partial:
-        partial.write_text("\n".join([header, *kept]) + "\n")
+        return None
+    state = _read_checkpoint(path, mmap=True)
+    return Stage(state["step"], state["seconds"], state.get("losses", {}))
 
 
-def plot_losses(log: Path, picture: Path) -> None:
-    """Draw every loss column of a log.csv against the step."""
-    if not log.exists():
-        return
-    import matplotlib
+def _read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path} is damaged: remove it to begin again") from error
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    with log.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        return
-    names = [n for n in rows[0] if n not in ("step", "seconds", "lr")]
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        axis.plot([float(r["step"]) for r in rows], [float(r[name]) for r in rows])
-        axis.set(title=name, xlabel="step", yscale="log")
-        axis.grid(alpha=0.3, which="both")
-    figure.tight_layout()
-    with atomic_path(picture) as partial:
-        figure.savefig(partial, dpi=100, format="png")
-    plt.close(figure)
+def _mean(window: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {k: sum(row[k] for row in window) / len(window) for k in window[0]}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,18 +15,22 @@ from torch import Tensor, nn
 
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.config import ModelConfig
+from dit_engine.device import limited_threads
 from dit_engine.engine import Engine
 from dit_engine.files import atomic_path, save_tensors
 from dit_engine.labels import resolve_labels
 from dit_engine.model import DiT
 from dit_engine.training.avatars import load_avatars
+from dit_engine.training.card import judge, write_card
 from dit_engine.training.data import ImageSet, load_image_folder
 from dit_engine.training.decoder_stage import train_decoder
 from dit_engine.training.dit_stage import train_dit
-from dit_engine.training.loop import Budget, LoopSettings
+from dit_engine.training.loop import Budget, LoopSettings, read_stage
 from dit_engine.training.sheets import save_sheet
 from dit_engine.training.vae_stage import encode_all, train_vae
 from dit_engine.vae import AutoencoderKL, VAEConfig
+
+VAE_EMA_DECAY = 0.998
 
 
 @dataclass(frozen=True)
@@ -84,23 +90,47 @@ def train(
     directory: Path,
     device: torch.device | str = "cpu",
     decoder_budget: Budget | None = None,
+    threads: int | None = None,
 ) -> Path:
     """Train a VAE, then a DiT; returns the directory for `Engine.from_pretrained`.
 
-    Called again with the same settings it goes on from where it was stopped. With
+    Called again with the same settings it goes on from where it was stopped: by Ctrl-C or SIGTERM
+    too, which raise `Stopped` or KeyboardInterrupt once a checkpoint is written. With
     ``decoder_budget`` the VAE's decoder is trained on at the end; the latents stay as they are.
+
+    A model that is plainly not trained (`judge`) is told by a warning, and by README.md beside it.
+
+    Args:
+        threads: of the CPU. None takes what others leave free, looked at every ten seconds, but at
+            most torch's own number; where the environment has OMP_NUM_THREADS, that number.
     """
+    with limited_threads(threads):
+        return _train(
+            settings, vae_budget, dit_budget, directory, device, decoder_budget,
+            follow_load=threads is None and "OMP_NUM_THREADS" not in os.environ,
+        )  # fmt: skip
+
+
+def _train(
+    settings: TrainSettings,
+    vae_budget: Budget,
+    dit_budget: Budget,
+    directory: Path,
+    device: torch.device | str,
+    decoder_budget: Budget | None,
+    follow_load: bool,
+) -> Path:
     _require_matplotlib()
     data = _load_data(settings, directory)
     flip = _flipped(settings.flip, data.class_names)
     _check_same(settings, data, directory / "settings.json")
     settings = replace(settings, flip=flip)
-    vae = _stage_one(settings, vae_budget, data, directory / "vae", device)
+    vae = _stage_one(settings, vae_budget, data, directory / "vae", device, follow_load)
     means, deviations, labels = _latents(settings, vae, data, directory / "latents.safetensors")
     config = settings.model_config(len(data.class_names))
     loop = LoopSettings(
         dit_budget, settings.learning_rate, warmup_steps=200, ema_decay=settings.ema_decay,
-        seed=settings.seed,
+        seed=settings.seed, follow_load=follow_load,
     )  # fmt: skip
     model = train_dit(
         (means, deviations), labels, config, loop, directory / "dit", settings.batch_size,
@@ -108,8 +138,9 @@ def train(
     )  # fmt: skip
     if decoder_budget is not None:
         loop = LoopSettings(
-            decoder_budget, settings.vae_learning_rate, ema_decay=0.998, seed=settings.seed + 1
-        )
+            decoder_budget, settings.vae_learning_rate, ema_decay=VAE_EMA_DECAY,
+            seed=settings.seed + 1, follow_load=follow_load,
+        )  # fmt: skip
         n = len(data)
         vae = train_decoder(
             vae, data, (means[:n], deviations[:n]), loop, directory / "decoder",
@@ -117,6 +148,17 @@ def train(
         )  # fmt: skip
     finished = directory / "model"
     save_pretrained(finished, model, vae, data.class_names, dtype=torch.float16)
+    outcome = judge(
+        data, read_stage(directory / "dit"), read_stage(directory / "vae"),
+        settings.ema_decay, VAE_EMA_DECAY,
+    )  # fmt: skip
+    write_card(finished, data, outcome)
+    if outcome.shortcomings:
+        warnings.warn(
+            f"{finished} is not trained: {'; '.join(outcome.shortcomings)}. With a larger budget "
+            "the transformer goes on; for the autoencoder, begin again in another directory",
+            stacklevel=3,
+        )
     return finished
 
 
@@ -170,13 +212,17 @@ def _stage_one(
     data: ImageSet,
     directory: Path,
     device: torch.device | str,
+    follow_load: bool,
 ) -> AutoencoderKL:
     path = directory / "vae.safetensors"
     if path.exists():
         vae = AutoencoderKL(settings.vae_config())
         vae.load_state_dict(load_file(path))
         return vae.to(device).to(memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
-    loop = LoopSettings(budget, settings.vae_learning_rate, ema_decay=0.998, seed=settings.seed)
+    loop = LoopSettings(
+        budget, settings.vae_learning_rate, ema_decay=VAE_EMA_DECAY, seed=settings.seed,
+        follow_load=follow_load,
+    )  # fmt: skip
     vae = train_vae(
         data, settings.vae_config(), loop, directory, settings.vae_batch_size,
         settings.kl_weight, settings.flip, device,

@@ -53,7 +53,7 @@ def train_vae(
         rows = [t for pair in zip(examples.split(8), rebuilt.split(8), strict=True) for t in pair]
         save_sheet(torch.cat(rows), path, columns=8)
 
-    trained = Trainer(vae, loss, settings, directory, sheet).run("VAE")
+    trained = Trainer(vae, loss, settings, directory, sheet).run("autoencoder")
     assert isinstance(trained, AutoencoderKL)
     normalise_latents(trained, data)
     return trained

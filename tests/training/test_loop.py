@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dit_engine.training.loop import CHECKPOINT, Budget, LoopSettings, Trainer
+from dit_engine.training.log import ProgressLine
+from dit_engine.training.loop import CHECKPOINT, Budget, LoopSettings, Trainer, read_stage
+from dit_engine.training.stopping import Stopped, signals_noted
 
 
 def regression(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
@@ -145,3 +151,78 @@ def test_every_step_draws_anew_by_seed_and_step(tmp_path: Path) -> None:
     first, same, other = draws("a", 1), draws("b", 1), draws("c", 2)
     assert first == same
     assert len(set(first + other)) == 24  # none twice, over steps and over seeds
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_and_a_later_run_goes_on(
+    tmp_path: Path, sent: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = trainer(tmp_path / "whole", 40).run("whole")
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    stopped = trainer(tmp_path / "stopped", 40)
+    losses = stopped.loss
+
+    def signal_at_17(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        if stopped.step == 17:
+            signal.raise_signal(sent)
+        return losses(model, generator)
+
+    stopped.loss = signal_at_17
+    with pytest.raises(Stopped, match="test: stopped after 18 steps, saved") as caught:
+        stopped.run("test")
+    assert caught.value.exit_code == 128 + sent and isinstance(caught.value, KeyboardInterrupt)
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    assert "test: stopping after this step (Ctrl-C again: at once)" in capfd.readouterr().err
+    resumed = trainer(tmp_path / "stopped", 40)
+    assert resumed.step == 18
+    assert torch.equal(resumed.run("resumed").weight, whole.weight)
+
+
+def test_a_second_signal_would_end_the_program_and_ignored_ones_stay_ignored() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with signals_noted("once") as noted:
+            assert noted() == 0 and signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+            signal.raise_signal(signal.SIGINT)
+            assert noted() == signal.SIGINT
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with ThreadPoolExecutor(1) as pool:  # where no handler can be set
+        assert pool.submit(lambda: signals_noted("x").__enter__()()).result() == 0
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (Budget(steps=200), r"test: step 50 of 200, 00:15 left, loss 0\.1250"),
+        (Budget(minutes=2.0), r"test: step 50, 01:55 left, loss 0\.1250"),
+        (Budget(minutes=0.05), r"test: step 50, 00:00 left, loss 0\.1250"),
+    ],
+)
+def test_the_line_tells_steps_time_left_and_the_loss(
+    budget: Budget, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with closing(ProgressLine("test", budget)) as line:
+        line.show(50, 5.0, 0.125)
+    assert re.search(expected, capsys.readouterr().err)
+
+
+def test_the_last_losses_are_kept_with_the_checkpoint(tmp_path: Path) -> None:
+    run = trainer(tmp_path, 120)
+    assert read_stage(tmp_path) is None
+    seen: list[float] = []
+    losses = run.loss
+
+    def watch(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        found = losses(model, generator)
+        seen.append(float(found["loss"].detach()))
+        return found
+
+    run.loss = watch
+    run.run("test")
+    stage = read_stage(tmp_path)
+    assert stage.step == 120 and stage.seconds > 0
+    assert stage.losses == {"loss": pytest.approx(sum(seen[-50:]) / 50)}
+    assert trainer(tmp_path, 120).losses == stage.losses

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +18,9 @@ from safetensors.torch import load_file
 
 from dit_engine import Engine
 from dit_engine.cli.train import main
+from dit_engine.training import run
 from dit_engine.training.data import ImageSet, load_image_folder
+from dit_engine.training.stopping import Stopped
 from dit_engine.training.vae_stage import normalise_latents
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
@@ -82,9 +90,73 @@ def test_a_run_is_resumed_with_its_own_settings_only(
     assert "holds a training with class_names ['dark', 'light'], not" in capsys.readouterr().err
 
 
+def test_a_model_of_three_steps_is_not_called_trained(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["--data", str(folder), "-o", str(out), *SMALL]) == 0
+    told = capsys.readouterr()
+    assert "loads the model, which is not trained" in told.out
+    (note,) = [line for line in told.err.splitlines() if "note: " in line]
+    assert "model is not trained: the transformer took 3 steps" in note
+    assert "the autoencoder took 3 steps" in note
+    card = (out / "model" / "README.md").read_text()
+    assert "**This model is not trained**: the transformer took 3 steps" in card
+    Engine.from_pretrained(out / "model", device="cpu")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Stopped("", signal.SIGTERM)])
+def test_what_is_interrupted_between_checkpoints_says_how_to_go_on(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+) -> None:
+    arguments = ["--data", str(folder), "-o", str(tmp_path / "run"), *SMALL]
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "encode_all", raising(error))
+        assert main(arguments) == (143 if isinstance(error, Stopped) else 130)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("stopped between two checkpoints; the same command again goes on")
+    assert main(arguments) == 0
+
+
+def raising(error: BaseException) -> Callable[..., object]:
+    def call(*_: object) -> object:
+        raise error
+
+    return call
+
+
+@pytest.mark.slow
+def test_sigterm_is_answered_with_a_checkpoint_and_the_run_goes_on(
+    folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "dit_engine.cli.train", "--data", str(folder), "-o", str(out),
+               *SMALL, "--dit-steps", "100000"]  # fmt: skip
+    log = out / "dit" / "log.csv"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not log.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 143
+    match = re.search(r"transformer: stopped after (\d+) steps, saved; the same command", told)
+    assert match is not None and "Traceback" not in told
+    step = int(match[1])
+    assert step >= 50 and torch.load(out / "dit/last.pt", weights_only=True)["step"] == step
+    arguments = ["--data", str(folder), "-o", str(out), *SMALL, "--dit-steps", str(step + 5)]
+    assert main(arguments) == 0
+    assert torch.load(out / "dit/last.pt", weights_only=True)["step"] == step + 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--threads", "0"], "threads 0 is not a positive integer"),
         (["--data", "nowhere"], "image folder nowhere is not a directory"),
         (["--size", "15"], "size 15 is not a multiple of"),
         (["--num-heads", "5"], "is not a multiple of num_heads 5"),

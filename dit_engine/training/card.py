@@ -1,0 +1,108 @@
+"""What became of a training: whether the model is plainly not trained, and the README.md beside it.
+
+A short training ends like any other, and its model draws noise. Three things show that plainly:
+
+- fewer steps than the exponential average of the weights reaches back, 1 / (1 - decay): what is
+  kept is then an average from the first steps on;
+- a transformer whose error is no smaller than that of a guess which knows nothing of the images.
+  The best such guess of the noise from x_t, with latents of mean 0 and variance 1, is
+  sqrt(1 - ᾱ_t) x_t, whose mean square error is ᾱ_t; over all t that is 0.276;
+- an autoencoder that is no nearer to the images than their mean colour is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dit_engine.files import atomic_path
+from dit_engine.schedule import make_schedule
+from dit_engine.training.data import ImageSet
+from dit_engine.training.loop import Stage
+
+NOISE_GUESS_MSE = float(np.mean(make_schedule(1000).alphas_cumprod))
+_TITLE = "# Made by dit-train"
+_NOT_TRAINED = "**This model is not trained**: "
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The stages by name, and in sentences why the model is plainly not trained."""
+
+    stages: dict[str, Stage]
+    shortcomings: tuple[str, ...]
+
+
+def judge(
+    data: ImageSet,
+    transformer: Stage | None,
+    autoencoder: Stage | None,
+    transformer_decay: float,
+    autoencoder_decay: float,
+) -> Outcome:
+    """Judges by what there is: a stage may have no checkpoint, an old one knows no losses."""
+    shortcomings = []
+    if transformer is not None:
+        shortcomings += _few_steps("transformer", transformer, transformer_decay)
+        mse = transformer.losses.get("mse")
+        if mse is not None and not mse < NOISE_GUESS_MSE:  # NaN too
+            shortcomings.append(
+                f"the transformer's error, {mse:.3g}, is not below the {NOISE_GUESS_MSE:.3g} of a "
+                "guess that knows nothing of the images"
+            )
+    if autoencoder is not None:
+        shortcomings += _few_steps("autoencoder", autoencoder, autoencoder_decay)
+        pixel, spread = autoencoder.losses.get("pixel"), _spread(data)
+        if pixel is not None and not pixel < max(spread, 1 / 127.5):
+            shortcomings.append(
+                f"the autoencoder's error, {pixel:.3g}, is not below the {spread:.3g} of the "
+                "images' mean colour"
+            )
+    stages = {"transformer": transformer, "autoencoder": autoencoder}
+    return Outcome({k: v for k, v in stages.items() if v is not None}, tuple(shortcomings))
+
+
+def describe(stage: Stage) -> str:
+    """ "1234 steps in 56.7 min, loss 0.0389"; without a loss where none is known."""
+    loss = f", loss {stage.losses['loss']:.3g}" if "loss" in stage.losses else ""
+    return f"{stage.step} steps in {stage.seconds / 60:.1f} min{loss}"
+
+
+def write_card(directory: Path, data: ImageSet, outcome: Outcome) -> None:
+    """README.md of the model in ``directory``, unless somebody else wrote the one that is there."""
+    path = directory / "README.md"
+    if path.exists() and not path.read_text("utf-8", "replace").startswith(_TITLE):
+        return
+    lines = [_TITLE, ""]
+    if outcome.shortcomings:
+        lines += [f"{_NOT_TRAINED}{'; '.join(outcome.shortcomings)}.", ""]
+    lines += [f"- {name}: {describe(stage)}" for name, stage in outcome.stages.items()]
+    lines += [
+        f"- data: {len(data)} images of {data.size} pixels in {len(data.class_names)} classes",
+        "",
+        "`settings.json` in the directory above has every setting, `*/log.csv` the losses by step.",
+    ]
+    with atomic_path(path) as partial:
+        partial.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def is_called_untrained(directory: Path) -> bool:
+    """Whether the card of the model in ``directory`` says so."""
+    path = directory / "README.md"
+    return path.is_file() and _NOT_TRAINED in path.read_text("utf-8", "replace")
+
+
+def _few_steps(name: str, stage: Stage, decay: float) -> list[str]:
+    reach = round(1 / (1 - decay)) if decay < 1 else stage.step + 1
+    if stage.step >= reach:
+        return []
+    return [f"the {name} took {stage.step} steps, and its weights are an average over {reach}"]
+
+
+def _spread(data: ImageSet, images: int = 512) -> float:
+    """Mean distance of pixels, in [-1, 1], from the mean colour of all images."""
+    chosen = np.linspace(0, len(data) - 1, min(images, len(data))).astype(int)
+    pixels = data.tensor(chosen)
+    return float((pixels - pixels.mean(dim=(0, 2, 3), keepdim=True)).abs().mean())

@@ -1,0 +1,89 @@
+"""What a training tells while it runs: a progress line, a log of its losses, and their curves."""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from dit_engine.files import atomic_path
+
+if TYPE_CHECKING:
+    from dit_engine.training.loop import Budget
+
+
+class ProgressLine:
+    """One line: the steps done, the time left and the loss."""
+
+    def __init__(self, description: str, budget: Budget) -> None:
+        # Into a file, a line would be added each time.
+        self._description, self._budget = description, budget
+        self._interval = 0.2 if sys.stderr.isatty() else 30.0
+        self._shown = -math.inf
+        self._bar = tqdm(total=1.0, bar_format="{desc} |{bar}| {percentage:.0f}%", leave=True)
+        self._bar.set_description_str(description)
+
+    def show(self, step: int, seconds: float, loss: float) -> None:
+        budget = self._budget
+        self._bar.n = budget.progress(step, seconds)
+        if time.monotonic() - self._shown < self._interval and self._bar.n < 1.0:
+            return
+        self._shown = time.monotonic()
+        of_all = f" of {budget.steps}" if budget.steps is not None else ""
+        left = tqdm.format_interval(budget.seconds_left(step, seconds))
+        self._bar.set_description_str(
+            f"{self._description}: step {step}{of_all}, {left} left, loss {loss:.4f}"
+        )
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def add_row(path: Path, row: dict[str, float]) -> None:
+    """Append to a .csv file; the first row writes the names above it."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row.keys())
+        if new:
+            writer.writeheader()
+        writer.writerow({k: f"{v:.6g}" for k, v in row.items()})
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Forget what was logged after the checkpoint: those steps will be taken again."""
+    if not path.exists():
+        return
+    header, *rows = path.read_text().splitlines()
+    kept = [row for row in rows if int(float(row.split(",")[0])) <= step]
+    with atomic_path(path) as partial:
+        partial.write_text("\n".join([header, *kept]) + "\n")
+
+
+def plot_losses(log: Path, picture: Path) -> None:
+    """Draw every loss column of a log.csv against the step."""
+    if not log.exists():
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with log.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        return
+    names = [n for n in rows[0] if n not in ("step", "seconds", "lr")]
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.plot([float(r["step"]) for r in rows], [float(r[name]) for r in rows])
+        axis.set(title=name, xlabel="step", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    figure.tight_layout()
+    with atomic_path(picture) as partial:
+        figure.savefig(partial, dpi=100, format="png")
+    plt.close(figure)

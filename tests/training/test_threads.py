@@ -1,0 +1,180 @@
+"""As many threads as processors are free: by made-up loads, and by a real one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_engine.training import threads
+from dit_engine.training.threads import (
+    Sample,
+    ThreadsByLoad,
+    busy_seconds,
+    cpu_quota,
+    free_processors,
+    threads_for,
+)
+
+
+@pytest.mark.parametrize(
+    ("free", "quota", "expected"),
+    [
+        (2.0, None, 2),
+        (1.8, None, 2),  # what a desktop does beside
+        (1.4, None, 1),
+        (1.0, None, 1),  # one of two is busy
+        (0.2, None, 1),
+        (-0.1, None, 1),
+        (62.9, None, 63),
+        (8.0, 1.0, 1),
+        (8.0, 2.9, 2),
+        (8.0, 0.5, 1),
+        (3.0, 6.0, 3),
+    ],
+)
+def test_threads_for_what_is_free(free: float, quota: float | None, expected: int) -> None:
+    assert threads_for(free, quota) == expected
+
+
+def test_others_are_what_the_processors_did_beside_ourselves() -> None:
+    before = Sample(wall=100.0, busy=500.0, own=50.0)
+    # In ten seconds of four processors 23 are worked, 18 of them by us: half a processor by others.
+    assert free_processors(before, Sample(110.0, 523.0, 68.0), 4) == 3.5
+    # The two clocks are not one: ours may be ahead.
+    assert free_processors(before, Sample(110.0, 519.9, 70.0), 4) == 4
+
+
+def test_work_is_read_of_the_usable_processors() -> None:
+    tick = 1 / os.sysconf("SC_CLK_TCK")
+    stat = (
+        "cpu  9 9 9 9 9 9 9 9 9 9\n"
+        "cpu0 1 2 4 1000 2000 8 16 32 64 128\n"
+        "cpu1 100 0 0 5 5 0 0 0 0 0\n"
+        "cpu10 7 0 0 0 0 0 0 0 0 0\n"
+        "intr 12 0 0\n"
+    )
+    assert busy_seconds(stat, {0}) == pytest.approx(63 * tick)  # guests' time is in the user's
+    assert busy_seconds(stat, {0, 1}) == pytest.approx(163 * tick)
+    assert busy_seconds(stat, {10}) == pytest.approx(7 * tick)
+
+
+def v1(quota: int) -> dict[str, str]:
+    return {"cpu.cfs_quota_us": f"{quota}", "cpu.cfs_period_us": "100000"}
+
+
+def v2(quota: str) -> dict[str, str]:
+    return {"cpu.max": f"{quota} 100000"}
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "expected"),
+    [
+        ("0::/user/me", {"user/me": v2("150000")}, 1.5),
+        ("0::/user/me", {"user/me": v2("max")}, None),
+        ("0::/user/me", {"user/me": v2("max"), "user": v2("50000")}, 0.5),
+        ("0::/", {"": v2("200000")}, 2.0),
+        ("0::/host/path", {"": v2("200000")}, 2.0),  # a container's own mount
+        ("2:cpu,cpuacct:/a\n0::/", {"cpu/a": v1(300000)}, 3.0),
+        ("1:cpu:/a", {"cpu/a": v1(-1)}, None),
+        ("4:memory:/a", {"cpu/a": v1(50000)}, None),
+        ("", {}, None),
+    ],
+)
+def test_quotas_of_control_groups(
+    tmp_path: Path, groups: str, limits: dict[str, dict[str, str]], expected: float | None
+) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(groups + "\n")
+    for path, files in limits.items():
+        folder = tmp_path / "sys/fs/cgroup" / path
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text + "\n")
+    assert cpu_quota(tmp_path) == expected
+
+
+def test_a_system_that_tells_nothing_has_no_quota(tmp_path: Path) -> None:
+    assert cpu_quota(tmp_path) is None
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_threads_follow_the_load_and_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others take 3 of 4 processors, then none, then more than all, while we take 1."""
+    clock, samples = [0.0], [Sample(0.0, 0.0, 0.0)]
+
+    def later(others: float, seconds: float = 11.0) -> None:
+        clock[0] += seconds
+        last = samples[-1]
+        samples.append(Sample(clock[0], last.busy + (others + 1) * seconds, last.own + seconds))
+
+    monkeypatch.setattr(threads.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(threads.time, "sleep", lambda seconds: later(3, seconds))
+    monkeypatch.setattr(Sample, "now", classmethod(lambda _: samples[-1]))
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(threads, "cpu_quota", lambda: None)
+    by_load = ThreadsByLoad()
+    assert torch.get_num_threads() == 1  # known before the first step
+    for others, expected in ((0, 4), (1.2, 3), (5, 1), (0, 4)):
+        later(others)
+        by_load.update()
+        assert torch.get_num_threads() == expected, others
+    later(3, seconds=5.0)
+    by_load.update()
+    assert torch.get_num_threads() == 4  # not yet time to look
+    later(3)
+    by_load.update()
+    assert torch.get_num_threads() < 4
+    by_load.restore()
+    assert torch.get_num_threads() == 4
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_where_the_system_does_not_tell_torch_s_number_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Sample, "now", classmethod(lambda _: None))
+    by_load = ThreadsByLoad()
+    by_load.update()
+    assert torch.get_num_threads() == 4
+
+
+def test_a_busy_program_is_seen_and_our_own_work_is_not() -> None:
+    """On one processor, which a child and this program share."""
+    usable = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(usable)})
+    try:
+        alone = free_while_working()
+        child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            beside = free_while_working()
+        finally:
+            child.kill()
+            child.wait()
+    finally:
+        os.sched_setaffinity(0, usable)
+    assert beside < 0.75 and beside < alone + 0.1
+
+
+def free_while_working(seconds: float = 0.5) -> float:
+    before = Sample.now()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+    after = Sample.now()
+    assert before is not None and after is not None
+    return free_processors(before, after, 1)

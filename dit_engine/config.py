@@ -15,6 +15,10 @@ PATCH_SIZES = (2, 4, 8)
 PUBLISHED = tuple(f"DiT-{family}/{p}" for family in FAMILIES for p in PATCH_SIZES)
 
 NUMERICS = ("official", "diffusers")
+NO_NULL_CLASS = (
+    "the model has no null class to guide with (its label table has a row for each class and no "
+    "other: it was trained without dropping labels)"
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class ModelConfig:
         mlp_norm_eps: epsilon of each block's second LayerNorm; every other is 1e-6. Diffusers
             directories may hold another value here (`norm_eps`).
         diffusion: what the model was trained to undo.
+        has_null_class: whether the label table has one more row, for "no label". A model that was
+            trained without dropping labels has none, and cannot be guided.
     """
 
     depth: int
@@ -43,6 +49,7 @@ class ModelConfig:
     numerics: Literal["official", "diffusers"] = "official"
     mlp_norm_eps: float = 1e-6
     diffusion: Diffusion = PUBLISHED_DIFFUSION
+    has_null_class: bool = True
 
     def __post_init__(self) -> None:
         for name in ("depth", "hidden_size", "num_heads", "patch_size", "input_size",
@@ -65,8 +72,9 @@ class ModelConfig:
             real = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not real or not 0 < value < math.inf:
                 raise ValueError(f"{name} {value!r} is not a finite number above 0")
-        if not isinstance(self.learn_sigma, bool):
-            raise ValueError(f"learn_sigma {self.learn_sigma!r} is neither True nor False")
+        for name in ("learn_sigma", "has_null_class"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} {getattr(self, name)!r} is neither True nor False")
         if self.numerics not in NUMERICS:
             raise ValueError(f"numerics {self.numerics!r}: choose one of {', '.join(NUMERICS)}")
         if not isinstance(self.diffusion, Diffusion):
@@ -86,8 +94,15 @@ class ModelConfig:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
+    def label_rows(self) -> int:
+        """Rows of the label table."""
+        return self.num_classes + self.has_null_class
+
+    @property
     def null_class(self) -> int:
-        """Label of the unconditional class: one past the last."""
+        """Label of the unconditional class: one past the last. Raises ValueError without one."""
+        if not self.has_null_class:
+            raise ValueError(NO_NULL_CLASS)
         return self.num_classes
 
     @classmethod
@@ -132,9 +147,12 @@ class ModelConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field for `from_dict`, but for a published diffusion, which has no key."""
+        """Every field for `from_dict`, but for a published diffusion and a null class that is
+        there, which have no key."""
         values = asdict(self)
         values["diffusion"] = self.diffusion.to_dict()
         if not values["diffusion"]:
             del values["diffusion"]
+        if self.has_null_class:
+            del values["has_null_class"]
         return values

@@ -16,6 +16,7 @@ from dit_engine._version import __version__
 from dit_engine.arguments import positive, shown
 from dit_engine.backends import Backend, create_backend, resolve_backend
 from dit_engine.checkpoint import build_model, build_vae, load_checkpoint
+from dit_engine.config import NO_NULL_CLASS
 from dit_engine.device import limited_threads, parse_device
 from dit_engine.fused_sampling import (
     FusedDenoiser,
@@ -100,6 +101,7 @@ class Engine:
         vae: str | Path | None = None,
         numerics: str | None = None,
         num_heads: int | None = None,
+        prediction: str | None = None,
         check_finite: bool = False,
         vae_scaling_factor: float | None = None,
         vae_shift_factor: float | None = None,
@@ -114,6 +116,8 @@ class Engine:
             vae: a VAE to use in place of the source's own (a file, a directory or a hub id).
             numerics: "official" or "diffusers"; None takes what the source was made for.
             num_heads: for bare weight files of an unpublished width, which do not tell it.
+            prediction: "epsilon", "v_prediction" or "sample", for files that do not tell what the
+                model predicts; None is epsilon there.
             check_finite: look through every weight for NaN and infinity.
             vae_scaling_factor, vae_shift_factor, vae_groups: of a VAE file without a config.json,
                 or in place of what that says (see `load_checkpoint`).
@@ -129,6 +133,7 @@ class Engine:
             vae=vae,
             numerics=numerics,
             num_heads=num_heads,
+            prediction=prediction,
             check_finite=check_finite,
             vae_scaling_factor=vae_scaling_factor,
             vae_shift_factor=vae_shift_factor,
@@ -293,7 +298,11 @@ class Engine:
             **options,
         )
         checked = settings.checked(self.config, has_vae=self.vae is not None)
-        return checked, parse_scales(guidance_scale, n).expand(n)
+        scales = parse_scales(guidance_scale, n).expand(n)
+        if not self.config.has_null_class and (scales != 1).any():
+            other = scales[scales != 1][0].item()
+            raise ValueError(f"guidance_scale {other:g}: {NO_NULL_CLASS}; give guidance_scale 1")
+        return checked, scales
 
     def _outcome(
         self,

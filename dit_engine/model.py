@@ -96,7 +96,7 @@ class TimestepEmbedder(nn.Module):
 class LabelEmbedder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)
+        self.embedding_table = nn.Embedding(config.label_rows, config.hidden_size)
 
     def forward(self, labels: Tensor) -> Tensor:  # (N,) → (N, D)
         return self.embedding_table(labels)

@@ -72,7 +72,7 @@ def dit_cost(config: ModelConfig) -> dict[str, Cost]:
         "patch_embed": linear(config.in_channels * patch, d, t) + Cost(parameters=t * d),
         "conditioning": linear(FREQUENCY_EMBEDDING_SIZE, d, 1)
         + linear(d, d, 1)
-        + Cost(parameters=(config.num_classes + 1) * d),
+        + Cost(parameters=config.label_rows * d),
         "adaln": linear(d, 6 * d, 1) * depth + linear(d, 2 * d, 1),
         "attention_linear": (linear(d, 3 * d, t) + linear(d, d, t)) * depth,
         "attention_core": attention_core(t, d) * depth,

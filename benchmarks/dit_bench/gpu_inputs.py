@@ -29,7 +29,7 @@ class Inputs:
         shape = (batch, config.in_channels, config.input_size, config.input_size)
         self.xs = [torch.randn(shape, generator=draw, device=device) for _ in TIMESTEPS]
         self.x = self.xs[1]
-        self.labels = torch.randint(config.num_classes + 1, (batch,), generator=draw, device=device)
+        self.labels = torch.randint(config.label_rows, (batch,), generator=draw, device=device)
         self.timesteps = torch.tensor(TIMESTEPS, device=device)
         exact = own_backend(engine, "eager", "fp32").prepare(self.labels, self.timesteps)
         self.exact = [exact(x, step).clone() for step, x in enumerate(self.xs)]

@@ -132,7 +132,7 @@ def _shapes(build: Callable[[Any], nn.Module], config: object) -> dict[str, torc
         with without_storage():
             return {key: tensor.shape for key, tensor in build(config).state_dict().items()}
     except (RuntimeError, OverflowError, TypeError) as error:
-        raise ValueError(f"config {config} cannot be built ({one_line(error)})") from None
+        raise ValueError(f"{str(config)[:250]} … cannot be built ({one_line(error)})") from None
 
 
 def state_from_diffusers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

@@ -11,22 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_engine.checkpoint.training_args import classes, model_heads, trained_diffusion
 from dit_engine.checkpoint.weights import some_of
 from dit_engine.config import FAMILIES, ModelConfig
 from dit_engine.vae import VAEConfig
 
 
-def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> ModelConfig:
-    """The config of an official state dict, from its shapes.
+def infer_config(
+    state: Mapping[str, Tensor],
+    num_heads: int | None = None,
+    args: Mapping[str, Any] | None = None,
+) -> ModelConfig:
+    """The config of an official state dict, from its shapes and the options of its training.
 
-    The number of heads leaves no trace there: it is ``num_heads`` where given, the published one
-    for a published width (384, 768, 1024, 1152), else a head dimension of 64 or, where D is no
-    multiple of 64, 72 (a warning says which was taken).
+    The number of heads leaves no trace in the shapes: it is ``num_heads`` where given, what
+    ``args`` tell (see `dit_engine.checkpoint.training_args`), the published one for a published
+    width (384, 768, 1024, 1152), else a head dimension of 64 or, where D is no multiple of 64, 72
+    (a warning says which was taken).
 
     Raises:
-        ValueError: keys that the config is read from are missing or of an unknown shape, or the
-            width leaves the heads open.
+        ValueError: keys that the config is read from are missing or of an unknown shape, the
+            width leaves the heads open, or ``args`` are those of another model.
     """
+    args = args or {}
 
     def shape(key: str, dimensions: int) -> torch.Size:
         if key not in state:
@@ -53,16 +60,22 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> M
     mlp_ratio = mlp_hidden_size / hidden_size
     if int(hidden_size * mlp_ratio) < mlp_hidden_size:  # the quotient was rounded down
         mlp_ratio = math.nextafter(mlp_ratio, math.inf)
+    depth = count_blocks(state, r"blocks\.(\d+)\.")
+    told = {"depth": depth, "hidden_size": hidden_size, "patch_size": p}
+    num_classes, null_class = classes(args, shape("y_embedder.embedding_table.weight", 2)[0])
+    learn_sigma = outputs == 2 * p * p * in_channels
     return ModelConfig(
-        depth=count_blocks(state, r"blocks\.(\d+)\."),
+        depth=depth,
         hidden_size=hidden_size,
-        num_heads=num_heads or infer_heads(hidden_size),
+        num_heads=num_heads or model_heads(args, told) or infer_heads(hidden_size),
         patch_size=p,
         input_size=math.isqrt(tokens) * p,
         in_channels=in_channels,
-        num_classes=shape("y_embedder.embedding_table.weight", 2)[0] - 1,
+        num_classes=num_classes,
         mlp_ratio=mlp_ratio,
-        learn_sigma=outputs == 2 * p * p * in_channels,
+        learn_sigma=learn_sigma,
+        diffusion=trained_diffusion(args, learn_sigma),
+        has_null_class=null_class,
     )
 
 

@@ -29,6 +29,7 @@ from dit_engine.checkpoint.infer import count_blocks, infer_config, infer_vae_co
 from dit_engine.checkpoint.meta import without_storage
 from dit_engine.checkpoint.saving import NATIVE_CLASS
 from dit_engine.checkpoint.scheduler import read_diffusion, scheduler_beside
+from dit_engine.checkpoint.training_args import check_prediction, options_of
 from dit_engine.checkpoint.weights import (
     check_all_finite,
     check_shapes,
@@ -68,6 +69,7 @@ def load_checkpoint(
     vae: str | Path | None = None,
     numerics: str | None = None,
     num_heads: int | None = None,
+    prediction: str | None = None,
     check_finite: bool = False,
     vae_scaling_factor: float | None = None,
     vae_shift_factor: float | None = None,
@@ -83,7 +85,9 @@ def load_checkpoint(
             directory (or a pipeline's, with ``vae/`` in it), or a hub id.
         numerics: "official" or "diffusers" (see `ModelConfig`); None keeps the source's, which
             is "diffusers" for diffusers directories.
-        num_heads: for files whose width does not tell it.
+        num_heads: for files whose width does not tell it, nor the options of their training.
+        prediction: "epsilon", "v_prediction" or "sample" (see `Diffusion`), for files that do not
+            tell it, or in place of what they tell; None is epsilon where nothing tells.
         check_finite: look through every weight for NaN and infinity.
         vae_scaling_factor, vae_shift_factor, vae_groups: what the VAE's config.json calls
             scaling_factor, shift_factor and norm_num_groups; for a VAE file without a config, of
@@ -95,9 +99,10 @@ def load_checkpoint(
     """
     if numerics not in (None, *NUMERICS):
         raise ValueError(f"numerics {numerics!r}: choose one of {', '.join(NUMERICS)}")
+    check_prediction(prediction)
     path = locate(source)
     weights, vae_path, label_names = open_directory(path) if path.is_dir() else (path, None, None)
-    config, state = _read_transformer(weights, num_heads, check_finite)
+    config, state = _read_transformer(weights, num_heads, prediction, check_finite)
     if label_names is not None and len(label_names) != config.num_classes:
         raise ValueError(f"{path}: {len(label_names)} label names, {config.num_classes} classes")
     if vae is not None:
@@ -127,6 +132,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     num_heads: int | None = None,
+    prediction: str | None = None,
     check_finite: bool = False,
 ) -> DiT:
     """The reference module of any `load_checkpoint` source, in eval mode; dtype None: the file's.
@@ -134,7 +140,11 @@ def load_model(
     Raises ValueError and OSError as `load_checkpoint` does.
     """
     checkpoint = load_checkpoint(
-        source, numerics=numerics, num_heads=num_heads, check_finite=check_finite
+        source,
+        numerics=numerics,
+        num_heads=num_heads,
+        prediction=prediction,
+        check_finite=check_finite,
     )
     return build_model(checkpoint, dtype, device)
 
@@ -181,10 +191,11 @@ def _assign(
 
 
 def _read_transformer(
-    weights: Path, num_heads: int | None, check_finite: bool
+    weights: Path, num_heads: int | None, prediction: str | None, check_finite: bool
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Config and official state dict of a weight file, with the config.json beside it if any."""
-    state = check_tensors(unwrapped(read_weights(weights), MODEL_MARKS, weights), weights)
+    content = read_weights(weights)
+    state = check_tensors(unwrapped(content, MODEL_MARKS, weights), weights)
     if check_finite:
         check_all_finite(state, weights)
     beside = weights.parent / "config.json"
@@ -201,7 +212,8 @@ def _read_transformer(
             config = ModelConfig.from_dict(values)
             _check_depth(config, state, r"blocks\.(\d+)\.")
         else:
-            config = infer_config(state, num_heads)
+            args = options_of(content, weights.name, prediction)
+            config = infer_config(state, num_heads, args)
         if num_heads is not None:
             config = replace(config, num_heads=num_heads)
         check_shapes(state, model_shapes(config))
@@ -209,6 +221,12 @@ def _read_transformer(
         raise ValueError(f"{weights}: {error}") from None
     if (scheduler := scheduler_beside(weights)) is not None:
         config = replace(config, diffusion=read_diffusion(scheduler, config))
+    if prediction not in (None, config.diffusion.prediction):
+        try:
+            diffusion = replace(config.diffusion, prediction=prediction)
+        except ValueError as error:
+            raise ValueError(f"{weights}: with prediction {prediction!r}, {error}") from None
+        config = replace(config, diffusion=diffusion)
     return config, state
 
 

@@ -56,10 +56,12 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vae-groups", type=int, metavar="COUNT", help="likewise: groups of the group norms")
     add("--numerics", help="official or diffusers (what the model was made for, unless given)")
     add("--num-heads", type=int, help="for bare weight files of an unpublished width")
+    add("--prediction", help="epsilon, v_prediction or sample, for files that do not tell it")
 
 
 LOADING_OPTIONS = (
     "vae", "vae_scaling_factor", "vae_shift_factor", "vae_groups", "numerics", "num_heads",
+    "prediction",
 )  # fmt: skip
 
 

@@ -20,22 +20,25 @@ GUIDANCE_SCALE = 4.0
 
 
 def trajectory(model: DiT, images: int, steps: int, first_seed: int = 0) -> Tensor:
-    """Latents (N, C, S, S) of guided dpm++ sampling with labels from all over the classes.
+    """Latents (N, C, S, S) of dpm++ sampling, guided if the model can be, with labels from all
+    over the classes.
 
     model: on the CPU in float32. Noise is that of the seeds first_seed, first_seed + 1, …
     """
     config, cpu = model.config, torch.device("cpu")
     labels = torch.arange(images) * config.num_classes // images  # (N,)
-    both = torch.cat([labels, torch.full_like(labels, config.null_class)])  # (2N,)
+    scale = GUIDANCE_SCALE if config.has_null_class else 1.0
+    if config.has_null_class:
+        labels = torch.cat([labels, torch.full_like(labels, config.null_class)])  # (2N,)
     schedule = make_schedule(steps, SAMPLERS["dpm++"].spacing)
     t = torch.tensor(schedule.timesteps)
 
     def denoiser(x: Tensor, step: int) -> Tensor:
-        return model(x, t[step].expand(len(x)), both[: len(x)])
+        return model(x, t[step].expand(len(x)), labels[: len(x)])
 
     shape = (config.in_channels, config.input_size, config.input_size)
     noise = PerImageNoise(range(first_seed, first_seed + images), shape, cpu)
-    denoise = guided(denoiser, images, GUIDANCE_SCALE, in_channels=config.in_channels)
+    denoise = guided(denoiser, images, scale, in_channels=config.in_channels)
     with torch.inference_mode():
         return SAMPLERS["dpm++"].function(denoise, noise.start(), schedule, noise)
 

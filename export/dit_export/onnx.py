@@ -131,6 +131,10 @@ def export_onnx(
         raise ValueError(f"{len(label_names)} label names for {classes} classes")
     names = tuple(g for g in GRAPHS if g in (options.graphs or GRAPHS))
     names = tuple(g for g in names if g != VAE_GRAPH or vae is not None)
+    if not model.config.has_null_class:
+        if "guided_step" in (options.graphs or ()):
+            raise ValueError("graph 'guided_step': this model has no null class to guide with")
+        names = tuple(g for g in names if g != "guided_step")
     target, may_replace = Path(directory), replaceable(overwrite)
     check_destination(target, may_replace)
     opset = choose_opset(options.dtype, options.target, options.opset)

@@ -116,7 +116,7 @@ def random_inputs(graph: Graph, module: nn.Module, batch: int) -> dict[str, Tens
         return inputs
     dit: Any = module.dit
     t = torch.randint(0, 1000, (batch,), generator=generator)
-    y = torch.randint(0, dit.config.num_classes + 1, (batch,), generator=generator)
+    y = torch.randint(0, dit.config.label_rows, (batch,), generator=generator)
     if "t" in inputs:
         inputs |= {"t": t, "y": y}
     if "guidance_scale" in inputs:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from exports import exported, manifest, random_dit, random_vae, run
 from numerics import assert_close_to_reference, relative_error
-from tiny import NAMES
+from tiny import NAMES, tiny_dit
 
 from dit_engine import __version__
 from dit_engine.fused_sampling import step_coefficients
@@ -26,6 +26,7 @@ from dit_engine.sampler import SAMPLERS
 from dit_engine.schedule import make_schedule
 from dit_export import verify
 from dit_export.bundle import Bundle
+from dit_export.calibration import calibrate
 from dit_export.graphs import GuidedStep
 from dit_export.onnx import ExportOptions, export_onnx
 from dit_export.source import weights_hash
@@ -69,6 +70,20 @@ def test_vae_decoder_divides_by_the_scale_and_takes_every_size(fp32: Bundle, n: 
     with torch.inference_mode():
         expected = vae.decode(z.double() / 0.18215)
     assert_close_to_reference(images, expected, tolerance=1e-5)
+
+
+def test_a_model_without_a_null_class_has_no_guided_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_dit(has_null_class=False)
+    with pytest.raises(ValueError, match="graph 'guided_step': this model has no null class"):
+        export_onnx(model, tmp_path / "out", ExportOptions(graphs=("guided_step",)))
+    written: list[tuple[str, ...]] = []
+    monkeypatch.setattr("dit_export.onnx._Writer.write", lambda _, names: written.append(names))
+    with pytest.raises(TypeError):  # graphs are not written here
+        export_onnx(model, tmp_path / "out")
+    assert written == [("transformer", "conditioner", "denoiser")]
+    assert len(calibrate(model, images=2, steps=2)) == 8  # four linear layers in each block
 
 
 def test_vae_decoder_applies_shift_mean_and_deviation(tmp_path: Path) -> None:

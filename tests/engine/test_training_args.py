@@ -1,0 +1,241 @@
+"""What a training checkpoint's ``args`` tell, and models that only look like a DiT."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_dit
+from torch import Tensor
+
+from dit_engine import Engine
+from dit_engine.checkpoint import load_checkpoint, load_model, save_pretrained
+from dit_engine.checkpoint.infer import infer_config
+from dit_engine.config import ModelConfig
+from dit_engine.model import DiT
+
+STATE = tiny_dit(num_heads=4).state_dict()  # 10 classes, 48 wide: the width does not tell the heads
+HEADS = {"num_heads": 4}
+
+
+def saved(path: Path, state: dict[str, Tensor] = STATE, **args: Any) -> Path:
+    """As the published training script writes it."""
+    args = {"results_dir": "results", "vae": "ema", "image_size": 256, "epochs": 1400} | args
+    torch.save({"model": state, "ema": state, "opt": {}, "args": argparse.Namespace(**args)}, path)
+    return path
+
+
+def without_null(state: dict[str, Tensor] = STATE) -> dict[str, Tensor]:
+    table = "y_embedder.embedding_table.weight"
+    return state | {table: state[table][:-1].clone()}
+
+
+@pytest.mark.parametrize("place", ["args", "hyper_parameters"])
+@pytest.mark.parametrize("form", [dict, lambda d: argparse.Namespace(**d)])
+def test_classes_and_heads(place: str, form: Any, tmp_path: Path) -> None:
+    torch.save({"ema": STATE, place: form({"num_classes": 10, "num_heads": 4})}, tmp_path / "m.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = load_checkpoint(tmp_path / "m.pt").config
+    assert config == tiny_dit(num_heads=4).config
+
+
+@pytest.mark.parametrize(("classes", "heads"), [(9, 4), (12, 4), (1000, 4)])
+def test_another_number_of_classes_is_refused(classes: int, heads: int, tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.pt", num_classes=classes, num_heads=heads)
+    said = (
+        rf"m\.pt: args\.num_classes is {classes}, and y_embedder.* has 11 rows; {classes + 1} are"
+    )
+    with pytest.raises(ValueError, match=said):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("args", [{"num_classes": 10}, {"class_dropout_prob": 0.0}])
+def test_a_table_without_a_null_class(args: dict[str, Any], tmp_path: Path) -> None:
+    """It is the model whose null class is never asked for, and refuses what would ask for it."""
+    path = saved(tmp_path / "m.pt", without_null(), **args, **HEADS)
+    engine = Engine.from_pretrained(path, device="cpu")
+    assert (engine.config.num_classes, engine.config.has_null_class) == (10, False)
+    assert engine.model.y_embedder.embedding_table.weight.shape[0] == 10
+    options = {"steps": 3, "seed": 1, "guidance_scale": 1}
+    plain = Engine(tiny_dit(num_heads=4), device="cpu").generate([9, 0], **options).images
+    for backend in ("eager", "lean"):
+        images = engine.generate([9, 0], backend=backend, **options).images
+        assert torch.allclose(images, plain, atol=1e-5)
+    for scale in (4.0, [1, 2], 0.0):
+        shown = scale[1] if isinstance(scale, list) else f"{scale:g}"
+        said = f"^guidance_scale {shown}: the model has no null class .*; give guidance_scale 1$"
+        with pytest.raises(ValueError, match=said):
+            engine.generate([9, 0], steps=3, guidance_scale=scale)
+    with pytest.raises(ValueError, match=r"^guidance_scale 4: the model has no null class"):
+        engine.generate(3)
+    with pytest.raises(ValueError, match="label 10 is out of range; allowed are 0 to 9"):
+        engine.generate(10, guidance_scale=1)
+    with pytest.raises(ValueError, match="the model has no null class"):
+        _ = engine.config.null_class
+
+
+def test_a_native_directory_without_a_null_class(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.pt", without_null(), num_classes=10, **HEADS)
+    model = load_model(path)
+    save_pretrained(tmp_path / "m", model)
+    values = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert values["has_null_class"] is False and values["num_classes"] == 10
+    assert load_checkpoint(tmp_path / "m").config == model.config
+    save_pretrained(tmp_path / "usual", tiny_dit())
+    assert "has_null_class" not in json.loads((tmp_path / "usual" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(values | {"has_null_class": "no"}))
+    with pytest.raises(ValueError, match="has_null_class 'no' is neither True nor False"):
+        load_checkpoint(tmp_path / "m")
+
+
+def test_a_published_name_tells_the_heads() -> None:
+    """XL/2 is 1152 wide; without the name another width's heads are guessed, with a warning."""
+    with torch.device("meta"):
+        state = DiT(ModelConfig.named("B/4", num_classes=3)).state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("DiT-B/4", "B/4", "DiT-B-4"):
+            assert infer_config(state, args={"model": name}).num_heads == 12
+        for name in ("my-model", {"width": 3}, 7):
+            assert infer_config(state, args={"model": name}).num_heads == 12
+    for name, has in (("DiT-B/2", "patch_size 2"), ("DiT-L/4", "depth 24, hidden_size 1024")):
+        with pytest.raises(
+            ValueError, match=rf"^args.model '{name}' has .*{has}.*; the weights ha"
+        ):
+            infer_config(state, args={"model": name})
+        assert infer_config(state, num_heads=6, args={"model": name}).num_heads == 6
+
+
+@pytest.mark.parametrize("steps", [100, 1000, 4000])
+def test_diffusion_steps_are_those_of_the_reference(steps: int, tmp_path: Path) -> None:
+    """guided-diffusion's "linear": betas that a number of steps divides alike."""
+    path = saved(tmp_path / "m.pt", diffusion_steps=steps, noise_schedule="linear", **HEADS)
+    diffusion = load_checkpoint(path).config.diffusion
+    scale = 1000 / steps
+    betas = np.linspace(scale * 0.0001, scale * 0.02, steps, dtype=np.float64)
+    assert np.allclose(diffusion.alphas_cumprod, np.cumprod(1 - betas), rtol=1e-12)
+    engine = Engine.from_pretrained(path, device="cpu")
+    with pytest.raises(ValueError, match=f"steps {steps + 1}"):
+        engine.generate(1, steps=steps + 1)
+
+
+def test_options_of_diffusers_scripts(tmp_path: Path) -> None:
+    path = saved(
+        tmp_path / "m.pt", num_train_timesteps=500, beta_schedule="scaled_linear",
+        beta_start=8.5e-4, beta_end=0.012, prediction_type="v_prediction", **HEADS,
+    )  # fmt: skip
+    diffusion = load_checkpoint(path).config.diffusion
+    betas = np.linspace(8.5e-4**0.5, 0.012**0.5, 500) ** 2
+    assert np.allclose(diffusion.alphas_cumprod, np.cumprod(1 - betas), rtol=1e-12)
+    assert diffusion.prediction == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    ("args", "prediction"),
+    [
+        ({}, "epsilon"),
+        ({"prediction": "noise"}, "epsilon"),
+        ({"predict_xstart": True}, "sample"),
+        ({"predict_xstart": False, "prediction_type": "sample"}, "sample"),
+        ({"prediction": "v-prediction"}, "v_prediction"),
+    ],
+    ids=str,
+)
+def test_what_is_predicted(args: dict[str, Any], prediction: str, tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.pt", **args, **HEADS)
+    assert load_checkpoint(path).config.diffusion.prediction == prediction
+    for chosen in ("epsilon", "v_prediction", "sample"):
+        config = load_checkpoint(path, prediction=chosen).config
+        assert config.diffusion.prediction == chosen
+
+
+def test_prediction_of_bare_weights_and_directories(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "m.pt")
+    save_pretrained(tmp_path / "m", tiny_dit())
+    for source in (tmp_path / "m.pt", tmp_path / "m"):
+        engine = Engine.from_pretrained(
+            source, num_heads=4, prediction="v_prediction", device="cpu"
+        )
+        assert engine.config.diffusion.prediction == "v_prediction"
+        assert load_model(source, num_heads=4).config.diffusion.prediction == "epsilon"
+        for wrong in ("velocity", "score", "", "x"):
+            with pytest.raises(
+                ValueError, match=f"prediction '{wrong}': choose one of epsilon, v_"
+            ):
+                Engine.from_pretrained(source, num_heads=4, prediction=wrong)
+
+
+FLOWS = [
+    ({"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity"},
+     r"a SiT checkpoint \(args\.model 'SiT-XL/2', args\.path_type 'Linear', args\.pred"),
+    ({"model": "SiT-B/4", "path_type": "GVP", "prediction": "score", "loss_weight": None}, "a SiT"),
+    ({"model": "SiT-S/8", "path_type": "VP", "prediction": "noise"}, "a SiT checkpoint"),
+    ({"model": "XL/2", "path_type": "linear", "prediction": "v"}, "a flow model checkpoint"),
+    ({"model": "sit-xl/2"}, r"a sit checkpoint \(args\.model 'sit-xl/2'\)"),
+    ({"model": "LightningDiT-XL/1"}, "a LightningDiT checkpoint"),
+    ({"prediction": "velocity"}, "args.prediction 'velocity' is not one of epsilon"),
+    ({"prediction_type": "flow_matching"}, "args.prediction_type 'flow_matching' is not one of"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("args", "message"), FLOWS, ids=str)
+def test_flow_models_are_refused_by_name(
+    args: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = saved(tmp_path / "last.pt", **args)
+    with pytest.raises(ValueError, match=rf"last\.pt: {message}") as caught:
+        Engine.from_pretrained(path, num_heads=4)
+    assert "\n" not in str(caught.value) and "epsilon" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["SiT-XL-2-256x256.pt", "sit_b2.pt", "REPA.pt"])
+def test_flow_models_by_the_name_of_the_file(name: str, tmp_path: Path) -> None:
+    """The published weights have no args."""
+    torch.save(STATE, tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: a .* checkpoint, by its name; .*give predict"):
+        load_checkpoint(tmp_path / name, num_heads=4)
+    load_checkpoint(tmp_path / name, num_heads=4, prediction="epsilon")
+    torch.save(STATE, tmp_path / "situation.pt")
+    load_checkpoint(tmp_path / "situation.pt", num_heads=4)
+
+
+ODD: list[Any] = ["1000", 0, -1, True, 2.5, [10], {"n": 10}, torch.ones(3), "a\nb"]
+
+
+@pytest.mark.parametrize("name", ["num_classes", "num_heads", "diffusion_steps",
+                                  "num_train_timesteps", "noise_schedule", "beta_schedule",
+                                  "beta_start", "prediction", "prediction_type"])  # fmt: skip
+@pytest.mark.parametrize("value", ODD, ids=lambda v: type(v).__name__)
+def test_options_of_odd_types(name: str, value: Any, tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.pt", **{"num_heads": 4} | {name: value})
+    with pytest.raises(ValueError, match=r"m\.pt: args") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("args", [None, [], ["--model", "x"], "text", 3, {}, {3: 4}], ids=str)
+@pytest.mark.filterwarnings("error")
+def test_options_that_tell_nothing(args: Any, tmp_path: Path) -> None:
+    torch.save({"ema": STATE, "args": args}, tmp_path / "m.pt")
+    assert load_checkpoint(tmp_path / "m.pt", num_heads=4).config == tiny_dit(num_heads=4).config
+    odd = {
+        "model": [1],
+        "rescale_timesteps": torch.ones(2),
+        "sigma_small": "x",
+        "predict_xstart": 3,
+    }
+    load_checkpoint(saved(tmp_path / "n.pt", **odd), num_heads=4)
+
+
+def test_time_steps_that_are_rescaled(tmp_path: Path) -> None:
+    rescaled = {"rescale_timesteps": True, **HEADS}
+    load_checkpoint(saved(tmp_path / "m.pt", diffusion_steps=1000, **rescaled))
+    with pytest.raises(ValueError, match=r"args\.rescale_timesteps with diffusion_steps 4000"):
+        load_checkpoint(saved(tmp_path / "m.pt", diffusion_steps=4000, **rescaled))

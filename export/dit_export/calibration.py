@@ -30,7 +30,7 @@ def trajectory(model: DiT, images: int, steps: int, first_seed: int = 0) -> Tens
     scale = GUIDANCE_SCALE if config.has_null_class else 1.0
     if config.has_null_class:
         labels = torch.cat([labels, torch.full_like(labels, config.null_class)])  # (2N,)
-    schedule = make_schedule(steps, SAMPLERS["dpm++"].spacing)
+    schedule = make_schedule(steps, SAMPLERS["dpm++"].spacing, config.diffusion)
     t = torch.tensor(schedule.timesteps)
 
     def denoiser(x: Tensor, step: int) -> Tensor:

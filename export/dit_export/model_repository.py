@@ -205,6 +205,7 @@ def _write_pipeline(folder: Path, bundle: Bundle, options: ServingOptions) -> No
         "num_classes": config.num_classes,
         "label_names": None if bundle.label_names is None else list(bundle.label_names),
         "samplers": {name: [s.default_steps, s.spacing] for name, s in SAMPLERS.items()},
+        "diffusion": config.diffusion.to_dict(),
     }
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
     _write(version / "pipeline.json", text)

@@ -113,6 +113,24 @@ def test_a_model_that_is_not_loaded(served: Served, protocol: str) -> None:
         RemoteServer(address).config("dit_xl")
 
 
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_arguments_that_the_server_refuses(served: Served, protocol: str) -> None:
+    address = served.running.http if protocol == "http" else f"grpc+{served.running.grpc}"
+    server, step = RemoteServer(address), np.zeros((1, 1), np.int64)
+    x = np.zeros((1, 4, 16, 16), np.float32)
+    for inputs, message in (
+        ({"x": x, "t": step, "y": step + 10**6}, "indices element out of data bounds"),
+        ({"x": x[:, :, :8], "t": step, "y": step}, "unexpected shape for input 'x'"),
+        ({"x": np.tile(x, (99, 1, 1, 1)), "t": np.tile(step, (99, 1)),
+          "y": np.tile(step, (99, 1))}, f"batch-size must be <= {MAX_BATCH_SIZE}"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message) as error:
+            server.infer("dit_transformer", inputs, ["output"])
+        assert str(error.value).startswith(f"{address}: ") and "\n" not in str(error.value)
+    with pytest.raises(BackendUnavailable, match="dit_xl"):
+        server.infer("dit_xl", {"x": x}, ["output"])
+
+
 @pytest.mark.parametrize("address", ["", "here", ":8000", "here:port", "here:0", "here:70000"])
 def test_addresses_that_are_none(address: str) -> None:
     with pytest.raises(ValueError, match="host:port"):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_engine
+from tiny import tiny_dit, tiny_engine
 
+from dit_engine.diffusion import Diffusion
 from dit_engine.engine import Engine
+from dit_engine.sampler import SAMPLERS
 from dit_export.graphs import GuidedStep
 from dit_export.triton.sampling import Row, sample, to_uint8
 from dit_export.triton.torch_random import TorchGenerator
@@ -76,6 +80,44 @@ def test_rows_are_the_engines_latents(engine: Engine) -> None:
         ).images[0]  # fmt: skip
         error = np.abs(z - expected.numpy()).max() / expected.abs().max()
         assert error < 1e-5, (row, error)
+
+
+@pytest.mark.parametrize(
+    "diffusion",
+    [
+        {"prediction": "v_prediction", "zero_terminal_snr": True, "num_train_steps": 100},
+        {"beta_end": 0.008, "clip": 1.0, "variance": "fixed_small"},
+    ],
+)
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_another_diffusion_than_the_published_one(diffusion: dict[str, Any], sampler: str) -> None:
+    """Its betas, prediction and clamping, as the engine's plain samplers have them."""
+    made = Diffusion(**diffusion)
+    engine = Engine(tiny_dit(diffusion=made), device="cpu")
+    spacing = SAMPLERS[sampler].spacing
+    row, step = Row(3, 11, 6, 4.0, sampler, spacing), torch_step(engine, [])
+    (z,) = sample([row], (4, 8, 8), True, step, diffusion=made)
+    expected = engine.generate(3, seed=11, steps=6, sampler=sampler, backend="eager").images[0]
+    np.testing.assert_allclose(z, expected, rtol=0, atol=1e-5 * expected.abs().max())
+    (other,) = sample([row], (4, 8, 8), True, step)
+    assert np.abs(other - expected.numpy()).max() > 0.1 * expected.abs().max()
+
+
+def test_a_row_that_is_not_finite_leaves_the_others_alone(engine: Engine) -> None:
+    sizes: list[int] = []
+    plain = torch_step(engine, sizes)
+
+    def step(inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        z, x0 = plain(inputs)
+        z[(inputs["y"] == 7) & (len(sizes) == 2)] = np.nan  # at its second step
+        return z, x0
+
+    rows = [Row(label, label, 4, 4.0, "ddim", "official") for label in (3, 7)]
+    lost: dict[int, int] = {}
+    latents = sample(rows, (4, 8, 8), True, step, lost=lost)
+    assert lost == {1: 1} and sizes == [2, 2, 1, 1]
+    (alone,) = sample(rows[:1], (4, 8, 8), True, plain)
+    np.testing.assert_allclose(latents[0], alone, rtol=0, atol=1e-5 * np.abs(alone).max())
 
 
 def test_a_stopped_loop_asks_no_more(engine: Engine) -> None:

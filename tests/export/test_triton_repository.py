@@ -20,6 +20,7 @@ from tiny import NAMES, tiny_dit, tiny_vae
 
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.coefficients import step_coefficients
+from dit_engine.diffusion import Diffusion
 from dit_engine.schedule import make_schedule
 from dit_export import model_repository
 from dit_export.bundle import Bundle, Graph, write_manifest
@@ -254,12 +255,59 @@ def test_text_format() -> None:
 FACTS = Facts((4, 8, 8), True, 10, list(NAMES), {"ddpm": [250, "official"]})
 
 
+def test_the_pipelines_file_tells_the_diffusion(tmp_path: Path) -> None:
+    for i, diffusion in enumerate((Diffusion(), Diffusion(prediction="sample", clip=2.0))):
+        bundle = write_bundle(tmp_path / f"onnx{i}", model=tiny_dit(diffusion=diffusion))
+        path = write_repository(bundle, tmp_path / f"repository{i}")
+        assert Facts.read(path / "dit" / "1" / "pipeline.json").diffusion == diffusion
+
+
 def test_rows_of_a_request() -> None:
     inputs = {"labels": [3, 4], "seeds": [5, 6], "steps": [7, 8], "guidance_scale": [1.0, 2.5]}
     rows = parse_rows({name: np.array(v)[:, None] for name, v in inputs.items()}, FACTS)
     assert [(r.label, r.seed, r.steps, r.scale, r.sampler) for r in rows] == [
         (3, 5, 7, 1.0, "ddpm"), (4, 6, 8, 2.5, "ddpm"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": np.array(3)}, r"labels has shape \(\); \(N, 1\) is needed, one row an image"),
+        ({"labels": np.zeros((1, 2), np.int64)}, r"labels has shape \(1, 2\); \(N, 1\) is"),
+        ({"labels": np.zeros((0, 1), np.int64)}, "labels is empty"),
+        ({"labels": np.array([True])}, "labels holds bool; whole numbers are needed"),
+        ({"labels": np.array([1.0])}, "labels holds float64; whole numbers are needed"),
+        ({"labels": np.array(["3"])}, "labels holds <U1; whole numbers are needed"),
+        ({"labels": np.array([10])}, "label 10 is out of range; allowed are 0 to 9"),
+        ({"steps": np.array([2.5])}, "steps holds float64; whole numbers are needed"),
+        ({"steps": np.array([True])}, "steps holds bool; whole numbers are needed"),
+        ({"steps": np.array([5, 5])}, "steps has 2 rows for 1 labels; one each is needed"),
+        ({"seeds": np.array([-1])}, "seed -1 is not a whole number from 0 to 9223372036854775807"),
+        ({"seeds": np.array([2**63], np.uint64)}, "seed 9223372036854775808 is not"),
+        ({"seeds": np.array([True])}, "seeds holds bool; whole numbers are needed"),
+        ({"guidance_scale": np.array([np.nan])}, "guidance_scale nan is not a finite number"),
+        ({"guidance_scale": np.array([True])}, "guidance_scale holds bool; real numbers are"),
+        ({"guidance_scale": np.array([-1.0])}, "guidance_scale -1.0 is negative"),
+        ({"sampler": np.array([b"\xff"], object)}, r"sampler: text b'\\xff' is not UTF-8"),
+        ({"sampler": np.array([3], object)}, "sampler holds 3; text is needed"),
+        ({"sampler": np.array([3])}, "sampler holds int64; texts are needed"),
+        ({"latents": np.zeros((1, 1))}, "input 'latents' is unknown; known are labels, "),
+    ],
+)
+def test_rows_that_are_refused(changes: dict[str, np.ndarray], message: str) -> None:
+    good = {"labels": np.array([3]), "seeds": np.array([5])}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        parse_rows(good | changes, FACTS)
+
+
+def test_a_diffusion_of_few_steps() -> None:
+    """Its own number of steps is the limit, also of what is taken unasked."""
+    few = replace(FACTS, diffusion=Diffusion(num_train_steps=100))
+    asked = {"labels": np.array([3]), "seeds": np.array([5])}
+    assert [row.steps for row in parse_rows(asked, few)] == [100]
+    with pytest.raises(ValueError, match="steps 101 is out of range: allowed is 1 to 100"):
+        parse_rows(asked | {"steps": np.array([101])}, few)
 
 
 def command(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> str:

@@ -382,7 +382,14 @@ def test_the_backend_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             self.tensors, self.error = output_tensors, error
 
     utilities = types.ModuleType("triton_python_backend_utils")
-    utilities.Tensor, utilities.TritonError, utilities.InferenceResponse = Tensor, str, Response
+
+    class Error(str):
+        INVALID_ARG, INTERNAL = "invalid", "internal"
+
+        def __new__(cls, message: str, code: str) -> Error:
+            return super().__new__(cls, f"{code}: {message}")
+
+    utilities.Tensor, utilities.TritonError, utilities.InferenceResponse = Tensor, Error, Response
     utilities.get_input_tensor_by_name = lambda request, name: Tensor(name, request.i)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utilities)
     served = TritonPythonModel()
@@ -392,4 +399,7 @@ def test_the_backend_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [r.tensors[0].value.tolist() for r in good] == [[10.0, 30.0], [20.0]]
     first, bad, last = served.execute([Request(0), Request(7), Request(1, 1)])
     assert first.tensors[0].value.tolist() == [10.0] and last.tensors[0].value.tolist() == [20, 20]
-    assert bad.tensors == () and "out of data bounds" in bad.error
+    assert bad.tensors == () and re.match("invalid: .* out of data bounds", bad.error)
+    monkeypatch.setattr(served, "session", None)  # a fault of ours
+    (broken,) = served.execute([Request(0)])
+    assert broken.error.startswith("internal: 'NoneType'")

@@ -168,7 +168,14 @@ REFUSED = {
     "NaN": ("dit", {"guidance_scale": scales(np.nan)}, "guidance_scale nan is not a finite"),
     "infinity": ("dit", {"guidance_scale": scales(np.inf)}, "guidance_scale inf is not a finite"),
     "negative": ("dit", {"guidance_scale": scales(-0.5)}, "guidance_scale -0.5 is negative"),
-    "overflow": ("dit", {"guidance_scale": scales(3e38)}, "latents are not finite"),
+    "overflow": ("dit", {"guidance_scale": scales(3e38)},
+                 "latents of image 0 of 1 are not finite, first at step . of 2 with guidance"),
+    "no image": ("dit", {name: numbers() for name in GOOD}, "input byte size mismatch"),
+    "labels by twos": ("dit", {"labels": np.zeros((1, 2), np.int64)}, "shape|expected"),
+    "labels without rows": ("dit", {"labels": np.zeros(1, np.int64)}, "shape|dimension|batch"),
+    "labels that are truth values": ("dit", {"labels": np.ones((1, 1), bool)}, "data-type"),
+    "steps that are not whole": ("dit", {"steps": scales(2.5)}, "data-type"),
+    "unknown input": ("dit", {"latents": scales(0.0)}, "latents"),
     "unknown sampler": ("dit", {"sampler": names("euler")},
                         "sampler 'euler': choose one of ddpm, ddim, dpm"),
     "huge batch": ("dit", {"labels": TOO_MANY, "seeds": TOO_MANY, "steps": TOO_MANY},
@@ -182,10 +189,18 @@ REFUSED = {
 }  # fmt: skip
 
 
+STATUS = {
+    400: {"http": "400", "grpc": "StatusCode.INVALID_ARGUMENT"},
+    404: {"http": "404", "grpc": "StatusCode.NOT_FOUND"},
+    500: {"http": "500", "grpc": "StatusCode.INTERNAL"},
+}
+NO_MISTAKES = {"overflow": 500, "unknown model": 404}  # all others are the client's
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_requests_get_an_error(served: Served, case: str, protocol: str) -> None:
-    model, changes, message = REFUSED[case]
+    (model, changes, message), code = REFUSED[case], NO_MISTAKES.get(case, 400)
     base = GOOD if model == "dit" else {}
     inputs = {name: value for name, value in (base | changes).items() if value is not None}
     refused = import_module("tritonclient.utils").InferenceServerException
@@ -194,6 +209,7 @@ def test_bad_requests_get_an_error(served: Served, case: str, protocol: str) -> 
     said = error.value.message()
     assert re.search(message, said), said
     assert "\n" not in said.strip()
+    assert error.value.status() == STATUS[code][protocol]
     assert served.running.process.poll() is None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-KINDS = {"int64": "INT64", "float32": "FP32", "object": "BYTES"}
+KINDS = {"int64": "INT64", "float32": "FP32", "object": "BYTES", "bool": "BOOL"}
 
 
 def column(values: list[Any], dtype: Any) -> np.ndarray:

@@ -31,7 +31,8 @@ class RemoteServer:
     """The server at "host:port" (HTTP) or "grpc+host:port". Threads may share it.
 
     Raises ValueError for an address that is none, ImportError without tritonclient. Every question
-    raises `BackendUnavailable`, one line with the address and what went wrong.
+    raises, in one line with the address and what went wrong, ValueError where the server names the
+    question's arguments as invalid, else `BackendUnavailable`.
     """
 
     def __init__(self, address: str) -> None:
@@ -50,7 +51,7 @@ class RemoteServer:
             raise ImportError(
                 "tritonclient is not installed: pip install 'dit-engine[triton-client]'"
             ) from None
-        self.refused: type[Exception] = utils.InferenceServerException
+        self.refused: Any = utils.InferenceServerException
         self._own = threading.local()  # the HTTP client belongs to the thread that made it
 
     def config(self, model: str) -> dict[str, Any]:
@@ -81,6 +82,9 @@ class RemoteServer:
             return question(self._client())
         except self.refused as error:
             text = one_line(error)
+            # What HTTP and gRPC call a client's mistake.
+            if error.status() in ("400", "StatusCode.INVALID_ARGUMENT"):
+                raise ValueError(f"{self.address}: {one_line(error.message())}") from None
             if "UNAVAILABLE" in text:  # gRPC's word for a connection that cannot be made
                 raise self._nobody(text) from None
             raise BackendUnavailable(f"{self.address}: {text}") from None

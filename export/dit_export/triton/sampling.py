@@ -12,7 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from dit_engine.coefficients import step_coefficients
+from dit_engine.coefficients import clipping, step_coefficients
+from dit_engine.diffusion import PUBLISHED_DIFFUSION, Diffusion
 from dit_engine.schedule import make_schedule
 from dit_export.triton.torch_random import TorchGenerator
 
@@ -35,9 +36,14 @@ class Row:
 class _Run:
     """One row's way through its own schedule."""
 
-    def __init__(self, row: Row, shape: tuple[int, int, int], learned: bool) -> None:
+    def __init__(
+        self, row: Row, shape: tuple[int, int, int], learned: bool, diffusion: Diffusion
+    ) -> None:
         self.row, self.shape = row, shape
-        self.timesteps, self.coefficients = _plan(row.sampler, row.steps, row.spacing, learned)
+        schedule = _schedule(row.steps, row.spacing, diffusion)
+        self.timesteps = schedule.timesteps  # (steps,)
+        self.coefficients = _coefficients(row.sampler, schedule, learned)  # (steps, 9)
+        self.clip = clipping(row.sampler, schedule, self.coefficients)
         self.generator = TorchGenerator(row.seed)
         self.z = self.generator.randn(shape)  # (C, S, S)
         self.x0 = self.silence = np.zeros(shape, dtype=np.float32)
@@ -54,6 +60,13 @@ class _Run:
             "coefficients": self.coefficients[step],
         }
 
+    def take(self, step: int, z: np.ndarray, x0: np.ndarray) -> None:
+        """The answer to these inputs."""
+        if self.clip is not None:
+            limit, weights = self.clip
+            z = z + np.float32(weights[step]) * (np.clip(x0, -limit, limit) - x0)
+        self.z, self.x0 = z, x0
+
 
 def sample(
     rows: Sequence[Row],
@@ -61,24 +74,31 @@ def sample(
     learned: bool,
     step: Step,
     stop: Callable[[], bool] = lambda: False,
+    diffusion: Diffusion = PUBLISHED_DIFFUSION,
+    lost: dict[int, int] | None = None,
 ) -> np.ndarray:
     """Latents (N, C, S, S) float32, equal to `Engine.generate`'s for the same rows.
 
-    A row that is through its steps leaves the batch.
+    A row that is through its steps leaves the batch, and so does one that is no longer finite.
 
     Args:
         shape: (C, S, S). learned: whether the model predicts a variance.
         stop: asked before every step; once it is true, the latents are given back as they are.
+        diffusion: the model's.
+        lost: is given, for each row that is not finite, the first step that was not.
 
     Raises:
         ValueError: a row's steps, or a spacing that cannot make them.
     """
-    runs = [_Run(row, shape, learned) for row in rows]
+    runs = [_Run(row, shape, learned, diffusion) for row in rows]
+    lost = {} if lost is None else lost
     for k in range(max((row.steps for row in rows), default=0)):
         if stop():
             break
-        active = [run for run in runs if k < run.row.steps]
-        columns = [run.inputs(k) for run in active]
+        active = {i: run for i, run in enumerate(runs) if k < run.row.steps and i not in lost}
+        if not active:
+            break
+        columns = [run.inputs(k) for run in active.values()]
         batch = {
             name: np.stack([np.asarray(column[name]) for column in columns])
             for name in columns[0]
@@ -86,8 +106,10 @@ def sample(
         integers = {name: batch[name].astype(np.int64) for name in ("t", "y")}
         reals = {name: v.astype(np.float32) for name, v in batch.items() if name not in integers}
         z, x0 = step(reals | integers)
-        for run, z_row, x0_row in zip(active, z, x0, strict=True):
-            run.z, run.x0 = z_row, x0_row
+        for (i, run), z_row, x0_row in zip(active.items(), z, x0, strict=True):
+            run.take(k, z_row, x0_row)
+            if not np.isfinite(run.z).all():
+                lost[i] = k
     return np.stack([run.z for run in runs])
 
 
@@ -97,8 +119,5 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1).astype(np.uint8))
 
 
-@lru_cache(maxsize=64)
-def _plan(sampler: str, steps: int, spacing: str, learned: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Time steps (steps,) and coefficients (steps, 9)."""
-    schedule = make_schedule(steps, spacing)
-    return schedule.timesteps, step_coefficients(sampler, schedule, learned)
+_schedule = lru_cache(maxsize=64)(make_schedule)
+_coefficients = lru_cache(maxsize=64)(step_coefficients)  # a schedule is equal to itself alone

@@ -63,8 +63,12 @@ class TritonPythonModel:
             try:
                 return run([request])[0]
             except Exception as error:  # whatever it is, the client must hear of it
-                message = " ".join(str(error).split())
-                return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))
+                message = " ".join(str(error).split()) or type(error).__name__
+                # onnxruntime's own class of that name; such as a label of no class.
+                mistake = type(error).__name__ == "InvalidArgument"
+                codes = pb_utils.TritonError
+                code = codes.INVALID_ARG if mistake else codes.INTERNAL
+                return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
         if len(requests) > 1:
             try:

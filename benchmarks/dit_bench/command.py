@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_bench.inputs import read_operators, read_report, read_scaling
+from dit_bench.load import withdraw_verdicts
 from dit_bench.options import plan_of
 from dit_bench.outputs import (
     STDOUT,
@@ -37,6 +38,8 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     """
     if arguments.env:
         return _show_environment(arguments)
+    if arguments.strict and arguments.compare is None:
+        raise ValueError("--strict is for --compare, which is not given")
     outputs = (arguments.json, arguments.csv, arguments.html)
     check_outputs(outputs)
     check_folder(arguments.plot)
@@ -63,15 +66,16 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     if plan is not None:
         report, failure = _measured(plan, arguments, given, sheets)
     assert report is not None
+    withdraw_verdicts(report)
     if operators is not None:
         report["operators"] = operators
     code = 0
     if old is not None:
-        from dit_bench.comparing import compare_reports, regressions
+        from dit_bench.comparing import compare_reports, exit_code
 
         try:
             report["comparison"] = compare_reports(report, old)
-            code = 1 if regressions(report["comparison"]) else 0
+            code = exit_code(report["comparison"], arguments.strict)
         except ValueError as error:
             failure = failure or ValueError(f"{arguments.compare}: {error}")
     if any(row["status"] == "wrong" and row["role"] == "subject" for row in report["measurements"]):
@@ -110,6 +114,7 @@ def new_report(plan: Plan, given: Sequence[str]) -> dict[str, Any]:
         "ceilings": None,
         "energy": None,
         "load_average": None,
+        "other_load": None,
         "models": [],
         "measurements": [],
         "parity": [],

@@ -1,8 +1,10 @@
 """A report beside an older one: ratios of times, and which of them are regressions.
 
-A regression is a time that grew by more than noise explains: its 5 % quantile lies above the old
-95 % quantile, and the medians differ by more than `LEAST`. Times of another machine are shown, but
-nothing is called a regression there; the same holds for noisy ones.
+A regression is a time that grew by more than the noise of both runs explains: its 5 % quantile lies
+above the old 95 % quantile, and the medians differ by more than `LEAST`. Where one of the two times
+is noisy, or its run was not to be quoted, that is not enough to tell, and only what is far beyond
+any noise is a regression: a 5 % quantile of `FAR` times the old 95 % quantile, or a median of
+`VERY_FAR` times. Times of another machine are shown and not judged.
 """
 
 from __future__ import annotations
@@ -10,8 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 from dit_bench.hardware import same_processor
+from dit_bench.load import busy_row, not_quoted
 
 LEAST = 0.03
+FAR, VERY_FAR = 3.0, 10.0
+NOISY = 3
+"""Exit code where nothing is a regression and something is too noisy to tell."""
 _KEY = ("model", "size", "what", "images", "name")
 _MACHINE = ("cpu", "gpu")
 _SETTINGS = ("threads", "device")
@@ -28,6 +34,7 @@ def compare_reports(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     """
     before = {_key(row): row for row in old["measurements"] if row["status"] == "ok"}
     notes = _differences(new, old)
+    sure = not_quoted(new) is None and not_quoted(old) is None
     rows, lost = [], []
     for row in new["measurements"]:
         other = before.get(_key(row))
@@ -43,7 +50,7 @@ def compare_reports(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
         rows.append(
             {key: row[key] for key in _KEY}
             | {"old_ms": other["ms"]["median"], "new_ms": row["ms"]["median"], "ratio": ratio}
-            | {"verdict": "another machine" if notes else _verdict(row, other, ratio)}
+            | {"verdict": "another machine" if notes else _verdict(row, other, ratio, sure)}
         )
     if not rows and not lost:
         raise ValueError("the two reports have no measurement in common")
@@ -54,9 +61,24 @@ def regressions(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in comparison["rows"] if row["verdict"] == "regression"]
 
 
-def _verdict(new: dict[str, Any], old: dict[str, Any], ratio: float) -> str:
-    if new["noisy"] or old["noisy"]:
-        return "noisy"
+def exit_code(comparison: dict[str, Any], strict: bool = False) -> int:
+    """1 for a regression, `NOISY` where something could not be judged for noise, else 0.
+
+    strict: 1 for everything that was not judged, on another machine too.
+    """
+    verdicts = {row["verdict"] for row in comparison["rows"]}
+    if "regression" in verdicts or (strict and verdicts & {"noisy", "another machine"}):
+        return 1
+    return NOISY if "noisy" in verdicts else 0
+
+
+def _verdict(new: dict[str, Any], old: dict[str, Any], ratio: float, sure: bool) -> str:
+    if new["ms"] == old["ms"]:  # a run beside itself
+        return "no difference shown"
+    if not sure or any(row["noisy"] or busy_row(row) for row in (new, old)):
+        most = old["ms"]["p95"]
+        far = new["ms"]["p5"] > FAR * most or new["ms"]["median"] > VERY_FAR * most
+        return "regression" if far else "noisy"
     if new["ms"]["p5"] > old["ms"]["p95"] and ratio > 1 + LEAST:
         return "regression"
     if new["ms"]["p95"] < old["ms"]["p5"] and ratio < 1 - LEAST:

@@ -30,7 +30,8 @@ from dit_bench.cpu_sections import (
     run_memory,
     run_profile,
 )
-from dit_bench.hardware import BUSY, cpu_model, load_average, settle
+from dit_bench.hardware import cpu_model, load_average, settle
+from dit_bench.load import NO_VERDICT, OtherLoad, not_quoted, warning
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.destination import check_file
 from dit_engine.cli.errors import run_command
@@ -48,13 +49,16 @@ ROUNDS, QUICK_ROUNDS = 15, 3
 RESULTS = Path(__file__).parents[1] / "results"
 
 
-def plan(arguments: argparse.Namespace, log: Log) -> list[Callable[[], Section]]:
-    """The sections to be measured, in order."""
+def plan(
+    arguments: argparse.Namespace, log: Log, others: OtherLoad | None = None
+) -> list[Callable[[], Section]]:
+    """The sections to be measured, in order; others: what is to be told of other programs."""
     quick = arguments.quick
     settings = Settings(
         arguments.rounds or (QUICK_ROUNDS if quick else ROUNDS),
         arguments.threads,
         COMPILE_MODES[:1] if quick else COMPILE_MODES,
+        others or OtherLoad(),
     )
     if arguments.profile:
         models = arguments.only or ["S/2" if quick else "XL/2"]
@@ -84,14 +88,20 @@ def plan(arguments: argparse.Namespace, log: Log) -> list[Callable[[], Section]]
 
 def measure(arguments: argparse.Namespace, log: Log = print) -> dict[str, Any]:
     """Everything that was asked for, as one JSON-ready dictionary."""
-    load = load_average()
+    load, others = load_average(), OtherLoad()
     torch.set_num_threads(arguments.threads)
     sections = []
-    for job in plan(arguments, log):
+    for job in plan(arguments, log, others):
         sections.append(job())
         torch.compiler.reset()  # what was compiled holds its model's weights
         gc.collect()
-    return {"load_average": load, **environment(), "sections": sections}
+    report = {"load_average": load, "other_load": others.mean, **environment()}
+    report["sections"] = sections
+    if not_quoted(report) is not None:
+        for row in (row for section in sections for row in section.get("rows", [])):
+            if row.get("result") in ("pass", "miss") and "ratio" in row:
+                row["result"] = NO_VERDICT
+    return report
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -103,11 +113,8 @@ def format_report(report: dict[str, Any]) -> str:
     found = ", ".join(f"{name} {value or '(not installed)'}" for name, value in versions.items())
     threads, instructions = hardware["torch_threads"], " ".join(report["instruction_sets"])
     lines += ["", f"{hardware['cpu']}, {threads} threads, {instructions}; {found}"]
-    if (report["load_average"] or 0) > BUSY:
-        lines.append(
-            f"The machine was busy (load average {report['load_average']:.2f} at the start): "
-            f"these figures are not to be quoted."
-        )
+    if (busy := warning(report)) is not None:
+        lines.append(busy)
     return "\n".join(lines)
 
 

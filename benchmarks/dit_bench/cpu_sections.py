@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from dit_bench.cpu_report import (
     memory_row,
 )
 from dit_bench.cpu_timing import interleave_visits
+from dit_bench.load import OtherLoad
 from dit_bench.peers import Peer, build_peers
 from dit_engine.cli.errors import one_line
 from dit_engine.config import ModelConfig
@@ -29,11 +30,13 @@ Section = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """rounds of interleaved timing; threads of every runtime; modes of torch.compile to try."""
+    """rounds of interleaved timing; threads of every runtime; modes of torch.compile to try; what
+    other programs do while times are taken."""
 
     rounds: int
     threads: int
     compile_modes: tuple[str, ...]
+    load: OtherLoad = field(default_factory=OtherLoad)
 
 
 def model_of(name: str) -> DiT:
@@ -63,7 +66,7 @@ def run_forward(name: str, batch: int, settings: Settings, log: Log) -> Section:
     expected = forward.expected()
     comparisons = forward_comparisons(with_bars=name == "XL/2")
     return _compare(workload, peers, expected, forward.bf16_error(expected), comparisons,
-                    settings.rounds, log)  # fmt: skip
+                    settings, log)  # fmt: skip
 
 
 def run_decode(settings: Settings, log: Log) -> Section:
@@ -76,7 +79,7 @@ def run_decode(settings: Settings, log: Log) -> Section:
     decode = Decode(VAEConfig(), 32, 1, settings.threads)
     expected = decode.expected()
     return _compare(workload, decode_peers(decode), expected, decode.bf16_error(expected), DECODE,
-                    settings.rounds, log)  # fmt: skip
+                    settings, log)  # fmt: skip
 
 
 def _compare(
@@ -85,12 +88,13 @@ def _compare(
     expected: torch.Tensor,
     bf16_error: float,
     comparisons: Sequence[Comparison],
-    rounds: int,
+    settings: Settings,
     log: Log,
 ) -> Section:
     built = build_peers(peers, expected, bf16_error, log)
-    log(f"{workload}: {rounds} rounds of {len(built.functions)}")
-    times = interleave_visits(built.functions, rounds)
+    log(f"{workload}: {settings.rounds} rounds of {len(built.functions)}")
+    with settings.load.sampled():
+        times = interleave_visits(built.functions, settings.rounds)
     hoisted = {name: hoisted_ms(name, times) for name in built.functions}
     return {
         "workload": workload,
@@ -129,7 +133,8 @@ def run_profile(name: str, precision: str, settings: Settings, log: Log) -> Sect
         functions |= forward_parts(forward.lean_transformer(precision), 2)
         for function in functions.values():
             function()
-        times = interleave_visits(functions, settings.rounds)
+        with settings.load.sampled():
+            times = interleave_visits(functions, settings.rounds)
     parts = {part: times.ms(part).median for part in functions}
     forward_ms = parts.pop("forward")
     return {

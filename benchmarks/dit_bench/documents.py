@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_bench.gpu_markdown import gpu_table
-from dit_bench.hardware import BUSY
+from dit_bench.load import not_quoted
 from dit_bench.result_tables import (
     bounds_table,
     operators_table,
@@ -132,11 +132,10 @@ def cpu_table(report: dict[str, Any]) -> str:
         f"{', '.join(report['instruction_sets'])}; {known}. Medians of interleaved rounds; the "
         "same weights and inputs, results compared before timing."
     )
-    load = report["load_average"]
-    if (load or 0) > BUSY:
+    if (busy := not_quoted(report)) is not None:
         notes.append(
-            f"The load average was {load:.1f} at the start, which is no idle machine's: measure "
-            "again before relying on these figures."
+            f"The machine was {busy}, which is no idle machine's: measure again before relying on "
+            "these figures."
         )
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
 

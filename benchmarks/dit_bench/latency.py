@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dit_bench.ceilings import Ceilings
 from dit_bench.cpu_timing import interleave_visits
+from dit_bench.load import OtherLoad
 from dit_bench.peers import Built, Peer, allowed_error, build_peers
 from dit_bench.progress import LEAST_ROUNDS, Progress
 from dit_bench.timing import Interleaved, Spread, interleave
@@ -68,6 +69,7 @@ class Timer:
     seconds: float
     ceilings: Ceilings
     progress: Progress = field(default_factory=lambda: Progress(quiet=True))
+    load: OtherLoad = field(default_factory=OtherLoad)
 
     def run(self, task: Task) -> tuple[list[Row], Built]:
         """Build, check and time; a row for each contender, also for those that were left out."""
@@ -91,7 +93,7 @@ class Timer:
     def _times(self, built: Built, name: str) -> Interleaved | None:
         if not built.functions:
             return None
-        with self.progress.rounds(self.rounds, name, self.seconds) as go_on:
+        with self.progress.rounds(self.rounds, name, self.seconds) as go_on, self.load.sampled():
             if self.device.type == "cuda":
                 return interleave(built.functions, self.rounds, device=self.device, go_on=go_on)
             return interleave_visits(built.functions, self.rounds, go_on=go_on)
@@ -120,6 +122,7 @@ class Timer:
         row["samples_ms"] = [round(ms, 4) for ms in times.samples_ms[contender.name]]
         row["ms"] = _spread(taken)
         row["noisy"] = noisy(taken)
+        row["other_load"] = self.load.last
         row["images_s"] = 1e3 * task.images / taken.median
         if contender.flops:
             row |= {

@@ -22,6 +22,7 @@ from dit_bench.forwards import Networks, Work
 from dit_bench.generation_check import GenerationCheck
 from dit_bench.hardware import load_average
 from dit_bench.latency import Task, Timer, shares
+from dit_bench.load import OtherLoad
 from dit_bench.memory import MemoryWatch
 from dit_bench.peers import Built, relative_error
 from dit_bench.progress import Progress
@@ -93,7 +94,9 @@ def measure(
         ceilings = measure_ceilings(plan.device, dtypes=_dtypes(plan))
         report["ceilings"] = {**vars(ceilings), "measured": "before"}
         progress.done()
-        timer = Timer(plan.device, plan.rounds, plan.seconds, ceilings, progress)
+        served = any("://" in name for name, _ in (plan.subject, *plan.peers))
+        load = OtherLoad(known=not served)  # a server on this machine is no stranger
+        timer = Timer(plan.device, plan.rounds, plan.seconds, ceilings, progress, load)
         for name in plan.models:
             engine = _Model(plan, report, timer, keep).run(name)
             if engine is not None:
@@ -195,6 +198,7 @@ class _Model:
             rows[0] |= self._memory(cast.watch)
         self._energy(rows[0], built)
         self.report["measurements"] += [row | extra for row in rows]
+        self.report["other_load"] = self.timer.load.mean
         self.keep()
 
     def _bf16_error(self, build: Any, expected: torch.Tensor) -> float:

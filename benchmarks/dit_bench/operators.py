@@ -26,7 +26,8 @@ from dit_bench.budget import Budget
 from dit_bench.ceilings import NAMES, Ceilings, measure_ceilings
 from dit_bench.gpu_environment import describe_environment
 from dit_bench.gpu_report import Report, check_report_path, failure, skipped
-from dit_bench.hardware import BUSY, SETTLE_S, load_average, settle
+from dit_bench.hardware import SETTLE_S, load_average, settle
+from dit_bench.load import OtherLoad, warning
 from dit_bench.operator_cases import Case, all_cases
 from dit_bench.operator_checks import DeviceLost, Target, check_device, tensors
 from dit_bench.operator_contenders import Find, implementations, opponents, third_party
@@ -222,19 +223,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             settle(print, min(SETTLE_S, WAIT_SHARE * budget.left()))
         about = {"environment": describe_environment(device), "load_average": load_average()}
         report = Report(arguments.json, about)
+        others = OtherLoad(known=device.type == "cpu")  # what a GPU does is not in it
         with torch.inference_mode():
             ceilings = measure_ceilings(device)
             report.put("ceilings", vars(ceilings))
             benchmark = OperatorBenchmark(report, device, budget, ceilings)
             benchmark.rounds = arguments.rounds
-            benchmark.run(cases)
-            benchmark.run_third_party(cases)
+            with others.sampled():
+                benchmark.run(cases)
+                benchmark.run_third_party(cases)
+        report.put("other_load", others.mean)
         report.put("complete", True)
         report.finish()
         lines = operator_lines(report.values) + failure_lines(report.values)
-        if (load := report.values["load_average"] or 0) > BUSY:
-            lines.append(f"The machine was busy (load average {load:.2f} at the start): "
-                         "these figures are not to be quoted.")  # fmt: skip
+        if (busy := warning(report.values)) is not None:
+            lines.append(busy)
         print("\n".join(lines))
         return 1 if report.failed else 0
 

@@ -49,7 +49,9 @@ def build_parser(about: str) -> argparse.ArgumentParser:
     add("--csv", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="one line a measurement")
     add("--plot", type=Path, metavar="DIR", help="figures as PNG files")
     add("--html", type=Path, metavar="FILE", help="one self-contained page")
-    add("--compare", type=Path, metavar="FILE", help="an older --json; exit code 1 on a regression")
+    add("--compare", type=Path, metavar="FILE", help="an older --json; exit code 1 on a "
+        "regression, 3 where times are too noisy to tell")  # fmt: skip
+    add("--strict", action="store_true", help="with --compare: 1 for whatever cannot be judged")
     add("--operators", type=Path, metavar="FILE", help="--json of python -m dit_bench.operators")
     add("--scaling", type=Path, metavar="FILE", help="--json of python -m dit_bench.scaling")
     add("--load", type=Path, metavar="FILE", help="show a finished --json, and measure nothing")

@@ -17,7 +17,7 @@ CSV_COLUMNS = (
     "median_ms", "p95_ms", "n", "noisy", "images_s", "gflops", "tflop_s", "percent_of_matmul",
     "percent_of_copy", "flops_per_byte", "bound_by", "setup_s", "first_call_s", "built_mib",
     "peak_mib", "joules_per_image", "error", "bound", "ratio_p5", "ratio_median", "ratio_p95",
-    "verdict",
+    "verdict", "other_load",
 )  # fmt: skip
 
 

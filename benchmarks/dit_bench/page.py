@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dit_bench.drawing import svg
-from dit_bench.hardware import BUSY
+from dit_bench.load import warning
 from dit_bench.report import report_tables
 
 if TYPE_CHECKING:
@@ -54,9 +54,8 @@ def page(
     title = f"DiT {models}: {settings['backend']} {settings['precision']}"
     parts = [f"<h1>{html.escape(title)}</h1>", f"<p class=note>{_about(report)}</p>"]
     parts += [f"<p class=wrong>{html.escape(text)}</p>" for text in wrong_subjects(report)]
-    if (load := report["load_average"]) is not None and load > BUSY:
-        parts.append(f"<p class=warning>The machine was busy (load average {load:.2f} at the "
-                     "start): these figures are not to be quoted.</p>")  # fmt: skip
+    if (busy := warning(report)) is not None:
+        parts.append(f"<p class=warning>{html.escape(busy)}</p>")
     if report["interrupted"]:
         parts.append("<p class=warning>This run was interrupted: what is missing was not "
                      "measured.</p>")  # fmt: skip

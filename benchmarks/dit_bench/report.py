@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dit_bench.hardware import BUSY
+from dit_bench.load import warning
 from dit_bench.schema import PARTS
 from dit_bench.set_arguments import LEAST_RESAMPLES
 from dit_bench.tables import Table
@@ -77,10 +77,12 @@ def machine_table(report: dict[str, Any]) -> Table:
         table.add("copy", f"{ceilings['copy_gb_s']:.3g} GB/s (reads and writes)")
     if report.get("energy"):
         table.add("energy", report["energy"])
-    load = report["load_average"]
-    if load is not None:
-        busy = " (busy: these figures are not to be quoted)" if load > BUSY else ""
-        table.add("load average", f"{load:.2f} at the start{busy}")
+    if (load := report["load_average"]) is not None:
+        table.add("load average", f"{load:.2f} at the start")
+    if (others := report.get("other_load")) is not None:
+        table.add("other programs", f"used {others:.2f} processors while times were taken")
+    if (busy := warning(report)) is not None:
+        table.notes.append(busy)
     return table
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from dit_bench.cost import dit_cost
-from dit_bench.hardware import BUSY, same_processor
+from dit_bench.hardware import same_processor
+from dit_bench.load import not_quoted
 from dit_engine.config import ModelConfig
 
 
@@ -117,10 +118,8 @@ def profile_table(report: dict[str, Any]) -> str:
 
 
 def _busy(report: dict[str, Any]) -> str:
-    load = report["load_average"]
-    return (
-        "" if load is None or load <= BUSY else f"The load average was {load:.1f}: measure again. "
-    )
+    busy = not_quoted(report)
+    return "" if busy is None else f"The machine was {busy}: measure again. "
 
 
 def paper_models_table(report: dict[str, Any]) -> str:
@@ -152,8 +151,8 @@ def paper_models_table(report: dict[str, Any]) -> str:
     note = (
         f"{rows[0]['name']}, batch {rows[0]['images']}, {environment['cpu']}, "
         f"{environment['torch_threads']} threads, load average {report['load_average']:.2f} at the "
-        "start; interleaved within each line. The U-Net is diffusers' UNet2DConditionModel, in "
-        "eager torch and the same precision."
+        f"start; interleaved within each line. The U-Net is diffusers' UNet2DConditionModel, in "
+        f"eager torch and the same precision. {_busy(report)}".rstrip()
     )
     return _with_note(lines, note)
 

@@ -24,6 +24,7 @@ SCHEMA: dict[str, dict[str, str]] = {
         "ceilings": "object?",
         "energy": "text?",  # whose it is, or why there is none
         "load_average": "number?",  # of the last minute, before the run
+        # Also "other_load": processors that others kept busy while times were taken, or null.
         "models": "list",
         "measurements": "list",
         "parity": "list",  # reports of dit_bench.parity, one a model

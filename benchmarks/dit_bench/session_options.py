@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dit_bench.environment import environment
 from dit_bench.hardware import load_average, settle
+from dit_bench.load import OtherLoad, busy_row, warning
 from dit_bench.outputs import write_json
 from dit_bench.peers import relative_error
 from dit_bench.timing import Interleaved, interleave
@@ -130,17 +131,19 @@ def model_of(name: str) -> Any:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    load = load_average()
+    load, others = load_average(), OtherLoad()
     torch.set_num_threads(arguments.threads)
     with torch.inference_mode():
         runs = functions(model_of(arguments.model), arguments.batch, arguments.threads)
         check(runs)
-        times = interleave(runs, arguments.rounds)
+        with others.sampled():
+            times = interleave(runs, arguments.rounds)
     return {
         "model": arguments.model,
         "batch": arguments.batch,
         "threads": arguments.threads,
         "load_average": load,
+        "other_load": others.mean,
         "rows": rows(times),
         **environment(),
     }
@@ -177,6 +180,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{ratio['median']:.3f} ({ratio['p5']:.3f}-{ratio['p95']:.3f})"
             )
         better = [row["options"] for row in report["rows"] if row["ours_over_it"]["p5"] > MARGIN]
+        if (busy := warning(report)) is not None:
+            print(busy)
+        if busy_row(report):
+            better = []
         for name in better:
             print(f"{name!r} is better by more than 5 % beyond the noise")
         if arguments.json is not None:

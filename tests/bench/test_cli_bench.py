@@ -131,19 +131,27 @@ def test_json_to_standard_output_is_all_there_is(
 def test_a_regression_ends_with_code_1(
     finished: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    older = json.loads(finished["json"].read_text(encoding="utf-8"))
+    older = json.loads(finished["json"].read_text(encoding="utf-8")) | {"other_load": 0.0}
     for row in older["measurements"]:
         row["ms"] = {key: value if key == "n" else value / 4 for key, value in row["ms"].items()}
         row["noisy"] = False
-    newer = json.loads(finished["json"].read_text(encoding="utf-8"))
+        row["other_load"] = 0.0
+    newer = json.loads(finished["json"].read_text(encoding="utf-8")) | {"other_load": 0.0}
     for row in newer["measurements"]:
-        row["noisy"] = False
+        row |= {"noisy": False, "other_load": 0.0}
         middle = row["ms"]["median"]
         row["ms"] |= {"p5": 0.99 * middle, "p95": 1.01 * middle}
     for name, report in (("old", older), ("new", newer)):
         (tmp_path / name).write_text(json.dumps(report), encoding="utf-8")
-    assert cli.main(["--load", str(tmp_path / "new"), "--compare", str(tmp_path / "old")]) == 1
+    new, old = str(tmp_path / "new"), str(tmp_path / "old")
+    assert cli.main(["--load", new, "--compare", old]) == 1
     assert "regression" in capsys.readouterr().out
+    assert cli.main(["--load", old, "--compare", new, "--strict"]) == 0
+    assert "quicker" in capsys.readouterr().out
+    (tmp_path / "old").write_text(json.dumps(older | {"other_load": 0.5}), encoding="utf-8")
+    assert cli.main(["--load", old, "--compare", new]) == 3  # a busy run can be no quicker
+    assert cli.main(["--load", old, "--compare", new, "--strict"]) == 1
+    assert "noisy" in capsys.readouterr().out
 
 
 def test_a_subject_that_computes_another_function_is_not_timed(

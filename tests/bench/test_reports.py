@@ -14,8 +14,9 @@ import made_up
 import pytest
 from PIL import Image
 
-from dit_bench.comparing import compare_reports, regressions
-from dit_bench.outputs import finite
+from dit_bench.comparing import compare_reports, exit_code, regressions
+from dit_bench.load import withdraw_verdicts
+from dit_bench.outputs import csv_text, finite
 from dit_bench.page import page
 from dit_bench.plots import all_figures
 from dit_bench.report import report_tables
@@ -95,6 +96,57 @@ def test_a_regression_is_found_and_noise_is_not_one() -> None:
     noisy = slower(3.0)
     noisy["measurements"][0]["noisy"] = True
     assert verdicts(noisy, old)[0] == "noisy"
+
+
+def noisy(report: dict[str, Any], width: float = 0.5) -> dict[str, Any]:
+    """``report`` with its first time spread so far that it is noise."""
+    row = report["measurements"][0]
+    row |= {"noisy": True, "ms": made_up.spread(row["ms"]["median"], width)}
+    return report
+
+
+def busy(report: dict[str, Any]) -> dict[str, Any]:
+    return report | {"other_load": 0.8}
+
+
+@pytest.mark.parametrize("unsure", [noisy, busy], ids=["noisy", "busy"])
+def test_noise_of_either_run_counts(unsure: Any) -> None:
+    """One and a half times as slow is a regression between quiet runs, and unknown where the old
+    one, the new one or both are noisy."""
+    assert verdicts(slower(1.5), slower(1.0))[0] == "regression"
+    pairs = [(unsure(slower(1.5)), slower(1.0)), (slower(1.5), unsure(slower(1.0))),
+             (unsure(slower(1.5)), unsure(slower(1.0)))]  # fmt: skip
+    for new, old in pairs:
+        found = compare_reports(new, old)
+        assert found["rows"][0]["verdict"] == "noisy" and regressions(found) == []
+        assert exit_code(found) == 3 and exit_code(found, strict=True) == 1
+        assert verdicts(old, new)[0] == "noisy"  # nor is anything quicker
+
+
+@pytest.mark.parametrize("unsure", [noisy, busy], ids=["noisy", "busy"])
+def test_what_is_far_beyond_all_noise_is_a_regression(unsure: Any) -> None:
+    """However noisy: in the first case even the quick end of the new times, half their median, is
+    far above the slow end of the old ones."""
+    for new, old in (
+        (unsure(slower(271)), slower(1.0)),
+        (slower(271), unsure(slower(1.0))),
+        (unsure(slower(271)), unsure(slower(1.0))),
+        (noisy(slower(20), width=0.99), slower(1.0)),  # the quick end is an old time
+    ):
+        found = compare_reports(new, old)
+        assert [row["ratio"] for row in regressions(found)] == [
+            pytest.approx(new["measurements"][0]["ms"]["median"] / 4)
+        ]
+        assert exit_code(found) == exit_code(found, strict=True) == 1
+
+
+def test_the_exit_code_of_a_comparison() -> None:
+    quiet, other = made_up.report(), made_up.report()
+    assert exit_code(compare_reports(quiet, quiet)) == 0
+    assert exit_code(compare_reports(quiet, quiet), strict=True) == 0
+    other["settings"]["threads"] = 8
+    assert exit_code(compare_reports(quiet, other)) == 0
+    assert exit_code(compare_reports(quiet, other), strict=True) == 1
 
 
 def test_another_machine_is_no_regression() -> None:
@@ -190,6 +242,26 @@ def test_tables_say_what_was_left_out_and_why(capsys: pytest.CaptureFixture[str]
     assert busy not in shown
     show(report_tables(report | {"load_average": 3.0}), width=250)
     assert busy in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["run", "row"])
+def test_what_is_not_to_be_quoted_names_no_winner(
+    where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = made_up.report()
+    peers = [row for row in report["measurements"] if row["role"] == "peer"]
+    for row in peers:
+        row |= {"ratio": made_up.spread(2.0), "verdict": "lean bf16 is 2.00× as quick"}
+    (report if where == "run" else report["measurements"][1])["other_load"] = 0.8
+    report["measurements"] = report["measurements"][:2]
+    assert report["measurements"][1] in peers
+    withdraw_verdicts(report)
+    show(report_tables(report), width=400)
+    shown = capsys.readouterr().out
+    for text in (shown, csv_text(report), page(report, all_figures(report, None))):
+        assert "busy: no verdict" in text and "as quick" not in text
+    said = "busy (other programs used 0.80 processors while times were taken): these figures"
+    assert (said in shown) == (where == "run")
 
 
 def test_tables_as_html_escape_their_cells() -> None:

@@ -1,0 +1,102 @@
+"""What other programs did with the processors while times were taken, and what follows from it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dit_bench.hardware import BUSY
+
+OTHERS = 0.25
+"""Processors that other programs may keep busy, on average, while times are taken."""
+NO_VERDICT = "busy: no verdict"
+_LEAST_S = 1.0  # the system counts in hundredths of a second: less tells too little of one part
+_IDLE = (3, 4)  # of /proc/stat's columns: idle, and waiting for a disk
+
+
+class OtherLoad:
+    """Processor time of everything but this process, between the two ends of `sampled`.
+
+    Attributes:
+        last: processors that others kept busy in the last block; None where it took less than a
+            second or the system does not tell.
+        mean: likewise of all blocks together.
+    """
+
+    def __init__(self, stat: Path = Path("/proc/stat"), known: bool = True) -> None:
+        """known: False where another process works for this one, as a server does."""
+        self._stat, self._known = stat, known
+        self._others = self._wall = 0.0
+        self.last: float | None = None
+
+    @property
+    def mean(self) -> float | None:
+        return self._others / self._wall if self._wall >= _LEAST_S else None
+
+    @contextmanager
+    def sampled(self) -> Iterator[None]:
+        start, own, busy = time.perf_counter(), self._own(), self._busy()
+        try:
+            yield
+        finally:
+            wall, own = time.perf_counter() - start, self._own() - own
+            found, self.last = self._busy(), None
+            if busy is not None and found is not None and wall > 0:
+                busy = found - busy
+                if busy >= own / 2:  # in a sandbox the file may hold nothing but zeros
+                    others = max(0.0, busy - own)
+                    self._others += others
+                    self._wall += wall
+                    self.last = others / wall if wall >= _LEAST_S else None
+
+    def _busy(self) -> float | None:
+        """Seconds of all processors since the system began; None where it does not tell."""
+        try:
+            words = self._stat.read_text(encoding="ascii").split("\n", 1)[0].split()
+            ticks = [int(word) for word in words[1:9]]  # without guests, who are in "user" already
+        except (OSError, ValueError):
+            return None
+        if not self._known or words[:1] != ["cpu"]:
+            return None
+        busy = sum(count for i, count in enumerate(ticks) if i not in _IDLE)
+        return busy / os.sysconf("SC_CLK_TCK")
+
+    @staticmethod
+    def _own() -> float:
+        times = os.times()
+        return times.user + times.system + times.children_user + times.children_system
+
+
+def not_quoted(report: dict[str, Any]) -> str | None:
+    """Why the times of ``report`` are not to be quoted, to follow "the machine was"; else None.
+
+    What was seen during the run counts; the load average before it only where nothing was seen.
+    """
+    others, load = report.get("other_load"), report.get("load_average")
+    if others is not None:
+        why = f"busy (other programs used {others:.2f} processors while times were taken)"
+        return why if others > OTHERS else None
+    return f"busy (load average {load:.2f} at the start)" if (load or 0) > BUSY else None
+
+
+def busy_row(row: dict[str, Any]) -> bool:
+    """Whether others were seen at work while this one part of a run was timed."""
+    return (row.get("other_load") or 0) > OTHERS
+
+
+def withdraw_verdicts(report: dict[str, Any]) -> None:
+    """No one is called quicker in what is not to be quoted."""
+    all_of_it = not_quoted(report) is not None
+    for row in report["measurements"]:
+        if "verdict" in row and row["role"] == "peer" and (all_of_it or busy_row(row)):
+            row["verdict"] = NO_VERDICT
+
+
+def warning(report: dict[str, Any]) -> str | None:
+    """The sentence that stands beside figures that are not to be quoted."""
+    why = not_quoted(report)
+    return why and f"The machine was {why}: these figures are not to be quoted."

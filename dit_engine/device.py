@@ -49,6 +49,27 @@ def with_index(device: torch.device) -> torch.device:
 
 
 @contextlib.contextmanager
+def neutral(device: torch.device | None = None) -> Iterator[None]:
+    """This thread without the modes of its caller that would change what is computed: autocast (of
+    the CPU and of ``device``), a default device, inference mode.
+
+    It costs a few questions where there are none. A default dtype is the whole process's and
+    cannot be taken back for one thread: whatever makes a tensor names its dtype.
+    """
+    with contextlib.ExitStack() as stack:
+        for kind in {"cpu", "cpu" if device is None else device.type}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if torch.is_inference_mode_enabled():
+            gradients = torch.is_grad_enabled()
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.set_grad_enabled(gradients))
+        yield
+
+
+@contextlib.contextmanager
 def limited_threads(threads: int | None) -> Iterator[None]:
     """So many CPU threads for this block, and what was set before after it; None changes nothing.
 

@@ -17,7 +17,8 @@ from dit_engine.arguments import positive, shown
 from dit_engine.backends import Backend, create_backend, resolve_backend
 from dit_engine.checkpoint import build_model, build_vae, load_checkpoint
 from dit_engine.config import NO_NULL_CLASS
-from dit_engine.device import limited_threads, parse_device
+from dit_engine.device import limited_threads, neutral, parse_device
+from dit_engine.finite import check_latents, check_pixels
 from dit_engine.fused_sampling import (
     FusedDenoiser,
     clipping,
@@ -246,32 +247,48 @@ class Engine:
                 f"noise 'official' draws for the batch as a whole: {n} labels exceed "
                 f"max_batch_size {self.max_batch_size}"
             )
-        runner = self._backend(settings.backend, settings.precision)
+        names = self._names(numbers, image_seeds)
+        gradients = torch.is_grad_enabled()
 
         def run(first: int, count: int) -> Tensor:
             part = slice(first, first + count)
-            drawn: NoiseSource
-            if as_a_whole:
-                guides = bool((scales != 1).any())
-                drawn = OfficialNoise(image_seeds[0], count, guides, shape, self.device)
-            else:
-                drawn = PerImageNoise(image_seeds[part], shape, self.device)
-            if latents is not None or step_noise is not None:
-                drawn = GivenNoise(
-                    None if latents is None else latents[part],
-                    None if step_noise is None else step_noise[:, part],
-                    drawn,
-                )
+
+            def draws() -> NoiseSource:
+                drawn: NoiseSource
+                if as_a_whole:
+                    guides = bool((scales != 1).any())
+                    drawn = OfficialNoise(image_seeds[0], count, guides, shape, self.device)
+                else:
+                    drawn = PerImageNoise(image_seeds[part], shape, self.device)
+                if latents is not None or step_noise is not None:
+                    drawn = GivenNoise(
+                        None if latents is None else latents[part],
+                        None if step_noise is None else step_noise[:, part],
+                        drawn,
+                    )
+                return drawn
 
             def report(step: int, z: Tensor) -> None:
-                if callback is not None:
-                    callback(Progress(step + 1, settings.steps, first, count, n, z))
+                if callback is None:
+                    return
+                with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+                    own = z.clone()  # an ordinary tensor, and none that the next step reads
+                    callback(Progress(step + 1, settings.steps, first, count, n, own))
 
-            return self._sample(runner, numbers[part], scales[part], settings, drawn, report)
+            def sample(report: Callable[[int, Tensor], None]) -> Tensor:
+                return self._sample(runner, numbers[part], scales[part], settings, draws(), report)
 
-        with torch.inference_mode(), limited_threads(self.threads):
-            z = torch.cat(in_halves(run, n, self.max_batch_size, splittable=not as_a_whole))
-            images = self._present(z, settings)
+            z = sample(report)
+            check_latents(z, sample, settings.steps, names[part])
+            return z
+
+        with neutral(self.device), limited_threads(self.threads):
+            runner = self._backend(settings.backend, settings.precision)
+            with torch.inference_mode():
+                z = torch.cat(in_halves(run, n, self.max_batch_size, splittable=not as_a_whole))
+                images = self._present(z, settings, names)
+            if isinstance(images, Tensor):
+                images = images.clone()  # an ordinary tensor: it can be changed, and learnt from
         return self._outcome(images, numbers, image_seeds, settings, scales, latents, step_noise)
 
     def planned(
@@ -366,19 +383,29 @@ class Engine:
         sampler = SAMPLERS[settings.sampler].function
         return sampler(denoise, z, schedule, noise, report, **options)
 
-    def _present(self, z: Tensor, settings: GenerateSettings) -> Any:
-        """Latents z (N, C, S, S) in the form that was asked for."""
+    def _present(self, z: Tensor, settings: GenerateSettings, names: Sequence[str]) -> Any:
+        """Latents z (N, C, S, S) in the form that was asked for. Raises `NotFinite`."""
         if settings.output == "latent":
             return z.cpu()
         assert self._decode is not None
-        lean = settings.backend == "lean"
-        parts = (
-            self._decode(part, settings.precision, lean) for part in z.split(self.max_batch_size)
-        )
+        parts = []
+        for first in range(0, len(z), self.max_batch_size):
+            part = slice(first, first + self.max_batch_size)
+            decoded = self._decode(z[part], settings.precision, settings.backend == "lean")
+            check_pixels(decoded, names[part])
+            parts.append(decoded.cpu() if settings.output == "pt" else to_uint8(decoded))
         if settings.output == "pt":
-            return (torch.cat([part.cpu() for part in parts]).clamp(-1, 1) + 1) / 2
-        pixels = np.concatenate([to_uint8(part) for part in parts])
+            return (torch.cat(parts).clamp(-1, 1) + 1) / 2
+        pixels = np.concatenate(parts)
         return pixels if settings.output == "np" else to_pil(pixels)
+
+    def _names(self, labels: list[int], seeds: list[int]) -> list[str]:
+        """What messages call the images of a call."""
+        classes = self.label_names
+        return [
+            f"image {i} (label {label}{f' {classes[label]!r}' if classes else ''}, seed {seed})"
+            for i, (label, seed) in enumerate(zip(labels, seeds, strict=True))
+        ]
 
     def _backend(self, name: str, precision: str) -> Backend:
         with self._lock:

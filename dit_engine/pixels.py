@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_engine.finite import check_pixels
 from dit_engine.lean_vae import LeanDecoder
 from dit_engine.memory import is_out_of_memory
 from dit_engine.vae import AutoencoderKL
@@ -73,7 +74,8 @@ class LatentDecoder:
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """Images (N, 3, H, W) in [-1, 1] → uint8 (N, H, W, 3), as the reference's sample_ddp.py:
-    127.5·x + 128, clamped and truncated."""
+    127.5·x + 128, clamped and truncated. Raises `NotFinite` for NaN, which would be black."""
+    check_pixels(images)
     pixels = (127.5 * images + 128.0).clamp(0, 255).permute(0, 2, 3, 1)
     # On the images' device, from which a quarter of the bytes is then copied.
     return pixels.to(torch.uint8, memory_format=torch.contiguous_format).cpu().numpy()

@@ -12,6 +12,7 @@ says what the arithmetic costs; two Fréchet distances would mostly differ by th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ from dit_engine.cli.arguments import (
 from dit_engine.cli.destination import check_file
 from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry
+from dit_engine.errors import NotFinite
 from dit_engine.pixels import to_uint8
 from dit_engine.settings import resolve_seeds
 
@@ -59,11 +61,14 @@ def trajectory(
 ) -> tuple[Tensor, dict]:
     """Latents after every step, (steps, N, C, S, S) on the CPU, and the engine's record.
 
-    ``check`` is called after every step.
+    ``check`` is called after every step. Latents that are not finite are given as they are, with an
+    empty record: how far a subject is off is what is asked here.
     """
-    recorder = Recorder(check)
-    result = engine.generate(labels, output="latent", callback=recorder, **settings)
-    return recorder.latents(), result.settings
+    recorder, record = Recorder(check), {}
+    with contextlib.suppress(NotFinite):
+        made = engine.generate(labels, output="latent", callback=recorder, **settings)
+        record = made.settings
+    return recorder.latents(), record
 
 
 def relative_errors(found: Tensor, reference: Tensor) -> np.ndarray:
@@ -172,6 +177,8 @@ def _batch(
             engine, labels, backend=backend, precision=precision, **options
         )
         if reference is None:
+            if not settings:
+                raise NotFinite(f"the reference, {backend} {precision}, is not finite")
             reference, record = latents, settings
         found = _Found()
         found.errors.append(relative_errors(latents, reference))

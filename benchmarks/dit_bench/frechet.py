@@ -10,6 +10,7 @@ D is the number of features throughout.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +22,7 @@ Array = NDArray[np.float64]
 # Both are relative to the largest eigenvalue. float64 leaves about 1e-13 at D = 1280.
 _NEGATIVE_LIMIT = 1e-9
 _ROOT_LIMIT = 1e-9
+STEPS = 3  # long parts of a distance
 _SINGLE_LIMIT = 1e-5  # of covariances stored in float32
 
 
@@ -151,12 +153,15 @@ def moments_of(features: ArrayLike) -> Moments:
     return moments
 
 
-def frechet_distance(a: Gaussian, b: Gaussian, *, allow_few: bool = False) -> float:
+def frechet_distance(
+    a: Gaussian, b: Gaussian, *, allow_few: bool = False, step: Callable[[], object] = lambda: None
+) -> float:
     """The Fréchet distance of two sets (a squared distance, as FID is), at least 0.
 
     Args:
         allow_few: accept N ≤ D. The covariance is then singular and the distance says more about
             N than about the images, so without this it is an error.
+        step: called `STEPS` times, after each long part: seconds at D = 2048.
 
     Raises:
         ValueError: the widths differ, a set is too small, or a covariance is not positive.
@@ -171,19 +176,24 @@ def frechet_distance(a: Gaussian, b: Gaussian, *, allow_few: bool = False) -> fl
             )
     shift = a.mean - b.mean
     covariance_a, covariance_b = a.covariance, b.covariance
-    overlap = trace_sqrt_product(covariance_a, covariance_b)
+    overlap = trace_sqrt_product(covariance_a, covariance_b, step)
     distance = float(shift @ shift + np.trace(covariance_a) + np.trace(covariance_b) - 2 * overlap)
     return max(distance, 0.0)  # equal sets leave a rounding error of either sign
 
 
-def trace_sqrt_product(a: Array, b: Array) -> float:
+def trace_sqrt_product(a: Array, b: Array, step: Callable[[], object] = lambda: None) -> float:
     """tr((a^½ b a^½)^½) of two symmetric positive semi-definite matrices (D, D).
 
     It is the sum of the singular values of a^½ b^½. Taking those, and not the square roots of the
     product's eigenvalues, keeps the rounding errors of near-zero eigenvalues from being rooted.
     """
-    product = symmetric_sqrt(a) @ symmetric_sqrt(b)
-    return float(np.linalg.svd(product, compute_uv=False).sum())
+    roots = []
+    for matrix in (a, b):
+        roots.append(symmetric_sqrt(matrix))
+        step()
+    trace = float(np.linalg.svd(roots[0] @ roots[1], compute_uv=False).sum())
+    step()
+    return trace
 
 
 def symmetric_sqrt(matrix: Array) -> Array:

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_bench.features import FeatureNetwork, SetFeatures
-from dit_bench.frechet import Gaussian, frechet_distance, moments_of
+from dit_bench.frechet import Gaussian, moments_of
 from dit_bench.image_sets import ComparedSet, open_set
 from dit_bench.metrics import paired_bootstrap
 from dit_bench.set_arguments import LEAST_RESAMPLES, RESAMPLES
-from dit_bench.set_distances import check_enough, read, usable
+from dit_bench.set_distances import bar_delay, check_enough, read, shown_distance, usable
 
 CONFIDENCE = 0.95
 
@@ -96,15 +96,16 @@ class SetComparison:
         row: dict[str, Any] = {
             "metric": self.network.metric,
             "n": n,
-            "between": frechet_distance(of_found, of_eager, allow_few=few),
+            "between": shown_distance("between", of_found, of_eager, few, quiet),
         }
         if self.reference is None:
             return row
         moments = self.reference.moments
         to_found, to_eager = (
-            frechet_distance(own, moments, allow_few=few) for own in (of_found, of_eager)
+            shown_distance("to reference", own, moments, few, quiet) for own in (of_found, of_eager)
         )
-        with tqdm(total=self.resamples, desc="bootstrap", delay=2.0, disable=quiet) as bar:
+        with tqdm(total=self.resamples, desc="bootstrap", delay=bar_delay(moments.width),
+                  disable=quiet) as bar:  # fmt: skip
 
             def tick() -> None:
                 bar.update()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_bench.features import FeatureNetwork, SetFeatures
-from dit_bench.frechet import Gaussian, frechet_distance
+from dit_bench.frechet import STEPS, Gaussian, frechet_distance
 from dit_bench.image_sets import ComparedSet, ImageSource
 from dit_bench.metrics import NEIGHBOURS, SPLIT, precision_recall
 
@@ -134,6 +134,22 @@ def read(
     return True
 
 
+def shown_distance(
+    name: str, a: Gaussian, b: Gaussian, allow_few: bool, quiet: bool = False
+) -> float:
+    """`frechet_distance` under a bar, which is there from the start where it will take seconds."""
+    from tqdm import tqdm
+
+    with tqdm(total=STEPS, desc=f"{name}: matrix square root", unit="part", leave=False,
+              delay=bar_delay(a.width), disable=quiet) as bar:  # fmt: skip
+        return frechet_distance(a, b, allow_few=allow_few, step=bar.update)
+
+
+def bar_delay(width: int) -> float:
+    """Seconds before a bar over work on matrices of so many features is drawn."""
+    return 0.0 if width >= 512 else 2.0
+
+
 def _compare(
     samples: Measured,
     reference: Measured,
@@ -157,7 +173,7 @@ def _compare(
         if a is None or b is None:
             continue
         try:
-            value = frechet_distance(a, b, allow_few=allow_few)
+            value = shown_distance(name, a, b, allow_few)
         except ValueError as error:
             if not report["interrupted"]:
                 raise

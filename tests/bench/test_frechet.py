@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from dit_bench.frechet import (
+    STEPS,
     Moments,
     frechet_distance,
     moments_of,
     symmetric_sqrt,
     trace_sqrt_product,
 )
+from dit_bench.set_distances import shown_distance
 
 
 def exact(mean: np.ndarray, covariance: np.ndarray) -> Moments:
@@ -140,3 +142,19 @@ def test_bad_input_is_named() -> None:
         _ = moments_of([[1.0]]).covariance
     with pytest.raises(ValueError, match="eigenvalue -1"):
         symmetric_sqrt(np.diag([1.0, -1.0]))
+
+
+def test_the_long_parts_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    """Three: two roots and the singular values of their product; a bar at once where D is large."""
+    rows = np.random.default_rng(0).standard_normal((600, 520))
+    wide, narrow = moments_of(rows), moments_of(rows[:, :5])
+    told: list[int] = []
+    assert frechet_distance(wide, wide, step=lambda: told.append(1)) < 1e-9
+    assert len(told) == STEPS == 3
+    assert shown_distance("FID", narrow, narrow, False) < 1e-9
+    assert capsys.readouterr().err == ""
+    assert shown_distance("FID", wide, wide, False) < 1e-9
+    shown = capsys.readouterr().err
+    assert "FID: matrix square root" in shown and "0/3" in shown
+    assert shown_distance("FID", wide, wide, False, quiet=True) < 1e-9
+    assert capsys.readouterr().err == ""

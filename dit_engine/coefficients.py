@@ -13,12 +13,14 @@ from dit_engine.schedule import Schedule
 def step_coefficients(name: str, schedule: Schedule, learned: bool, eta: float = 0.0) -> np.ndarray:
     """(steps, 9) float64: a, b, c₁, c₂, c₃, c₄, low, high, s of `dit_kernels.guided_step`.
 
+    Where the sampler clamps x₀ (`clipping`), c₁ is 0: the clamped x₀ is then added afterwards.
+
     Args:
         name: "ddpm", "ddim" or "dpm++".
         learned: whether the model predicts a variance (which only ddpm uses).
         eta: of ddim.
     """
-    rows = {"ddpm": _ddpm, "ddim": _ddim, "dpm++": _dpm_solver_pp}[name](schedule, eta, learned)
+    rows = _SAMPLERS[name](schedule, eta, learned)
     rows[-1, 8] = 0.0  # no sampler adds noise at its last step
     if schedule.diffusion.prediction != "epsilon":
         # The operator's ε is then what the model gives instead, and the noise a sum of that and z.
@@ -26,16 +28,18 @@ def step_coefficients(name: str, schedule: Schedule, learned: bool, eta: float =
         of_z, of_output = schedule.epsilon_weights.T
         rows[:, 3] += rows[:, 4] * of_z
         rows[:, 4] *= of_output
+    if clipping(name, schedule) is not None:
+        rows[:, 2] = 0.0
     return rows
 
 
-def clipping(
-    name: str, schedule: Schedule, coefficients: np.ndarray
-) -> tuple[float, np.ndarray] | None:
-    """What sampler ``name`` clamps x₀ to, ±, and c₁ (steps,), by which x₀ reaches z′, for the
-    correction z′ + c₁·(clamped x₀ − x₀); None where it does not clamp."""
+def clipping(name: str, schedule: Schedule) -> tuple[float, np.ndarray] | None:
+    """What sampler ``name`` clamps x₀ to, ±, and by what the clamped x₀ is multiplied and added
+    to the z′ of `step_coefficients`, (steps,); None where it does not clamp."""
     clip = schedule.diffusion.clip
-    return None if clip is None or name == "dpm++" else (clip, coefficients[:, 2])
+    if clip is None or name == "dpm++":
+        return None
+    return clip, _SAMPLERS[name](schedule, 0.0, False)[:, 2]
 
 
 def uses_noise(coefficients: np.ndarray) -> np.ndarray:
@@ -89,3 +93,6 @@ def _dpm_solver_pp(schedule: Schedule, eta: float, learned: bool) -> np.ndarray:
         rows[k, 3] = np.sqrt((1 - before[k]) / (1 - now[k]))
         rows[k, 5] = -toward * bend
     return rows
+
+
+_SAMPLERS = {"ddpm": _ddpm, "ddim": _ddim, "dpm++": _dpm_solver_pp}

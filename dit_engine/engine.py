@@ -368,7 +368,7 @@ class Engine:
             )
             channels = settings.guidance_channels or self.config.in_channels
             fused: FusedDenoiser = fuse(table, scales, channels)
-            clip = clipping(settings.sampler, schedule, table)
+            clip = clipping(settings.sampler, schedule)
             return sample_fused(fused, z, uses_noise(table), guides, noise, report, clip)
         denoise = guided(
             denoiser,

@@ -2,7 +2,7 @@
 
 Every sampler's step is x₀ = a·z + b·ε and z′ = c₁·x₀ + c₂·z + c₃·ε + c₄·x₀_before + σ·noise with
 coefficients of the schedule alone, so that a single operator (`dit_kernels.guided_step`) does the
-guidance and the update for all of them. Clamping x₀ is not affine: it is a correction afterwards.
+guidance and the update for all of them. A clamped x₀ is not affine: it is added afterwards.
 """
 
 from __future__ import annotations
@@ -52,6 +52,6 @@ def sample_fused(
         z, x0 = denoiser.guided_step(z, x0, drawn, k, bool(guides[k]))
         if clip is not None:
             limit, weights = clip
-            z = z + float(weights[k]) * (x0.clamp(-limit, limit) - x0)
+            z = z + float(weights[k]) * x0.clamp(-limit, limit)
         callback(k, z)
     return z

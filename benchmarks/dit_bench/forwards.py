@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from dit_engine.backends import Backend
 from dit_engine.backends.compile import compile_static
 from dit_engine.backends.eager import placed
 from dit_engine.engine import Engine, Generation, Progress
-from dit_engine.fused_sampling import sample_fused, step_coefficients, uses_noise
+from dit_engine.fused_sampling import clipping, sample_fused, step_coefficients, uses_noise
 from dit_engine.guidance import guided
 from dit_engine.model import DiT
 from dit_engine.sampler import ddpm
@@ -69,7 +70,7 @@ class Work:
         self.seeds = list(range(images))  # of whole generations
         self.x = torch.randn(shape, generator=draw).to(device)
         self.labels = torch.randint(config.num_classes, (images,), generator=draw).to(device)
-        self.schedule = make_schedule(STEPS)
+        self.schedule = make_schedule(STEPS, diffusion=config.diffusion)
         self.timesteps = torch.tensor(self.schedule.timesteps, device=device)
         self.t = self.timesteps[STEP].expand(images).contiguous()
 
@@ -134,7 +135,8 @@ class Work:
         if (fuse := getattr(denoiser, "fuse", None)) is not None:
             table = step_coefficients("ddpm", one, config.learn_sigma)
             fused, always = fuse(table, scales, channels), np.ones(1, dtype=bool)
-            return lambda: sample_fused(fused, self.x, uses_noise(table), always, noise, _ignore)
+            draws, clip = uses_noise(table), clipping("ddpm", one)
+            return lambda: sample_fused(fused, self.x, draws, always, noise, _ignore, clip)
         denoise = guided(denoiser, self.images, scales.to(device), channels,
                          in_channels=config.in_channels)  # fmt: skip
         return lambda: ddpm(denoise, self.x, one, noise)
@@ -187,11 +189,12 @@ class Work:
 def one_step(schedule: Schedule, k: int) -> Schedule:
     """A schedule that consists of the ``k``-th step of ``schedule``."""
     part = slice(k, k + 1)
-    return Schedule(
-        schedule.timesteps[part],
-        schedule.alphas_cumprod[part],
-        schedule.alphas_cumprod_prev[part],
-        schedule.betas[part],
+    return replace(
+        schedule,
+        timesteps=schedule.timesteps[part],
+        alphas_cumprod=schedule.alphas_cumprod[part],
+        alphas_cumprod_prev=schedule.alphas_cumprod_prev[part],
+        betas=schedule.betas[part],
     )
 
 

@@ -117,7 +117,7 @@ class GenerationCheck:
         engine = self.work.engine
         config, device = engine.config, engine.device
         model, labels = self.work.model(torch.float32), self.work.labels
-        schedule = make_schedule(self.steps, SAMPLERS[self.sampler].spacing)
+        schedule = make_schedule(self.steps, SAMPLERS[self.sampler].spacing, config.diffusion)
         timesteps = torch.tensor(schedule.timesteps, device=device)
         shape = (config.in_channels, config.input_size, config.input_size)
 

@@ -481,3 +481,11 @@ def test_readme_explains_the_coefficients(tmp_path: Path, bundle: Bundle) -> Non
     with torch.inference_mode():
         actual, _ = step(*tensors, zero, zero, scale, torch.from_numpy(rows[7:8]))
     np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_readme_tells_the_models_diffusion(tmp_path: Path) -> None:
+    diffusion = Diffusion(num_train_steps=100, prediction="v_prediction", clip=2.0)
+    bundle = write_bundle(tmp_path / "onnx", model=tiny_dit(diffusion=diffusion))
+    text = (write_repository(bundle, tmp_path / "repository") / "README.md").read_text()
+    assert 'make_schedule(50, "official", diffusion)' in text
+    assert "this model has num_train_steps 100, prediction v_prediction, clip 2.0." in text

@@ -87,9 +87,9 @@ State: `curl localhost:8000/v2/health/ready`, `localhost:8000/v2/models/dit/stat
 | 8 | s | `z_next` = mean + s·exp((low + (v + 1)/2·(high − low)) / 2)·`noise` |
 
 At s = 0, as at every sampler's last step, `noise` does not count. {variance} The rows of a
-schedule are `step_coefficients("ddpm", make_schedule(50, "official"), learned={learned})` of
+schedule are `step_coefficients("ddpm", make_schedule({schedule}), learned={learned})` of
 `dit_engine.coefficients` and `dit_engine.schedule`, which need numpy alone; copies lie in `dit/1`.
-Images are `vae_decoder`'s of the last `z_next`.
+{diffusion}Images are `vae_decoder`'s of the last `z_next`.
 """
 
 
@@ -97,6 +97,7 @@ def readme(bundle: Bundle, options: ServingOptions) -> str:
     config, vae, names = bundle.config, bundle.vae, bundle.label_names
     assert vae is not None
     onnx = options.platform == "onnxruntime"
+    changed = ", ".join(f"{key} {value}" for key, value in config.diffusion.record().items())
     return _TEXT.format(
         model=model_name(config),
         pixels=config.input_size * vae.downsampling,
@@ -107,6 +108,8 @@ def readme(bundle: Bundle, options: ServingOptions) -> str:
         channels=config.in_channels,
         side=config.input_size,
         learned=config.learn_sigma,
+        schedule='50, "official"' + (", diffusion" if changed else ""),
+        diffusion=_DIFFUSION.format(changed=changed) if changed else "",
         variance=_LEARNED if config.learn_sigma else _FIXED,
         batch=options.max_batch_size,
         last=config.num_classes - 1,
@@ -117,6 +120,11 @@ def readme(bundle: Bundle, options: ServingOptions) -> str:
     )
 
 
+_DIFFUSION = """\
+`diffusion` is `Diffusion.from_dict` (`dit_engine.diffusion`) of the entry "diffusion" in
+`dit/1/pipeline.json`: this model has {changed}. ε above is what it predicts, and where it has a
+`clip`, what `clipping` gives says how much of the clamped `x0` is added to `z_next` afterwards.
+"""
 _LEARNED = "This model learns its variance."
 _FIXED = "This model learns no variance: only s·`noise` is added."
 _ONNX_NEEDS = """\

@@ -43,7 +43,7 @@ class _Run:
         schedule = _schedule(row.steps, row.spacing, diffusion)
         self.timesteps = schedule.timesteps  # (steps,)
         self.coefficients = _coefficients(row.sampler, schedule, learned)  # (steps, 9)
-        self.clip = clipping(row.sampler, schedule, self.coefficients)
+        self.clip = clipping(row.sampler, schedule)
         self.generator = TorchGenerator(row.seed)
         self.z = self.generator.randn(shape)  # (C, S, S)
         self.x0 = self.silence = np.zeros(shape, dtype=np.float32)
@@ -64,7 +64,7 @@ class _Run:
         """The answer to these inputs."""
         if self.clip is not None:
             limit, weights = self.clip
-            z = z + np.float32(weights[step]) * (np.clip(x0, -limit, limit) - x0)
+            z = z + np.float32(weights[step]) * np.clip(x0, -limit, limit)
         self.z, self.x0 = z, x0
 
 

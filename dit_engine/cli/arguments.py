@@ -84,9 +84,15 @@ def add_sampling_arguments(
     scale = "1 is none" if one_scale else "one, or one an image; 1 is none"
     usual = "the sampler's usual count unless given" if steps is None else "of denoising"
     add = parser.add_argument
-    add("--steps", type=int, default=steps, help=f"1 to 1000; {usual}")
+    add(
+        "--steps",
+        type=int,
+        default=steps,
+        help=f"1 to 1000, or to what the model was trained with; {usual}",
+    )
     add("--sampler", default="ddpm", help="ddpm, ddim or dpm++")
-    add("--spacing", help="official, ddim, leading, linspace or trailing; usual unless given")
+    add("--spacing", help="official, ddim, leading, linspace, trailing or solver-leading; the "
+        "sampler's usual one unless given")  # fmt: skip
     add("--eta", type=float, default=0.0, help="ddim: 0 deterministic, 1 as noisy as ddpm")
     add("--guidance-scale", type=float, nargs=1 if one_scale else "+", default=[4.0],
         metavar="SCALE", help=scale)  # fmt: skip

@@ -210,8 +210,9 @@ def test_hub_id_takes_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert locate("facebook/DiT-XL-2-256") == tmp_path
     assert sorted(fetched) == [
-        "model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model.bin",
-        "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+        "model_index.json", "scheduler/scheduler_config.json", "transformer/config.json",
+        "transformer/diffusion_pytorch_model.bin", "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
     ]  # fmt: skip
 
 

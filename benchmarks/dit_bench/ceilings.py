@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_bench.timing import interleave
+from dit_kernels.quantized import FAST_ACCUMULATION
 
 FP8 = torch.float8_e4m3fn
 NAMES = {
@@ -102,5 +103,5 @@ def matmul(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[], 
     one = torch.ones((), device=device)
     columns = b.t()  # _scaled_mm takes its second operand column by column
     return lambda: torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-        a, columns, one, one, out_dtype=torch.bfloat16, use_fast_accum=True
+        a, columns, one, one, out_dtype=torch.bfloat16, use_fast_accum=FAST_ACCUMULATION
     )

@@ -1,11 +1,13 @@
 """One command that measures DiT Engine on a CUDA machine: ``python -m dit_bench.gpu``.
 
-In this order: what the machine is; what it reaches at best (matrix products, copies); every
-operator, checked against float64, then timed against eager torch, torch.compile and torch's other
-attention kernels; the VAE's decoder; forwards and whole generations of the published sizes with
-every backend, one of them to pixels; last, attention kernels of other packages. The JSON file is
-written as it goes, as <name>.partial; what the time did not suffice for is named there as skipped.
-It takes its name, and an earlier result's place, once the run is complete or its time is up.
+In the order of their worth, should time run out: what the machine is, and what it reaches at best
+(matrix products, copies); forwards of XL/2 with 64 and with 2 rows and the generations of as many,
+with every backend and its peers; every operator at those shapes, checked against float64, then
+timed against eager torch, torch.compile and torch's other attention kernels; the VAE's decoder; the
+other batches and sizes, and generations to pixels; what takes minutes to get ready; the operators
+at ragged shapes, checked only; last, attention kernels of other packages. The JSON file is written
+as it goes, as <name>.partial; what the time did not suffice for is named there as skipped. It takes
+its name, and an earlier result's place, once the run is complete or its time is up.
 
 A failed check is never timed, and makes the exit code 1. It is 2 where nothing could be measured,
 and 3 for a run in which nothing failed but which had to be ended because its time was up.
@@ -21,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from dit_bench.budget import Budget
 from dit_bench.ceilings import Ceilings, measure_ceilings
 from dit_bench.gpu_contenders import CUDA_CONTENDERS, Contender, cuda_contenders
 from dit_bench.gpu_environment import describe_environment, gpu_state
-from dit_bench.gpu_models import ModelBenchmark
+from dit_bench.gpu_models import ModelBenchmark, Work
 from dit_bench.gpu_report import Report, check_report_path, failure, skipped
 from dit_bench.gpu_table import format_table
 from dit_bench.gpu_vae import DecodeBenchmark
@@ -49,8 +51,9 @@ SIZES = ("XL/2", "S/2", "L/2", "B/2")
 LAST_WORDS_SECONDS = 10.0
 START_SECONDS, RESERVE_SECONDS = 15.0, 15.0
 """Kept back: for the imports, which came before the clock started, and for the table."""
-CEILINGS_SHARE, OPERATORS_SHARE, DECODE_SHARE, MODELS_SHARE = 0.1, 0.35, 0.15, 0.95
-"""Of what is left then."""
+SHARES = {"ceilings": 0.1, "first model": 0.4, "operators": 0.6, "decode": 0.3, "models": 0.6,
+          "late": 0.7, "ragged operators": 0.8, "other packages' attention": 1.0}  # fmt: skip
+"""Section → what it may use of the time that is left when it begins, in their order."""
 LATE = 3
 """The exit code of a run in which nothing failed, but which did not end in time."""
 
@@ -65,6 +68,8 @@ class Plan:
     contenders: Sequence[Contender] = CUDA_CONTENDERS
     batches: Sequence[int] = (1, 2, 8, 32, 64)
     images: Sequence[int] = (1, 8, 32)
+    first_rows: Sequence[int] = (64, 2)
+    """Of the first model, before anything else is timed: batches, and as many rows of images."""
     rounds: int = 30
     ceilings: dict[str, Any] = field(default_factory=dict)
     """Keywords of `measure_ceilings`."""
@@ -103,31 +108,62 @@ def _sections(plan: Plan, report: Report, budget: Budget) -> None:
         report.put("ceilings", vars(found))
         return found
 
-    def benchmark(part: Budget) -> OperatorBenchmark:
-        return OperatorBenchmark(report, plan.device, part, best, plan.impls, plan.opposed,
-                                 plan.rounds)  # fmt: skip
+    def operators(part: Budget, timed: bool) -> None:
+        cases = [case for case in plan.cases if case.timed == timed]
+        _operators(plan, report, part, best).run(cases)
+
+    def third_party(part: Budget) -> None:
+        _operators(plan, report, part, best).run_third_party(plan.cases)
 
     def decode(part: Budget) -> None:
         DecodeBenchmark(report, plan.device, part, plan.vae, plan.decoded_side,
                         rounds=plan.rounds).run()  # fmt: skip
 
-    def models(part: Budget) -> None:
-        ModelBenchmark(report, plan.device, part, best, plan.contenders, plan.batches,
-                       plan.images, plan.rounds, plan.vae).run(plan.configs)  # fmt: skip
+    def models(part: Budget, works: Sequence[Work], late: bool = False) -> None:
+        ModelBenchmark(report, plan.device, part, best, plan.contenders, plan.rounds,
+                       plan.vae).run(works, late)  # fmt: skip
+
+    def section(name: str, measure: Callable[[Budget], Any]) -> Any:
+        return _section(name, measure, report, budget.part(SHARES[name]))
 
     described = _described("environment", lambda: describe_environment(plan.device), report)
     report.put("environment", described)
     state("start")
-    best = _section("ceilings", ceilings, report, budget.part(CEILINGS_SHARE)) or nothing
+    best = section("ceilings", ceilings) or nothing
     state("warm")
-    _section("operators", lambda part: benchmark(part).run(plan.cases), report,
-             budget.part(OPERATORS_SHARE))  # fmt: skip
-    _section("decode", decode, report, budget.part(DECODE_SHARE))
-    _section("models", models, report, budget.part(MODELS_SHARE))
+    first, rest = _works(plan)
+    section("first model", lambda part: models(part, first))
+    section("operators", lambda part: operators(part, timed=True))
+    section("decode", decode)
+    section("models", lambda part: models(part, rest))
+    everything = [Work(n, c, plan.batches, plan.images) for n, c in plan.configs.items()]
+    section("late", lambda part: models(part, everything, late=True))
+    section("ragged operators", lambda part: operators(part, timed=False))
     state("end")
     # Last, because they may lose the device.
-    _section("other packages' attention", lambda part: benchmark(part).run_third_party(plan.cases),
-             report, budget)  # fmt: skip
+    section("other packages' attention", third_party)
+
+
+def _operators(plan: Plan, report: Report, part: Budget, best: Ceilings) -> OperatorBenchmark:
+    return OperatorBenchmark(report, plan.device, part, best, plan.impls, plan.opposed,
+                             plan.rounds)  # fmt: skip
+
+
+def _works(plan: Plan) -> tuple[list[Work], list[Work]]:
+    """What is measured of the first model at first, and of all models later."""
+    now: list[Work] = []
+    rest = [Work(name, config, plan.batches, plan.images) for name, config in plan.configs.items()]
+    if rest:
+        whole = rest[0]
+        batches = [n for n in plan.first_rows if n in whole.batches]
+        images = [n // 2 for n in plan.first_rows if n % 2 == 0 and n // 2 in whole.images]
+        now = [replace(whole, batches=batches, images=images, pixels=False)]
+        rest[0] = replace(
+            whole,
+            batches=[n for n in whole.batches if n not in batches],
+            images=[n for n in whole.images if n not in images],
+        )
+    return now, rest
 
 
 def _described(name: str, find: Callable[[], dict[str, Any]], report: Report) -> dict[str, Any]:
@@ -202,6 +238,17 @@ def stop_late(report: Report, seconds: float) -> threading.Timer:
     return timer
 
 
+def cuda_device() -> torch.device | None:
+    """The current CUDA device, or None."""
+    available = torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if available else None
+
+
+def cuda_plan(device: torch.device, configs: dict[str, ModelConfig]) -> Plan:
+    """Everything, of these models."""
+    return Plan(device, configs, all_cases(device), cuda_contenders())
+
+
 def default_path(device_name: str) -> Path:
     """benchmarks/results/gpu-<device>.json of this checkout, or of the working directory."""
     slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
@@ -223,7 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
 
     def command() -> int:
-        if not torch.cuda.is_available():
+        device = cuda_device()
+        if device is None:
             print(f"error: no CUDA device: torch {torch.__version__} finds none, and this "
                   "benchmark is for CUDA (dit_bench.operators --device cpu is for the CPU)",
                   file=sys.stderr)  # fmt: skip
@@ -234,14 +282,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"minutes {arguments.minutes:g} is not above {least:g}")
         sizes = [] if arguments.sizes == ["none"] else arguments.sizes
         configs = {size: ModelConfig.named(size) for size in sizes}
-        device = torch.device("cuda", torch.cuda.current_device())
-        path = arguments.json or default_path(torch.cuda.get_device_name())
+        path = arguments.json or default_path(torch.cuda.get_device_name(device))
         check_report_path(path)
         budget = Budget(seconds - RESERVE_SECONDS)
         report = Report(path, {"minutes": arguments.minutes})
         timer = stop_late(report, seconds)
-        plan = Plan(device, configs, all_cases(device), cuda_contenders())
-        code = run(plan, report, budget)
+        code = run(cuda_plan(device, configs), report, budget)
         timer.cancel()
         print(format_table(report.values))
         print(f"written: {report.path}")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_bench.gpu_peers import DiffusersBackend, MaxAutotuneBackend
+from dit_bench.gpu_peers import CompiledBlocksBackend, DiffusersBackend, MaxAutotuneBackend
 from dit_engine.backends import Backend, Denoiser, Factory, known_backends
 from dit_engine.capture import capture_graph
 from dit_engine.errors import BackendUnavailable
@@ -29,8 +29,9 @@ class Contender:
         form: "forward" calls the denoiser. "graph" replays a CUDA graph of that call, which takes
             the launches out: what a plain model could be at best. "step" is a whole sampler step
             of a backend that fuses it, which is more than a forward.
-        late: measured after the others, because it takes long to get ready.
-        seconds: what must be left of the time for it to be begun.
+        late: measured after all models, because it takes minutes to get ready.
+        seconds: what must be left of the time for it to be begun. With more than 0 it is measured
+            after the others of its model and batch.
         timed: timed after the check, or checked only, with two rows.
         batches: the only ones it is measured with; None for all.
         factory: makes the backend, where it is none of the engine's.
@@ -77,8 +78,11 @@ CUDA_CONTENDERS = (
     Contender("lean fp32", "lean", "fp32", timed=False),
     Contender("diffusers bf16", "diffusers", "bf16", factory=DiffusersBackend,
               numerics="diffusers"),
-    Contender("compile bf16", "compile", "bf16", late=True, seconds=60),
-    Contender("compile bf16 graph", "compile", "bf16", "graph", late=True, seconds=60),
+    Contender("compile blocks bf16", "compile blocks", "bf16", seconds=30, batches=(2, 64),
+              factory=CompiledBlocksBackend),
+    Contender("compile blocks bf16 graph", "compile blocks", "bf16", "graph", seconds=30,
+              batches=(2, 64), factory=CompiledBlocksBackend),
+    Contender("compile bf16", "compile", "bf16", late=True, seconds=90, batches=(2,)),
     # Every product's candidates are timed while it compiles, minutes for a large model.
     Contender("autotune bf16", "max-autotune", "bf16", late=True, seconds=150, batches=(8,),
               factory=MaxAutotuneBackend),

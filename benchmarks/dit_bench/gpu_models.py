@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,12 +55,27 @@ _REFERENCE_IMAGES = 8  # float32 is slow: batches up to this are compared with i
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is measured of one model.
+
+    Attributes:
+        batches: rows of a forward; images: of a generation, two rows each for guidance.
+        pixels: one generation as far as pixels.
+    """
+
+    name: str
+    config: ModelConfig
+    batches: Sequence[int]
+    images: Sequence[int]
+    pixels: bool = True
+
+
 @dataclass
 class ModelBenchmark:
     """Records rows in ``report``'s sections "forwards", "generate" and "pixels".
 
     Attributes:
-        batches: rows of a forward; images: of a generation, two rows each for guidance.
         vae: of the generation to pixels, with random weights; None leaves it out.
     """
 
@@ -69,64 +84,73 @@ class ModelBenchmark:
     budget: Budget
     ceilings: Ceilings
     contenders: Sequence[Contender] = CUDA_CONTENDERS
-    batches: Sequence[int] = (1, 2, 8, 32, 64)
-    images: Sequence[int] = (1, 8, 32)
     rounds: int = 20
     vae: VAEConfig | None = None
+    _peers: dict[Any, Backend] = field(default_factory=dict, init=False)
 
-    def run(self, configs: dict[str, ModelConfig]) -> None:
-        """Measure each model, in order; then, again, with the contenders that are late.
+    def run(self, works: Sequence[Work], late: bool = False) -> None:
+        """Measure each model, in order, with the contenders that are late or with the others.
 
-        At first each may use as much of the time left as those to come, the first three times
-        that; then whatever is left.
+        Each of the others may use as much of the time left as those to come, the first three times
+        that; those that are late whatever is left.
 
         Raises `DeviceLost` where nothing more could be measured.
         """
         whole = self.budget
-        for late in (False, True):
-            chosen = [c for c in self.contenders if c.late == late]
-            for i, (name, config) in enumerate(configs.items() if chosen else ()):
-                weight = 3 if i == 0 else 1
-                share = 1 if late else weight / (len(configs) - i - 1 + weight)
-                self.budget = whole.part(share)
-                self._model(name, config, chosen)
+        chosen = [c for c in self.contenders if c.late == late]
+        for i, work in enumerate(works if chosen else ()):
+            weight = 3 if i == 0 else 1
+            share = 1 if late else weight / (len(works) - i - 1 + weight)
+            self.budget = whole.part(share)
+            self._model(work, chosen)
         self.budget = whole
 
-    def _model(self, name: str, config: ModelConfig, contenders: Sequence[Contender]) -> None:
-        row = {"model": name, "contender": "all", "batch": "all"}
+    def _model(self, work: Work, contenders: Sequence[Contender]) -> None:
+        row = {"model": work.name, "contender": "all", "batch": "all"}
         if self.budget.left() <= 0:
             self.report.record("forwards", row | skipped("time budget"))
             return
         try:
-            self._measure(name, config, contenders)
+            self._measure(work, contenders)
         except DeviceLost:
             raise
         except Exception as broken:
-            check_device(self.device, name)
+            check_device(self.device, work.name)
             self.report.record("forwards", row | failure(broken))
+        self._peers.clear()
         torch.compiler.reset()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _measure(self, name: str, config: ModelConfig, contenders: Sequence[Contender]) -> None:
-        vae = None if self.vae is None else random_decoder(self.vae, self.device)
-        model = random_model(config, self.device)
-        engine = Engine(model, vae, device=self.device, max_batch_size=max(self.images))
+    def _measure(self, work: Work, contenders: Sequence[Contender]) -> None:
+        name, pixels = work.name, work.pixels and self.vae is not None
+        vae = random_decoder(self.vae, self.device) if pixels and self.vae is not None else None
+        model = random_model(work.config, self.device)
+        most = max(work.images, default=1)
+        engine = Engine(model, vae, device=self.device, max_batch_size=most)
         engines = {"official": engine}
         if any(c.numerics == "diffusers" for c in contenders):
             engines["diffusers"] = Engine(with_numerics(model, "diffusers"), device=self.device)
-        for batch in self.batches:
-            self._forwards(name, engines, batch, contenders)
-        chosen = [c for c in contenders if c.generates]
-        for images in self.images:
-            self._generations(name, engine, images, chosen)
-        if vae is not None:
-            self._to_pixels(name, engine, chosen)
+        quick = [c for c in contenders if not c.seconds]
+        slow = [c for c in contenders if c.seconds]
+        made = [c for c in contenders if c.generates]
+        for batch in work.batches:
+            self._forwards(name, engines, batch, quick)
+        for images in work.images:
+            self._generations(name, engine, images, [c for c in made if c in quick])
+        for batch in work.batches:
+            self._forwards(name, engines, batch, slow)
+        for images in work.images:
+            self._generations(name, engine, images, [c for c in made if c in slow])
+        if pixels:
+            self._to_pixels(name, engine, made)
 
     def _forwards(
         self, name: str, engines: dict[str, Engine], batch: int, contenders: Sequence[Contender]
     ) -> None:
         contenders = [c for c in contenders if c.meets(batch, CHECK_BATCH)]
+        if not contenders:
+            return
         if self.budget.left() <= 0:
             for contender in contenders:
                 row = {"model": name, "contender": contender.name, "batch": batch}
@@ -143,11 +167,12 @@ class ModelBenchmark:
 
             def check(c: Contender = contender) -> tuple[Row, Evaluate]:
                 engine, own = engines[c.numerics], inputs
+                backend = self._backend(c, engine)  # before references are computed for it
                 if c.numerics != "official":
                     own = Inputs(engine, batch)
                     plain = self._evaluator(EAGER, engine, own)
                     allowed[c.numerics] = [own.error(plain, k) for k in range(len(TIMESTEPS))]
-                return self._check(c, engine, own, allowed[c.numerics])
+                return self._check(c, backend, own, allowed[c.numerics])
 
             rows[contender.name] = row | self._guarded(contender, check, passed)
         timed = {c.name: passed[c.name] for c in contenders if c.timed and c.name in passed}
@@ -182,8 +207,12 @@ class ModelBenchmark:
 
     def _backend(self, contender: Contender, engine: Engine) -> Backend:
         if contender.factory is not None:
-            with torch.inference_mode(False), torch.no_grad():
-                return contender.factory(engine.model, contender.precision, self.device)
+            key = (contender.factory, contender.precision)
+            if key not in self._peers:  # its forms share it
+                with torch.inference_mode(False), torch.no_grad():
+                    made = contender.factory(engine.model, contender.precision, self.device)
+                self._peers[key] = made
+            return self._peers[key]
         try:
             return own_backend(engine, contender.backend, contender.precision)
         except ValueError as refusal:
@@ -192,9 +221,9 @@ class ModelBenchmark:
             raise
 
     def _check(
-        self, contender: Contender, engine: Engine, inputs: Inputs, allowed: Sequence[float]
+        self, contender: Contender, backend: Backend, inputs: Inputs, allowed: Sequence[float]
     ) -> tuple[Row, Evaluate]:
-        run = self._evaluator(contender, engine, inputs)
+        run = evaluator(contender, backend, inputs.labels, inputs.timesteps, inputs.x)
         worst: Row = {"status": "ok", "error": 0.0, "rms_error": 0.0, "eager_bf16_error": 0.0}
         for step, budget in enumerate(allowed):
             output = run(inputs.xs[step], step).clone()  # buffers may be used again

@@ -25,8 +25,8 @@ Row = dict[str, Any]
 def format_table(values: Values) -> str:
     """Everything that was measured, shortly; the JSON has the rest."""
     first, last = environment_lines(values), failure_lines(values)
-    middle = [*operator_lines(values), *peer_lines(values), *decode_lines(values),
-              *model_lines(values), *pixel_lines(values)]  # fmt: skip
+    middle = [*model_lines(values), *pixel_lines(values), *operator_lines(values),
+              *peer_lines(values), *decode_lines(values)]  # fmt: skip
     room = LINE_LIMIT - len(first) - len(last) - 1
     if len(middle) > room:
         middle = [*middle[: room - 1], f"… {len(middle) - room + 1} more lines: see the JSON"]
@@ -121,10 +121,10 @@ def model_lines(values: Values) -> list[str]:
     if not cells:
         return []
     lines = ["models: ms a forward of B rows (quickest of call, graph, step); images/s of N images"]
-    lines.append(f"{'':<20}" + "".join(f"{c:>9}" for c in columns))
+    lines.append(f"{'':<26}" + "".join(f"{c:>9}" for c in columns))
     for (model, contender), line in cells.items():
         numbers = "".join(f"{line.get(c, '-'):>9}" for c in columns)
-        lines.append(f"{model:<6}{contender:<14}{numbers}")
+        lines.append(f"{model:<6}{contender:<20}{numbers}")
     return lines
 
 

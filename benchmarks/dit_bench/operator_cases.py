@@ -18,6 +18,8 @@ from dit_engine.model import NORM_EPS, modulate
 from dit_kernels import reference
 
 FP8 = torch.float8_e4m3fn
+TOKENS = 256
+"""Of an image of 256 pixels."""
 Inputs = Callable[[torch.device], tuple[Any, ...]]
 
 
@@ -54,11 +56,15 @@ class Case:
 
 
 def all_cases(device: torch.device) -> list[Case]:
-    """In the order of their worth, should time run out: XL/2 for one image; the other widths and
-    dtypes, ragged, checked only; XL/2 for a full batch (CUDA only)."""
+    """In the order of their worth, should time run out: XL/2 for a full batch (CUDA only) and for
+    one image, each operator's shapes together; the other widths and dtypes, ragged, checked only.
+    """
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    t, (_, d, heads) = 256, FAMILIES["XL"]
+    t, (_, d, heads) = TOKENS, FAMILIES["XL"]
     cases = block_cases(2, t, d, heads, bf16, timed=True) + vae_cases(bf16, 1, timed=True)
+    if device.type == "cuda":
+        full = block_cases(64, t, d, heads, bf16, timed=True) + vae_cases(bf16, 8, timed=True)
+        cases = [case for pair in zip(full, cases, strict=True) for case in pair]
     for name, tokens, n, dtype in (
         ("XL", 37, 3, bf16), ("XL", 37, 2, fp16), ("XL", 100, 2, fp32), ("L", 1000, 1, bf16),
         ("B", 1, 5, bf16), ("S", 1024, 1, bf16), ("S", 255, 2, fp32),
@@ -66,9 +72,7 @@ def all_cases(device: torch.device) -> list[Case]:
         cases += block_cases(n, tokens, FAMILIES[name][1], FAMILIES[name][2], dtype)
     cases.append(_layernorm_modulate(2, t, d, bf16, modulation=fp32))
     cases += [_groupnorm(2, 64, 7, bf16), _groupnorm(1, 128, 13, fp32), _guided(3, 8, bf16, False)]
-    if device.type == "cuda":
-        cases += block_cases(64, t, d, heads, bf16, timed=True) + vae_cases(bf16, 8, timed=True)
-    else:
+    if device.type != "cuda":
         cases = [case for case in cases if case.dtype != fp16]
     return [case for case in cases if _fits(case, device)]
 

@@ -77,7 +77,10 @@ class OperatorBenchmark:
         """Other packages' kernels of the timed cases, beside ours once more, which are not recorded
         again. To be run last: a kernel of theirs may lose the device."""
         for case in cases:
-            others = third_party(case, self.device) if case.timed and self.opposed else {}
+            asked = third_party(case, self.device) if case.timed and self.opposed else {}
+            others = {
+                name: run for name, find in asked.items() if (run := self._there(case, name, find))
+            }
             try:
                 rows = self._rows(case, others) if others else []
             except DeviceLost as lost:
@@ -86,6 +89,17 @@ class OperatorBenchmark:
             for row in rows:
                 if row.get("opponent") or row["status"] == "skipped":
                     self.report.record("operators", row)
+
+    def _there(self, case: Case, name: str, find: Find) -> Find | None:
+        """``find`` of another package's kernel; None, and a row, for one that is not installed: no
+        reference is computed for it."""
+        try:
+            run = find()
+        except Exception as reason:
+            row = _row(case, name) | skipped(reason) | {"opponent": True}
+            self.report.record("operators", row)
+            return None
+        return lambda: run
 
     def _rows(self, case: Case, others: Mapping[str, Find] | None = None) -> list[Row]:
         """Rows of our implementations and of ``others``; None: of the case's opponents."""

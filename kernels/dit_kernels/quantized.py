@@ -29,6 +29,10 @@ CODES = {"int8": (torch.int8, torch.uint8), "fp8": (FP8,)}
 
 Codes = tuple[Tensor, Tensor]  # codes (…, K) and float32 scales (…)
 
+FAST_ACCUMULATION = False
+"""Of products of fp8: whether sums stay in the tensor cores, with some 14 bits on Hopper
+(DeepSeek-V3, arXiv 2412.19437, section 3.3.2), or are added up in float32 now and then."""
+
 
 class QuantizedLinear:
     """A linear layer in int8 (CPUs with VNNI or AMX) or fp8 (Hopper and later).
@@ -101,7 +105,7 @@ class QuantizedLinear:
         if self.kind == "fp8":
             made = torch.ops.aten._scaled_mm(
                 codes, self.weight.t(), scales[:, None], self.scale[None], self.bias,
-                out_dtype=self.dtype,
+                out_dtype=self.dtype, use_fast_accum=FAST_ACCUMULATION,
             )  # fmt: skip
             return gelu_(made) if gelu else made
         made = torch.ops.onednn.qlinear_pointwise(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import NAMES, tiny_dit, tiny_vae
 
-from dit_bench import measure
+from dit_bench import gpu_vae, measure
 from dit_bench.ceilings import measure_ceilings
 from dit_bench.gpu import Plan
 from dit_bench.gpu_contenders import EAGER
@@ -34,8 +34,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def plan() -> Plan:
+def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
     """What the GPU benchmark measures, as little as shows its course, on the CPU."""
+    monkeypatch.setattr(gpu_vae, "_compiled", gpu_vae._eager)  # it would take most of a minute
     return Plan(
         torch.device("cpu"),
         {"tiny": tiny_dit().config},

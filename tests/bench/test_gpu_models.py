@@ -92,7 +92,7 @@ def test_backends_of_other_packages_are_contenders(monkeypatch: pytest.MonkeyPat
         ("onnxruntime bf16", "onnxruntime", True), ("theirs bf16", "theirs", True)]  # fmt: skip
     assert all(c.generates and c.meets(2, 2) and not c.meets(64, 2) for c in added)
     peers = {c.backend for c in found if c.factory is not None}
-    assert peers == {"diffusers", "max-autotune"}
+    assert peers == {"diffusers", "max-autotune", "compile blocks"}
 
 
 def test_diffusers_is_a_contender_in_its_own_numerics(plan: Plan, tmp_path: Path) -> None:
@@ -128,6 +128,27 @@ def test_the_autotuned_peer_is_compiled_in_that_mode(monkeypatch: pytest.MonkeyP
         expected = model(x, timesteps[1].expand(2), labels)
         assert torch.equal(backend.prepare(labels, timesteps)(x, 1), expected)
     assert asked == [{"fullgraph": True, "dynamic": False, "mode": "max-autotune"}]
+
+
+def test_one_compilation_a_batch_size_serves_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, graphs = torch.compile, list[object]()
+
+    def counted(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=counted, **how))
+    model = tiny_dit(depth=3)
+    backend = gpu_peers.CompiledBlocksBackend(model, "fp32", CPU)
+    timesteps, x = torch.tensor([999, 3]), torch.randn(3, 4, 8, 8)
+    for batch, compiled in ((2, 1), (3, 2), (2, 2)):
+        labels = torch.arange(batch)
+        with torch.inference_mode():
+            expected = model(x[:batch], timesteps[1].expand(batch), labels)
+            found = backend.prepare(labels, timesteps)(x[:batch], 1)
+        torch.testing.assert_close(found, expected)
+        assert len(graphs) == compiled
+    assert all("forward" not in vars(block) for block in model.blocks)  # it stays as it is
 
 
 def test_wrong_pixels_fail(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gpu_runs import LEAN, measured
+from gpu_runs import CPU, LEAN, measured
+from tiny import tiny_dit, tiny_vae
 
-from dit_bench import gpu, gpu_models, hardware, operators
-from dit_bench.ceilings import Ceilings
+from dit_bench import (
+    ceilings,
+    gpu,
+    gpu_contenders,
+    gpu_models,
+    hardware,
+    operator_cases,
+    operators,
+)
+from dit_bench.budget import Budget
+from dit_bench.ceilings import NAMES, Ceilings
 from dit_bench.gpu import Plan
 from dit_bench.gpu_contenders import EAGER, Contender
+from dit_bench.gpu_report import Report
 from dit_bench.gpu_table import format_table
 from dit_bench.operator_checks import DeviceLost
 from dit_engine import backends
 from dit_engine.backends.eager import EagerBackend
+from dit_engine.config import ModelConfig
 from dit_engine.errors import BackendUnavailable
+from dit_kernels import quantized
 
 ABSENT = {"absent": "its package is not installed", "remote": "an address is needed"}
-SECTIONS = ["ceilings", "operators", "decode", "models", "other packages' attention"]
+SECTIONS = list(gpu.SHARES)
 
 
 class AbsentBackend(EagerBackend):
@@ -80,7 +96,7 @@ def test_torch_and_numpy_are_all_that_it_needs() -> None:
 def test_bad_arguments_are_refused_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "cuda_device", lambda: CPU)
     assert gpu.main(["--sizes", "M/2"]) == 2
     assert "model 'M/2' is unknown" in capsys.readouterr().err
     assert gpu.main(["--minutes", "0.1"]) == 2
@@ -88,6 +104,150 @@ def test_bad_arguments_are_refused_before_anything_runs(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert operators.main(["--device", "cpu", "--only", "softmax"]) == 2
     assert "--only 'softmax' is part of no operator's name" in capsys.readouterr().err
+
+
+class Stream:
+    def __init__(self, device: torch.device) -> None: ...
+
+
+class Replayed:
+    """A CUDA graph on a CPU: what was captured is computed again."""
+
+    def __init__(self, work: Callable[[], torch.Tensor], _: object) -> None:
+        self.work, self.result = work, work()
+
+    def replay(self) -> None:
+        self.result.copy_(self.work())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self, self.result))
+
+
+@pytest.fixture
+def small_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``python -m dit_bench.gpu`` as it is, but for sizes, on a CPU that passes for CUDA."""
+    found = operators.implementations
+    cases = dict.fromkeys(("S", "B", "L", "XL"), (1, 32, 2))
+    full = gpu.cuda_plan
+
+    def small(device: torch.device, configs: Any) -> Plan:
+        return replace(
+            full(torch.device("cuda"), configs), device=device, rounds=1, vae=tiny_vae().config,
+            decoded_side=4, ceilings={"size": 16, "copy_mib": 1, "rounds": 2},
+        )  # fmt: skip
+
+    monkeypatch.setattr(gpu, "cuda_device", lambda: CPU)
+    monkeypatch.setattr(gpu, "cuda_plan", small)
+    monkeypatch.setattr(ModelConfig, "named", lambda name: tiny_dit(depth=1).config)
+    monkeypatch.setattr(operator_cases, "FAMILIES", cases)
+    monkeypatch.setattr(operator_cases, "TOKENS", 4)
+    monkeypatch.setattr(
+        operator_cases, "vae_cases",
+        lambda dtype, n, timed: [operator_cases._groupnorm(n, 32, 4, dtype, timed=timed)] * 2,
+    )  # fmt: skip
+    monkeypatch.setattr(
+        operators, "implementations", lambda case, device, _: found(case, device, ("reference",))
+    )
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # it has its own tests
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(gpu_contenders, "capture_graph", Replayed)
+    monkeypatch.setattr(
+        gpu_contenders, "known_backends", lambda: ("auto", "eager", "compile", "lean", "absent")
+    )
+    monkeypatch.setitem(backends._FACTORIES, "absent", (__name__, "AbsentBackend"))
+
+
+@pytest.mark.usefixtures("small_command")
+def test_the_command_measures_everything_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "gpu.json"
+    assert gpu.main(["--minutes", "20", "--sizes", "XL/2", "S/2", "--json", str(path)]) == 0
+    values = json.loads(path.read_text())
+    assert [(r["section"], r["status"]) for r in values["sections"]] == [
+        (name, "ok") for name in SECTIONS
+    ]
+    plan = gpu.cuda_plan(CPU, {})
+    contenders = gpu_contenders.cuda_contenders()
+    expected = {
+        (model, c.name, batch)
+        for model in ("XL/2", "S/2") for c in contenders for batch in plan.batches
+        if c.meets(batch, 2)
+    }  # fmt: skip
+    assert {c.backend for c in contenders} == {
+        "eager", "lean", "diffusers", "compile", "compile blocks", "max-autotune", "absent"
+    }  # fmt: skip
+    seen = [(r["model"], r["contender"], r["batch"]) for r in values["forwards"]]
+    assert len(seen) == len(expected) and set(seen) == expected
+    assert seen[0][::2] == ("XL/2", 64)
+    measured_first = seen[: seen.index(("XL/2", "eager bf16", 1))]
+    assert {(m, b) for m, _, b in measured_first} == {("XL/2", 64), ("XL/2", 2)}
+    made = [(r["model"], r["contender"], r["batch"]) for r in values["generate"]]
+    assert len(made) == len(set(made)) == 2 * 3 * sum(c.generates for c in contenders)
+    pixels = [(r["model"], r["contender"]) for r in values["pixels"]]
+    assert len(pixels) == len(set(pixels)) == 2 * sum(c.generates for c in contenders)
+    cases = [(r["operator"], r["shape"], r["dtype"]) for r in values["operators"]]
+    assert {(c.operator, c.shape, NAMES[c.dtype]) for c in plan.cases} == set(cases)
+    timed = [c.timed for c in plan.cases]
+    assert timed == sorted(timed, reverse=True)  # ragged ones last
+    assert {n for c in plan.cases[:4] for n in c.shape.split()[:1]} == {"N=64", "N=2"}
+    assert list(values).index("forwards") < list(values).index("operators")
+    rows = [r for name in ("forwards", "generate", "pixels", "operators", "decode")
+            for r in values[name]]  # fmt: skip
+    reasons = {r["reason"] for r in rows if r["status"] == "skipped"}
+    assert {r["status"] for r in rows} == {"ok", "skipped"}
+    allowed = "fp8|its package is not installed|No module named|on CUDA|flash"
+    assert all(re.search(allowed, reason) for reason in reasons), reasons
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1] == f"written: {path}" and len(shown) <= 61
+    assert any(line.startswith("XL/2  lean bf16") for line in shown)
+
+
+def test_no_reference_is_computed_for_a_peer_that_is_not_installed(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[str] = []
+
+    class Counted(gpu_models.Inputs):
+        def __init__(self, engine: Any, batch: int) -> None:
+            computed.append(engine.config.numerics)
+            super().__init__(engine, batch)
+
+    def missing(*_: Any) -> Any:
+        raise ImportError("No module named 'diffusers'")
+
+    monkeypatch.setattr(gpu_models, "Inputs", Counted)
+    monkeypatch.setattr(gpu.DecodeBenchmark, "run", lambda _: None)
+    theirs = Contender("theirs bf16", "theirs", "bf16", factory=missing, numerics="diffusers")
+    _, values = measured(replace(plan, contenders=(EAGER, theirs)), tmp_path / "gpu.json")
+    rows = [r for r in values["forwards"] if r["contender"] == "theirs bf16"]
+    assert [r["reason"] for r in rows] == ["No module named 'diffusers'"] * 2
+    assert set(computed) == {"official"}
+
+    targets: list[Any] = []
+    monkeypatch.setattr(operators, "Target", lambda *_: targets.append(1) or 1 / 0)
+    monkeypatch.setattr(operators, "third_party", lambda *_: {"flash": missing})
+    report = Report(None)
+    benchmark = operators.OperatorBenchmark(report, CPU, Budget(9), Ceilings(1.0, {}, 1, 1))
+    benchmark.run_third_party(plan.cases[:1])
+    (row,) = report.values["operators"]
+    assert row["impl"] == "flash" and row["status"] == "skipped" and not targets
+
+
+def test_an_fp8_product_and_its_ceiling_add_up_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def product(a: torch.Tensor, b: torch.Tensor, *_: Any, use_fast_accum: bool, **__: Any) -> Any:
+        asked.append(use_fast_accum)
+        return torch.zeros(len(a), b.shape[1], dtype=torch.bfloat16)
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_mm", product)
+    ceilings.matmul(CPU, ceilings.FP8, 16)()
+    monkeypatch.setattr(quantized, "quantized_why_not", lambda *_: None)
+    layer = quantized.QuantizedLinear(torch.randn(16, 16), torch.zeros(16), "fp8", torch.bfloat16)
+    layer(torch.zeros(2, 16).to(ceilings.FP8), torch.ones(2))
+    assert asked == [quantized.FAST_ACCUMULATION] * 2
 
 
 def test_a_whole_run(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,11 +312,13 @@ def test_a_broken_section_does_not_end_the_run_but_a_lost_device_does(
     monkeypatch.setattr(operators.OperatorBenchmark, "run", raising(TypeError("a mistake")))
     code, values = measured(plan, tmp_path / "a.json")
     assert code == 1 and values["generate"][0]["status"] == "ok"
-    assert values["sections"][1]["reason"] == "TypeError: a mistake"
+    broken = {r["section"]: r["reason"] for r in values["sections"] if r["status"] == "failed"}
+    assert broken == dict.fromkeys(("operators", "ragged operators"), "TypeError: a mistake")
     assert [r["section"] for r in values["sections"]] == SECTIONS
     monkeypatch.setattr(operators.OperatorBenchmark, "run", raising(DeviceLost("illegal access")))
     code, values = measured(plan, tmp_path / "b.json")
-    assert code == 1 and "generate" not in values and values["complete"] is False
+    assert code == 1 and "decode" not in values and values["complete"] is False
+    assert values["generate"][0]["status"] == "ok"  # of the first model
     assert values["sections"][-1]["reason"] == "illegal access"
     assert [p.name for p in tmp_path.glob("b.json*")] == ["b.json.partial"]
 
@@ -210,7 +372,7 @@ def test_other_packages_attention_runs_last_and_may_lose_the_device(
         gpu_models.ModelBenchmark, "run", lambda *a: order.append("models") or models(*a)
     )
     code, values = measured(replace(plan, opposed=True), tmp_path / "gpu.json")
-    assert order == ["models", "right", "wild"]
+    assert order == ["models", "models", "models", "right", "wild"]
     assert code == 0 and values["complete"] is True and values["generate"][0]["status"] == "ok"
     lost = values["operators"][-1]
     assert lost["status"] == "skipped" and "illegal memory access" in lost["reason"]

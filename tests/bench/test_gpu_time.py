@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gpu_runs import CPU, measured
 
-from dit_bench import gpu, gpu_models, operators
+from dit_bench import gpu, gpu_models, gpu_vae, operators
 from dit_bench.budget import Budget
 from dit_bench.ceilings import Ceilings
 from dit_bench.gpu import Plan, run
@@ -33,9 +34,8 @@ def test_a_section_that_runs_out_of_time_names_what_it_left(plan: Plan, tmp_path
     report = Report(tmp_path / "gpu.json")
     ceilings = Ceilings(1.0, {}, 1, 1)
     operators.OperatorBenchmark(report, CPU, Budget(0), ceilings).run(plan.cases)
-    gpu_models.ModelBenchmark(report, CPU, Budget(0), ceilings, (EAGER,), (1,), (1,)).run(
-        plan.configs
-    )
+    work = gpu_models.Work("tiny", plan.configs["tiny"], (1,), (1,))
+    gpu_models.ModelBenchmark(report, CPU, Budget(0), ceilings, (EAGER,)).run([work])
     assert [r["operator"] for r in report.values["operators"]] == [c.operator for c in plan.cases]
     for row in (*report.values["operators"], *report.values["forwards"]):
         assert row["status"] == "skipped" and row["reason"]
@@ -47,7 +47,7 @@ def test_what_was_measured_survives_a_kill_beside_an_earlier_result(
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gpu_models.ModelBenchmark, "run", killed)
+    monkeypatch.setattr(gpu_vae.DecodeBenchmark, "run", killed)
     path = tmp_path / "gpu.json"
     path.write_text("earlier")
     with pytest.raises(KeyboardInterrupt):
@@ -57,6 +57,31 @@ def test_what_was_measured_survives_a_kill_beside_an_earlier_result(
     assert values["ceilings"]["copy_gb_s"] > 0
     assert path.read_text() == "earlier"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu.json", "gpu.json.partial"]
+
+
+def test_what_is_worth_most_comes_first(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time ends with the first operator: the first model with 64 and with 2 rows is there."""
+    now = [0.0]
+
+    def slow(self: operators.OperatorBenchmark, case: object) -> list[Any]:
+        now[0] = 1e6
+        return []
+
+    monkeypatch.setattr(operators.OperatorBenchmark, "_rows", slow)
+    configs = {"first": plan.configs["tiny"], "second": plan.configs["tiny"]}
+    plan = replace(plan, configs=configs, batches=(1, 2, 64), images=(1, 32, 2))
+    report = Report(tmp_path / "gpu.json")
+    assert run(plan, report, Budget(300, lambda: now[0])) == 0
+    values = report.values
+    assert [(r["model"], r["batch"]) for r in values["forwards"]] == [("first", 64), ("first", 2)]
+    assert [(r["model"], r["batch"]) for r in values["generate"]] == [("first", 32), ("first", 1)]
+    assert all(r["status"] == "ok" for r in (*values["forwards"], *values["generate"]))
+    late = {r["section"] for r in values["sections"] if r["status"] == "skipped"}
+    assert late == {
+        "decode", "models", "late", "ragged operators", "other packages' attention"
+    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -20,9 +20,9 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 VARIANCES = ("model", "fixed_small", "fixed_large")
 # Sampler and spacing of a diffusers scheduler → what `space_timesteps` calls those time steps.
 OWN_SPACINGS = {
-    "ddim linspace": "official",
+    "ddim linspace": "even",
     "ddim trailing": "trailing",
-    "ddpm linspace": "official",
+    "ddpm linspace": "even",
     "dpm++ leading": "solver-leading",
 }
 

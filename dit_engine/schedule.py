@@ -13,7 +13,7 @@ import numpy as np
 
 from dit_engine.diffusion import PUBLISHED_DIFFUSION, Diffusion
 
-SPACINGS = ("official", "ddim", "leading", "linspace", "trailing", "solver-leading")
+SPACINGS = ("official", "ddim", "leading", "linspace", "trailing", "even", "solver-leading")
 SOLVER_LEAST_SIGNAL = 2.0**-24
 """ᾱ that dpm++ takes for 0, where λ has no value; that of diffusers' solvers."""
 
@@ -213,8 +213,10 @@ def space_timesteps(
         linspace: as diffusers' DPMSolverMultistepScheduler: steps+1 points from 999 to 0, of which
             the last is left out. 1000 steps, which would repeat one, are every step instead.
         trailing: diffusers' name: from 999 down in strides of 1000/steps.
+        even: "linspace" of diffusers' DDIMScheduler and DDPMScheduler: from 999 to 0. As official,
+            but for how halves round.
         solver-leading: "leading" of diffusers' DPMSolverMultistepScheduler: integer stride
-            ⌊1000/(steps+1)⌋, and the last step is one stride above 0.
+            ⌊1000/(steps+1)⌋, and the last step is one stride above 0. 1000 steps are every step.
 
     Raises:
         ValueError: see ``make_schedule``.
@@ -229,7 +231,7 @@ def space_timesteps(
     if spacing == "ddim":
         return np.arange(0, n, _ddim_stride(int(steps), n), dtype=np.int64)[::-1].copy()
     if spacing in ("leading", "solver-leading"):
-        start = 0 if spacing == "leading" else 1
+        start = 0 if spacing == "leading" or steps == n else 1
         stride, offset = n // (steps + start), diffusion.steps_offset
         if offset >= stride:  # the last step would not reach the end, or the first is beyond N
             most = n // (offset + 1) - start
@@ -241,6 +243,8 @@ def space_timesteps(
     if spacing == "linspace":
         points = np.linspace(0, n - 1, steps + 1).round()[:0:-1].astype(np.int64)
         return np.arange(n)[::-1].copy() if steps == n else points
+    if spacing == "even":
+        return np.linspace(0, n - 1, steps).round()[::-1].astype(np.int64)
     if spacing == "trailing":
         points = n - np.arange(steps) * (n / steps)
         return points.round().astype(np.int64) - 1

@@ -81,6 +81,8 @@ def add_sampling_arguments(
     steps is the default; one_scale: the guidance scale is one number and not one an image;
     backend: whether there are options for the backend and its precision.
     """
+    from dit_engine.schedule import SPACINGS
+
     scale = "1 is none" if one_scale else "one, or one an image; 1 is none"
     usual = "the sampler's usual count unless given" if steps is None else "of denoising"
     add = parser.add_argument
@@ -91,8 +93,7 @@ def add_sampling_arguments(
         help=f"1 to 1000, or to what the model was trained with; {usual}",
     )
     add("--sampler", default="ddpm", help="ddpm, ddim or dpm++")
-    add("--spacing", help="official, ddim, leading, linspace, trailing or solver-leading; the "
-        "sampler's usual one unless given")  # fmt: skip
+    add("--spacing", help=f"{', '.join(SPACINGS)}; the sampler's usual one unless given")
     add("--eta", type=float, default=0.0, help="ddim: 0 deterministic, 1 as noisy as ddpm")
     add("--guidance-scale", type=float, nargs=1 if one_scale else "+", default=[4.0],
         metavar="SCALE", help=scale)  # fmt: skip

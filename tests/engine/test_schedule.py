@@ -124,16 +124,19 @@ def test_one_step_has_finite_coefficients() -> None:
         assert schedule.posterior_mean_coef2[0] == 0
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 20, 50, 999])
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 21, 50, 999])
 def test_spacings_are_diffusers(steps: int) -> None:
     diffusers = pytest.importorskip("diffusers")
     dpm = diffusers.DPMSolverMultistepScheduler(timestep_spacing="linspace")
     dpm.set_timesteps(steps)
     assert space_timesteps(steps, "linspace").tolist() == dpm.timesteps.tolist()
-    for spacing in ("leading", "trailing"):
-        ddim = diffusers.DDIMScheduler(timestep_spacing=spacing)
+    dpm = diffusers.DPMSolverMultistepScheduler(timestep_spacing="leading")
+    dpm.set_timesteps(steps)
+    assert space_timesteps(steps, "solver-leading").tolist() == dpm.timesteps.tolist()
+    for theirs, ours in (("leading",) * 2, ("trailing",) * 2, ("linspace", "even")):
+        ddim = diffusers.DDIMScheduler(timestep_spacing=theirs)
         ddim.set_timesteps(steps)
-        assert space_timesteps(steps, spacing).tolist() == ddim.timesteps.tolist()
+        assert space_timesteps(steps, ours).tolist() == ddim.timesteps.tolist()
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001, 2.0, "50", True, None, float("nan")])

@@ -130,7 +130,7 @@ CASES = [
     (DDIM, COSINE, 7),
     (DDIM, COSINE | V | {"clip_sample": False}, 7),
     (DDIM, {"timestep_spacing": "trailing", "clip_sample": False}, 7),
-    (DDIM, {"timestep_spacing": "linspace", "clip_sample": False}, 7),
+    (DDIM, {"timestep_spacing": "linspace", "clip_sample": False}, 21),
     (DDIM, {"steps_offset": 3}, 9),
     (DDPM, {}, 7),
     (DDPM, {"clip_sample": False}, 7),

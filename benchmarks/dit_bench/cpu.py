@@ -9,6 +9,11 @@ the lean forward's time goes instead.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is imported
+    from dit_engine.cli.waiting import wait_briefly
+
+    wait_briefly()
+
 import argparse
 import gc
 import json

@@ -8,6 +8,11 @@ every library is loaded and every thread has its stack.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is imported
+    from dit_engine.cli.waiting import wait_briefly
+
+    wait_briefly()
+
 import gc
 import json
 import subprocess

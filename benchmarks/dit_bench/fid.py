@@ -8,6 +8,11 @@ is then no precision or recall. With ``--features lite0`` it prints FD-Lite0, ne
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is imported
+    from dit_engine.cli.waiting import wait_briefly
+
+    wait_briefly()
+
 import argparse
 import sys
 from collections.abc import Sequence

@@ -24,6 +24,7 @@ def describe_hardware() -> dict[str, Any]:
         "cpu": processor(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),  # see `wait_briefly`
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -11,6 +11,11 @@ large copy is possible; on CUDA the caches are overwritten before every sample.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is imported
+    from dit_engine.cli.waiting import wait_briefly
+
+    wait_briefly()
+
 import argparse
 import math
 import sys

@@ -14,6 +14,11 @@ recognised is the ceiling for the generated images.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is imported
+    from dit_engine.cli.waiting import wait_briefly
+
+    wait_briefly()
+
 import argparse
 import copy
 import json

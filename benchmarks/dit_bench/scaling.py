@@ -9,6 +9,11 @@ and draws the figure.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is imported
+    from dit_engine.cli.waiting import wait_briefly
+
+    wait_briefly()
+
 import argparse
 import sys
 from collections.abc import Callable, Sequence

@@ -101,7 +101,7 @@ def train(
     A model that is plainly not trained (`judge`) is told by a warning, and by README.md beside it.
 
     Args:
-        threads: of the CPU. None takes what others leave free, looked at every ten seconds, but at
+        threads: of the CPU. None takes what others leave free, looked at every five seconds, but at
             most torch's own number; where the environment has OMP_NUM_THREADS, that number.
     """
     with limited_threads(threads):

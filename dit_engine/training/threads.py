@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 FIRST_LOOK_S = 0.3
-EVERY_S = 10.0
+EVERY_S = 5.0
 
 
 @dataclass(frozen=True)

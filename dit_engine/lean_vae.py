@@ -70,7 +70,8 @@ class LeanDecoder:
             )
         n, _, h, w = z.shape
         f = self.config.downsampling
-        images = torch.empty(n, self.config.out_channels, f * h, f * w, device=self.device)
+        shape = (n, self.config.out_channels, f * h, f * w)
+        images = torch.empty(shape, dtype=torch.float32, device=self.device)
         alone = self.device.type == "cpu" and self.dtype == torch.float32
         for part, pixels in (
             zip(z.split(1), images.split(1), strict=True) if alone else [(z, images)]

@@ -91,9 +91,11 @@ class StepGraph:
         self.transformer, self.channels, self.turns = transformer, channels, turns
         self.rows = 2 * n if guide else n
         shape = (n, config.in_channels, config.input_size, config.input_size)
-        self.z, self.x0_before, self.noise = (torch.zeros(shape, device=device) for _ in range(3))
-        self.coefficients = torch.zeros(9, device=device)
-        self.scales = torch.ones(n, device=device)
+        self.z, self.x0_before, self.noise = (
+            torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(3)
+        )
+        self.coefficients = torch.zeros(9, dtype=torch.float32, device=device)
+        self.scales = torch.ones(n, dtype=torch.float32, device=device)
         width = (6 * config.depth + 2) * config.hidden_size
         self.modulation = torch.zeros(self.rows, width, dtype=transformer.dtype, device=device)
         self.tokens = torch.empty(

@@ -32,7 +32,7 @@ class RecordedForwards:
         self._codes = self._scales = torch.empty(0)
         if transformer.quantized:
             self._codes = torch.empty(tokens * (d + config.mlp_hidden_size), dtype=torch.uint8)
-            self._scales = torch.empty(2, rows, config.num_tokens)
+            self._scales = torch.empty(2, rows, config.num_tokens, dtype=torch.float32)
         self._recordings: dict[int, Recording] = {}
 
     def __call__(self, x: Tensor, table: ModulationTable, step: int, rows: int) -> Tensor:

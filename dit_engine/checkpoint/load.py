@@ -41,6 +41,7 @@ from dit_engine.checkpoint.weights import (
 )
 from dit_engine.checkpoint.wrappers import MODEL_MARKS, VAE_MARKS, unwrapped
 from dit_engine.config import NUMERICS, ModelConfig
+from dit_engine.device import neutral
 from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
@@ -63,6 +64,7 @@ class Checkpoint:
     source: str
 
 
+@neutral()
 def load_checkpoint(
     source: str | Path,
     *,
@@ -149,6 +151,7 @@ def load_model(
     return build_model(checkpoint, dtype, device)
 
 
+@neutral()
 def build_model(
     checkpoint: Checkpoint,
     dtype: torch.dtype | None = None,
@@ -165,6 +168,7 @@ def build_model(
     return model.eval()
 
 
+@neutral()
 def build_vae(
     checkpoint: Checkpoint,
     dtype: torch.dtype | None = None,

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from dit_engine.checkpoint.weights import listing, read_json
+from dit_engine.device import neutral
 from dit_engine.files import save_tensors
 from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL
@@ -24,6 +25,7 @@ NATIVE_FILES = {"config.json", "model.safetensors", "labels.json", "vae"}
 MODEL_CARD = "README.md"
 
 
+@neutral()
 def save_pretrained(
     directory: str | Path,
     model: DiT,

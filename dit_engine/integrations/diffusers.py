@@ -17,6 +17,7 @@ from dit_engine.checkpoint.convert import (
     state_from_diffusers,
 )
 from dit_engine.checkpoint.meta import without_storage
+from dit_engine.device import neutral
 from dit_engine.model import DiT
 
 
@@ -65,6 +66,7 @@ class DiTAdapter(nn.Module):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
+@neutral()
 def accelerate(pipe: Any) -> Any:
     """Replace ``pipe.transformer`` by our model with the same weights, and return ``pipe``.
 

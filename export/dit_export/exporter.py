@@ -76,7 +76,7 @@ def random_input(spec: TensorSpec, generator: torch.Generator, **sizes: int) -> 
     shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
     if spec.dtype == "int64":
         return torch.randint(0, 2, shape, generator=generator)
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
 def save(model: Any, path: Path, external_data_mib: int) -> None:

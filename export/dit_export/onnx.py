@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dit_engine._version import __version__
+from dit_engine.device import neutral
 from dit_engine.guidance import OFFICIAL_CHANNELS, check_channels
 from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL
@@ -96,6 +97,7 @@ class ExportOptions:
         return self
 
 
+@neutral()
 def export_onnx(
     model: DiT,
     directory: str | Path,

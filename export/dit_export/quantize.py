@@ -26,7 +26,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, kind: str, reach: float, scales: torch.dtype) -> None:
         super().__init__()
         self.kind = kind
-        self.scale = scale_of(torch.tensor(reach), kind, scales).item()
+        self.scale = scale_of(torch.tensor(reach, dtype=torch.float32), kind, scales).item()
         codes, scale = quantized_weight(linear.weight.detach().t().float(), kind, scales)
         self.weight = nn.Parameter(codes.float() * scale.float(), requires_grad=False)
         self.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
@@ -95,7 +95,8 @@ class _Builder:
     def activation(self, node: Any, layer: str, reach: float) -> Any:
         source = node.inputs[0]
         scale = self._constant(
-            f"{layer}.input_scale", scale_of(torch.tensor(reach), self.kind, self.scales)
+            f"{layer}.input_scale",
+            scale_of(torch.tensor(reach, dtype=torch.float32), self.kind, self.scales),
         )
         zero = torch.tensor(self.offset, dtype=torch.uint8 if self.offset else _CODES[self.kind])
         zero_point = self._constant(f"{layer}.input_zero_point", zero)

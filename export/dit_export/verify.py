@@ -111,7 +111,7 @@ def random_inputs(graph: Graph, module: nn.Module, batch: int) -> dict[str, Tens
     for spec in graph.inputs:
         sizes = {"batch": batch, "height": 8 + batch, "width": 8}
         shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
-        inputs[spec.name] = torch.randn(shape, generator=generator)
+        inputs[spec.name] = torch.randn(shape, generator=generator, dtype=torch.float32)
     if graph.name == VAE_GRAPH:
         return inputs
     dit: Any = module.dit
@@ -120,7 +120,9 @@ def random_inputs(graph: Graph, module: nn.Module, batch: int) -> dict[str, Tens
     if "t" in inputs:
         inputs |= {"t": t, "y": y}
     if "guidance_scale" in inputs:
-        inputs["guidance_scale"] = torch.tensor([1.5, 1.0, 4.0])[torch.arange(batch) % 3]
+        inputs["guidance_scale"] = torch.tensor([1.5, 1.0, 4.0], dtype=torch.float32)[
+            torch.arange(batch) % 3
+        ]
         steps = torch.arange(batch) * 5 + 8
         table = step_coefficients("ddpm", make_schedule(20, "official"), dit.config.learn_sigma)
         inputs["coefficients"] = torch.from_numpy(table).float()[steps]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 KERNELS = ("triton", "triton-tma", "native")
 IMPLEMENTATIONS = ("auto", "reference", *KERNELS)
@@ -86,6 +89,19 @@ def implementation(operator: str, impl: str, device: torch.device) -> Callable[.
 def wants_gradient(*tensors: Tensor) -> bool:
     """Whether autograd is to follow what is computed of these, which no kernel lets it."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def without_autocast(run: Callable[..., T]) -> Callable[..., T]:
+    """``run`` with the dtypes that it was written with, also inside torch.autocast."""
+
+    @functools.wraps(run)
+    def exact(*arguments: Any, **options: Any) -> T:
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            return run(*arguments, **options)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return run(*arguments, **options)
+
+    return exact
 
 
 def available() -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_kernels import checks, native_product
-from dit_kernels.choose import Unavailable, implementation, wants_gradient
+from dit_kernels.choose import Unavailable, implementation, wants_gradient, without_autocast
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:
@@ -25,6 +25,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str = "auto") 
     return _product(x, weight, bias, impl, gelu=True)
 
 
+@without_autocast
 def _product(x: Tensor, weight: Tensor, bias: Tensor, impl: str, gelu: bool) -> Tensor:
     checks.check_linear(x, weight, bias)
     if impl == "reference":
@@ -117,6 +118,7 @@ class PackedLinear:
         made = self._by_library(x, gelu)
         return made if out is None else out.copy_(made)
 
+    @without_autocast
     def _by_library(self, x: Tensor, gelu: bool) -> Tensor:
         if not self.onednn:
             return (linear_gelu if gelu else linear)(x, self.weight, self.bias)

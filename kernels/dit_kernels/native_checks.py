@@ -85,7 +85,7 @@ def result(name: str, out: Tensor | None, shape: Sequence[int], dtype: torch.dty
     if dtype not in (*DTYPES, torch.int8, torch.uint8):
         raise ValueError(f"dtype {dtype}: choose float32, bfloat16 or float16")
     if out is None:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     check_contiguous(name, out, None)
     check_layout(name, out, shape, dtype)
     return out

@@ -39,7 +39,7 @@ def pack(weight: Tensor) -> Tensor:
     size = library.dit_packed_bytes(m, k, code)
     if size < 0:
         raise ValueError(f"weight of shape {tuple(weight.shape)}: no native product takes it")
-    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
     start = -memory.data_ptr() % ALIGNMENT
     packed = memory[start : start + size]
     native.call("dit_pack_weight", weight.data_ptr(), packed.data_ptr(), m, k, code)

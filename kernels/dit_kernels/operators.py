@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from dit_kernels import checks
-from dit_kernels.choose import KERNELS, Unavailable, implementation, wants_gradient
+from dit_kernels.choose import (
+    KERNELS,
+    Unavailable,
+    implementation,
+    wants_gradient,
+    without_autocast,
+)
 
 
 def layernorm_modulate(
@@ -187,7 +193,8 @@ def _chosen(operator: str, impl: str, *tensors: Tensor) -> Callable[..., Any]:
             )
         if impl == "auto":
             impl = "reference"
-    return implementation(operator, impl, tensors[0].device)
+    run = implementation(operator, impl, tensors[0].device)
+    return without_autocast(run) if run.__module__.endswith("reference") else run
 
 
 def _with_codes(impl: str, dtype: torch.dtype, device: torch.device) -> str:

@@ -74,7 +74,7 @@ class QuantizedLinear:
             self.weight, self.bias = native_product.pack(codes), bias.float()
         elif kind == "int8":
             self.weight = torch.ops.onednn.qlinear_prepack(codes, [1, self.in_features])
-            self.zero = torch.zeros(self.out_features, dtype=torch.int32)
+            self.zero = torch.zeros(self.out_features, dtype=torch.int32, device="cpu")
         else:
             self.weight = codes  # (M, K); its transpose is the column-major operand
 
@@ -266,12 +266,13 @@ def _onednn_is_exact() -> bool:
     """Whether oneDNN's unsigned-by-signed product keeps its sums: without VNNI it adds pairs of
     products in 16 bits, which the largest codes overflow."""
     k = 64
-    largest = torch.full((1, k), 127, dtype=torch.int8)
+    one = torch.ones(1, dtype=torch.int32, device="cpu")
+    largest = torch.full((1, k), 127, dtype=torch.int8, device="cpu")
     try:
         out = torch.ops.onednn.qlinear_pointwise(
             largest.view(torch.uint8) ^ 0x80, 1.0, 128,
-            torch.ops.onednn.qlinear_prepack(largest, [1, k]), torch.ones(1),
-            torch.zeros(1, dtype=torch.int32), None, 1.0, 0, torch.float32, "none", [], "",
+            torch.ops.onednn.qlinear_prepack(largest, [1, k]), one.float(), 0 * one,
+            None, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
     except RuntimeError:
         return False

@@ -88,7 +88,8 @@ class OnnxDenoiser:
     def __call__(self, x: Tensor, step: int) -> Tensor:
         """Latents (M, C, S, S) → (M, C_out, S, S) in x's dtype, memory of the caller's own."""
         m, s = len(x), self.config.input_size
-        output = torch.empty(m, self.config.out_channels, s, s, device=self.device)
+        shape = (m, self.config.out_channels, s, s)
+        output = torch.empty(shape, dtype=torch.float32, device=self.device)
         if m > 0:
             inputs = {"x": x.float().contiguous(), "modulations": self._modulations(step)[:m]}
             self.sessions["denoiser"].run(inputs, {"output": output})
@@ -105,7 +106,7 @@ class OnnxDenoiser:
             self._table = torch.empty(0)  # freed before the next one is made
             t = self.timesteps[first : first + self.chunk]  # (K,)
             k, n = len(t), len(self.labels)
-            rows = torch.empty(k * n, self.width, device=self.device)
+            rows = torch.empty(k * n, self.width, dtype=torch.float32, device=self.device)
             inputs = {"t": t.repeat_interleave(n), "y": self.labels.repeat(k)}
             self.sessions["conditioner"].run(inputs, {"modulations": rows})
             self._table, self._first = rows.view(k, n, self.width), first

@@ -141,6 +141,7 @@ def small_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelConfig, "named", lambda name: tiny_dit(depth=1).config)
     monkeypatch.setattr(operator_cases, "FAMILIES", cases)
     monkeypatch.setattr(operator_cases, "TOKENS", 4)
+    monkeypatch.setattr(gpu_models, "STEPS", 2)
     monkeypatch.setattr(
         operator_cases, "vae_cases",
         lambda dtype, n, timed: [operator_cases._groupnorm(n, 32, 4, dtype, timed=timed)] * 2,

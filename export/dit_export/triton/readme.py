@@ -28,13 +28,17 @@ Inputs of `dit`, each (N, 1), one row an image:
 | `labels` | INT64 | class numbers 0 to {last}; or else: |
 | `label_names` | BYTES | {names} |
 | `seeds` | INT64 | 0 or above; an image depends on its own row alone |
-| `steps` | INT64 | optional, 1 to 1000; the sampler's usual count |
+| `steps` | INT64 | optional, 1 to {train_steps}; the sampler's usual count |
 | `guidance_scale` | FP32 | optional, 4.0; 1 is no guidance |
 | `sampler` | BYTES | optional: ddpm (the usual one), ddim, dpm++ |
 
 With the same seeds the images are those of `Engine.generate`, as far as {dtype} carries. Requests
 that wait at the same time share the loop's batches, also with different samplers and numbers of
 steps; the answer to all of them comes when the longest is through.
+
+A request that asks for what cannot be (an unknown label, steps 0) gets one line that names the
+value and what is allowed, as HTTP's 400 or gRPC's INVALID_ARGUMENT. 500 or INTERNAL is a fault of
+the server's, or images that are not finite, which a huge `guidance_scale` makes.
 
 ## Start a server
 
@@ -113,6 +117,7 @@ def readme(bundle: Bundle, options: ServingOptions) -> str:
         variance=_LEARNED if config.learn_sigma else _FIXED,
         batch=options.max_batch_size,
         last=config.num_classes - 1,
+        train_steps=config.diffusion.num_train_steps,
         names="this model has none" if names is None else _some(names),
         gpu=" (without a GPU, leave out `--gpus all`)" if onnx else "",
         needs=_ONNX_NEEDS.format(opset=bundle.opset) if onnx else _PLAN_NEEDS,

@@ -172,6 +172,21 @@ def state_from_diffusers(state: Mapping[str, Tensor], config: ModelConfig) -> di
     }
 
 
+def state_to_diffusers(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """What `state_from_diffusers` reads back, in tensors that share no memory with one another."""
+    theirs: dict[str, Tensor] = {}
+    for official, names in official_to_diffusers(depth):
+        parts = state[official].chunk(len(names)) if len(names) > 1 else (state[official],)
+        theirs |= {
+            name: part.clone() if len(names) > 1 else part
+            for name, part in zip(names, parts, strict=True)
+        }
+    for i in range(1, depth):
+        for official, name in _EMBEDDERS.items():
+            theirs[_embedder(i, name)] = state[official].clone()
+    return theirs
+
+
 def official_to_diffusers(depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Official key → the diffusers keys that make it, stacked along the first dimension."""
     for official, name in _EMBEDDERS.items():

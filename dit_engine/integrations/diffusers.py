@@ -6,6 +6,8 @@ Example:
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from dit_engine.checkpoint.convert import (
     STORED_POSITIONS,
     config_from_diffusers,
     state_from_diffusers,
+    state_to_diffusers,
 )
 from dit_engine.checkpoint.meta import without_storage
 from dit_engine.device import neutral
@@ -65,6 +68,51 @@ class DiTAdapter(nn.Module):
         sample = self.model(hidden_states, times, class_labels)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **options: Any,
+    ) -> None:
+        """Write the directory of a DiTTransformer2DModel with these weights, as that would."""
+        from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+        state = {key: tensor.detach() for key, tensor in self.model.state_dict().items()}
+        with without_storage():
+            theirs: Any = DiTTransformer2DModel.from_config(self.config)
+        theirs.load_state_dict(state_to_diffusers(state, self.model.config.depth), assign=True)
+        theirs.save_pretrained(
+            save_directory,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            **options,
+        )
+
+
+@cache
+def _diffusers_class() -> type[DiTAdapter]:
+    """`DiTAdapter` as diffusers takes a component that can be saved.
+
+    It is a ModelMixin, and the pipeline's index gets the name of the class that can load it again.
+    """
+    from diffusers.models.modeling_utils import ModelMixin
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+    name, module = DiTTransformer2DModel.__name__, DiTTransformer2DModel.__module__
+    return type(name, (DiTAdapter, ModelMixin), {"__module__": module, "__reduce__": _reduced})
+
+
+def _reduced(adapter: DiTAdapter) -> tuple[Any, ...]:
+    return _blank, (), vars(adapter)
+
+
+def _blank() -> DiTAdapter:
+    # For copy and pickle: the class's name is that of another one.
+    return _diffusers_class().__new__(_diffusers_class())
+
 
 @neutral()
 def accelerate(pipe: Any) -> Any:
@@ -72,7 +120,8 @@ def accelerate(pipe: Any) -> Any:
 
     The arithmetic stays diffusers' own (numerics "diffusers"), so images are equal within
     rounding. The weights are shared with the old transformer but for the packed q, k and v. A
-    pipeline that was accelerated before is returned as it is.
+    pipeline that was accelerated before is returned as it is. What ``pipe.save_pretrained`` writes
+    is a DiTPipeline as before.
 
     Raises:
         ValueError: no DiTPipeline, or a transformer whose options are not a DiT's.
@@ -92,5 +141,5 @@ def accelerate(pipe: Any) -> Any:
     with without_storage():
         model = DiT(config)
     model.load_state_dict(state_from_diffusers(state, config), assign=True)
-    pipe.transformer = DiTAdapter(model.eval(), transformer.config)
+    pipe.transformer = _diffusers_class()(model, transformer.config).eval()
     return pipe

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -287,6 +289,51 @@ def test_accelerated_pipeline_gives_the_same_images(
     assert shared == original.transformer_blocks[0].ff.net[0].proj.weight.data_ptr()
     assert accelerate(pipe).transformer is adapter
     assert pipe.to(torch.float64).transformer.dtype == torch.float64
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_accelerated_pipeline_is_saved(safe: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The files are those that the pipeline writes as it was, so diffusers and we read the same."""
+    pipe = pipeline().to(dtype)
+    pipe.save_pretrained(tmp_path / "before", safe_serialization=safe)
+    accelerate(pipe).save_pretrained(tmp_path / "after", safe_serialization=safe)
+    files = sorted(p.relative_to(tmp_path / "before") for p in tmp_path.rglob("before/**/*"))
+    assert files == sorted(p.relative_to(tmp_path / "after") for p in tmp_path.rglob("after/**/*"))
+    index = json.loads((tmp_path / "after" / "model_index.json").read_text())
+    assert index["transformer"] == ["diffusers", "DiTTransformer2DModel"]
+    configs = [tmp_path / name / "transformer" / "config.json" for name in ("before", "after")]
+    assert configs[0].read_text() == configs[1].read_text()
+    before, after = (
+        diffusers.DiTPipeline.from_pretrained(tmp_path / name).transformer.state_dict()
+        for name in ("before", "after")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert load_model(tmp_path / "after").pos_embed.dtype == dtype
+    options = {"steps": 2, "seed": 1, "output": "pt"}
+    images = [
+        Engine.from_pretrained(tmp_path / name, device="cpu").generate(3, **options).images
+        for name in ("before", "after")
+    ]
+    assert torch.equal(*images)
+
+
+def test_an_accelerated_pipeline_is_taken_apart_and_copied(tmp_path: Path) -> None:
+    pipe = accelerate(pipeline())
+    again = diffusers.DiTPipeline(**pipe.components)
+    again.save_pretrained(tmp_path)
+    saved = diffusers.DiTPipeline.from_pretrained(tmp_path).transformer
+    x, t, y = inputs(dtype=torch.float32)
+    with torch.no_grad():
+        expected = pipe.transformer(x, t, y).sample
+        assert_close_to_reference(
+            saved(x, timestep=t, class_labels=y).sample, expected, tolerance=1e-5
+        )
+        for copied in (copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))):
+            twin = copied(pipe.transformer)
+            assert isinstance(twin, DiTAdapter) and not twin.training
+            assert torch.equal(twin(x, t, y).sample, expected)
 
 
 def test_the_adapter_takes_the_call_of_the_transformer() -> None:

@@ -103,7 +103,7 @@ class ImageFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        from tqdm import tqdm
+        from dit_engine.bars import Bar
 
         self.name = str(folder)
         left_out: Counter[str] = Counter()
@@ -115,7 +115,7 @@ class ImageFolder:
             )
         ignored: Counter[str] = Counter()
         self._size = _header(self.paths[0], ignored)
-        with tqdm(self.paths[1:], f"{folder.name}: sizes", unit="img", delay=2.0) as bar:
+        with Bar(self.paths[1:], f"{folder.name}: sizes", unit="img", delay=2.0) as bar:
             for path in bar:
                 if (size := _header(path, ignored)) != self._size:
                     raise ValueError(

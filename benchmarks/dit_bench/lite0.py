@@ -172,13 +172,13 @@ def extract(
 
     Raises ValueError for another shape or dtype.
     """
-    from tqdm import tqdm
+    from dit_engine.bars import Bar
 
     if isinstance(images, np.ndarray):
         _check(images)
     dtype = model.stem.weight.dtype
     features = np.empty((len(images), FEATURES), np.float32)
-    with tqdm(total=len(images), desc=description, unit="img", disable=description is None) as bar:
+    with Bar(total=len(images), desc=description, unit="img", disable=description is None) as bar:
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
             with torch.inference_mode():

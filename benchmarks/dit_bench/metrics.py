@@ -93,11 +93,11 @@ def precision_recall(
         raise ValueError(
             f"features of width {reference.shape[1]} and {samples.shape[1]} cannot be compared"
         )
-    from tqdm import tqdm
+    from dit_engine.bars import Bar
 
     n, m = (-(-len(of) // rows) for of in (reference, samples))  # blocks
     total = n * n + m * m + n * m
-    with tqdm(total=total, desc="precision, recall", unit="block", delay=2.0) as bar:
+    with Bar(total=total, desc="precision, recall", unit="block", delay=2.0) as bar:
         centre = _mean(reference, rows)  # distances do not change, their rounding errors shrink
         reference_radii = _radii(reference, k, rows, centre, bar.update)
         sample_radii = _radii(samples, k, rows, centre, bar.update)

@@ -89,7 +89,7 @@ class SetComparison:
         KeyboardInterrupt ends the bootstrap. The bounds of an interval are None after fewer than
         `LEAST_RESAMPLES`.
         """
-        from tqdm import tqdm
+        from dit_engine.bars import Bar
 
         few, n = self.allow_few, len(found)
         of_found, of_eager = moments_of(found), moments_of(eager)
@@ -104,7 +104,7 @@ class SetComparison:
         to_found, to_eager = (
             shown_distance("to reference", own, moments, few, quiet) for own in (of_found, of_eager)
         )
-        with tqdm(total=self.resamples, desc="bootstrap", delay=bar_delay(moments.width),
+        with Bar(total=self.resamples, desc="bootstrap", delay=bar_delay(moments.width),
                   disable=quiet) as bar:  # fmt: skip
 
             def tick() -> None:

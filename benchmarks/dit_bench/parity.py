@@ -124,7 +124,7 @@ def compare(
 
     Raises ValueError for sets without images or with too few.
     """
-    from tqdm import tqdm
+    from dit_engine.bars import Bar
 
     labels = list(labels)
     if sets is not None:
@@ -139,7 +139,7 @@ def compare(
     record: dict[str, Any] = {}
     finished, interrupted = 0, False
     every = len(labels) * len(runs)
-    with tqdm(total=every, desc="sampling", unit="img", delay=2.0, disable=quiet) as bar:
+    with Bar(total=every, desc="sampling", unit="img", delay=2.0, disable=quiet) as bar:
         try:
             while finished < len(labels):
                 part = slice(finished, finished + engine.max_batch_size)

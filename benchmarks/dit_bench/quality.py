@@ -114,14 +114,13 @@ def reconstruct(
     images: NDArray[np.uint8], vae: AutoencoderKL, batch_size: int = 16
 ) -> NDArray[np.uint8]:
     """Images uint8 (N, S, S, 3) through the encoder (its mean) and the decoder, as uint8 again."""
-    from tqdm import tqdm
-
+    from dit_engine.bars import Bar
     from dit_engine.pixels import to_uint8
 
     vae = copy.deepcopy(vae).float()  # the stored weights may be half as wide
     device = vae.post_quant_conv.weight.device
     made = np.empty_like(images)
-    for start in tqdm(range(0, len(images), batch_size), "VAE reconstructions"):
+    for start in Bar(range(0, len(images), batch_size), "VAE reconstructions"):
         pixels = torch.from_numpy(np.array(images[start : start + batch_size])).to(device)
         with torch.inference_mode():
             mean, _ = vae.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0)
@@ -136,11 +135,11 @@ def generate_features(
 
     Image i has seed ``first_seed + i``; ``settings`` go to `Engine.generate`.
     """
-    from tqdm import tqdm
+    from dit_engine.bars import Bar
 
     parts, record = [], {}
     # The delay keeps an empty bar from being drawn above the error for an invalid setting.
-    with tqdm(total=len(labels), desc="generating", unit="img", delay=0.5) as bar:
+    with Bar(total=len(labels), desc="generating", unit="img", delay=0.5) as bar:
         for start in range(0, len(labels), _CHUNK):
             part = [int(label) for label in labels[start : start + _CHUNK]]
             seeds = list(range(first_seed + start, first_seed + start + len(part)))

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dit_bench.frechet import frechet_distance, moments_of
 from dit_bench.hardware import describe_hardware
 from dit_bench.held_out import Features, Halves, load_halves
 from dit_bench.lite0 import extract, load_lite0
 from dit_bench.quality import METRIC, recognised
+from dit_engine.bars import Bar
 from dit_engine.files import atomic_path
 from dit_engine.noise import PerImageNoise
 from dit_engine.pixels import LatentDecoder, to_uint8
@@ -52,7 +52,7 @@ def features_of(
 ) -> Features:
     """(N, 1280) of one image a label, from seeds 0, 1, …"""
     parts = []
-    for start in tqdm(range(0, len(labels), CHUNK), "sampling"):
+    for start in Bar(range(0, len(labels), CHUNK), "sampling"):
         part = labels[start : start + CHUNK]
         z = sample(network, part, range(start, start + len(part)), size)
         parts.append(extract(to_uint8(decode(z, "bf16", lean=True)), extractor))

@@ -120,10 +120,10 @@ def read(
 
     quiet: no progress bar. check: called after every batch; it may raise KeyboardInterrupt.
     """
-    from tqdm import tqdm
+    from dit_engine.bars import Bar
 
     name = Path(images.name).name or images.name
-    with tqdm(total=len(images), desc=name, unit="img", delay=2.0, disable=quiet) as bar:
+    with Bar(total=len(images), desc=name, unit="img", delay=2.0, disable=quiet) as bar:
         try:
             for batch in images.batches(batch_size):
                 into.add(batch)
@@ -138,9 +138,9 @@ def shown_distance(
     name: str, a: Gaussian, b: Gaussian, allow_few: bool, quiet: bool = False
 ) -> float:
     """`frechet_distance` under a bar, which is there from the start where it will take seconds."""
-    from tqdm import tqdm
+    from dit_engine.bars import Bar
 
-    with tqdm(total=STEPS, desc=f"{name}: matrix square root", unit="part", leave=False,
+    with Bar(total=STEPS, desc=f"{name}: matrix square root", unit="part", leave=False,
               delay=bar_delay(a.width), disable=quiet) as bar:  # fmt: skip
         return frechet_distance(a, b, allow_few=allow_few, step=bar.update)
 

@@ -23,7 +23,11 @@ def run_command(command: Callable[[], int], quiet: bool = False) -> int:
     """
     try:
         with _notes(quiet):
-            code = command()
+            try:
+                code = command()
+            except BaseException:
+                _close_bars()
+                raise
             sys.stdout.flush()
             return code
     except BrokenPipeError as error:
@@ -45,6 +49,14 @@ def run_command(command: Callable[[], int], quiet: bool = False) -> int:
 
 def one_line(text: object) -> str:
     return " ".join(str(text).split())
+
+
+def _close_bars() -> None:
+    """Of loops: the exception still holds them, and their line would stand before its message."""
+    if "tqdm" in sys.modules:
+        from dit_engine.bars import close_all
+
+        close_all()
 
 
 def _fail(error: Exception) -> int:

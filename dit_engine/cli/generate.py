@@ -200,10 +200,10 @@ class SamplingBar:
         return self.engine.generate(labels, callback=None if self.quiet else advance, **options)
 
     def _shown(self, total: int, done: int) -> tqdm[Any]:
-        from tqdm import tqdm
+        from dit_engine.bars import Bar
 
         if self._bar is None:  # not earlier: an invalid option would leave an empty bar behind
-            self._bar = tqdm(
+            self._bar = Bar(
                 total=total, initial=done, unit="image-step", desc="sampling", file=sys.stderr
             )
         return self._bar

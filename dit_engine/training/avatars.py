@@ -15,8 +15,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from dit_engine.bars import Bar
 from dit_engine.files import atomic_path
 from dit_engine.training.data import ImageSet
 
@@ -65,7 +65,7 @@ def _render_all(first: int, per_class: int, size: int, description: str) -> np.n
         mp_context=get_context("spawn"),
         initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN),
     ) as pool:  # fmt: skip
-        parts = list(tqdm(pool.map(render, *zip(*jobs, strict=True)), description, len(jobs)))
+        parts = list(Bar(pool.map(render, *zip(*jobs, strict=True)), description, len(jobs)))
     return np.concatenate(parts)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from dit_engine.bars import Bar
 from dit_engine.training.data import ImageSet
 from dit_engine.training.loop import LoopSettings, Trainer
 from dit_engine.training.sheets import save_sheet
@@ -89,7 +89,7 @@ def encode_all(vae: AutoencoderKL, data: ImageSet, batch_size: int = 128) -> tup
     """Means and standard deviations of the latents of every image, float16 (N, c, h, w)."""
     device = next(vae.parameters()).device
     means, deviations = [], []
-    for start in tqdm(range(0, len(data), batch_size), "encoding"):
+    for start in Bar(range(0, len(data), batch_size), "encoding"):
         images = data.tensor(np.arange(start, min(start + batch_size, len(data)))).to(device)
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 import threading
@@ -158,6 +159,33 @@ def test_no_unconditional_half_where_guidance_is_off(
     just_above_second, just_below_third = 1.001 * levels[1], 0.999 * levels[2]
     assert rows_by_step(guidance_interval=(just_below_third, just_above_second)) == [2, 4, 4, 2]
     assert rows_by_step(guidance_interval=(1.001 * levels[2], 200.0)) == [4, 4, 2, 2]
+
+
+def test_guidance_scales_of_every_part_of_a_split_batch(engine: Engine) -> None:
+    """The third image is the second part's first: it has its own scale, not the call's first."""
+    scales, seeds = [1.0, 2.5, 4.0, 6.0, 1.5], [4, 5, 6, 7, 8]
+    split = tiny_engine(max_batch_size=2)
+    for backend in ("eager", "lean"):
+        options = FAST | {"backend": backend}
+        made = split.generate(range(5), seeds=seeds, guidance_scale=scales, **options)
+        for i, scale in enumerate(scales):
+            alone = engine.generate([i], seeds=[seeds[i]], guidance_scale=scale, **options)
+            assert torch.equal(made.images[i], alone.images[0])
+
+
+@pytest.mark.parametrize("backend", ["eager", "lean"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_what_the_vae_decodes_in(engine: Engine, backend: str, precision: str) -> None:
+    """float32 for fp16 too; bfloat16 is a hundred times as far from it."""
+    options = {"seed": 1, "steps": 2, "backend": backend, "precision": precision}
+    latents = engine.generate([1, 2], output="latent", **options).images
+    pixels = engine.generate([1, 2], output="pt", **options).images
+    assert engine.vae is not None
+    with torch.no_grad():
+        vae = copy.deepcopy(engine.vae).double()
+        exact = vae.decode(latents.double() / vae.config.scaling_factor)
+    error = (pixels - (exact.clamp(-1, 1) + 1) / 2).abs().max()
+    assert (error > 1e-4) if precision == "bf16" else (error < 1e-5)
 
 
 def test_outputs(engine: Engine) -> None:

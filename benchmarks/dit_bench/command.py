@@ -202,7 +202,7 @@ def _write(
         from dit_bench.report import report_tables
         from dit_bench.tables import show
 
-        show(report_tables(report))
+        show(report_tables(report), wide=arguments.wide)
 
 
 def _show_environment(arguments: argparse.Namespace) -> int:

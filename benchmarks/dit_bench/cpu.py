@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from dit_bench.cpu_report import environment, format_profile, format_table, slug
+from dit_bench.cpu_report import WIDTH, environment, format_profile, format_table, slug
 from dit_bench.cpu_sections import (
     Log,
     Section,
@@ -37,6 +37,7 @@ from dit_bench.cpu_sections import (
 )
 from dit_bench.hardware import cpu_model, load_average, settle
 from dit_bench.load import NO_VERDICT, OtherLoad, not_quoted, warning
+from dit_bench.tables import fold, narrower_than
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.destination import check_file
 from dit_engine.cli.errors import run_command
@@ -109,11 +110,11 @@ def measure(arguments: argparse.Namespace, log: Log = print) -> dict[str, Any]:
     return report
 
 
-def format_report(report: dict[str, Any]) -> str:
-    """The table of everything measured, and what it was measured on."""
+def format_report(report: dict[str, Any], short: bool = False) -> str:
+    """The table of everything measured, and what it was measured on; short: as `format_table`."""
     hardware, versions = report["hardware"], report["versions"]
     rows = [row for section in report["sections"] for row in section.get("rows", [])]
-    lines = [format_table(rows)] if rows else []
+    lines = [format_table(rows, short)] if rows else []
     lines += [format_profile(section) for section in report["sections"] if "profile" in section]
     found = ", ".join(f"{name} {value or '(not installed)'}" for name, value in versions.items())
     threads, instructions = hardware["torch_threads"], " ".join(report["instruction_sets"])
@@ -139,6 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=_positive, default=torch.get_num_threads(), help="of every runtime")
     add("--only", nargs="+", choices=WORKLOADS, metavar="WORKLOAD", help=", ".join(WORKLOADS))
     add("--profile", action="store_true", help="where the lean forward's time goes, and no peers")
+    add("--wide", action="store_true", help="all columns, wider than the terminal")
     add("--json", type=Path, help="write every figure here (whole runs: benchmarks/results)")
     return parser
 
@@ -171,7 +173,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.quick:
             settle(print)
         report = measure(arguments)
-        print(format_report(report))
+        if arguments.wide:
+            print(format_report(report))
+        else:
+            print(fold(format_report(report, short=narrower_than(WIDTH))))
         if path is not None:
             with atomic_path(path) as partial:
                 partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -133,8 +133,12 @@ def memory_row(workload: str, measured: Mapping[str, Any] | str, with_bar: bool)
     return row | {"memory": dict(measured), "result": verdict(measured["ratio"], bar)}
 
 
-def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as text, one line each, under a head."""
+WIDTH = 112
+"""Columns of `format_table`, unless short."""
+
+
+def format_table(rows: Sequence[Mapping[str, Any]], short: bool = False) -> str:
+    """The rows as text, one line each, under a head; short: median, bar and verdict alone."""
     head = (
         f"{'':<42} {'at most':>7} {'median':>7} {'10-90 %':>13} {'+cond.':>7} "
         f"{'ours ms':>9} {'theirs ms':>9}"
@@ -144,9 +148,21 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         if row["workload"] != workload:
             workload = row["workload"]
-            lines += ["", f"{workload}", head]
+            lines += ["", f"{workload}"] if short else ["", f"{workload}", head]
+        if short:
+            lines.append(_short_line(row))
+            continue
         lines.append(_memory_line(row) if "ours" not in row else _line(row))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _short_line(row: Mapping[str, Any]) -> str:
+    name = f"{row['ours']} ÷ {row['theirs']}" if "ours" in row else "peak ÷ weights + activations"
+    if "skipped" in row:
+        return f"  {name}: skipped: {row['skipped']}"
+    ratio = row["memory"]["ratio"] if "memory" in row else row["ratio"]["median"]
+    bar = "" if row["bar"] is None else f", at most {row['bar']:.2f}: {row['result']}"
+    return f"  {name}: {ratio:.3f}{bar}"
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ from dit_bench.outputs import STDOUT, check_outputs, write_json
 from dit_bench.probe import try_step
 from dit_bench.set_arguments import NETWORKS
 from dit_bench.set_distances import evaluate
+from dit_bench.tables import fold
 from dit_engine.cli.arguments import Parser, add_sampling_arguments, sampling_options
 from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry
@@ -107,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = evaluate(samples, reference, network, arguments.batch_size, arguments.allow_few)
         report |= {"settings": settings or None, **_surroundings()}
         if arguments.json != STDOUT:
-            print(format_report(report))
+            print(fold(format_report(report)))
         write_json(report, arguments.json)
         return INTERRUPTED if report["interrupted"] else 0
 

@@ -62,6 +62,7 @@ def gflops_table(report: dict[str, Any]) -> Table:
     columns = ["network", "px", "paper M", "ours M", "paper Gflops", "ours (MACs)", "torch (MACs)",
                "true GFLOPs", "adaLN", "attention", "MLP"]  # fmt: skip
     table = Table("What the paper calls Gflops are multiply-adds (MACs), here in 10⁹", columns)
+    table.short = ("network", "px", "ours M", "paper Gflops", "ours (MACs)", "torch (MACs)")
     for row in report["rows"]:
         if "skipped" in row:
             table.add(row["network"], row["size"], f"skipped: {row['skipped']}")
@@ -88,6 +89,7 @@ def gflops_table(report: dict[str, Any]) -> Table:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--size", type=int, nargs="+", choices=SIZES, default=list(SIZES), help="pixels")
+    add("--wide", action="store_true", help="all columns, wider than the terminal")
     add("--json", type=Path, nargs="?", const=Path("-"), metavar="FILE", help="as JSON")
 
 
@@ -98,6 +100,6 @@ def run(arguments: argparse.Namespace) -> int:
     check_outputs([arguments.json])
     report = gflops_report(tuple(dict.fromkeys(arguments.size)))
     if arguments.json != Path("-"):
-        show([gflops_table(report)])
+        show([gflops_table(report)], wide=arguments.wide)
     write_json(report, arguments.json)
     return 0

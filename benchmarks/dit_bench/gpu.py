@@ -40,11 +40,12 @@ from dit_bench.gpu_contenders import CUDA_CONTENDERS, Contender, cuda_contenders
 from dit_bench.gpu_environment import describe_environment, gpu_state
 from dit_bench.gpu_models import ModelBenchmark, Work
 from dit_bench.gpu_report import Report, check_report_path, failure, skipped
-from dit_bench.gpu_table import format_table
+from dit_bench.gpu_table import WIDTH, format_table
 from dit_bench.gpu_vae import DecodeBenchmark
 from dit_bench.operator_cases import Case, all_cases
 from dit_bench.operator_checks import DeviceLost
 from dit_bench.operators import OperatorBenchmark
+from dit_bench.tables import fold, narrower_than
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import one_line, run_command
 from dit_engine.cli.start import entry
@@ -213,6 +214,10 @@ def true_float32() -> Iterator[None]:
             switch.allow_tf32 = value
 
 
+def _table(values: dict[str, Any]) -> str:
+    return fold(format_table(values, short=narrower_than(WIDTH)))
+
+
 def stop_late(report: Report, seconds: float) -> threading.Timer:
     """A started timer that prints the table and ends the process after ``seconds``, with exit code
     1 if a check had failed, else `LATE`.
@@ -224,7 +229,7 @@ def stop_late(report: Report, seconds: float) -> threading.Timer:
         reason = f"did not end in {seconds:.0f} s: slow, or hung"
         report.record("sections", {"section": "run", "status": "late", "reason": reason})
         report.finish()
-        print(format_table(report.snapshot()), flush=True)
+        print(_table(report.snapshot()), flush=True)
 
     def stop() -> None:
         # In a thread of its own: the main one may hold the report, and never give it back.
@@ -294,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         timer = stop_late(report, seconds)
         code = run(cuda_plan(device, configs), report, budget)
         timer.cancel()
-        print(format_table(report.values))
+        print(_table(report.values))
         print(f"written: {report.path}")
         return code
 

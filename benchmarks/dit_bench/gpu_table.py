@@ -22,10 +22,10 @@ Values = dict[str, Any]
 Row = dict[str, Any]
 
 
-def format_table(values: Values) -> str:
-    """Everything that was measured, shortly; the JSON has the rest."""
+def format_table(values: Values, short: bool = False) -> str:
+    """Everything that was measured, shortly; the JSON has the rest. short: as `operator_lines`."""
     first, last = environment_lines(values), failure_lines(values)
-    middle = [*model_lines(values), *pixel_lines(values), *operator_lines(values),
+    middle = [*model_lines(values), *pixel_lines(values), *operator_lines(values, short),
               *peer_lines(values), *decode_lines(values)]  # fmt: skip
     room = LINE_LIMIT - len(first) - len(last) - 1
     if len(middle) > room:
@@ -49,18 +49,21 @@ def environment_lines(values: Values) -> list[str]:
     return lines
 
 
-def operator_lines(values: Values) -> list[str]:
-    """A line an implementation and timed shape, with its speed-ups."""
+WIDTH = len(_HEAD)
+
+
+def operator_lines(values: Values, short: bool = False) -> list[str]:
+    """A line an implementation and timed shape, with its speed-ups; short: with its time alone."""
     rows = [r for r in values.get("operators", []) if "ms" in r and not r.get("opponent")]
     checked = [r for r in values.get("operators", []) if "error" in r and not r.get("opponent")]
     if not checked:
         return []
     right = sum(r["status"] == "ok" for r in checked)
-    lines = [
-        f"operators: {right} of {len(checked)} checks passed",
-        _HEAD_MEANS,
-        _HEAD,
-    ]
+    lines = [f"operators: {right} of {len(checked)} checks passed"]
+    if short:
+        return lines + [f"{_short(r['operator'])} {r['shape']} {r['impl']}: "
+                        f"{r['ms']['median']:.4f} ms" for r in rows]  # fmt: skip
+    lines += [_HEAD_MEANS, _HEAD]
     for r in rows:
         percent = r["percent_of_ceiling"]
         lines.append(

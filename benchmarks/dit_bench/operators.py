@@ -219,13 +219,15 @@ def build_parser() -> argparse.ArgumentParser:
         "with --json, up to half of it may be a wait for an idle CPU")  # fmt: skip
     add("--rounds", type=int, default=30, help="samples of each function")
     add("--only", default="", help="operators whose names contain this")
+    add("--wide", action="store_true", help="all columns, wider than the terminal")
     add("--json", type=Path, help="write every figure here")
     return parser
 
 
 @entry
 def main(argv: Sequence[str] | None = None) -> int:
-    from dit_bench.gpu_table import failure_lines, operator_lines
+    from dit_bench.gpu_table import WIDTH, failure_lines, operator_lines
+    from dit_bench.tables import fold, narrower_than
 
     arguments = build_parser().parse_args(argv)
 
@@ -254,10 +256,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.put("other_load", others.mean)
         report.put("complete", True)
         report.finish()
-        lines = operator_lines(report.values) + failure_lines(report.values)
+        short = narrower_than(WIDTH) and not arguments.wide
+        lines = operator_lines(report.values, short) + failure_lines(report.values)
         if (busy := warning(report.values)) is not None:
             lines.append(busy)
-        print("\n".join(lines))
+        text = "\n".join(lines)
+        print(text if arguments.wide else fold(text))
         return 1 if report.failed else 0
 
     return run_command(command)

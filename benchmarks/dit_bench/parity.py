@@ -36,6 +36,7 @@ from dit_bench.paired_sets import SetComparison, format_row, open_reference
 from dit_bench.probe import try_step
 from dit_bench.quality import write_report
 from dit_bench.set_arguments import RESAMPLES, add_set_arguments, refuse_given
+from dit_bench.tables import fold
 from dit_engine.backends import PRECISIONS, resolve_backend
 from dit_engine.cli.arguments import (
     Parser,
@@ -337,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sets is not None:
             report["features"] = sets.network.record
         report["hardware"] = describe_hardware()
-        print(format_report(report))
+        print(fold(format_report(report)))
         if arguments.json is not None:
             write_report(report, arguments.json)
         return INTERRUPTED if report["interrupted"] else 0

@@ -37,6 +37,7 @@ from dit_bench.hardware import describe_hardware
 from dit_bench.held_out import Features, Halves, load_halves
 from dit_bench.lite0 import FEATURES, WEIGHTS_SHA256, Lite0, extract, load_lite0
 from dit_bench.outputs import finite
+from dit_bench.tables import fold
 from dit_engine.cli.arguments import (
     Parser,
     add_model_argument,
@@ -243,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.json is not None:
             check_file(arguments.json)  # before the long run
         report = measure(arguments)
-        print(format_report(report))
+        print(fold(format_report(report)))
         if arguments.json is not None:
             write_report(report, arguments.json)
         return 0

@@ -90,6 +90,7 @@ def cost_table(report: dict[str, Any]) -> Table:
     columns = ["model", "px", "weights", "parameters, M", "GMACs", *PARTS, "true GFLOPs",
                "torch counts", "VAE decoder, GMACs"]  # fmt: skip
     table = Table("Cost of one image's forward; parts in GMACs (the paper's Gflops)", columns)
+    table.short = ("model", "px", "parameters, M", "GMACs", "VAE decoder, GMACs")
     for model in report["models"]:
         total, decoder = model["cost"]["total"], model["decoder"]
         parts = [f"{model['cost']['parts'][part]['macs'] / 1e9:.3g}" for part in PARTS]
@@ -108,7 +109,7 @@ def latency_table(report: dict[str, Any]) -> Table:
     columns = ["", "images", "by", "verdict", "median ms", "p5", "p95", "n", "images/s", "error",
                "allowed", "set-up s", "first call s", "time ÷ subject's (p5–p95)"]  # fmt: skip
     title = f"Latency of {settings['backend']} {settings['precision']}, and of its peers"
-    table = Table(title, columns, left=4)
+    table = Table(title, columns, left=4, short=("", "images", "by", "verdict", "median ms"))
     last = None
     for row in report["measurements"]:
         key = (row["model"], row["what"], row["images"])
@@ -147,6 +148,7 @@ def rates_table(report: dict[str, Any]) -> Table:
     columns = ["", "images", "by", "GFLOP", "TFLOP/s", "% of matrix products", "FLOP a byte",
                "bound by", "% of copy", "built MiB", "peak MiB", "J an image"]  # fmt: skip
     table = Table("What of the machine is used", columns, left=3)
+    table.short = ("", "images", "by", "TFLOP/s", "% of matrix products", "bound by")
     for row in report["measurements"]:
         if row["status"] != "ok" or "tflop_s" not in row:
             continue
@@ -173,6 +175,7 @@ def parity_table(report: dict[str, Any]) -> Table:
     columns = ["model", "backend", "N", "error after step 1", "half way", "at the end", "worst",
                "PSNR dB, median", "worst dB"]  # fmt: skip
     table = Table("Paired with eager float32 (same labels, noise and draws)", columns, left=2)
+    table.short = ("model", "backend", "N", "at the end", "PSNR dB, median")
     for found in report["parity"]:
         for row in found["subjects"]:
             steps, final = row["latent_error_by_step"], row["final_latent_error"]
@@ -201,6 +204,7 @@ def distance_table(report: dict[str, Any]) -> Table:
     columns = ["model", "backend", "distance", "N", "to eager's", "reference", "its N",
                "to reference", "eager's to it", "|Δ|", "interval", "resamples"]  # fmt: skip
     table = Table("Paired sets of images, against eager float32's and a reference", columns, left=3)
+    table.short = ("backend", "distance", "N", "to eager's", "|Δ|", "interval")
     for found in report["parity"]:
         for row in found["subjects"]:
             if (sets := row.get("sets")) is None:
@@ -227,6 +231,7 @@ def distance_table(report: dict[str, Any]) -> Table:
 def comparison_table(comparison: dict[str, Any]) -> Table:
     columns = ["", "images", "by", "old ms", "new ms", "new ÷ old", "verdict"]
     table = Table("Against the older report", columns, left=3, right=1)
+    table.short = ("", "images", "by", "new ÷ old", "verdict")
     for row in comparison["rows"]:
         table.add(
             f"{row['model']} {_WHAT[row['what']]}", row["images"], row["name"], _ms(row["old_ms"]),
@@ -240,6 +245,7 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
 def operator_table(operators: dict[str, Any]) -> Table:
     columns = ["operator", "shape", "dtype", "by", "median ms", "rate", "% of ceiling"]
     table = Table("Operators: % of matrix products (TFLOP/s) or of copying (GB/s)", columns, left=4)
+    table.short = ("operator", "shape", "by", "median ms", "% of ceiling")
     for row in operators["operators"]:
         if row.get("status") != "ok" or "rate" not in row:
             continue

@@ -17,6 +17,7 @@ from dit_bench.cpu_forward import STEPS, random_model
 from dit_bench.cpu_memory import Sampler, needed_bytes, resident_bytes
 from dit_bench.cpu_report import (
     FORWARD,
+    WIDTH,
     Comparison,
     format_table,
     forward_comparisons,
@@ -404,3 +405,17 @@ def test_a_processor_of_arm() -> None:
     assert hardware.processor(text).endswith("(part 0xd40: Neoverse V1)")
     assert hardware.processor("") == hardware.cpu_model("")
     assert hardware.describe_hardware()["cpu"] == hardware.processor()
+
+
+def test_the_cpu_table_has_a_narrow_form() -> None:
+    row = {"workload": "S/2, batch 2", "ours": "lean bf16", "theirs": "openvino bf16", "bar": 0.66,
+           "ratio": {"low": 0.5, "median": 0.613, "high": 0.7}, "ours_ms": 12.5, "theirs_ms": 20.4,
+           "result": "pass"}  # fmt: skip
+    skipped = {"workload": "S/2, batch 2", "ours": "lean int8", "theirs": "x", "bar": None,
+               "skipped": "no int8"}  # fmt: skip
+    assert format_table([row, skipped], short=True).splitlines()[1:] == [
+        "S/2, batch 2",
+        "  lean bf16 ÷ openvino bf16: 0.613, at most 0.66: pass",
+        "  lean int8 ÷ x: skipped: no int8",
+    ]
+    assert max(map(len, format_table([row]).splitlines())) <= WIDTH

@@ -21,7 +21,7 @@ from dit_bench.page import page
 from dit_bench.plots import all_figures
 from dit_bench.report import report_tables
 from dit_bench.schema import validate
-from dit_bench.tables import Table, show
+from dit_bench.tables import Table, fold, output_width, show
 
 CHROMIUM = shutil.which("chromium")
 
@@ -382,3 +382,62 @@ def test_footnotes_stand_where_they_apply() -> None:
     )
     for text in ("error of a whole generation", "20 steps of ddpm", "decoder of its own", "MiB"):
         assert text in notes(report), text
+
+
+def numbers(text: str) -> set[str]:
+    return set(re.findall(r"\d[\d.,e+-]*\d|\d", text))
+
+
+def full_report() -> dict[str, Any]:
+    report = made_up.report() | {"operators": made_up.operators(), "parity": [made_up.parity()]}
+    report["comparison"] = compare_reports(report, slower(1.0))
+    for row in report["measurements"]:
+        if row["role"] == "peer" and row["status"] == "ok":
+            row |= {"ratio": made_up.spread(2.0), "verdict": "lean bf16 is 12.34× as quick",
+                    "error": 1.5e-3, "bound": 1e-2}  # fmt: skip
+    return report
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 100, 120, 150, 189])
+def test_a_narrow_terminal_breaks_no_number(width: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is wider than the terminal, what, median and verdict are there, and every number is
+    one that the wide tables have."""
+    tables = report_tables(full_report())
+    show(tables, wide=True)
+    wide = capsys.readouterr().out
+    show(tables, width=width)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= width
+    left_out = r"--wide\s+shows\s+the\s+other\s+columns,\s+\d+\s+of\s+them"
+    assert numbers(re.sub(left_out, "", shown)) <= numbers(wide)
+    assert bool(re.search(left_out, shown)) == (width < 189)
+    for text in ("5.657", "12.34×", "no", "difference", "skipped:", "311.1"):
+        assert text in shown, text
+
+
+def test_a_wide_table_is_whole_where_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    show(report_tables(full_report()), width=230)
+    fitting = capsys.readouterr().out
+    show(report_tables(full_report()), width=60, wide=True)
+    wide = capsys.readouterr().out
+    for shown in (fitting, wide):
+        assert "--wide" not in shown and "first call s" in shown and "time ÷ subject's" in shown
+        assert any("eager bf16" in line and "12.34×" in line and "22.63" in line
+                   for line in shown.splitlines())  # fmt: skip
+
+
+def test_what_is_piped_follows_the_variable_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = report_tables(full_report())
+    for columns, width in (("70", 70), ("x", None), ("0", None), ("", None)):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert output_width() == width
+        show(tables)
+        longest = max(map(len, capsys.readouterr().out.splitlines()))
+        assert (longest <= 70) == (width == 70)
+    monkeypatch.setenv("COLUMNS", "30")
+    text = "lean bf16 ÷ diffusers bf16: 0.512, at most 0.50: miss"
+    assert fold(text) == "lean bf16 ÷ diffusers bf16:\n    0.512, at most 0.50: miss"
+    monkeypatch.delenv("COLUMNS")
+    assert fold(text) == text

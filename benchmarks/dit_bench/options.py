@@ -47,7 +47,7 @@ def build_parser(about: str) -> argparse.ArgumentParser:
     add_set_arguments(parser)
     add("--json", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="every figure")
     add("--csv", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="one line a measurement")
-    add("--plot", type=Path, metavar="DIR", help="figures as PNG files")
+    add("--plot", type=Path, metavar="DIR", help="directory for figures, PNG files")
     add("--html", type=Path, metavar="FILE", help="one self-contained page")
     add("--compare", type=Path, metavar="FILE", help="an older --json; exit code 1 on a "
         "regression, 3 where times are too noisy to tell")  # fmt: skip

@@ -39,6 +39,8 @@ def check_folder(path: Path | None) -> None:
         return
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; --plot needs a directory")
+    if path.suffix.lower() in (".png", ".svg", ".pdf", ".jpg") and not path.is_dir():
+        raise ValueError(f"{path} is the name of a picture; --plot needs a directory for several")
     check_destination(path / "figures")  # a name without a suffix: a folder, made as needed
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_bench.drawing import svg
 from dit_bench.load import warning
+from dit_bench.plots import CAPTIONS
 from dit_bench.report import report_tables
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def page(
     if figures:
         parts.append("<h2>Figures</h2>")
         parts += [
-            _figure(_uri("image/svg+xml", svg(figure)), name.replace("-", " "))
+            _figure(_uri("image/svg+xml", svg(figure)), CAPTIONS[name], name.replace("-", " "))
             for name, figure in figures.items()
         ]
     if sheets:
@@ -96,9 +97,9 @@ def _about(report: dict[str, Any]) -> str:
     return f"{html.escape(report['created'])} · <code>{html.escape(command)}</code>"
 
 
-def _figure(uri: str, caption: str) -> str:
-    text = html.escape(caption)
-    return f'<figure><img src="{uri}" alt="{text}"><figcaption>{text}</figcaption></figure>\n'
+def _figure(uri: str, caption: str, name: str | None = None) -> str:
+    text, alt = html.escape(caption), html.escape(name or caption)
+    return f'<figure><img src="{uri}" alt="{alt}"><figcaption>{text}</figcaption></figure>\n'
 
 
 def _png_uri(image: Image.Image) -> str:

@@ -23,14 +23,60 @@ if TYPE_CHECKING:
 
 
 def all_figures(report: dict[str, Any], scaling: dict[str, Any] | None) -> dict[str, Figure]:
-    """File stem → figure, of everything that there is data for."""
+    """File stem → figure, of everything that there is data for; the first is what a run is for."""
     made = {
+        "ratio": ratio_figure(report),
         "latency-gflops": latency_figure(report),
         "throughput-images": throughput_figure(report),
         "roofline": roofline_figure(report),
         "distance-gflops": None if scaling is None else distance_figure(scaling),
     }
     return {name: figure for name, figure in made.items() if figure is not None}
+
+
+CAPTIONS = {
+    "ratio": "How long each took, as a multiple of the first's time in the same rounds.",
+    "latency-gflops": "The time of one forward grows with the multiply-adds of the model.",
+    "throughput-images": "How many images a second are computed, by how many are computed at once.",
+    "roofline": "What was reached stands below what the machine can do at most.",
+    "distance-gflops": "The distance to real images falls with the multiply-adds of the model.",
+}
+
+
+def ratio_figure(report: dict[str, Any]) -> Figure | None:
+    """Bars of every peer's time over the subject's, of the first model's first kind of work at its
+    fewest images; the headline says what the rounds show, or that they show nothing."""
+    rows = [r for r in report["measurements"] if r["role"] == "peer" and "ratio" in r]
+    if not rows:
+        return None
+    key = {name: rows[0][name] for name in ("model", "what", "images")}
+    rows = [row for row in rows if all(row[name] == value for name, value in key.items())]
+    subject = f"{report['settings']['backend']} {report['settings']['precision']}"
+    said = [row["verdict"] for row in rows]
+    best = next((text for text in said if "as quick" in text), None)
+    slowest = max(rows, key=lambda row: row["ratio"]["median"])
+    if best is not None and len(rows) > 1:
+        best = slowest["verdict"] if "as quick" in slowest["verdict"] else best
+    if best is not None and best.startswith(subject):
+        best = best.removesuffix("as quick") + f"as quick as {_named(rows, best)}"
+    figure, axes = new_figure(best or f"No difference is shown ({said[0]})")
+    names = [subject, *(row["name"] for row in rows)]
+    medians = [1.0, *(row["ratio"]["median"] for row in rows)]
+    low = [0.0, *(row["ratio"]["median"] - row["ratio"]["p5"] for row in rows)]
+    high = [0.0, *(row["ratio"]["p95"] - row["ratio"]["median"] for row in rows)]
+    axes.barh(names, medians, xerr=[low, high], capsize=3, color=[colour(i) for i in
+              range(len(names))])  # fmt: skip
+    for i, median in enumerate(medians):
+        axes.annotate(f"{median:.2f}", (0, i), xytext=(6, 0), textcoords="offset points",
+                      va="center", color="white", fontweight="bold")  # fmt: skip
+    axes.invert_yaxis()
+    axes.set_xlabel(f"time ÷ that of {subject} (median, 5–95 % of the rounds)")
+    subtitle(axes, report, f"{key['model']} {key['what']}, images: {key['images']}")
+    return figure
+
+
+def _named(rows: list[Row], verdict: str) -> str:
+    return next(row["name"] for row in rows if row["verdict"] == verdict)
 
 
 def latency_figure(report: dict[str, Any]) -> Figure | None:
@@ -40,6 +86,8 @@ def latency_figure(report: dict[str, Any]) -> Figure | None:
         return None
     fewest = min(row["images"] for row in rows)
     rows = [row for row in rows if row["images"] == fewest]
+    if len({row["gflops"] for row in rows}) < 2:
+        return None
     figure, axes = new_figure("Latency against Gflops")
     unet = [row for row in rows if row["role"] == "other network"]
     names = names_of(row for row in rows if row not in unet)
@@ -68,6 +116,8 @@ def throughput_figure(report: dict[str, Any]) -> Figure | None:
     rows = ok_rows(report, "step") or ok_rows(report, "forward")
     if not rows:
         return None
+    if len({row["images"] for row in rows}) < 2:
+        return None
     what = {"step": "guided steps", "forward": "forwards"}[rows[0]["what"]]
     figure, axes = new_figure("Throughput against batch")
     many = len({row["model"] for row in rows}) > 1
@@ -93,7 +143,7 @@ def throughput_figure(report: dict[str, Any]) -> Figure | None:
 def distance_figure(scaling: dict[str, Any]) -> Figure | None:
     """Distance against Gflops, one line a number of training steps (`read_scaling`)."""
     points = scaling["points"]
-    if not points:
+    if len(points) < 2:
         return None
     figure, axes = new_figure(f"{scaling['metric']} against Gflops")
     for i, steps in enumerate(sorted({point["steps"] for point in points})):

@@ -31,7 +31,7 @@ def roofline_figure(report: dict[str, Any]) -> Figure | None:
     ceilings = report["ceilings"]
     networks = [row for row in ok_rows(report, "forward") if "flops_per_byte" in row]
     operators = _operator_rows(report)
-    if ceilings is None or not (networks or operators):
+    if ceilings is None or len(networks) + len(operators) < 2:
         return None
     moving = [row for row in operators if row["unit"] == "GB/s"]
     figure, axes = new_figure("Roofline", panels=2 if moving else 1)

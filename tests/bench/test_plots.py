@@ -12,7 +12,14 @@ import pytest
 from PIL import Image
 
 from dit_bench.drawing import png, save_figures
-from dit_bench.plots import all_figures, distance_figure, latency_figure, throughput_figure
+from dit_bench.load import withdraw_verdicts
+from dit_bench.plots import (
+    CAPTIONS,
+    all_figures,
+    distance_figure,
+    latency_figure,
+    throughput_figure,
+)
 from dit_bench.roofline import roofline_figure
 
 pytest.importorskip("matplotlib", reason="no matplotlib")
@@ -107,3 +114,27 @@ def test_no_data_makes_no_figure(report: dict[str, Any]) -> None:
     assert all_figures(empty, None) == {}
     with Image.open(io.BytesIO(png(latency_figure(report)))) as image:
         assert image.format == "PNG"
+
+
+def test_the_ratio_is_the_headline_and_stands_first() -> None:
+    report = made_up.report()
+    for row in report["measurements"]:
+        if row["role"] == "peer" and row["status"] == "ok":
+            row |= {"ratio": made_up.spread(2.0), "verdict": "lean bf16 is 2.00× as quick"}
+    figures = all_figures(report, None)
+    assert next(iter(figures)) == "ratio" and figures.keys() <= CAPTIONS.keys()
+    assert figures["ratio"].get_suptitle() == "lean bf16 is 2.00× as quick as eager bf16"
+    bars = figures["ratio"].axes[0].patches
+    assert [bar.get_width() for bar in bars] == [1.0, 2.0]
+    withdraw_verdicts(report | {"other_load": 0.9})
+    title = all_figures(report, None)["ratio"].get_suptitle()
+    assert title == "No difference is shown (busy: no verdict)"
+    assert all(text[0].isupper() and text.endswith(".") for text in CAPTIONS.values())
+
+
+def test_a_single_point_is_no_figure() -> None:
+    report = made_up.report()
+    report["measurements"] = report["measurements"][:1]
+    one = made_up.scaling()
+    one["points"] = one["points"][:1]
+    assert all_figures(report, one) == {}

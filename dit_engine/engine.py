@@ -289,7 +289,12 @@ class Engine:
                 images = self._present(z, settings, names)
             if isinstance(images, Tensor):
                 images = images.clone()  # an ordinary tensor: it can be changed, and learnt from
-        return self._outcome(images, numbers, image_seeds, settings, scales, latents, step_noise)
+        result = self._outcome(images, numbers, image_seeds, settings, scales, latents, step_noise)
+        if settings.output == "pil":
+            from dit_engine.metadata import sign
+
+            sign(result)
+        return result
 
     def planned(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -49,6 +50,35 @@ class Generation:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def save(self, path: str | Path) -> None:
+        """Write PIL images with all that is needed to make them again.
+
+        A .png gets the image, or a captioned sheet of several; any other name is a directory, in
+        which each image becomes a PNG under the name that dit-generate would give it.
+
+        Raises ValueError for other outputs than "pil", OSError for a path that cannot be written.
+        """
+        from dit_engine.cli.destination import check_destination, file_name
+        from dit_engine.cli.pictures import save
+        from dit_engine.files import atomic_path
+
+        path = Path(path)
+        if not isinstance(self.images, list):
+            raise ValueError(f"{path}: PNGs are of output 'pil', not of {_outline(self.images)}")
+        check_destination(path)
+        whole = path.suffix.lower() == ".png"
+        if whole and len(self) > 1:
+            return save(self, path)
+        if not whole:
+            path.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(self.images):
+            name = None if self.label_names is None else self.label_names[i]
+            seed = None if self.seeds is None else self.seeds[i]
+            target = path if whole else path / file_name(i, self.labels[i], name, seed)
+            with atomic_path(target) as partial:
+                image.save(partial, "PNG")
+        return None
 
     def __repr__(self) -> str:
         return (

@@ -112,7 +112,7 @@ def generate(arguments: argparse.Namespace) -> int:
             made, notes = make_series(bar, labels, options, arguments)
         else:
             result = bar.generate(labels, **options)
-            save(result, arguments.output, engine.label_names, arguments.columns)
+            save(result, arguments.output, arguments.columns)
             made, notes = len(result), ""
     seconds = time.perf_counter() - began
     if not quiet:

@@ -12,17 +12,15 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dit_engine.cli.destination import STDOUT, write_stdout
-from dit_engine.cli.metadata import call_record, png_text
 from dit_engine.engine import Generation
 from dit_engine.files import atomic_path, save_tensors
+from dit_engine.metadata import call_record, png_text
 
 _CAPTION_HEIGHT = 14
 _MARGIN = 4
 
 
-def save(
-    result: Generation, output: Path, names: Sequence[str] | None, columns: int | None = None
-) -> None:
+def save(result: Generation, output: Path, columns: int | None = None) -> None:
     """Write ``result``, made with the `destination.output_kind` of ``output``, into one file.
 
     A .png, and standard output for "-", gets one captioned sheet, a .npy the uint8 images
@@ -36,7 +34,7 @@ def save(
         with atomic_path(output) as partial, partial.open("wb") as file:
             np.save(file, result.images)
     else:
-        captions = [names[label] if names else str(label) for label in result.labels]
+        captions = result.label_names or [str(label) for label in result.labels]
         png = io.BytesIO()
         sheet = make_sheet(result.images, captions, columns)
         sheet.save(png, "PNG", pnginfo=png_text(call_record(result)))

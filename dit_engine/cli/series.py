@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_engine.cli.destination import file_name
-from dit_engine.cli.metadata import image_record, png_text
 from dit_engine.files import atomic_path
 from dit_engine.images import open_image
 from dit_engine.labels import resolve_labels
+from dit_engine.metadata import image_record, png_text
 from dit_engine.settings import resolve_seeds
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dit_engine.results import Generation
@@ -31,6 +32,22 @@ def image_record(result: Generation, i: int) -> dict[str, Any]:
     if result.label_names is not None:
         record["label_name"] = result.label_names[i]
     return record | {"label": result.labels[i], "seed": seed, "index": i}
+
+
+class Picture(Image.Image):
+    """An image whose info tells, under "dit_engine", how to make it again; so does its PNG."""
+
+    def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
+        if "dit_engine" in self.info:  # other formats pay no heed
+            params = {"pnginfo": png_text(json.loads(self.info["dit_engine"]))} | params
+        super().save(fp, format, **params)
+
+
+def sign(result: Generation) -> None:
+    """Make each of ``result``'s PIL images a `Picture` of its own record."""
+    for i, image in enumerate(result.images):
+        image.__class__ = Picture
+        image.info["dit_engine"] = json.dumps(image_record(result, i))
 
 
 def png_text(record: dict[str, Any]) -> PngInfo:

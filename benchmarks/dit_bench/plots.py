@@ -36,10 +36,10 @@ def all_figures(report: dict[str, Any], scaling: dict[str, Any] | None) -> dict[
 
 CAPTIONS = {
     "ratio": "How long each took, as a multiple of the first's time in the same rounds.",
-    "latency-gflops": "The time of one forward grows with the multiply-adds of the model.",
+    "latency-gflops": "Each point is the time of one forward at the multiply-adds of its model.",
     "throughput-images": "How many images a second are computed, by how many are computed at once.",
     "roofline": "What was reached stands below what the machine can do at most.",
-    "distance-gflops": "The distance to real images falls with the multiply-adds of the model.",
+    "distance-gflops": "Each point is a trained model's distance to real images at its multiply-adds.",
 }
 
 
@@ -52,14 +52,12 @@ def ratio_figure(report: dict[str, Any]) -> Figure | None:
     key = {name: rows[0][name] for name in ("model", "what", "images")}
     rows = [row for row in rows if all(row[name] == value for name, value in key.items())]
     subject = f"{report['settings']['backend']} {report['settings']['precision']}"
-    said = [row["verdict"] for row in rows]
-    best = next((text for text in said if "as quick" in text), None)
-    slowest = max(rows, key=lambda row: row["ratio"]["median"])
-    if best is not None and len(rows) > 1:
-        best = slowest["verdict"] if "as quick" in slowest["verdict"] else best
-    if best is not None and best.startswith(subject):
-        best = best.removesuffix("as quick") + f"as quick as {_named(rows, best)}"
-    figure, axes = new_figure(best or f"No difference is shown ({said[0]})")
+    hardest = min(rows, key=lambda row: row["ratio"]["median"])  # the peer that is hardest to beat
+    title = f"No difference to {hardest['name']} is shown ({hardest['verdict']})"
+    if "as quick" in hardest["verdict"]:
+        slower = hardest["name"] if hardest["verdict"].startswith(subject) else subject
+        title = f"{hardest['verdict']} as {slower}"
+    figure, axes = new_figure(title)
     names = [subject, *(row["name"] for row in rows)]
     medians = [1.0, *(row["ratio"]["median"] for row in rows)]
     low = [0.0, *(row["ratio"]["median"] - row["ratio"]["p5"] for row in rows)]
@@ -73,10 +71,6 @@ def ratio_figure(report: dict[str, Any]) -> Figure | None:
     axes.set_xlabel(f"time ÷ that of {subject} (median, 5–95 % of the rounds)")
     subtitle(axes, report, f"{key['model']} {key['what']}, images: {key['images']}")
     return figure
-
-
-def _named(rows: list[Row], verdict: str) -> str:
-    return next(row["name"] for row in rows if row["verdict"] == verdict)
 
 
 def latency_figure(report: dict[str, Any]) -> Figure | None:

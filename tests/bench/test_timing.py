@@ -175,3 +175,19 @@ def test_a_dtype_that_the_device_lacks_is_named(monkeypatch: pytest.MonkeyPatch)
     found = measure_ceilings(torch.device("cpu"), size=8, copy_mib=1, dtypes=(ceilings.FP8,))
     assert found.missing == {"fp8": "no kernel for fp8"} and found.matmul_tflop_s == {}
     assert found.copy_gb_s > 0
+
+
+def test_what_is_told_is_the_median_and_no_mean() -> None:
+    """One call in five takes ten times as long, as where another program has had its turn."""
+    clock = Clock()
+    work = clock.work(0.010, 0.010, 0.010, 0.010, 0.100)
+    times = interleave({"a": work}, 10, warmup=0, clock=clock)
+    assert times.spread("a").median == times.ms("a").median == pytest.approx(10.0)  # mean: 28
+    assert times.ratio("a", "a").median == 1.0
+    skewed = Interleaved({"a": [1.0, 2.0, 30.0], "b": [1.0, 1.0, 1.0]})
+    assert skewed.ratio_spread("a", "b").median == 2.0
+    visits = interleave_visits(
+        {"a": clock.work(0.010, 0.010, 0.010, 0.010, 0.100)}, 3, visit_ms=200.0, pause_s=0,
+        clock=clock,
+    )  # fmt: skip
+    assert visits.samples_ms["a"] == pytest.approx([10.0] * 3)

@@ -39,7 +39,7 @@ CAPTIONS = {
     "latency-gflops": "Each point is the time of one forward at the multiply-adds of its model.",
     "throughput-images": "How many images a second are computed, by how many are computed at once.",
     "roofline": "What was reached stands below what the machine can do at most.",
-    "distance-gflops": "Each point is a trained model's distance to real images at its multiply-adds.",
+    "distance-gflops": "Each point is a model's distance to real images at its multiply-adds.",
 }
 
 

@@ -35,7 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if not arguments.list_labels and arguments.output != STDOUT:
         output_is_a_file()
-    return run_command(lambda: generate(arguments), arguments.quiet)
+    if arguments.like is None:
+        return run_command(lambda: generate(arguments), arguments.quiet)
+    return run_command(lambda: generate(like(arguments.like, argv)), arguments.quiet)
+
+
+def like(path: Path, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments with what an image tells in place of the defaults."""
+    from dit_engine.cli.like import recorded_options
+
+    parser, options = build_parser(), recorded_options(path)
+    parser.set_defaults(**options)
+    arguments = parser.parse_args(argv)
+    if arguments.seed is not None and arguments.seeds is options.get("seeds"):
+        arguments.seeds = None
+    if arguments.all_labels:
+        arguments.labels = None
+    return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,6 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add_loading_arguments(parser)
     add("--check-finite", action="store_true", help="look for NaN in every weight")
+    add("--like", type=Path, metavar="PNG",
+        help="make an image or a sheet of dit-generate again; other options replace what it "
+        "tells (its model is loaded from where it was)")  # fmt: skip
     add("--labels", nargs="+", metavar="LABEL", help="class names or numbers, one image each")
     add("--all-labels", action="store_true", help="every class of the model")
     add("--repeat", type=int, default=1, metavar="COUNT", help="images of each label, in turn")
@@ -67,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-batch-size", type=int, default=32, help="more images are made in several batches")
     add("--threads", type=int, help="of the CPU; torch's own choice unless given")
     add("--quiet", action="store_true", help="no progress bar, no notes, nothing but errors")
+    parser.set_defaults(bare=False)
     return parser
 
 
@@ -112,7 +132,10 @@ def generate(arguments: argparse.Namespace) -> int:
             made, notes = make_series(bar, labels, options, arguments)
         else:
             result = bar.generate(labels, **options)
-            save(result, arguments.output, arguments.columns)
+            if arguments.bare and len(result) == 1 and arguments.output.suffix.lower() == ".png":
+                result.save(arguments.output)
+            else:
+                save(result, arguments.output, arguments.columns)
             made, notes = len(result), ""
     seconds = time.perf_counter() - began
     if not quiet:

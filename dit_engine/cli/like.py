@@ -1,0 +1,56 @@
+"""Options of dit-generate as a PNG tells them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_SAME = ("model", "vae", "numerics", "sampler", "steps", "spacing", "eta", "guidance_channels",
+         "guidance_interval", "noise", "precision", "backend")  # fmt: skip
+_TOLD = ("version", "diffusion", "label", "labels", "label_name", "label_names", "seed", "seeds",
+         "index", "guidance_scale")  # fmt: skip
+
+
+def recorded_options(path: Path) -> dict[str, Any]:
+    """Defaults for the parser that make the image or the sheet ``path`` again.
+
+    Raises ValueError or OSError, one line with the path, for a file that does not tell them, or
+    that tells what is unknown here.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            record = json.loads(image.info["dit_engine"])
+    except OSError as error:
+        raise OSError(f"{path} cannot be read as an image: {error}") from None
+    except Exception:  # of a damaged file almost anything; no settings; no JSON
+        raise ValueError(f"{path} holds no settings of dit-generate") from None
+    if not isinstance(record, dict) or not {"model", "noise"} <= record.keys():
+        raise ValueError(f"{path} holds no settings of dit-generate")
+    for name in record:
+        if name.endswith("_sha256"):
+            given = name.removesuffix("_sha256")
+            raise ValueError(f"{path} was made from given {given}, which it does not hold")
+        if name not in (*_SAME, *_TOLD):
+            raise ValueError(f"{path} was made with {name[:80]!r}, which is unknown here")
+    for name in ("model", "vae", "numerics", "sampler", "spacing", "noise", "precision", "backend"):
+        if not isinstance(record.get(name, ""), str):
+            raise ValueError(f"{path}: {name} is no text")
+    if not isinstance(record.get("guidance_interval"), list | type(None)):
+        raise ValueError(f"{path}: guidance_interval is no pair")
+    if "://" in record.get("backend", ""):
+        record["backend"] = "auto"  # no file says which server is asked
+    options = {name: record[name] for name in _SAME if name in record}
+    scale, seed = record.get("guidance_scale"), record.get("seed")
+    seeds = record.get("seeds", None if seed is None else [seed])
+    options["guidance_scale"] = scale if isinstance(scale, list) else [scale]
+    if record["noise"] == "official":
+        options["seed"] = seeds[0] if isinstance(seeds, list) and seeds else None
+    else:
+        options["seeds"] = seeds
+    options["labels"] = record.get("labels", [record.get("label")])
+    if not isinstance(options["labels"], list) or not options["labels"]:
+        raise ValueError(f"{path}: labels is no list")
+    return options | {"bare": "label" in record and len(options["labels"]) == 1}

@@ -1,0 +1,56 @@
+"""dit-generate --like: an image tells how to make it again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from dit_engine.cli.generate import main
+
+
+@pytest.mark.parametrize("noise", ["per-image", "official"])
+def test_images_and_sheets_are_made_again(model: Path, tmp_path: Path, noise: str) -> None:
+    options = ["--model", str(model), "--labels", "cat", "7", "--seed", "5", "--steps", "3",
+               "--guidance-scale", "2", "1.5", "--sampler", "ddim", "--eta", "0.5",
+               "--noise", noise]  # fmt: skip
+    assert main([*options, "-o", str(tmp_path / "out")]) == 0
+    assert main([*options, "-o", str(tmp_path / "sheet.png")]) == 0
+    assert main(["--like", str(tmp_path / "sheet.png"), "-o", str(tmp_path / "again.png")]) == 0
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "sheet.png").read_bytes()
+    first = min((tmp_path / "out").iterdir())
+    assert main(["--like", str(first), "-o", str(tmp_path / "one.png")]) == 0
+    expected = first if noise == "per-image" else tmp_path / "sheet.png"  # a batch as a whole
+    assert (tmp_path / "one.png").read_bytes() == expected.read_bytes()
+    assert main(["--like", str(first), "-o", str(tmp_path / "six.png"), "--seed", "6"]) == 0
+    with Image.open(tmp_path / "six.png") as image:
+        assert json.loads(image.info["dit_engine"])["steps"] == 3
+        assert image.tobytes() != Image.open(tmp_path / "one.png").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "holds no settings"),
+        ("[" * 5000, "holds no settings"),
+        ("[1]", "holds no settings"),
+        ('{"model": "builtin", "noise": "per-image", "cfg": 1}', "with 'cfg', which is unknown"),
+        ('{"model": "builtin", "noise": "per-image", "latents_sha256": ""}', "from given latents"),
+        ('{"model": 3, "noise": "per-image"}', "model is no text"),
+        ('{"model": "builtin", "noise": "per-image", "labels": 3}', "labels is no list"),
+        ('{"model": "builtin", "noise": "", "guidance_interval": 3}', "guidance_interval is no"),
+    ],
+)
+def test_what_tells_nothing_is_refused(
+    text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = PngInfo()
+    if text is not None:
+        info.add_text("dit_engine", text)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=info)
+    assert main(["--like", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1

@@ -60,7 +60,7 @@ def resident_bytes(status: str | None = None) -> dict[str, int]:
 
     Raises OSError where the system has no /proc (Linux has).
     """
-    text = Path("/proc/self/status").read_text() if status is None else status
+    text = Path("/proc/self/status").read_text(encoding="utf-8") if status is None else status
     kib = {
         key: int(value.split()[0])
         for key, _, value in (line.partition(":") for line in text.splitlines())

@@ -90,7 +90,9 @@ def measure(
     size = _input_size(made)
     network_of_features = load_lite0()
     halves: Halves | None = None
-    rows: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.is_file() else []
+    rows: list[dict[str, Any]] = (
+        json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
+    )
     done = {(row["network"], row["steps"], row["n"]) for row in rows}
     decode = LatentDecoder(vae, torch.device("cpu"))
     for name, make in made.items():

@@ -47,7 +47,7 @@ class ProgressLine:
 def add_row(path: Path, row: dict[str, float]) -> None:
     """Append to a .csv file; the first row writes the names above it."""
     new = not path.exists()
-    with path.open("a", newline="") as file:
+    with path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, row.keys())
         if new:
             writer.writeheader()
@@ -58,7 +58,7 @@ def drop_rows_after(path: Path, step: int) -> None:
     """Forget what was logged after the checkpoint: those steps will be taken again."""
     if not path.exists():
         return
-    header, *rows = path.read_text().splitlines()
+    header, *rows = path.read_text(encoding="utf-8").splitlines()
     kept = [row for row in rows if int(float(row.split(",")[0])) <= step]
     with atomic_path(path) as partial:
         partial.write_text("\n".join([header, *kept]) + "\n")
@@ -73,7 +73,7 @@ def plot_losses(log: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    with log.open(newline="") as file:
+    with log.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows:
         return

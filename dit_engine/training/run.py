@@ -178,7 +178,7 @@ def _check_same(settings: TrainSettings, data: ImageSet, path: Path) -> None:
         with atomic_path(path) as partial:
             partial.write_text(text)
         return
-    before = json.loads(path.read_text())
+    before = json.loads(path.read_text(encoding="utf-8"))
     for name, value in json.loads(text).items():
         if before.get(name) != value:
             raise ValueError(

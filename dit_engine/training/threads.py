@@ -31,7 +31,7 @@ class Sample:
         """Of the processors that this program may use; None where the system does not tell."""
         try:
             usable = os.sched_getaffinity(0)
-            busy = busy_seconds(Path("/proc/stat").read_text(), usable)
+            busy = busy_seconds(Path("/proc/stat").read_text(encoding="utf-8"), usable)
         except (AttributeError, OSError, ValueError):
             return None
         return cls(time.monotonic(), busy, time.process_time())
@@ -124,6 +124,6 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError:
         return ""

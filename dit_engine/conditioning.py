@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -121,4 +122,9 @@ class ModulationTable:
             t = self._t[first : first + self.chunk]
             self._table = self.conditioning.rows(t, self.labels, self.by_label)
             self._first = first
+        if out is not None and out.device.type == "cpu":
+            # By one thread: torch would wait for others at every step. (numpy has no bfloat16.)
+            table, into = (v.view(torch.int16).numpy() for v in (self._table[k - first], out))
+            np.take(table, self.index[:rows].numpy(), axis=0, out=into, mode="clip")
+            return out
         return torch.index_select(self._table[k - first], 0, self.index[:rows], out=out)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -74,8 +76,11 @@ def limited_threads(threads: int | None) -> Iterator[None]:
     """So many CPU threads for this block, and what was set before after it; None changes nothing.
 
     It is the setting of the calling thread, which torch's OpenMP regions and the native kernels
-    go by; other threads keep theirs, and those to come get the process's default as before.
+    go by; other threads keep theirs, and those to come get the process's default as before. In a
+    forked child it is one thread whatever is asked for, see `survive_forks`.
     """
+    if _process.forked:
+        threads = 1
     before = torch.get_num_threads()
     if threads is None or threads == before:
         yield
@@ -87,7 +92,28 @@ def limited_threads(threads: int | None) -> Iterator[None]:
         _set_for_this_thread(before)
 
 
-_setting = threading.Lock()
+class _Process:
+    """What a fork changes."""
+
+    forked = False
+    setting = threading.Lock()
+
+    def in_child(self) -> None:
+        self.forked, self.setting = True, threading.Lock()  # a thread of the parent may hold it
+        torch.set_num_threads(1)
+
+
+_process = _Process()
+
+
+@functools.cache
+def survive_forks() -> None:
+    """From now on, a child of a fork computes on one thread.
+
+    OpenMP's threads are not in the child, and its torch would wait for them for ever.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_process.in_child)
 
 
 def _set_for_this_thread(threads: int) -> None:
@@ -98,7 +124,7 @@ def _set_for_this_thread(threads: int) -> None:
         with ThreadPoolExecutor(1) as fresh:
             return fresh.submit(function, *arguments).result()
 
-    with _setting:
+    with _process.setting:
         default = run(torch.get_num_threads)
         torch.set_num_threads(threads)
         if default != threads:

@@ -17,7 +17,7 @@ from dit_engine.arguments import positive, shown
 from dit_engine.backends import Backend, create_backend, resolve_backend
 from dit_engine.checkpoint import build_model, build_vae, load_checkpoint
 from dit_engine.config import NO_NULL_CLASS
-from dit_engine.device import limited_threads, neutral, parse_device
+from dit_engine.device import limited_threads, neutral, parse_device, survive_forks
 from dit_engine.finite import check_latents, check_pixels
 from dit_engine.fused_sampling import (
     FusedDenoiser,
@@ -85,6 +85,7 @@ class Engine:
         self._decode = None if self.vae is None else LatentDecoder(self.vae, self.device)
         self._backends: dict[tuple[str, str], Backend] = {}
         self._lock = threading.Lock()
+        survive_forks()
 
     def __getstate__(self) -> dict[str, Any]:
         made_again = ("_decode", "_backends", "_lock")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_engine.model import NORM_EPS, Block, DiT
-from dit_kernels import PackedLinear, QuantizedLinear
+from dit_kernels import PackedLinear, QuantizedLinear, native
 from dit_kernels.checks import HEAD_DIM_LIMIT
 from dit_kernels.choose import implementation, launcher
 from dit_kernels.quantized import Codes, quantizer
@@ -76,8 +76,13 @@ class LeanTransformer:
         assert embed.bias is not None
         # The input is narrow (p·p·C): in float32 it costs nothing and rounds nothing.
         weight = embed.weight.flatten(1).to(device, torch.float32)  # (D, C·p·p)
-        self.patches = PackedLinear(weight, embed.bias.to(device, torch.float32))
+        bias = embed.bias.to(device, torch.float32)
         self.positions = model.pos_embed.to(device, torch.float32, copy=True)  # (1, T, D)
+        self.native_patches = self.patches = None
+        if device.type == "cpu" and native.available():
+            self.native_patches = weight.t().contiguous(), bias.clone()
+        else:
+            self.patches = PackedLinear(weight, bias)
         final = model.final_layer.linear
         self.final = PackedLinear(final.weight.to(device, dtype), final.bias.to(device, dtype))
         self.rows_are_independent = self.final.rows_are_independent
@@ -92,16 +97,18 @@ class LeanTransformer:
             for product in (block.qkv, block.proj, block.fc1, block.fc2)
         )
 
-    def embed(self, z: Tensor, out: Tensor, scratch: Tensor | None = None) -> None:
-        """Latents z (M, C, S, S) → tokens (M, T, D) in ``out``.
-
-        scratch: float32 (M, T, D) to work in.
-        """
+    def embed(self, z: Tensor, out: Tensor) -> None:
+        """Latents z (M, C, S, S) → tokens (M, T, D) in ``out``."""
         m, c, s, _ = z.shape
         p = self.config.patch_size
+        if self.native_patches is not None:
+            z = z.float().contiguous()
+            native.embed(z, *self.native_patches, self.positions[0], p, out=out)
+            return
+        assert self.patches is not None
         patches = z.view(m, c, s // p, p, s // p, p).permute(0, 2, 4, 1, 3, 5)
         patches = patches.reshape(m, -1, c * p * p).float()  # (M, T, C·p·p)
-        out.copy_(self.patches(patches, out=scratch).add_(self.positions))
+        out.copy_(self.patches(patches).add_(self.positions))
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """Tokens x (M, T, D), overwritten, and modulations (M, 6·D·depth + 2·D) → the final

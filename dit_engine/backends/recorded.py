@@ -38,14 +38,11 @@ class RecordedForwards:
     def __call__(self, x: Tensor, table: ModulationTable, step: int, rows: int) -> Tensor:
         """Latents x (M or a half of M, C, S, S) → the final layer's tokens (M, T, p·p·C_out), M
         being ``rows``. Where x holds half as many, both halves start from it."""
-        transformer, config = self.transformer, self.transformer.config
+        transformer = self.transformer
         tokens, narrow, attended = self._narrow[:, :rows]
         modulation = table.step(step, rows, out=self._modulation[:rows])
-        n = len(x)
-        scratch = self._wide.view(torch.float32)[: n * config.num_tokens * config.hidden_size]
-        transformer.embed(x, tokens[:n], scratch.view(tokens[:n].shape))
-        if n < rows:
-            tokens[n:] = tokens[:n]
+        for half in tokens.split(max(len(x), 1)):
+            transformer.embed(x, half)
         recording = self._recordings.get(rows)
         if recording is not None:
             recording.replay()

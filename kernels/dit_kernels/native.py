@@ -314,6 +314,36 @@ def guided_step(
     return z_next, x0
 
 
+def embed(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    positions: Tensor,
+    patch_size: int,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Latents z (N, C, S, S) → tokens (N, T, D): their patches · weight + bias + positions.
+
+    z, weight (C·p·p, D), bias (D,) and positions (T, D) are float32; out may have any dtype.
+    """
+    if z.ndim != 4 or z.shape[2] != z.shape[3] or patch_size < 1 or z.shape[2] % patch_size:
+        raise ValueError(
+            f"z has shape {tuple(z.shape)}; (N, C, S, S) in patches of {patch_size} is needed"
+        )
+    n, c, s, _ = z.shape
+    d, tokens = len(bias), (s // patch_size) ** 2
+    shapes = {"weight": (c * patch_size**2, d), "bias": (d,), "positions": (tokens, d)}
+    check_exactly("z", z, z.shape, torch.float32)
+    for (name, shape), tensor in zip(shapes.items(), (weight, bias, positions), strict=True):
+        check_exactly(name, tensor, shape, torch.float32)
+    dtype = torch.float32 if out is None else out.dtype
+    out = result("out", out, (n, tokens, d), dtype)
+    pointers = [v.data_ptr() for v in (z, weight, bias, positions, out)]
+    call("dit_embed", *pointers, n, c, s, patch_size, d, DTYPES[dtype])
+    return out
+
+
 def attention(qkv: Tensor, num_heads: int, *, out: Tensor | None = None) -> Tensor:
     """qkv (N, T, 3·H·d) → (N, T, H·d), d a multiple of 8 up to 128."""
     n, t, width = check_tokens(qkv, "qkv")

@@ -6,8 +6,8 @@
 // `DIT_API result name(type name, …);` with const void*, float*, int64_t, int or float.
 //
 // Functions that return int return 0 or a negative Error, unless said otherwise. Sizes and strides
-// are int64_t, in elements; `threads`, the last argument, is the number of OpenMP threads. Data
-// pointers need the alignment of their elements. Each definition says what the shapes are.
+// are int64_t, in elements; `threads`, the last argument, is how many may work, the calling one among
+// them. Data pointers need the alignment of their elements. Each definition says what the shapes are.
 
 #pragma once
 
@@ -89,6 +89,9 @@ DIT_API int dit_guided_step(const void* tokens, const float* z, const float* x0_
                             const float* coefficients, float* z_next, float* x0, int64_t m,
                             int64_t n, int64_t c, int64_t c_out, int64_t s, int64_t p,
                             int64_t guided_channels, int dtype, int threads);
+DIT_API int dit_embed(const float* z, const float* weight, const float* bias,
+                      const float* positions, void* out, int64_t n, int64_t c, int64_t s,
+                      int64_t p, int64_t d, int dtype, int threads);
 DIT_API int dit_attention(const void* qkv, void* out, int64_t n, int64_t t, int64_t heads,
                           int64_t d, int dtype, int threads);
 
@@ -100,4 +103,6 @@ DIT_API int dit_linear(const void* x, const void* packed, const float* bias, voi
 DIT_API int dit_linear_int8(const void* codes, const float* row_scale, const void* packed,
                             const float* col_scale, const float* bias, void* out, int64_t rows,
                             int64_t k, int64_t m, int out_dtype, int has_gelu, int threads);
+
+DIT_API int dit_replay(const void* words, int64_t calls, int threads);
 }

@@ -1,18 +1,23 @@
 """Calls of the native library, recorded once and made again: to the CPU what a graph is to CUDA.
 
 A call of a native operator from Python costs some ten microseconds of checks and allocations, a
-small model's step makes sixty of them, and computes for a few milliseconds. Made again, a call
-costs one or two.
+small model's step makes sixty of them, and computes for a few milliseconds. Made again, they follow
+each other with nothing between them, so that the threads which wait for the next need not sleep.
 """
 
 from __future__ import annotations
 
+import ctypes
+import struct
 import threading
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
+
+from dit_kernels.native_library import load, prototypes
 
 _thread = threading.local()
 
@@ -24,24 +29,33 @@ class Recording:
     """
 
     def __init__(self) -> None:
-        self._calls: list[tuple[Callable[..., int], tuple[Any, ...]]] = []
+        self._calls = 0
+        self._words = array("Q")  # of dit_replay
 
     def __len__(self) -> int:
-        return len(self._calls)
+        return self._calls
 
     def add(self, function: Callable[..., int], arguments: tuple[Any, ...]) -> None:
-        self._calls.append((function, arguments))
+        kinds = prototypes()[function.__name__][1]
+        self._words.append(ctypes.cast(cast(Any, function), ctypes.c_void_p).value or 0)
+        for kind, value in zip(kinds, arguments, strict=False):  # the threads come with `replay`
+            if kind == "f":
+                self._words.append(int.from_bytes(struct.pack("<f", value), "little"))
+            else:
+                self._words.append((value or 0) % 2**64)
+        self._calls += 1
 
     def replay(self) -> None:
         """Make the calls again, on ``torch.get_num_threads()`` threads.
 
         Raises MemoryError where there is no memory for an operator's scratch.
         """
-        threads = torch.get_num_threads()
-        for function, arguments in self._calls:
-            # Arguments that were taken once are taken again: what may be missing is memory.
-            if function(*arguments, threads) != 0:
-                raise MemoryError("a native operator found no memory")
+        library = load()[0]
+        assert library is not None  # it made the calls
+        address, _ = self._words.buffer_info()
+        # Arguments that were taken once are taken again: what may be missing is memory.
+        if library.dit_replay(address, self._calls, torch.get_num_threads()) != 0:
+            raise MemoryError("a native operator found no memory")
 
 
 @contextmanager

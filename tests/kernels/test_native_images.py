@@ -128,3 +128,42 @@ def test_guided_step_without_a_deviation_leaves_the_noise_out(isa: str) -> None:
 def test_guided_step_of_nothing(isa: str) -> None:
     z, x0 = native.guided_step(*step_inputs(0, 0, 4, 8, 8, 2, torch.float32), 3, 2)
     assert z.shape == x0.shape == (0, 4, 8, 8)
+
+
+@needs_library
+def test_rows_of_scale_1_have_the_bits_of_rows_without_guidance(isa: str) -> None:
+    """without + 1 · (with − without) would round, and make NaN of a half that is not finite."""
+    g = torch.Generator().manual_seed(0)
+    n, c, s, p = 2, 4, 8, 2
+    tokens = torch.randn(2 * n, (s // p) ** 2, p * p * c, generator=g)
+    tokens[n + 1] *= 1e4  # where the rounding shows
+    tokens[n + 1, 0] = float("inf")
+    z, before, noise = torch.randn(3, n, c, s, s, generator=g)
+    coefficients = torch.randn(9, generator=g)
+    scales = torch.tensor([4.0, 1.0])
+    guided = native.guided_step(tokens, z, before, noise, scales, coefficients, c, p)
+    alone = native.guided_step(
+        tokens[:n].contiguous(), z, before, noise, scales, coefficients, c, p
+    )
+    for with_guidance, without in zip(guided, alone, strict=True):
+        assert torch.equal(with_guidance[1], without[1])
+        assert not torch.equal(with_guidance[0], without[0])
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("p", "c", "s", "d"), [(2, 4, 16, 384), (4, 3, 12, 36), (8, 4, 16, 1152)])
+def test_embed(isa: str, threads: int, dtype: torch.dtype, p: int, c: int, s: int, d: int) -> None:
+    g = torch.Generator().manual_seed(p)
+    z = torch.randn(3, c, s, s, generator=g)
+    kernel, bias = torch.randn(d, c, p, p, generator=g), torch.randn(d, generator=g)
+    positions = torch.randn((s // p) ** 2, d, generator=g)
+    weight = kernel.flatten(1).t().contiguous()
+    wide = F.conv2d(z.double(), kernel.double(), bias.double(), stride=p)
+    exact = wide.flatten(2).transpose(1, 2) + positions
+    out = torch.empty(exact.shape, dtype=dtype)
+    assert native.embed(z, weight, bias, positions, p, out=out) is out
+    step = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    assert ((out.double() - exact).abs() <= step * exact.abs() + 1e-4).all()
+    with pytest.raises(ValueError, match="positions has shape"):
+        native.embed(z, weight, bias, positions[1:], p)

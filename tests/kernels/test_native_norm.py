@@ -171,3 +171,19 @@ def test_empty(isa: str, dtype: torch.dtype) -> None:
         assert native.gate_residual(x, y, m["gate"]).shape == (n, t, 32)
         codes, scales = native.layernorm_modulate_quantize(x, **modulation, eps=EPS)
         assert (codes.shape, scales.shape) == ((n, t, 32), (n, t))
+
+
+@needs_library
+@pytest.mark.parametrize("eps", [1e-6, 1e-3, 1.0])
+def test_eps_is_the_one_that_is_given(isa: str, eps: float) -> None:
+    """Rows of little variance: mean 0 and 1/16² by construction, so that eps decides."""
+    x = (torch.tensor([1.0, -1.0]).repeat(24) / 16).expand(1, 3, 48).contiguous()
+    zero = torch.zeros(1, 48)
+    expected = x.double() / (1 / 256 + eps) ** 0.5
+    normed = native.layernorm_modulate(x, zero, zero, eps)
+    torch.testing.assert_close(normed.double(), expected, rtol=1e-6, atol=0)
+    _, normed = native.gate_residual_layernorm_modulate(x, x, zero, zero, zero, eps)
+    torch.testing.assert_close(normed.double(), expected, rtol=1e-6, atol=0)
+    codes, scales = native.layernorm_modulate_quantize(x, zero, zero, eps)
+    near = codes.double() * scales.double().unsqueeze(-1)
+    torch.testing.assert_close(near, expected, rtol=1e-5, atol=0)  # the greatest: code ±127

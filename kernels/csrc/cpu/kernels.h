@@ -66,6 +66,15 @@ struct GuidedStepArgs {
     bool guided, learned;
 };
 
+struct EmbedArgs {
+    const float* z;          // (N, C, S, S)
+    const float* weight;     // (C·p·p, D)
+    const float* bias;       // (D,)
+    const float* positions;  // (T, D)
+    void* out;               // (N, T, D)
+    int64_t c, s, p, d;
+};
+
 constexpr int dtypes = 3;
 
 // Functions of [begin, end) do those rows. Arrays are indexed by Dtype.
@@ -86,6 +95,8 @@ struct Kernels {
                               const float* mean, const float* factor, const float* bias, bool silu);
     // Rows of pixels of all images: [0, N·S).
     void (*guided_step[dtypes])(const GuidedStepArgs&, int64_t begin, int64_t end);
+    // Tokens of all images: [0, N·T). patch: c·p·p floats
+    void (*embed[dtypes])(const EmbedArgs&, int64_t begin, int64_t end, float* patch);
     void (*to_float[dtypes])(const void* x, float* out, int64_t count);
 };
 

@@ -6,6 +6,7 @@
 #include "vector_math.h"
 
 #include "elementwise_kernels.h"
+#include "embed_kernels.h"
 #include "groupnorm_kernels.h"
 #include "guided_step_kernels.h"
 #include "norm_kernels.h"
@@ -28,6 +29,7 @@ constexpr Kernels make_kernels() {
         {moments<float>, moments<Bf16>, moments<F16>},
         {normalize<float>, normalize<Bf16>, normalize<F16>},
         {guided_step<float>, guided_step<Bf16>, guided_step<F16>},
+        {embed<float>, embed<Bf16>, embed<F16>},
         {to_float<float>, to_float<Bf16>, to_float<F16>},
     };
 }

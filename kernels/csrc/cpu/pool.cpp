@@ -9,6 +9,7 @@
 #include <immintrin.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -20,7 +21,7 @@ constexpr int most_members = 256;
 
 // How long to stay awake: for the next operator of a step, and for the last pieces of a call. Where
 // another program has a helper's core, a caller that sleeps gives it this one.
-constexpr int64_t helper_spins_ns = 20'000, caller_spins_ns = 30'000;
+constexpr int64_t helper_spins_ns = 5'000, caller_spins_ns = 30'000;
 
 // Two 32-bit words that the system lets threads sleep on; this bit says that one does.
 using Word = std::atomic<uint32_t>;
@@ -56,6 +57,7 @@ struct alignas(64) Helper {
     Team* team;
     int member;
     pthread_t thread;
+    cpu_set_t allowed, given;  // processors: by the system, and less the caller's
 };
 
 // A member's part of a job's pieces, as far as nobody has claimed them: job << 32 | first << 16 |
@@ -76,6 +78,7 @@ struct Team {
     std::atomic<bool> ends{false};
 
     uint32_t job = 0;
+    int avoided = -1;  // the processor that helpers stay away from
     int helpers = 0, possible = most_members - 1;
     std::unique_ptr<Helper> helper[most_members - 1];
     alignas(64) Word left{0};  // pieces that are not done
@@ -85,6 +88,7 @@ struct Team {
     void run(int64_t pieces, int threads, Work todo, const void* with);
     void take_part(int member, uint32_t number, int count);
     void call(Helper& one);
+    void avoid(int processor);
     bool start();
     static void* help(void* self);
 };
@@ -123,6 +127,7 @@ void Team::run(int64_t pieces, int threads, Work todo, const void* with) {
         if (!start()) possible = helpers;  // what the system allows: no more attempts
     }
     const int count = helpers + 1 < threads ? helpers + 1 : threads;
+    if (const int here = sched_getcpu(); here != avoided) avoid(here);
     job = (job + 1) & ~asleep;
     work.store(todo, std::memory_order_relaxed);
     context.store(with, std::memory_order_relaxed);
@@ -205,6 +210,24 @@ void* Team::help(void* argument) {
     }
 }
 
+// Lets no helper run where the caller does. Where all processors are taken, the system may put a
+// helper that wakes up there, and let the caller wait for it.
+void Team::avoid(int processor) {
+    avoided = processor;
+    for (int i = 0; i < helpers; ++i) {
+        Helper& one = *helper[i];
+        cpu_set_t now;
+        if (pthread_getaffinity_np(one.thread, sizeof now, &now) != 0) continue;
+        if (!CPU_EQUAL(&now, &one.given)) one.allowed = now;  // someone else has chosen
+        one.given = one.allowed;
+        if (processor >= 0 && processor < CPU_SETSIZE) CPU_CLR(processor, &one.given);
+        if (CPU_COUNT(&one.given) == 0) one.given = one.allowed;
+        if (!CPU_EQUAL(&now, &one.given)) {
+            pthread_setaffinity_np(one.thread, sizeof one.given, &one.given);
+        }
+    }
+}
+
 // One more helper, if the system allows it.
 bool Team::start() {
     std::unique_ptr<Helper> one(new (std::nothrow) Helper);
@@ -218,8 +241,12 @@ bool Team::start() {
     pthread_sigmask(SIG_SETMASK, &others, &before);
     const bool started = pthread_create(&one->thread, nullptr, help, one.get()) == 0;
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    if (started) helper[helpers++] = std::move(one);
-    return started;
+    if (!started) return false;
+    if (pthread_getaffinity_np(one->thread, sizeof one->given, &one->given)) CPU_ZERO(&one->given);
+    one->allowed = one->given;
+    helper[helpers++] = std::move(one);
+    avoided = -1;
+    return true;
 }
 
 // With its thread, which has no job under way.

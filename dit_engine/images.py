@@ -29,6 +29,7 @@ BACKGROUND = "white"  # behind what is transparent
 
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 _ORIENTATION = 0x0112  # the EXIF tag
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 
 # What an entry of a folder is, beside the kinds that are left out.
 _PICTURE, _FOLDER = "picture", "folder"
@@ -69,13 +70,15 @@ def open_image(path: Path) -> Iterator[Image]:
 def read_rgb(path: Path) -> Image:
     """A picture as a viewer shows it, in mode RGB.
 
-    It is turned by its EXIF orientation, 16 bits are scaled to 8, and what is transparent lies on
-    `BACKGROUND`. Colour profiles are not applied.
+    It is turned by its EXIF orientation, 12 and 16 bits are scaled to 8, and what is transparent
+    lies on `BACKGROUND`. Colour profiles are not applied.
 
-    Raises ValueError for what `open_image` refuses, and for pixels without a known range: 32-bit
-    integers and floating point.
+    Raises ValueError for what `open_image` refuses, for pixels without a known range (signed or
+    32-bit integers, floating point), and for a transparent colour of 16 bits, of which Pillow keeps
+    8.
     """
     with open_image(path) as image:
+        _scale_transparent(image)
         image.load()  # of a TIFF, Pillow turns the pixels then
         return _upright(_on_background(image), _orientation(image))
 
@@ -170,8 +173,11 @@ def _on_background(image: Image) -> Image:
 
     if image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return _eight_bits(image)
-    if image.mode in ("I", "F"):
-        raise Unreadable(f"mode {image.mode}: 32-bit pixels have no known range; save 8 or 16 bits")
+    if image.mode in ("I", "F") or 2 in _tag(image, _SAMPLE_FORMAT, 1):
+        raise Unreadable(
+            f"mode {image.mode}: signed, 32-bit and floating-point pixels have no known range; "
+            "save 8 or 16 bits"
+        )
     if image.mode == "LAB":
         to_rgb = ImageCms.buildTransform(
             ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"
@@ -187,12 +193,40 @@ def _on_background(image: Image) -> Image:
     return image.convert("RGB")
 
 
+def _tag(image: Image, tag: int, default: int) -> tuple[int, ...]:
+    """The numbers of a TIFF's tag; the default of all other files."""
+    value = getattr(image, "tag_v2", {}).get(tag, default)
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _scale_transparent(image: Image) -> None:
+    """Pillow scales a PNG's grey of 2 and 4 bits to 8, but not the grey that is transparent.
+
+    To be called before the pixels are read: what they are in the file is not known afterwards.
+    """
+    clear = image.info.get("transparency")
+    if image.format != "PNG" or clear is None:
+        return
+    tiles = getattr(image, "tile", None)
+    stored = tiles[0].args if tiles else None
+    if stored == "RGB;16B":
+        raise Unreadable("a transparent colour of 16 bits is not supported; save an alpha channel")
+    if stored in ("L;2", "L;4"):
+        image.info["transparency"] = clear * (85 if stored == "L;2" else 17)
+
+
 def _eight_bits(image: Image) -> Image:
-    """Grey of 16 bits, rounded to 8; a value that means "transparent" becomes the background."""
+    """Grey of 12 or 16 bits, rounded to 8; a value that means "transparent" becomes the background.
+
+    Pillow gives it as it stands in the file, 12 bits up to 4095 and also where white is 0.
+    """
     from PIL import Image
 
+    most = 4095 if _tag(image, _BITS, 16) == (12,) else 65535
     values: NDArray[Any] = np.asarray(image).astype(np.uint32)
-    grey = ((values + 128) // 257).astype(np.uint8)
+    grey = ((values * 255 + most // 2) // most).astype(np.uint8)
+    if image.format == "TIFF" and _tag(image, _PHOTOMETRIC, 0) == (0,):
+        grey = 255 - grey
     rgb = Image.fromarray(grey).convert("RGB")
     if (clear := image.info.get("transparency")) is not None:
         rgb.paste(BACKGROUND, mask=Image.fromarray(values == clear))

@@ -94,7 +94,65 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, kind: str, mode: str) 
 def test_pixels_without_a_known_range_are_refused(tmp_path: Path, values: np.ndarray) -> None:
     kind = np.float32 if values.dtype.kind == "f" else np.int32
     path = saved(tmp_path / "x.tif", values.astype(kind).reshape(8, 8))
-    with pytest.raises(ValueError, match=r"x\.tif is no readable image \(mode [IF]: 32-bit pixels"):
+    with pytest.raises(
+        ValueError, match=r"x\.tif is no readable image \(mode [IF]: signed, 32-bit"
+    ):
+        read_rgb(path)
+
+
+def grey_tiff(path: Path, bits: int, white: int, data: bytes, signed: bool = False) -> Path:
+    """2×2, little-endian. white: 1 where the greatest value is white, 0 where 0 is."""
+    tags = [(256, 2), (257, 2), (258, bits), (262, white), (273, 8 + 2 + 96 + 4), (278, 2),
+            (279, len(data)), (339, 1 + signed)]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data)
+    return path
+
+
+@pytest.mark.parametrize("white", [0, 1])
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_grey_tiffs_of_every_depth_with_white_at_either_end(
+    tmp_path: Path, bits: int, white: int
+) -> None:
+    most = 2**bits - 1
+    values = [0, most, most // 3, most // 5]
+    data = struct.pack(f"<4{'B' if bits == 8 else 'H'}", *values)
+    if bits == 12:  # two values in three bytes, each row for itself
+        pairs = [(a << 12 | b).to_bytes(3, "big") for a, b in (values[:2], values[2:])]
+        data = b"".join(pairs)
+    path = grey_tiff(tmp_path / "x.tif", bits, white, data)
+    if (bits, white) == (12, 0):  # Pillow has no reader for it
+        with pytest.raises(ValueError, match=r"x\.tif is no readable image"):
+            read_rgb(path)
+        return
+    expected = [round(255 * v / most) if white else 255 - round(255 * v / most) for v in values]
+    assert np.asarray(read_rgb(path))[..., 0].reshape(-1).tolist() == expected
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_signed_pixels_are_refused(tmp_path: Path, bits: int) -> None:
+    path = grey_tiff(tmp_path / "x.tif", bits, 1, bytes(bits // 2), signed=True)
+    with pytest.raises(ValueError, match="signed, 32-bit and floating-point pixels have no known"):
+        read_rgb(path)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_transparent_grey_of_every_depth(tmp_path: Path, bits: int) -> None:
+    """Black is transparent, then the value 1; the other pixel stays as it is."""
+    for clear, other in ((0, 1), (1, 0)):
+        row = (clear << bits | other) << (8 - 2 * bits if bits < 8 else 0)
+        rows = 2 * (b"\0" + row.to_bytes(max(1, bits // 4), "big"))
+        path = tmp_path / "x.png"
+        path.write_bytes(png(2, bits, 0, rows, chunk(b"tRNS", struct.pack(">H", clear))))
+        shown = round(255 * other / (2**bits - 1))
+        assert np.asarray(read_rgb(path))[..., 0].tolist() == 2 * [[255, shown]]
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_refused(tmp_path: Path) -> None:
+    key = struct.pack(">3H", 1000, 2000, 3000)
+    path = tmp_path / "x.png"
+    path.write_bytes(png(1, 16, 2, b"\0" + key, chunk(b"tRNS", key)))
+    with pytest.raises(ValueError, match=r"x\.png is .* \(a transparent colour of 16 bits"):
         read_rgb(path)
 
 

@@ -4,7 +4,7 @@
 decoder with diffusers, OpenVINO and torch.compile on the same weights and inputs, prints a table
 and writes it as JSON. Every peer's result is compared with float32 eager first. Ratios mean
 something on an idle machine only: the load at the start is recorded. ``--profile`` tells where
-the lean forward's time goes instead.
+the lean forward's time goes instead, ``--busy 1`` what another program's work costs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from dit_bench import cpu_busy
 from dit_bench.cpu_report import WIDTH, environment, format_profile, format_table, slug
 from dit_bench.cpu_sections import (
     Log,
@@ -66,6 +67,13 @@ def plan(
         COMPILE_MODES[:1] if quick else COMPILE_MODES,
         others or OtherLoad(),
     )
+    if arguments.busy:
+        count = arguments.busy
+        return [
+            lambda name=name, batch=batch: cpu_busy.run_busy(name, batch, count, settings, log)
+            for name, batch in cpu_busy.WORKLOADS
+            if name in (arguments.only or ["S/2"] * quick or BATCHES)
+        ]
     if arguments.profile:
         models = arguments.only or ["S/2" if quick else "XL/2"]
         precisions = ["bf16"]
@@ -116,6 +124,7 @@ def format_report(report: dict[str, Any], short: bool = False) -> str:
     rows = [row for section in report["sections"] for row in section.get("rows", [])]
     lines = [format_table(rows, short)] if rows else []
     lines += [format_profile(section) for section in report["sections"] if "profile" in section]
+    lines += [cpu_busy.format_busy(section) for section in report["sections"] if "busy" in section]
     found = ", ".join(f"{name} {value or '(not installed)'}" for name, value in versions.items())
     threads, instructions = hardware["torch_threads"], " ".join(report["instruction_sets"])
     lines += ["", f"{hardware['cpu']}, {threads} threads, {instructions}; {found}"]
@@ -128,7 +137,7 @@ def destination(arguments: argparse.Namespace) -> Path | None:
     """Where the JSON goes: as asked, else among the results if the run was a whole one."""
     if arguments.json is not None:
         return arguments.json
-    whole = not (arguments.quick or arguments.only or arguments.profile)
+    whole = not (arguments.quick or arguments.only or arguments.profile or arguments.busy)
     return RESULTS / f"cpu-{slug(cpu_model())}.json" if whole and RESULTS.is_dir() else None
 
 
@@ -140,6 +149,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=_positive, default=torch.get_num_threads(), help="of every runtime")
     add("--only", nargs="+", choices=WORKLOADS, metavar="WORKLOAD", help=", ".join(WORKLOADS))
     add("--profile", action="store_true", help="where the lean forward's time goes, and no peers")
+    add("--busy", type=_positive, metavar="COUNT",
+        help="lean and peers beside COUNT programs that each keep a processor busy")  # fmt: skip
     add("--wide", action="store_true", help="all columns, wider than the terminal")
     add("--json", type=Path, help="write every figure here (whole runs: benchmarks/results)")
     return parser
@@ -150,9 +161,13 @@ def check(arguments: argparse.Namespace) -> None:
     count = os.cpu_count() or 1
     if arguments.threads > count:
         raise ValueError(f"threads {arguments.threads} is above the {count} of this machine")
+    if arguments.profile and arguments.busy:
+        raise ValueError("--profile and --busy: give one of the two")
     for name in arguments.only or ():
         if arguments.profile and name not in BATCHES:
             raise ValueError(f"--profile {name}: choose one of {', '.join(BATCHES)}")
+        if arguments.busy and name not in (allowed := dict(cpu_busy.WORKLOADS)):
+            raise ValueError(f"--busy {name}: choose one of {', '.join(allowed)}")
 
 
 def _positive(text: str) -> int:

@@ -47,7 +47,7 @@ def open_image(path: Path) -> Iterator[Image]:
     Everything that Pillow raises, here or in the block, becomes a ValueError of one line that
     names the file. Its warnings, which name none, are dropped.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     opened = False
     try:
@@ -62,6 +62,8 @@ def open_image(path: Path) -> Iterator[Image]:
     except MemoryError:
         raise MemoryError(f"{path} does not fit in memory") from None
     except Exception as error:  # damage can raise almost anything
+        if isinstance(error, UnidentifiedImageError):
+            _check_kind(path)
         damaged = opened and not isinstance(error, Unreadable)
         what = "is damaged" if damaged else "is no readable image"
         raise ValueError(f"{path} {what} ({_reason(error)})") from None
@@ -152,6 +154,14 @@ def tell_left_out(folder: Path, left_out: Counter[str]) -> None:
 def has_orientation(image: Image) -> bool:
     """Whether the file says that its pixels are to be turned. They are not read for it."""
     return "exif" in image.info and _orientation(image) != 1
+
+
+def _check_kind(path: Path) -> None:
+    """Raise a ValueError that says what a file is, if it is known to be no picture at all."""
+    from dit_engine.checkpoint.formats import check_format, format_of
+
+    if not (format_of(path) or "").endswith(" image"):
+        check_format(path, "an image")
 
 
 def _kind(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -359,3 +360,20 @@ def test_pixels_are_limited_whatever_pillow_is_told(
     monkeypatch.setattr(images, "MAX_PIXELS", SIDE * SIDE - 1)
     with pytest.raises(ValueError, match="8×8 pixels; 63 in all are allowed"):
         read_rgb(saved(tmp_path / "x.png"))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5123\n",
+         "a Git LFS pointer (to 5123 bytes), not an image; fetch"),
+        (b"<!DOCTYPE html><html>login</html>", "a web page, not an image; the server"),
+        (b"\x89PNG, but no more", "is no readable image"),
+    ],
+)  # fmt: skip
+def test_other_files_are_named_as_what_they_are(content: bytes, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(told)) as error:
+        read_rgb(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)

@@ -34,6 +34,15 @@ def image_record(result: Generation, i: int) -> dict[str, Any]:
     return record | {"label": result.labels[i], "seed": seed, "index": i}
 
 
+def record_in(image: Image.Image) -> dict[str, Any] | None:
+    """What a picture's file says of its making; None if it says nothing."""
+    try:
+        record = json.loads(image.info["dit_engine"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
 class Picture(Image.Image):
     """An image whose info tells, under "dit_engine", how to make it again; so does its PNG."""
 

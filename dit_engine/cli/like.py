@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from dit_engine.images import open_image
 
 _SAME = ("model", "vae", "numerics", "sampler", "steps", "spacing", "eta", "guidance_channels",
          "guidance_interval", "noise", "precision", "backend")  # fmt: skip
@@ -15,19 +16,14 @@ _TOLD = ("version", "diffusion", "label", "labels", "label_name", "label_names",
 def recorded_options(path: Path) -> dict[str, Any]:
     """Defaults for the parser that make the image or the sheet ``path`` again.
 
-    Raises ValueError or OSError, one line with the path, for a file that does not tell them, or
+    Raises ValueError, one line with the path, for a file that does not tell them, or
     that tells what is unknown here.
     """
-    from PIL import Image
+    from dit_engine.metadata import record_in
 
-    try:
-        with Image.open(path) as image:
-            record = json.loads(image.info["dit_engine"])
-    except OSError as error:
-        raise OSError(f"{path} cannot be read as an image: {error}") from None
-    except Exception:  # of a damaged file almost anything; no settings; no JSON
-        raise ValueError(f"{path} holds no settings of dit-generate") from None
-    if not isinstance(record, dict) or not {"model", "noise"} <= record.keys():
+    with open_image(path) as image:
+        record = record_in(image)
+    if record is None or not {"model", "noise"} <= record.keys():
         raise ValueError(f"{path} holds no settings of dit-generate")
     for name in record:
         if name.endswith("_sha256"):

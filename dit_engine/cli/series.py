@@ -12,7 +12,7 @@ from dit_engine.cli.destination import file_name
 from dit_engine.files import atomic_path
 from dit_engine.images import open_image
 from dit_engine.labels import resolve_labels
-from dit_engine.metadata import image_record, png_text
+from dit_engine.metadata import image_record, png_text, record_in
 from dit_engine.settings import resolve_seeds
 
 if TYPE_CHECKING:
@@ -132,7 +132,6 @@ def _record_of(path: Path) -> dict[str, Any] | None:
     try:
         with open_image(path) as image:
             image.load()  # a file that breaks off is not there
-            record = json.loads(getattr(image, "text", {})["dit_engine"])
+            return record_in(image)
     except ValueError:
         return None
-    return record if isinstance(record, dict) else None

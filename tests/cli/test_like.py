@@ -54,3 +54,14 @@ def test_what_tells_nothing_is_refused(
     assert main(["--like", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")]) == 2
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1
+
+
+def test_what_is_no_picture_is_named_as_what_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.png"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    assert main(["--like", str(path), "-o", str(tmp_path / "b.png")]) == 2
+    assert f"error: {path}: a Git LFS pointer (to 5 bytes), not an image" in capsys.readouterr().err
+    assert main(["--like", str(tmp_path / "none.png"), "-o", str(tmp_path / "b.png")]) == 2
+    assert "none.png is no readable image (No such file or directory)" in capsys.readouterr().err

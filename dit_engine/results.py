@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,27 +56,33 @@ class Generation:
         """Write PIL images with all that is needed to make them again.
 
         A .png gets the image, or a captioned sheet of several; any other name is a directory, in
-        which each image becomes a PNG under the name that dit-generate would give it.
+        which each image becomes a PNG under the name that dit-generate would give it. Warns of
+        files that it replaces.
 
-        Raises ValueError for other outputs than "pil", OSError for a path that cannot be written.
+        Raises ValueError for other outputs than "pil" and for names of other files, OSError for a
+        path that cannot be written.
         """
-        from dit_engine.cli.destination import check_destination, file_name
+        from dit_engine.cli.destination import STDOUT, check_destination, file_name
         from dit_engine.cli.pictures import save
         from dit_engine.files import atomic_path
 
         path = Path(path)
         if not isinstance(self.images, list):
             raise ValueError(f"{path}: PNGs are of output 'pil', not of {_outline(self.images)}")
-        check_destination(path)
+        if path == STDOUT:
+            raise ValueError(f"{path} is no name: give a .png or a directory")
+        check_destination(path, suffixes=(".png",))
         whole = path.suffix.lower() == ".png"
         if whole and len(self) > 1:
             return save(self, path)
         if not whole:
             path.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(self.images):
-            name = None if self.label_names is None else self.label_names[i]
-            seed = None if self.seeds is None else self.seeds[i]
-            target = path if whole else path / file_name(i, self.labels[i], name, seed)
+        names, seeds = self.label_names or [None] * len(self), self.seeds or [None] * len(self)
+        each = enumerate(zip(self.labels, names, seeds, strict=True))
+        targets = [path] if whole else [path / file_name(i, *image) for i, image in each]
+        if not whole and (n := sum(target.exists() for target in targets)):
+            warnings.warn(f"{path} holds {n} of these images, which will be replaced", stacklevel=2)
+        for target, image in zip(targets, self.images, strict=True):
             with atomic_path(target) as partial:
                 image.save(partial, "PNG")
         return None

@@ -13,6 +13,7 @@ from dit_bench.progress import LEAST_ROUNDS, LONGEST
 from dit_bench.schema import KINDS
 from dit_bench.set_arguments import SET_OPTIONS, add_set_arguments, refuse_given
 from dit_engine.cli.arguments import Parser, add_backend_argument
+from dit_engine.cli.destination import destination
 
 if TYPE_CHECKING:
     from dit_bench.measure import Plan
@@ -45,8 +46,15 @@ def build_parser(about: str) -> argparse.ArgumentParser:
     add("--parity", action="store_true", help="paired samples against eager float32 as well")
     add("--samples", type=_positive, default=8, help="images of --parity")
     add_set_arguments(parser)
-    add("--json", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="every figure")
-    add("--csv", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="one line a measurement")
+    add("--json", type=destination, nargs="?", const=STDOUT, metavar="FILE", help="every figure")
+    add(
+        "--csv",
+        type=destination,
+        nargs="?",
+        const=STDOUT,
+        metavar="FILE",
+        help="one line a measurement",
+    )
     add("--plot", type=Path, metavar="DIR", help="directory for figures, PNG files")
     add("--html", type=Path, metavar="FILE", help="one self-contained page")
     add("--compare", type=Path, metavar="FILE", help="an older --json; exit code 1 on a "

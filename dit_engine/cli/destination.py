@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +21,12 @@ _NO_DIRECTORY = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".np
 _NAME_LIMIT = 48  # at most 4 bytes each in UTF-8, which leaves room for the rest of 255
 
 
+def destination(text: str) -> Path:
+    """The path that a command is told to write to; "./-" is a file or directory named "-"."""
+    path = Path(text)
+    return path.absolute() if path == STDOUT and text != "-" else path
+
+
 def output_kind(path: Path) -> str:
     """The ``output`` of `Engine.generate` that ``path`` asks for."""
     return OUTPUTS.get(path.suffix.lower(), "pil")
@@ -30,10 +37,12 @@ def is_directory(path: Path) -> bool:
     return path != STDOUT and path.suffix.lower() not in OUTPUTS
 
 
-def check_destination(path: Path, overwrite: bool = False) -> None:
+def check_destination(
+    path: Path, overwrite: bool = False, suffixes: Collection[str] = tuple(OUTPUTS)
+) -> None:
     """Raise a one-line ValueError or OSError if images or latents cannot be written to ``path``.
 
-    overwrite: as of `check_file`.
+    overwrite: as of `check_file`. suffixes: of the files that can be written.
     """
     if path == STDOUT:
         if sys.stdout.isatty():
@@ -41,11 +50,11 @@ def check_destination(path: Path, overwrite: bool = False) -> None:
                              "redirect it, or name a file")  # fmt: skip
         return
     suffix = path.suffix.lower()
-    if suffix in OUTPUTS:
+    if suffix in suffixes:
         check_file(path, overwrite)
         return
-    if suffix in _NO_DIRECTORY and not path.is_dir():
-        allowed = ", ".join(OUTPUTS)
+    if suffix in (*OUTPUTS, *_NO_DIRECTORY) and not path.is_dir():
+        allowed = ", ".join(suffixes)
         raise ValueError(f"{path}: {suffix} files are not written; use {allowed} or a directory")
     nearest = path.absolute()
     while not _exists(nearest):

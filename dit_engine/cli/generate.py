@@ -19,7 +19,13 @@ from dit_engine.cli.arguments import (
     loading_options,
     sampling_options,
 )
-from dit_engine.cli.destination import STDOUT, check_destination, is_directory, output_kind
+from dit_engine.cli.destination import (
+    STDOUT,
+    check_destination,
+    destination,
+    is_directory,
+    output_kind,
+)
 from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry, output_is_a_file
 from dit_engine.labels import shared_names
@@ -67,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--all-labels", action="store_true", help="every class of the model")
     add("--repeat", type=int, default=1, metavar="COUNT", help="images of each label, in turn")
     add("--list-labels", action="store_true", help="print the model's classes and stop")
-    add("-o", "--output", type=Path, default=Path("sheet.png"),
+    add("-o", "--output", type=destination, default=Path("sheet.png"),
         help="a .png: all images on one sheet; -: the same, to standard output; "
         "a .npy: uint8 images (N, H, W, 3); a .safetensors: latents (N, C, S, S), not decoded; "
         "any other name: a directory for one .png an image, where images that are there "

@@ -107,3 +107,11 @@ def test_in_a_pipe(model: Path, tmp_path: Path) -> None:
         shell = f'set -o pipefail; "$0" "$@" {redirected}'
         done = subprocess.run(["bash", "-c", shell, *command], capture_output=True, env=env)
         assert (done.returncode, done.stderr) == (code, line)
+
+
+def test_a_path_to_a_dash_is_no_standard_output(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*OPTIONS, "--model", str(model), "--seed", "3", "-o", "./-"]) == 0
+    assert len([*(tmp_path / "-").glob("*.png")]) == 2

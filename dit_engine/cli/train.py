@@ -74,7 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from dit_engine.device import parse_device
-    from dit_engine.training.card import is_called_untrained
     from dit_engine.training.loop import Budget
     from dit_engine.training.run import TrainSettings, train
     from dit_engine.training.stopping import Stopped, termination_as_interrupt
@@ -95,7 +94,7 @@ def _train(arguments: argparse.Namespace) -> int:
     given = {} if arguments.threads is None else {"threads": arguments.threads}
     with termination_as_interrupt():
         try:
-            finished = train(
+            finished, outcome = train(
                 TrainSettings(**values),
                 vae,
                 dit,
@@ -110,7 +109,7 @@ def _train(arguments: argparse.Namespace) -> int:
                 f"goes on from what is in {arguments.output}",
                 getattr(error, "exit_code", 128 + SIGINT) - 128,
             ) from None
-    trained = "model, which is not trained" if is_called_untrained(finished) else "trained model"
+    trained = "model, which is not trained" if outcome.shortcomings else "trained model"
     print(f"Engine.from_pretrained({str(finished)!r}) loads the {trained}")
     return 0
 

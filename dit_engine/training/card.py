@@ -24,7 +24,6 @@ from dit_engine.training.loop import Stage
 
 NOISE_GUESS_MSE = float(np.mean(make_schedule(1000).alphas_cumprod))
 _TITLE = "# Made by dit-train"
-_NOT_TRAINED = "**This model is not trained**: "
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def write_card(directory: Path, data: ImageSet, outcome: Outcome) -> None:
         return
     lines = [_TITLE, ""]
     if outcome.shortcomings:
-        lines += [f"{_NOT_TRAINED}{'; '.join(outcome.shortcomings)}.", ""]
+        lines += [f"**This model is not trained**: {'; '.join(outcome.shortcomings)}.", ""]
     lines += [f"- {name}: {describe(stage)}" for name, stage in outcome.stages.items()]
     lines += [
         f"- data: {len(data)} images of {data.size} pixels in {len(data.class_names)} classes",
@@ -86,12 +85,6 @@ def write_card(directory: Path, data: ImageSet, outcome: Outcome) -> None:
     ]
     with atomic_path(path) as partial:
         partial.write_text("\n".join(lines) + "\n", "utf-8")
-
-
-def is_called_untrained(directory: Path) -> bool:
-    """Whether the card of the model in ``directory`` says so."""
-    path = directory / "README.md"
-    return path.is_file() and _NOT_TRAINED in path.read_text("utf-8", "replace")
 
 
 def _few_steps(name: str, stage: Stage, decay: float) -> list[str]:

@@ -21,7 +21,7 @@ from dit_engine.files import atomic_path, save_tensors
 from dit_engine.labels import resolve_labels
 from dit_engine.model import DiT
 from dit_engine.training.avatars import load_avatars
-from dit_engine.training.card import judge, write_card
+from dit_engine.training.card import Outcome, judge, write_card
 from dit_engine.training.data import ImageSet, load_image_folder
 from dit_engine.training.decoder_stage import train_decoder
 from dit_engine.training.dit_stage import train_dit
@@ -91,8 +91,9 @@ def train(
     device: torch.device | str = "cpu",
     decoder_budget: Budget | None = None,
     threads: int | None = None,
-) -> Path:
-    """Train a VAE, then a DiT; returns the directory for `Engine.from_pretrained`.
+) -> tuple[Path, Outcome]:
+    """Train a VAE, then a DiT; returns the directory for `Engine.from_pretrained`, and what became
+    of the training.
 
     Called again with the same settings it goes on from where it was stopped: by Ctrl-C or SIGTERM
     too, which raise `Stopped` or KeyboardInterrupt once a checkpoint is written. With
@@ -119,7 +120,7 @@ def _train(
     device: torch.device | str,
     decoder_budget: Budget | None,
     follow_load: bool,
-) -> Path:
+) -> tuple[Path, Outcome]:
     _require_matplotlib()
     data = _load_data(settings, directory)
     flip = _flipped(settings.flip, data.class_names)
@@ -159,7 +160,7 @@ def _train(
             "the transformer goes on; for the autoencoder, begin again in another directory",
             stacklevel=3,
         )
-    return finished
+    return finished, outcome
 
 
 def _require_matplotlib() -> None:

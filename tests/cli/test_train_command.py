@@ -10,6 +10,7 @@ import torch
 
 from dit_engine.cli import train as command
 from dit_engine.training import run as training
+from dit_engine.training.card import Outcome
 from dit_engine.training.run import TrainSettings
 
 
@@ -26,9 +27,9 @@ def test_arguments_reach_training(
 ) -> None:
     calls = []
 
-    def record(*args: object) -> Path:
+    def record(*args: object) -> tuple[Path, Outcome]:
         calls.append(args)
-        return tmp_path / "model"
+        return tmp_path / "model", Outcome({}, ())
 
     monkeypatch.setattr(training, "train", record)
     arguments = ["-o", str(tmp_path), "--device", "cpu", "--vae-steps", "7", "--dit-minutes", "0.5"]

@@ -103,6 +103,10 @@ def test_a_model_of_three_steps_is_not_called_trained(
     card = (out / "model" / "README.md").read_text()
     assert "**This model is not trained**: the transformer took 3 steps" in card
     Engine.from_pretrained(out / "model", device="cpu")
+    # Whatever somebody else wrote beside the model.
+    (out / "model" / "README.md").write_text("# My model\n")
+    assert main(["--data", str(folder), "-o", str(out), *SMALL]) == 0
+    assert "loads the model, which is not trained" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Stopped("", signal.SIGTERM)])

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 
 from dit_engine.errors import BackendUnavailable
 
+INTERRUPTED = 130
 PIPE_CLOSED = 141
-"""What a shell says of a program that SIGPIPE ended."""
+"""What a shell says of programs that SIGINT and SIGPIPE ended."""
 
 
 def run_command(command: Callable[[], int], quiet: bool = False) -> int:
@@ -42,7 +43,7 @@ def run_command(command: Callable[[], int], quiet: bool = False) -> int:
         return _fail(error)
     except KeyboardInterrupt as error:
         print(one_line(error) or "interrupted", file=sys.stderr)
-        return getattr(error, "exit_code", 130)
+        return getattr(error, "exit_code", INTERRUPTED)
     finally:
         _drop_unprinted()
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from dit_engine.cli.errors import run_command
+from dit_engine.cli.errors import INTERRUPTED, run_command
 from dit_engine.cli.waiting import wait_briefly
 
 Main = Callable[..., int]
@@ -17,16 +17,19 @@ Main = Callable[..., int]
 
 def entry(main: Main) -> Main:
     """Decorate the ``main`` of a command: `prepare` runs first, and help that could not be printed
-    is an error like any other."""
+    is an error like any other, and so is Ctrl-C before the command is at work."""
 
     @functools.wraps(main)
     def started(*arguments: object, **options: object) -> int:
-        prepare()
         try:
+            prepare()
             return main(*arguments, **options)
         except SystemExit as end:  # argparse's, after --help or an error
             code = end.code if isinstance(end.code, int) else 0
             raise SystemExit(run_command(lambda: code)) from None
+        except KeyboardInterrupt:  # before `run_command`: what a command imports takes seconds
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
 
     return started
 

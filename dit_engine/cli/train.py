@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from dit_engine.device import parse_device
     from dit_engine.training.loop import Budget
-    from dit_engine.training.run import TrainSettings, train
+    from dit_engine.training.run import TrainSettings, is_begun, train
     from dit_engine.training.stopping import Stopped, termination_as_interrupt
 
     if arguments.threads is not None and arguments.threads < 1:
@@ -104,9 +104,10 @@ def _train(arguments: argparse.Namespace) -> int:
                 **given,
             )
         except KeyboardInterrupt as error:
+            said = one_line(error) or "stopped between two checkpoints"
+            said += f"; the same command again goes on from what is in {arguments.output}"
             raise Stopped(
-                f"{one_line(error) or 'stopped between two checkpoints'}; the same command again "
-                f"goes on from what is in {arguments.output}",
+                said if is_begun(arguments.output) else "stopped before anything was kept",
                 getattr(error, "exit_code", 128 + SIGINT) - 128,
             ) from None
     trained = "model, which is not trained" if outcome.shortcomings else "trained model"

@@ -61,11 +61,18 @@ def _render_all(first: int, per_class: int, size: int, description: str) -> np.n
     ]
     # Spawned, not forked: torch's threads do not survive a fork. Ctrl-C, which a terminal sends to
     # all of them, is for the parent.
-    with ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         mp_context=get_context("spawn"),
         initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN),
-    ) as pool:  # fmt: skip
+    )  # fmt: skip
+    try:
         parts = list(Bar(pool.map(render, *zip(*jobs, strict=True)), description, len(jobs)))
+    except BaseException:
+        for process in list((pool._processes or {}).values()):  # what they render is not kept
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
     return np.concatenate(parts)
 
 

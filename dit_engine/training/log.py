@@ -46,7 +46,7 @@ class ProgressLine:
 
 def add_row(path: Path, row: dict[str, float]) -> None:
     """Append to a .csv file; the first row writes the names above it."""
-    new = not path.exists()
+    new = not path.exists() or not path.stat().st_size  # a full disk leaves an empty file
     with path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, row.keys())
         if new:
@@ -58,7 +58,10 @@ def drop_rows_after(path: Path, step: int) -> None:
     """Forget what was logged after the checkpoint: those steps will be taken again."""
     if not path.exists():
         return
-    header, *rows = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if not lines:
+        return
+    header, *rows = lines
     kept = [row for row in rows if int(float(row.split(",")[0])) <= step]
     with atomic_path(path) as partial:
         partial.write_text("\n".join([header, *kept]) + "\n")

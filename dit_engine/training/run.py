@@ -8,12 +8,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dit_engine.checkpoint import save_pretrained
+from dit_engine.checkpoint.weights import read_json
 from dit_engine.config import ModelConfig
 from dit_engine.device import limited_threads
 from dit_engine.engine import Engine
@@ -163,6 +165,11 @@ def _train(
     return finished, outcome
 
 
+def is_begun(directory: Path) -> bool:
+    """Whether a training in ``directory`` has something to go on from."""
+    return (directory / "settings.json").exists() or any(directory.glob("data/*.npy"))
+
+
 def _require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
@@ -179,13 +186,22 @@ def _check_same(settings: TrainSettings, data: ImageSet, path: Path) -> None:
         with atomic_path(path) as partial:
             partial.write_text(text)
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = _begun(path)
     for name, value in json.loads(text).items():
         if before.get(name) != value:
             raise ValueError(
                 f"{path.parent} holds a training with {name} {before.get(name)!r}, not {value!r}: "
                 "resume it with what it began with, or use another directory"
             )
+
+
+def _begun(path: Path) -> dict[str, Any]:
+    """What `_check_same` wrote. Raises ValueError where the file holds something else."""
+    settings = read_json(path)
+    names = settings.get("class_names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: class_names {names!r} is not a list of names")
+    return settings
 
 
 def _load_data(settings: TrainSettings, directory: Path) -> ImageSet:
@@ -195,7 +211,7 @@ def _load_data(settings: TrainSettings, directory: Path) -> ImageSet:
         )  # fmt: skip
     # A run that was begun with classes in another order goes on with it.
     begun = directory / "settings.json"
-    earlier = json.loads(begun.read_text())["class_names"] if begun.is_file() else ()
+    earlier = _begun(begun)["class_names"] if begun.is_file() else ()
     return load_image_folder(Path(settings.data), settings.size, earlier)
 
 

@@ -12,6 +12,7 @@ import pytest
 import dit_bench
 import dit_engine.cli
 import dit_export
+from dit_engine.cli.start import entry
 
 SCRIPT = """
 import os, sys
@@ -99,3 +100,12 @@ def test_every_command_is_started_so() -> None:
                 assert re.search(r"^@entry\ndef main\(", source, re.MULTILINE), path
                 found += 1
     assert found >= 14
+
+
+def test_ctrl_c_while_a_command_imports_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    @entry
+    def main() -> int:
+        raise KeyboardInterrupt
+
+    assert main() == 130
+    assert capsys.readouterr().err == "interrupted\n"

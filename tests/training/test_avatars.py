@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +49,24 @@ def test_only_cc0_styles_are_used() -> None:
         avatars.render("adventurer", range(1), 16)
     for name in avatars.CLASSES:
         assert avatars.render(name, range(1), 16).shape == (1, 16, 16, 3)
+
+
+def test_ctrl_c_does_not_wait_for_what_is_being_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that would take a minute for each part are ended."""
+
+    class Interrupting(avatars.Bar):
+        def __iter__(self) -> Iterator[object]:
+            self.close()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(avatars, "Bar", Interrupting)
+    monkeypatch.setattr(avatars, "render", slowly)
+    before = set(active_children())
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        avatars._render_all(0, 1, 16, "")
+    assert time.monotonic() - start < 20 and set(active_children()) <= before
+
+
+def slowly(*_: object) -> None:
+    time.sleep(60)

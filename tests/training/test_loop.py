@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dit_engine.training.log import ProgressLine
+from dit_engine.training.log import ProgressLine, add_row, drop_rows_after
 from dit_engine.training.loop import CHECKPOINT, Budget, LoopSettings, Trainer, read_stage
 from dit_engine.training.stopping import Stopped, signals_noted
 
@@ -226,3 +226,11 @@ def test_the_last_losses_are_kept_with_the_checkpoint(tmp_path: Path) -> None:
     assert stage.step == 120 and stage.seconds > 0
     assert stage.losses == {"loss": pytest.approx(sum(seen[-50:]) / 50)}
     assert trainer(tmp_path, 120).losses == stage.losses
+
+
+def test_an_empty_log_is_no_log(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    log.touch()
+    drop_rows_after(log, 3)
+    add_row(log, {"step": 1, "loss": 0.5})
+    assert log.read_text().split() == ["step,loss", "1,0.5"]

@@ -90,6 +90,26 @@ def test_a_run_is_resumed_with_its_own_settings_only(
     assert "holds a training with class_names ['dark', 'light'], not" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "class_names None is not a list of names"),
+        ("{", "not valid JSON (Expecting property name"),
+        ("[]", "holds a list, not a JSON object"),
+        ('{"class_names": [1]}', "class_names [1] is not a list of names"),
+    ],
+)
+def test_damaged_settings_of_a_run_are_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    path = tmp_path / "run" / "settings.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    assert main(["--data", str(folder), "-o", str(path.parent), *SMALL]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: {message}") and error.count("\n") == 1
+
+
 def test_a_model_of_three_steps_is_not_called_trained(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +144,18 @@ def test_what_is_interrupted_between_checkpoints_says_how_to_go_on(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("stopped between two checkpoints; the same command again goes on")
     assert main(arguments) == 0
+
+
+def test_what_is_interrupted_before_anything_is_kept_promises_nothing(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(run, "load_image_folder", raising(KeyboardInterrupt()))
+    out = tmp_path / "run"
+    assert main(["--data", str(folder), "-o", str(out), *SMALL]) == 130
+    assert capsys.readouterr().err == "stopped before anything was kept\n" and not out.exists()
 
 
 def raising(error: BaseException) -> Callable[..., object]:

@@ -59,6 +59,16 @@ def shared_names(names: Sequence[str]) -> dict[str, list[int]]:
     return {name: sorted(owners) for name, owners in exact.items() if len(owners) > 1}
 
 
+def same_name(names: Iterable[str]) -> tuple[str, str] | None:
+    """The first two of ``names`` that are one name to `resolve_labels`, in its own case: their
+    letters are composed in one and decomposed in the other, or their spaces differ."""
+    found: dict[str, str] = {}
+    for name in names:
+        if (other := found.setdefault(_composed(name), name)) != name:
+            return other, name
+    return None
+
+
 class _Lookup:
     """Which classes have a name: in its own case, and in any."""
 

@@ -19,7 +19,7 @@ from dit_engine.images import (
     read_rgb,
     tell_left_out,
 )
-from dit_engine.labels import class_order
+from dit_engine.labels import class_order, same_name
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def load_image_folder(root: Path, size: int, earlier: Sequence[str] = ()) -> Ima
     Classes are numbered by `class_order`, or, if they are those of an ``earlier`` reading, as then.
     Which files are images is `find_images`'s choice; a warning counts the others.
 
-    Raises ValueError for a folder without classes, an empty class, or a file that is no image.
+    Raises ValueError for a folder without classes, an empty class, two directories whose names are
+    one to `resolve_labels`, or a file that is no image.
     """
     from PIL import Image, ImageOps
 
@@ -62,6 +63,9 @@ def load_image_folder(root: Path, size: int, earlier: Sequence[str] = ()) -> Ima
     names = class_order(path.name for path in find_folders(root, left_out))
     if not names:
         raise ValueError(f"image folder {root} holds no directories; one a class is needed")
+    if same := same_name(names):
+        paths = " and ".join(ascii(str(root / name)) for name in same)
+        raise ValueError(f"{paths} are two classes of one name: rename one or join them")
     if set(names) == set(earlier):
         names = list(earlier)
     images, labels = [], []

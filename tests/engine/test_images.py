@@ -377,3 +377,17 @@ def test_other_files_are_named_as_what_they_are(content: bytes, told: str, tmp_p
     with pytest.raises(ValueError, match=re.escape(told)) as error:
         read_rgb(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_folders_whose_names_are_one_are_refused(tmp_path: Path) -> None:
+    """An "é" of one letter and one of two. Names that differ in their case are two, as for labels."""
+    one, other = "\u00e9", "e\u0301"
+    for name in ("a", "A", one, other):
+        saved(tmp_path / name / "x.png")
+    with pytest.raises(ValueError, match="are two classes of one name") as refused:
+        load_image_folder(tmp_path, SIDE)
+    assert ascii(str(tmp_path / one)) in str(refused.value)
+    assert ascii(str(tmp_path / other)) in str(refused.value)
+    (tmp_path / other / "x.png").unlink()
+    (tmp_path / other).rmdir()
+    assert load_image_folder(tmp_path, SIDE).class_names == ("A", "a", one)

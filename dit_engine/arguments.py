@@ -50,10 +50,11 @@ def sequence(value: Any) -> list[Any] | None:
 
 
 def scalar(value: Any) -> Any:
-    """An array or a tensor without dimensions as the Python value that it holds; all else as is."""
+    """An array or a tensor without dimensions as the Python value that it holds, None if that is
+    masked; all else as is."""
     if dimensions(value) == 0 and hasattr(value, "item"):
         try:
-            return value.item()
+            return None if getattr(value, "mask", False) else value.item()
         except (RuntimeError, TypeError, ValueError):  # of a tensor without storage
             return value
     return value
@@ -73,7 +74,7 @@ def whole_number(value: Any) -> int | None:
 
 def real_number(value: Any) -> float | None:
     """A real number of whatever type, NumPy's and torch's too; None for all else: booleans, text,
-    arrays with dimensions."""
+    arrays with dimensions, what a masked array hides."""
     value = scalar(value)
     if isinstance(value, bool | str | bytes | bytearray | type) or dimensions(value):
         return None

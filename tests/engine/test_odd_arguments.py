@@ -17,6 +17,7 @@ from tiny import tiny_dit, tiny_engine, tiny_vae
 
 from dit_engine import Engine, Generation
 from dit_engine.errors import NotFinite
+from dit_engine.guidance import parse_scales
 from dit_engine.metadata import call_record
 
 Z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -186,3 +187,14 @@ def test_the_last_seed_is_one_of_the_allowed(engine: Engine) -> None:
     assert engine.generate([1, 2], steps=1, seed=last - 1).seeds == [last - 1, last]
     with pytest.raises(ValueError, match=f"^seed {last} counts up to {last + 1} for 2 labels; at"):
         engine.generate([1, 2], steps=1, seed=last)
+
+
+@pytest.mark.parametrize("scale", [
+    np.ma.masked_array([4.0, 2.0], [False, True]), np.ma.masked_array(4.0, True), np.ma.masked,
+    [4.0, np.ma.masked],
+])  # fmt: skip
+def test_what_a_masked_array_hides_is_no_number(scale: object) -> None:
+    with pytest.raises(ValueError, match=r"guidance_scale .* is neither a number nor one number"):
+        parse_scales(scale, 2)  # pyright: ignore[reportArgumentType]
+    shown = np.ma.masked_array([4.0, 2.0], [False, False])
+    assert parse_scales(shown, 2).tolist() == [4.0, 2.0]

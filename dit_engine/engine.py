@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -93,6 +94,11 @@ class Engine:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        with neutral():  # what was copied in inference mode could never be trained, nor changed
+            for name in ("model", "vae"):
+                module = getattr(self, name)
+                if module is not None and any(p.is_inference() for p in module.parameters()):
+                    setattr(self, name, copy.deepcopy(module))
         self._start()
 
     @classmethod
@@ -398,8 +404,11 @@ class Engine:
         for first in range(0, len(z), self.max_batch_size):
             part = slice(first, first + self.max_batch_size)
             decoded = self._decode(z[part], settings.precision, settings.backend == "lean")
-            check_pixels(decoded, names[part])
-            parts.append(decoded.cpu() if settings.output == "pt" else to_uint8(decoded))
+            if settings.output == "pt":
+                check_pixels(decoded, names[part])
+                parts.append(decoded.cpu())
+            else:
+                parts.append(to_uint8(decoded, names[part]))
         if settings.output == "pt":
             return (torch.cat(parts).clamp(-1, 1) + 1) / 2
         pixels = np.concatenate(parts)

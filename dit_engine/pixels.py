@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,10 +72,11 @@ class LatentDecoder:
             return self._lean[dtype]
 
 
-def to_uint8(images: Tensor) -> np.ndarray:
+def to_uint8(images: Tensor, names: Sequence[str] | None = None) -> np.ndarray:
     """Images (N, 3, H, W) in [-1, 1] → uint8 (N, H, W, 3), as the reference's sample_ddp.py:
-    127.5·x + 128, clamped and truncated. Raises `NotFinite` for NaN, which would be black."""
-    check_pixels(images)
+    127.5·x + 128, clamped and truncated. Raises `NotFinite` for NaN, which would be black; names:
+    as of `check_pixels`."""
+    check_pixels(images, names)
     pixels = (127.5 * images + 128.0).clamp(0, 255).permute(0, 2, 3, 1)
     # On the images' device, from which a quarter of the bytes is then copied.
     return pixels.to(torch.uint8, memory_format=torch.contiguous_format).cpu().numpy()

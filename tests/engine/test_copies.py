@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny import NAMES, tiny_dit, tiny_engine, tiny_vae
 
 from dit_engine import Engine
@@ -69,3 +70,19 @@ def test_a_spawned_process_takes_an_engine(tmp_path: Path) -> None:
         process.kill()
     assert process.exitcode == 0
     assert np.array_equal(images, engine.generate([3, 8], **OPTIONS).images)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_made_in_inference_mode_can_be_trained(
+    copied: Callable[[Engine], Engine],
+) -> None:
+    engine = tiny_engine()
+    with torch.inference_mode():
+        twin = copied(engine)
+    for original, module in ((engine.model, twin.model), (engine.vae, twin.vae)):
+        assert original is not None and module is not None
+        assert not any(tensor.is_inference() for tensor in module.state_dict().values())
+        for one, other in zip(original.parameters(), module.parameters(), strict=True):
+            assert torch.equal(one, other) and one.requires_grad == other.requires_grad
+            other.data.add_(1)
+    sum(p.square().sum() for p in twin.model.blocks.parameters()).backward()

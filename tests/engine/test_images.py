@@ -380,7 +380,7 @@ def test_other_files_are_named_as_what_they_are(content: bytes, told: str, tmp_p
 
 
 def test_folders_whose_names_are_one_are_refused(tmp_path: Path) -> None:
-    """An "é" of one letter and one of two. Names that differ in their case are two, as for labels."""
+    """An "é" of one letter and one of two. Names that differ in their case are two."""
     one, other = "\u00e9", "e\u0301"
     for name in ("a", "A", one, other):
         saved(tmp_path / name / "x.png")

@@ -25,7 +25,7 @@ _SETTINGS = ("threads", "device")
 
 def compare_reports(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     """JSON-ready: "rows", one for each time that both have, "notes" on what the machines differ in,
-    and "lost": what had a time and has none now, because it is wrong or could not run.
+    and "lost": what had a time and has none now, being wrong, not run or left out.
 
     A row holds the key, both medians, "ratio" (new over old) and "verdict": "regression",
     "quicker", "no difference shown", "noisy" or "another machine".
@@ -36,13 +36,13 @@ def compare_reports(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     notes = _differences(new, old)
     sure = not_quoted(new) is None and not_quoted(old) is None
     rows, lost = [], []
+    there = {_key(row) for row in new["measurements"]}
     for row in new["measurements"]:
         other = before.get(_key(row))
         if other is None:
             continue
         if row["status"] != "ok":
-            what = f"{row['model']} {row['what']}, {row['images']}, {row['name']}"
-            lost.append(f"{what}: {row['status']} now ({row['reason']})")
+            lost.append(f"{_title(row)}: {row['status']} now ({row['reason']})")
             continue
         if row["what"] == "image" and _sampling(new) != _sampling(old):
             continue
@@ -54,7 +54,9 @@ def compare_reports(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
         )
     if not rows and not lost:
         raise ValueError("the two reports have no measurement in common")
-    return {"rows": rows, "notes": notes, "lost": lost, "least": LEAST}
+    lost += [f"{_title(row)}: not measured now" for key, row in before.items() if key not in there]
+    interrupted = new["interrupted"]
+    return {"rows": rows, "notes": notes, "lost": lost, "interrupted": interrupted, "least": LEAST}
 
 
 def regressions(comparison: dict[str, Any]) -> list[dict[str, Any]]:
@@ -64,10 +66,11 @@ def regressions(comparison: dict[str, Any]) -> list[dict[str, Any]]:
 def exit_code(comparison: dict[str, Any], strict: bool = False) -> int:
     """1 for a regression, `NOISY` where something could not be judged for noise, else 0.
 
-    strict: 1 for everything that was not judged, on another machine too.
+    strict: 1 for everything that was not judged: on another machine, lost, or interrupted too.
     """
     verdicts = {row["verdict"] for row in comparison["rows"]}
-    if "regression" in verdicts or (strict and verdicts & {"noisy", "another machine"}):
+    unjudged = verdicts & {"noisy", "another machine"} or comparison["lost"]
+    if "regression" in verdicts or (strict and (unjudged or comparison["interrupted"])):
         return 1
     return NOISY if "noisy" in verdicts else 0
 
@@ -84,6 +87,10 @@ def _verdict(new: dict[str, Any], old: dict[str, Any], ratio: float, sure: bool)
     if new["ms"]["p95"] < old["ms"]["p5"] and ratio < 1 - LEAST:
         return "quicker"
     return "no difference shown"
+
+
+def _title(row: dict[str, Any]) -> str:
+    return f"{row['model']} {row['what']}, {row['images']}, {row['name']}"
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

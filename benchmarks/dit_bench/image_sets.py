@@ -269,7 +269,7 @@ def _header(path: Path, ignored: Counter[str]) -> tuple[int, int]:
         if image.mode not in _MODES:
             raise Unreadable(f"mode {image.mode}; 8-bit {', '.join(_MODES)} are known")
         ignored["with an EXIF orientation"] += has_orientation(image)
-        ignored["with transparency"] += image.has_transparency_data
+        ignored["with an alpha channel"] += image.has_transparency_data
         return image.height, image.width
 
 

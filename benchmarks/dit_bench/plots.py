@@ -16,6 +16,7 @@ from dit_bench.drawing import (
     ok_rows,
     subtitle,
 )
+from dit_bench.load import NO_VERDICT
 from dit_bench.roofline import roofline_figure
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def ratio_figure(report: dict[str, Any]) -> Figure | None:
     if "as quick" in hardest["verdict"]:
         slower = hardest["name"] if hardest["verdict"].startswith(subject) else subject
         title = f"{hardest['verdict']} as {slower}"
+    elif hardest["verdict"] == NO_VERDICT:
+        title = f"No verdict on {hardest['name']}: the machine was busy"
     figure, axes = new_figure(title)
     names = [subject, *(row["name"] for row in rows)]
     medians = [1.0, *(row["ratio"]["median"] for row in rows)]

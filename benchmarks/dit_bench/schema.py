@@ -113,6 +113,9 @@ def validate(report: Any) -> None:
         if row["status"] == "ok":
             _check(f"measurements[{i}]", row, MEASURED)
             _check(f"measurements[{i}].ms", row["ms"], SPREAD)
+            for name in ("p5", "median", "p95"):
+                if not row["ms"][name] > 0:
+                    raise ValueError(f"measurements[{i}].ms: {name!r} {row['ms'][name]} is not > 0")
         elif row["status"] not in ("wrong", "skipped") or "reason" not in row:
             raise ValueError(f"measurements[{i}]: status {row['status']!r} without a reason")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dit_bench.environment import environment
 from dit_bench.hardware import load_average, settle
-from dit_bench.load import OtherLoad, busy_row, warning
+from dit_bench.load import OtherLoad, warning
 from dit_bench.outputs import write_json
 from dit_bench.peers import relative_error
 from dit_bench.timing import Interleaved, interleave
@@ -187,7 +187,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         better = [row["options"] for row in report["rows"] if row["ours_over_it"]["p5"] > MARGIN]
         if (busy := warning(report)) is not None:
             print(busy)
-        if busy_row(report):
             better = []
         for name in better:
             print(f"{name!r} is better by more than 5 % beyond the noise")

@@ -128,7 +128,7 @@ def test_the_ratio_is_the_headline_and_stands_first() -> None:
     assert [bar.get_width() for bar in bars] == [1.0, 2.0]
     withdraw_verdicts(report | {"other_load": 0.9})
     title = all_figures(report, None)["ratio"].get_suptitle()
-    assert title == "No difference to eager bf16 is shown (busy: no verdict)"
+    assert title == "No verdict on eager bf16: the machine was busy"
     assert all(text[0].isupper() and text.endswith(".") for text in CAPTIONS.values())
 
 

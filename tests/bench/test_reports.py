@@ -57,6 +57,7 @@ def damage(path: str, value: Any) -> dict[str, Any]:
         ("models.1.cost.total.macs", True, "models[1].cost.total: 'macs' is bool, not number"),
         ("measurements.2.images", None, "measurements[2]: 'images' is NoneType, not number"),
         ("measurements.3.ms.p95", ..., "measurements[3].ms has no 'p95'"),
+        ("measurements.3.ms.median", 0, "measurements[3].ms: 'median' 0 is not > 0"),
         ("measurements.0.noisy", ..., "measurements[0] has no 'noisy'"),
         ("measurements.0.status", "odd", "measurements[0]: status 'odd' without a reason"),
         ("measurements.0.what", "all", "measurements[0]: 'all' is none of forward, step, decode"),
@@ -147,6 +148,19 @@ def test_the_exit_code_of_a_comparison() -> None:
     other["settings"]["threads"] = 8
     assert exit_code(compare_reports(quiet, other)) == 0
     assert exit_code(compare_reports(quiet, other), strict=True) == 1
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["subject", "peer"])
+def test_what_is_lost_is_not_judged(first: int) -> None:
+    old, missing, failed = made_up.report(), made_up.report(), made_up.report()
+    del missing["measurements"][first]
+    failed["measurements"][first] |= {"status": "skipped", "reason": "no memory"}
+    for new in (missing, failed):
+        found = compare_reports(new, old)
+        assert len(found["lost"]) == 1 and found["lost"][0].startswith("S/8 forward, 1, ")
+        assert exit_code(found) == 0 and exit_code(found, strict=True) == 1
+    found = compare_reports(old | {"interrupted": True}, old)
+    assert exit_code(found) == 0 and exit_code(found, strict=True) == 1
 
 
 def test_another_machine_is_no_regression() -> None:

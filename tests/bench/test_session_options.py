@@ -10,6 +10,7 @@ import torch
 from tiny import tiny_dit
 
 from dit_bench import session_options
+from dit_bench.load import warning
 from dit_bench.timing import Interleaved
 
 
@@ -31,6 +32,8 @@ def test_every_variant_is_checked_and_timed(
     medians = [row["ms"]["median"] for row in report["rows"]]
     assert medians == sorted(medians)
     slower = [row for row in report["rows"] if row["ours_over_it"]["p5"] > session_options.MARGIN]
+    if warning(report) is not None:  # a busy machine names no winner
+        slower = []
     assert code == bool(slower)
     assert ("is better by more than 5 %" in capsys.readouterr().out) == bool(slower)
 

@@ -297,7 +297,9 @@ def test_fid_reads_the_published_tools_pixels_and_tells_what_they_ignore(tmp_pat
     saved(tmp_path / "s" / "0.png", exif=exif)
     pixels = random_rgb(2, (SIDE, SIDE, 4))
     saved(tmp_path / "s" / "1.png", pixels)
-    with pytest.warns(UserWarning, match="1 with an EXIF orientation, 1 with transparency") as told:
+    with pytest.warns(
+        UserWarning, match="1 with an EXIF orientation, 1 with an alpha channel"
+    ) as told:
         source = open_set(tmp_path / "s").images
     assert len(told) == 1
     np.testing.assert_array_equal(next(source.batches(2)), [random_rgb(), pixels[..., :3]])

@@ -53,10 +53,23 @@ def like(path: Path, argv: Sequence[str] | None) -> argparse.Namespace:
     parser, options = build_parser(), recorded_options(path)
     parser.set_defaults(**options)
     arguments = parser.parse_args(argv)
-    if arguments.seed is not None and arguments.seeds is options.get("seeds"):
-        arguments.seeds = None
-    if arguments.all_labels:
+    if arguments.sampler != options.get("sampler"):  # the other one has its own usual values
+        parser.set_defaults(steps=None, spacing=None, eta=0.0)
+        arguments = parser.parse_args(argv)
+    given = build_parser().parse_args(argv)
+    if given.seed is not None or given.seeds is not None:
+        arguments.seed, arguments.seeds = given.seed, given.seeds
+    if given.all_labels:
         arguments.labels = None
+    n = len(arguments.labels or ()) * arguments.repeat
+    if given.all_labels or given.labels or given.repeat != 1:
+        arguments.only = 0 if n == 1 else None
+        recorded = arguments.seeds if given.seeds is None else None
+        if isinstance(recorded, list) and (given.all_labels or len(recorded) != n):
+            raise ValueError(
+                f"--like {path} tells {len(recorded)} seeds, which are not of these labels: give "
+                "--seed, or --seeds"
+            )
     return arguments
 
 
@@ -92,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-batch-size", type=int, default=32, help="more images are made in several batches")
     add("--threads", type=int, help="of the CPU; torch's own choice unless given")
     add("--quiet", action="store_true", help="no progress bar, no notes, nothing but errors")
-    parser.set_defaults(bare=False)
+    parser.set_defaults(only=None)
     return parser
 
 
@@ -138,11 +151,8 @@ def generate(arguments: argparse.Namespace) -> int:
             made, notes = make_series(bar, labels, options, arguments)
         else:
             result = bar.generate(labels, **options)
-            if arguments.bare and len(result) == 1 and arguments.output.suffix.lower() == ".png":
-                result.save(arguments.output)
-            else:
-                save(result, arguments.output, arguments.columns)
-            made, notes = len(result), ""
+            save(result, arguments.output, arguments.columns, arguments.only)
+            made, notes = 1 if output == "pil" and arguments.only is not None else len(result), ""
     seconds = time.perf_counter() - began
     if not quiet:
         kind = "latents" if output == "latent" else "image" if made == 1 else "images"

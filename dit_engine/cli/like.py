@@ -46,7 +46,17 @@ def recorded_options(path: Path) -> dict[str, Any]:
         options["seed"] = seeds[0] if isinstance(seeds, list) and seeds else None
     else:
         options["seeds"] = seeds
+        # As --seed gave them: then they go on for more labels.
+        numbers = isinstance(seeds, list) and all(type(seed) is int for seed in seeds)
+        if numbers and seeds and seeds == [*range(seeds[0], seeds[0] + len(seeds))]:
+            options["seed"] = options.pop("seeds")[0]
     options["labels"] = record.get("labels", [record.get("label")])
     if not isinstance(options["labels"], list) or not options["labels"]:
         raise ValueError(f"{path}: labels is no list")
-    return options | {"bare": "label" in record and len(options["labels"]) == 1}
+    only = None
+    if "label" in record:
+        index = record.get("index")
+        only = index if "labels" in record else 0  # "labels": of an official batch
+        if type(only) is not int or not 0 <= only < len(options["labels"]):
+            raise ValueError(f"{path}: index is no place in its batch")
+    return options | {"only": only}

@@ -20,12 +20,15 @@ _CAPTION_HEIGHT = 14
 _MARGIN = 4
 
 
-def save(result: Generation, output: Path, columns: int | None = None) -> None:
+def save(
+    result: Generation, output: Path, columns: int | None = None, only: int | None = None
+) -> None:
     """Write ``result``, made with the `destination.output_kind` of ``output``, into one file.
 
     A .png, and standard output for "-", gets one captioned sheet, a .npy the uint8 images
     (N, H, W, 3), a .safetensors the latents (N, C, S, S). All but the .npy tell how to make them
     again. Directories are for `dit_engine.cli.series`. columns: of the sheet; None is about square.
+    only: the place of the one image that a .png gets, in place of a sheet.
     """
     suffix = output.suffix.lower()
     if suffix == ".safetensors":
@@ -34,10 +37,13 @@ def save(result: Generation, output: Path, columns: int | None = None) -> None:
         with atomic_path(output) as partial, partial.open("wb") as file:
             np.save(file, result.images)
     else:
-        captions = result.label_names or [str(label) for label in result.labels]
         png = io.BytesIO()
-        sheet = make_sheet(result.images, captions, columns)
-        sheet.save(png, "PNG", pnginfo=png_text(call_record(result)))
+        if only is None:
+            captions = result.label_names or [str(label) for label in result.labels]
+            sheet = make_sheet(result.images, captions, columns)
+            sheet.save(png, "PNG", pnginfo=png_text(call_record(result)))
+        else:
+            result.images[only].save(png, "PNG")
         if output == STDOUT:
             write_stdout(png.getvalue())
             return

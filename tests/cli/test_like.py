@@ -23,8 +23,11 @@ def test_images_and_sheets_are_made_again(model: Path, tmp_path: Path, noise: st
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "sheet.png").read_bytes()
     first = min((tmp_path / "out").iterdir())
     assert main(["--like", str(first), "-o", str(tmp_path / "one.png")]) == 0
-    expected = first if noise == "per-image" else tmp_path / "sheet.png"  # a batch as a whole
-    assert (tmp_path / "one.png").read_bytes() == expected.read_bytes()
+    assert (tmp_path / "one.png").read_bytes() == first.read_bytes()
+    last = max((tmp_path / "out").iterdir())
+    assert main(["--like", str(last), "-o", str(tmp_path / "last.png")]) == 0
+    with Image.open(last) as image, Image.open(tmp_path / "last.png") as again:
+        assert image.tobytes() == again.tobytes()
     assert main(["--like", str(first), "-o", str(tmp_path / "six.png"), "--seed", "6"]) == 0
     with Image.open(tmp_path / "six.png") as image:
         assert json.loads(image.info["dit_engine"])["steps"] == 3
@@ -65,3 +68,26 @@ def test_what_is_no_picture_is_named_as_what_it_is(
     assert f"error: {path}: a Git LFS pointer (to 5 bytes), not an image" in capsys.readouterr().err
     assert main(["--like", str(tmp_path / "none.png"), "-o", str(tmp_path / "b.png")]) == 2
     assert "none.png is no readable image (No such file or directory)" in capsys.readouterr().err
+
+
+def test_other_labels_and_samplers(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def record(name: str) -> dict:
+        with Image.open(tmp_path / name) as image:
+            return json.loads(image.info["dit_engine"])
+
+    options = ["--model", str(model), "--labels", "1", "2", "--steps", "2", "--sampler", "ddim",
+               "--spacing", "leading"]  # fmt: skip
+    assert main([*options, "--seed", "5", "-o", str(tmp_path / "a.png")]) == 0
+    like = ["--like", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")]
+    assert main([*like, "--labels", "3"]) == 0
+    assert record("b.png")["seed"] == 5
+    assert main([*like, "--repeat", "2"]) == 0
+    assert record("b.png")["seeds"] == [5, 6, 7, 8]
+    assert main([*like, "--sampler", "dpm++"]) == 0
+    assert [record("b.png")[key] for key in ("steps", "spacing")] == [20, "linspace"]
+    assert main([*options, "--seeds", "5", "3", "-o", str(tmp_path / "a.png")]) == 0
+    capsys.readouterr()
+    assert main([*like, "--labels", "3"]) == 2
+    assert "a.png tells 2 seeds" in (told := capsys.readouterr().err) and "--seed" in told

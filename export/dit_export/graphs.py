@@ -71,7 +71,7 @@ def exportable(model: DiT, dtype: torch.dtype, layer: MakeLayer = MatMulLinear) 
         layer: made of the name and the linear layer for the four of each block.
     """
     with torch.device("meta"):
-        twin = DiT(model.config)
+        twin = DiT(model.config).requires_grad_(False)  # weights may be inference tensors
     state = {name: value.to("cpu", dtype) for name, value in model.state_dict().items()}
     twin.load_state_dict(state, assign=True)
     replace_linears(twin, lambda name: name.endswith(LINEARS), layer)

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
+from dit_engine.cli.start import closed
 from dit_engine.files import atomic_path
 
 OUTPUTS = {".png": "pil", ".npy": "np", ".safetensors": "latent"}
@@ -45,6 +46,8 @@ def check_destination(
     overwrite: as of `check_file`. suffixes: of the files that can be written.
     """
     if path == STDOUT:
+        if 1 in closed:
+            raise OSError("standard output is closed: nothing can be written to it")
         if sys.stdout.isatty():
             raise ValueError("-o - writes a PNG to standard output, which is a terminal here: "
                              "redirect it, or name a file")  # fmt: skip
@@ -84,9 +87,14 @@ def check_file(path: Path, overwrite: bool = False) -> None:
 
 def write_stdout(data: bytes) -> None:
     """To standard output as they are, whatever the terminal's encoding."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(data)
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"standard output cannot be written: {error.strerror}") from None
 
 
 def file_name(index: int, label: int, name: str | None, seed: int | None) -> str:

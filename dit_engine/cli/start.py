@@ -14,6 +14,9 @@ from dit_engine.cli.waiting import wait_briefly
 
 Main = Callable[..., int]
 
+closed: set[int] = set()
+"""Numbers of the standard streams that were closed when the command began, and lead nowhere."""
+
 
 def entry(main: Main) -> Main:
     """Decorate the ``main`` of a command: `prepare` runs first, and help that could not be printed
@@ -62,6 +65,7 @@ def _open_closed() -> None:
         try:
             os.fstat(number)
         except OSError:
+            closed.add(number)
             null = os.open(os.devnull, os.O_RDWR)
             if null != number:
                 os.dup2(null, number)

@@ -176,7 +176,9 @@ def test_a_reference_is_read_once_quietly_and_can_be_stopped(
     assert found.reference is not None and found.reference.moments.count == 70
     with pytest.MonkeyPatch.context() as patch:
         shown = []
-        patch.setattr("dit_engine.bars.Bar", lambda *_, disable, **__: shown.append(disable) or bar())
+        patch.setattr(
+            "dit_engine.bars.Bar", lambda *_, disable, **__: shown.append(disable) or bar()
+        )
         wanted.with_reference(quiet=True)
         wanted.with_reference()
     assert shown == [True, False]

@@ -115,3 +115,14 @@ def test_a_path_to_a_dash_is_no_standard_output(
     monkeypatch.chdir(tmp_path)
     assert main([*OPTIONS, "--model", str(model), "--seed", "3", "-o", "./-"]) == 0
     assert len([*(tmp_path / "-").glob("*.png")]) == 2
+
+
+def test_a_closed_standard_output_is_told_before_the_work() -> None:
+    program = (
+        "import sys\nfrom dit_engine.cli.generate import main\n"
+        "sys.exit(main(['--labels', '3', '--model', 'not-there', '-o', '-']))"
+    )
+    command = ["bash", "-c", 'exec "$0" -c "$1" >&-', sys.executable, program]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "standard output is closed" in done.stderr

@@ -101,7 +101,7 @@ def test_in_a_pipe(model: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
     Image.open(io.BytesIO(done.stdout)).load()
     for redirected, code, line in (
-        ("> /dev/full", 2, b"error: [Errno 28] No space left on device\n"),
+        ("> /dev/full", 2, b"error: standard output cannot be written: No space left on device\n"),
         ("| exit 0", 141, b""),
     ):
         shell = f'set -o pipefail; "$0" "$@" {redirected}'

@@ -9,6 +9,10 @@ import numpy as np
 
 from dit_engine.schedule import Schedule
 
+LARGEST = 1e18
+"""What latents and the predicted x₀ have to stay below. Squares of more overflow float32, in the
+model's norms for one, where backends differ in what becomes of it: it is taken for infinite."""
+
 
 def step_coefficients(name: str, schedule: Schedule, learned: bool, eta: float = 0.0) -> np.ndarray:
     """(steps, 9) float64: a, b, c₁, c₂, c₃, c₄, low, high, s of `dit_kernels.guided_step`.

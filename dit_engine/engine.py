@@ -78,6 +78,7 @@ class Engine:
         self.config = model.config
         self.label_names = label_names
         self.max_batch_size = positive("max_batch_size", max_batch_size)
+        self.loading: dict[str, Any] = {}
         self.sources = {"model": "memory"} if sources is None else _texts("sources", sources)
         self._start()
 
@@ -150,7 +151,7 @@ class Engine:
         sources = {"model": checkpoint.source}
         if vae is not None:
             sources["vae"] = str(vae)
-        return cls(
+        engine = cls(
             build_model(checkpoint),
             build_vae(checkpoint),
             checkpoint.label_names,
@@ -159,6 +160,15 @@ class Engine:
             threads,
             sources,
         )
+        loading = {
+            "num_heads": num_heads,
+            "prediction": prediction,
+            "vae_scaling_factor": vae_scaling_factor,
+            "vae_shift_factor": vae_shift_factor,
+            "vae_groups": vae_groups,
+        }  # recorded as the sources are
+        engine.loading = {name: value for name, value in loading.items() if value is not None}
+        return engine
 
     def __repr__(self) -> str:
         c = self.config
@@ -343,10 +353,14 @@ class Engine:
         latents: Tensor | None,
         step_noise: Tensor | None,
     ) -> Generation:
-        record: dict[str, Any] = self.sources | {
-            "numerics": self.config.numerics,
-            "version": __version__,
-        }
+        record: dict[str, Any] = (
+            self.sources
+            | self.loading
+            | {
+                "numerics": self.config.numerics,
+                "version": __version__,
+            }
+        )
         if diffusion := self.config.diffusion.record():  # what is not the published one's
             record["diffusion"] = diffusion
         record |= settings.record(scales) | _digests(latents=latents, step_noise=step_noise)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from dit_engine.coefficients import LARGEST
 from dit_engine.errors import NotFinite
 
 _SHOWN = 4
@@ -19,7 +20,8 @@ Sample = Callable[[Callable[[int, Tensor], None]], Tensor]
 
 
 def all_finite(images: Tensor) -> bool:
-    return bool(images.isfinite().all())
+    """Whether every value is below `LARGEST`, which NaN is not."""
+    return bool((images.abs() < LARGEST).all())
 
 
 def check_pixels(images: Tensor, names: Sequence[str] | None = None) -> None:
@@ -61,7 +63,7 @@ def _first_step(sample: Sample) -> int | None:
 
 def _which(images: Tensor, names: Sequence[str] | None) -> str:
     """The images that are not finite, as the subject of a sentence."""
-    bad = [i for i, finite in enumerate(images.isfinite().flatten(1).all(1).tolist()) if not finite]
+    bad = [i for i, finite in enumerate(map(all_finite, images)) if not finite]
     told = [f"image {i}" if names is None else names[i] for i in bad[:_SHOWN]]
     more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
     return f"{', '.join(told)}{more} {'is' if len(bad) == 1 else 'are'}"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dit_engine.coefficients import clipping, step_coefficients, uses_noise
 from dit_engine.noise import NoiseSource
+from dit_engine.sampler import clamped
 
 __all__ = ["FusedDenoiser", "clipping", "sample_fused", "step_coefficients", "uses_noise"]
 
@@ -52,6 +53,6 @@ def sample_fused(
         z, x0 = denoiser.guided_step(z, x0, drawn, k, bool(guides[k]))
         if clip is not None:
             limit, weights = clip
-            z = z + float(weights[k]) * x0.clamp(-limit, limit)
+            z = z + float(weights[k]) * clamped(x0, limit)
         callback(k, z)
     return z

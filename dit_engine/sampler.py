@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_engine.coefficients import LARGEST
 from dit_engine.schedule import Schedule
 
 Denoise = Callable[[Tensor, int], Tensor]
@@ -195,7 +196,12 @@ def _predict_x0(output: Tensor, z: Tensor, schedule: Schedule, k: int) -> Tensor
 
 def _clipped_x0(output: Tensor, z: Tensor, schedule: Schedule, k: int) -> Tensor:
     x0, clip = _predict_x0(output, z, schedule, k), schedule.diffusion.clip
-    return x0 if clip is None else x0.clamp(-clip, clip)
+    return x0 if clip is None else clamped(x0, clip)
+
+
+def clamped(x0: Tensor, clip: float) -> Tensor:
+    """x0 within ±clip, but NaN where it is not below `LARGEST`: no overflow becomes a picture."""
+    return torch.where(x0.abs() < LARGEST, x0.clamp(-clip, clip), torch.nan)
 
 
 def _predict_epsilon(output: Tensor, z: Tensor, schedule: Schedule, k: int) -> Tensor:

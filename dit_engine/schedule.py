@@ -18,11 +18,6 @@ SOLVER_LEAST_SIGNAL = 2.0**-24
 """ᾱ that dpm++ takes for 0, where λ has no value; that of diffusers' solvers."""
 
 
-def training_alphas_cumprod(diffusion: Diffusion = PUBLISHED_DIFFUSION) -> np.ndarray:
-    """ᾱ_t (N,) of the full diffusion, t = 0 … N − 1; read-only."""
-    return diffusion.alphas_cumprod
-
-
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """One run of a sampler; arrays are float64 in the order in which steps are taken.
@@ -185,7 +180,7 @@ def schedule_from_timesteps(
 
     # As the reference does it: betas from the ratios, then ᾱ from those betas. The detour moves ᾱ
     # by parts in 1e16, which decides how a few coefficients round to float32.
-    wanted = training_alphas_cumprod(diffusion)[taken[::-1]]
+    wanted = diffusion.alphas_cumprod[taken[::-1]]
     betas = 1.0 - wanted / np.append(1.0, wanted[:-1])
     alphas_cumprod = np.cumprod(1.0 - betas)
     alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
@@ -212,7 +207,8 @@ def space_timesteps(
         leading: diffusers' name: integer stride ⌊1000/steps⌋ from 0 (DiTPipeline's).
         linspace: as diffusers' DPMSolverMultistepScheduler: steps+1 points from 999 to 0, of which
             the last is left out. 1000 steps, which would repeat one, are every step instead.
-        trailing: diffusers' name: from 999 down in strides of 1000/steps.
+        trailing: diffusers' name: from 999 down in strides of 1000/steps. 62 numbers of steps, 61
+            the smallest, of which diffusers makes one more than asked for, are refused.
         even: "linspace" of diffusers' DDIMScheduler and DDPMScheduler: from 999 to 0. As official,
             but for how halves round.
         solver-leading: "leading" of diffusers' DPMSolverMultistepScheduler: integer stride
@@ -246,8 +242,7 @@ def space_timesteps(
     if spacing == "even":
         return np.linspace(0, n - 1, steps).round()[::-1].astype(np.int64)
     if spacing == "trailing":
-        points = n - np.arange(steps) * (n / steps)
-        return points.round().astype(np.int64) - 1
+        return _trailing(int(steps), n)
     raise ValueError(f"spacing {spacing!r} is unknown; choose one of {', '.join(SPACINGS)}")
 
 
@@ -258,6 +253,20 @@ def _official(steps: int, n: int) -> list[int]:
         timesteps.append(round(position))
         position += stride  # accumulated, not multiplied: the sums round differently
     return timesteps
+
+
+def _trailing(steps: int, n: int) -> np.ndarray:
+    def points(count: int) -> np.ndarray:
+        return np.arange(n, 0, -n / count)  # its rounding decides halves and how many there are
+
+    if len(points(steps)) == steps:
+        return points(steps).round().astype(np.int64) - 1
+    near = sorted(range(1, n + 1), key=lambda count: abs(count - steps))
+    made = sorted([count for count in near[:20] if len(points(count)) == count][:2])
+    raise ValueError(
+        f"steps {steps}: spacing 'trailing' is diffusers', which makes {steps + 1} of them, the "
+        f"last at time step -1; nearest are {' and '.join(map(str, made))}"
+    )
 
 
 def _ddim_stride(steps: int, n: int) -> int:

@@ -39,6 +39,8 @@ _LATENT_BETAS = (
     "DPMSolverSDEScheduler", "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
 )  # fmt: skip
+_CLIPPING = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler",
+             "HeunDiscreteScheduler")  # fmt: skip
 CLASSES = (*_SAMPLERS, *_OTHERS, *_LATENT_BETAS)
 
 # Key → the field of `Diffusion` that it is, where the names differ.
@@ -73,21 +75,37 @@ _WITHOUT_EFFECT = (
     "lower_order_final", "euler_at_final",  # the last step goes to no noise, in first order
     "flow_shift", "use_dynamic_shifting", "time_shift_type",  # of use_flow_sigmas
     "skip_prk_steps", "solver_p", "predict_x0", "disable_corrector", "interpolation_type",
-    "timestep_type", "sigma_min", "sigma_max", "noise_sampler_seed",  # of other solvers
+    "sigma_min", "sigma_max", "noise_sampler_seed",  # of other solvers
 )  # fmt: skip
 _KNOWN = {
     *_FIELDS, *_SAME, *_SOLVER_NEEDS, *_WITHOUT_EFFECT, "clip_sample", "set_alpha_to_one",
-    "thresholding", "timestep_spacing", "use_flow_sigmas", "variance_type",
+    "thresholding", "timestep_spacing", "timestep_type", "use_flow_sigmas", "variance_type",
 }  # fmt: skip
 
 
 def scheduler_beside(weights: Path) -> Path | None:
-    """The scheduler's file of the pipeline that this transformer's weight file belongs to."""
-    pipeline = weights.parent.parent
-    if weights.parent.name != "transformer" or not (pipeline / "model_index.json").is_file():
-        return None
-    path = pipeline / "scheduler" / CONFIG
-    return path if path.is_file() else None
+    """The scheduler's file of the pipeline that this transformer's weight file belongs to.
+
+    Warns where the pipeline's index names a scheduler whose file is missing, and where there is a
+    scheduler's file but no index.
+    """
+    folder = weights.parent  # not the file's own target: the hub's cache links files to blobs
+    for place in dict.fromkeys((folder.absolute(), folder.resolve())):
+        path = place.parent / "scheduler" / CONFIG
+        index = place.parent / "model_index.json"
+        if place.name != "transformer" or not (index.is_file() or path.is_file()):
+            continue
+        if not path.is_file():
+            named = read_json(index).get("scheduler")
+            if isinstance(named, list) and any(named):
+                told = f"{index} names a scheduler, {named[-1]!r}, but there is no {path}"
+                warnings.warn(f"{told}: the published diffusion is taken", stacklevel=2)
+            return None
+        if not index.is_file():
+            told = f"{path} is taken for this model's, although there is no {index}"
+            warnings.warn(told, stacklevel=2)
+        return path
+    return None
 
 
 def read_diffusion(path: Path, config: ModelConfig) -> Diffusion:
@@ -115,12 +133,17 @@ def _diffusion(values: dict[str, Any], config: ModelConfig, path: Path) -> Diffu
             f"_class_name {kind!r} is not of a diffusion that the samplers undo; known are "
             f"{', '.join(CLASSES)}"
         )
+    sampler = _SAMPLERS.get(kind)
     unknown = [key for key in values if key not in _KNOWN and not key.startswith("_")]
+    clips = kind in _CLIPPING and _flag(values, "clip_sample", default=sampler is not None)
+    if kind not in _CLIPPING and values.get("clip_sample"):
+        unknown.append("clip_sample")
     if unknown:
         warnings.warn(f"{path}: unknown, without effect: {', '.join(unknown)}", stacklevel=2)
     _need(values, "thresholding", (False, None))
     _need(values, "use_flow_sigmas", (False, None))
-    sampler = _SAMPLERS.get(kind)
+    if kind == "EulerDiscreteScheduler":
+        _need(values, "timestep_type", ("discrete",))
     if sampler == "dpm++":
         for key, allowed in _SOLVER_NEEDS.items():
             _need(values, key, allowed)
@@ -130,9 +153,10 @@ def _diffusion(values: dict[str, Any], config: ModelConfig, path: Path) -> Diffu
     for key, field in _FIELDS.items():
         if key in values and field != "clip":
             chosen[field] = values[key]
-    # Absent, it is what the class does; another class's samplers are not here, and nothing clips.
-    if _flag(values, "clip_sample", default=sampler in ("ddim", "ddpm")):
+    if clips:
         chosen["clip"] = values.get("clip_sample_range", 1.0)
+        if chosen["clip"] is None:
+            raise ValueError("clip_sample_range None is not a finite number above 0")
     chosen["end_at_first"] = not _flag(values, "set_alpha_to_one", default=True)
     if sampler is not None:
         usual = "linspace" if sampler == "dpm++" else "leading"

@@ -53,9 +53,21 @@ def like(path: Path, argv: Sequence[str] | None) -> argparse.Namespace:
     parser, options = build_parser(), recorded_options(path)
     parser.set_defaults(**options)
     arguments = parser.parse_args(argv)
+    # What was told of a model, a VAE, a sheet or a sampler says nothing of another.
+    others: set[str] = set()
+    if model := arguments.model != options["model"]:
+        others |= {"numerics", "num_heads", "prediction", "diffusion"}
+    if arguments.vae != options.get("vae") or (model and arguments.vae is None):
+        others |= {"vae_scaling_factor", "vae_shift_factor", "vae_groups"}
+    if arguments.prediction != options.get("prediction"):
+        others |= {"diffusion"}
+    if not is_sheet(arguments.output):
+        others |= {"columns"}
+    replaced: dict[str, Any] = dict.fromkeys(others & options.keys())
     if arguments.sampler != options.get("sampler"):  # the other one has its own usual values
-        parser.set_defaults(steps=None, spacing=None, eta=0.0)
-        arguments = parser.parse_args(argv)
+        replaced |= {"steps": None, "spacing": None, "eta": 0.0}
+    parser.set_defaults(**replaced)
+    arguments = parser.parse_args(argv)
     given = build_parser().parse_args(argv)
     if given.seed is not None or given.seeds is not None:
         arguments.seed, arguments.seeds = given.seed, given.seeds
@@ -105,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-batch-size", type=int, default=32, help="more images are made in several batches")
     add("--threads", type=int, help="of the CPU; torch's own choice unless given")
     add("--quiet", action="store_true", help="no progress bar, no notes, nothing but errors")
-    parser.set_defaults(only=None)
+    parser.set_defaults(bare=False, diffusion=None, only=None)
     return parser
 
 
@@ -120,8 +132,7 @@ def generate(arguments: argparse.Namespace) -> int:
         raise ValueError(f"repeat {arguments.repeat} is not a positive integer")
     if arguments.columns is not None and arguments.columns < 1:
         raise ValueError(f"columns {arguments.columns} is not a positive integer")
-    sheet = arguments.output == STDOUT or arguments.output.suffix.lower() == ".png"
-    if arguments.columns is not None and not sheet:
+    if arguments.columns is not None and not is_sheet(arguments.output):
         raise ValueError(f"--columns is of a sheet, a .png, and {arguments.output} is none")
     check_destination(arguments.output, arguments.overwrite)
 
@@ -138,6 +149,12 @@ def generate(arguments: argparse.Namespace) -> int:
         "output": output,
     }
     engine = load_engine(arguments)
+    told, found = arguments.diffusion, engine.config.diffusion.record()
+    if told not in (None, found):
+        raise ValueError(
+            f"{arguments.like} was made with diffusion {told or 'as published'}, and "
+            f"{arguments.model} has {found or 'the published one'}: it would be another image"
+        )
     quiet = arguments.quiet
     if engine.vae is None and output != "latent":
         raise ValueError(
@@ -161,6 +178,10 @@ def generate(arguments: argparse.Namespace) -> int:
         news = sys.stderr if arguments.output == STDOUT else sys.stdout
         print(f"{made} {kind}{rate} → {place}{notes}", file=news)
     return 0
+
+
+def is_sheet(output: Path) -> bool:
+    return output == STDOUT or output.suffix.lower() == ".png"
 
 
 def make_series(

@@ -7,8 +7,9 @@ from typing import Any
 
 from dit_engine.images import open_image
 
-_SAME = ("model", "vae", "numerics", "sampler", "steps", "spacing", "eta", "guidance_channels",
-         "guidance_interval", "noise", "precision", "backend")  # fmt: skip
+_NUMBERS = ("num_heads", "vae_scaling_factor", "vae_shift_factor", "vae_groups", "columns")
+_SAME = (*_NUMBERS, "model", "vae", "numerics", "prediction", "sampler", "steps", "spacing", "eta",
+         "guidance_channels", "guidance_interval", "noise", "precision", "backend")  # fmt: skip
 _TOLD = ("version", "diffusion", "label", "labels", "label_name", "label_names", "seed", "seeds",
          "index", "guidance_scale")  # fmt: skip
 
@@ -31,14 +32,19 @@ def recorded_options(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} was made from given {given}, which it does not hold")
         if name not in (*_SAME, *_TOLD):
             raise ValueError(f"{path} was made with {name[:80]!r}, which is unknown here")
-    for name in ("model", "vae", "numerics", "sampler", "spacing", "noise", "precision", "backend"):
+    for name in ("model", "vae", "numerics", "prediction", "sampler", "spacing", "noise",
+                 "precision", "backend"):  # fmt: skip
         if not isinstance(record.get(name, ""), str):
             raise ValueError(f"{path}: {name} is no text")
+    for name in _NUMBERS:
+        if type(record.get(name, 0)) not in (int, float):
+            raise ValueError(f"{path}: {name} is no number")
     if not isinstance(record.get("guidance_interval"), list | type(None)):
         raise ValueError(f"{path}: guidance_interval is no pair")
     if "://" in record.get("backend", ""):
         record["backend"] = "auto"  # no file says which server is asked
-    options = {name: record[name] for name in _SAME if name in record}
+    options: dict[str, Any] = {"diffusion": record.get("diffusion", {})}
+    options |= {name: record[name] for name in _SAME if name in record}
     scale, seed = record.get("guidance_scale"), record.get("seed")
     seeds = record.get("seeds", None if seed is None else [seed])
     options["guidance_scale"] = scale if isinstance(scale, list) else [scale]

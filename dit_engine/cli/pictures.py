@@ -41,7 +41,8 @@ def save(
         if only is None:
             captions = result.label_names or [str(label) for label in result.labels]
             sheet = make_sheet(result.images, captions, columns)
-            sheet.save(png, "PNG", pnginfo=png_text(call_record(result)))
+            record = call_record(result) | ({} if columns is None else {"columns": columns})
+            sheet.save(png, "PNG", pnginfo=png_text(record))
         else:
             result.images[only].save(png, "PNG")
         if output == STDOUT:

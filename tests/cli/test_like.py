@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
+from tiny import tiny_dit, tiny_vae
 
 from dit_engine.cli.generate import main
 
@@ -34,6 +37,51 @@ def test_images_and_sheets_are_made_again(model: Path, tmp_path: Path, noise: st
         assert image.tobytes() != Image.open(tmp_path / "one.png").tobytes()
 
 
+@pytest.fixture(scope="module")
+def bare_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options for weight files of a model and a VAE that tell nothing but their shapes."""
+    path = tmp_path_factory.mktemp("files")
+    torch.save(tiny_dit(hidden_size=64, num_heads=1).state_dict(), path / "m.pt")
+    save_file(tiny_vae().state_dict(), path / "v.safetensors")
+    return ["--model", str(path / "m.pt"), "--vae", str(path / "v.safetensors")]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--num-heads 2", "--prediction v_prediction", "--numerics diffusers", "--vae-groups 16",
+        "--vae-scaling-factor 0.9", "--vae-shift-factor 3", "--columns 1",
+    ],
+)  # fmt: skip
+def test_what_the_model_was_loaded_with_is_kept(
+    bare_files: list[str], option: str, tmp_path: Path
+) -> None:
+    options = [*bare_files, "--labels", "3", "4", "--seed", "5", "--steps", "2", "--quiet"]
+    made, plain, again = (str(tmp_path / name) for name in ("a.png", "b.png", "c.png"))
+    assert main([*options, *option.split(), "-o", made]) == 0
+    assert main([*options, "-o", plain]) == 0
+    assert main(["--like", made, "-o", again, "--quiet"]) == 0
+    assert Path(again).read_bytes() == Path(made).read_bytes()
+    with Image.open(made) as one, Image.open(plain) as other:
+        assert option.startswith("--numerics") or one.tobytes() != other.tobytes()
+    assert main(["--like", made, "-o", str(tmp_path / "z.safetensors"), "--quiet"]) == 0
+
+
+def test_another_diffusion_is_refused(
+    bare_files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where the file was replaced, or a scheduler beside it."""
+    record = {"model": bare_files[1], "vae": bare_files[3], "noise": "per-image", "label": 3,
+              "seed": 5, "steps": 2, "guidance_scale": 4.0, "diffusion": {"clip": 1.0}}  # fmt: skip
+    info = PngInfo()
+    info.add_text("dit_engine", json.dumps(record))
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=info)
+    options = ["--like", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png"), "--quiet"]
+    assert main(options) == 2
+    told = capsys.readouterr().err
+    assert "was made with diffusion {'clip': 1.0}, and" in told and told.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -42,6 +90,7 @@ def test_images_and_sheets_are_made_again(model: Path, tmp_path: Path, noise: st
         ("[1]", "holds no settings"),
         ('{"model": "builtin", "noise": "per-image", "cfg": 1}', "with 'cfg', which is unknown"),
         ('{"model": "builtin", "noise": "per-image", "latents_sha256": ""}', "from given latents"),
+        ('{"model": "builtin", "noise": "", "num_heads": [3]}', "num_heads is no number"),
         ('{"model": 3, "noise": "per-image"}', "model is no text"),
         ('{"model": "builtin", "noise": "per-image", "labels": 3}', "labels is no list"),
         ('{"model": "builtin", "noise": "", "guidance_interval": 3}', "guidance_interval is no"),

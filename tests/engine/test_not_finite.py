@@ -114,6 +114,22 @@ def test_guidance_that_overflows(
 
 
 @pytest.mark.parametrize("backend", ["lean", "eager"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_guidance_that_overflows_is_not_clamped(
+    backend: str, sampler: str, prediction: str, clip: float | None
+) -> None:
+    model = tiny_dit(diffusion={"prediction": prediction, "clip": clip})
+    options = {"seed": 0, "steps": 3, "backend": backend, "sampler": sampler}
+    engine = Engine(model, device="cpu")
+    engine.generate([3, 4], guidance_scale=1e6, **options)
+    for scale in (1e38, 1e300):
+        with pytest.raises(NotFinite, match=r"not finite .*a smaller guidance_scale"):
+            engine.generate([3, 4], guidance_scale=scale, **options)
+
+
+@pytest.mark.parametrize("backend", ["lean", "eager"])
 def test_overflow_of_float16(backend: str) -> None:
     engine = broken("model", "blocks.1.mlp.fc1.weight", 7e4)  # more than float16 holds
     engine.generate([3], seed=0, steps=2, backend=backend)

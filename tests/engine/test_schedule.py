@@ -8,12 +8,12 @@ import math
 import numpy as np
 import pytest
 
+from dit_engine.diffusion import PUBLISHED_DIFFUSION, Diffusion
 from dit_engine.schedule import (
     SPACINGS,
     make_schedule,
     schedule_from_timesteps,
     space_timesteps,
-    training_alphas_cumprod,
 )
 
 
@@ -72,7 +72,7 @@ def test_every_number_of_steps_can_be_made() -> None:
             try:
                 timesteps = space_timesteps(steps, spacing)
             except ValueError:
-                assert spacing == "ddim"
+                assert spacing in ("ddim", "trailing")
                 continue
             made += 1
             assert timesteps.dtype == np.int64
@@ -80,9 +80,8 @@ def test_every_number_of_steps_can_be_made() -> None:
             assert timesteps.max() <= 999
             assert timesteps.min() >= 0
             assert (np.diff(timesteps) < 0).all()
-        assert made == (
-            len({math.ceil(1000 / s) for s in range(1, 1001)}) if spacing == "ddim" else 1000
-        )
+        counts = {"ddim": len({math.ceil(1000 / s) for s in range(1, 1001)}), "trailing": 938}
+        assert made == counts.get(spacing, 1000)
 
 
 def test_ddim_spacing_takes_the_smallest_stride() -> None:
@@ -95,7 +94,7 @@ def test_ddim_spacing_takes_the_smallest_stride() -> None:
 def test_respaced_coefficients_follow_from_the_alphas() -> None:
     """Each array against the formula of Ho et al. 2020, evaluated from the full ᾱ."""
     schedule = make_schedule(25)
-    full = training_alphas_cumprod()
+    full = PUBLISHED_DIFFUSION.alphas_cumprod
     for k, t in enumerate(schedule.timesteps):
         now, prev = full[t], full[schedule.timesteps[k + 1]] if k < 24 else 1.0
         beta = 1 - now / prev
@@ -124,19 +123,34 @@ def test_one_step_has_finite_coefficients() -> None:
         assert schedule.posterior_mean_coef2[0] == 0
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 20, 21, 50, 999])
-def test_spacings_are_diffusers(steps: int) -> None:
+@pytest.mark.parametrize("n", [1000, 777, 100])
+@pytest.mark.parametrize(
+    ("kind", "theirs", "ours"),
+    [
+        ("DDIMScheduler", "leading", "leading"),
+        ("DDIMScheduler", "linspace", "even"),
+        ("DDIMScheduler", "trailing", "trailing"),
+        ("DDPMScheduler", "leading", "leading"),
+        ("DDPMScheduler", "linspace", "even"),
+        ("DDPMScheduler", "trailing", "trailing"),
+        ("DPMSolverMultistepScheduler", "leading", "solver-leading"),
+        ("DPMSolverMultistepScheduler", "linspace", "linspace"),
+        ("DPMSolverMultistepScheduler", "trailing", "trailing"),
+    ],
+)
+def test_every_number_of_steps_is_diffusers(kind: str, theirs: str, ours: str, n: int) -> None:
+    """Or it is refused, where theirs has a time step -1. The solver's n steps repeat one."""
     diffusers = pytest.importorskip("diffusers")
-    dpm = diffusers.DPMSolverMultistepScheduler(timestep_spacing="linspace")
-    dpm.set_timesteps(steps)
-    assert space_timesteps(steps, "linspace").tolist() == dpm.timesteps.tolist()
-    dpm = diffusers.DPMSolverMultistepScheduler(timestep_spacing="leading")
-    dpm.set_timesteps(steps)
-    assert space_timesteps(steps, "solver-leading").tolist() == dpm.timesteps.tolist()
-    for theirs, ours in (("leading",) * 2, ("trailing",) * 2, ("linspace", "even")):
-        ddim = diffusers.DDIMScheduler(timestep_spacing=theirs)
-        ddim.set_timesteps(steps)
-        assert space_timesteps(steps, ours).tolist() == ddim.timesteps.tolist()
+    scheduler = getattr(diffusers, kind)(num_train_timesteps=n, timestep_spacing=theirs)
+    diffusion = Diffusion(num_train_steps=n)
+    for steps in range(1, n + (ours not in ("linspace", "solver-leading"))):
+        scheduler.set_timesteps(steps)
+        expected = scheduler.timesteps.tolist()
+        if -1 in expected:
+            with pytest.raises(ValueError, match=rf"^steps {steps}: .* makes {len(expected)} of"):
+                space_timesteps(steps, ours, diffusion)
+        else:
+            assert space_timesteps(steps, ours, diffusion).tolist() == expected, steps
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001, 2.0, "50", True, None, float("nan")])

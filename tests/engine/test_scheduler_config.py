@@ -220,6 +220,11 @@ def change(directory: Path, **values: Any) -> Path:
         ({"rescale_betas_zero_snr": 1}, "rescale_betas_zero_snr 1 is neither true nor false"),
         ({"clip_sample": "yes"}, "clip_sample 'yes' is neither true nor false"),
         ({"clip_sample_range": -1}, "clip_sample_range -1 is not a finite number above 0"),
+        ({"clip_sample": True, "clip_sample_range": None}, "clip_sample_range None is not a fin"),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"},
+            "timestep_type 'continuous' is not what the samplers do: 'discrete' is",
+        ),
         ({"thresholding": True}, "thresholding True is not what the samplers do: False is"),
         ({"set_alpha_to_one": 0}, "set_alpha_to_one 0 is neither"),
         ({"steps_offset": -1}, "steps_offset -1 is not a whole number from 0 to 999"),
@@ -287,7 +292,8 @@ def test_the_published_pipelines_scheduler_changes_nothing(directory: Path) -> N
     change(directory, clip_sample=False)
     assert load_model(directory).config.diffusion == PUBLISHED_DIFFUSION
     shutil.rmtree(directory / "scheduler")
-    assert load_model(directory).config.diffusion == PUBLISHED_DIFFUSION
+    with pytest.warns(UserWarning, match=r"names a scheduler, 'DDIMScheduler', but there is no"):
+        assert load_model(directory).config.diffusion == PUBLISHED_DIFFUSION
 
 
 def test_the_transformer_alone_is_still_the_pipelines(directory: Path) -> None:
@@ -295,6 +301,37 @@ def test_the_transformer_alone_is_still_the_pipelines(directory: Path) -> None:
     weights = directory / "transformer" / "diffusion_pytorch_model.safetensors"
     for source in (directory, directory / "transformer", weights):
         assert load_model(source).config.diffusion == Diffusion(prediction="v_prediction", clip=1.0)
+
+
+@pytest.mark.parametrize("source", [".", "diffusion_pytorch_model.safetensors"])
+def test_the_pipeline_is_found_from_within(
+    directory: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(directory, prediction_type="v_prediction")
+    monkeypatch.chdir(directory / "transformer")
+    assert load_model(source).config.diffusion == Diffusion(prediction="v_prediction", clip=1.0)
+
+
+def test_the_pipeline_is_found_through_links(directory: Path, tmp_path_factory: Any) -> None:
+    change(directory, prediction_type="v_prediction")
+    expected = Diffusion(prediction="v_prediction", clip=1.0)
+    link = tmp_path_factory.mktemp("links") / "link"
+    link.symlink_to(directory / "transformer")
+    assert load_model(link).config.diffusion == expected
+    weights = directory / "transformer" / "diffusion_pytorch_model.safetensors"
+    blob = weights.rename(link.with_name("blob"))  # as in the hub's cache
+    weights.symlink_to(blob)
+    assert load_model(directory).config.diffusion == expected
+    (directory / "model_index.json").unlink()
+    with pytest.warns(UserWarning, match=r"is taken for this model's, although there is no"):
+        assert load_model(link).config.diffusion == expected
+
+
+@pytest.mark.parametrize("kind", [SOLVER, "EulerDiscreteScheduler"])
+def test_clip_sample_is_of_schedulers_that_have_it(directory: Path, kind: str) -> None:
+    with pytest.warns(UserWarning, match=r"unknown, without effect: clip_sample$"):
+        model = load_model(change(directory, _class_name=kind, clip_sample=True))
+    assert model.config.diffusion.clip is None
 
 
 def test_an_unknown_key_is_named(directory: Path) -> None:

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from dit_engine.coefficients import clipping, step_coefficients
+from dit_engine.coefficients import LARGEST, clipping, step_coefficients
 from dit_engine.diffusion import PUBLISHED_DIFFUSION, Diffusion
 from dit_engine.schedule import make_schedule
 from dit_export.triton.torch_random import TorchGenerator
@@ -64,7 +64,8 @@ class _Run:
         """The answer to these inputs."""
         if self.clip is not None:
             limit, weights = self.clip
-            z = z + np.float32(weights[step]) * np.clip(x0, -limit, limit)
+            within = np.where(np.abs(x0) < LARGEST, np.clip(x0, -limit, limit), np.float32("nan"))
+            z = z + np.float32(weights[step]) * within
         self.z, self.x0 = z, x0
 
 
@@ -108,7 +109,7 @@ def sample(
         z, x0 = step(reals | integers)
         for (i, run), z_row, x0_row in zip(active.items(), z, x0, strict=True):
             run.take(k, z_row, x0_row)
-            if not np.isfinite(run.z).all():
+            if not (np.abs(run.z) < LARGEST).all():
                 lost[i] = k
     return np.stack([run.z for run in runs])
 

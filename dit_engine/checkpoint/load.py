@@ -27,9 +27,10 @@ from dit_engine.checkpoint.directory import open_directory
 from dit_engine.checkpoint.hub import locate
 from dit_engine.checkpoint.infer import count_blocks, infer_config, infer_vae_config
 from dit_engine.checkpoint.meta import without_storage
+from dit_engine.checkpoint.options import options_of
 from dit_engine.checkpoint.saving import NATIVE_CLASS
 from dit_engine.checkpoint.scheduler import read_diffusion, scheduler_beside
-from dit_engine.checkpoint.training_args import check_prediction, options_of
+from dit_engine.checkpoint.training_args import check_prediction
 from dit_engine.checkpoint.weights import (
     check_all_finite,
     check_shapes,
@@ -216,7 +217,7 @@ def _read_transformer(
             config = ModelConfig.from_dict(values)
             _check_depth(config, state, r"blocks\.(\d+)\.")
         else:
-            args = options_of(content, weights.name, prediction)
+            args = options_of(content, weights.name, prediction, num_heads)
             config = infer_config(state, num_heads, args)
         if num_heads is not None:
             config = replace(config, num_heads=num_heads)

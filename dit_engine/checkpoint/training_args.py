@@ -1,35 +1,33 @@
-"""The options of a training run, which its checkpoints hold beside the weights.
+"""What the options of a training run mean, which its checkpoint holds beside the weights.
 
 They tell what no tensor does. The names are those of facebookresearch/DiT ``train.py`` and
-``diffusion/__init__.py``, of diffusers' training scripts, and, so that they can be refused, of the
-flow models whose checkpoints have exactly DiT's keys (willisma/SiT and what was made of it).
+``diffusion/__init__.py``, and of diffusers' training scripts; `dit_engine.checkpoint.options`
+finds them.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from dit_engine.arguments import positive, real_number, scalar, shown
+from dit_engine.checkpoint.options import PREDICTION_FLAGS, PREDICTION_NAMES, place_of
 from dit_engine.checkpoint.weights import one_line
 from dit_engine.config import FAMILIES
 from dit_engine.diffusion import PREDICTIONS, PUBLISHED_DIFFUSION, Diffusion
 
-# Where a checkpoint has them: the published scripts, Lightning.
-PLACES = ("args", "hyper_parameters")
-# Models of DiT's build that predict along a flow, by the beginning of their names.
-_FLOW_MODEL = re.compile(r"(SiT|REPA|LightningDiT|MeanFlow|JiT)(?![a-z])", re.IGNORECASE)
-_NO_FLOWS = (
-    "it has a DiT's tensors, and predicts along a flow in a time from 0 to 1; this engine samples "
-    f"models that undo noise step by step and predict {', '.join(PREDICTIONS)}"
-)
 _PREDICTION_NAMES = {
     "noise": "epsilon",
     "eps": "epsilon",
-    "v-prediction": "v_prediction",
+    "pred_noise": "epsilon",
+    "pred_epsilon": "epsilon",
+    "v_pred": "v_prediction",
+    "pred_v": "v_prediction",
     "x0": "sample",
     "x_start": "sample",
+    "start_x": "sample",
+    "pred_x0": "sample",
 }
 # Options by which diffusers' scripts name fields of `Diffusion`, and the reference's schedules.
 _DIFFUSION_FIELDS = {
@@ -44,39 +42,6 @@ _REFERENCE_SCHEDULES = {
     "squaredcos_cap_v2": "squaredcos_cap_v2",
     "cosine": "squaredcos_cap_v2",
 }
-
-
-def options_of(
-    content: Mapping[Any, Any], file_name: str, prediction: str | None = None
-) -> dict[str, Any]:
-    """The options in what a weight file holds, None left out; empty where there are none.
-
-    prediction: what the user says that the model predicts, which then stands in their place.
-
-    Raises:
-        ValueError: the options, or the name of the file alone, are those of a flow model.
-    """
-    args: dict[str, Any] = {}
-    for place in reversed(PLACES):
-        found = content.get(place)
-        found = vars(found) if isinstance(found, argparse.Namespace) else found
-        if isinstance(found, Mapping):
-            args = {str(key): value for key, value in found.items() if value is not None}
-    name = args.get("model")
-    named = _FLOW_MODEL.match(name) if isinstance(name, str) else None
-    if named or "path_type" in args:
-        keys = ("model", "path_type", "prediction")
-        told = ", ".join(f"args.{key} {_shown(args[key])}" for key in keys if key in args)
-        kind = f"{named[1]}" if named else "flow model"
-        raise ValueError(f"a {kind} checkpoint ({told}); {_NO_FLOWS}")
-    if prediction is not None:
-        others = {"predict_xstart", "prediction_type"}
-        return {k: v for k, v in args.items() if k not in others} | {"prediction": prediction}
-    if "model" not in args and (named := _FLOW_MODEL.match(file_name)):
-        raise ValueError(
-            f"a {named[1]} checkpoint, by its name; {_NO_FLOWS} (give prediction if it is none)"
-        )
-    return args
 
 
 def check_prediction(prediction: str | None) -> None:
@@ -97,26 +62,31 @@ def trained_diffusion(args: Mapping[str, Any], learn_sigma: bool) -> Diffusion:
     values: dict[str, Any] = {
         field: args[name] for name, field in _DIFFUSION_FIELDS.items() if name in args
     }
+    if "rescale_betas_zero_snr" in args:
+        values["zero_terminal_snr"] = _is_true(args, "rescale_betas_zero_snr")
     if "diffusion_steps" in args:
-        steps = values["num_train_steps"] = _positive(args, "diffusion_steps")
+        steps = _positive(args, "diffusion_steps")
+        _check_told_once(args, "diffusion_steps", steps, "num_train_timesteps")
+        values["num_train_steps"] = steps
         if steps != PUBLISHED_DIFFUSION.num_train_steps:  # the same noise in other steps
             scale = PUBLISHED_DIFFUSION.num_train_steps / steps
             values.setdefault("beta_start", scale * PUBLISHED_DIFFUSION.beta_start)
             values.setdefault("beta_end", scale * PUBLISHED_DIFFUSION.beta_end)
-            if args.get("rescale_timesteps") is True:
+            if _is_true(args, "rescale_timesteps"):
                 raise ValueError(
-                    f"args.rescale_timesteps with diffusion_steps {steps}: only models that are "
-                    "given the number of the step are sampled here"
+                    f"{place_of(args, 'rescale_timesteps')} with diffusion_steps {steps}: "
+                    "only models that are given the number of the step are sampled here"
                 )
     if "noise_schedule" in args:
         name = args["noise_schedule"]
         if not isinstance(name, str) or name not in _REFERENCE_SCHEDULES:
             known = ", ".join(_REFERENCE_SCHEDULES)
-            raise ValueError(f"args.noise_schedule {_shown(name)} is not one of {known}")
-        values["beta_schedule"] = _REFERENCE_SCHEDULES[name]
+            raise ValueError(f"{_told(args, 'noise_schedule')} is not one of {known}")
+        name = values["beta_schedule"] = _REFERENCE_SCHEDULES[name]
+        _check_told_once(args, "noise_schedule", name, "beta_schedule")
     if (prediction := _prediction(args)) is not None:
         values["prediction"] = prediction
-    if args.get("sigma_small") is True and not learn_sigma:
+    if _is_true(args, "sigma_small") and not learn_sigma:
         values["variance"] = "fixed_small"
     try:
         return Diffusion(**values)
@@ -141,7 +111,7 @@ def model_heads(args: Mapping[str, Any], found: Mapping[str, int]) -> int | None
     if found != expected:
         ours, theirs = (", ".join(f"{k} {v}" for k, v in d.items()) for d in (found, expected))
         raise ValueError(
-            f"args.model {name!r} has {theirs}; the weights have {ours} "
+            f"{_told(args, 'model')} has {theirs}; the weights have {ours} "
             "(give num_heads if the weights are right)"
         )
     return heads
@@ -152,43 +122,69 @@ def classes(args: Mapping[str, Any], rows: int) -> tuple[int, bool]:
 
     rows: of the table. Raises ValueError where the options have another number of classes.
     """
-    dropout = args.get("class_dropout_prob")
+    dropout = None
+    if "class_dropout_prob" in args:
+        dropout = real_number(args["class_dropout_prob"])
+        if dropout is None or not 0 <= dropout <= 1:
+            raise ValueError(f"{_told(args, 'class_dropout_prob')} is not between 0 and 1")
     if "num_classes" not in args:
-        without = isinstance(dropout, (int, float)) and dropout == 0
-        return (rows, False) if without else (rows - 1, True)
+        return (rows, False) if dropout == 0 else (rows - 1, True)
     number = _positive(args, "num_classes")
-    if rows not in (number, number + 1):
-        raise ValueError(
-            f"args.num_classes is {number}, and y_embedder.embedding_table has {rows} rows; "
-            f"{number + 1} are needed, or {number} without a null class"
-        )
-    return number, rows == number + 1
+    needed = f"{number + 1} are needed, or {number} without a null class"
+    if rows == number and dropout:
+        needed = f"with {_told(args, 'class_dropout_prob')} one more is needed, for no class"
+    elif rows in (number, number + 1):
+        return number, rows == number + 1
+    raise ValueError(
+        f"{place_of(args, 'num_classes')} is {number}, and y_embedder.embedding_table has {rows} "
+        f"rows; {needed}"
+    )
 
 
 def _prediction(args: Mapping[str, Any]) -> str | None:
-    if args.get("predict_xstart") is True:
-        return "sample"
-    for key in ("prediction_type", "prediction"):
-        if key in args:
-            value = args[key]
-            name = _PREDICTION_NAMES.get(value, value) if isinstance(value, str) else None
-            if name not in PREDICTIONS:
-                raise ValueError(
-                    f"args.{key} {_shown(value)} is not one of {', '.join(PREDICTIONS)}, which "
-                    "are sampled here; give prediction if it is one by another name"
-                )
-            return name
-    return None
+    told = {}
+    for flag, name in PREDICTION_FLAGS.items():
+        if _is_true(args, flag):
+            told.setdefault(name, flag)
+    for option in PREDICTION_NAMES:
+        value = args.get(option)
+        # Only these two have no other meaning.
+        if value is None or not (isinstance(value, str) or option.startswith("prediction")):
+            continue
+        name = str(value).lower().replace("-", "_")
+        name = _PREDICTION_NAMES.get(name, name)
+        if option == "parameterization" and name == "v":  # latent-diffusion's; elsewhere of flows
+            name = "v_prediction"
+        if name not in PREDICTIONS:
+            raise ValueError(
+                f"{_told(args, option)} is not one of {', '.join(PREDICTIONS)}, which "
+                "are sampled here; give prediction if it is one by another name"
+            )
+        told.setdefault(name, option)
+    if len(told) > 1:
+        both = " and ".join(_told(args, option) for option in told.values())
+        raise ValueError(f"{both} contradict each other; give prediction")
+    return next(iter(told), None)
 
 
-def _shown(value: Any) -> str:
-    """On one line, whatever it is."""
-    plain = isinstance(value, (str, int, float))
-    return repr(value)[:60] if plain else f"of type {type(value).__name__}"
+def _told(args: Mapping[str, Any], name: str) -> str:
+    return f"{place_of(args, name)} {shown(args[name])}"
 
 
 def _positive(args: Mapping[str, Any], name: str) -> int:
-    value = args[name]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"args.{name} {_shown(value)} is not a positive integer")
-    return value
+    return positive(place_of(args, name), args[name])
+
+
+def _is_true(args: Mapping[str, Any], name: str) -> bool:
+    """A switch, as scripts write one: True, 1 or "true", and their opposites."""
+    value = scalar(args.get(name, False))
+    text = str(value).lower() if isinstance(value, (str, int)) else ""
+    if text not in ("true", "false", "1", "0"):
+        raise ValueError(f"{_told(args, name)} is neither True nor False")
+    return text in ("true", "1")
+
+
+def _check_told_once(args: Mapping[str, Any], name: str, value: Any, other: str) -> None:
+    theirs = args.get(other)
+    if isinstance(theirs, (int, str)) and theirs != value:
+        raise ValueError(f"{_told(args, name)} and {_told(args, other)} contradict each other")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ AVERAGED = (
     "model_ema_state_dict",
     "ema_model_state_dict",
 )
+_AVERAGE_WORDS = {"ema", "averaged", "average", "swa", "polyak"}
 WRAPPERS = (*AVERAGED, "model", "model_state_dict", "state_dict", "module", "net", "network")
 # Modules that torch puts around another one, at any depth of a model, when it is compiled, cut
 # into shards, or computed again in the backward pass.
@@ -33,52 +34,101 @@ MODEL_MARKS = ("x_embedder.proj.weight", "transformer_blocks.0.norm1.linear.weig
 VAE_MARKS = ("encoder.conv_in.weight", "decoder.conv_in.weight")
 
 
+SCALE = "scale_factor"  # of the latents, in latent-diffusion's checkpoints
+
+
+def is_averaged(name: str) -> bool:
+    """Whether a dict, or a part of a model, of this name is an average of the weights."""
+    return not _AVERAGE_WORDS.isdisjoint(re.split(r"[^a-z]+", name.lower()))
+
+
 def unwrapped(content: Mapping[Any, Any], marks: tuple[str, ...], path: Path) -> dict[Any, Any]:
     """The state dict in what a file holds, under its own names.
 
-    Dicts of `WRAPPERS` are opened, in each other too. Then the prefix before ``marks`` is dropped
-    if all names have it, or, for an autoencoder, taken out of a larger model. Of an averaged and a
-    plain copy side by side the averaged one is taken. Single numbers beside the weights, such as
-    ``n_averaged``, are left out with a warning, and so is an average that holds no weights.
+    Dicts of `WRAPPERS` are opened, in each other too, and averages of whatever name. Then the
+    prefix before ``marks`` is dropped if all names have it, or, for an autoencoder, taken out of a
+    larger model. Of an averaged and a plain copy side by side the averaged one is taken. Single
+    numbers beside the weights, such as ``n_averaged``, are left out with a warning, and so is an
+    average that holds no weights.
 
     Raises:
-        ValueError: several copies of a model, of which none is said to be the averaged one.
+        ValueError: several copies of a model, of which not exactly one is an averaged one.
     """
-    found = _opened(content, path)
+    found = _opened(content, marks, path)
     state = {
         _AROUND.sub("", name) if isinstance(name, str) else name: value
         for name, value in found.items()
     }
     if len(state) < len(found):
         raise ValueError(f"{path}: holds the same weights twice, once of a compiled model")
-    prefixes = {
-        name.removesuffix(mark)
-        for name in state
-        for mark in marks
-        if isinstance(name, str) and (name == mark or name.endswith(f".{mark}"))
-    }
+    prefixes = _prefixes(state, marks)
     if not prefixes:
         return state  # the names tell what is wrong
-    if counters := [name for name, value in state.items() if _is_counter(name, value)]:
-        state = {name: value for name, value in state.items() if name not in counters}
+    prefix = _chosen(prefixes, path)
+
+    def owner(name: Any) -> str | None:
+        return max((p for p in prefixes if str(name).startswith(p)), key=len, default=None)
+
+    state = {name: value for name, value in state.items() if owner(name) in (prefix, None)}
+    ours = {name for name in state if owner(name) == prefix}
+    modules = {_module(name, prefix) for name in ours if not _is_single(name, state[name])} - {""}
+    counters = [
+        name
+        for name, value in state.items()
+        if _is_single(name, value) and not (name in ours and _module(name, prefix) in modules)
+    ]
+    state = {name: value for name, value in state.items() if name not in counters}
+    if marks is VAE_MARKS:
+        counters = [name for name in counters if not _is_scale(name)]
+    if counters:
         warnings.warn(f"{path}: left out beside the weights: {some_of(counters)}", stacklevel=4)
-    if len(prefixes) > 1 and "" not in prefixes:
-        state, prefixes = _averaged(state, prefixes, path)
-    prefix = min(prefixes)
-    ours = {name: value for name, value in state.items() if str(name).startswith(prefix)}
-    if len(ours) < len(state) and marks is not VAE_MARKS:
+    if marks is not VAE_MARKS and not ours.issuperset(state):
         return state
-    return {name.removeprefix(prefix): value for name, value in ours.items()} if prefix else ours
+    return {name.removeprefix(prefix): value for name, value in state.items() if name in ours}
 
 
-def _opened(content: Mapping[Any, Any], path: Path, depth: int = 0) -> Mapping[Any, Any]:
-    """The first dict with tensors in it, behind the names of `WRAPPERS`; else ``content``."""
+def latent_scale(content: Mapping[Any, Any]) -> Any:
+    """What a latent-diffusion checkpoint multiplies latents by; None where it does not tell."""
+    for level in levels(content):
+        for name, value in level.items():
+            if isinstance(name, str) and _is_scale(name) and _is_single(name, value):
+                return value
+    return None
+
+
+def levels(content: Mapping[Any, Any]) -> Iterator[Mapping[Any, Any]]:
+    """Every dict of a file that may hold the weights, or what is beside them."""
+    seen: set[int] = set()
+    waiting = [content]
+    while waiting:
+        level = waiting.pop(0)
+        if id(level) in seen:  # a pickle may hold itself
+            continue
+        seen.add(id(level))
+        yield level
+        waiting += [
+            value
+            for name, value in level.items()
+            if isinstance(value, Mapping) and (name in WRAPPERS or is_averaged(str(name)))
+        ]
+
+
+def _opened(
+    content: Mapping[Any, Any], marks: tuple[str, ...], path: Path, depth: int = 0
+) -> Mapping[Any, Any]:
+    """The first dict with tensors in it, behind the names of `WRAPPERS`; else ``content``.
+
+    An average of another name goes before all that are not averages, if it is of this model.
+    """
+    averages = [name for name in content if is_averaged(str(name)) and name not in WRAPPERS]
     empty = []
-    for name in WRAPPERS:
+    for name in (*AVERAGED, *averages, *WRAPPERS[len(AVERAGED) :]):
         inner = content.get(name)
         if isinstance(inner, Mapping) and depth < 4:  # a pickle may hold itself
-            found = _opened(inner, path, depth + 1)
-            if any(isinstance(value, Tensor) for value in found.values()):
+            found = _opened(inner, marks, path, depth + 1)
+            if any(isinstance(value, Tensor) for value in found.values()) and (
+                name in WRAPPERS or _prefixes(found, marks)
+            ):
                 if empty:
                     warnings.warn(
                         f"{path}: {some_of(empty)} holds no weights; taking those of {name!r}, "
@@ -86,28 +136,45 @@ def _opened(content: Mapping[Any, Any], path: Path, depth: int = 0) -> Mapping[A
                         stacklevel=5,
                     )
                 return found
-        if name in content and name in AVERAGED:
+        listed = isinstance(inner, (Mapping, list, tuple)) and name in averages
+        if (name in content and name in AVERAGED) or listed:
             empty.append(name)
     return content
 
 
-def _is_counter(name: Any, value: Any) -> bool:
-    """Whether this is a single number, or a setting, beside the weights."""
+def _prefixes(state: Mapping[Any, Any], marks: tuple[str, ...]) -> set[str]:
+    """What stands before ``marks`` in the names."""
+    return {
+        name.removesuffix(mark)
+        for name in state
+        for mark in marks
+        if isinstance(name, str) and (name == mark or name.endswith(f".{mark}"))
+    }
+
+
+def _chosen(prefixes: set[str], path: Path) -> str:
+    """The one of the averaged copy, or the only one."""
+    averaged = {prefix for prefix in prefixes if any(map(is_averaged, prefix.split(".")))}
+    if len(prefixes) > 1 and len(averaged) != 1:
+        raise ValueError(
+            f"{path}: holds several models, under {some_of(sorted(prefixes))}; one is needed"
+        )
+    return next(iter(averaged or prefixes))
+
+
+def _module(name: str, prefix: str) -> str:
+    """The first part of a name in the model; "" for what is in no module of it."""
+    return name.removeprefix(prefix).rpartition(".")[0].partition(".")[0]
+
+
+def _is_scale(name: str) -> bool:
+    return name.rpartition(".")[2] == SCALE
+
+
+def _is_single(name: Any, value: Any) -> bool:
+    """Whether this is a single number, or a setting."""
     if not isinstance(name, str):
         return False
     if isinstance(value, Tensor):
         return value.ndim == 0 or (value.numel() == 1 and "." not in name)
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _averaged(
-    state: dict[Any, Any], prefixes: set[str], path: Path
-) -> tuple[dict[Any, Any], set[str]]:
-    """``state`` without the copies of the model that are not the averaged one."""
-    averaged = {prefix for prefix in prefixes if not {*prefix.split(".")}.isdisjoint(AVERAGED)}
-    if len(averaged) != 1:
-        raise ValueError(
-            f"{path}: holds several models, under {some_of(sorted(prefixes))}; one is needed"
-        )
-    others = tuple(prefixes - averaged)
-    return {n: v for n, v in state.items() if not str(n).startswith(others)}, averaged

@@ -195,15 +195,80 @@ def test_flow_models_are_refused_by_name(
     assert "\n" not in str(caught.value) and "epsilon" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["SiT-XL-2-256x256.pt", "sit_b2.pt", "REPA.pt"])
+@pytest.mark.parametrize("name", ["SiT-XL-2-256x256.pt", "sit_b2.pt", "JiT-B-16.pt"])
 def test_flow_models_by_the_name_of_the_file(name: str, tmp_path: Path) -> None:
     """The published weights have no args."""
     torch.save(STATE, tmp_path / name)
     with pytest.raises(ValueError, match=f"{name}: a .* checkpoint, by its name; .*give predict"):
         load_checkpoint(tmp_path / name, num_heads=4)
     load_checkpoint(tmp_path / name, num_heads=4, prediction="epsilon")
-    torch.save(STATE, tmp_path / "situation.pt")
-    load_checkpoint(tmp_path / "situation.pt", num_heads=4)
+    for other in ("situation.pt", "jit.pt", "repa.pt", "jit_last.pt"):
+        torch.save(STATE, tmp_path / other)
+        load_checkpoint(tmp_path / other, num_heads=4)
+
+
+SIT = {"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity"}
+HIDDEN_FLOWS: list[Any] = [
+    {"state_dict": {"model": STATE, "args": SIT}},
+    {"model": STATE, "args": {"lr": 1e-4}, "hyper_parameters": SIT},
+    *({"model": STATE, place: SIT} for place in ("config", "cfg", "opt", "hparams",
+                                                 "training_args")),
+    {"model": STATE, "hyper_parameters": {"args": argparse.Namespace(**SIT)}},
+    {"model": STATE, "args": {"model": {"name": "SiT-S/2"}}},
+    {"model": STATE, "args": {"transport": {"path_type": "Linear"}}},
+    *({"model": STATE, "args": args} for args in (
+        {"model": "models.SiT-XL/2"}, {"arch": "SiT-XL/2"}, {"model_name": "SiT-XL/2"},
+        {"loss_type": "flow_matching"}, {"loss": [{"kind": "rectified_flow"}]})),
+    {"state_dict": STATE, "arch": "SiT-XL/2"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", HIDDEN_FLOWS, ids=range(len(HIDDEN_FLOWS)))
+def test_flow_models_by_options_in_any_place(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=r"m\.pt: a (SiT|flow model) checkpoint \(") as caught:
+        load_checkpoint(tmp_path / "m.pt", num_heads=4)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("beside", "prediction"),
+    [
+        ({"args": {"lr": 1}, "hyper_parameters": {"prediction_type": "sample"}}, "sample"),
+        ({"args": {"diffusion": {"prediction_type": "v_prediction"}}}, "v_prediction"),
+        ({"args": {"objective": "pred_v"}}, "v_prediction"),
+        ({"opt": {"state": {}, "param_groups": [{"prediction": "x"}]}}, "epsilon"),
+        ({"args": {"exp_name": "a flow", "vae": {"num_heads": 1}}}, "epsilon"),
+        *(({"args": {"predict_xstart": yes}}, "sample") for yes in (True, 1, "True", "true")),
+        *(({"args": {"predict_xstart": no}}, "epsilon") for no in (False, 0, "False")),
+    ],
+    ids=str,
+)
+def test_options_in_any_place_are_used(
+    beside: dict[str, Any], prediction: str, tmp_path: Path
+) -> None:
+    torch.save({"model": STATE} | beside, tmp_path / "m.pt")
+    config = load_checkpoint(tmp_path / "m.pt", num_heads=4).config
+    assert config.diffusion.prediction == prediction
+
+
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        ({"args": {"num_classes": 10}, "cfg": {"num_classes": 11}},
+         r"contradict each other: args\.num_classes 10, cfg\.num_classes 11"),
+        ({"args": {"predict_xstart": True, "prediction_type": "epsilon"}}, "contradict"),
+        ({"args": {"num_classes": 11, "class_dropout_prob": 0.1}},
+         r"args\.num_classes is 11, .* 11 rows; with args\.class_dropout_prob 0\.1 one more"),
+        *(({"args": {name: "perhaps"}}, rf"args\.{name} 'perhaps' is neither True nor False")
+          for name in ("predict_xstart", "sigma_small")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_that_cannot_be_meant(beside: Any, message: str, tmp_path: Path) -> None:
+    torch.save({"model": STATE} | beside, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(tmp_path / "m.pt", num_heads=4)
 
 
 ODD: list[Any] = ["1000", 0, -1, True, 2.5, [10], {"n": 10}, torch.ones(3), "a\nb"]
@@ -225,13 +290,7 @@ def test_options_of_odd_types(name: str, value: Any, tmp_path: Path) -> None:
 def test_options_that_tell_nothing(args: Any, tmp_path: Path) -> None:
     torch.save({"ema": STATE, "args": args}, tmp_path / "m.pt")
     assert load_checkpoint(tmp_path / "m.pt", num_heads=4).config == tiny_dit(num_heads=4).config
-    odd = {
-        "model": [1],
-        "rescale_timesteps": torch.ones(2),
-        "sigma_small": "x",
-        "predict_xstart": 3,
-    }
-    load_checkpoint(saved(tmp_path / "n.pt", **odd), num_heads=4)
+    load_checkpoint(saved(tmp_path / "n.pt", model=[1]), num_heads=4)
 
 
 def test_time_steps_that_are_rescaled(tmp_path: Path) -> None:

@@ -1,0 +1,207 @@
+"""Where a checkpoint has the options of its training, and those by which a flow model is known.
+
+Flow models (willisma/SiT and what was made of it) have exactly DiT's keys: nothing but these
+options and the name of the file tells them from a DiT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dit_engine.arguments import shown
+from dit_engine.checkpoint.wrappers import levels
+from dit_engine.diffusion import PREDICTIONS
+
+# Under which names training scripts save their options, beside the weights.
+PLACES = (
+    "args", "hyper_parameters", "hyperparameters", "hparams", "config", "cfg", "conf", "opt",
+    "opts", "options", "training_args", "train_args", "training_config", "train_config",
+    "model_args", "model_config", "model_kwargs",
+)  # fmt: skip
+# Options that are read wherever they stand. The names of what is predicted are those of SiT,
+# diffusers' training scripts, denoising-diffusion-pytorch and latent-diffusion.
+PREDICTION_NAMES = (
+    "prediction_type", "prediction", "objective", "parameterization", "pred_type", "predict_type",
+    "prediction_target", "model_output", "mean_type", "model_mean_type",
+)  # fmt: skip
+PREDICTION_FLAGS = {
+    "predict_xstart": "sample",
+    "predict_x0": "sample",
+    "predict_v": "v_prediction",
+    "v_pred": "v_prediction",
+    "v_prediction": "v_prediction",
+    "v_parameterization": "v_prediction",
+}
+_READ = {
+    *PREDICTION_NAMES, *PREDICTION_FLAGS, "num_classes", "class_dropout_prob", "num_heads",
+    "diffusion_steps", "noise_schedule", "num_train_timesteps", "beta_schedule", "beta_start",
+    "beta_end", "rescale_betas_zero_snr", "rescale_timesteps", "sigma_small",
+}  # fmt: skip
+MODEL_NAMES = ("model", "model_name", "model_type", "arch", "architecture", "network", "name")
+# Parts of the options that are of other networks, or of the optimizer.
+_OTHERS = re.compile(r"vae|autoencoder|first_stage|text|clip|optim|(^|_)lr(_|$)|discriminator")
+# Options whose values people choose freely.
+_FREE = re.compile(r"(dir|path|root|file|folder|ckpt|checkpoint|resume|project|entity|dataset|"
+                   r"tags?|notes?)$|^(exp|run|wandb|comment|desc)")  # fmt: skip
+_NAMES = "SiT|REPA|LightningDiT|MeanFlow|JiT"
+_SIZE = r"[-_/](?:XS|S|B|L|XL|XXL|H|G)"
+# Models of DiT's build that predict along a flow. Only in their own spelling are they known
+# without a size: "jit" and "repa" may be anything.
+_FLOW_MODEL = re.compile(
+    rf"(?<![A-Za-z0-9])(?:({_NAMES})(?![a-z])|(?i:({_NAMES}){_SIZE}(?![a-z])))"
+)
+_FLOW_FILE = re.compile(rf"(?i)(?<![a-z0-9])({_NAMES}){_SIZE}[-_]?(?:\d|imagenet)")
+_FLOW_WORD = re.compile(r"(?i)(?<![a-z])(?:flow(?!er)|rectified|velocity|interpolant)")
+_FLOW_OPTION = re.compile(
+    r"(?:^|_)(?:path_type|flows?|rectified|velocity|interpolant|transport|cfm)(?:_|$)|flow_?match"
+)
+_NO_FLOWS = (
+    "it has a DiT's tensors, and predicts along a flow in a time from 0 to 1; this engine samples "
+    f"models that undo noise step by step and predict {', '.join(PREDICTIONS)}"
+)
+_DEEPEST = 6
+
+
+class Options(dict[str, Any]):
+    """The options that are read, by name; ``places`` tells where in the file each of them is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class _Option:
+    place: str
+    name: str
+    value: Any
+
+    def __str__(self) -> str:
+        return f"{self.place} {shown(self.value)}"
+
+
+def options_of(
+    content: Mapping[Any, Any],
+    file_name: str,
+    prediction: str | None = None,
+    num_heads: int | None = None,
+) -> Options:
+    """The options in what a weight file holds, None left out; empty where there are none.
+
+    prediction, num_heads: what the user says, which then stands in the place of what they tell.
+
+    Raises:
+        ValueError: the options, or the name of the file alone, are those of a flow model, or two
+            of one name have different values.
+    """
+    options = list(_all_options(content))
+    _refuse_flow_models(options, trusted=prediction is not None)
+    ignored: set[str] = set() if num_heads is None else {"num_heads"}
+    if prediction is not None:
+        ignored |= {*PREDICTION_NAMES, *PREDICTION_FLAGS}
+    read = Options()
+    for option in options:
+        name = option.name
+        if name not in _READ or name in ignored:
+            continue
+        if name not in read:
+            read[name], read.places[name] = option.value, option.place
+        elif not _same(read[name], option.value):
+            first = _Option(read.places[name], name, read[name])
+            raise ValueError(
+                f"the options of its training contradict each other: {first}, {option}"
+            )
+    names = [o for o in options if o.name in MODEL_NAMES and isinstance(o.value, str)]
+    for option in sorted(names, key=lambda o: "DiT" not in o.value):
+        read.setdefault("model", option.value)
+        read.places.setdefault("model", option.place)
+    if prediction is not None:
+        read["prediction"] = prediction
+    elif "model" not in read and (named := _FLOW_FILE.search(file_name)):
+        raise ValueError(
+            f"a {named[1]} checkpoint, by its name; {_NO_FLOWS} (give prediction if it is none)"
+        )
+    return read
+
+
+def place_of(options: Mapping[str, Any], name: str) -> str:
+    """Where in the file an option is, for a message."""
+    places = options.places if isinstance(options, Options) else {}
+    return places.get(name, f"args.{name}")
+
+
+def _refuse_flow_models(options: list[_Option], trusted: bool) -> None:
+    """trusted: the user says what is predicted, which leaves the names of models and paths."""
+    found, kind, certain = [], "flow model", False
+    for option in options:
+        name, value = option.name, option.value
+        if _FREE.search(name):
+            continue
+        match = _FLOW_MODEL.search(value) if isinstance(value, str) else None
+        if match:
+            kind = match[1] or match[2]
+        word = isinstance(value, str) and name not in PREDICTION_NAMES and _FLOW_WORD.search(value)
+        if match or word or (_FLOW_OPTION.search(name) and _is_on(value)):
+            found.append(option)
+            certain = certain or bool(match) or name == "path_type"
+    if not found or (trusted and not certain):
+        return
+    told = found[:2] + [option for option in options if option.name == "prediction"][:1]
+    hint = "" if certain else " (give prediction if it is none)"
+    raise ValueError(f"a {kind} checkpoint ({', '.join(map(str, told))}); {_NO_FLOWS}{hint}")
+
+
+def _is_on(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.lower() not in ("", "0", "no", "none", "off", "false")
+    return bool(value) if isinstance(value, (int, float, Mapping, list, tuple)) else True
+
+
+def _same(a: Any, b: Any) -> bool:
+    plain = (str, int, float)
+    return a is b or (isinstance(a, plain) and isinstance(b, plain) and a == b)
+
+
+def _all_options(content: Mapping[Any, Any]) -> Iterator[_Option]:
+    """Those in `PLACES` and the plain values at every level that may hold the weights."""
+    seen: set[int] = set()
+    for level in levels(content):
+        for name, value in level.items():
+            if not isinstance(name, str):
+                continue
+            if name in PLACES:
+                yield from _options_in(value, name, name, seen)
+            elif isinstance(value, (str, int, float)):
+                yield _Option(_written(name), name, value)
+
+
+def _options_in(value: Any, place: str, name: str, seen: set[int]) -> Iterator[_Option]:
+    """``value`` itself, if it is none of many, and what it holds."""
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    inner: Iterator[tuple[str, str, Any]] | None = None
+    if isinstance(value, Mapping):
+        inner = ((f"{place}.{_written(str(key))}", str(key), v) for key, v in value.items())
+    elif isinstance(value, (list, tuple)):
+        inner = ((place, name, v) for v in value if isinstance(v, (str, Mapping)))
+    if inner is None or name in _READ or name not in PLACES:
+        if value is not None:
+            yield _Option(place, name, value)
+        if inner is None or name in _READ:
+            return
+    state_of_optimizer = isinstance(value, Mapping) and "param_groups" in value
+    if id(value) in seen or place.count(".") > _DEEPEST or state_of_optimizer:
+        return
+    seen.add(id(value))
+    for its_place, its_name, v in inner:
+        many = isinstance(v, (Mapping, list, tuple, argparse.Namespace))
+        if not (many and _OTHERS.search(its_name)):
+            yield from _options_in(v, its_place, its_name, seen)
+
+
+def _written(name: str) -> str:
+    return name if re.fullmatch(r"[\w-]{1,40}", name) else shown(name)[:40]

@@ -133,7 +133,7 @@ def infer_vae_config(state: Mapping[str, Tensor], **given: Any) -> VAEConfig:
     if usual:
         guessed = " and ".join(f"{getattr(VAEConfig, name)} {guesses[name]}" for name in usual)
         warnings.warn(
-            f"a VAE with no config.json beside it: taking Stable Diffusion's {guessed} "
+            f"nothing tells all of the VAE's config: taking Stable Diffusion's {guessed} "
             f"(give {' and '.join(options[name] for name in usual)} if it has others)",
             stacklevel=4,
         )

@@ -6,6 +6,7 @@ model is never in memory twice.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,15 @@ from dit_engine.checkpoint.weights import (
     read_json,
     read_weights,
 )
-from dit_engine.checkpoint.wrappers import MODEL_MARKS, VAE_MARKS, unwrapped
+from dit_engine.checkpoint.wrappers import MODEL_MARKS, VAE_MARKS, latent_scale, unwrapped
 from dit_engine.config import NUMERICS, ModelConfig
 from dit_engine.device import neutral
 from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 VAE_CLASS = "AutoencoderKL"
+# Fields of a VAE's config that leave no trace in its tensors.
+VAE_OPTIONS = ("norm_num_groups", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 @dataclass(frozen=True)
@@ -242,6 +245,16 @@ def _check_depth(config: ModelConfig, state: dict[str, Tensor], pattern: str) ->
         raise ValueError(f"the config's depth is {config.depth}, the file holds {blocks} blocks")
 
 
+def _told_of_vae(content: Mapping[Any, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """What tensors do not tell, from a latent-diffusion checkpoint and a config of no class."""
+    told: dict[str, Any] = {}
+    if (scale := latent_scale(content)) is not None:
+        told["scaling_factor"] = scale.item() if isinstance(scale, torch.Tensor) else scale
+    if "_class_name" not in values:
+        told |= {name: values[name] for name in VAE_OPTIONS if name in values}
+    return told
+
+
 def _read_vae(
     path: Path, check_finite: bool, given: dict[str, Any]
 ) -> tuple[VAEConfig, dict[str, Tensor]]:
@@ -257,7 +270,8 @@ def _read_vae(
         if kind != VAE_CLASS:
             raise ValueError(f"{path}: config.json is of class {kind!r}; {VAE_CLASS} is needed")
         path = find_weights(path)
-    state = unwrapped(read_weights(path), VAE_MARKS, path)
+    content = read_weights(path)
+    state = unwrapped(content, VAE_MARKS, path)
     state = normalise_vae_keys(check_tensors(state, path))
     if check_finite:
         check_all_finite(state, path)
@@ -267,7 +281,7 @@ def _read_vae(
         if values.get("_class_name") == VAE_CLASS:
             config = VAEConfig.from_dict(values | given)
         else:
-            config = infer_vae_config(state, **given)
+            config = infer_vae_config(state, **(_told_of_vae(content, values) | given))
         check_shapes(state, vae_shapes(config))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None

@@ -208,8 +208,9 @@ def test_a_file_without_config(attention: bool, tmp_path: Path) -> None:
     save_file(state, tmp_path / "vae.safetensors")
     torch.save(state, tmp_path / "vae.pt")
     guessed = (
-        r"no config\.json beside it: taking Stable Diffusion's 32 norm groups and 0\.18215 as the "
-        r"scaling factor \(give vae_groups and vae_scaling_factor if it has others\)$"
+        r"nothing tells all of the VAE's config: taking Stable Diffusion's 32 norm groups and "
+        r"0\.18215 as the scaling factor "
+        r"\(give vae_groups and vae_scaling_factor if it has others\)$"
     )
     for name in ("vae.safetensors", "vae.pt"):
         with pytest.warns(UserWarning, match=guessed):
@@ -220,6 +221,22 @@ def test_a_file_without_config(attention: bool, tmp_path: Path) -> None:
         z = torch.randn(1, 4, 3, 3, dtype=torch.float64)
         with torch.no_grad():
             assert_close_to_reference(ours.decode(z), reference.decode(z).sample, tolerance=1e-10)
+
+
+def test_a_file_or_a_config_of_no_class_that_tells_the_scale(tmp_path: Path) -> None:
+    reference = theirs(block_out_channels=(32,), layers_per_block=1)
+    state = {key: tensor.contiguous() for key, tensor in reference.state_dict().items()}
+    torch.save({"state_dict": state | {"scale_factor": torch.tensor(0.25)}}, tmp_path / "a.pt")
+    (tmp_path / "beside").mkdir()
+    torch.save(state, tmp_path / "beside" / "b.pt")
+    text = '{"scaling_factor": 0.7, "norm_num_groups": 16, "shift_factor": 0.1}'
+    (tmp_path / "beside" / "config.json").write_text(text)
+    with pytest.warns(UserWarning, match=r"Stable Diffusion's 32 norm groups \(give vae_groups"):
+        assert loaded(tmp_path / "a.pt").config.scaling_factor == 0.25
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is guessed
+        config = loaded(tmp_path / "beside" / "b.pt").config
+    assert (config.scaling_factor, config.norm_num_groups, config.shift_factor) == (0.7, 16, 0.1)
 
 
 def test_diffusers_reads_what_we_write(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ _LIMIT = 80  # characters of a value in a message
 
 
 def dimensions(value: Any) -> int | None:
-    """Of an array or a tensor; None for all else."""
+    """The number of dimensions of an array or a tensor; None for anything else."""
     array = hasattr(value, "dtype") and not isinstance(value, type)
     return getattr(value, "ndim", None) if array else None
 
@@ -21,7 +21,7 @@ def shown(value: Any) -> str:
         return f"<{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}>"
     try:
         text = " ".join(repr(value).split())
-    except ValueError:  # Python writes no integers of more than some thousand digits
+    except ValueError:  # Python refuses to print integers of several thousand digits
         return f"<{type(value).__name__} of too many digits>"
     return text if len(text) <= _LIMIT else f"{text[: _LIMIT - 1]}…"
 

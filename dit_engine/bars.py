@@ -17,7 +17,7 @@ class Bar(tqdm):  # pyright: ignore[reportMissingTypeArgument]
 
 
 def close_all() -> None:
-    """Close the bars that are open, of loops too that an exception has left."""
+    """Close all open bars, also those of loops that an exception ended."""
     bars: Any = getattr(tqdm, "_instances", ())
     for bar in list(bars):
         bar.close()

@@ -1,6 +1,6 @@
 """How every part of the project captures CUDA graphs.
 
-Importing it does not import torch, without which the TensorRT runtime can do.
+Importing it does not import torch, because the TensorRT runtime works without it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LOCK = threading.Lock()
 
 @contextmanager
 def one_capture() -> Iterator[None]:
-    """Held around every capture, of which torch allows one at a time in a process.
+    """Hold this during every capture: torch allows one at a time per process.
 
     Python's garbage collector rests meanwhile: what it deletes may have to wait for the device,
     such as another engine's graphs, and CUDA breaks off the capture of a thread that waits.
@@ -73,8 +73,8 @@ def capture_graph(
 @contextmanager
 def _own_workspaces() -> Iterator[None]:
     """torch keeps a workspace for cuBLAS and cuBLASLt for each stream, and frees all of them when
-    anyone asks, as Inductor does around its own graphs. A graph must therefore have a workspace in
-    its own memory, and nothing else may go on to use that one. After
+    anyone asks, as Inductor does around its own graphs. Each graph therefore gets a workspace in
+    its own memory, which nothing else uses later, as in
     `torch._inductor.cudagraph_trees.clear_cublas_manager`.
     """
     import torch

@@ -52,8 +52,9 @@ class Diffusion:
             "fixed_small" is the posterior's, "fixed_large" is beta, whatever is learned.
         steps_offset: added to the time steps of the spacing "leading".
         end_at_first: ddim's last step goes to ᾱ of step 0, and not to 1 (no noise).
-        scheduler: "sampler spacing" of a diffusers scheduler whose spacing is none of that name
-            here (`OWN_SPACINGS`): asked for with that sampler, the name is then the scheduler's.
+        scheduler: sampler and spacing, as "ddim linspace", of a diffusers scheduler that spaces its
+            steps otherwise than our spacing of that name does (`OWN_SPACINGS`). With that sampler,
+            the name then means the scheduler's spacing.
     """
 
     num_train_steps: int = 1000
@@ -125,13 +126,13 @@ class Diffusion:
         return _alphas_cumprod(self)
 
     def spacing_for(self, sampler: str, spacing: str) -> str:
-        """The spacing of `dit_engine.schedule` that ``spacing`` is, asked for with ``sampler``."""
+        """The spacing of `dit_engine.schedule` to use for ``spacing`` with ``sampler``."""
         asked = f"{sampler} {spacing}"
         return OWN_SPACINGS[asked] if asked == self.scheduler else spacing
 
     def ddim_stride(self, steps: int, spacing: str) -> int | None:
-        """How far each step of DDIMScheduler goes down from its time step, for the spacings of
-        which that is not where the next step begins; None where it is."""
+        """How many time steps each step of DDIMScheduler goes down, for spacings where it does not
+        end where the next step starts; else None."""
         strided = ("ddim linspace", "ddim trailing")
         own = any(self.scheduler == name and OWN_SPACINGS[name] == spacing for name in strided)
         return self.num_train_steps // steps if own else None
@@ -146,7 +147,7 @@ class Diffusion:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is not the published diffusion's; empty for that."""
+        """The fields that differ from the published diffusion; empty if none does."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         changed = {f.name: values[f.name] for f in fields(self) if values[f.name] != f.default}
         if self.trained_betas is not None:

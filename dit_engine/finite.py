@@ -1,4 +1,5 @@
-"""NaN and infinity among latents and pixels: found once at the end, and told where they began."""
+"""NaN and infinity in latents and pixels: looked for once, at the end; the error says where they
+began."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ _HELP = (
 )
 
 Sample = Callable[[Callable[[int, Tensor], None]], Tensor]
-"""A sampling loop, to be given what is called with every step and its latents."""
+"""A sampling loop; it takes a function that it calls with every step and its latents."""
 
 
 def all_finite(images: Tensor) -> bool:
@@ -36,7 +37,7 @@ def check_pixels(images: Tensor, names: Sequence[str] | None = None) -> None:
 def check_latents(z: Tensor, again: Sample, steps: int, names: Sequence[str]) -> None:
     """Raise `NotFinite` for NaN or infinity in the final latents z (N, C, S, S) of so many steps.
 
-    The first such step is found by sampling ``again``, only where there is one.
+    Only then is the first such step looked for, by sampling ``again``.
     """
     if all_finite(z):
         return

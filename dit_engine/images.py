@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 """What torchvision's ImageFolder and pytorch-fid take for pictures."""
 
-# Named, so that Pillow tries no other reader (it has one that starts a program). GIF is here for
-# the many that are named .jpg.
+# Named, so that Pillow tries no other reader (it has one that starts a program). GIF is in the list
+# because many GIFs are named .jpg.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 178_956_970  # of one picture; Pillow's own limit, whatever a program has set it to
 
@@ -81,7 +81,7 @@ def read_rgb(path: Path) -> Image:
     """
     with open_image(path) as image:
         _scale_transparent(image)
-        image.load()  # of a TIFF, Pillow turns the pixels then
+        image.load()  # which also turns the pixels of a TIFF
         return _upright(_on_background(image), _orientation(image))
 
 

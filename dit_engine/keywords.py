@@ -35,7 +35,7 @@ def our_name(name: str, known: Iterable[str]) -> str | None:
 
 
 def names_ours(function: F) -> F:
-    """Decorate ``function``: the TypeError of an unknown keyword names the one that it has."""
+    """Decorate ``function``: its TypeError for an unknown keyword suggests the right one."""
     known = [name for name in inspect.signature(function).parameters if name != "self"]
 
     @functools.wraps(function)

@@ -14,7 +14,7 @@ from dit_bench.hardware import BUSY
 OTHERS = 0.25
 """Processors that other programs may keep busy, on average, while times are taken."""
 NO_VERDICT = "busy: no verdict"
-_LEAST_S = 1.0  # the system counts in hundredths of a second: less tells too little of one part
+_LEAST_S = 1.0  # the system counts in hundredths of a second: a shorter time is too coarse
 _IDLE = (3, 4)  # of /proc/stat's columns: idle, and waiting for a disk
 
 
@@ -89,7 +89,7 @@ def busy_row(row: dict[str, Any]) -> bool:
 
 
 def withdraw_verdicts(report: dict[str, Any]) -> None:
-    """No one is called quicker in what is not to be quoted."""
+    """Remove the verdicts from results that are not to be quoted."""
     all_of_it = not_quoted(report) is not None
     for row in report["measurements"]:
         if "verdict" in row and row["role"] == "peer" and (all_of_it or busy_row(row)):

@@ -13,7 +13,7 @@ NUMPY = "a NumPy array (.npy)"
 _ZIP = "a zip archive"
 
 _SERVER = "the server answered with it in place of the file, perhaps to ask for a login"
-# What to do, by how the name of a kind begins or ends.
+# What to do with each kind of file; the pattern matches the beginning of the kind's name.
 _ADVICE = (
     (r"a Git LFS pointer", "fetch the file that it stands for with 'git lfs pull'"),
     (r"a git-annex pointer", "fetch the file that it stands for with 'git annex get'"),
@@ -24,7 +24,8 @@ _ADVICE = (
     (r".* archive", "unpack it first"),
 )
 
-# (offset, bytes, what they begin). The safetensors header comes after its length of 8 bytes.
+# (offset, bytes, the kind of file that has them there). The header of
+# safetensors comes after its length of 8 bytes.
 _MAGIC = (
     (8, b'{"', SAFETENSORS),
     (0, b"\x1f\x8b", "a gzip archive"),
@@ -94,7 +95,7 @@ def format_of(path: Path) -> str | None:
 
 
 def _zip_format(path: Path) -> str | None:
-    """None where it is cut off: its end holds the list of what is inside."""
+    """The kind of a zip file; None if it is cut off, because the list of contents is at its end."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

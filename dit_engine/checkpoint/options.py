@@ -16,7 +16,7 @@ from dit_engine.arguments import shown
 from dit_engine.checkpoint.wrappers import levels
 from dit_engine.diffusion import PREDICTIONS
 
-# Under which names training scripts save their options, beside the weights.
+# Names under which training scripts save their options, beside the weights.
 PLACES = (
     "args", "hyper_parameters", "hyperparameters", "hparams", "config", "cfg", "conf", "opt",
     "opts", "options", "training_args", "train_args", "training_config", "train_config",
@@ -92,7 +92,7 @@ def options_of(
 ) -> Options:
     """The options in what a weight file holds, None left out; empty where there are none.
 
-    prediction, num_heads: what the user says, which then stands in the place of what they tell.
+    prediction, num_heads: what the user says, which replaces what the options say.
 
     Raises:
         ValueError: the options, or the name of the file alone, are those of a flow model, or two

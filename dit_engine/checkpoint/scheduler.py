@@ -43,7 +43,7 @@ _CLIPPING = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMPar
              "HeunDiscreteScheduler")  # fmt: skip
 CLASSES = (*_SAMPLERS, *_OTHERS, *_LATENT_BETAS)
 
-# Key → the field of `Diffusion` that it is, where the names differ.
+# Key → the matching field of `Diffusion`, where the names differ.
 _FIELDS = {
     "num_train_timesteps": "num_train_steps",
     "prediction_type": "prediction",
@@ -52,7 +52,7 @@ _FIELDS = {
 }
 _SAME = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "steps_offset")
 
-# Key → values that dpm++ is, the first of them diffusers' default.
+# Key → the values that dpm++ implements, diffusers' default first.
 _SOLVER_NEEDS: dict[str, tuple[Any, ...]] = {
     "solver_order": (2,),
     "algorithm_type": ("dpmsolver++", "deis"),
@@ -111,7 +111,7 @@ def scheduler_beside(weights: Path) -> Path | None:
 def read_diffusion(path: Path, config: ModelConfig) -> Diffusion:
     """The diffusion of a ``scheduler_config.json`` for the transformer of ``config``.
 
-    A key that is unknown has no effect, in diffusers neither; a warning names it.
+    A key that is unknown has no effect here or in diffusers; a warning names it.
 
     Raises:
         ValueError: one line that names the file, the key and the value, and what is allowed.

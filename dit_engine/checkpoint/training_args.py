@@ -1,8 +1,8 @@
 """What the options of a training run mean, which its checkpoint holds beside the weights.
 
-They tell what no tensor does. The names are those of facebookresearch/DiT ``train.py`` and
-``diffusion/__init__.py``, and of diffusers' training scripts; `dit_engine.checkpoint.options`
-finds them.
+They hold settings that cannot be read from the tensors. The names are those of
+facebookresearch/DiT ``train.py`` and ``diffusion/__init__.py``, and of diffusers' training
+scripts; `dit_engine.checkpoint.options` finds them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def trained_diffusion(args: Mapping[str, Any], learn_sigma: bool) -> Diffusion:
     """The diffusion that the model was trained with; the published one where nothing is said.
 
     Raises:
-        ValueError: an option that means a diffusion which is not done here, or of no meaning.
+        ValueError: an option that means a diffusion which is not done here, or one without meaning.
     """
     values: dict[str, Any] = {
         field: args[name] for name, field in _DIFFUSION_FIELDS.items() if name in args

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_engine.checkpoint.weights import some_of
 
-# Under which names a training checkpoint holds weights, the ones to sample with first.
+# Names under which a training checkpoint holds weights; those to sample with come first.
 AVERAGED = (
     "ema",
     "model_ema",

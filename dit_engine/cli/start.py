@@ -55,8 +55,8 @@ def prepare() -> None:
 
 
 def output_is_a_file() -> None:
-    """Say that standard output is told news alone: a full disk or a closed pipe there is no error
-    of a command whose files are written."""
+    """Call this if standard output gets only messages: then a full disk or a closed pipe there is
+    no error of a command whose files are written."""
     _forgive("stdout")
 
 
@@ -77,7 +77,7 @@ def _open_closed() -> None:
 
 
 class _Forgiving(io.FileIO):
-    """Takes what it cannot write."""
+    """Silently drops what it cannot write."""
 
     def write(self, data: Any, /) -> int:
         try:

@@ -41,7 +41,7 @@ def judge(
     transformer_decay: float,
     autoencoder_decay: float,
 ) -> Outcome:
-    """Judges by what there is: a stage may have no checkpoint, an old one knows no losses."""
+    """Uses what there is: a stage may have no checkpoint, and an old checkpoint has no losses."""
     shortcomings = []
     if transformer is not None:
         shortcomings += _few_steps("transformer", transformer, transformer_decay)

@@ -21,8 +21,8 @@ class ProgressLine:
     """One line: the steps done, the time left and the loss."""
 
     def __init__(self, description: str, budget: Budget) -> None:
-        # Into a file, a line would be added each time.
         self._description, self._budget = description, budget
+        # In a file every update is a new line, so there are few of them.
         self._interval = 0.2 if sys.stderr.isatty() else 30.0
         self._shown = -math.inf
         self._bar = tqdm(total=1.0, bar_format="{desc} |{bar}| {percentage:.0f}%", leave=True)

@@ -1,4 +1,4 @@
-"""As many threads as there are processors free: torch's own wait for each other at every operator.
+"""As many threads as there are free processors, as torch's wait for each other at each operator.
 
 Two threads on two processors that a third program shares take longer than one alone would.
 """
@@ -20,7 +20,7 @@ EVERY_S = 5.0
 
 @dataclass(frozen=True)
 class Sample:
-    """At a time, the seconds that processors have worked, for all programs and for this one."""
+    """Seconds of processor time used by all programs and by this one, up to one moment."""
 
     wall: float
     busy: float
@@ -71,9 +71,10 @@ class ThreadsByLoad:
 
 
 def threads_for(free: float, quota: float | None = None) -> int:
-    """For so many free processors, of which a quota allows the time of so many; at least 1.
+    """The number of threads for ``free`` processors of which a quota allows ``quota``; at least 1.
 
-    A processor counts from half on. A quota is rounded down: beyond it all threads are stopped.
+    Half a free processor or more counts as one. A quota is rounded down, because the system stops
+    all threads once it is used up.
     """
     threads = math.floor(free + 0.5)
     return max(1, threads if quota is None else min(threads, math.floor(quota)))

@@ -1,4 +1,4 @@
-"""Where images go: nothing is replaced or added to without a word before the work; "-"."""
+"""Where images go: a note before anything is replaced or added to; "-" is standard output."""
 
 from __future__ import annotations
 

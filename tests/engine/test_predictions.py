@@ -1,4 +1,4 @@
-"""One model told in three ways (epsilon, v, x0) is one model, whatever samples it."""
+"""The same model written as epsilon, v or x0 prediction gives the same images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The native kernels' threads, by a program of their own (pool.cpp), which sanitizers can run.
+"""The native kernels' threads, tested by a C++ program (pool.cpp), which sanitizers can run.
 
 ThreadSanitizer: CXXFLAGS="-fsanitize=thread -g" TSAN_OPTIONS=die_after_fork=0 pytest <this file>,
 without the case of too little memory.

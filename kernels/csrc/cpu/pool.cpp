@@ -60,7 +60,7 @@ struct alignas(64) Helper {
     cpu_set_t allowed, given;  // processors: by the system, and less the caller's
 };
 
-// A member's part of a job's pieces, as far as nobody has claimed them: job << 32 | first << 16 |
+// A member's part of a job's pieces, those that nobody has claimed yet: job << 32 | first << 16 |
 // end. Its owner claims from the front, so that its pieces follow each other, the others from the
 // end.
 struct alignas(64) Part {
@@ -249,7 +249,7 @@ bool Team::start() {
     return true;
 }
 
-// With its thread, which has no job under way.
+// Runs when the owning thread ends; no job is under way then.
 Team::~Team() {
     ends.store(true, std::memory_order_relaxed);
     job = (job + 1) & ~asleep;

@@ -4,8 +4,8 @@
 // another program has their core. Here whoever runs claims the next piece: the calling thread does
 // everything alone if no helper comes, and waits at the end only for pieces that were begun.
 //
-// Every calling thread has helpers of its own. They start with its first call that wants them and
-// end with it; between calls they spin for microseconds and then sleep. A forked child starts anew.
+// Every calling thread has helpers of its own. They start with the thread's first call that
+// wants them and end when the thread ends; between calls they spin for microseconds and then sleep. A forked child starts anew.
 
 #pragma once
 
@@ -33,7 +33,7 @@ class Participant {
     const uint32_t job_;
     const int members_, member_;
     int64_t held_ = -1;     // a piece that was claimed before the work was entered
-    uint32_t claimed_ = 0;  // how many pieces were
+    uint32_t claimed_ = 0;  // pieces claimed so far
 };
 
 using Work = void (*)(const void* context, Participant& self);

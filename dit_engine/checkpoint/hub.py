@@ -18,12 +18,13 @@ PUBLISHED_SIZE = re.compile(r"(?:DiT-)?(?:S|B|L|XL)[/-][248]")
 COMPONENTS = ("", "transformer/", "vae/")
 
 
-def locate(source: str | Path) -> Path:
+def locate(source: str | Path, kind: str = "model") -> Path:
     """The file or directory that ``source`` names, downloaded where it is a hub id.
 
     Args:
         source: "builtin", a path, or a hub id such as "facebook/DiT-XL-2-256". What exists here
             is taken from here.
+        kind: what messages call it.
 
     Raises:
         FileNotFoundError: nothing of this name is here, and it is no hub id.
@@ -39,24 +40,24 @@ def locate(source: str | Path) -> Path:
             )
         return BUILTIN_DIRECTORY
     if not isinstance(source, (str, os.PathLike)):
-        raise ValueError(f"model {source!r} is neither a string nor a path")
+        raise ValueError(f"{kind} {source!r} is neither a string nor a path")
     if not str(source):
-        raise ValueError("model '' is empty; give 'builtin', a path or a hub id owner/name")
+        raise ValueError(f"{kind} '' is empty; give 'builtin', a path or a hub id owner/name")
     try:
         path = Path(source).expanduser()
     except RuntimeError:  # "~name" of nobody here
-        raise ValueError(f"model {str(source)!r}: the home directory is not known") from None
+        raise ValueError(f"{kind} {str(source)!r}: the home directory is not known") from None
     if path.exists():
         return path
     if isinstance(source, str) and PUBLISHED_SIZE.fullmatch(source):
         raise ValueError(
-            f"model {source!r} is a size, for which there are no weights here; give 'builtin', a "
+            f"{kind} {source!r} is a size, for which there are no weights here; give 'builtin', a "
             "path such as DiT-XL-2-256x256.pt or a hub id such as facebook/DiT-XL-2-256"
         )
     if isinstance(source, str) and HUB_ID.fullmatch(source) and path.suffix not in SUFFIXES:
         return download(source)
     raise FileNotFoundError(
-        f"model {str(source)!r} does not exist; give 'builtin', a path or a hub id owner/name"
+        f"{kind} {str(source)!r} does not exist; give 'builtin', a path or a hub id owner/name"
     )
 
 

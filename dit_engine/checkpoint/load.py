@@ -6,6 +6,7 @@ model is never in memory twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_engine.arguments import positive, real_number, shown
 from dit_engine.checkpoint.convert import (
     DIFFUSERS_CLASSES,
     DIFFUSERS_MARK,
@@ -106,20 +108,33 @@ def load_checkpoint(
     if numerics not in (None, *NUMERICS):
         raise ValueError(f"numerics {numerics!r}: choose one of {', '.join(NUMERICS)}")
     check_prediction(prediction)
+    if not isinstance(check_finite, bool):
+        raise ValueError(f"check_finite {shown(check_finite)} is neither True nor False")
+    num_heads = None if num_heads is None else positive("num_heads", num_heads)
+    given: dict[str, Any] = {}
+    if vae_groups is not None:
+        given["norm_num_groups"] = positive("vae_groups", vae_groups)
+    if vae_scaling_factor is not None:
+        given["scaling_factor"] = _finite("vae_scaling_factor", vae_scaling_factor)
+        if given["scaling_factor"] <= 0:
+            raise ValueError(
+                f"vae_scaling_factor {shown(vae_scaling_factor)} is not a finite number above 0"
+            )
+    if vae_shift_factor is not None:
+        given["shift_factor"] = _finite("vae_shift_factor", vae_shift_factor)
     path = locate(source)
     weights, vae_path, label_names = open_directory(path) if path.is_dir() else (path, None, None)
     config, state = _read_transformer(weights, num_heads, prediction, check_finite)
     if label_names is not None and len(label_names) != config.num_classes:
         raise ValueError(f"{path}: {len(label_names)} label names, {config.num_classes} classes")
     if vae is not None:
-        vae_path = locate(vae)
+        vae_path = locate(vae, "vae")
     vae_config, vae_state = None, None
-    given = {"scaling_factor": vae_scaling_factor, "shift_factor": vae_shift_factor,
-             "norm_num_groups": vae_groups}  # fmt: skip
-    given = {name: value for name, value in given.items() if value is not None}
     if vae_path is None and given:
+        names = {"scaling_factor": "vae_scaling_factor", "shift_factor": "vae_shift_factor",
+                 "norm_num_groups": "vae_groups"}  # fmt: skip
         name, value = next(iter(given.items()))
-        raise ValueError(f"{name} {value!r} is of a VAE, and {source} has none; give vae")
+        raise ValueError(f"{names[name]} {value!r} is of a VAE, and {source} has none; give vae")
     if vae_path is not None:
         vae_config, vae_state = _read_vae(vae_path, check_finite, given)
         if vae_config.latent_channels != config.in_channels:
@@ -243,6 +258,13 @@ def _check_depth(config: ModelConfig, state: dict[str, Tensor], pattern: str) ->
     blocks = count_blocks(state, pattern)
     if blocks != config.depth:
         raise ValueError(f"the config's depth is {config.depth}, the file holds {blocks} blocks")
+
+
+def _finite(name: str, value: Any) -> float:
+    number = real_number(value)
+    if number is None or not math.isfinite(number):
+        raise ValueError(f"{name} {shown(value)} is not a finite number")
+    return number
 
 
 def _told_of_vae(content: Mapping[Any, Any], values: dict[str, Any]) -> dict[str, Any]:

@@ -198,3 +198,36 @@ def test_what_a_masked_array_hides_is_no_number(scale: object) -> None:
         parse_scales(scale, 2)  # pyright: ignore[reportArgumentType]
     shown = np.ma.masked_array([4.0, 2.0], [False, False])
     assert parse_scales(shown, 2).tolist() == [4.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_heads", 0), ("num_heads", True), ("num_heads", 2.0), ("num_heads", "4"),
+        ("vae_groups", -8), ("vae_groups", "8"), ("vae_groups", 8.0),
+        ("vae_scaling_factor", 0.0), ("vae_scaling_factor", float("nan")),
+        ("vae_scaling_factor", "1"), ("vae_shift_factor", float("inf")), ("vae_shift_factor", [1]),
+        ("check_finite", "no"), ("check_finite", 1), ("vae", 3), ("vae", b"x"), ("vae", ""),
+        ("numerics", 1), ("prediction", []), ("prediction", "velocity"),
+    ],
+)  # fmt: skip
+def test_odd_loading_arguments_are_named(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} "):
+        Engine.from_pretrained("builtin", device="cpu", **{name: value})
+
+
+@pytest.mark.parametrize("source", [None, 3, b"x", "", ["builtin"]])
+def test_odd_sources_are_named(source: object) -> None:
+    with pytest.raises(ValueError, match=r"^model "):
+        Engine.from_pretrained(source, device="cpu")
+
+
+def test_numpys_numbers_are_taken_in_loading() -> None:
+    engine = Engine.from_pretrained(
+        "builtin", device="cpu", num_heads=np.int64(4), vae_groups=np.int64(8),
+        vae_scaling_factor=np.float32(0.5), vae_shift_factor=np.float64(0.25),
+    )  # fmt: skip
+    assert engine.config.num_heads == 4
+    assert engine.vae is not None
+    config = engine.vae.config
+    assert (config.norm_num_groups, config.scaling_factor, config.shift_factor) == (8, 0.5, 0.25)

@@ -177,12 +177,12 @@ def test_options_of_a_file_without_config(tmp_path: Path) -> None:
     ):
         load()
     for wrong, message in (
-        ({"vae_groups": 0}, "norm_num_groups 0 is not a positive integer"),
-        ({"vae_scaling_factor": -1.0}, "scaling_factor -1.0 is not a finite number above 0"),
-        ({"vae_shift_factor": float("nan")}, "shift_factor nan is not a finite number"),
-        ({"vae_scaling_factor": "0.2"}, "scaling_factor '0.2' is not a finite number above 0"),
+        ({"vae_groups": 0}, "vae_groups 0 is not a positive integer"),
+        ({"vae_scaling_factor": -1.0}, "vae_scaling_factor -1.0 is not a finite number above 0"),
+        ({"vae_shift_factor": float("nan")}, "vae_shift_factor nan is not a finite number"),
+        ({"vae_scaling_factor": "0.2"}, "vae_scaling_factor '0.2' is not a finite number"),
     ):
-        with pytest.raises(ValueError, match=f"vae.safetensors: {message}"):
+        with pytest.raises(ValueError, match=f"^{message}"):
             load(**options | wrong)
     with pytest.raises(ValueError, match=r"scaling_factor 0\.2 is of a VAE, and .*dit has none"):
         load_checkpoint(tmp_path / "dit", vae_scaling_factor=0.2)

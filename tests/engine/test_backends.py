@@ -73,7 +73,6 @@ def test_every_batch_size_is_compiled_for_its_own_shapes(monkeypatch: pytest.Mon
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=counted, **how))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     batches = range(1, 5)
     generator = torch.Generator().manual_seed(0)
     timesteps, x = torch.tensor([999, 20]), torch.randn(99, 4, 8, 8, generator=generator)
@@ -82,7 +81,8 @@ def test_every_batch_size_is_compiled_for_its_own_shapes(monkeypatch: pytest.Mon
         made = create_backend("compile", model, "fp32", CPU)
         for batch in (*batches, *batches):
             labels = torch.arange(batch) % 10
-            with torch.inference_mode():
+            # Not with monkeypatch, which would delete the setting from torch's config afterwards.
+            with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=2):
                 found = made.prepare(labels, timesteps)(x[:batch], 1)
                 expected = model(x[:batch], timesteps[1].expand(batch), labels)
             torch.testing.assert_close(found, expected)

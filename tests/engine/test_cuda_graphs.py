@@ -26,7 +26,7 @@ from dit_engine.fused_sampling import step_coefficients
 from dit_engine.schedule import make_schedule
 from dit_export import tensorrt_memory
 from dit_export.tensorrt_memory import CudaCoreMemory, TorchMemory
-from dit_kernels import choose, native_product
+from dit_kernels import choose, native, native_product
 
 CPU = torch.device("cpu")
 
@@ -136,6 +136,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Everything of torch.cuda that graphs use; operators that a dispatch mode sees."""
     monkeypatch.setattr(choose, "SLOWER", {"native": choose.NATIVE, "triton": choose.TRITON})
     monkeypatch.setattr(native_product, "why_not", lambda *_: "no dispatch mode sees it")
+    monkeypatch.setattr(native, "available", lambda: False)  # of the patch embedding, likewise
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     for name, stand_in in (
         ("Stream", Stream),

@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
+from dit_engine.bars import Bar
 from dit_engine.files import atomic_path
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ class ProgressLine:
         # In a file every update is a new line, so there are few of them.
         self._interval = 0.2 if sys.stderr.isatty() else 30.0
         self._shown = -math.inf
-        self._bar = tqdm(total=1.0, bar_format="{desc} |{bar}| {percentage:.0f}%", leave=True)
+        self._bar = Bar(total=1.0, bar_format="{desc} |{bar}| {percentage:.0f}%", leave=True)
         self._bar.set_description_str(description)
 
     def show(self, step: int, seconds: float, loss: float) -> None:
@@ -35,7 +34,7 @@ class ProgressLine:
             return
         self._shown = time.monotonic()
         of_all = f" of {budget.steps}" if budget.steps is not None else ""
-        left = tqdm.format_interval(budget.seconds_left(step, seconds))
+        left = Bar.format_interval(budget.seconds_left(step, seconds))
         self._bar.set_description_str(
             f"{self._description}: step {step}{of_all}, {left} left, loss {loss:.4f}"
         )

@@ -60,12 +60,12 @@ def make_progress(trt: Any, title: str, quiet: bool) -> Any:
     TensorRT calls it from several threads. It has ``close`` and, for a build that was interrupted,
     ``interrupted``.
     """
-    from tqdm import tqdm
+    from dit_engine.bars import Bar
 
     class Progress(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.bar = tqdm(
+            self.bar = Bar(
                 desc=title, total=1.0, file=sys.stderr, disable=quiet, leave=False, bar_format=_BAR
             )
             self.interrupted = False

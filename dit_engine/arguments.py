@@ -6,6 +6,8 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
+from dit_engine.printable import printable
+
 _LIMIT = 80  # characters of a value in a message
 
 
@@ -20,7 +22,7 @@ def shown(value: Any) -> str:
     if dimensions(value):
         return f"<{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}>"
     try:
-        text = " ".join(repr(value).split())
+        text = printable(" ".join(repr(value).split()))
     except ValueError:  # Python refuses to print integers of several thousand digits
         return f"<{type(value).__name__} of too many digits>"
     return text if len(text) <= _LIMIT else f"{text[: _LIMIT - 1]}…"

@@ -22,7 +22,7 @@ from dit_bench.outputs import (
     write_text,
 )
 from dit_bench.schema import VERSION, validate
-from dit_engine.cli.errors import one_line
+from dit_engine.printable import one_line
 
 if TYPE_CHECKING:
     from dit_bench.measure import Plan

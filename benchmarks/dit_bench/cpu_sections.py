@@ -20,9 +20,9 @@ from dit_bench.cpu_report import (
 from dit_bench.cpu_timing import interleave_visits
 from dit_bench.load import OtherLoad
 from dit_bench.peers import Peer, build_peers
-from dit_engine.cli.errors import one_line
 from dit_engine.config import ModelConfig
 from dit_engine.model import DiT
+from dit_engine.printable import one_line
 
 Log = Callable[[str], object]
 Section = dict[str, Any]

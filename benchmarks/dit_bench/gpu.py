@@ -47,9 +47,10 @@ from dit_bench.operator_checks import DeviceLost
 from dit_bench.operators import OperatorBenchmark
 from dit_bench.tables import fold, narrower_than
 from dit_engine.cli.arguments import Parser
-from dit_engine.cli.errors import one_line, run_command
+from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry
 from dit_engine.config import ModelConfig
+from dit_engine.printable import one_line
 from dit_engine.vae import VAEConfig
 
 SIZES = ("XL/2", "S/2", "L/2", "B/2")

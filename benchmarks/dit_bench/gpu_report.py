@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dit_engine.cli.destination import check_file
-from dit_engine.cli.errors import one_line
 from dit_engine.files import atomic_path
+from dit_engine.printable import one_line
 
 
 class Report:

@@ -134,14 +134,15 @@ def load_inception(path: Path, dtype: torch.dtype = torch.float32) -> InceptionV
 
     Raises ValueError where the file is no state dict of this network.
     """
-    from dit_engine.checkpoint.weights import check_shapes, one_line
+    from dit_engine.checkpoint.weights import check_shapes
+    from dit_engine.printable import first_line
 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # a damaged pickle can make the reader raise almost anything
-        raise ValueError(f"{path}: damaged or no PyTorch file ({one_line(error)})") from None
+        raise ValueError(f"{path}: damaged or no PyTorch file ({first_line(error)})") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: holds no state dict; {WEIGHTS_FILE} does")
     with torch.device("meta"):

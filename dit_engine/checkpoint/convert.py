@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from dit_engine.checkpoint.meta import without_storage
-from dit_engine.checkpoint.weights import check_shapes, one_line
+from dit_engine.checkpoint.weights import check_shapes
 from dit_engine.config import ModelConfig
 from dit_engine.model import NORM_EPS, DiT, position_embedding
+from dit_engine.printable import first_line
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 # Early diffusers saved DiT as a Transformer2DModel; the published directories still say so.
@@ -132,7 +133,7 @@ def _shapes(build: Callable[[Any], nn.Module], config: object) -> dict[str, torc
         with without_storage():
             return {key: tensor.shape for key, tensor in build(config).state_dict().items()}
     except (RuntimeError, OverflowError, TypeError) as error:
-        raise ValueError(f"{str(config)[:250]} … cannot be built ({one_line(error)})") from None
+        raise ValueError(f"{str(config)[:250]} … cannot be built ({first_line(error)})") from None
 
 
 def state_from_diffusers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

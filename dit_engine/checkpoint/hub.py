@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from dit_engine.checkpoint.scheduler import CONFIG
-from dit_engine.checkpoint.weights import SUFFIXES, one_line
+from dit_engine.checkpoint.weights import SUFFIXES
+from dit_engine.printable import first_line
 
 BUILTIN = "builtin"
 BUILTIN_DIRECTORY = Path(__file__).parents[1] / BUILTIN
@@ -97,5 +98,5 @@ def _snapshot(repo_id: str, patterns: list[str]) -> Path:
     except Exception as error:  # which library raises for HTTP depends on the hub's version
         raise ValueError(
             f"model {repo_id!r} is no path here, and the Hugging Face hub did not give it: "
-            f"{type(error).__name__}: {one_line(error)}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from None

@@ -13,9 +13,9 @@ from typing import Any
 
 from dit_engine.arguments import positive, real_number, scalar, shown
 from dit_engine.checkpoint.options import PREDICTION_FLAGS, PREDICTION_NAMES, place_of
-from dit_engine.checkpoint.weights import one_line
 from dit_engine.config import FAMILIES
 from dit_engine.diffusion import PREDICTIONS, PUBLISHED_DIFFUSION, Diffusion
+from dit_engine.printable import first_line
 
 _PREDICTION_NAMES = {
     "noise": "epsilon",
@@ -91,7 +91,7 @@ def trained_diffusion(args: Mapping[str, Any], learn_sigma: bool) -> Diffusion:
     try:
         return Diffusion(**values)
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"args: {one_line(error)}") from None
+        raise ValueError(f"args: {first_line(error)}") from None
 
 
 def model_heads(args: Mapping[str, Any], found: Mapping[str, int]) -> int | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dit_engine.checkpoint.formats import JSON, PYTORCH, SAFETENSORS, check_format, format_of
+from dit_engine.printable import first_line
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -72,7 +73,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: damaged safetensors file ({one_line(error)})") from None
+        raise ValueError(f"{path}: damaged safetensors file ({first_line(error)})") from None
 
 
 def _read_pickle(path: Path) -> dict[Any, Any]:
@@ -94,7 +95,7 @@ def _read_pickle(path: Path) -> dict[Any, Any]:
             ) from None
         # torch's first line is advice to load without the guard: give the line that says why.
         why = re.search(r"Unsupported .*$", str(error), re.MULTILINE)
-        reason = why[0] if why else one_line(error)
+        reason = why[0] if why else first_line(error)
         raise ValueError(f"{path}: damaged or no PyTorch file ({reason})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a state dict")
@@ -130,7 +131,7 @@ def read_json_value(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({one_line(error)})") from None
+        raise ValueError(f"{path}: not valid JSON ({first_line(error)})") from None
 
 
 def find_weights(directory: Path) -> Path:
@@ -186,9 +187,3 @@ def listing(directory: Path) -> str:
     """What a directory shows, for a message: "nothing" or its first three names."""
     names = (p.name for p in directory.iterdir())
     return some_of(sorted(name for name in names if not name.startswith("."))) or "nothing"
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an exception's message, at most 160 characters of it."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:160]

@@ -7,8 +7,8 @@ import re
 from typing import Any, NoReturn
 
 from dit_engine._version import __version__
-from dit_engine.cli.errors import one_line
 from dit_engine.keywords import our_name
+from dit_engine.printable import one_line
 
 
 class _Help(argparse.HelpFormatter):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from dit_engine.errors import BackendUnavailable
+from dit_engine.printable import one_line
 
 INTERRUPTED = 130
 PIPE_CLOSED = 141
@@ -46,10 +47,6 @@ def run_command(command: Callable[[], int], quiet: bool = False) -> int:
         return getattr(error, "exit_code", INTERRUPTED)
     finally:
         _drop_unprinted()
-
-
-def one_line(text: object) -> str:
-    return " ".join(str(text).split())
 
 
 def _close_bars() -> None:

@@ -11,8 +11,9 @@ from signal import SIGINT
 from typing import Any
 
 from dit_engine.cli.arguments import Parser
-from dit_engine.cli.errors import one_line, run_command
+from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry, output_is_a_file
+from dit_engine.printable import one_line
 
 # One for every field of TrainSettings.
 _HELP = {

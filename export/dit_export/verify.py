@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dit_engine.cli.errors import one_line
 from dit_engine.fused_sampling import step_coefficients
+from dit_engine.printable import one_line
 from dit_engine.schedule import make_schedule
 from dit_export.bundle import Graph
 from dit_export.errors import ExportFailed

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dit_engine.cli.errors import one_line
 from dit_engine.errors import BackendUnavailable
+from dit_engine.printable import one_line
 
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 600.0
 _TYPES = {"float32": "FP32", "int64": "INT64"}

@@ -33,6 +33,7 @@ SOURCES = (
     "dit_engine.coefficients",
     "dit_engine.diffusion",
     "dit_engine.labels",
+    "dit_engine.printable",
     "dit_engine.schedule",
     "dit_export.triton.pipeline",
     "dit_export.triton.sampling",

@@ -48,7 +48,7 @@ def test_all_else_stays(text: str) -> None:
 
 def test_every_character_is_visible_or_escaped() -> None:
     """Beside Unicode's own classes of what is a control, a format or a surrogate."""
-    for i in range(0x110000):
+    for i in (*range(0x20000), *range(0xE0000, 0xE1000)):
         shown = printable(chr(i))
         if unicodedata.category(chr(i)) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Cn", "Co"):
             assert shown.isascii() and shown.startswith("\\") and shown.isprintable(), hex(i)

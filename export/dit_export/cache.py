@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from pathlib import Path
 
 import torch
 
 from dit_engine._version import __version__
+from dit_engine.caches import private_cache
 from dit_engine.model import DiT
 from dit_export.bundle import FORMAT, Bundle
 from dit_export.directories import locked
 from dit_export.onnx import ExportOptions, export_onnx
 from dit_export.source import weights_hash
-
-VARIABLE = "DIT_ENGINE_CACHE"
-
-
-def cache_directory() -> Path:
-    """$DIT_ENGINE_CACHE, or dit-engine in the user's cache directory."""
-    if given := os.environ.get(VARIABLE):
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "dit-engine"
 
 
 def cached_export(model: DiT, options: ExportOptions) -> Bundle:
@@ -33,9 +22,8 @@ def cached_export(model: DiT, options: ExportOptions) -> Bundle:
 
     Its name is a hash of the weights, the config, the options and the versions that wrote it.
     """
-    path = cache_directory() / "onnx" / _key(model, options)
+    path = private_cache("onnx") / _key(model, options)
     lock = path.with_name(f"{path.name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
     lock.touch()
     with locked(lock):
         try:

@@ -177,13 +177,14 @@ def cached_engines(
 
     Raises as `cached_export` and `build_bundle` do.
     """
-    from dit_export.cache import cache_directory, cached_export
+    from dit_engine.caches import private_cache
+    from dit_export.cache import cached_export
     from dit_export.onnx import ExportOptions
     from dit_export.tensorrt import BuildOptions, build_bundle
 
     bundle = cached_export(model, ExportOptions(precision, "tensorrt", graphs=GRAPHS))
     options = BuildOptions(settings.profiles, device=device, rebuild=settings.rebuild)
-    return build_bundle(bundle, cache_directory() / "tensorrt", flavour, options, GRAPHS)
+    return build_bundle(bundle, private_cache("tensorrt"), flavour, options, GRAPHS)
 
 
 def _runs(file: EngineFile, here: tuple[str, str], gpu: CudaDevice) -> bool:

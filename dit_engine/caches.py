@@ -1,0 +1,110 @@
+"""Where results are kept between processes, and when such a place can be trusted.
+
+What lies in a cache is run: torch unpickles its graphs and loads its kernels, TensorRT its engines.
+Whoever can write there can do whatever this user can.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import takewhile
+from pathlib import Path
+
+VARIABLE = "DIT_ENGINE_CACHE"
+
+
+def cache_directory() -> Path:
+    """$DIT_ENGINE_CACHE, or dit-engine in the user's cache directory; it need not exist.
+
+    Raises ValueError where there is no home directory either.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        if given := os.environ.get(VARIABLE):
+            return Path(given).expanduser()
+        return (Path(base) if base else Path.home() / ".cache") / "dit-engine"
+    except RuntimeError as error:
+        raise ValueError(f"no place for a cache: {error} Set {VARIABLE} to a directory") from None
+
+
+def private_cache(*names: str) -> Path:
+    """The directory names[0]/names[1]/… of `cache_directory`, made if need be.
+
+    Raises as `private_directory` does, for each directory on the way.
+    """
+    path = cache_directory()
+    try:
+        path = private_directory(path)
+        for name in names:
+            path = private_directory(path / name)
+    except ValueError as error:
+        raise ValueError(f"{error}, or set {VARIABLE} to another directory") from None
+    return path
+
+
+def private_directory(path: Path) -> Path:
+    """``path``, absolute, in which this user alone may write; made (0700) with what is missing.
+
+    Another user's directory is refused for root too: what its owner puts there, root would run.
+
+    Raises:
+        ValueError: one line that says what is wrong: it is no directory, or `why_not_private`.
+        OSError: it cannot be made.
+    """
+    path = path.expanduser().absolute()
+    missing = list(takewhile(lambda place: not os.path.lexists(place), (path, *path.parents)))
+    for place in reversed(missing):
+        with suppress(FileExistsError):  # since then; whose it is, is looked at below
+            place.mkdir(mode=0o700)
+    if not path.is_dir():
+        raise ValueError(f"{path}: is no directory; remove it")
+    for place in missing or [path]:
+        if (reason := why_not_private(place)) is not None:
+            raise ValueError(f"{place}: {reason}; chmod or remove it")
+    return path
+
+
+def why_not_private(path: Path) -> str | None:
+    """How another user (but root) could change the file or directory ``path``, or have put it
+    there; None if there is no way, or no such owners and modes on this system (Windows).
+
+    Whoever owns a directory above could still exchange it between this look and its use.
+    """
+    if not hasattr(os, "geteuid"):
+        return None
+    user = os.geteuid()
+    for place in _way(path.absolute()):
+        facts = place.lstat()
+        if stat.S_ISLNK(facts.st_mode):
+            if facts.st_uid not in (user, 0):
+                return f"user {facts.st_uid} made the link {place}"
+        elif facts.st_mode & stat.S_IWOTH and not facts.st_mode & stat.S_ISVTX:
+            # Of a directory with the sticky bit, such as /tmp, only owners rename what it holds.
+            return f"anyone may write in {place} (mode {stat.S_IMODE(facts.st_mode):o})"
+    facts = path.stat()
+    if facts.st_uid != user:
+        return f"it belongs to user {facts.st_uid}, and this is user {user}"
+    if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others may write in it (mode {stat.S_IMODE(facts.st_mode):o})"
+    return None
+
+
+def _way(path: Path) -> Iterator[Path]:
+    """Every directory and link from the root to an existing ``path``, also where links lead."""
+    place, parts = Path(path.anchor), list(path.parts[1:])
+    while parts:
+        yield place
+        name = parts.pop(0)
+        if name == "..":
+            place = place.parent
+        elif not (place / name).is_symlink():
+            place /= name
+        else:
+            yield place / name
+            target = (place / name).readlink()
+            place = Path(target.anchor) if target.is_absolute() else place
+            parts[:0] = target.parts[target.is_absolute() :]
+    yield place

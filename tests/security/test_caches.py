@@ -1,0 +1,115 @@
+"""Caches: a directory in which others could write is not used, and a hit is what it claims."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from dit_engine.caches import VARIABLE, cache_directory, private_cache, private_directory
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners and modes here")
+ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+STRANGER = 12345
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0])
+def test_what_is_made_is_for_this_user_alone(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        made = private_directory(tmp_path / "a" / "b" / "c")
+    finally:
+        os.umask(before)
+    assert [mode(place) for place in (made, *made.parents[:2])] == [0o700] * 3
+
+
+@pytest.mark.parametrize("wrong", [0o770, 0o702, 0o1777])
+def test_a_directory_that_others_may_write_in_is_refused(tmp_path: Path, wrong: int) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(wrong)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/cache: .* write in .*mode {wrong:o}"):
+        private_directory(tmp_path / "cache")
+
+
+def test_a_directory_that_others_may_only_read_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o755)
+    assert private_directory(tmp_path / "cache") == tmp_path / "cache"
+    assert mode(tmp_path / "cache") == 0o755
+
+
+def test_a_directory_below_one_that_anyone_may_rename_in(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    with pytest.raises(ValueError, match=r"anyone may write in .*shared"):
+        private_directory(shared / "cache")
+    shared.chmod(0o1777)  # as /tmp
+    assert mode(private_directory(shared / "cache")) == 0o700
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can give files away")
+def test_what_belongs_to_others_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir(mode=0o700)
+    os.chown(tmp_path / "theirs", STRANGER, -1)
+    with pytest.raises(ValueError, match=f"theirs: it belongs to user {STRANGER}"):
+        private_directory(tmp_path / "theirs")
+    (tmp_path / "ours").mkdir(mode=0o700)
+    for link in ("leaf", "folder"):
+        (tmp_path / link).symlink_to("ours" if link == "leaf" else ".")
+        os.chown(tmp_path / link, STRANGER, -1, follow_symlinks=False)
+    for path in (tmp_path / "leaf", tmp_path / "folder" / "ours"):
+        with pytest.raises(ValueError, match=f"user {STRANGER} made the link"):
+            private_directory(path)
+
+
+def test_links_of_ones_own_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "big").mkdir(parents=True)
+    (tmp_path / "home").symlink_to("disk/../disk")
+    (tmp_path / "disk" / "cache").symlink_to(tmp_path / "disk" / "big")
+    assert private_directory(tmp_path / "home" / "cache" / "onnx").is_dir()
+    assert (tmp_path / "disk" / "big" / "onnx").is_dir()
+    (tmp_path / "disk" / "big").chmod(0o777)  # where the links lead counts
+    with pytest.raises(ValueError, match=r"anyone may write in .*disk/big"):
+        private_directory(tmp_path / "home" / "cache" / "onnx")
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link", "loop"])
+def test_what_is_no_directory_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "cache"
+    if kind == "file":
+        path.touch()
+    else:
+        path.symlink_to("cache" if kind == "loop" else "nowhere")
+    with pytest.raises(ValueError, match="is no directory"):
+        private_directory(path)
+
+
+def test_every_directory_of_the_cache_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    assert private_cache("onnx") == cache_directory() / "onnx" == tmp_path / "cache" / "onnx"
+    assert mode(tmp_path / "cache") == mode(tmp_path / "cache" / "onnx") == 0o700
+    for place in (tmp_path / "cache" / "onnx", tmp_path / "cache"):
+        place.chmod(0o770)
+        with pytest.raises(ValueError, match=rf"^{place}: .*; chmod .* set {VARIABLE} to another"):
+            private_cache("onnx")
+        place.chmod(0o700)
+
+
+def test_without_a_home_the_message_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    for name in (VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match=f"Could not determine home directory. Set {VARIABLE}"):
+        cache_directory()

@@ -183,6 +183,8 @@ REFUSED = {
     "wrong type": ("dit", {"seeds": scales(1.0)}, "data-type"),
     "shapes that differ": ("dit", {"seeds": numbers(1, 2)}, "batch size|batch-size"),
     "wrong shape": ("dit_transformer", {"x": X[:, :, :8], **T}, "unexpected shape for input 'x'"),
+    "latents of another size": ("vae_decoder", {"z": np.zeros((1, 4, 512, 512), np.float32)},
+                                "unexpected shape for input 'z'"),
     "label of no class": ("dit_transformer", {"x": X, "t": numbers(0), "y": numbers(10**6)},
                           "indices element out of data bounds|out of bounds"),
     "unknown model": ("dit_xl", {"x": X}, "unknown model"),

@@ -79,12 +79,13 @@ def graph_config(name: str, bundle: Bundle, options: ServingOptions) -> str:
         "producer": bundle.manifest["producer"],
     }
     side = bundle.config.input_size
+    pixels = side if bundle.vae is None else side * bundle.vae.downsampling
     fields: list[tuple[str, Any]] = [
         ("name", name),
         ("platform", "onnxruntime_onnx" if onnx else "tensorrt_plan"),
         ("max_batch_size", options.max_batch_size),
-        *(("input", _tensor(spec)) for spec in graph.inputs),
-        *(("output", _tensor(spec)) for spec in graph.outputs),
+        *(("input", _tensor(spec, side)) for spec in graph.inputs),
+        *(("output", _tensor(spec, pixels)) for spec in graph.outputs),
         ("version_policy", {"latest": {"num_versions": 1}}),
         ("dynamic_batching", {"max_queue_delay_microseconds": options.queue_delay_us}),
         ("instance_group", {"kind": Enum("KIND_AUTO" if onnx else "KIND_GPU"),
@@ -131,8 +132,10 @@ def pipeline_config(bundle: Bundle, options: ServingOptions) -> str:
     return to_pbtxt(fields)
 
 
-def _tensor(spec: TensorSpec) -> dict[str, Any]:
-    dims = [size if isinstance(size, int) else -1 for size in spec.shape[1:]]
+def _tensor(spec: TensorSpec, side: int) -> dict[str, Any]:
+    """side: of what is free in the graph, as the decoder's latents are. Were it free here too, a
+    request of 1 MiB could take gigabytes."""
+    dims = [size if isinstance(size, int) else side for size in spec.shape[1:]]
     value: dict[str, Any] = {"name": spec.name, "data_type": Enum(_TYPES[spec.dtype])}
     if dims:
         return value | {"dims": dims}

@@ -16,7 +16,7 @@ _TEXT = """\
 | `dit` | whole images | see below → `images` (N, {pixels}, {pixels}, 3) uint8 |
 | `dit_guided_step` | one guided step of any sampler | see its config.pbtxt |
 | `dit_transformer` | the transformer alone | `x`, `t`, `y` → `output` |
-| `vae_decoder` | latents to images | `z` → `images` (N, 3, H, W) float32, about −1 to 1 |
+| `vae_decoder` | latents to images | `z` → `images` (N, 3, {pixels}, {pixels}), about −1 to 1 |
 
 The graphs are {platform}, {dtype}; guidance acts on {guided} latent channels.
 At most {batch} images a request. Numbers of a row, such as `t`, are sent as (N, 1).

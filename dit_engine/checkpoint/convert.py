@@ -45,8 +45,11 @@ _BLOCK = {
     "mlp.fc1": ("ff.net.0.proj",),
     "mlp.fc2": ("ff.net.2",),
 }
+_FIRST_BLOCK = "blocks.0."
 # A buffer that newer diffusers recomputes and older ones stored.
 STORED_POSITIONS = "pos_embed.pos_embed"
+# What a position embedding may take at least; above, no more than the weights themselves.
+LEAST_POSITIONS_BYTES = 64 * 2**20
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -119,8 +122,17 @@ def with_numerics(config: ModelConfig, numerics: str | None) -> ModelConfig:
 
 
 def model_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Official key → shape."""
-    return _shapes(DiT, config)
+    """Official key → shape. One block is built, whatever the depth."""
+    shapes: dict[str, torch.Size] = {}
+    one = _shapes(DiT, replace(config, depth=1))
+    block = [key.removeprefix(_FIRST_BLOCK) for key in one if key.startswith(_FIRST_BLOCK)]
+    for key, shape in one.items():
+        if key == f"{_FIRST_BLOCK}{block[0]}":
+            names = ((i, name) for i in range(config.depth) for name in block)
+            shapes |= {f"blocks.{i}.{name}": one[f"{_FIRST_BLOCK}{name}"] for i, name in names}
+        elif not key.startswith(_FIRST_BLOCK):
+            shapes[key] = shape
+    return shapes
 
 
 def vae_shapes(config: VAEConfig) -> dict[str, torch.Size]:
@@ -155,11 +167,10 @@ def state_from_diffusers(state: Mapping[str, Tensor], config: ModelConfig) -> di
         for official, name in _EMBEDDERS.items():
             shapes[_embedder(i, name)] = official_shapes[official]
     if STORED_POSITIONS not in state:
-        side = config.input_size // config.patch_size
-        table = position_embedding(config.hidden_size, side)
-        weight = state.get("pos_embed.proj.weight", table)
-        state = {**state, STORED_POSITIONS: table.to(weight)}
+        del shapes[STORED_POSITIONS]
     check_shapes(state, shapes)
+    if STORED_POSITIONS not in state:
+        state = {**state, STORED_POSITIONS: _computed_positions(state, config)}
 
     for i in range(1, config.depth):
         for name in _EMBEDDERS.values():
@@ -171,6 +182,19 @@ def state_from_diffusers(state: Mapping[str, Tensor], config: ModelConfig) -> di
         official: state[names[0]] if len(names) == 1 else torch.cat([state[n] for n in names])
         for official, names in key_map.items()
     }
+
+
+def _computed_positions(state: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
+    """(1, T, D). No tensor tells T, so that a line of the config could ask for any amount."""
+    size = 4 * config.num_tokens * config.hidden_size
+    weights = sum(tensor.nbytes for tensor in state.values())
+    if size > max(weights, LEAST_POSITIONS_BYTES):
+        raise ValueError(
+            f"sample_size {config.input_size} with patch_size {config.patch_size} needs a position "
+            f"embedding of {size / 2**20:.0f} MiB, and the weights have {weights / 2**20:.0f} MiB"
+        )
+    table = position_embedding(config.hidden_size, config.input_size // config.patch_size)
+    return table.to(state["pos_embed.proj.weight"])
 
 
 def state_to_diffusers(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:

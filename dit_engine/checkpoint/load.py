@@ -52,6 +52,8 @@ from dit_engine.vae import AutoencoderKL, VAEConfig
 VAE_CLASS = "AutoencoderKL"
 # Fields of a VAE's config that leave no trace in its tensors.
 VAE_OPTIONS = ("norm_num_groups", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
+# Along a side of an image. A level that doubles it is a few kilobytes of a VAE's file.
+MOST_PIXELS = 16_384
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,11 @@ def load_checkpoint(
             raise ValueError(
                 f"{vae_path}: the VAE has {vae_config.latent_channels} latent channels, "
                 f"the model {config.in_channels}"
+            )
+        if (side := config.input_size * vae_config.downsampling) > MOST_PIXELS:
+            raise ValueError(
+                f"{vae_path}: makes images of {shown(side)} pixels a side from latents of "
+                f"{config.input_size}; at most {MOST_PIXELS} are allowed"
             )
     config = with_numerics(config, numerics)
     return Checkpoint(config, state, vae_config, vae_state, label_names, str(source))
@@ -260,6 +267,17 @@ def _check_depth(config: ModelConfig, state: dict[str, Tensor], pattern: str) ->
         raise ValueError(f"the config's depth is {config.depth}, the file holds {blocks} blocks")
 
 
+def _check_levels(config: VAEConfig, state: dict[str, Tensor]) -> None:
+    """As `_check_depth`. A few tensors too few have messages that name them."""
+    levels, layers = len(config.block_out_channels), config.layers_per_block
+    needed = 8 * levels * (2 * layers + 1)  # of the residual blocks alone
+    if needed > 1000 + 10 * len(state):
+        raise ValueError(
+            f"{levels} block_out_channels with layers_per_block {shown(layers)} need "
+            f"{shown(needed)} tensors; the file holds {len(state)}"
+        )
+
+
 def _finite(name: str, value: Any) -> float:
     number = real_number(value)
     if number is None or not math.isfinite(number):
@@ -304,6 +322,7 @@ def _read_vae(
             config = VAEConfig.from_dict(values | given)
         else:
             config = infer_vae_config(state, **(_told_of_vae(content, values) | given))
+        _check_levels(config, state)
         check_shapes(state, vae_shapes(config))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None

@@ -158,7 +158,7 @@ def has_orientation(image: Image) -> bool:
 
 def _check_kind(path: Path) -> None:
     """Raise a ValueError that says what a file is, if it is known to be no picture at all."""
-    from dit_engine.checkpoint.formats import check_format, format_of
+    from dit_engine.formats import check_format, format_of
 
     if not (format_of(path) or "").endswith(" image"):
         check_format(path, "an image")

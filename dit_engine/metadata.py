@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from dit_engine.json_files import parse_json
 from dit_engine.results import Generation
 
 
@@ -34,11 +35,17 @@ def image_record(result: Generation, i: int) -> dict[str, Any]:
     return record | {"label": result.labels[i], "seed": seed, "index": i}
 
 
+def as_read(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as `record_in` gives it back, with lists for tuples."""
+    return parse_json(json.dumps(record), "the record", lenient=True)
+
+
 def record_in(image: Image.Image) -> dict[str, Any] | None:
     """What a picture's file says of its making; None if it says nothing."""
     try:
-        record = json.loads(image.info["dit_engine"])
-    except (KeyError, TypeError, ValueError, RecursionError):
+        # A model's path may hold bytes that are no text.
+        record = parse_json(image.info["dit_engine"], "the record", lenient=True)
+    except (KeyError, TypeError, AttributeError, ValueError):
         return None
     return record if isinstance(record, dict) else None
 
@@ -47,8 +54,8 @@ class Picture(Image.Image):
     """An image whose info tells, under "dit_engine", how to make it again; so does its PNG."""
 
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
-        if "dit_engine" in self.info:  # other formats pay no heed
-            params = {"pnginfo": png_text(json.loads(self.info["dit_engine"]))} | params
+        if (record := record_in(self)) is not None:  # other formats pay no heed
+            params = {"pnginfo": png_text(record)} | params
         super().save(fp, format, **params)
 
 

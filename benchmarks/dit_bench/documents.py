@@ -9,7 +9,6 @@ report; so with ``cpu`` (``profile`` with its ``--profile``), ``gpu``, ``operato
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry
 from dit_engine.files import atomic_path
+from dit_engine.json_files import read_json
 
 _NAMES = {
     "generated": "generated images",
@@ -159,10 +159,6 @@ def update_document(text: str, block: str, table: str) -> str:
     return pattern.sub(lambda match: match[1] + table + match[2], text)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def block_and_table(
     report: dict[str, Any], operators: dict[str, Any] | None = None
 ) -> tuple[str, str]:
@@ -193,8 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     def command() -> int:
-        report = _read(arguments.results)
-        operators = None if arguments.operators is None else _read(arguments.operators)
+        report = read_json(arguments.results, pipe=True)
+        operators = None if arguments.operators is None else read_json(arguments.operators)
         try:
             block, table = block_and_table(report, operators)
         except (KeyError, TypeError, AttributeError) as error:

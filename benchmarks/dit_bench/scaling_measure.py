@@ -19,6 +19,7 @@ from dit_bench.lite0 import extract, load_lite0
 from dit_bench.quality import METRIC, recognised
 from dit_engine.bars import Bar
 from dit_engine.files import atomic_path
+from dit_engine.json_files import check_schema, read_json_value
 from dit_engine.noise import PerImageNoise
 from dit_engine.pixels import LatentDecoder, to_uint8
 from dit_engine.sampler import SAMPLERS
@@ -28,6 +29,10 @@ from dit_engine.vae import AutoencoderKL
 
 SAMPLER, SAMPLING_STEPS, SPACING = "dpm++", 25, "linspace"
 CHUNK = 64  # images sampled at once
+_ROW = {
+    "network": "text", "steps": "count", "gmacs": "positive", "parameters?": "count",
+    "distance": "number", "n": "count", "n_reference?": "count", "recognised?": "number",
+}  # fmt: skip
 
 
 def sample(network: nn.Module, labels: Sequence[int], seeds: Sequence[int], size: int) -> Tensor:
@@ -90,9 +95,7 @@ def measure(
     size = _input_size(made)
     network_of_features = load_lite0()
     halves: Halves | None = None
-    rows: list[dict[str, Any]] = (
-        json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
-    )
+    rows = read_rows(kept) if kept.is_file() else []
     done = {(row["network"], row["steps"], row["n"]) for row in rows}
     decode = LatentDecoder(vae, torch.device("cpu"))
     for name, make in made.items():
@@ -140,6 +143,13 @@ def measure(
         "training_seeds": 1,
         "hardware": describe_hardware(),
     }  # fmt: skip
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """What `measure` has kept. Raises ValueError, one line with the path, for all else."""
+    rows = read_json_value(path)
+    check_schema({"rows": rows}, {"": {"rows": "list"}, "rows[]": _ROW}, path)
+    return rows
 
 
 def _input_size(made: dict[str, Callable[[], nn.Module]]) -> int:

@@ -1,13 +1,13 @@
 """What a report of ``dit-bench`` holds, as JSON, and a check of it.
 
-`SCHEMA` maps a place to the keys that are required there and their types; other keys may be
-there too. "?" after a type allows null. A place ending in "[]" is every entry of a list.
+The schemas are in the language of `dit_engine.json_files`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
+
+from dit_engine.json_files import check_schema
 
 VERSION = "dit-bench/2"
 OLDER = ("dit-bench/1",)
@@ -91,10 +91,6 @@ MEASURED = {
 }  # fmt: skip
 SPREAD = {"p5": "number", "median": "number", "p95": "number", "n": "number"}
 
-_TYPES = {
-    "text": str, "number": (int, float), "object": dict, "list": list, "bool": bool,
-}  # fmt: skip
-
 
 def validate(report: Any) -> None:
     """Raise a one-line ValueError that names the first place where ``report`` is none."""
@@ -104,48 +100,14 @@ def validate(report: Any) -> None:
         found = report.get("schema")
         again = "; measure again" if isinstance(found, str) and found in OLDER else ""
         raise ValueError(f"schema {found!r} is not {VERSION!r}{again}")
-    for place, keys in SCHEMA.items():
-        for name, value in _at(report, place):
-            _check(name, value, keys)
+    check_schema(report, SCHEMA, "the report")
     for i, row in enumerate(report["measurements"]):
         if row["what"] not in KINDS:
             raise ValueError(f"measurements[{i}]: {row['what']!r} is none of {', '.join(KINDS)}")
         if row["status"] == "ok":
-            _check(f"measurements[{i}]", row, MEASURED)
-            _check(f"measurements[{i}].ms", row["ms"], SPREAD)
+            check_schema(row, {"": MEASURED, "ms": SPREAD}, "the report", f"measurements[{i}]")
             for name in ("p5", "median", "p95"):
                 if not row["ms"][name] > 0:
                     raise ValueError(f"measurements[{i}].ms: {name!r} {row['ms'][name]} is not > 0")
         elif row["status"] not in ("wrong", "skipped") or "reason" not in row:
             raise ValueError(f"measurements[{i}]: status {row['status']!r} without a reason")
-
-
-def _at(report: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Every value at ``place``, with its own name; null has no keys to be checked."""
-    found = [("", report)]
-    for part in place.split(".") if place else ():
-        key, many, _ = part.partition("[]")
-        following = []
-        for name, value in found:
-            child = f"{name}.{key}" if name else key
-            if value.get(key) is None:
-                continue
-            entries = list(enumerate(value[key])) if many else [(None, value[key])]
-            following += [(child if i is None else f"{child}[{i}]", v) for i, v in entries]
-        found = following
-    yield from found
-
-
-def _check(name: str, value: Any, keys: dict[str, str]) -> None:
-    where = name or "the report"
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is no object")
-    for key, kind in keys.items():
-        if key not in value:
-            raise ValueError(f"{where} has no {key!r}")
-        found, plain = value[key], kind.rstrip("?")
-        if found is None and kind.endswith("?"):
-            continue
-        right = isinstance(found, _TYPES[plain])
-        if not right or (plain == "number" and isinstance(found, bool)):
-            raise ValueError(f"{where}: {key!r} is {type(found).__name__}, not {plain}")

@@ -7,7 +7,8 @@ from typing import Any
 
 from dit_engine.checkpoint.convert import DIFFUSERS_CLASSES
 from dit_engine.checkpoint.saving import NATIVE_CLASS
-from dit_engine.checkpoint.weights import find_weights, listing, read_json, read_json_value
+from dit_engine.checkpoint.weights import find_weights, listing
+from dit_engine.json_files import read_json, read_json_value
 
 
 def open_directory(path: Path) -> tuple[Path, Path | None, tuple[str, ...] | None]:
@@ -25,7 +26,7 @@ def open_directory(path: Path) -> tuple[Path, Path | None, tuple[str, ...] | Non
             f"{path}: no model directory; it needs config.json or model_index.json, "
             f"it holds {listing(path)}"
         )
-    kind = read_json(path / "config.json").get("_class_name")
+    kind = read_json(path / "config.json", lenient=True).get("_class_name")
     if kind not in (NATIVE_CLASS, *DIFFUSERS_CLASSES):
         known = ", ".join((NATIVE_CLASS, *DIFFUSERS_CLASSES))
         raise ValueError(f"{path}: config.json is of class {kind!r}; known are {known}")

@@ -40,12 +40,12 @@ from dit_engine.checkpoint.weights import (
     check_tensors,
     find_weights,
     listing,
-    read_json,
     read_weights,
 )
 from dit_engine.checkpoint.wrappers import MODEL_MARKS, VAE_MARKS, latent_scale, unwrapped
 from dit_engine.config import NUMERICS, ModelConfig
 from dit_engine.device import neutral
+from dit_engine.json_files import read_json
 from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
@@ -229,7 +229,7 @@ def _read_transformer(
     if check_finite:
         check_all_finite(state, weights)
     beside = weights.parent / "config.json"
-    values = read_json(beside) if beside.is_file() else {}
+    values = read_json(beside, lenient=True) if beside.is_file() else {}
     kind = values.pop("_class_name", None)
     try:
         if any(key.startswith(DIFFUSERS_MARK) for key in state):
@@ -306,7 +306,7 @@ def _read_vae(
         path = path / "vae" if (path / "vae").is_dir() else path
         if not (path / "config.json").is_file():
             raise ValueError(f"{path}: no VAE; it needs config.json, it holds {listing(path)}")
-        kind = read_json(path / "config.json").get("_class_name")
+        kind = read_json(path / "config.json", lenient=True).get("_class_name")
         if kind != VAE_CLASS:
             raise ValueError(f"{path}: config.json is of class {kind!r}; {VAE_CLASS} is needed")
         path = find_weights(path)
@@ -316,7 +316,7 @@ def _read_vae(
     if check_finite:
         check_all_finite(state, path)
     beside = path.parent / "config.json"
-    values = read_json(beside) if beside.is_file() else {}
+    values = read_json(beside, lenient=True) if beside.is_file() else {}
     try:
         if values.get("_class_name") == VAE_CLASS:
             config = VAEConfig.from_dict(values | given)

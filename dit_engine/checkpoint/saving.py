@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from dit_engine.checkpoint.weights import listing, read_json
+from dit_engine.checkpoint.weights import listing
 from dit_engine.device import neutral
 from dit_engine.files import save_tensors
+from dit_engine.json_files import read_json
 from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL
 
@@ -103,7 +104,7 @@ def _check_replaceable(target: Path) -> None:
     native = (
         names <= {*NATIVE_FILES, MODEL_CARD}
         and "config.json" in names
-        and read_json(target / "config.json").get("_class_name") == NATIVE_CLASS
+        and read_json(target / "config.json", lenient=True).get("_class_name") == NATIVE_CLASS
     )
     if names and not native:
         raise ValueError(f"{target}: holds something else ({listing(target)}); nothing was written")

@@ -14,9 +14,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from dit_engine.checkpoint.weights import read_json
 from dit_engine.config import ModelConfig
 from dit_engine.diffusion import OWN_SPACINGS, Diffusion
+from dit_engine.json_files import read_json
 
 CONFIG = "scheduler_config.json"
 
@@ -116,7 +116,7 @@ def read_diffusion(path: Path, config: ModelConfig) -> Diffusion:
     Raises:
         ValueError: one line that names the file, the key and the value, and what is allowed.
     """
-    values = read_json(path)
+    values = read_json(path, lenient=True)  # lambda_min_clipped is -Infinity
     try:
         return _diffusion(values, config, path)
     except ValueError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 import re
 import warnings
@@ -14,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_engine.checkpoint.formats import JSON, PYTORCH, SAFETENSORS, check_format, format_of
+from dit_engine.arguments import shown
+from dit_engine.formats import PYTORCH, SAFETENSORS, check_format, format_of
+from dit_engine.json_files import is_file_name, read_json
 from dit_engine.printable import first_line
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
@@ -108,30 +109,13 @@ def _read_shards(index: Path) -> dict[Any, Any]:
         raise ValueError(f"{index}: holds no weight_map")
     state: dict[Any, Any] = {}
     for name in sorted(set(map(str, weight_map.values()))):
-        if Path(name).name != name or name.endswith(".index.json"):
-            raise ValueError(f"{index}: shard {name!r} is not a file name")
+        if not is_file_name(name) or name.endswith(".index.json"):
+            raise ValueError(f"{index}: shard {shown(name)} is not a file name")
         state |= read_weights(index.parent / name)
     absent = [key for key in weight_map if key not in state]
     if absent:
         raise ValueError(f"{index}: the shards lack {some_of(absent)}")
     return state
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError where the file is no JSON object."""
-    values = read_json_value(path)
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds a {type(values).__name__}, not a JSON object")
-    return values
-
-
-def read_json_value(path: Path) -> Any:
-    """Raises ValueError where the file is not JSON."""
-    check_format(path, JSON)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({first_line(error)})") from None
 
 
 def find_weights(directory: Path) -> Path:

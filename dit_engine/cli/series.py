@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from dit_engine.cli.destination import file_name
 from dit_engine.files import atomic_path
 from dit_engine.images import open_image
 from dit_engine.labels import resolve_labels
-from dit_engine.metadata import image_record, png_text, record_in
+from dit_engine.metadata import as_read, image_record, png_text, record_in
 from dit_engine.settings import resolve_seeds
 
 if TYPE_CHECKING:
@@ -114,7 +113,7 @@ class Series:
         path = self.directory / self._name(i)
         if not path.exists():
             return False
-        expected = json.loads(json.dumps(image_record(self.whole, i)))
+        expected = as_read(image_record(self.whole, i))
         found = _record_of(path)
         if found == expected:
             return True

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_engine.checkpoint.formats import NUMPY, SAFETENSORS, check_format
+from dit_engine.formats import NUMPY, SAFETENSORS, check_format
 
 
 def read_tensor(path: Path | None) -> Tensor | None:

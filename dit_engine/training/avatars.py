@@ -7,7 +7,6 @@ the two splits never meet: training takes 0, 1, 2, … and held-out images HELD_
 from __future__ import annotations
 
 import io
-import json
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from importlib.resources import files
@@ -18,6 +17,7 @@ import numpy as np
 
 from dit_engine.bars import Bar
 from dit_engine.files import atomic_path
+from dit_engine.json_files import check_schema, parse_json
 from dit_engine.training.data import ImageSet
 
 CLASSES = (
@@ -27,6 +27,11 @@ CLASSES = (
 HELD_OUT_SEED = 1_000_000
 LICENCE = "CC0 1.0"
 _CHUNK = 100
+_STYLE = {
+    "": {"meta": "object"},
+    "meta": {"license": "object"},
+    "meta.license": {"name": "text"},
+}
 
 
 def load_avatars(cache: Path, split: str, per_class: int, size: int = 64) -> ImageSet:
@@ -88,8 +93,9 @@ def render(style_name: str, seeds: range, size: int) -> np.ndarray:
         raise ImportError(f"{error}: pip install 'dit-engine[train]'") from error
     from PIL import Image
 
-    text = files("dicebear_styles").joinpath(f"{style_name}.json").read_text("utf-8")
-    definition = json.loads(text)
+    text = files("dicebear_styles").joinpath(f"{style_name}.json").read_bytes()
+    definition = parse_json(text, f"style {style_name!r}")
+    check_schema(definition, _STYLE, f"style {style_name!r}")
     licence = definition["meta"]["license"]["name"]
     if licence != LICENCE:
         raise ValueError(f"style {style_name!r} has licence {licence!r}; only {LICENCE!r} is used")

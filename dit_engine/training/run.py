@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dit_engine.arguments import shown
 from dit_engine.checkpoint import save_pretrained
-from dit_engine.checkpoint.weights import read_json
 from dit_engine.config import ModelConfig
 from dit_engine.device import limited_threads
 from dit_engine.engine import Engine
 from dit_engine.files import atomic_path, save_tensors
+from dit_engine.json_files import parse_json, read_json
 from dit_engine.labels import resolve_labels
 from dit_engine.model import DiT
 from dit_engine.training.avatars import load_avatars
@@ -187,7 +188,7 @@ def _check_same(settings: TrainSettings, data: ImageSet, path: Path) -> None:
             partial.write_text(text)
         return
     before = _begun(path)
-    for name, value in json.loads(text).items():
+    for name, value in parse_json(text, "these settings", lenient=True).items():
         if before.get(name) != value:
             raise ValueError(
                 f"{path.parent} holds a training with {name} {before.get(name)!r}, not {value!r}: "
@@ -197,10 +198,10 @@ def _check_same(settings: TrainSettings, data: ImageSet, path: Path) -> None:
 
 def _begun(path: Path) -> dict[str, Any]:
     """What `_check_same` wrote. Raises ValueError where the file holds something else."""
-    settings = read_json(path)
+    settings = read_json(path, lenient=True)  # the path of the images may hold what is no text
     names = settings.get("class_names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path}: class_names {names!r} is not a list of names")
+        raise ValueError(f"{path}: class_names {shown(names)} is not a list of names")
     return settings
 
 

@@ -276,7 +276,7 @@ def test_a_checkpoint_keeps_its_weights(model: str) -> None:
         (["--model", "S/2", "--json", "a", "--csv", "a"], "cannot both go to a: name another"),
         (["--model", "S/2", "--plot", f"{__file__}/plots"], "a directory is needed"),
         (["--model", "S/2", "--compare", __file__], "test_cli_bench.py is no report of dit-bench"),
-        (["--model", "S/2", "--scaling", __file__], "test_cli_bench.py is no JSON"),
+        (["--model", "S/2", "--scaling", __file__], "test_cli_bench.py: not valid JSON"),
         (["--model", "S/2", "--plot", __file__], "is a file; --plot needs a directory"),
         (["--model", "S/2", "--backend", "eager", "--precision", "int8"], "'int8' is for backend"),
         (["measure"], "command 'measure' is unknown; choose one of gflops, fid"),

@@ -1,41 +1,156 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and that no link of another user leads elsewhere."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import secrets
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_NAME_SHOWN = 48  # characters, at most 4 bytes each, which leaves room for the rest of 255
+_CHUNK_BYTES = 1 << 20
+_NO_LINKS: int = getattr(os, "O_NOFOLLOW", 0)  # Windows has none of these
+_DIRECTORY: int = getattr(os, "O_DIRECTORY", 0)
+_NO_WAITING: int = getattr(os, "O_NONBLOCK", 0)  # until somebody opens a pipe's other end
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary neighbour of ``path`` that takes its name once the block ends well.
+    """Yield a temporary path for a file that takes the name ``path`` once the block ends well.
 
-    If the block raises, the temporary file is removed and ``path`` is as it was.
+    If the block raises, nothing is left of it, and ``path`` is as it was. A link that has the name
+    is replaced, and what it leads to stays as it is. The temporary file lies in a
+    `hidden_directory`, so that it may be opened by its name as often as is needed.
+
+    Raises OSError if it cannot be written, or if ``path`` is a device or a pipe, which would be
+    gone afterwards.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "A device or a pipe is not replaced by a file", str(path))
+    with hidden_directory(path) as (_, held):
+        partial = held / path.name
+        try:
+            yield partial
+            partial.replace(path)
+        except OSError as error:
+            if error.filename != str(partial):
+                raise
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def hidden_directory(target: Path) -> Iterator[tuple[Path, Path]]:
+    """An empty directory beside ``target`` that is the user's alone; it goes when the block ends.
+
+    Its name, ``.NAME.TOKEN.partial``, cannot be guessed, so that nobody can lay a link there
+    beforehand, and nobody else may write into it (mode 0700). What a killed process leaves behind
+    has such a name, and can be removed.
+
+    Yields two paths: by its name, and one that leads to it whatever becomes of its name.
+    """
+    name = f".{target.name[:_NAME_SHOWN]}.{secrets.token_hex(8)}.partial"
+    folder = target.with_name(name)
     try:
-        yield partial
-        partial.replace(path)
+        # On Windows, what is made inside would inherit that nobody else may read it.
+        folder.mkdir(0o700 if os.name == "posix" else 0o777)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from None
+    with _held(folder) as held:
+        try:
+            yield folder, held
+        finally:
+            with suppress(OSError):  # it may have another name by now
+                for entry in held.iterdir():
+                    if entry.is_dir() and not entry.is_symlink():
+                        shutil.rmtree(entry, ignore_errors=True)
+                    else:
+                        entry.unlink()
+                folder.rmdir()
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[Path]:
+    """A path that leads to a new ``folder``, whatever becomes of its name.
+
+    Where a directory is writable for others and has no sticky bit, they may rename what is in it,
+    and put a directory with links in the place. Linux has names for open directories.
+    """
+    if not Path("/proc/self/fd").is_dir():
+        yield folder
+        return
+    descriptor = os.open(folder, os.O_RDONLY | _DIRECTORY | _NO_LINKS)
+    try:
+        # Somebody else's directory has another owner than what is made in it. (Some file systems
+        # give all files one owner, which need not be this user.)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINKS
+        probe = os.open("probe", flags, dir_fd=descriptor)
+        owner = os.fstat(probe).st_uid
+        os.close(probe)
+        os.unlink("probe", dir_fd=descriptor)
+        if owner != os.fstat(descriptor).st_uid:
+            raise OSError(errno.EEXIST, "Another user put something in its place", str(folder))
+        yield Path(f"/proc/self/fd/{descriptor}")
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def no_links(path: str, flags: int) -> int:
+    """For ``open(path, …, opener=no_links)``: OSError where the file is a symbolic link."""
+    if Path(path).is_symlink():  # in words; the flag below is for those who are quicker
+        raise OSError(errno.ELOOP, "A link, and nothing is written through one", path)
+    return os.open(path, flags | _NO_LINKS, 0o666)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process (or thread) at a time for a directory, or for a file, which is made where it is
+    missing and must not be a link; the others wait.
+
+    No lock where the system has no flock.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    if path.is_dir():
+        descriptor = os.open(path, os.O_RDONLY)
+    else:
+        descriptor = no_links(str(path), os.O_RDONLY | os.O_CREAT | _NO_WAITING)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # and with it goes the lock
+
+
+def file_hash(path: Path) -> str:
+    """The file's SHA-256, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def save_tensors(
     tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a .safetensors file with the permissions that any other new file would have.
-
-    safetensors itself makes its files readable by their owner alone.
-    """
+    """Write a .safetensors file, whole or not at all, with the permissions that any other new file
+    would have: safetensors itself makes its files readable by their owner alone."""
     from safetensors.torch import save_file
 
-    path.touch()
-    mode = path.stat().st_mode
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
-    path.chmod(mode)
+    with atomic_path(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, partial, metadata)
+        partial.chmod(mode)

@@ -7,22 +7,27 @@
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from dit_engine.checkpoint.weights import listing
 from dit_engine.device import neutral
+from dit_engine.directories import new_directory, nothing_known
 from dit_engine.files import save_tensors
 from dit_engine.json_files import read_json
 from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL
 
 NATIVE_CLASS = "DiT"
-NATIVE_FILES = {"config.json", "model.safetensors", "labels.json", "vae"}
+NATIVE_FILES = (
+    "config.json",
+    "model.safetensors",
+    "labels.json",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+)
 MODEL_CARD = "README.md"
 
 
@@ -50,12 +55,7 @@ def save_pretrained(
     target = Path(directory)
     if label_names is not None and len(label_names) != model.config.num_classes:
         raise ValueError(f"{len(label_names)} label names for {model.config.num_classes} classes")
-    _check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stem = f".{target.name}.{secrets.token_hex(4)}"
-    partial, old = target.with_name(f"{stem}.partial"), target.with_name(f"{stem}.old")
-    try:
-        partial.mkdir()
+    with new_directory(target, _native_files) as partial:
         values = {"_class_name": NATIVE_CLASS, **model.config.to_dict()}
         (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         _write_tensors(partial / "model.safetensors", model, dtype)
@@ -68,46 +68,14 @@ def save_pretrained(
             _write_tensors(partial / "vae" / "diffusion_pytorch_model.safetensors", vae, dtype)
         if (target / MODEL_CARD).is_file():
             shutil.copy2(target / MODEL_CARD, partial / MODEL_CARD)
-        _replace(target, partial, old)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _replace(target: Path, new: Path, old: Path) -> None:
-    """Give ``new`` the name ``target``; the earlier target, as ``old``, is kept until that is done.
-
-    No system call exchanges two directories everywhere, so there are two renames, and an
-    exception (a KeyboardInterrupt too) may arrive between them.
-    """
-    try:
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
-    finally:
-        if old.exists() and not target.exists():
-            try:
-                old.rename(target)
-            except OSError as error:
-                raise OSError(
-                    f"{target}: not written, and the earlier model is now {old} ({error})"
-                ) from None
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _check_replaceable(target: Path) -> None:
-    if not target.exists() and not target.is_symlink():
-        return
-    if target.is_symlink() or not target.is_dir():
-        raise ValueError(f"{target}: exists and is no directory; nothing was written")
-    names = {entry.name for entry in target.iterdir()}
-    native = (
-        names <= {*NATIVE_FILES, MODEL_CARD}
-        and "config.json" in names
-        and read_json(target / "config.json", lenient=True).get("_class_name") == NATIVE_CLASS
-    )
-    if names and not native:
-        raise ValueError(f"{target}: holds something else ({listing(target)}); nothing was written")
+def _native_files(directory: Path) -> Mapping[str, None]:
+    """For `new_directory`: what it may remove from an earlier native directory."""
+    config = directory / "config.json"
+    if not config.is_file() or read_json(config, lenient=True).get("_class_name") != NATIVE_CLASS:
+        return nothing_known(directory)
+    return dict.fromkeys((*NATIVE_FILES, MODEL_CARD))
 
 
 def _write_tensors(path: Path, module: torch.nn.Module, dtype: torch.dtype | None) -> None:

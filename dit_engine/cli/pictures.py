@@ -54,8 +54,7 @@ def save(
 
 def _save_latents(result: Generation, path: Path) -> None:
     record = {"dit_engine": json.dumps(call_record(result))}
-    with atomic_path(path) as partial:
-        save_tensors({"latents": result.images}, partial, record)
+    save_tensors({"latents": result.images}, path, record)
 
 
 def make_sheet(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_engine.bars import Bar
-from dit_engine.files import atomic_path
+from dit_engine.files import atomic_path, no_links
 
 if TYPE_CHECKING:
     from dit_engine.training.loop import Budget
@@ -46,7 +46,7 @@ class ProgressLine:
 def add_row(path: Path, row: dict[str, float]) -> None:
     """Append to a .csv file; the first row writes the names above it."""
     new = not path.exists() or not path.stat().st_size  # a full disk leaves an empty file
-    with path.open("a", encoding="utf-8", newline="") as file:
+    with open(path, "a", encoding="utf-8", newline="", opener=no_links) as file:
         writer = csv.DictWriter(file, row.keys())
         if new:
             writer.writeheader()

@@ -163,8 +163,7 @@ class Trainer:
             self.step += 1
             self._update_ema()
             if self.step in settings.keep_steps:
-                with atomic_path(kept_path(self.directory, self.step)) as partial:
-                    save_tensors(self.ema, partial)
+                save_tensors(self.ema, kept_path(self.directory, self.step))
             now = time.monotonic()
             self.seconds += now - began
             window.append({k: float(v.detach()) for k, v in losses.items()})

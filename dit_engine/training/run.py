@@ -245,8 +245,7 @@ def _stage_one(
         data, settings.vae_config(), loop, directory, settings.vae_batch_size,
         settings.kl_weight, settings.flip, device,
     )  # fmt: skip
-    with atomic_path(path) as partial:
-        save_tensors(vae.state_dict(), partial)
+    save_tensors(vae.state_dict(), path)
     return vae
 
 
@@ -263,8 +262,7 @@ def _latents(
             more = encode_all(vae, mirrored)
             means, deviations = torch.cat([means, more[0]]), torch.cat([deviations, more[1]])
             labels = torch.cat([labels, torch.from_numpy(mirrored.labels)])
-        with atomic_path(path) as partial:
-            save_tensors({"means": means, "deviations": deviations, "labels": labels}, partial)
+        save_tensors({"means": means, "deviations": deviations, "labels": labels}, path)
     tensors = load_file(path)
     return tensors["means"], tensors["deviations"], tensors["labels"]
 

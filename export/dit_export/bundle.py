@@ -5,21 +5,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dit_engine._version import __version__
 from dit_engine.config import ModelConfig
+from dit_engine.directories import Known, nothing_known
+from dit_engine.files import file_hash
 from dit_engine.vae import VAEConfig
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 LABELS = "labels.json"
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -186,38 +186,32 @@ def write_manifest(directory: Path, values: dict[str, Any], graphs: list[Graph])
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def replaceable(overwrite: bool) -> Any:
+def replaceable(overwrite: bool) -> Known:
     """For `new_directory`: only an earlier export may be replaced, and only if that was asked."""
 
-    def reason(path: Path) -> str | None:
+    def known(path: Path) -> Mapping[str, str | None]:
         try:
             earlier = read_manifest(path)
         except ValueError:
-            names = ", ".join(sorted(entry.name for entry in path.iterdir())[:4])
-            return f"holds something else ({names})"
-        if overwrite:
-            return foreign(path, [MANIFEST, *earlier["files"]])
-        what = f"{earlier.get('dtype')} for {earlier.get('target')}"
-        return f"holds an export already ({what}); --overwrite replaces it"
+            return nothing_known(path)
+        if not overwrite:
+            what = f"{earlier.get('dtype')} for {earlier.get('target')}"
+            raise ValueError(f"holds an export already ({what}); --overwrite replaces it")
+        files = {name: earlier["files"].get(name) for name in file_names()}
+        return {MANIFEST: None} | {
+            name: str(listed.get("sha256"))
+            for name, listed in files.items()
+            if isinstance(listed, dict)
+        }
 
-    return reason
-
-
-def foreign(path: Path, ours: Sequence[str]) -> str | None:
-    """That ``path`` holds more than ``ours``, or None: what is replaced is removed."""
-    files = (file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
-    others = sorted(set(files) - set(ours))
-    if not others:
-        return None
-    return f"also holds what was not made with it ({', '.join(others[:4])}): move that elsewhere"
+    return known
 
 
-def file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+def file_names() -> list[str]:
+    """Every file that an export may hold beside its manifest."""
+    from dit_export.graphs import GRAPHS
+
+    return [*(f"{graph}.onnx{suffix}" for graph in GRAPHS for suffix in ("", ".data")), LABELS]
 
 
 def _check_file(path: Path, name: str, listed: dict[str, Any]) -> None:

@@ -10,9 +10,9 @@ import torch
 
 from dit_engine._version import __version__
 from dit_engine.caches import private_cache
+from dit_engine.files import locked
 from dit_engine.model import DiT
 from dit_export.bundle import FORMAT, Bundle
-from dit_export.directories import locked
 from dit_export.onnx import ExportOptions, export_onnx
 from dit_export.source import weights_hash
 
@@ -24,7 +24,6 @@ def cached_export(model: DiT, options: ExportOptions) -> Bundle:
     """
     path = private_cache("onnx") / _key(model, options)
     lock = path.with_name(f"{path.name}.lock")
-    lock.touch()
     with locked(lock):
         try:
             return Bundle.open(path)

@@ -6,9 +6,9 @@ import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
+from dit_engine.directories import scratch_beside
 from dit_export.bundle import Bundle
 from dit_export.comparison import given_export
-from dit_export.directories import scratch_beside
 from dit_export.given import refuse
 from dit_export.graphs import GRAPHS, QUANTIZED_GRAPHS, VAE_GRAPH
 from dit_export.profiles import parse_profiles

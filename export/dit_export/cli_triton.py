@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dit_engine.directories import scratch_beside
 from dit_export.bundle import Bundle
-from dit_export.directories import scratch_beside
 from dit_export.given import refuse
 from dit_export.source import add_source_arguments
 from dit_export.targets import DTYPES

@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dit_engine.files import atomic_path
-from dit_export.directories import locked
+from dit_engine.files import atomic_path, locked
 from dit_export.profiles import Profile, Profiles
 
 FORMAT = 2

@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dit_engine._version import __version__
-from dit_export.bundle import Bundle, foreign
+from dit_engine.directories import Known, check_destination, new_directory, nothing_known
+from dit_engine.files import file_hash
+from dit_export.bundle import Bundle
 from dit_export.bundle_metadata import check_metadata
-from dit_export.directories import check_destination, new_directory
 from dit_export.targets import DTYPES, QUANTIZED
 from dit_export.triton.configuration import GRAPHS, ServingOptions, graph_config, pipeline_config
 from dit_export.triton.readme import readme
 
 MARKER = "repository.json"
-FORMAT = 1
+FORMAT = 2
 
 # Copied into dit/1 as they are installed here, so that the server's loop cannot drift from ours.
 SOURCES = (
@@ -43,7 +44,7 @@ SOURCES = (
 _ENTRY = '''"""The loop on the server. Packages beside this file: of DiT Engine {version}."""
 
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before any other version installed here
 
@@ -92,11 +93,11 @@ def write_repository(
             "dtype": bundle.dtype,
             "platform": options.platform,
             "models": [*GRAPHS, "dit"],
-            "files": sorted(
-                file.relative_to(partial).as_posix()
-                for file in partial.rglob("*")
+            "files": {
+                file.relative_to(partial).as_posix(): file_hash(file)
+                for file in sorted(partial.rglob("*"))
                 if not file.is_dir()
-            ),
+            },
         }
         _write(partial / MARKER, json.dumps(marker, indent=2) + "\n")
     return target
@@ -142,26 +143,43 @@ def read_marker(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no model repository; {MARKER} is missing") from None
     except ValueError as error:
         raise ValueError(f"{path / MARKER}: no JSON: {error}") from None
-    ours = isinstance(marker, dict) and isinstance(marker.get("files"), list)
+    ours = isinstance(marker, dict) and isinstance(marker.get("files"), dict)
     if not ours or marker.get("format") != FORMAT:
         raise ValueError(f"{path / MARKER}: not written by this version of dit-export")
     return marker
 
 
-def replaceable(overwrite: bool) -> Any:
+def replaceable(overwrite: bool) -> Known:
     """For `new_directory`: only an earlier repository may be replaced, if that was asked."""
 
-    def reason(path: Path) -> str | None:
+    def known(path: Path) -> Mapping[str, str | None]:
         try:
             marker = read_marker(path)
         except ValueError:
-            names = ", ".join(sorted(entry.name for entry in path.iterdir())[:4])
-            return f"holds something else ({names})"
-        if overwrite:
-            return foreign(path, [MARKER, *marker["files"]])
-        return "holds a model repository; --overwrite replaces it"
+            return nothing_known(path)
+        if not overwrite:
+            raise ValueError("holds a model repository; --overwrite replaces it")
+        listed = marker["files"]
+        return {MARKER: None} | {n: str(listed[n]) for n in file_names() if n in listed}
 
-    return reason
+    return known
+
+
+def file_names() -> list[str]:
+    """Every file that a repository may hold beside `MARKER`."""
+    names = ["README.md", "client.py", *(f"dit/{name}" for name in _pipeline_names())]
+    for model, graph in GRAPHS.items():
+        files = ("model.onnx", f"{graph}.onnx.data", "model.plan")
+        names += [f"{model}/config.pbtxt", *(f"{model}/1/{file}" for file in files)]
+    return names
+
+
+def _pipeline_names() -> list[str]:
+    names = ["config.pbtxt", "1/model.py", "1/pipeline.json"]
+    for module in SOURCES:
+        path = PurePosixPath("1", *module.split("."))
+        names += [f"{path}.py", *(f"{parent}/__init__.py" for parent in path.parents[:-2])]
+    return list(dict.fromkeys(names))
 
 
 def source_of(module: str) -> str:

@@ -14,11 +14,11 @@ from torch import nn
 
 from dit_engine._version import __version__
 from dit_engine.device import neutral
+from dit_engine.directories import check_destination, new_directory
 from dit_engine.guidance import OFFICIAL_CHANNELS, check_channels
 from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL
 from dit_export.bundle import LABELS, Bundle, Graph, TensorSpec, replaceable, write_manifest
-from dit_export.directories import check_destination, new_directory
 from dit_export.exporter import require_onnx, save, to_onnx
 from dit_export.graphs import (
     GRAPHS,

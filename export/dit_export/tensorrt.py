@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from dit_engine._version import __version__
-from dit_export.bundle import Bundle, Graph, file_hash
+from dit_engine.directories import scratch_beside
+from dit_engine.files import file_hash
+from dit_export.bundle import Bundle, Graph
 from dit_export.bundle_metadata import check_metadata
 from dit_export.cuda_devices import make_current, require_device
-from dit_export.directories import scratch_beside
 from dit_export.engine_files import (
     EngineFile,
     EngineKey,

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tiny import NAMES, tiny_dit
 
-from dit_export.bundle import Bundle, Graph, TensorSpec, foreign, replaceable, write_manifest
-from dit_export.directories import new_directory
+from dit_engine.directories import check_destination, new_directory
+from dit_export.bundle import Bundle, Graph, TensorSpec, replaceable, write_manifest
 
 GRAPH = Graph(
     "denoiser", "denoiser.onnx", "fp32",
@@ -168,6 +168,10 @@ def test_what_was_not_made_with_an_export_is_not_replaced(tmp_path: Path) -> Non
     (tmp_path / "sub").mkdir()
     for name in ("manifest.json", "a.onnx", "sub/mine.txt"):
         (tmp_path / name).write_text("x")
-    assert foreign(tmp_path, ["manifest.json", "a.onnx", "sub/mine.txt"]) is None
-    reason = foreign(tmp_path, ["manifest.json", "a.onnx"])
-    assert reason == "also holds what was not made with it (sub/mine.txt): move that elsewhere"
+    known = dict.fromkeys(["manifest.json", "a.onnx", "sub/mine.txt"])
+    assert check_destination(tmp_path, lambda _: known).keys() == known.keys()
+    del known["sub/mine.txt"]
+    with pytest.raises(
+        ValueError, match=r": also holds what was not made with it \(sub\): move that"
+    ):
+        check_destination(tmp_path, lambda _: known)

@@ -21,11 +21,11 @@ from tiny import NAMES, tiny_dit, tiny_vae
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.coefficients import step_coefficients
 from dit_engine.diffusion import Diffusion
+from dit_engine.directories import new_directory
 from dit_engine.schedule import make_schedule
 from dit_export import model_repository
 from dit_export.bundle import Bundle, Graph, write_manifest
 from dit_export.cli import main
-from dit_export.directories import new_directory
 from dit_export.graphs import GRAPHS as ALL_GRAPHS
 from dit_export.graphs import GuidedStep, signature
 from dit_export.model_repository import MARKER, SOURCES, write_repository

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dit_export.bundle import Bundle, file_hash
+from dit_engine.files import file_hash
+from dit_export.bundle import Bundle
 
 
 def find_plan(directory: Path, bundle: Bundle, graph: str, max_batch_size: int) -> Path:

@@ -1,0 +1,164 @@
+"""Directories that appear whole or not at all, and what may be removed to make room for them."""
+
+from __future__ import annotations
+
+import os
+import stat
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import NoReturn
+
+from dit_engine.files import file_hash, hidden_directory
+
+Known = Callable[[Path], Mapping[str, "str | None"]]
+"""Given a directory that holds something: every file that may be removed from it, by its path from
+there, with its SHA-256; None where its name alone tells. ValueError: why the directory must stay.
+
+The names must be those that are written here, and not whatever a file in the directory lists."""
+
+
+def nothing_known(directory: Path) -> NoReturn:
+    """For a destination that must be free or empty."""
+    names = sorted(entry.name for entry in directory.iterdir())
+    raise ValueError(f"holds something else ({', '.join(names[:4])})")
+
+
+def check_destination(target: Path, known: Known = nothing_known) -> dict[str, os.stat_result]:
+    """What is to be removed to make room for a new ``target``: regular files, by their paths from
+    there.
+
+    Raises a one-line ValueError unless ``target`` is free, empty, or a directory that holds nothing
+    but regular files that are known, with their hashes.
+    """
+    if not target.exists() and not target.is_symlink():
+        return {}
+    if target.is_symlink() or not target.is_dir():
+        raise ValueError(f"{target}: exists and is no directory; nothing was written")
+    if not any(target.iterdir()):
+        return {}
+    try:
+        return _removable(target, known(target))
+    except ValueError as error:
+        raise ValueError(f"{target}: {error}; nothing was written") from None
+
+
+@contextmanager
+def new_directory(target: Path, known: Known = nothing_known) -> Iterator[Path]:
+    """Yield an empty directory that takes the name ``target`` once the block ends well.
+
+    If the block raises, nothing is left of it, and ``target`` is as it was. What is replaced keeps
+    its place until the new directory is complete.
+
+    Raises:
+        ValueError: see `check_destination`.
+        OSError: it cannot be written.
+    """
+    target = target.absolute()
+    check_destination(target, known)
+    with _parents(target), hidden_directory(target) as (folder, _):
+        new = folder / "new.partial"
+        new.mkdir()
+        yield new
+        removable = check_destination(target, known)  # another process may have been quicker
+        _exchange(target, new, folder.with_suffix(".old"), removable)
+
+
+@contextmanager
+def scratch_beside(target: Path) -> Iterator[Path]:
+    """An empty directory beside ``target``, gone when the block ends, for what it is made of.
+
+    It may take several GB, so that it must not lie in /tmp, which memory may hold.
+    """
+    target = target.absolute()
+    with _parents(target), hidden_directory(target) as (folder, _):
+        yield folder
+
+
+@contextmanager
+def _parents(target: Path) -> Iterator[None]:
+    """Make the directory in which ``target`` is to lie; one in which nothing lies afterwards goes
+    again."""
+    missing = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for parent in missing:
+            with suppress(OSError):  # it is in use
+                parent.rmdir()
+
+
+def _removable(directory: Path, known: Mapping[str, str | None]) -> dict[str, os.stat_result]:
+    """The files of a directory; ValueError unless all are known. No link is followed."""
+
+    def failed(error: OSError) -> None:
+        raise error
+
+    folders = {str(parent) for name in known for parent in PurePosixPath(name).parents}
+    files: dict[str, os.stat_result] = {}
+    others: list[str] = []
+    for root, subfolders, names in os.walk(directory, onerror=failed):
+        for entry in (*subfolders, *names):
+            path = Path(root, entry)
+            name, state = path.relative_to(directory).as_posix(), path.lstat()
+            if stat.S_ISREG(state.st_mode) and name in known:
+                files[name] = state
+            elif not (stat.S_ISDIR(state.st_mode) and name in folders):
+                others.append(name)
+                if entry in subfolders:
+                    subfolders.remove(entry)  # what it holds is of no interest
+    if others:
+        names = ", ".join(sorted(others)[:4])
+        raise ValueError(f"also holds what was not made with it ({names}): move that elsewhere")
+    for name in files:
+        if known[name] not in (None, file_hash(directory / name)):
+            raise ValueError(f"its {name} has changed since it was written: move that elsewhere")
+    return files
+
+
+def _exchange(target: Path, new: Path, old: Path, removable: dict[str, os.stat_result]) -> None:
+    """Give ``new`` the name ``target``; the earlier target, as ``old``, is kept until that is done.
+
+    No system call exchanges two directories everywhere, so there are two renames, and an
+    exception (a KeyboardInterrupt too) may arrive between them.
+    """
+    try:
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            try:
+                old.rename(target)
+            except OSError as error:
+                raise OSError(
+                    f"{target}: not written, and the earlier model is now {old} ({error})"
+                ) from None
+        if old.exists():
+            _remove(old, removable)
+
+
+def _remove(directory: Path, removable: dict[str, os.stat_result]) -> None:
+    """Remove the files that are as they were looked at, and the directories, which are empty then.
+
+    Whatever came there meanwhile stays, and a warning says where.
+    """
+
+    def same(a: os.stat_result, b: os.stat_result) -> bool:
+        facts = ("st_dev", "st_ino", "st_mode", "st_size", "st_mtime_ns")
+        return all(getattr(a, fact) == getattr(b, fact) for fact in facts)
+
+    folders = {directory}
+    for name, state in removable.items():
+        path = directory / name
+        folders |= {directory / parent for parent in PurePosixPath(name).parents}
+        with suppress(OSError):
+            if same(path.lstat(), state):
+                path.unlink()
+    for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
+        with suppress(OSError):
+            folder.rmdir()
+    if directory.exists():
+        warnings.warn(f"{directory} is left: it holds what was not made here", stacklevel=2)

@@ -1,0 +1,204 @@
+"""Another user's links, where we write: nothing that they lead to is written, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dit_engine.directories import new_directory, scratch_beside
+from dit_engine.files import atomic_path, locked, save_tensors
+from dit_engine.training.log import add_row
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="links of other users")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="names of open directories")
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    path = tmp_path / "victim"
+    path.write_text("precious")
+    return path
+
+
+def only(directory: Path) -> list[str]:
+    return sorted(entry.name for entry in directory.iterdir())
+
+
+def one_array(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.ones(3))
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "text": lambda path: path.write_text("new"),
+    "npy": one_array,
+    "png": lambda path: Image.new("RGB", (2, 2)).save(path, "PNG"),
+    "pt": lambda path: torch.save({"a": 1}, path),
+    "safetensors": lambda path: save_tensors({"a": torch.ones(2)}, path),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_name_that_could_be_guessed_is_not_used(tmp_path: Path, victim: Path, kind: str) -> None:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    laid = folder / f".x.bin.{os.getpid()}.partial"
+    laid.symlink_to(victim)
+    with atomic_path(folder / "x.bin") as partial:
+        inside = stat.S_IMODE(partial.parent.stat().st_mode)
+        WRITERS[kind](partial)
+    assert inside == 0o700  # nobody else's links can come to lie there
+    assert victim.read_text() == "precious" and laid.is_symlink()
+    assert only(folder) == [laid.name, "x.bin"]
+
+
+@pytest.mark.parametrize("thing", ["link to a directory", "link to a file", "directory"])
+def test_even_a_guessed_name_is_not_followed(
+    tmp_path: Path, victim: Path, monkeypatch: pytest.MonkeyPatch, thing: str
+) -> None:
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "guessed")
+    laid = tmp_path / ".x.bin.guessed.partial"
+    (tmp_path / "trap").mkdir()
+    (tmp_path / "trap" / "x.bin").symlink_to(victim)
+    if thing == "directory":
+        (tmp_path / "trap").rename(laid)
+    else:
+        laid.symlink_to(tmp_path / "trap" if "directory" in thing else victim)
+    for begin in (atomic_path, new_directory, scratch_beside):
+        with pytest.raises(FileExistsError), begin(tmp_path / "x.bin"):
+            pytest.fail("the name was taken")
+    assert victim.read_text() == "precious" and os.path.lexists(laid)
+
+
+@linux
+def test_a_directory_that_is_exchanged_while_we_write(tmp_path: Path, victim: Path) -> None:
+    with atomic_path(tmp_path / "x.bin") as partial:
+        (hidden,) = tmp_path.glob(".*")
+        hidden.rename(tmp_path / "away")  # as anyone may without a sticky bit
+        hidden.mkdir()
+        (hidden / "x.bin").symlink_to(victim)
+        partial.write_text("new")
+    assert victim.read_text() == "precious" and (tmp_path / "x.bin").read_text() == "new"
+
+
+@linux
+@pytest.mark.parametrize("begin", [atomic_path, new_directory, scratch_beside])
+def test_a_directory_of_ours_that_is_put_there_is_not_removed(
+    tmp_path: Path, victim: Path, begin: Callable[[Path], AbstractContextManager[Path]]
+) -> None:
+    hidden = Path()
+    with suppress(OSError), begin(tmp_path / "x.bin"):
+        (hidden,) = tmp_path.glob(".*")
+        hidden.rename(tmp_path / "away")
+        hidden.mkdir()
+        victim.rename(hidden / "thesis")
+    assert (hidden / "thesis").read_text() == "precious"
+
+
+@linux
+@pytest.mark.skipif(os.name == "posix" and os.geteuid() != 0, reason="other owners need root")
+def test_a_directory_that_is_exchanged_before_we_write(
+    tmp_path: Path, victim: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir = Path.mkdir
+
+    def exchanged(self: Path, *arguments: object) -> None:
+        mkdir(self, *arguments)  # pyright: ignore[reportArgumentType]
+        if self.name.endswith(".partial"):
+            self.rename(tmp_path / "away")
+            mkdir(self)
+            os.chown(self, 65534, 65534)
+            (self / "x.bin").symlink_to(victim)
+
+    monkeypatch.setattr(Path, "mkdir", exchanged)
+    with (
+        pytest.raises(OSError, match="Another user put something"),
+        atomic_path(tmp_path / "x.bin") as partial,
+    ):
+        partial.write_text("new")
+    assert victim.read_text() == "precious" and not (tmp_path / "x.bin").exists()
+
+
+def test_a_link_at_the_destination_is_replaced_and_not_followed(
+    tmp_path: Path, victim: Path
+) -> None:
+    for name, target in (("a", victim), ("b", tmp_path / "nothing")):
+        (tmp_path / name).symlink_to(target)
+        with atomic_path(tmp_path / name) as partial:
+            partial.write_text("new")
+        assert not (tmp_path / name).is_symlink() and (tmp_path / name).read_text() == "new"
+    assert victim.read_text() == "precious" and not (tmp_path / "nothing").exists()
+
+
+def test_a_device_or_pipe_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to(os.devnull)
+    for name in ("pipe", "null"):
+        with pytest.raises(OSError, match="device or a pipe"), atomic_path(tmp_path / name):
+            pytest.fail("it would have been replaced")
+    assert only(tmp_path) == ["null", "pipe"]
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "null").is_symlink()
+
+
+def test_logs_and_locks_follow_no_link(tmp_path: Path, victim: Path) -> None:
+    (tmp_path / "log.csv").symlink_to(victim)
+    (tmp_path / "new.lock").symlink_to(tmp_path / "made")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="A link"):
+        add_row(tmp_path / "log.csv", {"step": 1.0})
+    for name in ("log.csv", "new.lock"):
+        with pytest.raises(OSError, match="A link"), locked(tmp_path / name):
+            pytest.fail("that is another file's lock")
+    with locked(tmp_path / "pipe"), locked(tmp_path / "made by it"):
+        pass  # and it does not wait for a writer
+    assert victim.read_text() == "precious" and not (tmp_path / "made").exists()
+
+
+def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        for name, write in WRITERS.items():
+            with atomic_path(tmp_path / name) as partial:
+                write(partial)
+        with new_directory(tmp_path / "directory") as new:
+            (new / "file").touch()
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert modes == dict.fromkeys([*WRITERS, "file"], 0o640) | {"directory": 0o750}
+
+
+def test_names_as_long_as_they_may_be(tmp_path: Path) -> None:
+    for name in ("n" * 255, "é" * 127):
+        with atomic_path(tmp_path / name) as partial:
+            partial.write_text("new")
+        assert (tmp_path / name).read_text() == "new"
+        (tmp_path / name).unlink()
+        with new_directory(tmp_path / name) as new:
+            (new / "file").touch()
+        assert (tmp_path / name / "file").exists()
+    with (
+        pytest.raises(OSError, match="too long") as caught,
+        atomic_path(tmp_path / ("n" * 256)) as partial,
+    ):
+        partial.touch()
+    assert caught.value.filename == str(tmp_path / ("n" * 256))
+
+
+@pytest.mark.parametrize("begin", [new_directory, scratch_beside])
+def test_directories_that_were_made_for_nothing_go_again(
+    tmp_path: Path, begin: Callable[[Path], AbstractContextManager[Path]]
+) -> None:
+    with pytest.raises(ValueError, match="bad model"), begin(tmp_path / "a" / "b" / "out"):
+        raise ValueError("bad model")
+    assert not only(tmp_path)

@@ -6,9 +6,21 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dit_engine.printable import printable
+
 
 class Bar(tqdm):  # pyright: ignore[reportMissingTypeArgument]
-    """tqdm's bar, wiped away when it is closed before its end: by an exception, or by Ctrl-C."""
+    """tqdm's bar, wiped away when it is closed before its end: by an exception, or by Ctrl-C.
+    What it says is made `printable`."""
+
+    def __init__(self, iterable: Any = None, desc: str | None = None, *more: Any, **options: Any):
+        super().__init__(iterable, desc and printable(desc), *more, **options)
+
+    def set_description(self, desc: str | None = None, refresh: bool | None = True) -> None:
+        super().set_description(desc and printable(desc), refresh)
+
+    def set_description_str(self, desc: str | None = None, refresh: bool | None = True) -> None:
+        super().set_description_str(desc and printable(desc), refresh)
 
     def close(self) -> None:
         if not self.disable and self.total and self.n < self.total:

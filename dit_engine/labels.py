@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from dit_engine.arguments import dimensions, scalar, sequence, shown, whole_number
+from dit_engine.printable import one_line, printable
 
 _NUMERAL = re.compile(r"(number:)?(-?\d+)")
 
@@ -134,7 +135,7 @@ def _resolve(label: Any, num_classes: int, lookup: _Lookup) -> int:
 
 def _named(label: str, classes: set[int], number: int | None, lookup: _Lookup) -> int:
     """The class of a name that ``classes`` have, and which may also be read as a number."""
-    names = [f"{i} ({_composed(lookup.names[i])})" for i in sorted(classes)]
+    names = [f"{i} ({one_line(lookup.names[i])})" for i in sorted(classes)]
     if len(classes) > 1:
         raise ValueError(
             f"label {shown(label)} is a name of classes {' and '.join(names)}: give the number"
@@ -143,7 +144,7 @@ def _named(label: str, classes: set[int], number: int | None, lookup: _Lookup) -
     if number not in (None, named):
         raise ValueError(
             f"label {shown(label)} is the name of class {named} and the number of class {number} "
-            f"({_composed(lookup.names[number])}): give number:{named} or "
+            f"({one_line(lookup.names[number])}): give number:{named} or "
             f"number:{number}, or an int"
         )
     return named
@@ -160,5 +161,9 @@ def _allowed(label: str, num_classes: int, lookup: _Lookup) -> str:
     names = lookup.folded
     near = difflib.get_close_matches(_folded(label)[:80], names)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    few = ", ".join(names) if len(names) <= 30 else f"{len(names)} names (see --list-labels)"
+    few = (
+        ", ".join(map(printable, names))
+        if len(names) <= 30
+        else f"{len(names)} names (see --list-labels)"
+    )
     return f"{hint}allowed are {few} and {numbers}"

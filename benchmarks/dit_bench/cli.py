@@ -14,6 +14,7 @@ from importlib import import_module
 from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry
+from dit_engine.printable import say
 
 # word → (module with add_arguments(parser) and run(arguments), what it does)
 COMMANDS = {
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_command(lambda: run(arguments, given))
     if word not in COMMANDS:
         known = ", ".join(COMMANDS)
-        print(f"error: command {word!r} is unknown; choose one of {known}, or give --model",
+        say(f"error: command {word!r} is unknown; choose one of {known}, or give --model",
               file=sys.stderr)  # fmt: skip
         return 2
     module_name, about = COMMANDS[word]

@@ -22,7 +22,7 @@ from dit_bench.outputs import (
     write_text,
 )
 from dit_bench.schema import VERSION, validate
-from dit_engine.printable import one_line
+from dit_engine.printable import one_line, say
 
 if TYPE_CHECKING:
     from dit_bench.measure import Plan
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     if isinstance(failure, KeyboardInterrupt):
         kept = [str(path) for path in outputs if path not in (None, STDOUT)]
         where = f"in {', '.join(kept)}" if kept else "above"
-        print(f"interrupted: what was measured until then is {where}", file=sys.stderr)
+        say(f"interrupted: what was measured until then is {where}", file=sys.stderr)
         return INTERRUPTED
     if failure is not None:
         raise failure
@@ -192,7 +192,7 @@ def _write(
         if arguments.plot is not None and figures:
             save_figures(figures, arguments.plot)
         elif arguments.plot is not None:
-            print(f"note: nothing is drawn into {arguments.plot}: there are no times of forwards "
+            say(f"note: nothing is drawn into {arguments.plot}: there are no times of forwards "
                   "or guided steps, no --operators and no --scaling", file=sys.stderr)  # fmt: skip
         if arguments.html is not None:
             from dit_bench.page import page
@@ -214,7 +214,7 @@ def _show_environment(arguments: argparse.Namespace) -> int:
         write_json(found, arguments.json)
         return 0
     for part, values in found.items():
-        print(part)
+        say(part)
         for name, value in values.items():
-            print(f"  {name:<15} {value}")
+            say(f"  {name:<15} {value}")
     return 0

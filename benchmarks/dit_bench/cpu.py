@@ -44,6 +44,7 @@ from dit_engine.cli.destination import check_file
 from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry
 from dit_engine.files import atomic_path
+from dit_engine.printable import say
 from dit_kernels.quantized import quantized_why_not
 
 # Models with the batches that they are measured at; then what is measured otherwise.
@@ -189,13 +190,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             settle(print)
         report = measure(arguments)
         if arguments.wide:
-            print(format_report(report))
+            say(format_report(report))
         else:
-            print(fold(format_report(report, short=narrower_than(WIDTH))))
+            say(fold(format_report(report, short=narrower_than(WIDTH))))
         if path is not None:
             with atomic_path(path) as partial:
                 partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            print(f"written to {path}")
+            say(f"written to {path}")
         return 0
 
     return run_command(command)

@@ -31,6 +31,7 @@ from dit_bench.tables import fold
 from dit_engine.cli.arguments import Parser, add_sampling_arguments, sampling_options
 from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry
+from dit_engine.printable import say
 
 INTERRUPTED = 130  # exit code: what is printed is what was finished
 
@@ -108,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = evaluate(samples, reference, network, arguments.batch_size, arguments.allow_few)
         report |= {"settings": settings or None, **_surroundings()}
         if arguments.json != STDOUT:
-            print(fold(format_report(report)))
+            say(fold(format_report(report)))
         write_json(report, arguments.json)
         return INTERRUPTED if report["interrupted"] else 0
 

@@ -50,7 +50,7 @@ from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry
 from dit_engine.config import ModelConfig
-from dit_engine.printable import one_line
+from dit_engine.printable import one_line, say
 from dit_engine.vae import VAEConfig
 
 SIZES = ("XL/2", "S/2", "L/2", "B/2")
@@ -230,7 +230,7 @@ def stop_late(report: Report, seconds: float) -> threading.Timer:
         reason = f"did not end in {seconds:.0f} s: slow, or hung"
         report.record("sections", {"section": "run", "status": "late", "reason": reason})
         report.finish()
-        print(_table(report.snapshot()), flush=True)
+        say(_table(report.snapshot()), flush=True)
 
     def stop() -> None:
         # In a thread of its own: the main one may hold the report, and never give it back.
@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         device = cuda_device()
         if device is None:
-            print(f"error: no CUDA device: torch {torch.__version__} finds none, and this "
+            say(f"error: no CUDA device: torch {torch.__version__} finds none, and this "
                   "benchmark is for CUDA (dit_bench.operators --device cpu is for the CPU)",
                   file=sys.stderr)  # fmt: skip
             return 2
@@ -300,8 +300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         timer = stop_late(report, seconds)
         code = run(cuda_plan(device, configs), report, budget)
         timer.cancel()
-        print(_table(report.values))
-        print(f"written: {report.path}")
+        say(_table(report.values))
+        say(f"written: {report.path}")
         return code
 
     return run_command(command)

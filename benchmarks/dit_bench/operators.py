@@ -41,6 +41,7 @@ from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry
 from dit_engine.device import parse_device
+from dit_engine.printable import say
 
 ERROR_RATIO = 2.0
 """An implementation's error against float64 over the same-dtype reference's, at most."""
@@ -261,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (busy := warning(report.values)) is not None:
             lines.append(busy)
         text = "\n".join(lines)
-        print(text if arguments.wide else fold(text))
+        say(text if arguments.wide else fold(text))
         return 1 if report.failed else 0
 
     return run_command(command)

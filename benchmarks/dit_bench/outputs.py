@@ -11,6 +11,7 @@ from typing import Any
 
 from dit_engine.cli.destination import STDOUT, check_destination, check_file, write_stdout
 from dit_engine.files import atomic_path
+from dit_engine.printable import printable
 
 CSV_COLUMNS = (
     "model", "size", "what", "images", "name", "role", "precision", "status", "reason", "p5_ms",
@@ -19,6 +20,8 @@ CSV_COLUMNS = (
     "peak_mib", "joules_per_image", "error", "bound", "ratio_p5", "ratio_median", "ratio_p95",
     "verdict", "other_load",
 )  # fmt: skip
+
+_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last are full-width
 
 
 def check_outputs(paths: Iterable[Path | None]) -> None:
@@ -59,7 +62,18 @@ def write_text(text: str, path: Path | None) -> None:
 
 
 def write_json(report: dict[str, Any], path: Path | None) -> None:
-    write_text(json.dumps(finite(report), indent=1, ensure_ascii=False) + "\n", path)
+    write_text(json_text(finite(report)), path)
+
+
+def json_text(value: Any) -> str:
+    """JSON that a terminal can show: what is not `printable` is escaped, as JSON does that."""
+    lines = json.dumps(value, indent=1, ensure_ascii=False).split("\n")
+    shown = (line if printable(line) == line else _escaped(line) for line in lines)
+    return "\n".join(shown) + "\n"
+
+
+def _escaped(line: str) -> str:
+    return "".join(c if printable(c) == c else json.dumps(c)[1:-1] for c in line)
 
 
 def finite(value: Any) -> Any:
@@ -75,7 +89,10 @@ def finite(value: Any) -> Any:
 
 
 def csv_text(report: dict[str, Any]) -> str:
-    """One line a measurement; the spreads' quantiles are columns of their own."""
+    """One line a measurement; the spreads' quantiles are columns of their own.
+
+    Text that a spreadsheet would take for a formula gets an apostrophe in front, as OWASP advises.
+    """
     import io
 
     text = io.StringIO()
@@ -90,5 +107,12 @@ def csv_text(report: dict[str, Any]) -> str:
                 flat[f"ratio_{quantile}"] = row["ratio"][quantile]
         if "ms" in row:
             flat["n"] = row["ms"]["n"]
-        writer.writerow(flat)
+        writer.writerow({column: _cell(value) for column, value in flat.items()})
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.lstrip().startswith(_FORMULA) else text

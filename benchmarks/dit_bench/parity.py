@@ -49,6 +49,7 @@ from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry
 from dit_engine.errors import NotFinite
 from dit_engine.pixels import to_uint8
+from dit_engine.printable import say
 from dit_engine.settings import resolve_seeds
 
 if TYPE_CHECKING:
@@ -338,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sets is not None:
             report["features"] = sets.network.record
         report["hardware"] = describe_hardware()
-        print(fold(format_report(report)))
+        say(fold(format_report(report)))
         if arguments.json is not None:
             write_report(report, arguments.json)
         return INTERRUPTED if report["interrupted"] else 0

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from dit_engine.printable import printable
+
 DELAY_S = 2.0
 """Bars of what takes less are never drawn."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -35,13 +37,13 @@ class Progress:
     @contextmanager
     def run(self, stages: int) -> Iterator[None]:
         """A bar of ``stages``, and the handler of Ctrl-C and SIGTERM, for this block."""
-        from tqdm import tqdm
+        from dit_engine.bars import Bar
 
         before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
             before = {each: signal.signal(each, self._interrupt) for each in SIGNALS}
-        self._bar = tqdm(total=stages, desc="dit-bench", unit="part", file=sys.stderr,
-                         delay=DELAY_S, leave=False, disable=self.quiet)  # fmt: skip
+        self._bar = Bar(total=stages, desc="dit-bench", unit="part", file=sys.stderr,
+                        delay=DELAY_S, leave=False, disable=self.quiet)  # fmt: skip
         try:
             yield
         finally:
@@ -71,18 +73,18 @@ class Progress:
         from tqdm import tqdm
 
         if not self.quiet:
-            tqdm.write(text, sys.stderr)
+            tqdm.write(printable(text), sys.stderr)
 
     @contextmanager
     def rounds(self, total: int, name: str, seconds: float) -> Iterator[Any]:
         """Yields ``go_on`` for `dit_bench.timing.interleave`: False after so many seconds and
         `LEAST_ROUNDS`, where another round as long as those before would end after `LONGEST` times
         the seconds, or when the run was interrupted."""
-        from tqdm import tqdm
+        from dit_engine.bars import Bar
 
         start, done = time.perf_counter(), 0
-        with tqdm(total=total, desc=name, unit="round", file=sys.stderr, delay=DELAY_S,
-                  leave=False, disable=self.quiet) as bar:  # fmt: skip
+        with Bar(total=total, desc=name, unit="round", file=sys.stderr, delay=DELAY_S,
+                 leave=False, disable=self.quiet) as bar:  # fmt: skip
 
             def go_on() -> bool:
                 nonlocal done

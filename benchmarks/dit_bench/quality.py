@@ -48,6 +48,7 @@ from dit_engine.cli.destination import check_file
 from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry
 from dit_engine.files import atomic_path
+from dit_engine.printable import say
 
 if TYPE_CHECKING:
     from dit_engine.engine import Engine
@@ -244,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.json is not None:
             check_file(arguments.json)  # before the long run
         report = measure(arguments)
-        print(fold(format_report(report)))
+        say(fold(format_report(report)))
         if arguments.json is not None:
             write_report(report, arguments.json)
         return 0

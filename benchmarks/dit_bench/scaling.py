@@ -31,6 +31,7 @@ from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry
 from dit_engine.config import ModelConfig
 from dit_engine.model import DiT
+from dit_engine.printable import say
 from dit_engine.training.dit_stage import train_denoiser
 from dit_engine.training.loop import Budget, LoopSettings
 
@@ -150,11 +151,11 @@ def measure(arguments: argparse.Namespace) -> int:
     for row in report["points"]:
         cost = f"{row['steps']:>6} steps {row['gmacs']:>7.3f} Gflops"
         counts = f"N = {row['n']} against {row['n_reference']}"
-        print(f"{row['network']:<14} {cost}  {report['metric']} {row['distance']:7.1f} ({counts})")
+        say(f"{row['network']:<14} {cost}  {report['metric']} {row['distance']:7.1f} ({counts})")
     for step in steps:
         values = [distance for _, _, distance in orders(report["points"], step)]
         falls = all(a > b for a, b in pairwise(values))
-        print(f"{step} steps: more Gflops {'always' if falls else 'NOT always'} a lower distance")
+        say(f"{step} steps: more Gflops {'always' if falls else 'NOT always'} a lower distance")
     return 0
 
 

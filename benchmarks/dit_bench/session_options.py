@@ -33,6 +33,7 @@ from dit_engine.cli.destination import check_file
 from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry
 from dit_engine.config import ModelConfig
+from dit_engine.printable import say
 
 OURS = "the backend's"
 SAME = 1e-4  # relative: float32 in another order of summation
@@ -180,16 +181,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = measure(arguments)
         for row in report["rows"]:
             ratio = row["ours_over_it"]
-            print(
+            say(
                 f"{row['options']:<36} {row['ms']['median']:8.2f} ms   {OURS} ÷ it "
                 f"{ratio['median']:.3f} ({ratio['p5']:.3f}-{ratio['p95']:.3f})"
             )
         better = [row["options"] for row in report["rows"] if row["ours_over_it"]["p5"] > MARGIN]
         if (busy := warning(report)) is not None:
-            print(busy)
+            say(busy)
             better = []
         for name in better:
-            print(f"{name!r} is better by more than 5 % beyond the noise")
+            say(f"{name!r} is better by more than 5 % beyond the noise")
         if arguments.json is not None:
             write_json(report, arguments.json)
         return 1 if better else 0

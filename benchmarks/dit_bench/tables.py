@@ -10,6 +10,8 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from dit_engine.printable import printable
+
 DASH = "–"
 """A cell without a value."""
 _BETWEEN = 3  # columns from one cell to the next, in rich's SIMPLE_HEAD
@@ -33,7 +35,7 @@ class Table:
 
     def add(self, *cells: object) -> None:
         """A row; missing cells at its end are empty."""
-        texts = ["" if cell is None else str(cell) for cell in cells]
+        texts = ["" if cell is None else printable(cell) for cell in cells]
         self.rows.append(texts + [""] * (len(self.columns) - len(texts)))
 
     def words(self, column: int) -> bool:
@@ -97,8 +99,15 @@ class Table:
             lines.append(f"{first}: " + ", ".join(f"{h} {c}".strip() for h, c in cells if c))
         return lines
 
+    def shown(self) -> Table:
+        """Without empty columns, and with all that is said beside the cells `printable` too."""
+        table = self.filled()
+        table.title, table.columns = printable(table.title), [*map(printable, table.columns)]
+        table.notes = [*map(printable, table.notes)]
+        return table
+
     def html(self) -> str:
-        return self.filled()._html()
+        return self.shown()._html()
 
     def _html(self) -> str:
         def cells(tag: str, texts: list[str]) -> str:
@@ -183,7 +192,7 @@ def show(tables: Sequence[Table], width: int | None = None, wide: bool = False) 
             raise BrokenPipeError(errno.EPIPE, "standard output is closed")  # rich would exit
 
     console = Pipeable(width=width, highlight=False, markup=False, emoji=False)
-    for whole in map(Table.filled, tables):
+    for whole in map(Table.shown, tables):
         table = whole.fitting(width)
         if not table.folds_into(width):
             notes = [f"  {note}" for note in table.notes]

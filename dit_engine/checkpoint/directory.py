@@ -9,6 +9,7 @@ from dit_engine.checkpoint.convert import DIFFUSERS_CLASSES
 from dit_engine.checkpoint.saving import NATIVE_CLASS
 from dit_engine.checkpoint.weights import find_weights, listing
 from dit_engine.json_files import read_json, read_json_value
+from dit_engine.printable import one_line
 
 
 def open_directory(path: Path) -> tuple[Path, Path | None, tuple[str, ...] | None]:
@@ -18,7 +19,9 @@ def open_directory(path: Path) -> tuple[Path, Path | None, tuple[str, ...] | Non
         index = read_json(path / "model_index.json")
         if not (path / "transformer").is_dir():
             name = index.get("_class_name")
-            raise ValueError(f"{path}: a {name} without transformer/; a DiTPipeline is needed")
+            raise ValueError(
+                f"{path}: a {one_line(name)} without transformer/; a DiTPipeline is needed"
+            )
         names = _names_from_ids(index.get("id2label"), path / "model_index.json")
         return find_weights(path / "transformer"), vae, names
     if not (path / "config.json").is_file():

@@ -17,6 +17,7 @@ from typing import Any
 from dit_engine.config import ModelConfig
 from dit_engine.diffusion import OWN_SPACINGS, Diffusion
 from dit_engine.json_files import read_json
+from dit_engine.printable import one_line
 
 CONFIG = "scheduler_config.json"
 
@@ -139,7 +140,9 @@ def _diffusion(values: dict[str, Any], config: ModelConfig, path: Path) -> Diffu
     if kind not in _CLIPPING and values.get("clip_sample"):
         unknown.append("clip_sample")
     if unknown:
-        warnings.warn(f"{path}: unknown, without effect: {', '.join(unknown)}", stacklevel=2)
+        warnings.warn(
+            f"{path}: unknown, without effect: {one_line(', '.join(unknown))}", stacklevel=2
+        )
     _need(values, "thresholding", (False, None))
     _need(values, "use_flow_sigmas", (False, None))
     if kind == "EulerDiscreteScheduler":

@@ -29,6 +29,7 @@ from dit_engine.cli.destination import (
 from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry, output_is_a_file
 from dit_engine.labels import shared_names
+from dit_engine.printable import printable, say
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -176,7 +177,7 @@ def generate(arguments: argparse.Namespace) -> int:
         rate = f" in {seconds:.1f} s ({made / seconds:.2f} a second)" if made else ""
         place = "standard output" if arguments.output == STDOUT else arguments.output
         news = sys.stderr if arguments.output == STDOUT else sys.stdout
-        print(f"{made} {kind}{rate} → {place}{notes}", file=news)
+        say(f"{made} {kind}{rate} → {place}{notes}", news)
     return 0
 
 
@@ -225,9 +226,9 @@ def load_engine(arguments: argparse.Namespace) -> Engine:
 def list_labels(arguments: argparse.Namespace) -> int:
     engine = load_engine(arguments)
     if engine.label_names is None:
-        print(f"{arguments.model} has no label names; numbers 0 to {engine.config.num_classes - 1}")
+        say(f"{arguments.model} has no label names; numbers 0 to {engine.config.num_classes - 1}")
     for number, name in enumerate(engine.label_names or ()):
-        print(f"{number:4d}  {name}")
+        print(f"{number:4d}  {printable(name)}")
     if shared := shared_names(engine.label_names or ()):
         told = (f"{name} ({', '.join(map(str, owners))})" for name, owners in shared.items())
         warnings.warn(f"several classes have these names, so give numbers: {'; '.join(told)}",

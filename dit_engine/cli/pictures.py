@@ -15,6 +15,7 @@ from dit_engine.cli.destination import STDOUT, write_stdout
 from dit_engine.engine import Generation
 from dit_engine.files import atomic_path, save_tensors
 from dit_engine.metadata import call_record, png_text
+from dit_engine.printable import printable
 
 _CAPTION_HEIGHT = 14
 _MARGIN = 4
@@ -75,5 +76,5 @@ def make_sheet(
         y = i // columns * cell_height + _MARGIN
         enlarged = image.resize((width * scale, height * scale), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (x, y))
-        draw.text((x, y + height * scale + 1), caption, fill="black")
+        draw.text((x, y + height * scale + 1), printable(caption), fill="black")
     return sheet

@@ -100,7 +100,8 @@ def _forgive(name: str) -> None:
         return
     stream.flush()
     raw = _Forgiving(number, "w", closefd=False)
+    # What passes through at once (PYTHONUNBUFFERED) would wait in this writer for its end.
     setattr(sys, name, io.TextIOWrapper(
         io.BufferedWriter(raw), encoding=stream.encoding, errors="replace",
-        line_buffering=stream.line_buffering, write_through=stream.write_through,
+        line_buffering=stream.line_buffering or stream.write_through,
     ))  # fmt: skip

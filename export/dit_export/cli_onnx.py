@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dit_engine.printable import say
 from dit_export.given import refuse
 from dit_export.graphs import GRAPHS, QUANTIZED_GRAPHS, VAE_GRAPH
 from dit_export.source import add_source_arguments, load_source
@@ -65,10 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
         vae=source.vae,
         label_names=source.label_names,
         overwrite=arguments.overwrite,
-        report=print,
+        report=say,
     )
     size = sum(file["bytes"] for file in bundle.manifest["files"].values())
-    print(
+    say(
         f"{len(bundle.graphs)} graphs, {size / 2**20:.1f} MiB, opset {bundle.opset} → {bundle.path}"
     )
     return 0

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from dit_engine.directories import scratch_beside
+from dit_engine.printable import say
 from dit_export.bundle import Bundle
 from dit_export.comparison import given_export
 from dit_export.given import refuse
@@ -77,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
             rebuild=arguments.rebuild,
             quiet=arguments.quiet,
         )
-        build_bundle(bundle, arguments.output, flavour, options, graphs, report=print)
+        build_bundle(bundle, arguments.output, flavour, options, graphs, report=say)
     return 0
 
 
@@ -87,5 +88,5 @@ def _export(source: Source, dtype: str, directory: Path, graphs: tuple[str, ...]
     options = ExportOptions(dtype=dtype, target="tensorrt", graphs=graphs).checked()
     return export_onnx(
         source.model, directory, options, vae=source.vae, label_names=source.label_names,
-        report=print,
+        report=say,
     )  # fmt: skip

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dit_engine.directories import scratch_beside
+from dit_engine.printable import say
 from dit_export.bundle import Bundle
 from dit_export.given import refuse
 from dit_export.source import add_source_arguments
@@ -112,7 +114,8 @@ def _write(arguments: argparse.Namespace) -> int:
             )
     files = [file for file in path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
-    print(f"4 models, {size / 2**20:.1f} MiB → {path} (dit-export triton --serve {path})")
+    command = f"dit-export triton --serve {shlex.quote(str(path))}"
+    say(f"4 models, {size / 2**20:.1f} MiB → {path} ({command})")
     return 0
 
 
@@ -137,5 +140,5 @@ def _own_export(arguments: argparse.Namespace) -> Callable[[Path], Bundle]:
         options=options,
         vae=source.vae,
         label_names=source.label_names,
-        report=print,
+        report=say,
     )

@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import unicodedata
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from importlib import import_module
+from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
+from tiny import NAMES, tiny_dit, tiny_vae
 
+from dit_bench.cli import main as bench
+from dit_bench.outputs import json_text
+from dit_bench.progress import Progress
+from dit_engine.bars import Bar
+from dit_engine.checkpoint import save_pretrained
+from dit_engine.cli.generate import main as generate
+from dit_engine.engine import Engine
 from dit_engine.printable import first_line, one_line, printable, say
+from dit_export.cli import main as export
+from dit_export.triton import server
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+made_up = import_module("made_up")
+
+Main = Callable[[list[str]], int]
 
 ACTING = {
     "\x1b]0;owned\x07": r"\x1b]0;owned\x07",
@@ -66,3 +92,227 @@ def test_messages_are_one_line_of_bounded_length() -> None:
 def test_lines_that_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     say("one\x1b[1m\ntwo\r")
     assert capsys.readouterr().out == "one\\x1b[1m\ntwo\\r\n"
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e[red]name\r"
+
+
+def shown_by(capture: pytest.CaptureFixture[str], code: int, main: Main, *options: str) -> str:
+    """What a command prints, of which nothing acts on a terminal but newlines and a bar's return.
+
+    Names must be there, escaped: a command that is silent about them shows nothing.
+    """
+    capture.readouterr()
+    assert main([*map(str, options)]) == code
+    out, err = capture.readouterr()
+    for text in (out, err.replace("\r", "").replace("\x1b[A", "")):
+        assert all(printable(line) == line for line in text.split("\n")), ascii(text)
+    assert r"x1b]0;owned\x07" in (out + err).replace(r"\\", "\\"), (out, err)
+    assert "[red]" in out + err or "…" in err  # and nothing is taken for markup
+    return out + err
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    names = [f"{HOSTILE}\nsecond line {i % 5}" for i in range(len(NAMES))]
+    save_pretrained(path, tiny_dit(), tiny_vae(), names)
+    return path
+
+
+def test_names_of_labels(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = shown_by(capsys, 0, generate, "--model", model, "--list-labels")
+    assert listed.count("\n") == len(NAMES) + 1  # a note on names that several have
+    shown_by(capsys, 2, generate, "--model", model, "--labels", "none")
+    named = f"{HOSTILE}\nsecond line 1"
+    shown_by(capsys, 2, generate, "--model", model, "--labels", named)
+    engine = Engine.from_pretrained(model, device="cpu")
+    with pytest.raises(ValueError, match="unknown") as raised:
+        engine.generate("none")
+    assert str(raised.value).isprintable()
+
+
+def config_of(path: Path, **values: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values))
+
+
+def bad_class(path: Path) -> None:
+    config_of(path / "config.json", _class_name=HOSTILE)
+
+
+def bad_pipeline(path: Path) -> None:
+    config_of(path / "model_index.json", _class_name=HOSTILE)
+
+
+def bad_key(path: Path) -> None:
+    save_pretrained(path, tiny_dit())
+    values = json.loads((path / "config.json").read_text())
+    config_of(path / "config.json", **values, **{HOSTILE: 1})
+
+
+def bad_tensor(path: Path) -> None:
+    save_pretrained(path, tiny_dit())
+    tensors = tiny_dit().state_dict() | {f"{HOSTILE}.weight": torch.zeros(1, 1)}
+    save_file(tensors, path / "model.safetensors")
+
+
+def bad_header(path: Path) -> None:
+    """The reader of safetensors quotes the name."""
+    save_pretrained(path, tiny_dit())
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 99]}
+    header = json.dumps({HOSTILE: entry}).encode()
+    (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def bad_shard(path: Path) -> None:
+    save_pretrained(path, tiny_dit())
+    (path / "model.safetensors").unlink()
+    config_of(path / "model.safetensors.index.json", weight_map={"a": f"{HOSTILE}.safetensors"})
+
+
+def bad_files(path: Path) -> None:
+    path.mkdir()
+    (path / HOSTILE).touch()
+
+
+BAD_MODELS = (bad_class, bad_pipeline, bad_key, bad_tensor, bad_header, bad_shard, bad_files)
+
+
+@pytest.mark.parametrize("bad", BAD_MODELS)
+def test_what_a_models_files_say(
+    bad: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad(tmp_path / "model")
+    options = ["--labels", "1", "-o", str(tmp_path / "a.png"), "--model"]
+    with suppress(AssertionError) if bad is bad_header else nullcontext():  # may not quote it
+        shown_by(capsys, 2, generate, *options, tmp_path / "model")
+    with pytest.raises((ValueError, OSError)) as raised:
+        Engine.from_pretrained(tmp_path / "model")
+    assert str(raised.value).isprintable()
+
+
+def test_keys_of_pickles_and_options_of_a_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.pt"
+    options = ["--labels", "1", "-o", str(tmp_path / "a.png"), "--model", str(path)]
+    state = tiny_dit(hidden_size=64, num_heads=1).state_dict()
+    torch.save({"model": state, HOSTILE: 1, "args": {"model": f"SiT-XL/2 {HOSTILE}"}}, path)
+    shown_by(capsys, 2, generate, *options)
+    torch.save(state | {HOSTILE: torch.zeros(3, 3)}, path)
+    shown_by(capsys, 2, generate, *options)
+    path.write_bytes(b"\x80\x02c" + f"os\n{HOSTILE}\n.".encode())  # a global of that name
+    shown_by(capsys, 2, generate, *options)
+
+
+def test_a_scheduler_and_files_named_by_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / f"{HOSTILE} model"
+    save_pretrained(folder / "transformer", tiny_dit())
+    config_of(folder / "model_index.json", _class_name="DiTPipeline", scheduler=["diffusers", "x"])
+    scheduler = {"_class_name": "DDIMScheduler", HOSTILE: 1}
+    config_of(folder / "scheduler" / "scheduler_config.json", **scheduler)
+    options = ["--labels", "1", "--steps", "1", "--seed", "1"]
+    output = tmp_path / f"{HOSTILE}.safetensors"
+    for _ in range(2):  # the second time it is replaced, with a note
+        shown_by(capsys, 0, generate, *options, "--model", folder, "-o", output)
+    scheduler["_class_name"] = HOSTILE
+    config_of(folder / "scheduler" / "scheduler_config.json", **scheduler)
+    shown_by(capsys, 2, generate, *options, "--model", folder, "-o", output)
+
+
+def test_what_a_picture_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = (
+        {"model": "builtin", "noise": "per-image", HOSTILE: 1},
+        {"model": "builtin", "noise": HOSTILE, "label": 1, "guidance_scale": 1.0},
+        {"model": "builtin", "noise": "per-image", "labels": [HOSTILE], "guidance_scale": 1.0},
+        {"model": HOSTILE, "noise": "per-image", "label": 1, "guidance_scale": 1.0},
+    )
+    for record in records:
+        info = PngInfo()
+        info.add_text("dit_engine", json.dumps(record))
+        Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=info)
+        options = ["--like", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")]
+        shown_by(capsys, 2, generate, *options)
+
+
+def test_reports_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = made_up.report()
+    report["models"][0]["model"] = report["energy"] = HOSTILE
+    report["environment"]["hardware"]["cpu"] = HOSTILE
+    for row in report["measurements"]:
+        row["model"], row["name"] = f"{HOSTILE}\n", f"{HOSTILE} {row['name']}"
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report))
+    for more in ([], ["--wide"], ["--csv", "-"]):
+        shown_by(capsys, 0, bench, "--load", path, *more)
+    assert bench(["--load", str(path), "--json", "-"]) == 0
+    shown = capsys.readouterr().out
+    assert all(printable(line) == line for line in shown.split("\n"))
+    assert json.loads(shown)["energy"] == HOSTILE
+    report["schema"] = HOSTILE
+    path.write_text(json.dumps(report))
+    shown_by(capsys, 2, bench, "--load", path)
+    shown_by(capsys, 2, bench, "--model", HOSTILE)
+    shown_by(capsys, 2, bench, HOSTILE)
+
+
+def test_json_stays_the_same_data() -> None:
+    value = {"name": f"{HOSTILE}\n\udc9b\U000e0041 × – 猫"}
+    text = json_text(value)
+    assert json.loads(text) == value and "× – 猫" in text
+    assert all(printable(line) == line for line in text.split("\n"))
+
+
+def test_manifests_of_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "export"
+    for values in (
+        {"format": HOSTILE, "producer": "dit-engine", "files": {}},
+        {
+            "format": 1,
+            "producer": "dit-engine",
+            "files": {},
+            "label_names": None,
+            "vae": None,
+            "model": {HOSTILE: 1},
+        },
+    ):
+        config_of(path / "manifest.json", **values)
+        shown_by(capsys, 2, export, "triton", "--onnx", path, "-o", tmp_path / "repository")
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / HOSTILE).touch()
+    shown_by(capsys, 2, export, "triton", "--onnx", path, "-o", tmp_path / "repository")
+
+
+def test_what_a_server_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(HOSTILE.replace("\r", "").encode() + b"\xff\n")
+
+    def fails() -> None:
+        with server._log_unless(verbose=False) as path:
+            assert path is not None
+            path.write_bytes(log.read_bytes())
+            raise server.ServerFailed("ended", path)
+
+    with pytest.raises(server.ServerFailed):
+        fails()
+    with server._output(None) as descriptor:
+        subprocess.run(["cat", str(log)], stdout=descriptor, check=True)
+    told = capsys.readouterr().err
+    assert told.count("owned") == told.count("\n") == 2
+    assert all(printable(line) == line for line in told.split("\n"))
+
+
+def test_bars(capsys: pytest.CaptureFixture[str]) -> None:
+    with Bar(total=2, desc=HOSTILE) as bar:
+        bar.update()
+        bar.set_description(HOSTILE)
+        bar.set_description_str(HOSTILE)
+    progress = Progress()
+    with progress.run(2):
+        progress.stage(HOSTILE)
+        progress.say(HOSTILE)
+    told = capsys.readouterr().err.replace("\r", "").replace("\x1b[A", "")
+    assert all(printable(line) == line for line in told.split("\n")), ascii(told)

@@ -28,5 +28,7 @@ if __name__ == "__main__":
             raise ValueError(f"four or more arguments are needed. {__doc__}")
         main(*sys.argv[1:])
     except Exception as error:  # of the arguments, the connection, the server
-        print("error:", *f"{error} ({' '.join(sys.argv)})".split(), file=sys.stderr)
+        told = " ".join(f"error: {error} ({' '.join(sys.argv)})".split())
+        # What acts on a terminal is escaped: a part of this is the server's.
+        print(*(c if c.isprintable() else ascii(c)[1:-1] for c in told), sep="", file=sys.stderr)
         sys.exit(2)

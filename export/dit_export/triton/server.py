@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -17,12 +18,14 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
+from dit_engine.printable import say
 from dit_export.model_repository import read_marker
 from dit_export.triton import supervisor
 from dit_export.triton.server_binary import ServerBinary, assemble_backends, find_server
 
 _STOP_SECONDS = supervisor.ASK_SECONDS + 5
 _LAST_LINES = 30
+_LONGEST_LINE = 1 << 16
 
 
 class ServerFailed(RuntimeError):
@@ -121,9 +124,9 @@ def serve(
             _log_unless(verbose) as log,
             running_server(repository, server, host, ports, ready_seconds, log) as running,
         ):
-            print(f"ready: http {running.http}, gRPC {running.grpc}, metrics {running.metrics}")
+            say(f"ready: http {running.http}, gRPC {running.grpc}, metrics {running.metrics}")
             client = shlex.quote(str(repository / "client.py"))
-            print(f"python {client} {running.http} images.png 50 0; Ctrl-C ends it", flush=True)
+            say(f"python {client} {running.http} images.png 50 0; Ctrl-C ends it", flush=True)
             raise ServerFailed(f"the server ended with code {running.process.wait()}", log)
     except KeyboardInterrupt:
         return 0
@@ -145,17 +148,32 @@ def _log_unless(verbose: bool) -> Iterator[Path | None]:
             yield log
         except ServerFailed:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-            print(*lines[-_LAST_LINES:], sep="\n", end="\n" if lines else "", file=sys.stderr)
+            for line in lines[-_LAST_LINES:]:
+                say(line, sys.stderr)
             raise
 
 
 @contextmanager
 def _output(log: Path | None) -> Iterator[int]:
-    if log is None:
-        yield sys.stderr.fileno()
+    """A descriptor to print to: of the log, or of what is shown line by line, made printable."""
+    if log is not None:
+        with log.open("wb") as file:
+            yield file.fileno()
         return
-    with log.open("wb") as file:
-        yield file.fileno()
+    reading, writing = os.pipe()
+
+    def show() -> None:
+        with os.fdopen(reading, "rb") as lines:
+            while line := lines.readline(_LONGEST_LINE):
+                say(line.decode("utf-8", "replace").rstrip("\r\n"), sys.stderr)
+
+    shown = threading.Thread(target=show, daemon=True)
+    shown.start()
+    try:
+        yield writing
+    finally:
+        os.close(writing)
+        shown.join(1.0)
 
 
 def _wait_until_ready(

@@ -20,6 +20,7 @@ from dit_export.triton.configuration import ACCELERATORS, PLATFORMS
 READY_SECONDS = 300.0
 _SERVE_ALONE = (
     "server", "host", "http_port", "grpc_port", "metrics_port", "ready_timeout", "verbose",
+    "trust",
 )  # fmt: skip
 
 
@@ -49,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}-port", type=int, default=port, help="of --serve; 0 is any free one")
     add("--ready-timeout", type=float, default=READY_SECONDS, metavar="SECONDS",
         help="of --serve: that loading and warming up may take")  # fmt: skip
+    add("--trust", action="store_true",
+        help="of --serve: run a repository's code that this version does not write")  # fmt: skip
     add("--verbose", action="store_true", help="of --serve: show what the server prints")
 
 
@@ -76,6 +79,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         ports,
         arguments.ready_timeout,
         arguments.verbose,
+        arguments.trust,
     )
 
 

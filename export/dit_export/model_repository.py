@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from hashlib import sha256
 from importlib.util import find_spec
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from dit_engine._version import __version__
@@ -22,11 +24,19 @@ from dit_engine.files import file_hash
 from dit_export.bundle import Bundle
 from dit_export.bundle_metadata import check_metadata
 from dit_export.targets import DTYPES, QUANTIZED
-from dit_export.triton.configuration import GRAPHS, ServingOptions, graph_config, pipeline_config
+from dit_export.triton.configuration import (
+    GRAPHS,
+    PLATFORMS,
+    ServingOptions,
+    graph_config,
+    pipeline_config,
+)
 from dit_export.triton.readme import readme
 
 MARKER = "repository.json"
-FORMAT = 2
+PRODUCER = f"dit-engine {__version__}"
+TRUST = "write the repository again, or look at its code and serve it with --trust"
+FORMAT = 2  # 1 had no hashes, and did not say what the configurations are made from
 
 # Copied into dit/1 as they are installed here, so that the server's loop cannot drift from ours.
 SOURCES = (
@@ -36,6 +46,7 @@ SOURCES = (
     "dit_engine.labels",
     "dit_engine.printable",
     "dit_engine.schedule",
+    "dit_export.triton.origin",
     "dit_export.triton.pipeline",
     "dit_export.triton.sampling",
     "dit_export.triton.torch_random",
@@ -44,7 +55,7 @@ SOURCES = (
 _ENTRY = '''"""The loop on the server. Packages beside this file: of DiT Engine {version}."""
 
 import sys
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before any other version installed here
 
@@ -75,32 +86,53 @@ def write_repository(
     options = (options or ServingOptions()).checked()
     target = Path(directory)
     check_bundle(bundle, options)
-    files = {name: _model_files(bundle, name, options, engines) for name in GRAPHS}
+    data = _data_files(bundle, options, engines)
+    texts = repository_texts(bundle, options)
     with new_directory(target, replaceable(overwrite)) as partial:
-        for name, sources in files.items():
-            version = partial / name / "1"
-            version.mkdir(parents=True)
-            for file, source in sources.items():
-                (shutil.move if move else shutil.copyfile)(source, version / file)
-            _write(partial / name / "config.pbtxt", graph_config(name, bundle, options))
-        _write_pipeline(partial / "dit", bundle, options)
-        _write(partial / "README.md", readme(bundle, options))
-        _write(partial / "client.py", source_of("dit_export.triton.client"))
-        marker = {
-            "format": FORMAT,
-            "producer": f"dit-engine {__version__}",
-            "checkpoint": bundle.checkpoint,
-            "dtype": bundle.dtype,
-            "platform": options.platform,
-            "models": [*GRAPHS, "dit"],
-            "files": {
-                file.relative_to(partial).as_posix(): file_hash(file)
-                for file in sorted(partial.rglob("*"))
-                if not file.is_dir()
-            },
-        }
-        _write(partial / MARKER, json.dumps(marker, indent=2) + "\n")
+        for name, text in texts.items():
+            write_text(partial / name, text)
+        for name, (source, _) in data.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            (shutil.move if move else shutil.copyfile)(source, partial / name)
+        hashes = {name: sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        hashes |= {name: digest for name, (_, digest) in data.items()}
+        write_text(partial / MARKER, _marker(hashes, bundle, options))
     return target
+
+
+def repository_texts(bundle: Bundle, options: ServingOptions) -> dict[str, str]:
+    """Name of every text of a repository, with "/" in it → what it holds. They follow from the
+    facts of ``bundle`` alone, which repository.json records, and not from its files."""
+    return {
+        **{f"{name}/config.pbtxt": graph_config(name, bundle, options) for name in GRAPHS},
+        "dit/config.pbtxt": pipeline_config(bundle, options),
+        "dit/1/model.py": _ENTRY.format(version=__version__),
+        "dit/1/pipeline.json": _pipeline_facts(bundle),
+        **{f"dit/1/{name}": text for name, text in packages(SOURCES).items()},
+        "README.md": readme(bundle, options),
+        "client.py": source_of("dit_export.triton.client"),
+    }
+
+
+def _marker(hashes: dict[str, str], bundle: Bundle, options: ServingOptions) -> str:
+    """repository.json. Under "export" is the bundle's manifest, as far as the texts follow from it;
+    hashes: SHA-256 of every other file."""
+    marker = {
+        "format": FORMAT,
+        "producer": PRODUCER,
+        "checkpoint": bundle.checkpoint,
+        "dtype": bundle.dtype,
+        "platform": options.platform,
+        "models": [*GRAPHS, "dit"],
+        "options": asdict(options),
+        "export": {
+            **bundle.manifest,
+            "graphs": {graph: bundle.manifest["graphs"][graph] for graph in GRAPHS.values()},
+            "files": {},
+        },
+        "files": dict(sorted(hashes.items())),
+    }
+    return json.dumps(marker, indent=2, ensure_ascii=False) + "\n"
 
 
 def check_bundle(bundle: Bundle, options: ServingOptions) -> None:
@@ -145,7 +177,7 @@ def read_marker(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path / MARKER}: no JSON: {error}") from None
     ours = isinstance(marker, dict) and isinstance(marker.get("files"), dict)
     if not ours or marker.get("format") != FORMAT:
-        raise ValueError(f"{path / MARKER}: not written by this version of dit-export")
+        raise ValueError(f"{path / MARKER}: not written by this version of dit-export: {TRUST}")
     return marker
 
 
@@ -167,19 +199,11 @@ def replaceable(overwrite: bool) -> Known:
 
 def file_names() -> list[str]:
     """Every file that a repository may hold beside `MARKER`."""
-    names = ["README.md", "client.py", *(f"dit/{name}" for name in _pipeline_names())]
-    for model, graph in GRAPHS.items():
-        files = ("model.onnx", f"{graph}.onnx.data", "model.plan")
-        names += [f"{model}/config.pbtxt", *(f"{model}/1/{file}" for file in files)]
-    return names
-
-
-def _pipeline_names() -> list[str]:
-    names = ["config.pbtxt", "1/model.py", "1/pipeline.json"]
-    for module in SOURCES:
-        path = PurePosixPath("1", *module.split("."))
-        names += [f"{path}.py", *(f"{parent}/__init__.py" for parent in path.parents[:-2])]
-    return list(dict.fromkeys(names))
+    names = ["README.md", "client.py", "dit/config.pbtxt", "dit/1/model.py", "dit/1/pipeline.json"]
+    names += [f"dit/1/{name}" for name in packages(SOURCES)]
+    for platform in PLATFORMS:
+        names += [*data_names(platform)[0], *data_names(platform)[1]]
+    return [*names, *(f"{model}/config.pbtxt" for model in GRAPHS)]
 
 
 def source_of(module: str) -> str:
@@ -189,34 +213,59 @@ def source_of(module: str) -> str:
     return Path(spec.origin).read_text(encoding="utf-8")
 
 
-def _model_files(
-    bundle: Bundle, name: str, options: ServingOptions, engines: str | Path | None
-) -> dict[str, Path]:
-    """Name in the version's directory → the file to put there."""
-    graph = bundle.file(GRAPHS[name])
+def data_names(platform: str) -> tuple[list[str], list[str]]:
+    """Names in the repository of the graphs' files: those that there are, and those that there may
+    be, in the order of `GRAPHS`. A graph names its file of weights, which must lie beside it."""
+    if platform == "tensorrt":
+        return [f"{name}/1/model.plan" for name in GRAPHS], []
+    weights = [f"{name}/1/{graph}.onnx.data" for name, graph in GRAPHS.items()]
+    return [f"{name}/1/model.onnx" for name in GRAPHS], weights
+
+
+def _data_files(
+    bundle: Bundle, options: ServingOptions, engines: str | Path | None
+) -> dict[str, tuple[Path, str]]:
+    """Name in the repository → the file to put there, and its SHA-256."""
+    names, weights = data_names(options.platform)
+    files: dict[str, tuple[Path, str]] = {}
     if options.platform == "onnxruntime":
-        # The graph names its file of weights, which must lie beside it under the same name.
-        weights = graph.with_name(f"{graph.name}.data")
-        return {"model.onnx": graph} | ({weights.name: weights} if weights.is_file() else {})
+        listed = bundle.manifest["files"]
+        for graph, name, data in zip(GRAPHS.values(), names, weights, strict=True):
+            file = bundle.graph(graph).file
+            files[name] = bundle.path / file, listed[file]["sha256"]
+            if f"{file}.data" in listed:
+                files[data] = bundle.path / f"{file}.data", listed[f"{file}.data"]["sha256"]
+        return files
     if engines is None:
         raise ValueError("platform 'tensorrt' needs --engines, the directory of built engines")
     from dit_export.triton.plans import find_plan
 
-    return {"model.plan": find_plan(Path(engines), bundle, GRAPHS[name], options.max_batch_size)}
+    for graph, name in zip(GRAPHS.values(), names, strict=True):
+        plan = find_plan(Path(engines), bundle, graph, options.max_batch_size)
+        files[name] = plan, file_hash(plan)
+    return files
 
 
-def _write_pipeline(folder: Path, bundle: Bundle, options: ServingOptions) -> None:
+def packages(modules: Iterable[str]) -> dict[str, str]:
+    """Copies of installed modules in packages of their own; name of each file → its text."""
+    texts = {}
+    for module in modules:
+        *parents, name = module.split(".")
+        for i in range(len(parents)):
+            texts["/".join([*parents[: i + 1], "__init__.py"])] = '"""Parts of DiT Engine."""\n'
+        texts["/".join([*parents, f"{name}.py"])] = source_of(module)
+    return texts
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode())  # as it is, also where lines end otherwise
+
+
+def _pipeline_facts(bundle: Bundle) -> str:
+    """pipeline.json."""
     from dit_engine.sampler import SAMPLERS
 
-    version = folder / "1"
-    for module in SOURCES:
-        *parents, name = module.split(".")
-        package = version
-        for parent in parents:
-            package = package / parent
-            package.mkdir(parents=True, exist_ok=True)
-            _write(package / "__init__.py", '"""Parts of DiT Engine."""\n')
-        _write(package / f"{name}.py", source_of(module))
     config = bundle.config
     facts = {
         "shape": [config.in_channels, config.input_size, config.input_size],
@@ -226,11 +275,4 @@ def _write_pipeline(folder: Path, bundle: Bundle, options: ServingOptions) -> No
         "samplers": {name: [s.default_steps, s.spacing] for name, s in SAMPLERS.items()},
         "diffusion": config.diffusion.to_dict(),
     }
-    text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
-    _write(version / "pipeline.json", text)
-    _write(version / "model.py", _ENTRY.format(version=__version__))
-    _write(folder / "config.pbtxt", pipeline_config(bundle, options))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"

@@ -20,6 +20,7 @@ from dit_engine.arguments import choice, shown
 from dit_engine.diffusion import PUBLISHED_DIFFUSION, Diffusion
 from dit_engine.labels import resolve_labels
 from dit_engine.schedule import make_schedule
+from dit_export.triton.origin import refusal
 from dit_export.triton.sampling import Row, sample, to_uint8
 
 STEP_MODEL, DECODER_MODEL = "dit_guided_step", "vae_decoder"
@@ -158,6 +159,8 @@ class TritonPythonModel:
 
     def _rows(self, request: Any) -> list[Row] | Exception:
         try:
+            if (reason := refusal(request, named=True)) is not None:
+                return ValueError(reason)
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             return parse_rows(inputs, self.facts)
         except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 import signal
 import socket
@@ -12,6 +13,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -19,13 +21,18 @@ from http.client import HTTPException
 from pathlib import Path
 
 from dit_engine.printable import say
-from dit_export.model_repository import read_marker
-from dit_export.triton import supervisor
+from dit_export.triton import origin, supervisor
+from dit_export.triton.remote import is_loopback
 from dit_export.triton.server_binary import ServerBinary, assemble_backends, find_server
+from dit_export.triton.trust import check_marker, check_repository, served_copy
 
 _STOP_SECONDS = supervisor.ASK_SECONDS + 5
 _LAST_LINES = 30
 _LONGEST_LINE = 1 << 16
+# What nobody here asks of a server. With the first, who sends requests has read and overwritten
+# memory of the Python backend in versions before 25.07.
+_CLOSED = "shared-memory,model-repository,trace,logging"
+_RESTRICTIONS = ("http-restricted-api", "grpc-restricted-protocol")
 
 
 class ServerFailed(RuntimeError):
@@ -54,30 +61,54 @@ def running_server(
     ports: tuple[int, int, int] = (0, 0, 0),
     ready_seconds: float = 300.0,
     log: Path | None = None,
+    trust: bool = False,
 ) -> Iterator[Running]:
     """A server of ``repository``, ready to be asked; it is stopped when the block ends.
 
-    Should this process die without a word, the server goes with it (`supervisor`).
+    Should this process die without a word, the server goes with it (`supervisor`). Its endpoints
+    for shared memory, loading of models, traces and logging are closed, and web pages of others get
+    no images (`origin`). Where ``host`` is not this machine alone there is a warning.
 
     Args:
         ports: HTTP, gRPC and metrics; 0 is any free one.
         ready_seconds: that loading may take: graphs are read from disk and warmed up.
         log: file for what the server prints; None is standard error.
+        trust: run the repository's code whatever it is. Without it, it must be what this version
+            writes (`trust.check_repository`).
 
     Raises:
-        ValueError: no repository of ours, or a port that is taken, or none.
+        ValueError: no repository of ours, one with other code, or a port that is taken, or none.
         ServerFailed: it ended, or was not ready in time.
     """
-    read_marker(repository)
+    check_marker(repository)
+    texts = None if trust else check_repository(repository)
     chosen = choose_ports(host, ports)
-    with tempfile.TemporaryDirectory(prefix="triton-backends-") as folder:
+    if not is_loopback(host):
+        warnings.warn(
+            f"whoever reaches {host} can ask this server for images, and can end it by one request "
+            "if it is older than Triton 25.07: it is for one's own machine",
+            stacklevel=3,
+        )
+    prefix = f"dit-{secrets.token_hex(8)}-"
+    with tempfile.TemporaryDirectory(prefix="triton-") as folder:
+        models, backends, empty = (Path(folder) / name for name in ("models", "backends", "empty"))
+        for made in (models, backends, empty):
+            made.mkdir()
+        served = repository if texts is None else served_copy(repository, texts, models)
+        environment = server.environment | {origin.NAMES: ",".join(_names(host))}
         command = [
-            *(sys.executable, "-I", "-S", supervisor.__file__),
+            *(sys.executable, "-I", "-S", supervisor.__file__, prefix),
             # Not for the supervisor, whose Python needs its own libraries.
-            *("env", *(f"{name}={value}" for name, value in server.environment.items())),
+            *("env", *(f"{name}={value}" for name, value in environment.items())),
             str(server.path),
-            f"--model-repository={repository.resolve()}",
-            f"--backend-directory={assemble_backends(server, Path(folder))}",
+            f"--model-repository={served.resolve()}",
+            f"--backend-directory={assemble_backends(server, backends)}",
+            f"--backend-config=python,shm-region-prefix-name={prefix}",
+            f"--http-header-forward-pattern={origin.HTTP_HEADERS}",
+            f"--grpc-header-forward-pattern={origin.GRPC_HEADERS}",
+            # No header's name has a colon in it, so that nobody can send the key, though any user
+            # of this machine can read it among the arguments.
+            *(f"--{kind}={_CLOSED}:for:nobody={secrets.token_urlsafe()}" for kind in _RESTRICTIONS),
             "--disable-auto-complete-config",
             "--exit-timeout-secs=5",
         ]
@@ -89,6 +120,8 @@ def running_server(
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                cwd=empty,  # the Python backend looks there first for modules
+                umask=0o077,  # also of its shared memory
                 start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on
             )
             try:
@@ -97,6 +130,13 @@ def running_server(
                 yield Running(http, grpc, metrics, process)
             finally:
                 _stop(process)
+                supervisor.remove_regions(prefix)
+
+
+def _names(host: str) -> set[str]:
+    """By which a server may be asked that listens at ``host``, beside addresses and localhost."""
+    names = {*os.environ.get(origin.NAMES, "").split(","), host}
+    return names if is_loopback(host) else names | {socket.gethostname(), socket.getfqdn()}
 
 
 def serve(
@@ -106,13 +146,14 @@ def serve(
     ports: tuple[int, int, int],
     ready_seconds: float,
     verbose: bool,
+    trust: bool,
 ) -> int:  # pragma: no cover
     """Run a server until Ctrl-C (or SIGTERM); print where it answers once it is ready.
 
     What the server itself prints goes to standard error: all of it if ``verbose``, else the last
     lines if it fails.
     """
-    read_marker(repository)
+    check_marker(repository)
     server = find_server(given)
 
     def interrupt(*_: object) -> None:
@@ -122,7 +163,7 @@ def serve(
     try:
         with (
             _log_unless(verbose) as log,
-            running_server(repository, server, host, ports, ready_seconds, log) as running,
+            running_server(repository, server, host, ports, ready_seconds, log, trust) as running,
         ):
             say(f"ready: http {running.http}, gRPC {running.grpc}, metrics {running.metrics}")
             client = shlex.quote(str(repository / "client.py"))

@@ -9,9 +9,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dit_export.model_repository import source_of
+from dit_export.model_repository import packages, source_of, write_text
 
 _PYTRITON = "pytriton/tritonserver"
+# What our backend "onnxruntime" imports of ours.
+_BESIDE = ("dit_engine.arguments", "dit_engine.printable", "dit_export.triton.origin")
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ def find_server(given: Path | None = None) -> ServerBinary:
     Raises FileNotFoundError, one line that says how to get one.
     """
     if given is not None:
-        if given.is_dir():
-            return _of_environment(given / "bin" / "python")
+        if given.is_dir():  # an absolute path, since the server runs in a directory of its own
+            return _of_environment(given.absolute() / "bin" / "python")
         return _installed(given)
     if (found := shutil.which("tritonserver")) is not None:
         return _installed(Path(found))
@@ -74,7 +76,9 @@ def _of_environment(python: Path) -> ServerBinary:
     if not os.access(path, os.X_OK):  # a wheel need not keep the permission
         path.chmod(path.stat().st_mode | 0o755)
     environment = {
-        "LD_LIBRARY_PATH": f"{Path(site) / 'nvidia_pytriton.libs'}:{libraries}",
+        "LD_LIBRARY_PATH": ":".join(
+            filter(None, [f"{Path(site) / 'nvidia_pytriton.libs'}", libraries])
+        ),
         # The Python inside the server heeds no PYTHONPATH: it takes the packages of the environment
         # in which PATH has its first python3.
         "PATH": f"{python.parent}:{os.environ.get('PATH', os.defpath)}",
@@ -97,7 +101,7 @@ def assemble_backends(server: ServerBinary, folder: Path) -> Path:
         stub = folder / "python" / server.stub.name
         shutil.copyfile(server.stub, stub)
         stub.chmod(0o755)
-    (folder / "onnxruntime").mkdir()
     source = source_of("dit_export.triton.onnxruntime_backend.model")
-    (folder / "onnxruntime" / "model.py").write_text(source, encoding="utf-8")
+    for name, text in {"model.py": source, **packages(_BESIDE)}.items():
+        write_text(folder / "onnxruntime" / name, text)
     return folder

@@ -1,8 +1,9 @@
 """The backend "onnxruntime" in Python, for servers without libtriton_onnxruntime.so.
 
 It serves repositories that name the platform "onnxruntime_onnx", on the CPU, as they are. Triton
-calls it a Python-based backend: this file, alone in a folder "onnxruntime" of the backend
-directory, is the code of every model of that platform. It needs numpy and onnxruntime.
+calls it a Python-based backend: this file, in a folder "onnxruntime" of the backend directory, is
+the code of every model of that platform. It needs numpy and onnxruntime, and the package with
+`dit_export.triton.origin` beside it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dit_export.triton.origin import refusal
 
 
 class TritonPythonModel:
@@ -65,14 +68,24 @@ class TritonPythonModel:
             except Exception as error:  # whatever it is, the client must hear of it
                 message = " ".join(str(error).split()) or type(error).__name__
                 # onnxruntime's own class of that name; such as a label of no class.
-                mistake = type(error).__name__ == "InvalidArgument"
-                codes = pb_utils.TritonError
-                code = codes.INVALID_ARG if mistake else codes.INTERNAL
-                return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+                return failed(message, mistake=type(error).__name__ == "InvalidArgument")
 
-        if len(requests) > 1:
-            try:
-                return run(requests)
-            except Exception:  # one of them is bad: below, it alone gets the error
-                pass
-        return [run_alone(request) for request in requests]
+        def run_all(group: list[Any]) -> list[Any]:
+            if len(group) > 1:
+                try:
+                    return run(group)
+                except Exception:  # one of them is bad: below, it alone gets the error
+                    pass
+            return [run_alone(request) for request in group]
+
+        def failed(message: str, mistake: bool) -> Any:
+            codes = pb_utils.TritonError
+            code = codes.INVALID_ARG if mistake else codes.INTERNAL
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+        reasons = [refusal(request) for request in requests]
+        answered = [r for r, reason in zip(requests, reasons, strict=True) if reason is None]
+        answers = iter(run_all(answered))
+        return [
+            next(answers) if reason is None else failed(reason, mistake=True) for reason in reasons
+        ]

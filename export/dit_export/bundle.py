@@ -12,14 +12,36 @@ from pathlib import Path
 from typing import Any
 
 from dit_engine._version import __version__
+from dit_engine.arguments import shown
 from dit_engine.config import ModelConfig
 from dit_engine.directories import Known, nothing_known
 from dit_engine.files import file_hash
+from dit_engine.json_files import check_schema, read_json_value
 from dit_engine.vae import VAEConfig
+from dit_export.targets import DTYPES, TARGETS
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 LABELS = "labels.json"
+
+# Of the manifest, in the language of `dit_engine.json_files`.
+_TENSOR = {"name": "text", "dtype": ("float32", "int64"), "shape": "count|text[]"}
+SCHEMA = {
+    "": {
+        "producer": "text", "model": "object", "vae": "object?", "checkpoint": "text",
+        "vae_checkpoint?": "text?", "dtype": DTYPES, "opset": "count", "target": TARGETS,
+        "guided_channels": "count", "label_names": "text[]?", "graphs": "object", "files": "object",
+    },
+    "graphs": {"<file name>": "object"},
+    "graphs{}": {
+        "file": "file name", "dtype": DTYPES, "inputs": "list", "outputs": "list",
+        "error?": "object?", "accuracy?": "object?", "verified_by?": "text[]",
+    },
+    "graphs{}.inputs[]": _TENSOR,
+    "graphs{}.outputs[]": _TENSOR,
+    "files": {"<file name>": "object"},
+    "files{}": {"bytes": "count", "sha256": "text"},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,8 +126,8 @@ class Bundle:
         manifest = read_manifest(path)
         try:
             bundle = cls.from_manifest(path, manifest)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path / MANIFEST}: cannot be read: {error!r}") from None
+        except (ValueError, TypeError) as error:  # of a config
+            raise ValueError(f"{path / MANIFEST}: cannot be read: {error}") from None
         for graph in bundle.graphs.values():
             if graph.file not in manifest["files"]:
                 raise ValueError(f"{path / MANIFEST}: {graph.file} is not among the files")
@@ -116,9 +138,9 @@ class Bundle:
 
     @classmethod
     def from_manifest(cls, path: Path, manifest: dict[str, Any]) -> Bundle:
-        """Of what a manifest says, whatever lies at ``path``.
+        """Of what a manifest says that `SCHEMA` fits, whatever lies at ``path``.
 
-        Raises KeyError, TypeError, ValueError or AttributeError for what is no manifest's.
+        Raises ValueError or TypeError for a config that is none.
         """
         names = manifest["label_names"]
         vae = manifest["vae"]
@@ -126,9 +148,6 @@ class Bundle:
         if names is not None and len(names) != config.num_classes:
             raise ValueError(f"{len(names)} label names for {config.num_classes} classes")
         graphs = {name: Graph.from_dict(name, g) for name, g in manifest["graphs"].items()}
-        for name, listed in manifest["files"].items():
-            if name != Path(name).name or {"bytes", "sha256"} - set(listed):
-                raise ValueError(f"file {name!r}")
         return cls(
             path=path,
             config=config,
@@ -158,18 +177,17 @@ class Bundle:
 def read_manifest(path: Path) -> dict[str, Any]:
     """Raises a one-line ValueError for what is no export of this format."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        manifest = read_json_value(path / MANIFEST)
+    except FileNotFoundError:
         raise ValueError(f"{path}: no export; {MANIFEST} is missing") from None
-    except ValueError as error:
-        raise ValueError(f"{path / MANIFEST}: no JSON: {error}") from None
     ours = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
     if not ours or not str(manifest.get("producer")).startswith("dit-engine"):
         raise ValueError(f"{path / MANIFEST}: not written by dit-export")
     if manifest.get("format") != FORMAT:
         raise ValueError(
-            f"{path / MANIFEST}: format {manifest.get('format')!r}; {FORMAT} is what is read"
+            f"{path / MANIFEST}: format {shown(manifest.get('format'))}; {FORMAT} is what is read"
         )
+    check_schema(manifest, SCHEMA, f"{path / MANIFEST}: cannot be read")
     return manifest
 
 

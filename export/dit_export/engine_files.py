@@ -13,11 +13,27 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dit_engine.arguments import shown
 from dit_engine.files import atomic_path, locked
+from dit_engine.json_files import check_schema, read_json
 from dit_export.profiles import Profile, Profiles
 
 FORMAT = 2
 SUFFIX = ".engine"
+_SCHEMA = {
+    "": {
+        "graph": "text", "checkpoint": "text", "dtype": "text", "model": "object", "key": "object",
+        "inputs": "object", "outputs": "object", "engine": "object",
+    },
+    "key": {
+        "graph": "text", "flavour": "text", "version": "text", "target": "text",
+        "profiles": "list", "workspace_bytes": "count", "plugins": "text[]",
+    },
+    "key.profiles[]": {"batch": "count[]", "size": "count[]?"},
+    "inputs": {"<text>": "integer[]"},
+    "outputs": {"<text>": "integer[]"},
+    "engine": {"bytes": "count", "sha256": "text"},
+}  # fmt: skip
 
 
 class EngineRefused(ValueError):
@@ -57,8 +73,10 @@ class EngineKey:
     def from_dict(cls, values: dict[str, Any]) -> EngineKey:
         known = {field.name for field in fields(cls)}
         if set(values) != known:
-            raise ValueError(f"key {sorted(values)}; {sorted(known)} is needed")
+            raise ValueError(f"key {shown(sorted(values))}; {sorted(known)} is needed")
         profiles = tuple(Profile.from_dict(profile) for profile in values["profiles"])
+        if not profiles:
+            raise ValueError("profiles [] is empty")
         changed = {"profiles": profiles, "plugins": tuple(values["plugins"])}
         return cls(**(values | changed))
 
@@ -172,25 +190,31 @@ def read_description(engine: Path) -> EngineFile:
     """What lies beside an engine file; raises `EngineRefused` for none or another format."""
     path = description_path(engine)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values["format"] != FORMAT:
-            raise ValueError(f"format {values['format']!r}; {FORMAT} is what is read")
-        return EngineFile(
-            path=engine,
-            graph=values["graph"],
-            checkpoint=values["checkpoint"],
-            dtype=values["dtype"],
-            key=EngineKey.from_dict(values["key"]),
-            inputs={name: tuple(shape) for name, shape in values["inputs"].items()},
-            outputs={name: tuple(shape) for name, shape in values["outputs"].items()},
-            sha256=values["engine"]["sha256"],
-            bytes=values["engine"]["bytes"],
-            model=values["model"],
-        )
+        values = read_json(path)
     except FileNotFoundError:
         raise EngineRefused(f"{engine}: no engine of ours, {path.name} is missing") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise EngineRefused(f"{path}: cannot be read: {error!r}{_REBUILD}") from None
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise EngineRefused(f"{path}: cannot be read: {reason}{_REBUILD}") from None
+    try:
+        if values.get("format") != FORMAT:
+            raise ValueError(f"format {shown(values.get('format'))}; {FORMAT} is what is read")
+        check_schema(values, _SCHEMA, "the description")
+        key = EngineKey.from_dict(values["key"])
+    except (ValueError, TypeError) as error:  # TypeError: of a range that has not three numbers
+        raise EngineRefused(f"{path}: cannot be read: {error}{_REBUILD}") from None
+    return EngineFile(
+        path=engine,
+        graph=values["graph"],
+        checkpoint=values["checkpoint"],
+        dtype=values["dtype"],
+        key=key,
+        inputs={name: tuple(shape) for name, shape in values["inputs"].items()},
+        outputs={name: tuple(shape) for name, shape in values["outputs"].items()},
+        sha256=values["engine"]["sha256"],
+        bytes=values["engine"]["bytes"],
+        model=values["model"],
+    )
 
 
 def find_engines(

@@ -78,9 +78,11 @@ class LoadedEngine:
                 f"{file.path}: {flavour} cannot load it on {device}: {last_error(self.logger)}"
             )
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
-        self.dtypes = {n: _DTYPES[self.engine.get_tensor_dtype(n).name] for n in names}
+        kinds = {n: self.engine.get_tensor_dtype(n).name for n in names}
         self.inputs, self.outputs = tuple(file.inputs), tuple(file.outputs)
-        assert set(names) == {*self.inputs, *self.outputs}
+        if set(names) != {*self.inputs, *self.outputs} or set(kinds.values()) - set(_DTYPES):
+            raise EngineRefused(f"{file.path}: its tensors are not those of {file.description}")
+        self.dtypes = {name: _DTYPES[kind] for name, kind in kinds.items()}
 
     @property
     def captures_itself(self) -> bool:

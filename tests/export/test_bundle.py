@@ -79,7 +79,7 @@ def test_a_tampered_file_is_refused(tmp_path: Path, content: bytes | None, messa
         ({"model": {"depth": 2}}, r"cannot be read: .*'hidden_size' is missing"),
         ({"files": {"../denoiser.onnx": {"bytes": 1, "sha256": "0"}}}, r"cannot be read"),
         ({"files": {}}, r"denoiser\.onnx is not among the files$"),
-        ({"graphs": {"denoiser": {}}}, r"cannot be read: KeyError\('file'\)$"),
+        ({"graphs": {"denoiser": {}}}, r"cannot be read: graphs\['denoiser'\] has no 'file'$"),
     ],
 )
 def test_a_manifest_that_is_not_ours_is_refused(
@@ -97,7 +97,7 @@ def test_what_is_no_export_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r": no export; manifest\.json is missing$"):
             Bundle.open(path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"manifest\.json: no JSON: "):
+    with pytest.raises(ValueError, match=r"manifest\.json: not valid JSON \("):
         Bundle.open(tmp_path)
 
 

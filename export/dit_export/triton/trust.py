@@ -15,8 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dit_engine.files import file_hash
+from dit_engine.json_files import check_schema
 from dit_engine.printable import one_line, printable
-from dit_export.bundle import Bundle
+from dit_export.bundle import SCHEMA, Bundle
 from dit_export.model_repository import (
     MARKER,
     PRODUCER,
@@ -88,6 +89,7 @@ def _difference(
 
 def _expected(path: Path, marker: dict[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Name → text, and name → SHA-256 of the graphs' files."""
+    check_schema(marker["export"], SCHEMA, f"{path / MARKER}: cannot be read", "export")
     try:
         bundle = Bundle.from_manifest(path, marker["export"])
         options = ServingOptions(**marker["options"]).checked()

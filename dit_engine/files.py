@@ -7,6 +7,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -154,3 +155,18 @@ def save_tensors(
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(whole, partial, metadata)
         partial.chmod(mode)
+
+
+class NotRegular(ValueError):
+    """Raised for a directory, and for pipes and devices: reading might wait or go on for ever."""
+
+
+def regular_size(path: Path) -> int:
+    """Bytes of a file, or of the one that a link leads to.
+
+    Raises `NotRegular` for what is no regular file, OSError where there is nothing.
+    """
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise NotRegular(f"{path} is no regular file")
+    return facts.st_size

@@ -6,6 +6,8 @@ import re
 import zipfile
 from pathlib import Path
 
+from dit_engine.files import regular_size
+
 SAFETENSORS = "a safetensors file"
 PYTORCH = "a PyTorch file"
 JSON = "a JSON file"
@@ -62,10 +64,13 @@ def check_format(path: Path, wanted: str) -> None:
 
 
 def format_of(path: Path) -> str | None:
-    """ "a safetensors file", "a web page", …; None for what is not recognised."""
+    """ "a safetensors file", "a web page", …; None for what is not recognised.
+
+    Raises `NotRegular` for a directory, a pipe or a device, OSError for what cannot be read.
+    """
+    size = regular_size(path)
     with path.open("rb") as file:
         head = file.read(1024)
-        size = file.seek(0, 2)
         file.seek(max(size - 8, 0))
         end = file.read(8)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()

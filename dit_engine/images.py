@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dit_engine.files import NotRegular, regular_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,6 +26,12 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", "
 # because many GIFs are named .jpg.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 178_956_970  # of one picture; Pillow's own limit, whatever a program has set it to
+# A picture of one colour has thousands of pixels a byte and would take gigabytes, so beyond those
+# of a frame of 8K (7680×4320) their number is bounded by the file's size. Photographs have 2 to 20
+# pixels a byte.
+FREE_PIXELS = 2**25
+_PIXELS_PER_BYTE = 32
+_STRIP = 2**22  # pixels whose colours are converted at once
 
 _KINDS_TOLD = 6  # of what is left out
 
@@ -30,6 +40,7 @@ BACKGROUND = "white"  # behind what is transparent
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 _ORIENTATION = 0x0112  # the EXIF tag
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323
 
 # What an entry of a folder is, beside the kinds that are left out.
 _PICTURE, _FOLDER = "picture", "folder"
@@ -41,32 +52,51 @@ class Unreadable(ValueError):
 
 
 @contextmanager
-def open_image(path: Path) -> Iterator[Image]:
+def open_image(path: Path, content: bytes | None = None) -> Iterator[Image]:
     """The first frame of a picture; its pixels are read when they are first asked for.
 
-    Everything that Pillow raises, here or in the block, becomes a ValueError of one line that
-    names the file. Its warnings, which name none, are dropped.
+    Every picture is opened here. Everything that Pillow raises, here or in the block, becomes a
+    ValueError of one line that names the file. Its warnings, which name none, are dropped.
+
+    Args:
+        content: of the file, where that is in memory; ``path`` is then its name in errors.
     """
     from PIL import Image, UnidentifiedImageError
 
     opened = False
     try:
+        size = regular_size(path) if content is None else len(content)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=_FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise Unreadable(f"{width}×{height} pixels; {MAX_PIXELS} in all are allowed")
+            source = path if content is None else io.BytesIO(content)
+            with Image.open(source, formats=_FORMATS) as image:
+                check_pixels(image.width, image.height, size)
+                check_pixels(_tag(image, _TILE_WIDTH, 0)[0], _tag(image, _TILE_HEIGHT, 0)[0], size)
                 opened = True
                 yield image
     except MemoryError:
         raise MemoryError(f"{path} does not fit in memory") from None
+    except NotRegular:
+        raise
     except Exception as error:  # damage can raise almost anything
-        if isinstance(error, UnidentifiedImageError):
+        if isinstance(error, UnidentifiedImageError) and content is None:
             _check_kind(path)
         damaged = opened and not isinstance(error, Unreadable)
         what = "is damaged" if damaged else "is no readable image"
         raise ValueError(f"{path} {what} ({_reason(error)})") from None
+
+
+def check_pixels(width: int, height: int, size: int) -> None:
+    """Raise `Unreadable` for a picture of more pixels than are read from a file of ``size`` bytes.
+
+    The pixels of a tile of TIFF are read as a whole, however small the picture is.
+    """
+    bound = max(FREE_PIXELS, _PIXELS_PER_BYTE * size)
+    if width * height > min(bound, MAX_PIXELS):
+        told = f"{MAX_PIXELS} in all are allowed"
+        if bound < MAX_PIXELS:
+            told = f"{bound} in all are allowed in a file of {size} bytes"
+        raise Unreadable(f"{width}×{height} pixels; {told}")
 
 
 def read_rgb(path: Path) -> Image:
@@ -179,10 +209,30 @@ def _kind(path: Path) -> str:
 
 
 def _on_background(image: Image) -> Image:
-    from PIL import Image, ImageCms
+    """In strips, because what lies between the colours of a large picture and RGB takes many times
+    its memory."""
+    from PIL import Image
+
+    convert = _conversion(image)
+    width, height = image.size
+    rows = max(_STRIP // width, 1)
+    if height <= rows:
+        return convert(image)
+    whole = Image.new("RGB", image.size)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        whole.paste(convert(strip), (0, top))
+    return whole
+
+
+def _conversion(image: Image) -> Callable[[Image], Image]:
+    """From the mode of a picture, or of a part of it, to RGB."""
+    from PIL import ImageCms
 
     if image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        return _eight_bits(image)
+        most = 4095 if _tag(image, _BITS, 16) == (12,) else 65535
+        white_is_0 = image.format == "TIFF" and _tag(image, _PHOTOMETRIC, 0) == (0,)
+        return partial(_eight_bits, most=most, white_is_0=white_is_0)
     if image.mode in ("I", "F") or 2 in _tag(image, _SAMPLE_FORMAT, 1):
         raise Unreadable(
             f"mode {image.mode}: signed, 32-bit and floating-point pixels have no known range; "
@@ -192,15 +242,17 @@ def _on_background(image: Image) -> Image:
         to_rgb = ImageCms.buildTransform(
             ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"
         )
-        rgb = ImageCms.applyTransform(image, to_rgb)
-        assert rgb is not None  # it is not in place
-        return rgb
-    if image.has_transparency_data:
-        front = image.convert("LA") if image.mode == "La" else image
-        front = front.convert("RGBA")
-        behind = Image.new("RGBA", front.size, BACKGROUND)
-        return Image.alpha_composite(behind, front).convert("RGB")
-    return image.convert("RGB")
+        return to_rgb.apply
+    return _flattened if image.has_transparency_data else lambda part: part.convert("RGB")
+
+
+def _flattened(image: Image) -> Image:
+    from PIL import Image
+
+    front = image.convert("LA") if image.mode == "La" else image
+    front = front.convert("RGBA")
+    behind = Image.new("RGBA", front.size, BACKGROUND)
+    return Image.alpha_composite(behind, front).convert("RGB")
 
 
 def _tag(image: Image, tag: int, default: int) -> tuple[int, ...]:
@@ -225,17 +277,16 @@ def _scale_transparent(image: Image) -> None:
         image.info["transparency"] = clear * (85 if stored == "L;2" else 17)
 
 
-def _eight_bits(image: Image) -> Image:
+def _eight_bits(image: Image, most: int, white_is_0: bool) -> Image:
     """Grey of 12 or 16 bits, rounded to 8; a value that means "transparent" becomes the background.
 
     Pillow gives it as it stands in the file, 12 bits up to 4095 and also where white is 0.
     """
     from PIL import Image
 
-    most = 4095 if _tag(image, _BITS, 16) == (12,) else 65535
     values: NDArray[Any] = np.asarray(image).astype(np.uint32)
     grey = ((values * 255 + most // 2) // most).astype(np.uint8)
-    if image.format == "TIFF" and _tag(image, _PHOTOMETRIC, 0) == (0,):
+    if white_is_0:
         grey = 255 - grey
     rgb = Image.fromarray(grey).convert("RGB")
     if (clear := image.info.get("transparency")) is not None:

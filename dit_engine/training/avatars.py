@@ -6,7 +6,6 @@ the two splits never meet: training takes 0, 1, 2, … and held-out images HELD_
 
 from __future__ import annotations
 
-import io
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from importlib.resources import files
@@ -17,6 +16,7 @@ import numpy as np
 
 from dit_engine.bars import Bar
 from dit_engine.files import atomic_path
+from dit_engine.images import open_image
 from dit_engine.json_files import check_schema, parse_json
 from dit_engine.training.data import ImageSet
 
@@ -91,7 +91,6 @@ def render(style_name: str, seeds: range, size: int) -> np.ndarray:
         from dicebear import Avatar, Style
     except ImportError as error:
         raise ImportError(f"{error}: pip install 'dit-engine[train]'") from error
-    from PIL import Image
 
     text = files("dicebear_styles").joinpath(f"{style_name}.json").read_bytes()
     definition = parse_json(text, f"style {style_name!r}")
@@ -106,5 +105,6 @@ def render(style_name: str, seeds: range, size: int) -> np.ndarray:
         png = resvg_py.svg_to_bytes(
             svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True
         )
-        images[i] = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
+        with open_image(Path(f"{style_name}-{seed}.png"), bytes(png)) as image:
+            images[i] = np.asarray(image.convert("RGB"))
     return images

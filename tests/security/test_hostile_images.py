@@ -1,0 +1,240 @@
+"""Pictures that start programs, that take gigabytes, or that are no files."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import struct
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from limited import outcome
+from PIL import EpsImagePlugin, Image
+from tiny import NAMES, tiny_dit, tiny_vae
+
+import dit_engine
+from dit_bench.image_sets import open_set
+from dit_engine import images
+from dit_engine.checkpoint import save_pretrained
+from dit_engine.cli.generate import main
+from dit_engine.images import open_image, read_rgb
+from dit_engine.training.data import load_image_folder
+
+EPS = """%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 8 8
+%%EndComments
+(%pipe%id) (w) file
+"""
+linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are those of Linux")
+
+
+@pytest.fixture
+def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a program called gs, first on the path, leaves where it is run."""
+    trace, programs = tmp_path / "gs-was-run", tmp_path / "bin"
+    programs.mkdir()
+    (programs / "gs").write_text(f"#!/bin/sh\necho ran >> '{trace}'\n")
+    (programs / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    return trace
+
+
+def eps(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(EPS)
+    return path
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the program is a shell script")
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif"])
+def test_no_picture_starts_a_program(
+    name: str, ghostscript: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = eps(tmp_path / "data" / "class" / name)
+    for read in (
+        lambda: load_image_folder(tmp_path / "data", 8),  # of a training
+        lambda: open_set(data.parent),  # of FID, and of sets that are compared in pairs
+        lambda: read_rgb(data),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is no readable image") as refused:
+            read()
+        assert "\n" not in str(refused.value)
+    assert main(["--like", str(data), "-o", str(tmp_path / "x.png")]) == 2
+    assert f"{data} is no readable image" in capsys.readouterr().err
+    assert not ghostscript.exists()
+    # The stand-in is found, and would be run.
+    with pytest.raises(OSError, match=r"."), Image.open(data) as image:
+        image.load()
+    assert ghostscript.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the program is a shell script")
+def test_nor_does_one_among_those_that_are_resumed(
+    ghostscript: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    save_pretrained(model, tiny_dit(), tiny_vae(), NAMES)
+    options = ["--model", str(model), "--labels", "3", "4", "--seed", "3", "--steps", "2",
+               "-o", str(out)]  # fmt: skip
+    assert main(options) == 0
+    eps(min(out.iterdir()))
+    assert main(options) == 2
+    assert "is no image of this engine" in capsys.readouterr().err
+    assert not ghostscript.exists()
+
+
+def test_pictures_are_opened_at_one_place() -> None:
+    packages = [Path(dit_engine.__file__).parent, Path(sys.modules["dit_bench"].__path__[0])]
+    opened = {
+        path.name
+        for package in packages
+        for path in package.rglob("*.py")
+        if re.search(r"\b(Image\.open|imread|read_image|decode_image)\(", path.read_text("utf-8"))
+    }
+    assert opened == {"images.py"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_pipes_and_devices_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reading the first would wait for a writer, and the second has no end."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "device.png"):
+        with pytest.raises(ValueError, match=f"{name} is no regular file"):
+            read_rgb(tmp_path / name)
+        assert main(["--like", str(tmp_path / name), "-o", str(tmp_path / "x.png")]) == 2
+        assert f"{name} is no regular file" in capsys.readouterr().err
+
+
+SIDE = 13300  # 177 million pixels, just below the limit for files of any size
+
+
+def deflated(size: int) -> bytes:
+    """A zlib stream of zeros: one packed block again and again, the rest, and Adler's sum."""
+    packing, rest = zlib.compressobj(9, wbits=-15), zlib.compressobj(9, wbits=-15)
+    block = packing.compress(bytes(2**20)) + packing.flush(zlib.Z_FULL_FLUSH)
+    count, left = divmod(size, 2**20)
+    end = rest.compress(bytes(left)) + rest.flush()
+    return b"x\xda" + block * count + end + struct.pack(">HH", size % 65521, 1)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(bits: int, colour: int, *more: bytes, side: int = SIDE, data: bytes | None = None) -> bytes:
+    """Of zeros; its rows begin with a byte more."""
+    row = 1 + (side * bits * {0: 1, 2: 3, 3: 1, 6: 4}[colour] + 7) // 8
+    header = struct.pack(">IIBBBBB", side, side, bits, colour, 0, 0, 0)
+    packed = deflated(row * side) if data is None else data
+    return b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), *more,
+                     chunk(b"IDAT", packed), chunk(b"IEND", b"")])  # fmt: skip
+
+
+def tiff(data: bytes, **tags: int) -> bytes:
+    """A picture of 16×16 and 8 bits: one entry of 12 bytes a tag, then its data, deflated."""
+    numbers = {"width": 256, "height": 257, "bits": 258, "compression": 259, "photometric": 262,
+               "offset": 273, "samples": 277, "rows": 278, "count": 279, "tile_width": 322,
+               "tile_height": 323, "tile_offset": 324, "tile_count": 325}  # fmt: skip
+    given = {"width": 16, "height": 16, "bits": 8, "compression": 8, "photometric": 1,
+             "samples": 1} | tags  # fmt: skip
+    start = 8 + 2 + 12 * (len(given) + 2) + 4
+    places = ("tile_offset", "tile_count") if "tile_width" in tags else ("offset", "count")
+    given |= dict(zip(places, (start, len(data)), strict=True))
+    entries = sorted((numbers[name], value) for name, value in given.items())
+    directory = b"".join(struct.pack("<HHII", number, 4, 1, value) for number, value in entries)
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + directory + bytes(4) + data
+
+
+def many_entries(count: int = 20_000, size: int = 400_000) -> bytes:
+    """A TIFF whose entries all have the same bytes."""
+    start = 8 + 2 + 12 * count + 4
+    entries = (struct.pack("<HHII", tag, 7, size, start) for tag in range(1000, 1000 + count))
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", count) + b"".join(entries) + bytes(4 + size)
+
+
+def pillow(kind: str, mode: str = "L", side: int = SIDE, **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, (side, side)).save(file, kind, **options)
+    return file.getvalue()
+
+
+TOO_MANY = r"is no readable image \(13300×13300 pixels; 33554432 in all are allowed in a file of "
+BOMBS = {
+    "one bit": ("a.png", lambda: png(1, 0), TOO_MANY),
+    "16 bits": ("a.png", lambda: png(16, 0, data=b""), TOO_MANY),
+    "transparent": ("a.png", lambda: png(8, 6, data=b""), TOO_MANY),
+    "header alone": ("a.ppm", lambda: b"P6 13300 13300 255\n", TOO_MANY),
+    "GIF": ("a.gif.png", lambda: b"GIF89a" + struct.pack("<HHBBB", SIDE, SIDE, 0, 0, 0) + b",",
+            r"is no readable image \("),
+    "WebP": ("a.webp", lambda: pillow("WEBP", "RGB", 5800, lossless=True, method=0),
+             r"is no readable image \(5800×5800 pixels; 33554432 in"),
+    "tile": ("a.tif", lambda: tiff(deflated(2**27), tile_width=46336, tile_height=46336),
+             r"\(46336×46336 pixels; 33554432 in all are allowed in a file"),
+    "strip": ("a.tif", lambda: tiff(deflated(2**27), rows=2**26), "ok|does not fit in memory"),
+    "entries": ("a.tif", many_entries, "is no readable image"),
+    "negative": ("a.bmp", lambda: b"BM" + bytes(8) + struct.pack("<IIiiHHIIiiII", 54, 40, -9, -9,
+                 1, 24, 0, 0, 0, 0, 0, 0), "is (no readable image|damaged)"),
+    "text": ("a.png", lambda: png(8, 2, *[chunk(b"zTXt", b"a\0\0" + deflated(2**20))] * 70,
+             side=8), "is no readable image .*text"),
+    "long text": ("a.png", lambda: png(8, 2, chunk(b"zTXt", b"a\0\0" + deflated(2**27)), side=8),
+                  "is no readable image .*large"),
+    "profile": ("a.png", lambda: png(8, 2, chunk(b"iCCP", b"a\0\0" + deflated(2**27)), side=8),
+                "is no readable image .*large"),
+}  # fmt: skip
+
+
+@linux
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_small_file_takes_little_memory(kind: str, tmp_path: Path) -> None:
+    name, make, told = BOMBS[kind]
+    path = tmp_path / name
+    path.write_bytes(make())
+    assert path.stat().st_size < 700_000
+    found = outcome(350, read_rgb, path)
+    assert re.search(told, found), found
+    assert "\n" not in found and (found == "ok" or found.startswith(("ValueError", "MemoryError")))
+
+
+def test_the_pixels_of_a_large_file_are_limited_as_before(tmp_path: Path) -> None:
+    path = tmp_path / "a.ppm"
+    path.write_bytes(b"P6 13300 13300 255\n" + bytes(SIDE * SIDE // 32))
+    with open_image(path) as image:
+        assert image.size == (SIDE, SIDE)
+    path.write_bytes(b"P6 13300 13500 255\n" + bytes(SIDE * SIDE // 30))
+    with pytest.raises(ValueError, match=r"is no readable image \(Image size \(179550000 pixels\)"):
+        read_rgb(path)
+
+
+@linux
+def test_a_flat_frame_of_8k_is_read_in_strips(tmp_path: Path) -> None:
+    """Each of the copies between RGBA and RGB would be another 127 MiB."""
+    path = tmp_path / "a.png"
+    path.write_bytes(png(8, 6, side=5760))
+    assert outcome(400, read_rgb, path) == "ok"
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "LAB", "CMYK", "1"])
+def test_strips_join_without_a_seam(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "a.tif"
+    if mode == "I;16":
+        Image.fromarray(rng.integers(0, 2**16, (23, 7), np.uint16)).save(path)
+    elif mode in ("P", "1"):
+        path = tmp_path / "a.png"
+        grey = Image.fromarray(rng.integers(0, 256, (23, 7), np.uint8))
+        grey.convert(mode).save(path, **({"transparency": 9} if mode == "P" else {}))
+    else:
+        bands = [Image.fromarray(rng.integers(0, 256, (23, 7), np.uint8)) for _ in range(4)]
+        Image.merge(mode, bands[: len(Image.new(mode, (1, 1)).getbands())]).save(path)
+    whole = np.asarray(read_rgb(path))
+    monkeypatch.setattr(images, "_STRIP", 3 * 7)
+    np.testing.assert_array_equal(np.asarray(read_rgb(path)), whole)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NAME_SHOWN = 48  # characters, at most 4 bytes each, which leaves room for the rest of 255
-_CHUNK_BYTES = 1 << 20
+_PART_BYTES = 1 << 20
 _NO_LINKS: int = getattr(os, "O_NOFOLLOW", 0)  # Windows has none of these
 _DIRECTORY: int = getattr(os, "O_DIRECTORY", 0)
 _NO_WAITING: int = getattr(os, "O_NONBLOCK", 0)  # until somebody opens a pipe's other end
@@ -133,12 +133,26 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)  # and with it goes the lock
 
 
+def check_regular(path: Path) -> None:
+    """Raises a one-line ValueError unless ``path`` is a regular file: where others may have put
+    links, these could lead to any file of this user."""
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path}: is missing") from None
+    if stat.S_ISLNK(mode):
+        raise ValueError(f"{path}: is a link, and only regular files are taken; cp -RL copies what "
+                         "links lead to")  # fmt: skip
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path}: is no regular file")
+
+
 def file_hash(path: Path) -> str:
     """The file's SHA-256, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
+        while part := file.read(_PART_BYTES):
+            digest.update(part)
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from dit_engine._version import __version__
 from dit_engine.arguments import shown
 from dit_engine.config import ModelConfig
 from dit_engine.directories import Known, nothing_known
-from dit_engine.files import file_hash
+from dit_engine.files import check_regular, file_hash
 from dit_engine.json_files import check_schema, read_json_value
 from dit_engine.vae import VAEConfig
 from dit_export.targets import DTYPES, TARGETS
@@ -148,6 +149,13 @@ class Bundle:
         if names is not None and len(names) != config.num_classes:
             raise ValueError(f"{len(names)} label names for {config.num_classes} classes")
         graphs = {name: Graph.from_dict(name, g) for name, g in manifest["graphs"].items()}
+        allowed = file_names()
+        for name in manifest["files"]:
+            if name not in allowed:
+                raise ValueError(f"file {shown(name)} is none of an export's")
+        for graph in graphs.values():
+            if graph.file != f"{graph.name}.onnx":
+                raise ValueError(f"file {shown(graph.file)} of graph {shown(graph.name)}")
         return cls(
             path=path,
             config=config,
@@ -219,12 +227,8 @@ def replaceable(overwrite: bool) -> Known:
         if not overwrite:
             what = f"{earlier.get('dtype')} for {earlier.get('target')}"
             raise ValueError(f"holds an export already ({what}); --overwrite replaces it")
-        files = {name: earlier["files"].get(name) for name in file_names()}
-        return {MANIFEST: None} | {
-            name: str(listed.get("sha256"))
-            for name, listed in files.items()
-            if isinstance(listed, dict)
-        }
+        files = earlier["files"]
+        return {MANIFEST: None} | {n: files[n]["sha256"] for n in file_names() if n in files}
 
     return known
 
@@ -238,8 +242,9 @@ def file_names() -> list[str]:
 
 def _check_file(path: Path, name: str, listed: dict[str, Any]) -> None:
     file = path / name
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise ValueError(f"{file}: is missing, though {MANIFEST} lists it")
+    check_regular(file)
     size = file.stat().st_size
     if size != listed["bytes"]:
         raise ValueError(f"{file}: {size} bytes, where {MANIFEST} has {listed['bytes']}")

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from dit_engine.arguments import shown
-from dit_engine.files import atomic_path, locked
+from dit_engine.files import atomic_path, check_regular, locked
 from dit_engine.json_files import check_schema, read_json
 from dit_export.profiles import Profile, Profiles
 
@@ -190,6 +191,11 @@ def read_description(engine: Path) -> EngineFile:
     """What lies beside an engine file; raises `EngineRefused` for none or another format."""
     path = description_path(engine)
     try:
+        for file in filter(os.path.lexists, (path, engine)):
+            check_regular(file)
+    except ValueError as error:
+        raise EngineRefused(str(error)) from None
+    try:
         values = read_json(path)
     except FileNotFoundError:
         raise EngineRefused(f"{engine}: no engine of ours, {path.name} is missing") from None
@@ -229,7 +235,7 @@ def find_engines(
 
     Raises `EngineRefused` where there is none, or only others.
     """
-    paths = sorted(directory.glob(f"{graph}-*{SUFFIX}"), key=lambda p: -p.stat().st_mtime_ns)
+    paths = sorted(directory.glob(f"{graph}-*{SUFFIX}"), key=lambda p: -p.lstat().st_mtime_ns)
     # One without its description is still being written, or was left so by a kill.
     found, refused = [], []
     for path in paths:

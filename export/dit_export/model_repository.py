@@ -20,7 +20,7 @@ from typing import Any
 
 from dit_engine._version import __version__
 from dit_engine.directories import Known, check_destination, new_directory, nothing_known
-from dit_engine.files import file_hash
+from dit_engine.files import check_regular, file_hash
 from dit_export.bundle import Bundle
 from dit_export.bundle_metadata import check_metadata
 from dit_export.targets import DTYPES, QUANTIZED
@@ -91,9 +91,12 @@ def write_repository(
     with new_directory(target, replaceable(overwrite)) as partial:
         for name, text in texts.items():
             write_text(partial / name, text)
-        for name, (source, _) in data.items():
+        for name, (source, digest) in data.items():
+            check_regular(source)
             (partial / name).parent.mkdir(exist_ok=True)
             (shutil.move if move else shutil.copyfile)(source, partial / name)
+            if not move and file_hash(partial / name) != digest:  # of the very bytes
+                raise ValueError(f"{source}: has changed since it was looked at")
         hashes = {name: sha256(text.encode()).hexdigest() for name, text in texts.items()}
         hashes |= {name: digest for name, (_, digest) in data.items()}
         write_text(partial / MARKER, _marker(hashes, bundle, options))
@@ -242,7 +245,7 @@ def _data_files(
 
     for graph, name in zip(GRAPHS.values(), names, strict=True):
         plan = find_plan(Path(engines), bundle, graph, options.max_batch_size)
-        files[name] = plan, file_hash(plan)
+        files[name] = plan.path, plan.sha256
     return files
 
 

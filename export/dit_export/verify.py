@@ -21,6 +21,7 @@ from dit_engine.fused_sampling import step_coefficients
 from dit_engine.printable import one_line
 from dit_engine.schedule import make_schedule
 from dit_export.bundle import Graph
+from dit_export.bundle_metadata import check_contained
 from dit_export.errors import ExportFailed
 from dit_export.graphs import VAE_GRAPH, Conditioner, Denoiser
 from dit_export.upcast import upcast_file
@@ -49,6 +50,7 @@ def verify_graph(
     Raises ExportFailed where it is no valid ONNX, cannot be run, or its error is too large.
     """
     path = directory / graph.file
+    check_contained(path)
     verified = check(path, graph.name)
     relative, accuracy = 0.0, [0.0, 0.0]
     with _runner(path, graph) as (runner, runs_with):

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from dit_engine.files import file_hash
 from dit_export.bundle import Bundle
+from dit_export.engine_files import EngineFile, find_engines
 
 
-def find_plan(directory: Path, bundle: Bundle, graph: str, max_batch_size: int) -> Path:
+def find_plan(directory: Path, bundle: Bundle, graph: str, max_batch_size: int) -> EngineFile:
     """The newest engine of ``graph`` in ``directory`` that takes 1 to ``max_batch_size`` rows.
 
     Raises ValueError where there is none, saying what the engine that is there is for.
     """
-    from dit_export.engine_files import find_engines
     from dit_export.tensorrt import graph_hash
 
     checkpoint = bundle.vae_checkpoint if graph == "vae_decoder" else bundle.checkpoint
@@ -36,5 +36,5 @@ def find_plan(directory: Path, bundle: Bundle, graph: str, max_batch_size: int) 
         elif file_hash(engine.path) != engine.sha256:
             reasons.append("has changed since it was built (SHA-256 differs)")
         else:
-            return engine.path
+            return engine
     raise ValueError(f"{engines[0].path}: {reasons[0]}")

@@ -6,6 +6,11 @@ between sets of images; without one of these words models are measured.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before anything else is imported
+    from dit_bench.first import installed_first
+
+    installed_first()
+
 import argparse
 import sys
 from collections.abc import Callable, Sequence

@@ -39,7 +39,7 @@ class Neighbours:
     def __enter__(self) -> Neighbours:
         try:
             for _ in range(self._count):
-                command = [sys.executable, "-c", _NEIGHBOUR, str(os.getpid())]
+                command = [sys.executable, "-I", "-c", _NEIGHBOUR, str(os.getpid())]
                 self._programs.append(subprocess.Popen(command))
             self._send(signal.SIGSTOP)
         except BaseException:

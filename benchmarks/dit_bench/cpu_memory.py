@@ -9,6 +9,9 @@ every library is loaded and every thread has its stack.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before torch is imported
+    from dit_bench.first import installed_first
+
+    installed_first()
     from dit_engine.cli.waiting import wait_briefly
 
     wait_briefly()
@@ -30,6 +33,7 @@ from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry
 from dit_engine.config import ModelConfig
+from dit_engine.current_directory import python
 from dit_engine.model import DiT
 
 _INTERVAL_S = 0.002
@@ -148,10 +152,11 @@ def measure(model: DiT, batch: int, precision: str, threads: int) -> dict[str, A
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "model"
         save_pretrained(directory, model, dtype=_DTYPES[precision])
-        command = [
-            sys.executable, "-m", "dit_bench.cpu_memory", str(directory), "--batch", str(batch),
-            "--precision", precision, "--threads", str(threads),
-        ]  # fmt: skip
+        command = python(
+            "import runpy; runpy.run_module('dit_bench.cpu_memory', run_name='__main__')",
+            str(directory), "--batch", str(batch), "--precision", precision,
+            "--threads", str(threads),
+        )  # fmt: skip
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]

@@ -9,6 +9,11 @@ report; so with ``cpu`` (``profile`` with its ``--profile``), ``gpu``, ``operato
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before anything else is imported
+    from dit_bench.first import installed_first
+
+    installed_first()
+
 import re
 import sys
 from collections.abc import Sequence

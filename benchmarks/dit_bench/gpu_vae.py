@@ -16,6 +16,7 @@ from dit_bench.gpu_inputs import random_decoder
 from dit_bench.gpu_report import Report, failure, skipped
 from dit_bench.operator_checks import check_device, relative_error
 from dit_bench.timing import interleave
+from dit_engine.backends.compile import compile_graph
 from dit_engine.lean_vae import LeanDecoder
 from dit_engine.memory import is_out_of_memory
 from dit_engine.vae import AutoencoderKL, VAEConfig
@@ -151,7 +152,7 @@ def _eager(vae: AutoencoderKL) -> Decode:
 
 def _compiled(vae: AutoencoderKL) -> Decode:
     module = DecodeModule(channels_last(copy.deepcopy(vae).bfloat16()))
-    run = torch.compile(module, fullgraph=True, dynamic=False)
+    run = compile_graph(module)
 
     def decode(z: Tensor) -> Tensor:
         return run(z.to(torch.bfloat16, memory_format=torch.channels_last)).float()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_bench.operator_cases import Case, plain_attention
+from dit_engine.backends.compile import compile_graph
 
 Run = Callable[..., Any]
 Find = Callable[[], Run]
@@ -133,7 +134,7 @@ def _compiled(case: Case) -> Run:
     # Without this, torch counts a definition's shapes together, and compiles no more after eight.
     torch.compiler.reset()
     function = case.reference if case.fusable else case.plain
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return compile_graph(function)
 
 
 def _sdpa(backend: str) -> Run:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_engine.backends.compiler_cache import use_private_cache
 from dit_engine.backends.eager import EagerBackend
+from dit_engine.current_directory import left_out_of_children
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
 
@@ -59,4 +61,26 @@ def compile_static(function: FunctionType, **options: Any) -> Callable[..., Any]
         function.__defaults__,
         function.__closure__,
     )
-    return torch.compile(own, fullgraph=True, dynamic=False, **options)
+    return compile_graph(own, **options)
+
+
+def compile_graph(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """torch.compile of a function or module as one graph whose shapes are constants.
+
+    The compiler keeps its results in our cache, and what it starts runs nothing of the current
+    directory: a C++ compiler, and Python programs in the first call, which is when it compiles.
+    """
+    use_private_cache()
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, **options)
+    called = False
+
+    def run(*arguments: Any) -> Any:
+        nonlocal called
+        if called:
+            return compiled(*arguments)
+        with left_out_of_children():
+            result = compiled(*arguments)
+        called = True
+        return result
+
+    return run

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # installed modules go before those of the current directory
+    import os
+    import sys
+
+    if sys.path[0] == os.getcwd():  # noqa: PTH109
+        sys.path.append(sys.path.pop(0))
+
 import argparse
 import sys
 import time

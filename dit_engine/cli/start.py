@@ -1,4 +1,5 @@
-"""What every command does before anything else: standard streams that work, threads that sleep."""
+"""What every command does before anything else: standard streams that work, threads that sleep, and
+nothing that is run from the current directory."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import Any
 
 from dit_engine.cli.errors import INTERRUPTED, run_command
 from dit_engine.cli.waiting import wait_briefly
+from dit_engine.current_directory import leave_out
 
 Main = Callable[..., int]
 
@@ -39,12 +41,14 @@ def entry(main: Main) -> Main:
 
 def prepare() -> None:
     """Make the standard streams usable, whatever the command was started with, and `wait_briefly`.
+    `leave_out` the current directory.
 
     A closed stream becomes os.devnull, under its own number: otherwise the next file that is opened
     would get the number, and with it what a library prints. Characters that the terminal has not
     are replaced. What cannot be written to standard error is dropped: notes and progress end no
     command.
     """
+    leave_out()
     _open_closed()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

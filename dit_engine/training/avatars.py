@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dit_engine.bars import Bar
+from dit_engine.current_directory import left_out_of_children
 from dit_engine.files import atomic_path
 from dit_engine.images import open_image
 from dit_engine.json_files import check_schema, parse_json
@@ -71,7 +72,8 @@ def _render_all(first: int, per_class: int, size: int, description: str) -> np.n
         initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN),
     )  # fmt: skip
     try:
-        parts = list(Bar(pool.map(render, *zip(*jobs, strict=True)), description, len(jobs)))
+        with left_out_of_children():
+            parts = list(Bar(pool.map(render, *zip(*jobs, strict=True)), description, len(jobs)))
     except BaseException:
         for process in list((pool._processes or {}).values()):  # what they render is not kept
             process.terminate()

@@ -10,10 +10,11 @@ import functools
 import importlib.util
 import json
 import subprocess
-import sys
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
+
+from dit_engine.current_directory import python
 
 PROBE_SECONDS = 60.0
 """An import that takes longer counts as one that hangs."""
@@ -104,10 +105,11 @@ def run_probe(code: str, *arguments: str, timeout_seconds: float | None = None) 
 
     Where the process fails, aborts or takes too long: (None, why).
     """
-    command = [sys.executable, "-c", code, *arguments]
     limit = PROBE_SECONDS if timeout_seconds is None else timeout_seconds
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+        done = subprocess.run(
+            python(code, *arguments), capture_output=True, text=True, timeout=limit, check=False
+        )
     except subprocess.TimeoutExpired:
         return None, f"no answer within {limit:g} s"
     if done.returncode < 0:

@@ -64,7 +64,7 @@ def path() -> Path:
     named = os.environ.get("DIT_KERNELS_LIBRARY")
     if named and not Path(named).is_file():
         raise ValueError(f"DIT_KERNELS_LIBRARY {named!r} is not a file")
-    return Path(named) if named else Path(__file__).with_name(LIBRARY)
+    return Path(named).absolute() if named else Path(__file__).with_name(LIBRARY)
 
 
 @functools.cache

@@ -61,7 +61,9 @@ def _of_environment(python: Path) -> ServerBinary:
     )
     where = python.parent.parent
     try:
-        done = subprocess.run([python, "-c", probe], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [python, "-I", "-c", probe], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         raise FileNotFoundError(f"{where}: no virtual environment") from None
     site, libraries, version = done.stdout.splitlines()
@@ -81,7 +83,7 @@ def _of_environment(python: Path) -> ServerBinary:
         ),
         # The Python inside the server heeds no PYTHONPATH: it takes the packages of the environment
         # in which PATH has its first python3.
-        "PATH": f"{python.parent}:{os.environ.get('PATH', os.defpath)}",
+        "PATH": f"{python.parent.absolute()}:{os.environ.get('PATH', os.defpath)}",
     }
     return ServerBinary(path, root / "backends", stub, environment)
 

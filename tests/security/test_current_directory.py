@@ -1,0 +1,167 @@
+"""A stranger's directory, as the current one: none of its modules and programs is run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dit_bench.cpu_busy import Neighbours
+from dit_engine.backends import compile as compile_backend
+from dit_engine.current_directory import VARIABLE, leave_out, left_out_of_children, python
+from dit_engine.training import avatars
+from dit_export.tensorrt_flavour import run_probe
+from dit_export.triton import server_binary
+
+MODULES = (  # Python itself imports none of them before a module that `python -m` names
+    "argparse", "ctypes", "dataclasses", "dit_engine", "dit_kernels", "gettext", "hashlib", "json",
+    "multiprocessing", "numpy", "openvino", "PIL", "pickle", "platform", "queue", "random",
+    "select", "shutil", "signal", "socket", "struct", "subprocess", "sysconfig", "tempfile",
+    "textwrap", "torch", "tqdm", "unittest", "uuid",
+)  # fmt: skip
+PROGRAMS = ("nvidia-smi", "tritonserver", "g++", "gcc", "ld", "openssl")
+
+
+@pytest.fixture
+def marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Grows by a line for everything that is run of the stranger's directory, the current one."""
+    marks, folder = tmp_path / "marks", tmp_path / "stranger"
+    folder.mkdir()
+    marks.touch()
+    for name in MODULES:
+        text = f"open({str(marks)!r}, 'a').write('{name}.py\\n')\n"
+        (folder / f"{name}.py").write_text(text)
+    for name in PROGRAMS:
+        (folder / name).write_text(f"#!/bin/sh\necho {name} >> '{marks}'\n")
+        (folder / name).chmod(0o755)
+    for variable in (VARIABLE, "PATH", "LD_LIBRARY_PATH", "PYTHONPATH"):
+        monkeypatch.setenv(variable, os.environ.get(variable, ""))  # restored afterwards
+        if not os.environ[variable]:
+            monkeypatch.delenv(variable)
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(folder)
+    return marks
+
+
+def test_the_stranger_is_run_if_nothing_is_done(marks: Path) -> None:
+    subprocess.run([sys.executable, "-c", "import struct"], check=True)
+    assert marks.read_text() == "struct.py\n"
+
+
+def test_probes(marks: Path) -> None:
+    assert run_probe("import json, struct; print(json.dumps(struct.calcsize('d')))") == (8, "")
+    assert run_probe("import sys, json; print(json.dumps(sys.argv[1:]))", "a") == (["a"], "")
+    with pytest.raises(FileNotFoundError, match="no Triton Inference Server"):
+        server_binary._of_environment(Path(sys.executable))
+    with Neighbours(1):
+        pass
+    assert marks.read_text() == ""
+
+
+def test_programs_of_ours_import_what_this_process_can(marks: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere.py").write_text("print('found')")
+    sys.path[:] = ["", str(tmp_path), *sys.path]
+    command = python("import struct, elsewhere, sys; print(sys.argv)", "--a")
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["found", "['-c', '--a']"] and marks.read_text() == ""
+
+
+def test_a_pool_of_processes(marks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with left_out_of_children(), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        assert pool.submit(os.getpid).result() != os.getpid()
+    assert marks.read_text() == "" and VARIABLE not in os.environ
+
+    class Pool:
+        _processes = None
+
+        def __init__(self, **_: object) -> None: ...
+
+        def map(self, *_: object) -> Any:
+            subprocess.run([sys.executable, "-c", "import multiprocessing"], check=True)
+            raise OSError("no pool")
+
+        def shutdown(self, **_: object) -> None: ...
+
+    monkeypatch.setattr(avatars, "ProcessPoolExecutor", Pool)
+    with pytest.raises(OSError, match="no pool"):
+        avatars._render_all(0, 1, 8, "")
+    assert marks.read_text() == ""
+
+
+def test_what_the_compiler_starts(marks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch starts its programs in the first call, in a library's process too."""
+    calls = []
+
+    def standing_in(function: Any, **_: object) -> Any:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            calls.append(os.environ.get(VARIABLE))
+            subprocess.run([sys.executable, "-c", "import struct, ctypes"], check=not calls[1:])
+            return function(x)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", standing_in)
+    monkeypatch.setattr(compile_backend, "use_private_cache", lambda: None)
+    run = compile_backend.compile_graph(lambda x: x + 1)
+    assert run(torch.zeros(1)) == 1 and marks.read_text() == ""
+    assert run(torch.zeros(1)) == 1
+    assert calls == ["1", None]  # as the program that uses the library has it
+
+
+def test_a_command_runs_nothing_from_there(marks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, path = str(marks.parent / "stranger"), os.environ["PATH"]
+    sys.path[:] = [here, "", *sys.path]
+    for variable in ("PATH", "LD_LIBRARY_PATH"):
+        monkeypatch.setenv(variable, os.pathsep.join(["", "bin", ".", path, ""]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", str(marks.parent)]))
+    leave_out()
+    assert os.environ["PATH"] == os.environ["LD_LIBRARY_PATH"] == path
+    assert os.environ["PYTHONPATH"] == str(marks.parent)
+    assert not {here, ""} & set(sys.path)
+    for program in PROGRAMS:
+        assert Path(shutil.which(program) or "/").parent != Path(here)
+    subprocess.run([sys.executable, "-c", "import struct"], check=True)
+    assert marks.read_text() == ""
+
+
+def test_what_the_user_names_stays(marks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = str(marks.parent / "stranger")
+    monkeypatch.setenv("PYTHONPATH", ".")
+    sys.path.insert(0, here)
+    leave_out()
+    assert here in sys.path and os.environ["PYTHONPATH"] == "."
+    monkeypatch.delenv("PYTHONPATH")
+    ours = Path(compile_backend.__file__).parents[2]
+    monkeypatch.chdir(ours)  # a checkout
+    sys.path.insert(0, str(ours))
+    leave_out()
+    assert str(ours) in sys.path and here in sys.path
+
+
+def test_a_module_run_by_name(marks: Path) -> None:
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    Path("dit_engine.py").unlink()  # which Python itself would take for the package
+    for module, said in (("dit_bench.cli", "command 'no'"), ("dit_export.cli", "command 'no'"),
+                         ("dit_engine.cli.generate", "argument")):  # fmt: skip
+        done = subprocess.run([sys.executable, "-m", module, "no"], env=kept, timeout=60,
+                              capture_output=True, text=True, check=False)  # fmt: skip
+        assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert marks.read_text() == ""
+
+
+def test_an_installed_command(marks: Path) -> None:
+    """Its probes of TensorRT and the programs that it asks, with an empty entry of PATH."""
+    command = [Path(sysconfig.get_path("scripts")) / "dit-bench", "--env"]
+    given = os.environ | {"PATH": os.pathsep + os.environ["PATH"]}
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and marks.read_text() == "", done.stderr

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dit_engine.arguments import shown
+from dit_engine.checkpoint.pickles import check_pickle
 from dit_engine.formats import PYTORCH, SAFETENSORS, check_format, format_of
 from dit_engine.json_files import is_file_name, read_json
 from dit_engine.printable import first_line
@@ -81,6 +82,7 @@ def _read_pickle(path: Path) -> dict[Any, Any]:
     check_format(path, PYTORCH)
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"  # torch.save since 1.6; older files cannot be mapped
+    check_pickle(path, zipped)
     try:
         # A Namespace is attributes and nothing else; the published training script stores one.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():

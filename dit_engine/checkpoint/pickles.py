@@ -1,0 +1,234 @@
+"""A PyTorch file before torch reads it: nothing that it makes may be larger than the file.
+
+torch's reader (``weights_only``) runs no code of the file's, but it follows its instructions, and
+a few bytes of these can ask for gigabytes: text that is encoded again and again, a thousand copies
+of one list, a key that takes forever to hash, arrays of a stated size. Here the same instructions
+are followed with the sizes alone.
+"""
+
+from __future__ import annotations
+
+import math
+import pickletools
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+DATA = "data.pkl"
+# The pickles of a file from before torch 1.6: magic number, version, sizes of C types, the content,
+# the keys of the storages, which come after them.
+_OLD_PICKLES = 5
+# Weights, their averages and an optimizer of 10,000 tensors have about this many.
+MOST_INSTRUCTIONS = 1_000_000
+_SLACK = 1000
+
+_LITERALS = {"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
+             "BINUNICODE", "SHORT_BINSTRING"}  # fmt: skip
+_EMPTY = {"EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"}
+_VIEWS = {f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3")}
+# These look through their tensors, or convert them.
+_COPIERS = {"torch._utils._rebuild_sparse_tensor",
+            "torch._utils._rebuild_device_tensor_from_cpu_tensor"}  # fmt: skip
+_OF_TYPE = "torch._tensor._rebuild_from_type_v2"
+_TORCH = {
+    *_VIEWS, *_COPIERS, _OF_TYPE, "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_parameter_with_state", "torch.nn.parameter.Parameter",
+    "torch._utils._rebuild_meta_tensor_no_storage", "torch.serialization._get_layout",
+    "torch.Size", "torch.device",
+}  # fmt: skip
+
+
+def check_pickle(path: Path, zipped: bool) -> None:
+    """Raise a one-line ValueError for a file that is damaged, or asks for more than it holds.
+
+    zipped: the form since torch 1.6. Its parts must not be compressed, which torch cannot map.
+    OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    try:
+        if zipped:
+            _Pickle(_data(path), size)
+        else:
+            with path.open("rb") as file:
+                for _ in range(_OLD_PICKLES):
+                    if file.tell() < size:
+                        _Pickle(file, size)
+    except _Refused as error:
+        raise ValueError(f"{path}: refused, {error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile,
+            NotImplementedError) as error:  # fmt: skip
+        reason = (str(error).splitlines() or [""])[0][:160] or type(error).__name__
+        raise ValueError(f"{path}: damaged or no PyTorch file ({reason})") from None
+
+
+class _Refused(Exception):
+    """Why a file is not read."""
+
+
+def _data(path: Path) -> bytes:
+    """The pickle in a zip archive."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        for member in members:
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise _Refused(
+                    f"{member.filename[:80]!r} in it is compressed, which torch.save never does: "
+                    "unpack it, and zip it without compression"
+                )
+        # torch finds the first of this name in any case.
+        found = [m for m in members if m.orig_filename.lower().rpartition("/")[2] == DATA]
+        if len(found) != 1:
+            raise ValueError(f"it holds {len(found)} of {DATA}; one is needed")
+        return archive.read(found[0])
+
+
+class _Name(str):
+    """Something of Python's that the pickle asks for."""
+
+
+class _Made:
+    """A list with its items; or anything else that has a size."""
+
+    def __init__(self, size: int = 0) -> None:
+        self.items: list[Any] = []
+        self.more = size
+
+    def __len__(self) -> int:
+        return len(self.items) + self.more
+
+
+class _Elements(int):
+    """A storage or a tensor: how many elements it has, or claims."""
+
+
+class _Pickle:
+    """One pickle of a file of ``file_bytes`` bytes, followed to its end."""
+
+    def __init__(self, source: bytes | BinaryIO, file_bytes: int) -> None:
+        self.file_bytes = file_bytes
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[Any, Any] = {}
+        self.storages: dict[Any, int] = {}
+        self.stored, self.copied, self.converted = 0, 0, 0
+        for count, (opcode, value, position) in enumerate(pickletools.genops(source)):
+            if count == MOST_INSTRUCTIONS:
+                raise _Refused(f"its pickle has more than {MOST_INSTRUCTIONS} instructions")
+            self.step(opcode.name, ord(opcode.code), value)
+            if self.copied > 4 * (position or 0) + _SLACK:
+                raise _Refused("its pickle copies more than it holds")
+
+    def step(self, name: str, code: int, value: Any) -> None:
+        stack = self.stack
+        if name in _LITERALS:
+            stack.append(value)
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self.memo[value] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(self.memo[value])
+        elif name == "MARK":
+            self.marks.append(stack)
+            self.stack = []
+        elif name == "TUPLE":
+            items = self.marked()
+            self.stack.append(tuple(items))
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            count = int(name[-1])
+            stack[-count:] = [tuple(stack[-count:])]
+        elif name == "EMPTY_TUPLE":
+            stack.append(())
+        elif name in _EMPTY:
+            stack.append(_Made())
+        elif name == "BINPERSID":
+            stack.append(self.storage(stack.pop()))
+        elif name == "GLOBAL":
+            stack.append(_Name(value.replace(" ", ".")))
+        elif name in ("REDUCE", "NEWOBJ"):
+            arguments = stack.pop()
+            stack[-1] = self.call(stack[-1], arguments)
+        elif name == "BUILD":
+            self.copied += _size(stack.pop())
+        elif name == "APPEND":
+            item = stack.pop()
+            stack[-1].items.append(item)
+        elif name == "APPENDS":
+            items = self.marked()
+            self.stack[-1].items.extend(items)
+        elif name == "SETITEM":
+            _, key = stack.pop(), stack.pop()
+            self.set_keys([key])
+        elif name == "SETITEMS":
+            self.set_keys(self.marked()[::2])
+        elif name not in ("PROTO", "STOP"):
+            raise ValueError(f"Unsupported operand {code}")
+
+    def marked(self) -> list[Any]:
+        items, self.stack = self.stack, self.marks.pop()
+        return items
+
+    def set_keys(self, keys: list[Any]) -> None:
+        for key in keys:
+            _check_key(key)
+        self.stack[-1].more += len(keys)
+
+    def storage(self, identity: Any) -> _Elements:
+        key, elements = identity[2], identity[4]
+        if not isinstance(elements, int) or elements < 0:
+            raise ValueError("a storage without a size")
+        self.stored += max(0, elements - self.storages.get(key, 0))
+        self.storages[key] = max(elements, self.storages.get(key, 0))
+        if self.stored > self.file_bytes:
+            raise _Refused(f"its storages claim {self.stored} numbers, more than its bytes")
+        return _Elements(elements)
+
+    def call(self, function: Any, arguments: Any) -> Any:
+        if not isinstance(function, _Name) or not isinstance(arguments, tuple):
+            raise ValueError("a call of what is no function")
+        if function.startswith("torch.") and function not in _TORCH:
+            raise _Refused(f"the pickle asks for {str(function)!r}; only tensors are loaded")
+        if function == _OF_TYPE:
+            return self.call(arguments[0], arguments[2])
+        short = function.rpartition(".")[2]
+        if short in ("encode", "bytearray") and not (
+            not arguments or (isinstance(arguments[0], str | _Made) and _is_latin(arguments[1:]))
+        ):
+            raise _Refused(f"the pickle makes bytes by {str(function)!r} of other than latin1 text")
+        self.copied += sum(map(_size, arguments))
+        if function in _COPIERS:
+            self.converted += sum(map(_elements, arguments))
+            if self.converted > self.file_bytes:
+                raise _Refused("its tensors claim more numbers than it has bytes")
+        if not function.startswith("torch."):
+            for argument in arguments:
+                for item in argument.items if isinstance(argument, _Made) else ():
+                    pair = item.items if isinstance(item, _Made) else item
+                    _check_key(pair[0] if isinstance(pair, list | tuple) and pair else item)
+        if function == "torch.Size":
+            return arguments[0]
+        if function in _VIEWS:
+            sizes = arguments[2].items if isinstance(arguments[2], _Made) else arguments[2]
+            return _Elements(abs(math.prod(sizes)))
+        return _Made(sum(map(_size, arguments)))
+
+
+def _is_latin(rest: tuple[Any, ...]) -> bool:
+    return rest in ((), ("latin1",), ("latin-1",))
+
+
+def _size(value: Any) -> int:
+    """What a copy of it takes, in items or characters."""
+    if isinstance(value, tuple):
+        return len(value) + sum(len(item) for item in value if isinstance(item, _Made))
+    return len(value) if isinstance(value, str | _Made) else 1
+
+
+def _elements(value: Any) -> int:
+    if isinstance(value, tuple):
+        return sum(item for item in value if isinstance(item, _Elements))
+    return value if isinstance(value, _Elements) else 0
+
+
+def _check_key(key: Any) -> None:
+    """A tuple of the same tuple twice, and so on, takes twice as long to hash at every level."""
+    if isinstance(key, tuple) and any(isinstance(item, tuple) for item in key):
+        raise _Refused("its pickle has a tuple of tuples as a key")

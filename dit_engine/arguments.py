@@ -22,10 +22,42 @@ def shown(value: Any) -> str:
     if dimensions(value):
         return f"<{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}>"
     try:
-        text = printable(" ".join(repr(value).split()))
+        text = printable(" ".join(_beginning(value).split()))
     except ValueError:  # Python refuses to print integers of several thousand digits
         return f"<{type(value).__name__} of too many digits>"
     return text if len(text) <= _LIMIT else f"{text[: _LIMIT - 1]}…"
+
+
+def _beginning(value: Any) -> str:
+    """The repr of ``value``, or as much of it as a message needs: a list that holds another one
+    twice, which holds yet another twice, has a repr without end."""
+    text = ""
+    for piece in _pieces(value):
+        text += piece
+        if len(text) > 2 * _LIMIT:
+            break
+    return text
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    kind = type(value)
+    if kind.__name__ == "Namespace" or (isinstance(value, dict) and kind is not dict):
+        yield f"{kind.__name__}("
+        yield from _pieces(dict(value if isinstance(value, dict) else vars(value)))
+        yield ")"
+        return
+    brackets = {list: "[]", tuple: "()", set: "{}", dict: "{}"}.get(kind)
+    if brackets is None or not value:
+        yield repr(value[: 2 * _LIMIT] if kind in (str, bytes) else value)
+        return
+    yield brackets[0]
+    for i, item in enumerate(value):
+        yield ", " if i else ""
+        yield from _pieces(item)
+        if kind is dict:
+            yield ": "
+            yield from _pieces(value[item])
+    yield ",)" if kind is tuple and len(value) == 1 else brackets[1]
 
 
 def choice(name: str, value: Any, allowed: Iterable[str]) -> str:

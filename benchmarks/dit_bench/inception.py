@@ -134,21 +134,16 @@ def load_inception(path: Path, dtype: torch.dtype = torch.float32) -> InceptionV
 
     Raises ValueError where the file is no state dict of this network.
     """
-    from dit_engine.checkpoint.weights import check_shapes
-    from dit_engine.printable import first_line
+    from dit_engine.checkpoint.weights import check_shapes, check_tensors, read_pickle
 
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged pickle can make the reader raise almost anything
-        raise ValueError(f"{path}: damaged or no PyTorch file ({first_line(error)})") from None
+    state = read_pickle(path)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: holds no state dict; {WEIGHTS_FILE} does")
     with torch.device("meta"):
         model = InceptionV3()
     counters = "num_batches_tracked"  # of training; later files have them, and nothing reads them
     state = {key: value for key, value in state.items() if not str(key).endswith(counters)}
+    state = check_tensors(state, path)
     expected = {k: v.shape for k, v in model.state_dict().items() if not k.endswith(counters)}
     try:
         check_shapes(state, expected)

@@ -22,6 +22,10 @@ _OLD_PICKLES = 5
 MOST_INSTRUCTIONS = 1_000_000
 _SLACK = 1000
 
+# Bytes of an element, where it is not one.
+_BYTES = {"Double": 8, "Long": 8, "Float": 4, "Int": 4, "Half": 2, "BFloat16": 2, "Short": 2,
+          "ComplexFloat": 8, "ComplexDouble": 16}  # fmt: skip
+
 _LITERALS = {"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
              "BINUNICODE", "SHORT_BINSTRING"}  # fmt: skip
 _EMPTY = {"EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"}
@@ -36,23 +40,27 @@ _TORCH = {
     "torch._utils._rebuild_meta_tensor_no_storage", "torch.serialization._get_layout",
     "torch.Size", "torch.device",
 }  # fmt: skip
+_USUAL = ("torch", "collections", "builtins", "__builtin__", "_codecs", "argparse")
 
 
-def check_pickle(path: Path, zipped: bool) -> None:
+def check_pickle(path: Path) -> bool:
     """Raise a one-line ValueError for a file that is damaged, or asks for more than it holds.
 
-    zipped: the form since torch 1.6. Its parts must not be compressed, which torch cannot map.
-    OSError: it cannot be read.
+    Returns whether it is a zip archive, as since torch 1.6, which can be mapped into memory. Its
+    parts must not be compressed then. OSError: it cannot be read.
     """
-    size = path.stat().st_size
     try:
-        if zipped:
-            _Pickle(_data(path), size)
-        else:
-            with path.open("rb") as file:
-                for _ in range(_OLD_PICKLES):
-                    if file.tell() < size:
-                        _Pickle(file, size)
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            zipped = file.read(4) == b"PK\x03\x04"
+            if zipped:
+                _Pickle(_data(path), size)
+                return True
+            file.seek(0)
+            for _ in range(_OLD_PICKLES):
+                if file.tell() < size:
+                    _Pickle(file, size)
+            return False
     except _Refused as error:
         raise ValueError(f"{path}: refused, {error}") from None
     except (ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile,
@@ -109,6 +117,7 @@ class _Pickle:
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[Any, Any] = {}
+        self.names: list[_Name] = []
         self.storages: dict[Any, int] = {}
         self.stored, self.copied, self.converted = 0, 0, 0
         for count, (opcode, value, position) in enumerate(pickletools.genops(source)):
@@ -142,7 +151,8 @@ class _Pickle:
         elif name == "BINPERSID":
             stack.append(self.storage(stack.pop()))
         elif name == "GLOBAL":
-            stack.append(_Name(value.replace(" ", ".")))
+            self.names.append(_Name(value.replace(" ", ".")))
+            stack.append(self.names[-1])
         elif name in ("REDUCE", "NEWOBJ"):
             arguments = stack.pop()
             stack[-1] = self.call(stack[-1], arguments)
@@ -172,20 +182,23 @@ class _Pickle:
         self.stack[-1].more += len(keys)
 
     def storage(self, identity: Any) -> _Elements:
-        key, elements = identity[2], identity[4]
+        kind, key, elements = identity[1], identity[2], identity[4]
         if not isinstance(elements, int) or elements < 0:
             raise ValueError("a storage without a size")
-        self.stored += max(0, elements - self.storages.get(key, 0))
-        self.storages[key] = max(elements, self.storages.get(key, 0))
+        size = elements * _BYTES.get(str(kind).rpartition(".")[2].removesuffix("Storage"), 1)
+        self.stored += max(0, size - self.storages.get(key, 0))
+        self.storages[key] = max(size, self.storages.get(key, 0))
         if self.stored > self.file_bytes:
-            raise _Refused(f"its storages claim {self.stored} numbers, more than its bytes")
+            raise ValueError(f"its tensors take {self.stored} bytes, the file {self.file_bytes}")
         return _Elements(elements)
 
     def call(self, function: Any, arguments: Any) -> Any:
         if not isinstance(function, _Name) or not isinstance(arguments, tuple):
             raise ValueError("a call of what is no function")
         if function.startswith("torch.") and function not in _TORCH:
-            raise _Refused(f"the pickle asks for {str(function)!r}; only tensors are loaded")
+            foreign = (name for name in self.names if name.partition(".")[0] not in _USUAL)
+            asked = str(next(foreign, function))
+            raise _Refused(f"the pickle asks for {asked!r}; only tensors are loaded")
         if function == _OF_TYPE:
             return self.call(arguments[0], arguments[2])
         short = function.rpartition(".")[2]

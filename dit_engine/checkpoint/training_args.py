@@ -60,7 +60,7 @@ def trained_diffusion(args: Mapping[str, Any], learn_sigma: bool) -> Diffusion:
         ValueError: an option that means a diffusion which is not done here, or one without meaning.
     """
     values: dict[str, Any] = {
-        field: args[name] for name, field in _DIFFUSION_FIELDS.items() if name in args
+        field: _plain(args, name) for name, field in _DIFFUSION_FIELDS.items() if name in args
     }
     if "rescale_betas_zero_snr" in args:
         values["zero_terminal_snr"] = _is_true(args, "rescale_betas_zero_snr")
@@ -173,6 +173,13 @@ def _told(args: Mapping[str, Any], name: str) -> str:
 
 def _positive(args: Mapping[str, Any], name: str) -> int:
     return positive(place_of(args, name), args[name])
+
+
+def _plain(args: Mapping[str, Any], name: str) -> Any:
+    value = args[name]
+    if isinstance(value, (list, tuple, set, Mapping)):
+        raise ValueError(f"{_told(args, name)} is neither a number nor a name")
+    return value
 
 
 def _is_true(args: Mapping[str, Any], name: str) -> bool:

@@ -21,6 +21,10 @@ from dit_engine.printable import first_line
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Of a safetensors file. Each tensor has about a hundred bytes there, and a thousand in memory.
+MOST_HEADER_BYTES = 8 * 2**20
+# Weights that are tied are there several times, and backends make copies of each.
+MOST_TIED, TIED_SLACK_BYTES = 4, 64 * 2**20
 # A directory's weights, in the order of preference; the names are diffusers' and transformers'.
 WEIGHT_NAMES = tuple(
     f"{stem}{ending}"
@@ -45,7 +49,10 @@ def read_weights(path: Path) -> dict[Any, Any]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix in SUFFIXES:
-        return _read_pickle(path)
+        content = read_pickle(path)
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: holds a {type(content).__name__}, not a state dict")
+        return content
     found = format_of(path)
     raise ValueError(
         f"{path}: suffix {path.suffix!r} is not one of {', '.join(SUFFIXES)}"
@@ -54,7 +61,12 @@ def read_weights(path: Path) -> dict[Any, Any]:
 
 
 def check_tensors(state: Mapping[Any, Any], source: object) -> dict[str, Tensor]:
-    """``state`` without gradients; raises ValueError for what is no named, dense, real tensor."""
+    """``state`` without gradients.
+
+    Raises ValueError for what is no named, dense, real tensor, and for tensors that claim more
+    memory than they have, such as expanded ones.
+    """
+    claimed, held = 0, {}
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{source}: {name!r} is a {type(tensor).__name__}, not a named tensor")
@@ -63,6 +75,20 @@ def check_tensors(state: Mapping[Any, Any], source: object) -> dict[str, Tensor]
                 f"{source}: tensor {name!r} is {tensor.dtype} ({tensor.layout}, "
                 f"{tensor.device.type}); dense {', '.join(map(str, DTYPES))} are known"
             )
+        storage = tensor.untyped_storage()
+        has = storage.nbytes()
+        if tensor.nbytes > has:
+            raise ValueError(
+                f"{source}: tensor {name!r} of shape {tuple(tensor.shape)} claims {tensor.nbytes} "
+                f"bytes and has {has}; save it after contiguous()"
+            )
+        claimed += tensor.nbytes
+        held[storage.data_ptr()] = max(has, held.get(storage.data_ptr(), 0))
+    if claimed > MOST_TIED * sum(held.values()) + TIED_SLACK_BYTES:
+        raise ValueError(
+            f"{source}: its tensors share their memory, {sum(held.values())} bytes for {claimed}; "
+            "save a copy of each, made with clone()"
+        )
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
@@ -71,18 +97,28 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     import safetensors
     import safetensors.torch
 
-    check_format(path, SAFETENSORS)
+    check_header(path)
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: damaged safetensors file ({first_line(error)})") from None
 
 
-def _read_pickle(path: Path) -> dict[Any, Any]:
-    check_format(path, PYTORCH)
+def check_header(path: Path) -> None:
+    """Raise ValueError for what is no safetensors file, or one with a header of absurd length."""
+    check_format(path, SAFETENSORS)
     with path.open("rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"  # torch.save since 1.6; older files cannot be mapped
-    check_pickle(path, zipped)
+        length = int.from_bytes(file.read(8), "little")
+    if MOST_HEADER_BYTES < length < path.stat().st_size:
+        raise ValueError(
+            f"{path}: refused, its header has {length} bytes; at most {MOST_HEADER_BYTES} are read"
+        )
+
+
+def read_pickle(path: Path) -> Any:
+    """What ``torch.save`` wrote to a file, whatever its name; raises as `read_weights` does."""
+    check_format(path, PYTORCH)
+    zipped = check_pickle(path)
     try:
         # A Namespace is attributes and nothing else; the published training script stores one.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -100,8 +136,6 @@ def _read_pickle(path: Path) -> dict[Any, Any]:
         why = re.search(r"Unsupported .*$", str(error), re.MULTILINE)
         reason = why[0] if why else first_line(error)
         raise ValueError(f"{path}: damaged or no PyTorch file ({reason})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not a state dict")
     return content
 
 
@@ -113,7 +147,10 @@ def _read_shards(index: Path) -> dict[Any, Any]:
     for name in sorted(set(map(str, weight_map.values()))):
         if not is_file_name(name) or name.endswith(".index.json"):
             raise ValueError(f"{index}: shard {shown(name)} is not a file name")
+        before = len(state)
         state |= read_weights(index.parent / name)
+        if len(state) == before:
+            raise ValueError(f"{index}: shard {shown(name)} holds no tensors that others do not")
     absent = [key for key in weight_map if key not in state]
     if absent:
         raise ValueError(f"{index}: the shards lack {some_of(absent)}")

@@ -114,18 +114,26 @@ def levels(content: Mapping[Any, Any]) -> Iterator[Mapping[Any, Any]]:
 
 
 def _opened(
-    content: Mapping[Any, Any], marks: tuple[str, ...], path: Path, depth: int = 0
+    content: Mapping[Any, Any],
+    marks: tuple[str, ...],
+    path: Path,
+    depth: int = 0,
+    seen: set[tuple[int, int]] | None = None,
 ) -> Mapping[Any, Any]:
     """The first dict with tensors in it, behind the names of `WRAPPERS`; else ``content``.
 
     An average of another name goes before all that are not averages, if it is of this model.
+    seen: dicts that hold none, with their depth: a pickle may hold one under a thousand names.
     """
+    seen = set() if seen is None else seen
     averages = [name for name in content if is_averaged(str(name)) and name not in WRAPPERS]
     empty = []
     for name in (*AVERAGED, *averages, *WRAPPERS[len(AVERAGED) :]):
         inner = content.get(name)
-        if isinstance(inner, Mapping) and depth < 4:  # a pickle may hold itself
-            found = _opened(inner, marks, path, depth + 1)
+        place = id(inner), depth
+        if isinstance(inner, Mapping) and depth < 4 and place not in seen:  # it may hold itself too
+            seen.add(place)
+            found = _opened(inner, marks, path, depth + 1, seen)
             if any(isinstance(value, Tensor) for value in found.values()) and (
                 name in WRAPPERS or _prefixes(found, marks)
             ):

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_engine.formats import NUMPY, SAFETENSORS, check_format
+from dit_engine.checkpoint.weights import check_header
+from dit_engine.formats import NUMPY, check_format
 
 
 def read_tensor(path: Path | None) -> Tensor | None:
@@ -31,7 +32,7 @@ def read_tensor(path: Path | None) -> Tensor | None:
 def _read_npy(path: Path) -> Tensor:
     check_format(path, NUMPY)
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(path, "r", allow_pickle=False)  # mapped: its header may claim anything
     except (OSError, MemoryError):
         raise
     except Exception as error:  # EOFError, ValueError, BadZipFile, …: whatever the damage leads to
@@ -47,7 +48,7 @@ def _read_safetensors(path: Path) -> Tensor:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    check_format(path, SAFETENSORS)
+    check_header(path)
     try:
         tensors = load_file(path)
     except SafetensorError as error:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_engine.checkpoint.pickles import check_pickle
 from dit_engine.files import atomic_path, save_tensors
 from dit_engine.training.log import ProgressLine, add_row, drop_rows_after, plot_losses
 from dit_engine.training.stopping import Stopped, signals_noted
@@ -247,8 +248,9 @@ def read_stage(directory: Path) -> Stage | None:
 
 def _read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     try:
+        check_pickle(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"{path} is damaged: remove it to begin again") from error
 
 

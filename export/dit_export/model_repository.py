@@ -21,10 +21,12 @@ from typing import Any
 from dit_engine._version import __version__
 from dit_engine.directories import Known, check_destination, new_directory, nothing_known
 from dit_engine.files import check_regular, file_hash
+from dit_engine.json_files import check_schema, read_json_value
 from dit_export.bundle import Bundle
 from dit_export.bundle_metadata import check_metadata
 from dit_export.targets import DTYPES, QUANTIZED
 from dit_export.triton.configuration import (
+    ACCELERATORS,
     GRAPHS,
     PLATFORMS,
     ServingOptions,
@@ -37,6 +39,17 @@ MARKER = "repository.json"
 PRODUCER = f"dit-engine {__version__}"
 TRUST = "write the repository again, or look at its code and serve it with --trust"
 FORMAT = 2  # 1 had no hashes, and did not say what the configurations are made from
+
+# Of repository.json, in the language of `dit_engine.json_files`; "export" is an export's manifest.
+SCHEMA = {
+    "": {"producer": "text", "options": "object", "export": "object", "files": "object"},
+    "options": {
+        "platform": PLATFORMS, "accelerator": ACCELERATORS, "max_batch_size": "count",
+        "instances": "count", "pipelines": "count", "queue_delay_us": "count",
+        "queue_size": "count",
+    },
+    "files": {"<text>": "text"},
+}  # fmt: skip
 
 # Copied into dit/1 as they are installed here, so that the server's loop cannot drift from ours.
 SOURCES = (
@@ -173,14 +186,13 @@ def check_free(directory: str | Path, overwrite: bool) -> None:
 def read_marker(path: Path) -> dict[str, Any]:
     """Raises a one-line ValueError for what is no repository of ours."""
     try:
-        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        marker = read_json_value(path / MARKER)
+    except FileNotFoundError:
         raise ValueError(f"{path}: no model repository; {MARKER} is missing") from None
-    except ValueError as error:
-        raise ValueError(f"{path / MARKER}: no JSON: {error}") from None
     ours = isinstance(marker, dict) and isinstance(marker.get("files"), dict)
     if not ours or marker.get("format") != FORMAT:
         raise ValueError(f"{path / MARKER}: not written by this version of dit-export: {TRUST}")
+    check_schema(marker, SCHEMA, f"{path / MARKER}: cannot be read")
     return marker
 
 
@@ -195,7 +207,7 @@ def replaceable(overwrite: bool) -> Known:
         if not overwrite:
             raise ValueError("holds a model repository; --overwrite replaces it")
         listed = marker["files"]
-        return {MARKER: None} | {n: str(listed[n]) for n in file_names() if n in listed}
+        return {MARKER: None} | {n: listed[n] for n in file_names() if n in listed}
 
     return known
 

@@ -13,63 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
+from bundles import write_bundle
 from tiny import NAMES, tiny_dit, tiny_vae
 
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.coefficients import step_coefficients
 from dit_engine.diffusion import Diffusion
-from dit_engine.directories import new_directory
 from dit_engine.schedule import make_schedule
 from dit_export import model_repository
-from dit_export.bundle import Bundle, Graph, write_manifest
+from dit_export.bundle import Bundle
 from dit_export.cli import main
-from dit_export.graphs import GRAPHS as ALL_GRAPHS
-from dit_export.graphs import GuidedStep, signature
+from dit_export.graphs import GuidedStep
 from dit_export.model_repository import MARKER, SOURCES, write_repository
-from dit_export.source import weights_hash
 from dit_export.triton.configuration import Enum, ServingOptions, to_pbtxt
 from dit_export.triton.pipeline import Facts, parse_rows
 
 MODELS = ["dit", "dit_guided_step", "dit_transformer", "vae_decoder"]
-
-
-def metadata_graph(**metadata: str) -> bytes:
-    """An ONNX file that says what it is, and has not a single node."""
-    graph = onnx.helper.make_graph([], metadata["graph"], [], [])
-    model = onnx.helper.make_model(graph)
-    onnx.helper.set_model_props(model, metadata)
-    return model.SerializeToString()
-
-
-def write_bundle(path: Path, vae: bool = True, data: bool = False, **changes: Any) -> Bundle:
-    """An export whose graphs are empty: here only their names and shapes matter.
-
-    changes: of the manifest; model: a `DiT`; graphs: of the metadata of a graph, by its name.
-    """
-    model, decoder = changes.pop("model", tiny_dit()), tiny_vae() if vae else None
-    inside = changes.pop("graphs", {})
-    names = [name for name in ALL_GRAPHS if decoder or name != "vae_decoder"]
-    facts: dict[str, Any] = {
-        "model": model.config.to_dict(), "vae": decoder and json.loads(decoder.config.to_json()),
-        "checkpoint": weights_hash(model), "vae_checkpoint": decoder and weights_hash(decoder),
-        "dtype": "fp16", "opset": 23, "target": "onnxruntime", "guided_channels": 3,
-        "label_names": list(NAMES),
-    } | changes  # fmt: skip
-    config, dtype = None if decoder is None else decoder.config, facts["dtype"]
-    graphs = [Graph(n, f"{n}.onnx", dtype, *signature(n, model.config, config)) for n in names]
-    with new_directory(path) as partial:
-        for graph in graphs:
-            owner = "vae_checkpoint" if graph.name == "vae_decoder" else "checkpoint"
-            said = {"graph": graph.name, "checkpoint": facts[owner], "dtype": dtype}
-            content = metadata_graph(**(said | inside.get(graph.name, {})))
-            (partial / graph.file).write_bytes(content)
-            if data:
-                (partial / f"{graph.file}.data").write_bytes(b"weights")
-        write_manifest(partial, facts, graphs)
-    return Bundle.open(path)
 
 
 @pytest.fixture

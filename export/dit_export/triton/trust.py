@@ -97,14 +97,7 @@ def _expected(path: Path, marker: dict[str, Any]) -> tuple[dict[str, bytes], dic
         names, optional = data_names(options.platform)
         wanted = [*names, *(name for name in optional if name in marker["files"])]
         return texts, {name: marker["files"][name] for name in wanted}
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path / MARKER}: cannot be read: {one_line(repr(error))}") from None
 
 

@@ -1,0 +1,268 @@
+"""What `dit-export triton --serve` runs: the code that this version writes, and no other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bundles import write_bundle
+
+from dit_export.cli import main
+from dit_export.model_repository import MARKER, write_repository
+from dit_export.triton.configuration import ServingOptions
+from dit_export.triton.server import running_server
+from dit_export.triton.server_binary import ServerBinary, find_server
+from dit_export.triton.trust import check_repository
+
+EVIL = "raise SystemExit('a stranger was here')\n"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trust")
+    bundle = write_bundle(folder / "onnx", data=True)
+    return write_repository(bundle, folder / "repository", ServingOptions(max_batch_size=4))
+
+
+@pytest.fixture
+def repository(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made, tmp_path / "repository")
+
+
+def add(name: str, text: str = EVIL) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
+
+    return change
+
+
+def append(name: str, text: str) -> Callable[[Path], None]:
+    return lambda path: add(name, (path / name).read_text() + text)(path)
+
+
+def link(name: str, inside: bool) -> Callable[[Path], None]:
+    """What is there moves away, and a link leads to it."""
+
+    def change(path: Path) -> None:
+        elsewhere = (path if inside else path.parent) / "elsewhere"
+        (path / name).rename(elsewhere)
+        (path / name).symlink_to(elsewhere)
+
+    return change
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    """It would be read for ever."""
+
+    def change(path: Path) -> None:
+        (path / name).unlink()
+        os.mkfifo(path / name)
+
+    return change
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda path: (path / name).unlink()
+
+
+NONE = "is no part of what this version writes"
+DIFFERS = "differs from what this version writes"
+STRANGERS = {
+    "a model of its own": (add("evil/1/model.py"), "evil", NONE),
+    "another version": (add("dit/2/model.py"), "dit/2", NONE),
+    "Python in a graph's model": (add("vae_decoder/1/model.py"), "vae_decoder/1/model.py", NONE),
+    "a backend": (add("dit_transformer/libtriton_x.so"), "dit_transformer/libtriton_x.so", NONE),
+    "a backend of a version": (add("vae_decoder/1/libtriton_x.so"), "vae_decoder/1/libtrit", NONE),
+    "an agent": (add("dit/1/libtritonrepoagent_x.so"), "dit/1/libtritonrepoagent_x.so", NONE),
+    "another kind of graph": (add("vae_decoder/1/model.graphdef"), "model.graphdef", NONE),
+    "another configuration": (add("dit/configs/h100.pbtxt"), "dit/configs", NONE),
+    "a module beside the loop": (add("dit/1/numpy.py"), "dit/1/numpy.py", NONE),
+    "a package of the loop": (add("dit/1/dit_engine/json.py"), "dit/1/dit_engine/json.py", NONE),
+    "a compiled module": (add("dit/1/json.pyc"), "dit/1/json.pyc", NONE),
+    "a module beside the client": (add("numpy.py"), "numpy.py", NONE),
+    "a hidden file": (add("dit/.env"), "dit/.env", NONE),
+    "unlisted weights": (add("dit_transformer/1/other.onnx.data"), "other.onnx.data", NONE),
+    "the model": (append("dit/1/model.py", EVIL), "dit/1/model.py", DIFFERS),
+    "the loop": (
+        append("dit/1/dit_export/triton/pipeline.py", EVIL), "triton/pipeline.py", DIFFERS
+    ),
+    "an __init__": (append("dit/1/dit_engine/__init__.py", EVIL), "dit_engine/__init__", DIFFERS),
+    "a space": (append("dit/1/dit_engine/labels.py", " "), "dit/1/dit_engine/labels.py", DIFFERS),
+    "the client": (append("client.py", EVIL), "client.py", DIFFERS),
+    "the loop's facts": (append("dit/1/pipeline.json", " "), "dit/1/pipeline.json", DIFFERS),
+    "the loop's environment": (
+        append("dit/config.pbtxt", 'parameters { key: "EXECUTION_ENV_PATH" }\n'),
+        "dit/config.pbtxt", DIFFERS,
+    ),
+    "a graph's backend": (
+        append("vae_decoder/config.pbtxt", 'backend: "python"\n'), "vae_decoder/config", DIFFERS
+    ),
+    "a graph": (append("vae_decoder/1/model.onnx", "x"), "model.onnx", "has changed since"),
+    "weights": (
+        append("vae_decoder/1/vae_decoder.onnx.data", "x"), "onnx.data", "has changed since"
+    ),
+    "no loop": (remove("dit/1/model.py"), "dit/1/model.py", "is missing"),
+    "no graph": (remove("vae_decoder/1/model.onnx"), "vae_decoder/1/model.onnx", "is missing"),
+    "a linked model": (link("dit", inside=False), "dit", "is a link"),
+    "a linked version": (link("vae_decoder/1", inside=False), "vae_decoder/1", "is a link"),
+    "a linked graph": (link("vae_decoder/1/model.onnx", inside=False), "model.onnx", "is a link"),
+    "a link inside": (link("dit/1/dit_engine/labels.py", inside=True), "labels.py", "is a link"),
+    "a pipe": (pipe("dit/1/model.py"), "dit/1/model.py", NONE),
+    "a pipe of weights": (pipe("vae_decoder/1/model.onnx"), "vae_decoder/1/model.onnx", NONE),
+}  # fmt: skip
+
+
+def test_what_is_written_is_served(repository: Path) -> None:
+    """Also with a README of one's own, and with what an earlier server has left of Python."""
+    before = check_repository(repository)
+    append("README.md", "Ours is on the second floor.\n")(repository)
+    add("dit/1/__pycache__/model.cpython-311.pyc")(repository)
+    add("dit/1/dit_engine/__pycache__/labels.cpython-311.pyc")(repository)
+    assert check_repository(repository) == before
+    assert before["client.py"] == (repository / "client.py").read_bytes()
+
+
+@pytest.mark.parametrize("case", STRANGERS)
+@pytest.mark.parametrize("listed", [False, True], ids=["", "with hashes that fit"])
+def test_nothing_else_is(repository: Path, case: str, listed: bool) -> None:
+    change, name, reason = STRANGERS[case]
+    change(repository)
+    if listed:
+        if reason == "has changed since":
+            return  # that is what a graph's hash is: it is data, and anybody's
+        known = json.loads((repository / MARKER).read_text())["files"]
+        change_marker(repository, files=known | hashes(repository))
+    with pytest.raises(ValueError, match=rf"{name}.*: {reason}|elsewhere: {NONE}") as caught:
+        check_repository(repository)
+    assert "\n" not in str(caught.value)
+    assert reason == "is missing" or str(caught.value).endswith("serve it with --trust")
+
+
+def change_marker(path: Path, **changes: Any) -> None:
+    marker = json.loads((path / MARKER).read_text())
+    (path / MARKER).write_text(json.dumps(marker | changes))
+
+
+def hashes(path: Path) -> dict[str, str]:
+    """As a stranger lists them who knows the format."""
+    return {
+        file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in path.rglob("*")
+        if file.is_file() and file.name != MARKER
+    }
+
+
+def test_facts_that_are_none(repository: Path) -> None:
+    """Configurations are made from them: nothing in them may become a line of one."""
+    marker = json.loads((repository / MARKER).read_text())
+    export, options = marker["export"], marker["options"]
+    graph = export["graphs"]["vae_decoder"]
+    line = {"backend": "python"}
+
+    def with_graph(**changes: Any) -> dict[str, Any]:
+        return {"export": export | {"graphs": export["graphs"] | {"vae_decoder": graph | changes}}}
+
+    for changes in (
+        {"export": 5},
+        {"export": {}},
+        {"options": options | {"platform": "python"}},
+        {"options": options | {"max_batch_size": line}},
+        {"options": options | {"instances": 0}},
+        {"options": options | {"more": 1}},
+        {"export": export | {"checkpoint": line}},
+        {"export": export | {"vae": None}},
+        {"export": export | {"vae": {"block_out_channels": []}}},
+        {"export": export | {"producer": line}},
+        {"export": export | {"graphs": {}}},
+        with_graph(inputs=[graph["inputs"][0] | {"name": line}]),
+        with_graph(inputs=[graph["inputs"][0] | {"dtype": "python"}]),
+        with_graph(inputs=[graph["inputs"][0] | {"shape": ["batch", line]}]),
+        with_graph(dtype=line),
+        {"files": dict.fromkeys(marker["files"], line)},
+        {"files": {}},
+    ):
+        change_marker(repository, **(marker | changes))
+        with pytest.raises(ValueError, match=r"repository\.json: cannot be read: ") as caught:
+            check_repository(repository)
+        assert "\n" not in str(caught.value), changes
+    quoted = 'fp16" } backend: "python'
+    change_marker(repository, **(marker | {"export": export | {"checkpoint": quoted}}))
+    with pytest.raises(ValueError, match=rf"config\.pbtxt: {DIFFERS}"):
+        check_repository(repository)
+
+
+def test_what_another_version_wrote(repository: Path) -> None:
+    change_marker(repository, producer="dit-engine 0.0.9\x1b[2J")
+    message = r"written by dit-engine 0\.0\.9\\x1b\[2J, not dit-engine .*: write .* --trust$"
+    with pytest.raises(ValueError, match=message):
+        check_repository(repository)
+    change_marker(repository, format=1)
+    with pytest.raises(ValueError, match=r"not written by this version of .*--trust$"):
+        check_repository(repository)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> ServerBinary:
+    """A tritonserver that writes down its arguments, and ends."""
+    for backend in ("python", "onnxruntime"):
+        (tmp_path / "opt" / "backends" / backend).mkdir(parents=True)
+    (tmp_path / "opt" / "bin").mkdir()
+    program = tmp_path / "opt" / "bin" / "tritonserver"
+    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\nexit 3\n')
+    program.chmod(0o755)
+    return find_server(program)
+
+
+def test_no_server_is_started_of_a_strangers_code(
+    repository: Path,
+    server: ServerBinary,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither by the command, as the README says it, nor by the library; but with --trust."""
+    add("dit/1/model.py")(repository)
+    monkeypatch.chdir(repository)
+    ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
+    command = ["triton", "--serve", ".", "--server", str(server.path), *ports]
+    assert main(command) == 2
+    error = f"error: dit/1/model.py: {DIFFERS}: "
+    assert capfd.readouterr().err.startswith(error)
+    with pytest.raises(ValueError, match=DIFFERS), running_server(repository, server):
+        pass
+    assert not (tmp_path / "asked").exists()
+    assert main([*command, "--trust"]) == 2
+    assert capfd.readouterr().err == "error: the server ended with code 3 before it was ready\n"
+    assert f"--model-repository={repository}" in (tmp_path / "asked").read_text()
+    assert main(["triton", "--trust"]) == 2
+    assert "--trust is an option of --serve" in capfd.readouterr().err
+    missing = r"no model repository; repository\.json is missing"
+    with (
+        pytest.raises(ValueError, match=missing),
+        running_server(tmp_path, server, trust=True),
+    ):
+        pass
+
+
+def test_what_is_served_is_what_was_looked_at(
+    repository: Path, server: ServerBinary, tmp_path: Path
+) -> None:
+    """Python would run a compiled file that fits the time and size of the text beside it."""
+    shutil.copytree(repository / "dit", tmp_path / "before")
+    copy = f'cp -RL "${{1#--model-repository=}}" {tmp_path}/served; exit 3'
+    server.path.write_text(f"#!/bin/sh\n{copy}\n")
+    add("dit/1/__pycache__/model.cpython-311.pyc")(repository)
+    log = tmp_path / "log"
+    with pytest.raises(RuntimeError, match="code 3"), running_server(repository, server, log=log):
+        pass
+    served = tmp_path / "served"
+    assert hashes(served / "dit") == hashes(tmp_path / "before")
+    graph = "vae_decoder/1/model.onnx"
+    assert (served / graph).read_bytes() == (repository / graph).read_bytes()

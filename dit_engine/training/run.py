@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from dit_engine.files import atomic_path, save_tensors
 from dit_engine.json_files import parse_json, read_json
 from dit_engine.labels import resolve_labels
 from dit_engine.model import DiT
-from dit_engine.training.avatars import load_avatars
+from dit_engine.training.avatars import CLASSES, load_avatars
 from dit_engine.training.card import Outcome, judge, write_card
 from dit_engine.training.data import ImageSet, load_image_folder
 from dit_engine.training.decoder_stage import train_decoder
@@ -34,6 +35,7 @@ from dit_engine.training.vae_stage import encode_all, train_vae
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 VAE_EMA_DECAY = 0.998
+_LARGEST_SEED = 2**42  # the loop seeds each step by a million times this, within 64 bits
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,13 @@ class TrainSettings:
         for name in ("images_per_class", "vae_batch_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not a positive integer")
+        for name in ("vae_learning_rate", "learning_rate", "kl_weight"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)}: allowed is 0 or more")
+        if not 0.0 <= self.ema_decay <= 1.0:
+            raise ValueError(f"ema_decay {self.ema_decay}: allowed is 0 to 1")
+        if abs(self.seed) > _LARGEST_SEED:
+            raise ValueError(f"seed {self.seed}: allowed is {-_LARGEST_SEED} to {_LARGEST_SEED}")
 
     def vae_config(self) -> VAEConfig:
         # Small networks: one block a level, groups of four channels or more, no attention.
@@ -125,9 +134,18 @@ def _train(
     follow_load: bool,
 ) -> tuple[Path, Outcome]:
     _require_matplotlib()
+    begun = directory / "settings.json"
+    _check_same(asdict(settings), begun)  # before images are rendered or read
+    if settings.data == "avatars":
+        _flipped(settings.flip, CLASSES)
     data = _load_data(settings, directory)
     flip = _flipped(settings.flip, data.class_names)
-    _check_same(settings, data, directory / "settings.json")
+    now = asdict(settings) | {"class_names": data.class_names, "images": len(data)}
+    _check_same(now, begun)
+    if not begun.exists():
+        begun.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(begun) as partial:
+            partial.write_text(json.dumps(now, indent=2) + "\n")
     settings = replace(settings, flip=flip)
     vae = _stage_one(settings, vae_budget, data, directory / "vae", device, follow_load)
     means, deviations, labels = _latents(settings, vae, data, directory / "latents.safetensors")
@@ -178,16 +196,11 @@ def _require_matplotlib() -> None:
         raise ImportError(f"{error}: pip install 'dit-engine[train]'") from error
 
 
-def _check_same(settings: TrainSettings, data: ImageSet, path: Path) -> None:
-    """Write the settings and what the data is, or compare with those of the run's beginning."""
-    now = asdict(settings) | {"class_names": data.class_names, "images": len(data)}
-    text = json.dumps(now, indent=2) + "\n"
+def _check_same(now: dict[str, Any], path: Path) -> None:
+    """Compare settings with those of the run's beginning, if this is not its beginning."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as partial:
-            partial.write_text(text)
         return
-    before = _begun(path)
+    before, text = _begun(path), json.dumps(now)
     for name, value in parse_json(text, "these settings", lenient=True).items():
         if before.get(name) != value:
             raise ValueError(
@@ -197,7 +210,7 @@ def _check_same(settings: TrainSettings, data: ImageSet, path: Path) -> None:
 
 
 def _begun(path: Path) -> dict[str, Any]:
-    """What `_check_same` wrote. Raises ValueError where the file holds something else."""
+    """The settings of the run's beginning; ValueError where the file holds something else."""
     settings = read_json(path, lenient=True)  # the path of the images may hold what is no text
     names = settings.get("class_names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -1,0 +1,263 @@
+"""What is replaced: only what was written here is removed, whatever a file says was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from onnx import helper
+from PIL import Image
+from tiny import NAMES, tiny_dit, tiny_vae
+
+from dit_engine.checkpoint import save_pretrained
+from dit_engine.cli.generate import main as generate
+from dit_engine.cli.train import main as train
+from dit_engine.directories import check_destination, new_directory
+from dit_export.bundle import MANIFEST, Bundle, Graph, write_manifest
+from dit_export.bundle import replaceable as replaceable_export
+from dit_export.cli import main as export
+from dit_export.graphs import GRAPHS, signature
+from dit_export.model_repository import MARKER, write_repository
+from dit_export.model_repository import replaceable as replaceable_repository
+from dit_export.source import weights_hash
+
+THESIS = b"years of work"
+MODEL, VAE = tiny_dit(), tiny_vae()
+
+
+def native(path: Path) -> Path:
+    save_pretrained(path, MODEL, VAE, NAMES)
+    return path
+
+
+def exported(path: Path) -> Path:
+    facts = {
+        "model": MODEL.config.to_dict(), "vae": json.loads(VAE.config.to_json()),
+        "checkpoint": weights_hash(MODEL), "vae_checkpoint": weights_hash(VAE), "dtype": "fp32",
+        "opset": 23, "target": "onnxruntime", "guided_channels": 3, "label_names": [*NAMES],
+    }  # fmt: skip
+    graphs = [
+        Graph(n, f"{n}.onnx", "fp32", *signature(n, MODEL.config, VAE.config)) for n in GRAPHS
+    ]
+    with new_directory(path) as partial:
+        for graph in graphs:
+            model = helper.make_model(helper.make_graph([], graph.name, [], []))
+            owner = "vae_checkpoint" if graph.name == "vae_decoder" else "checkpoint"
+            said = {"graph": graph.name, "checkpoint": facts[owner], "dtype": "fp32"}
+            helper.set_model_props(model, said)
+            (partial / graph.file).write_bytes(model.SerializeToString())
+        write_manifest(partial, facts, graphs)
+    return path
+
+
+def repository(path: Path) -> Path:
+    return write_repository(Bundle.open(exported(path.with_name("onnx"))), path)
+
+
+def save_again(path: Path) -> None:
+    save_pretrained(path, tiny_dit(1))
+
+
+def export_again(path: Path) -> None:
+    with new_directory(path, replaceable_export(True)) as partial:
+        (partial / "new").touch()
+
+
+def write_again(path: Path) -> None:
+    with new_directory(path, replaceable_repository(True)) as partial:
+        (partial / "new").touch()
+
+
+KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None], str | None]] = {
+    "model": (native, save_again, None),
+    "export": (exported, export_again, MANIFEST),
+    "repository": (repository, write_again, MARKER),
+}
+
+FOREIGN = {
+    "model": ["thesis.tex", "docs/thesis.tex", "vae/thesis.tex", "vae/more/thesis.tex",
+              "vae/model.safetensors", "vae/README.md", "labels.json/thesis.tex"],
+    "export": ["thesis.tex", "docs/thesis.tex", "denoiser.onnx.data", "labels.json/thesis.tex",
+               "other.onnx"],
+    "repository": ["thesis.tex", "docs/thesis.tex", "dit/1/thesis.py", "dit/2/model.py",
+                   "dit_transformer/1/transformer.onnx.data", "vae_decoder/1/model.plan"],
+}  # fmt: skip
+
+
+def contents(directory: Path) -> dict[str, Any]:
+    found = {p.relative_to(directory).as_posix(): p for p in directory.rglob("*")}
+    return {
+        name: str(p.readlink()) if p.is_symlink() else p.read_bytes()
+        for name, p in found.items()
+        if p.is_symlink() or not p.is_dir()
+    }
+
+
+def list_it(path: Path, marker: str, name: str, data: bytes) -> None:
+    """As if the file had been written with the rest: what a stranger's list may say."""
+    values = json.loads((path / marker).read_text())
+    digest = hashlib.sha256(data).hexdigest()
+    listed = {"bytes": len(data), "sha256": digest} if marker == MANIFEST else digest
+    values["files"][name] = listed
+    (path / marker).write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, names in FOREIGN.items() for name in names]
+)
+def test_what_was_not_written_here_is_never_removed(
+    tmp_path: Path, kind: str, name: str, listed: bool
+) -> None:
+    make, again, marker = KINDS[kind]
+    path = make(tmp_path / "out")
+    if (parent := (path / name).parent).is_file():
+        parent.unlink()
+    parent.mkdir(parents=True, exist_ok=True)
+    (path / name).write_bytes(THESIS)
+    if listed and marker is not None:
+        # A known name with its own hash is what was written, as far as anybody can tell.
+        data = THESIS if Path(name).name.startswith(("thesis", "other")) else b"another"
+        list_it(path, marker, name, data)
+    before = contents(path)
+    with pytest.raises(ValueError, match="nothing was written") as caught:
+        again(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert contents(path) == before and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("kind", ["export", "repository"])
+def test_what_has_changed_since_is_not_removed(tmp_path: Path, kind: str) -> None:
+    make, again, marker = KINDS[kind]
+    path = make(tmp_path / "out")
+    changed = next(p for p in path.rglob("*.*") if p.is_file() and p.name != marker)
+    changed.write_bytes(THESIS)
+    with pytest.raises(ValueError, match=f"{changed.name} has changed since it was written"):
+        again(path)
+    assert changed.read_bytes() == THESIS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("linked", ["file", "directory"])
+def test_links_are_refused_and_not_followed(tmp_path: Path, kind: str, linked: str) -> None:
+    make, again, _ = KINDS[kind]
+    path, elsewhere = make(tmp_path / "out"), tmp_path / "elsewhere"
+    wanted = [p for p in path.rglob("*") if p.is_dir() == (linked == "directory")]
+    if not wanted:
+        (path / "vae").mkdir()  # an export has no directory of its own
+        wanted = [path / "vae"]
+    wanted[0].rename(elsewhere)
+    wanted[0].symlink_to(elsewhere)
+    there = elsewhere.read_bytes() if linked == "file" else contents(elsewhere)
+    with pytest.raises(ValueError, match="nothing was written"):
+        again(path)
+    assert (elsewhere.read_bytes() if linked == "file" else contents(elsewhere)) == there
+    assert wanted[0].is_symlink()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_comes_there_while_it_is_replaced_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    make, again, _ = KINDS[kind]
+    path, rename = make(tmp_path / "out"), Path.rename
+    changed = next(p for p in path.rglob("*.*") if p.is_file())
+
+    def late(self: Path, target: Path) -> Path:
+        if self == path:
+            (path / "thesis.tex").write_bytes(THESIS)
+            changed.write_bytes(THESIS)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    with pytest.warns(UserWarning, match=r"\.old is left: it holds what was not made here"):
+        again(path)
+    (old,) = tmp_path.glob(".*.old")
+    expected = {changed.relative_to(path).as_posix(): THESIS, "thesis.tex": THESIS}
+    assert contents(old) == expected and "thesis.tex" not in contents(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_written_here_is_replaced(tmp_path: Path, kind: str) -> None:
+    make, again, _ = KINDS[kind]
+    path = make(tmp_path / "out")
+    again(path)
+    assert not list(tmp_path.glob(".*")) and len(contents(path)) < 3
+
+
+def test_a_directory_that_cannot_be_read_is_not_taken_for_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = native(tmp_path / "out")
+    scandir = __import__("os").scandir
+
+    def refused(where: Any) -> Any:
+        if Path(where).name == "vae":
+            raise PermissionError(13, "Permission denied", str(where))
+        return scandir(where)
+
+    monkeypatch.setattr("os.scandir", refused)
+    with pytest.raises(PermissionError):
+        check_destination(path, lambda _: {"vae/config.json": None})
+
+
+# ---- nothing is made before the inputs are known to be right
+
+
+def images(path: Path) -> Path:
+    for name in ("a", "b"):
+        (path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(path / name / "0.png")
+    return path
+
+
+BAD_GENERATE = (["--labels", "nobody"], ["--labels", "99"], ["--steps", "0"], ["--sampler", "x"],
+                ["--seeds", "1", "2"], ["--model", "nowhere"], ["--device", "x"])  # fmt: skip
+BAD_EXPORT = {
+    "onnx": (["--model", "nowhere"], ["--dtype", "x"], ["--opset", "1"], ["--graphs", "x"],
+             ["--guidance-channels", "99"]),
+    "triton": (["--model", "nowhere"], ["--dtype", "x"], ["--onnx", "nowhere"],
+               ["--max-batch-size", "0"], ["--guidance-channels", "99"]),
+}  # fmt: skip
+BAD_TRAIN = (["--data", "nowhere"], ["--flip", "x"], ["--learning-rate", "-1"],
+             ["--vae-learning-rate", "nan"], ["--kl-weight", "-1"], ["--ema-decay", "2"],
+             ["--seed", str(2**70)], ["--num-heads", "7"], ["--size", "15"])  # fmt: skip
+
+
+def test_bad_inputs_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data, empty = native(tmp_path / "m"), images(tmp_path / "images"), tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    common = ["--model", str(model)]
+    calls = [(generate, [*common, "--labels", "1", *bad, "-o", out])
+             for bad in BAD_GENERATE for out in ("deep/out", "sheet.png")]  # fmt: skip
+    calls += [(export, [command, *([] if "--onnx" in bad else common), *bad, "-o", "deep/out"])
+              for command, all_bad in BAD_EXPORT.items() for bad in all_bad]  # fmt: skip
+    calls += [
+        (train, ["--data", str(data), "--size", "8", "--dit-steps", "1", *bad, "-o", "deep/out"])
+        for bad in BAD_TRAIN
+    ]
+    calls.append((train, ["--flip", "nobody", "-o", "deep/out"]))  # before avatars are rendered
+    for main, arguments in calls:
+        assert main(arguments) == 2, arguments
+        assert not list(empty.iterdir()), arguments
+        assert capsys.readouterr().err.startswith("error: "), arguments
+
+
+def test_a_model_that_cannot_be_written_leaves_no_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        save_pretrained(tmp_path / "a" / "b" / "model", MODEL, dtype=torch.float16)
+    assert not list(tmp_path.iterdir())

@@ -51,9 +51,10 @@ class VAEConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} {value!r} is not a positive integer")
         for width in self.block_out_channels:
-            if not isinstance(width, int) or width <= 0 or width % self.norm_num_groups:
+            number = isinstance(width, int) and not isinstance(width, bool)
+            if not number or width <= 0 or width % self.norm_num_groups:
                 raise ValueError(
-                    f"block_out_channels {width} is not a positive multiple of "
+                    f"block_out_channels {width!r} is not a positive multiple of "
                     f"norm_num_groups {self.norm_num_groups}"
                 )
         if not isinstance(self.mid_block_add_attention, bool):

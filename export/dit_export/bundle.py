@@ -26,22 +26,22 @@ MANIFEST = "manifest.json"
 LABELS = "labels.json"
 
 # Of the manifest, in the language of `dit_engine.json_files`.
-_TENSOR = {"name": "text", "dtype": ("float32", "int64"), "shape": "count|text[]"}
+_TENSOR = {"name": "line", "dtype": ("float32", "int64"), "shape": "count|line[]"}
 SCHEMA = {
     "": {
-        "producer": "text", "model": "object", "vae": "object?", "checkpoint": "text",
-        "vae_checkpoint?": "text?", "dtype": DTYPES, "opset": "count", "target": TARGETS,
+        "producer": "line", "model": "object", "vae": "object?", "checkpoint": "line",
+        "vae_checkpoint?": "line?", "dtype": DTYPES, "opset": "count", "target": TARGETS,
         "guided_channels": "count", "label_names": "text[]?", "graphs": "object", "files": "object",
     },
     "graphs": {"<file name>": "object"},
     "graphs{}": {
         "file": "file name", "dtype": DTYPES, "inputs": "list", "outputs": "list",
-        "error?": "object?", "accuracy?": "object?", "verified_by?": "text[]",
+        "error?": "object?", "accuracy?": "object?", "verified_by?": "line[]",
     },
     "graphs{}.inputs[]": _TENSOR,
     "graphs{}.outputs[]": _TENSOR,
     "files": {"<file name>": "object"},
-    "files{}": {"bytes": "count", "sha256": "text"},
+    "files{}": {"bytes": "count", "sha256": "line"},
 }  # fmt: skip
 
 

@@ -23,17 +23,17 @@ FORMAT = 2
 SUFFIX = ".engine"
 _SCHEMA = {
     "": {
-        "graph": "text", "checkpoint": "text", "dtype": "text", "model": "object", "key": "object",
+        "graph": "line", "checkpoint": "line", "dtype": "line", "model": "object", "key": "object",
         "inputs": "object", "outputs": "object", "engine": "object",
     },
     "key": {
-        "graph": "text", "flavour": "text", "version": "text", "target": "text",
-        "profiles": "list", "workspace_bytes": "count", "plugins": "text[]",
+        "graph": "line", "flavour": "line", "version": "line", "target": "line",
+        "profiles": "list", "workspace_bytes": "count", "plugins": "line[]",
     },
     "key.profiles[]": {"batch": "count[]", "size": "count[]?"},
-    "inputs": {"<text>": "integer[]"},
-    "outputs": {"<text>": "integer[]"},
-    "engine": {"bytes": "count", "sha256": "text"},
+    "inputs": {"<line>": "integer[]"},
+    "outputs": {"<line>": "integer[]"},
+    "engine": {"bytes": "count", "sha256": "line"},
 }  # fmt: skip
 
 

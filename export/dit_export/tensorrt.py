@@ -112,7 +112,7 @@ def build_bundle(
 
 def graph_hash(bundle: Bundle, name: str) -> str:
     """SHA-256 over a graph's own file and the files of weights beside it."""
-    own = bundle.graphs[name].file
+    own = bundle.graph(name).file
     digest = hashlib.sha256()
     for file, listed in sorted(bundle.manifest["files"].items()):
         if file == own or file.startswith(f"{own}."):

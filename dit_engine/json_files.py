@@ -10,7 +10,8 @@ A schema maps a place to the keys that an object there has, and each key to the 
 A place that ends in "[]" is every entry of a list, one that ends in "{}" every value of an object.
 A key that ends in "?" may be missing; "<kind>" stands for all keys of an object, which are then of
 that kind. "|" in a kind is "or", "[]" after it a list of such values, "?" at its end allows null; a
-tuple holds the allowed values themselves. A "line" is a text that a message can hold. Keys that a schema does not name may be there too.
+tuple holds the allowed values themselves. A "line" is a text that a message can hold. Keys that a
+schema does not name may be there too.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_engine.arguments import shown
 from dit_engine.cli.destination import file_name
 from dit_engine.files import atomic_path
 from dit_engine.images import open_image
@@ -120,9 +121,10 @@ class Series:
         if found is None:
             difference = "is no image of this engine"
         else:
-            names = [name for name in expected if found.get(name) != expected[name]]
+            names = [name for name in expected if found.get(name, ...) != expected[name]]
             name = (names or sorted(found.keys() - expected.keys()))[0]
-            difference = f"has {name} {found.get(name)!r} and not {expected.get(name)!r}"
+            there = f"{shown(name)[1:-1]} {shown(found.get(name))}"
+            difference = f"has {there} and not {expected.get(name)!r}"
         raise ValueError(f"{path} {difference}: give another directory, or --overwrite")
 
 

@@ -6,20 +6,26 @@ guided as that graph guides, else to "dit_transformer".
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dit_engine.arguments import shown
 from dit_engine.errors import BackendUnavailable
+from dit_engine.json_files import check_schema, parse_json
 from dit_engine.model import DiT
 from dit_export.source import weights_hash
 from dit_export.triton.remote import RemoteServer
 from dit_kernels.reference import guided_step
 
 TRANSFORMER, STEP = "dit_transformer", "dit_guided_step"
+_CONFIG = {
+    "": {"max_batch_size": "count", "parameters?": "object"},
+    "parameters": {"<text>": "object"},
+    "parameters{}": {"string_value?": "text"},
+}
 
 
 class TritonBackend:
@@ -44,18 +50,31 @@ class TritonBackend:
         served = {name: self.server.config(name) for name in (TRANSFORMER, STEP)}
         for name, config in served.items():
             self._check(name, config, checkpoint, precision)
-        self.largest = min(int(config["max_batch_size"]) for config in served.values())
-        self.guided_channels = int(_parameter(served[STEP], "guided_channels") or 0)
+        self.largest = min(config["max_batch_size"] for config in served.values())
+        guided = _parameter(served[STEP], "guided_channels") or "0"
+        if guided not in map(str, range(self.config.in_channels + 1)):
+            raise BackendUnavailable(
+                f"{self.server.address}: its {STEP} has guided_channels {shown(guided)} of "
+                f"{self.config.in_channels}"
+            )
+        self.guided_channels = int(guided)
 
     def _check(self, name: str, config: dict[str, Any], checkpoint: str, precision: str) -> None:
         there = f"{self.server.address}: its {name}"
+        try:
+            check_schema(config, _CONFIG, there)
+            model = parse_json(_parameter(config, "model") or "null", f"{there}: model")
+        except ValueError as error:
+            raise BackendUnavailable(str(error)) from None
+        if config["max_batch_size"] < 1:
+            raise BackendUnavailable(f"{there} takes no batches (max_batch_size 0)")
         served, dtype = _parameter(config, "checkpoint"), _parameter(config, "dtype")
         if served != checkpoint:
             raise BackendUnavailable(
                 f"{there} is of another model: its weights are {str(served)[:12]}…, "
                 f"this one's {checkpoint[:12]}…"
             )
-        if json.loads(_parameter(config, "model") or "null") != self.config.to_dict():
+        if model != self.config.to_dict():
             raise BackendUnavailable(f"{there} has these weights with another config")
         if dtype != precision:
             raise BackendUnavailable(
@@ -65,15 +84,28 @@ class TritonBackend:
     def prepare(self, labels: Tensor, timesteps: Tensor) -> TritonDenoiser:
         return TritonDenoiser(self, labels, timesteps)
 
-    def infer(self, model: str, inputs: dict[str, np.ndarray], outputs: list[str]) -> list[Tensor]:
-        """In as many requests as the server's largest batch asks for."""
-        n = len(next(iter(inputs.values())))
-        parts = [
-            self.server.infer(
-                model, {k: v[i : i + self.largest] for k, v in inputs.items()}, outputs
-            )
-            for i in range(0, n, self.largest)
-        ]
+    def infer(
+        self, model: str, inputs: dict[str, np.ndarray], outputs: list[str], channels: int
+    ) -> list[Tensor]:
+        """In as many requests as the server's largest batch asks for.
+
+        Raises `BackendUnavailable` unless every output is float32 of (N, channels, S, S).
+        """
+        n, side = len(next(iter(inputs.values()))), self.config.input_size
+        parts = []
+        for i in range(0, n, self.largest):
+            part = {name: value[i : i + self.largest] for name, value in inputs.items()}
+            shape = (min(self.largest, n - i), channels, side, side)
+            answer = self.server.infer(model, part, outputs)
+            for name, value in zip(outputs, answer, strict=True):
+                if not isinstance(value, np.ndarray):
+                    raise BackendUnavailable(f"{self.server.address}: {model} gave no {name}")
+                if value.dtype != np.float32 or value.shape != shape:
+                    raise BackendUnavailable(
+                        f"{self.server.address}: {model} gave {name} as {value.dtype} "
+                        f"{value.shape}; float32 {shape} is needed"
+                    )
+            parts.append(answer)
         columns = (np.concatenate(column) for column in zip(*parts, strict=True))
         return [torch.from_numpy(column).to(self.device) for column in columns]
 
@@ -88,7 +120,8 @@ class TritonDenoiser:
         if len(x) == 0:  # no request holds it
             return x.new_empty(0, self.backend.config.out_channels, *x.shape[2:])
         inputs = {"x": _array(x), **self.conditions(len(x), step)}
-        (output,) = self.backend.infer(TRANSFORMER, inputs, ["output"])
+        channels = self.backend.config.out_channels
+        (output,) = self.backend.infer(TRANSFORMER, inputs, ["output"], channels)
         return output.to(x.dtype)
 
     def conditions(self, rows: int, step: int) -> dict[str, np.ndarray]:
@@ -133,7 +166,8 @@ class FusedTritonDenoiser:
             "guidance_scale": self.scales.numpy()[:, None],
             "coefficients": np.tile(self.coefficients[step], (n, 1)),
         }
-        after, x0 = self.denoiser.backend.infer(STEP, inputs, ["z_next", "x0"])
+        backend = self.denoiser.backend
+        after, x0 = backend.infer(STEP, inputs, ["z_next", "x0"], backend.config.in_channels)
         return after, x0
 
     def _here(

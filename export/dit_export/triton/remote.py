@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable
 from http.client import HTTPException
@@ -15,6 +16,9 @@ from dit_engine.errors import BackendUnavailable
 from dit_engine.printable import one_line
 
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 600.0
+# An answer is about as large as its question: a step's tensors, which as text take five times more.
+_TIMES_THE_QUESTION, _LEAST_BYTES = 16, 16 * 2**20
+_ERROR_BYTES, _BLOCK_BYTES = 64 * 2**10, 2**16
 _TYPES = {"float32": "FP32", "int64": "INT64"}
 _GRPC = "grpc+"
 # tritonclient's own options, which given ones replace, and no proxy of the environment.
@@ -32,7 +36,8 @@ class RemoteServer:
 
     Raises ValueError for an address that is none, ImportError without tritonclient. Every question
     raises, in one line with the address and what went wrong, ValueError where the server names the
-    question's arguments as invalid, else `BackendUnavailable`.
+    question's arguments as invalid, else `BackendUnavailable`: also for an answer that is none, or
+    one that is far larger than the question.
     """
 
     def __init__(self, address: str) -> None:
@@ -75,13 +80,14 @@ class RemoteServer:
         wanted = [self.module.InferRequestedOutput(name) for name in outputs]
         limit = {"client_timeout": ANSWER_SECONDS} if self.protocol == "grpc" else {}
         result = self._ask(lambda client: client.infer(model, tensors, outputs=wanted, **limit))
-        return [result.as_numpy(name) for name in outputs]
+        return [self._ask(lambda _, name=name: result.as_numpy(name)) for name in outputs]
 
     def _ask(self, question: Callable[[Any], T]) -> T:
         try:
             return question(self._client())
         except self.refused as error:
-            text = one_line(error)
+            status = "" if error.status() is None else f"[{error.status()}] "
+            text = one_line(f"{status}{error.message()}")  # the message may be any JSON
             # What HTTP and gRPC call a client's mistake.
             if error.status() in ("400", "StatusCode.INVALID_ARGUMENT"):
                 raise ValueError(f"{self.address}: {one_line(error.message())}") from None
@@ -90,6 +96,13 @@ class RemoteServer:
             raise BackendUnavailable(f"{self.address}: {text}") from None
         except (OSError, HTTPException) as error:  # timeouts too
             raise self._nobody(one_line(getattr(error, "strerror", None) or error)) from None
+        except (BackendUnavailable, ImportError, MemoryError):
+            raise
+        except Exception as error:  # tritonclient takes an answer's shape for granted
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise BackendUnavailable(
+                f"{self.address}: its answer cannot be read ({reason})"
+            ) from None
 
     def _nobody(self, reason: str) -> BackendUnavailable:
         return BackendUnavailable(
@@ -103,8 +116,55 @@ class RemoteServer:
                 limits = {"connection_timeout": CONNECT_SECONDS, "network_timeout": ANSWER_SECONDS}
             elif is_loopback(self.url.rpartition(":")[0]):
                 limits = {"channel_args": _DIRECT}
-            self._own.client = self.module.InferenceServerClient(self.url, **limits)
+            client = self.module.InferenceServerClient(self.url, **limits)
+            if self.protocol == "http":
+                client._client_stub = _Bounded(client._client_stub, self.address)
+            self._own.client = client
         return self._own.client
+
+
+class _Bounded:
+    """The HTTP connection of tritonclient, which itself reads, and inflates, what never ends."""
+
+    def __init__(self, connection: Any, address: str) -> None:
+        self._connection, self._address = connection, address
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def get(self, *arguments: Any, **options: Any) -> _Answer:
+        return self._read(self._connection.get(*arguments, **options), _LEAST_BYTES)
+
+    def post(self, *arguments: Any, body: bytes, **options: Any) -> _Answer:
+        response = self._connection.post(*arguments, body=body, **options)
+        return self._read(response, _LEAST_BYTES + _TIMES_THE_QUESTION * len(body))
+
+    def _read(self, response: Any, limit: int) -> _Answer:
+        failed = response.status_code != 200
+        if not failed and response.get("Content-Encoding") is not None:
+            raise BackendUnavailable(f"{self._address}: its answer is compressed: nobody asked so")
+        body = bytearray()
+        while block := response.read(_BLOCK_BYTES):
+            body += block
+            if failed and len(body) > _ERROR_BYTES:
+                break  # the beginning tells enough
+            if len(body) > limit:
+                raise BackendUnavailable(
+                    f"{self._address}: its answer has more than {limit >> 20} MiB"
+                )
+        return _Answer(response, bytes(body))
+
+
+class _Answer:
+    """What tritonclient takes from a response."""
+
+    def __init__(self, response: Any, body: bytes) -> None:
+        self.status_code: int = response.status_code
+        self.get: Callable[[str], Any] = response.get
+        self._body = io.BytesIO(body)
+
+    def read(self, length: int = -1) -> bytes:
+        return self._body.read(length)
 
 
 def is_loopback(host: str) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_bench.lite0 import WEIGHTS_SHA256, Lite0, extract
+from dit_bench.lite0 import FEATURES, WEIGHTS_SHA256, Lite0, extract
+from dit_engine.arrays import open_member
 from dit_engine.files import atomic_path
 from dit_engine.training.data import ImageSet
 
@@ -79,11 +81,16 @@ def cached_features(held_out: ImageSet, cache: Path, network: Lite0) -> Features
     The file's name alone would not tell that the images were rendered anew.
     """
     key = hashlib.sha256(held_out.images.tobytes()).hexdigest() + WEIGHTS_SHA256
-    if cache.exists():
-        with np.load(cache) as stored:
-            if str(stored["key"]) == key:
-                return stored["features"]
+    if cache.exists() and _read(cache, "key", np.array(key)) == key:
+        return _read(cache, "features", np.empty((len(held_out), FEATURES), np.float32))
     features = extract(held_out.images, network, description="features of held-out images")
     with atomic_path(cache) as partial, partial.open("wb") as file:
         np.savez(file, features=features, key=np.array(key))
     return features
+
+
+def _read(cache: Path, name: str, like: NDArray[Any]) -> NDArray[Any]:
+    with open_member(cache, name) as stored:
+        if (stored.shape, stored.dtype) != (like.shape, like.dtype):
+            raise ValueError(f"{stored}; {like.dtype} {like.shape} is needed: remove the file")
+        return stored.read()

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import math
 import warnings
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dit_bench.frechet import Statistics
+from dit_engine.arrays import StoredArray, open_member, open_npz
+from dit_engine.checkpoint.weights import some_of
+from dit_engine.files import regular_size
 from dit_engine.images import (
     SUFFIXES,
     Unreadable,
+    check_pixels,
     count_of,
     find_images,
     has_orientation,
@@ -36,6 +38,9 @@ Images = NDArray[np.uint8]
 # Pillow turns these into 8-bit RGB without losing range; 16-bit modes would be cut off.
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _ARRAY = "arr_0"
+_NAME_SHOWN = 80  # characters, more than any that is looked for has
+_WIDEST = 2048  # features of Inception, of which others are fewer
+_BATCH_PIXELS = 2**25  # 32 images of 1024×1024, of which networks make float32
 _POOLED, _SPATIAL = ("mu", "sigma"), ("mu_s", "sigma_s")
 
 
@@ -52,7 +57,8 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def batches(self, batch_size: int) -> Iterator[Images]:
-        """uint8 (n, H, W, 3) with n = batch_size but for the last. ValueError for a bad image."""
+        """uint8 (n, H, W, 3) with n = batch_size but for the last, or smaller where images are
+        large. ValueError for a bad image."""
         ...
 
 
@@ -87,7 +93,7 @@ def open_set(path: Path) -> ComparedSet:
         statistics = _read_statistics(path, names)
     if statistics is None and _ARRAY not in names:
         raise ValueError(
-            f"{path} holds {', '.join(names) or 'nothing'}; {_ARRAY} (images) or "
+            f"{path} holds {some_of(names, quote=False) or 'nothing'}; {_ARRAY} (images) or "
             f"{', '.join((*_POOLED, *_SPATIAL))} (statistics) are needed"
         )
     images = ImageArray(path) if _ARRAY in names else None
@@ -137,8 +143,9 @@ class ImageFolder:
         return len(self.paths)
 
     def batches(self, batch_size: int) -> Iterator[Images]:
-        for start in range(0, len(self.paths), batch_size):
-            yield np.stack([_decode(path) for path in self.paths[start : start + batch_size]])
+        most = _at_once(batch_size, self.size)
+        for start in range(0, len(self.paths), most):
+            yield np.stack([_decode(path) for path in self.paths[start : start + most]])
 
 
 class ImageArray:
@@ -146,8 +153,8 @@ class ImageArray:
 
     def __init__(self, path: Path) -> None:
         self.name, self.path = str(path), path
-        with self._open() as (_, shape):
-            self.shape = shape
+        with self._open() as stored:
+            self.shape = stored.shape
 
     @property
     def size(self) -> tuple[int, int]:
@@ -157,25 +164,24 @@ class ImageArray:
         return self.shape[0]
 
     def batches(self, batch_size: int) -> Iterator[Images]:
-        count = len(self)
-        with self._open() as (file, shape):
-            for start in range(0, count, batch_size):
-                part = (min(batch_size, count - start), *shape[1:])
-                data = _read_exactly(file, math.prod(part), self.path)
-                yield np.frombuffer(data, np.uint8).reshape(part)
+        count, most = len(self), _at_once(batch_size, self.size)
+        with self._open() as stored:
+            for start in range(0, count, most):
+                yield stored.rows(min(most, count - start))
 
     @contextmanager
-    def _open(self) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
-        """The array's member behind its header, and the shape that this tells."""
-        with _npz(self.path) as archive, archive.open(f"{_ARRAY}.npy") as file:
-            shape, fortran, dtype = _header_of_array(file, self.path)
-            if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
-                raise ValueError(
-                    f"{self.path}: {_ARRAY} is {dtype} {shape}; uint8 (N, H, W, 3) is needed"
-                )
-            if fortran:
-                raise ValueError(f"{self.path}: {_ARRAY} is in Fortran order; C order is needed")
-            yield file, shape
+    def _open(self) -> Iterator[StoredArray]:
+        with open_member(self.path, _ARRAY) as stored:
+            shape = stored.shape
+            if stored.dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+                raise ValueError(f"{stored}; uint8 (N, H, W, 3) is needed")
+            if stored.fortran:
+                raise ValueError(f"{stored.source} is in Fortran order; C order is needed")
+            try:
+                check_pixels(shape[2], shape[1], regular_size(self.path))
+            except Unreadable as error:
+                raise ValueError(f"{stored.source} is of {error}") from None
+            yield stored
 
 
 class GeneratedImages:
@@ -218,49 +224,35 @@ def _read_statistics(path: Path, names: Sequence[str]) -> tuple[Statistics, Stat
     absent = [name for name in (*_POOLED, *_SPATIAL) if name not in names]
     if absent:
         raise ValueError(
-            f"{path} holds {', '.join(names)}; a statistics file also has {', '.join(absent)}"
+            f"{path} holds {some_of(names, quote=False)}; "
+            f"a statistics file also has {', '.join(absent)}"
         )
     return _stored(path, *_POOLED), _stored(path, *_SPATIAL)
 
 
-def _stored(path: Path, mean: str, covariance: str) -> Statistics:
+def _stored(path: Path, *names: str) -> Statistics:
+    arrays = []
+    for name in names:
+        with open_member(path, name) as stored:
+            if stored.dtype.kind != "f" or len(stored.shape) > 2 or max(stored.shape) > _WIDEST:
+                raise ValueError(
+                    f"{stored}; floating numbers of at most {_WIDEST} features are needed"
+                )
+            arrays.append(stored.read())
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            return Statistics(stored[mean], stored[covariance])
-    except (ValueError, zipfile.BadZipFile, EOFError, KeyError, zlib.error) as error:
-        raise ValueError(f"{path}: {mean}, {covariance}: {error}") from None
+        return Statistics(*arrays)
+    except ValueError as error:
+        raise ValueError(f"{path}: {', '.join(names)}: {error}") from None
 
 
 def _names(path: Path) -> list[str]:
-    with _npz(path) as archive:
-        return [name.removesuffix(".npy") for name in archive.namelist()]
+    with open_npz(path) as archive:
+        return [name.removesuffix(".npy")[:_NAME_SHOWN] for name in archive.namelist()]
 
 
-@contextmanager
-def _npz(path: Path) -> Iterator[zipfile.ZipFile]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    # RuntimeError: of an encrypted member; KeyError: of a name that is no array's.
-    except (zipfile.BadZipFile, EOFError, RuntimeError, KeyError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or no .npz ({error})") from None
-
-
-def _header_of_array(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    try:
-        version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            return np.lib.format.read_array_header_1_0(file)
-        return np.lib.format.read_array_header_2_0(file)
-    except ValueError as error:
-        raise ValueError(f"{path}: {_ARRAY} is no array ({error})") from None
-
-
-def _read_exactly(file: IO[bytes], size: int, path: Path) -> bytes:
-    data = file.read(size)
-    if len(data) != size:
-        raise ValueError(f"{path}: {_ARRAY} ends early; the file is damaged")
-    return data
+def _at_once(batch_size: int, size: tuple[int, int]) -> int:
+    """Images of a batch: fewer than were asked for, where they are large."""
+    return max(min(batch_size, _BATCH_PIXELS // math.prod(size)), 1)
 
 
 def _header(path: Path, ignored: Counter[str]) -> tuple[int, int]:

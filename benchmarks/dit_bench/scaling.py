@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dit_engine.cli.arguments import Parser
@@ -37,6 +36,7 @@ from dit_engine.model import DiT
 from dit_engine.printable import say
 from dit_engine.training.dit_stage import train_denoiser
 from dit_engine.training.loop import Budget, LoopSettings
+from dit_engine.training.vae_stage import read_latents
 
 STEPS, BATCH, LEARNING_RATE = 3000, 64, 8e-4
 SIZES = {"small": (4, 128, 2), "large": (6, 192, 3)}  # depth, width, heads
@@ -104,8 +104,7 @@ def train(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{path} does not exist: --run is a directory of dit-train")
     if arguments.steps < 2:
         raise ValueError(f"steps {arguments.steps} is below 2")
-    tensors = load_file(path)
-    means, labels = tensors["means"], tensors["labels"]
+    means, deviations, labels = read_latents(path)
     classes = int(labels.max()) + 1
     made = networks(means.shape[1], means.shape[2], classes)
     chosen = arguments.only or list(made)
@@ -119,7 +118,7 @@ def train(arguments: argparse.Namespace) -> int:
     for name in chosen:
         torch.manual_seed(settings.seed)
         train_denoiser(
-            made[name](), classes, (means, tensors["deviations"]), labels, settings,
+            made[name](), classes, (means, deviations), labels, settings,
             arguments.output / folder(name), BATCH,
         )  # fmt: skip
     return 0

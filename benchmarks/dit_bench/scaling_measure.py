@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dit_bench.frechet import frechet_distance, moments_of
@@ -18,6 +17,7 @@ from dit_bench.held_out import Features, Halves, load_halves
 from dit_bench.lite0 import extract, load_lite0
 from dit_bench.quality import METRIC, recognised
 from dit_engine.bars import Bar
+from dit_engine.checkpoint.weights import load_into
 from dit_engine.files import atomic_path
 from dit_engine.json_files import check_schema, read_json_value
 from dit_engine.noise import PerImageNoise
@@ -114,7 +114,7 @@ def measure(
                 )
             network = make()
             macs = macs_of(network, size)
-            network.load_state_dict(load_file(path))
+            load_into(network, path)
             network.to(torch.bfloat16).eval().requires_grad_(False)
             features = features_of(
                 network, halves.labels.tolist(), size, decode, network_of_features

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_engine.arguments import shown
 from dit_engine.checkpoint.pickles import check_pickle
@@ -186,6 +186,19 @@ def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
         faults.append(f"{len(wrong)} wrong shapes: {some_of(wrong, quote=False)}")
     if faults:
         raise ValueError("; ".join(faults))
+
+
+def load_into(module: nn.Module, path: Path) -> None:
+    """Fill ``module`` from a file that holds its tensors and no others.
+
+    Raises ValueError, one line with the path, for any other file; OSError: it cannot be read.
+    """
+    state = check_tensors(read_weights(path), path)
+    try:
+        check_shapes(state, {name: tensor.shape for name, tensor in module.state_dict().items()})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    module.load_state_dict(state)
 
 
 def check_all_finite(state: Mapping[str, Tensor], source: object) -> None:

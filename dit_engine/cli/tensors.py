@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_engine.arrays import map_npy
 from dit_engine.checkpoint.weights import check_header
 from dit_engine.formats import NUMPY, check_format
 
@@ -31,14 +32,7 @@ def read_tensor(path: Path | None) -> Tensor | None:
 
 def _read_npy(path: Path) -> Tensor:
     check_format(path, NUMPY)
-    try:
-        array = np.load(path, "r", allow_pickle=False)  # mapped: its header may claim anything
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # EOFError, ValueError, BadZipFile, …: whatever the damage leads to
-        raise ValueError(f"{path} is not a .npy file of numbers: {error}") from None
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path} is an archive of arrays; a .npy file holds one")
+    array = map_npy(path)
     if array.dtype.kind not in "fiu":
         raise ValueError(f"{path} holds {array.dtype}; real numbers are needed")
     return torch.from_numpy(np.array(array, np.float32, order="C"))

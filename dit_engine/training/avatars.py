@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dit_engine.arrays import map_npy
 from dit_engine.bars import Bar
 from dit_engine.current_directory import left_out_of_children
 from dit_engine.files import atomic_path
@@ -56,7 +57,12 @@ def load_avatars(cache: Path, split: str, per_class: int, size: int = 64) -> Ima
         cache.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as partial, partial.open("wb") as file:
             np.save(file, images)
-    return ImageSet(np.load(path, mmap_mode="r"), labels, CLASSES)
+    images, shape = map_npy(path), (len(labels), size, size, 3)
+    if images.dtype != np.uint8 or images.shape != shape:
+        raise ValueError(
+            f"{path} is {images.dtype} {images.shape}; uint8 {shape} is needed: remove it"
+        )
+    return ImageSet(images, labels, CLASSES)
 
 
 def _render_all(first: int, per_class: int, size: int, description: str) -> np.ndarray:

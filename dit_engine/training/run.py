@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dit_engine.arguments import shown
 from dit_engine.checkpoint import save_pretrained
+from dit_engine.checkpoint.weights import load_into
 from dit_engine.config import ModelConfig
 from dit_engine.device import limited_threads
 from dit_engine.engine import Engine
@@ -31,7 +31,7 @@ from dit_engine.training.decoder_stage import train_decoder
 from dit_engine.training.dit_stage import train_dit
 from dit_engine.training.loop import Budget, LoopSettings, read_stage
 from dit_engine.training.sheets import save_sheet
-from dit_engine.training.vae_stage import encode_all, train_vae
+from dit_engine.training.vae_stage import encode_all, read_latents, train_vae
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 VAE_EMA_DECAY = 0.998
@@ -248,7 +248,7 @@ def _stage_one(
     path = directory / "vae.safetensors"
     if path.exists():
         vae = AutoencoderKL(settings.vae_config())
-        vae.load_state_dict(load_file(path))
+        load_into(vae, path)
         return vae.to(device).to(memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
     loop = LoopSettings(
         budget, settings.vae_learning_rate, ema_decay=VAE_EMA_DECAY, seed=settings.seed,
@@ -276,8 +276,7 @@ def _latents(
             means, deviations = torch.cat([means, more[0]]), torch.cat([deviations, more[1]])
             labels = torch.cat([labels, torch.from_numpy(mirrored.labels)])
         save_tensors({"means": means, "deviations": deviations, "labels": labels}, path)
-    tensors = load_file(path)
-    return tensors["means"], tensors["deviations"], tensors["labels"]
+    return read_latents(path, len(data.class_names))
 
 
 def _sheet_maker(

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dit_engine.arguments import shown
 from dit_engine.bars import Bar
+from dit_engine.checkpoint.weights import read_weights
 from dit_engine.training.data import ImageSet
 from dit_engine.training.loop import LoopSettings, Trainer
 from dit_engine.training.sheets import save_sheet
@@ -97,6 +99,31 @@ def encode_all(vae: AutoencoderKL, data: ImageSet, batch_size: int = 128) -> tup
         means.append(mean.half().cpu())
         deviations.append((0.5 * log_variance.float()).exp().half().cpu())
     return torch.cat(means).contiguous(), torch.cat(deviations).contiguous()
+
+
+def read_latents(path: Path, classes: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Means and deviations (N, c, s, s) and int64 labels (N,) that a training has written.
+
+    Raises ValueError, one line with the path, for any other file, and for labels that are none of
+    ``classes`` (None: of at most N).
+    """
+    tensors = read_weights(path)
+    try:
+        means, deviations, labels = (tensors[name] for name in ("means", "deviations", "labels"))
+    except KeyError as error:
+        raise ValueError(
+            f"{path} holds no {error.args[0]}; latents of dit-train are needed"
+        ) from None
+    right = means.ndim == 4 and means.numel() > 0 and means.shape[2] == means.shape[3]
+    if not right or deviations.shape != means.shape or labels.shape != means.shape[:1]:
+        raise ValueError(
+            f"{path} holds means {shown(means)}, deviations {shown(deviations)} and labels "
+            f"{shown(labels)}; (N, c, s, s) twice and (N,) are needed"
+        )
+    last = (classes or len(labels)) - 1
+    if labels.dtype != torch.int64 or labels.min() < 0 or labels.max() > last:
+        raise ValueError(f"{path} holds labels that are no integers from 0 to {last}")
+    return means, deviations, labels
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import pytest
 from limited import outcome
 from PIL import EpsImagePlugin, Image
 from tiny import NAMES, tiny_dit, tiny_vae
+from zeros import zlib_stream
 
 import dit_engine
 from dit_bench.image_sets import open_set
@@ -115,15 +116,6 @@ def test_pipes_and_devices_are_refused(tmp_path: Path, capsys: pytest.CaptureFix
 SIDE = 13300  # 177 million pixels, just below the limit for files of any size
 
 
-def deflated(size: int) -> bytes:
-    """A zlib stream of zeros: one packed block again and again, the rest, and Adler's sum."""
-    packing, rest = zlib.compressobj(9, wbits=-15), zlib.compressobj(9, wbits=-15)
-    block = packing.compress(bytes(2**20)) + packing.flush(zlib.Z_FULL_FLUSH)
-    count, left = divmod(size, 2**20)
-    end = rest.compress(bytes(left)) + rest.flush()
-    return b"x\xda" + block * count + end + struct.pack(">HH", size % 65521, 1)
-
-
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -132,7 +124,7 @@ def png(bits: int, colour: int, *more: bytes, side: int = SIDE, data: bytes | No
     """Of zeros; its rows begin with a byte more."""
     row = 1 + (side * bits * {0: 1, 2: 3, 3: 1, 6: 4}[colour] + 7) // 8
     header = struct.pack(">IIBBBBB", side, side, bits, colour, 0, 0, 0)
-    packed = deflated(row * side) if data is None else data
+    packed = zlib_stream(row * side) if data is None else data
     return b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), *more,
                      chunk(b"IDAT", packed), chunk(b"IEND", b"")])  # fmt: skip
 
@@ -175,17 +167,17 @@ BOMBS = {
             r"is no readable image \("),
     "WebP": ("a.webp", lambda: pillow("WEBP", "RGB", 5800, lossless=True, method=0),
              r"is no readable image \(5800×5800 pixels; 33554432 in"),
-    "tile": ("a.tif", lambda: tiff(deflated(2**27), tile_width=46336, tile_height=46336),
+    "tile": ("a.tif", lambda: tiff(zlib_stream(2**27), tile_width=46336, tile_height=46336),
              r"\(46336×46336 pixels; 33554432 in all are allowed in a file"),
-    "strip": ("a.tif", lambda: tiff(deflated(2**27), rows=2**26), "ok|does not fit in memory"),
+    "strip": ("a.tif", lambda: tiff(zlib_stream(2**27), rows=2**26), "ok|does not fit in memory"),
     "entries": ("a.tif", many_entries, "is no readable image"),
     "negative": ("a.bmp", lambda: b"BM" + bytes(8) + struct.pack("<IIiiHHIIiiII", 54, 40, -9, -9,
                  1, 24, 0, 0, 0, 0, 0, 0), "is (no readable image|damaged)"),
-    "text": ("a.png", lambda: png(8, 2, *[chunk(b"zTXt", b"a\0\0" + deflated(2**20))] * 70,
+    "text": ("a.png", lambda: png(8, 2, *[chunk(b"zTXt", b"a\0\0" + zlib_stream(2**20))] * 70,
              side=8), "is no readable image .*text"),
-    "long text": ("a.png", lambda: png(8, 2, chunk(b"zTXt", b"a\0\0" + deflated(2**27)), side=8),
+    "long text": ("a.png", lambda: png(8, 2, chunk(b"zTXt", b"a\0\0" + zlib_stream(2**27)), side=8),
                   "is no readable image .*large"),
-    "profile": ("a.png", lambda: png(8, 2, chunk(b"iCCP", b"a\0\0" + deflated(2**27)), side=8),
+    "profile": ("a.png", lambda: png(8, 2, chunk(b"iCCP", b"a\0\0" + zlib_stream(2**27)), side=8),
                 "is no readable image .*large"),
 }  # fmt: skip
 

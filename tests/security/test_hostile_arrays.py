@@ -1,0 +1,221 @@
+"""Arrays that claim, or are packed from, far more than their files hold."""
+
+from __future__ import annotations
+
+import bz2
+import hashlib
+import io
+import json
+import os
+import re
+import struct
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from limited import outcome
+from safetensors.torch import save_file
+from zeros import npy_header, raw_deflate, zipped
+
+from dit_bench.held_out import cached_features
+from dit_bench.image_sets import open_set
+from dit_bench.lite0 import WEIGHTS_SHA256
+from dit_engine.cli.tensors import read_tensor
+from dit_engine.training.avatars import CLASSES, load_avatars
+from dit_engine.training.data import ImageSet
+from dit_engine.training.vae_stage import read_latents
+
+GB = 2**30
+linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are those of Linux")
+SHAPES = {"mu": "(4,)", "sigma": "(4, 4)", "mu_s": "(4,)", "sigma_s": "(4, 4)"}
+
+
+def member(name: str, shape: str, size: int, dtype: str = "'<f8'") -> list[tuple[str, bytes, int]]:
+    """``size`` zeros behind a header."""
+    header = npy_header(shape, dtype)
+    return [(f"{name}.npy", raw_deflate(size, header), len(header) + size)]
+
+
+def statistics(name: str, shape: str, size: int = 2 * GB, dtype: str = "'<f8'") -> bytes:
+    """A file of statistics of which one array is not small."""
+    others = [member(each, small, 128) for each, small in SHAPES.items() if each != name]
+    return zipped(sum(others, member(name, shape, size, dtype)))
+
+
+def squeezed() -> bytes:
+    """Python's reader unpacks as much as a block of 4 KB holds, which here are gigabytes."""
+    packing = bz2.BZ2Compressor()
+    packed = packing.compress(npy_header("(60, 2048, 2048, 3)", "'|u1'"))
+    zeros = bytes(2**24)
+    packed += b"".join(packing.compress(zeros) for _ in range(4)) + packing.flush()
+    return zipped([("arr_0.npy", packed, 60 * 2048 * 2048 * 3 + 200)], method=12)
+
+
+U1 = "'|u1'"
+SETS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "covariance": (lambda: statistics("sigma", "(16384, 16384)"), r"sigma is float64 \(16384"),
+    "mean": (lambda: statistics("mu", "(268435456,)"), "mu is float64"),
+    "text": (lambda: statistics("mu", "()", dtype="'<U500000000'"), "mu is <U500000000"),
+    "one image": (lambda: zipped(member("arr_0", "(1, 26000, 26000, 3)", 2 * GB, U1)),
+                  "arr_0 is of 26000×26000 pixels; 6[0-9]{7} in all are allowed in a file of"),
+    "long": (lambda: zipped(member("arr_0", "(99999999999, 256, 256, 3)", 2**20, U1)),
+             "cannot hold"),
+    "claim": (lambda: zipped(member("arr_0", "(1024, 1024, 1024, 3)", 2**20, U1)), "ends early"),
+    "lie": (lambda: zipped([("arr_0.npy", raw_deflate(99, npy_header("(9, 512, 512, 3)", U1)),
+                            3 * GB)]), "more than its file can hold"),
+    "unpacked lie": (lambda: zipped([("arr_0.npy", npy_header("(9, 99, 99, 3)", U1), GB // 8)],
+                     method=0), "more than its file can hold"),
+    "bzip2": (squeezed, "packed by method 12"),
+    "twice": (lambda: zipped(member("arr_0", "(1, 2, 2, 3)", 12, U1) * 2), "there 2 times"),
+    "encrypted": (lambda: zipped(member("arr_0", "(1, 2, 2, 3)", 12, U1), flags=1), "encrypted"),
+    "object": (lambda: zipped(member("arr_0", "(1, 2, 2, 3)", 99, "'|O'")), "holds object"),
+    "record": (lambda: zipped(member("arr_0", "(1, 2, 2, 3)", 99, "[('a', '|u1')]")), "holds "),
+    "negative": (lambda: zipped(member("arr_0", "(-1, -2, 2, 3)", 12, U1)), "cannot hold"),
+    "dimensions": (lambda: zipped(member("arr_0", f"({'1, ' * 3000})", 12, U1)), "dimensions"),
+    "nested": (lambda: zipped(member("arr_0", "-" * 9000 + "1", 12, U1)), "is no array"),
+    "outside": (lambda: zipped(member("../../arr_0", "(1, 2, 2, 3)", 12, U1)), r"holds \.\./"),
+    "names": (lambda: zipped(member("a" * 60000, "(1,)", 8) * 20), "holds a"),
+}  # fmt: skip
+
+
+def read_set(path: Path) -> None:
+    found = open_set(path)
+    if found.images is not None:
+        for _ in found.images.batches(32):
+            pass
+
+
+@linux
+@pytest.mark.parametrize("kind", SETS)
+def test_a_small_npz_takes_little_memory(kind: str, tmp_path: Path) -> None:
+    make, told = SETS[kind]
+    path = tmp_path / "set.npz"
+    path.write_bytes(make())
+    assert path.stat().st_size < 2.5e6
+    found = outcome(200, read_set, path)
+    assert found.startswith(f"ValueError: {path}") and re.search(told, found), found
+    assert "\n" not in found and len(found) < 4000
+
+
+@linux
+def test_large_images_come_one_by_one(tmp_path: Path) -> None:
+    """32 of them would be 3 GB, from 4 MB; of each 93 MiB are read."""
+    path = tmp_path / "set.npz"
+    path.write_bytes(zipped(member("arr_0", "(40, 5700, 5700, 3)", 40 * 5700 * 5700 * 3, U1)))
+
+    def first() -> None:
+        images = open_set(path).images
+        assert images is not None and len(images) == 40
+        batches = images.batches(32)
+        assert next(batches).shape == next(batches).shape == (1, 5700, 5700, 3)
+
+    assert outcome(400, first) == "ok"
+
+
+def test_pictures_of_a_folder_come_in_batches_of_bounded_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    from dit_bench import image_sets
+
+    for i in range(5):
+        Image.new("RGB", (20, 10)).save(tmp_path / f"{i}.png")
+    images = open_set(tmp_path).images
+    assert images is not None
+    assert [len(batch) for batch in images.batches(32)] == [5]
+    monkeypatch.setattr(image_sets, "_BATCH_PIXELS", 450)
+    assert [len(batch) for batch in images.batches(32)] == [2, 2, 1]
+
+
+@linux
+def test_cached_features_are_those_of_the_images(tmp_path: Path) -> None:
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    held_out = ImageSet(images, np.zeros(2, int), ("a",))
+    key = hashlib.sha256(images.tobytes()).hexdigest() + WEIGHTS_SHA256
+    cache = tmp_path / "features.npz"
+    text = io.BytesIO()
+    np.save(text, np.array(key))
+    with zipfile.ZipFile(cache, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("key.npy", text.getvalue())
+        archive.writestr("features.npy", npy_header("(1, 2)", "'<f4'") + bytes(8))
+    with pytest.raises(ValueError, match=r"features is float32 \(1, 2\); float32 \(2, 1280\) is"):
+        cached_features(held_out, cache, None)  # pyright: ignore[reportArgumentType]
+    cache.write_bytes(zipped(member("key", "()", 2 * GB, "'<U500000000'")))
+    found = outcome(200, cached_features, held_out, cache, None)
+    assert "key is <U500000000" in found and found.startswith("ValueError")
+
+
+def with_header(header: bytes) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_bytes(header + bytes(64))
+
+    return write
+
+
+CLAIM = json.dumps({"z": {"dtype": "F32", "shape": [2**20, 2**12], "data_offsets": [0, 2**34]}})
+TENSORS: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "claim": ("z.npy", with_header(npy_header("(99999, 4, 64, 64)", "'<f4'")), "cannot hold"),
+    "product": ("z.npy", with_header(npy_header("(99, 99, 99, 99)", "'<f4'")), "ends early"),
+    "empty": ("z.npy", with_header(npy_header("(0, 4611686018427387904)", "'<f4'")), "cannot hold"),
+    "no item": ("z.npy", with_header(npy_header("(99999999999,)", "'|S0'")), "holds |S0"),
+    "nested": ("z.npy", with_header(npy_header("-" * 9000 + "1")), "is no array"),
+    "brackets": ("z.npy", with_header(npy_header("(" * 9000)), "is no array"),
+    "safetensors": ("z.safetensors", with_header(struct.pack("<Q", len(CLAIM)) + CLAIM.encode()),
+                    "is not a .safetensors file"),
+    "device": ("z.npy", lambda path: path.symlink_to("/dev/zero"), "no regular file"),
+    "pipe": ("z.safetensors", os.mkfifo, "no regular file"),
+}  # fmt: skip
+
+
+@linux
+@pytest.mark.parametrize("kind", TENSORS)
+def test_given_tensors_take_what_their_files_have(kind: str, tmp_path: Path) -> None:
+    """--latents and --step-noise."""
+    name, make, told = TENSORS[kind]
+    make(tmp_path / name)
+    found = outcome(200, read_tensor, tmp_path / name)
+    kind, _, message = found.partition(": ")
+    assert kind in ("ValueError", "NotRegular") and name in message and told in message, found
+    assert "\n" not in found and len(found) < 400
+
+
+def test_avatars_are_those_that_are_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "avatars-train-8px-2.npy"
+    np.save(path, np.zeros((2 * len(CLASSES), 8, 8, 3), np.uint8))
+    assert len(load_avatars(tmp_path, "train", 2, 8)) == 2 * len(CLASSES)
+    np.save(path, np.zeros((1, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"8px-2.npy is uint8 \(1, 8, 8, 3\); uint8 \(32, 8, 8"):
+        load_avatars(tmp_path, "train", 2, 8)
+
+
+def test_labels_of_latents_are_no_more_than_there_are_classes(tmp_path: Path) -> None:
+    """A network that is trained on them has a row of its table for each class."""
+    path, z = tmp_path / "latents.safetensors", torch.zeros(3, 4, 8, 8, dtype=torch.float16)
+
+    def saved(**tensors: torch.Tensor) -> Path:
+        save_file({"means": z, "deviations": z + 1, "labels": torch.arange(3)} | tensors, path)
+        return path
+
+    assert [part.shape[0] for part in read_latents(saved(), 3)] == [3, 3, 3]
+    read_latents(saved())
+    for tensors, told in (
+        ({"labels": torch.tensor([0, 1, 10**12])}, "labels that are no integers from 0 to 2"),
+        ({"labels": torch.tensor([0, 1, -1])}, "labels that are no integers"),
+        ({"labels": torch.zeros(3)}, "labels that are no integers"),
+        ({"labels": torch.arange(2)}, "means <float16 "),
+        ({"deviations": z[:, :2].clone()}, "means <float16 "),
+        ({"means": z[:, :, :2].clone()}, "means <float16 "),
+    ):
+        with pytest.raises(ValueError, match=re.escape(str(path))) as refused:
+            read_latents(saved(**tensors))
+        assert told in str(refused.value) and "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        read_latents(saved(), 2)
+    save_file({"means": z}, path)
+    with pytest.raises(ValueError, match="holds no deviations"):
+        read_latents(path)

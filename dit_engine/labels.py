@@ -12,6 +12,8 @@ from typing import Any
 from dit_engine.arguments import dimensions, scalar, sequence, shown, whole_number
 from dit_engine.printable import one_line, printable
 
+# Of a name. Of text that is made of accents, composing takes time that grows with its square.
+MOST_CHARACTERS = 500
 _NUMERAL = re.compile(r"(number:)?(-?\d+)")
 
 
@@ -51,6 +53,11 @@ def check_names(name: str, names: Any, num_classes: int) -> tuple[str, ...]:
     for each in found:
         if not isinstance(each, str):
             raise ValueError(f"{name} holds {shown(each)}, which is not a string")
+        if len(each) > MOST_CHARACTERS:
+            raise ValueError(
+                f"{name} holds {shown(each)}, of {len(each)} characters; at most "
+                f"{MOST_CHARACTERS} are allowed"
+            )
     return tuple(found)
 
 
@@ -114,7 +121,7 @@ def _items(labels: Any) -> list[Any]:
 def _resolve(label: Any, num_classes: int, lookup: _Lookup) -> int:
     label = scalar(label)
     if isinstance(label, str):
-        named = lookup.classes(label)
+        named = lookup.classes(label) if len(label) <= MOST_CHARACTERS else set[int]()
         numeral = _NUMERAL.fullmatch(label.strip())
         number = _number(numeral[2]) if numeral else -1
         if named:
@@ -159,7 +166,7 @@ def _allowed(label: str, num_classes: int, lookup: _Lookup) -> str:
     if not lookup.names:
         return f"this model has no label names, use {numbers}"
     names = lookup.folded
-    near = difflib.get_close_matches(_folded(label)[:80], names)
+    near = difflib.get_close_matches(_folded(label[:80])[:80], names)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     few = (
         ", ".join(map(printable, names))

@@ -124,7 +124,7 @@ def with_numerics(config: ModelConfig, numerics: str | None) -> ModelConfig:
 def model_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Official key → shape. One block is built, whatever the depth."""
     shapes: dict[str, torch.Size] = {}
-    one = _shapes(DiT, replace(config, depth=1))
+    one = _shapes(lambda whole: DiT(replace(whole, depth=1)), config)
     block = [key.removeprefix(_FIRST_BLOCK) for key in one if key.startswith(_FIRST_BLOCK)]
     for key, shape in one.items():
         if key == f"{_FIRST_BLOCK}{block[0]}":

@@ -18,8 +18,8 @@ DATA = "data.pkl"
 # The pickles of a file from before torch 1.6: magic number, version, sizes of C types, the content,
 # the keys of the storages, which come after them.
 _OLD_PICKLES = 5
-# Weights, their averages and an optimizer of 10,000 tensors have about this many.
-MOST_INSTRUCTIONS = 1_000_000
+# DiT-XL/2 has 9,000; a training's checkpoint, with averages and an optimizer, 50,000.
+MOST_INSTRUCTIONS = 500_000
 _SLACK = 1000
 
 # Bytes of an element, where it is not one.
@@ -96,6 +96,8 @@ class _Name(str):
 
 class _Made:
     """A list with its items; or anything else that has a size."""
+
+    __slots__ = ("items", "more")
 
     def __init__(self, size: int = 0) -> None:
         self.items: list[Any] = []

@@ -7,6 +7,7 @@ from typing import Any
 
 from dit_engine.images import open_image
 
+_CELL_PIXELS = 64 * 64  # of the smallest image on a sheet
 _NUMBERS = ("num_heads", "vae_scaling_factor", "vae_shift_factor", "vae_groups", "columns")
 _SAME = (*_NUMBERS, "model", "vae", "numerics", "prediction", "sampler", "steps", "spacing", "eta",
          "guidance_channels", "guidance_interval", "noise", "precision", "backend")  # fmt: skip
@@ -23,7 +24,7 @@ def recorded_options(path: Path) -> dict[str, Any]:
     from dit_engine.metadata import record_in
 
     with open_image(path) as image:
-        record = record_in(image)
+        record, (width, height) = record_in(image), image.size
     if record is None or not {"model", "noise"} <= record.keys():
         raise ValueError(f"{path} holds no settings of dit-generate")
     for name in record:
@@ -59,6 +60,9 @@ def recorded_options(path: Path) -> dict[str, Any]:
     options["labels"] = record.get("labels", [record.get("label")])
     if not isinstance(options["labels"], list) or not options["labels"]:
         raise ValueError(f"{path}: labels is no list")
+    many = len(options["labels"])
+    if "label" not in record and many * _CELL_PIXELS > width * height:
+        raise ValueError(f"{path}: no sheet of {width}×{height} pixels shows its {many} labels")
     only = None
     if "label" in record:
         index = record.get("index")

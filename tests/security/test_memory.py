@@ -1,0 +1,437 @@
+"""Small files that ask for gigabytes, or for hours: each is refused in one line, in little of both.
+
+Each runs in a process of its own, a fork of this one, that may have 300 MiB more than this has, and
+eight seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import struct
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import tiny_dit, tiny_vae
+from torch import Tensor
+
+from dit_engine.checkpoint import load_checkpoint, save_pretrained
+from dit_engine.checkpoint.convert import model_shapes, state_to_diffusers
+from dit_engine.checkpoint.weights import MOST_HEADER_BYTES
+from dit_engine.cli.like import recorded_options
+from dit_engine.cli.tensors import read_tensor
+from dit_engine.config import ModelConfig
+from dit_engine.labels import check_names, resolve_labels
+from dit_engine.metadata import png_text
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="forks, and limits memory as Linux does"
+)
+MIB, SECONDS = 300, 8
+State = dict[str, Tensor]
+
+
+def limited(call: Callable[[], object]) -> str:
+    """What ``call`` raises in a process with little memory and time; "" if nothing."""
+    import resource
+
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of forks beside threads, none of which the child needs
+        child = os.fork()
+    if child == 0:
+        text = "ended by no exception"
+        try:
+            torch.set_num_threads(1)
+            with open("/proc/self/statm") as file:  # noqa: PTH123
+                now = int(file.read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (now + MIB * 2**20,) * 2)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(SECONDS)
+            call()
+            text = ""
+        except BaseException as error:  # a failed test of the parent's must not go on here
+            text = f"{type(error).__name__}: {error}"
+        finally:
+            os.write(writer, text.encode("utf-8", "backslashreplace")[:4000])
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        said = file.read().decode()
+    _, status = os.waitpid(child, 0)
+    assert status == 0, f"ended by signal {status}"
+    return said
+
+
+def refused(call: Callable[[], object], message: str) -> None:
+    said = limited(call)
+    assert "\n" not in said and len(said) < 1000
+    kind, _, text = said.partition(": ")
+    assert kind == "ValueError" and message in text, said
+
+
+@pytest.fixture(scope="module")
+def state() -> State:
+    return tiny_dit(hidden_size=128).state_dict()
+
+
+# What pickles are made of: the instructions of protocol 2.
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def python(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def whole(value: int) -> bytes:
+    return b"\x8a\x08" + struct.pack("<q", value)
+
+
+def number(count: int) -> bytes:
+    """The instruction to take from, or put into, a place of the memo."""
+    return struct.pack("<I", count)
+
+
+def doubled(value: bytes) -> bytes:
+    """A tuple of a tuple twice, of a tuple twice, …: 2**60 of ``value``."""
+    levels = (b"r" + number(i) + b"j" + number(i) + b"\x86" for i in range(60))
+    return value + b"".join(levels)
+
+
+def hexadecimal() -> bytes:
+    made = python("_codecs", "encode") + text("a" * 100) + text("latin1") + b"\x86R"
+    for _ in range(30):
+        made = python("_codecs", "encode") + made + text("hex") + b"\x86R"
+    return made
+
+
+def called(module: str, name: str, *arguments: bytes) -> bytes:
+    return python(module, name) + b"(" + b"".join(arguments) + b"tR"
+
+
+def copied(module: str, name: str, value: bytes) -> bytes:
+    """A list of 20,000 copies of ``value``."""
+    copies = 20_000 * (b"h\x02h\x01\x85R")
+    return b"](" + value + b"q\x01" + python(module, name) + b"q\x02" + copies + b"e"
+
+
+NUMBERS = b"(" + b"K\x01" * 50_000 + b"t"
+LIST = b"](" + b"K\x01" * 50_000 + b"e"
+DICT = b"}(" + b"".join(b"M" + struct.pack("<H", i) + b"N" for i in range(50_000)) + b"u"
+STORAGE = b"(" + text("storage") + python("torch", "FloatStorage") + text("0") + text("cpu")
+QUANTIZED = called(
+    "torch._utils", "_rebuild_qtensor", STORAGE + b"K\x01tQ", b"K\x00", whole(5 * 10**9) + b"\x85",
+    b"K\x01\x85", b"(" + python("torch", "per_tensor_affine") + b"G" + bytes(8) + b"K\x00t",
+    b"\x89", b"N",
+)  # fmt: skip
+PICKLES: dict[str, tuple[bytes, str]] = {
+    "a text, encoded again and again": (hexadecimal(), "_codecs.encode"),
+    "bytes by number": (called("builtins", "bytearray", whole(5 * 10**9)), "builtins.bytearray"),
+    "bytes by number, in Python 2": (called("__builtin__", "bytearray", whole(10**10)), "bytearr"),
+    "a tensor by number": (called("torch", "FloatTensor", whole(10**9)), "'torch.FloatTensor'"),
+    "storage by number": (called("torch.storage", "UntypedStorage", whole(10**10)), "UntypedStor"),
+    "a quantised tensor": (QUANTIZED, "_rebuild_qtensor"),
+    "by way of a type": (
+        called("torch._tensor", "_rebuild_from_type_v2", python("builtins", "bytearray"),
+               python("torch", "Tensor"), whole(10**10) + b"\x85", b"}"), "builtins.bytearray"),
+    "copies of a tuple": (copied("torch", "Size", NUMBERS), "copies more than it holds"),
+    "copies of a set": (copied("builtins", "set", LIST), "copies more than it holds"),
+    "copies of a dict": (copied("collections", "OrderedDict", DICT), "copies more than it holds"),
+    "copies of a text": (copied("torch", "device", text("c" * 99999)), "copies more than it hol"),
+    "attributes of objects": (
+        b"](" + DICT + b"q\x01" + python("collections", "OrderedDict") + b"q\x02"
+        + 20_000 * b"h\x02)Rh\x01b" + b"e", "copies more than it holds"),
+    "lists": (b"](" + b"]" * 4_000_000 + b"e", "instructions"),
+    "a key that is never hashed": (b"}" + doubled(b"N") + b"Ns", "a tuple of tuples as a key"),
+    "a member that is never hashed": (
+        called("builtins", "set", b"](" + doubled(b"N") + b"e"), "a tuple of tuples as a key"),
+    "a pair that is never hashed": (
+        called("collections", "OrderedDict", b"](](" + doubled(b"N") + b"Nee"), "as a key"),
+}  # fmt: skip
+
+
+def write_archive(path: Path, data: bytes, method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("archive/data.pkl", data)
+        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/data/0", bytes(64))
+        archive.writestr("archive/version", "3\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("case", "form"),
+    [(case, form) for case in PICKLES for form in ("zip", "before torch 1.6")
+     if (case, form) != ("lists", "before torch 1.6")],  # which takes seconds
+)  # fmt: skip
+def test_a_pickle_makes_nothing_larger_than_itself(case: str, form: str, tmp_path: Path) -> None:
+    value, message = PICKLES[case]
+    data = b"\x80\x02}" + text("x") + value + b"s."
+    path = tmp_path / "m.pt"
+    if form == "zip":
+        write_archive(path, data)
+    else:
+        beginning = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+        path.write_bytes(b"".join(pickle.dumps(part, protocol=2) for part in beginning) + data)
+    assert path.stat().st_size < 6_000_000
+    refused(lambda: load_checkpoint(path), message)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "vae.pt"])
+def test_compressed_archives(name: str, state: State, tmp_path: Path) -> None:
+    data = b"\x80\x02}" + text("x") + b"](" + b"]" * 40_000_000 + b"es."
+    path = write_archive(tmp_path / name, data, zipfile.ZIP_DEFLATED)
+    save_file(state, tmp_path / "model.safetensors")
+    source = path if name == "model.pt" else tmp_path / "model.safetensors"
+    refused(
+        lambda: load_checkpoint(source, num_heads=2, vae=None if source == path else path),
+        "is compressed, which torch.save never does",
+    )
+
+
+def test_an_archive_of_two_pickles(tmp_path: Path) -> None:
+    """Which of them torch reads is not for a guess."""
+    path = write_archive(tmp_path / "m.pt", b"\x80\x02}.")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("ARCHIVE/DATA.PKL", b"\x80\x02}" + text("x") + hexadecimal() + b"s.")
+    refused(lambda: load_checkpoint(path), "holds 2 of data.pkl")
+
+
+EMBEDDING = "y_embedder.embedding_table.weight"
+
+
+@pytest.mark.parametrize("form", ["zip", "before torch 1.6"])
+@pytest.mark.parametrize("case", ["a row", "a column", "overlapping", "in a training"])
+def test_tensors_that_claim_more_than_they_have(
+    case: str, form: str, state: State, tmp_path: Path
+) -> None:
+    row = torch.zeros(1, 128)
+    claims = {
+        "a row": row.expand(10_000_000, 128),
+        "a column": torch.zeros(1000, 1).expand(1000, 10**7),
+        "overlapping": torch.zeros(40_000).as_strided((20_000, 20_000), (1, 1)),
+        "in a training": row.expand(10_000_000, 128),
+    }
+    content: dict[str, Any] = state | {EMBEDDING: claims[case]}
+    if case == "in a training":
+        content = {"model": state, "ema": content, "args": {"lr": 1e-4}}
+    path = tmp_path / "m.pt"
+    torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    assert path.stat().st_size < 8_000_000
+    refused(lambda: load_checkpoint(path), f"tensor '{EMBEDDING}' of shape")
+
+
+def test_a_sparse_tensor_that_claims_more_than_it_has(tmp_path: Path) -> None:
+    indices, values = torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**31), torch.zeros(1)
+    claims = torch.sparse_coo_tensor(
+        indices, values.expand(2**31), (4,), check_invariants=False
+    )  # fmt: skip
+    torch.save({"w": claims}, tmp_path / "m.pt")
+    refused(lambda: load_checkpoint(tmp_path / "m.pt"), "claim more numbers than it has bytes")
+
+
+def test_an_old_file_whose_storage_claims_more_than_it_has(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(70_000)}, tmp_path / "m.pt", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "m.pt").read_bytes()
+    old, new = (b"J" + struct.pack("<i", n) for n in (70_000, 2**30))
+    assert data.count(old) == 2  # of the storage, and of its tensor
+    (tmp_path / "m.pt").write_bytes(data.replace(old, new))
+    refused(lambda: load_checkpoint(tmp_path / "m.pt"), "damaged or no PyTorch file")
+
+
+def test_a_hundred_layers_in_one_storage(tmp_path: Path) -> None:
+    values = {"hidden_size": 512, "num_heads": 8, "patch_size": 2, "input_size": 8}
+    shapes = model_shapes(ModelConfig.from_dict(values | {"depth": 100, "num_classes": 10}))
+    one = torch.zeros(max(shape.numel() for shape in shapes.values()))
+    torch.save({k: one[: s.numel()].view(s) for k, s in shapes.items()}, tmp_path / "m.pt")
+    refused(lambda: load_checkpoint(tmp_path / "m.pt"), "its tensors share their memory")
+
+
+def test_layers_that_are_tied_still_load(tmp_path: Path) -> None:
+    model = tiny_dit(depth=12)
+    shared = {k: v for k, v in model.state_dict().items() if not k.startswith("blocks.")}
+    first = {k: v for k, v in model.state_dict().items() if k.startswith("blocks.0.")}
+    tied = {k.replace(".0.", f".{i}.", 1): v for i in range(12) for k, v in first.items()}
+    torch.save(shared | tied, tmp_path / "m.pt")
+    assert load_checkpoint(tmp_path / "m.pt", num_heads=2).config.depth == 12
+
+
+def test_dicts_under_a_thousand_names(tmp_path: Path) -> None:
+    level: dict[str, Any] = {}
+    for _ in range(5):
+        level = {f"ema_{i}": level for i in range(1000)}
+    torch.save(level, tmp_path / "m.pt")
+    refused(lambda: load_checkpoint(tmp_path / "m.pt"), "not a named tensor")
+
+
+@pytest.mark.parametrize("name", ["num_classes", "num_train_timesteps", "beta_schedule"])
+@pytest.mark.parametrize("kind", ["list", "tuple", "dict", "OrderedDict"])
+def test_options_without_end(name: str, kind: str, state: State, tmp_path: Path) -> None:
+    from collections import OrderedDict
+
+    value: Any = 1
+    for _ in range(50):
+        pair = {"a": value, "b": value}
+        value = {"list": [value, value], "tuple": (value, value), "dict": pair,
+                 "OrderedDict": OrderedDict(pair)}[kind]  # fmt: skip
+    torch.save({"model": state, "args": {name: value}}, tmp_path / "m.pt")
+    refused(lambda: load_checkpoint(tmp_path / "m.pt"), f"args.{name} ")
+
+
+def test_a_header_of_absurd_length(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    empty = '"{}":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},'
+    header = ("{" + "".join(empty.replace("{}", f"{i}") for i in range(200_000)))[:-1] + "}"
+    assert len(header) > MOST_HEADER_BYTES
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    refused(lambda: load_checkpoint(path), f"its header has {len(header)} bytes")
+    refused(lambda: read_tensor(path), f"its header has {len(header)} bytes")
+
+
+def test_shards_that_are_one_file(state: State, tmp_path: Path) -> None:
+    save_file(state, tmp_path / "all.safetensors")
+    names = [f"{i}.safetensors" for i in range(1000)]
+    for name in names:
+        (tmp_path / name).symlink_to("all.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict(zip(names, names, strict=True))}))
+    refused(lambda: load_checkpoint(index), "holds no tensors that others do not")
+
+
+HUGE = 10**12
+NATIVE = {
+    "depth": "the config's depth is", "hidden_size": "", "patch_size": "", "input_size": "",
+    "in_channels": "", "num_classes": "", "mlp_ratio": "", "num_heads": "",
+}  # fmt: skip
+DIFFUSERS = {
+    "num_layers": "the config's depth is", "num_attention_heads": "", "attention_head_dim": "",
+    "in_channels": "", "num_embeds_ada_norm": "",
+    "sample_size": "needs a position embedding of|input_size=10+.* cannot be built",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [20_000, HUGE, 10**300])
+@pytest.mark.parametrize("kind", ["native", "diffusers", "diffusion"])
+def test_configs_that_ask_for_more_than_their_file_holds(
+    kind: str, value: int, tmp_path: Path
+) -> None:
+    model = tiny_dit()
+    save_pretrained(tmp_path / "m", model)
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
+    if kind == "diffusers":
+        save_file(state_to_diffusers(model.state_dict(), 2), tmp_path / "m" / "model.safetensors")
+        config = {"_class_name": "DiTTransformer2DModel", "num_layers": 2, "sample_size": 8,
+                  "num_attention_heads": 2, "attention_head_dim": 24, "norm_type": "ada_norm_zero",
+                  "num_embeds_ada_norm": 10, "out_channels": 8}  # fmt: skip
+        path.write_text(json.dumps(config))
+        assert limited(lambda: load_checkpoint(path.parent)) == ""
+    changes: list[tuple[dict[str, Any], str]] = [
+        (config | {name: value}, message)
+        for name, message in {"native": NATIVE, "diffusers": DIFFUSERS}.get(kind, {}).items()
+    ]
+    if kind == "diffusion":
+        told = {"num_train_steps": value + 100_000}, {"num_train_steps": 1, "steps_offset": value}
+        changes = [(config | {"diffusion": each}, "whole number") for each in told]
+
+    def load_all() -> None:
+        for changed, message in changes:
+            path.write_text(json.dumps(changed))
+            with pytest.raises(ValueError, match=message) as caught:
+                load_checkpoint(path.parent)
+            assert "\n" not in str(caught.value)
+
+    assert limited(load_all) == ""
+
+
+def test_vae_configs_that_ask_for_more_than_their_file_holds(tmp_path: Path) -> None:
+    save_pretrained(tmp_path / "m", tiny_dit(), tiny_vae())
+    path = tmp_path / "m" / "vae" / "config.json"
+    config = json.loads(path.read_text())
+    changes = {
+        "need": [{"layers_per_block": 10**9}, {"layers_per_block": 20_000},
+                 {"block_out_channels": [32] * 100_000}],
+        "wrong shapes": [{name: 2**40} for name in ("in_channels", "out_channels")],
+        "is not a positive multiple": [{"norm_num_groups": 2**40}],
+        "": [{"latent_channels": 2**40}, {"block_out_channels": [2**40, 2**40]}],
+    }  # fmt: skip
+
+    def load_all() -> None:
+        for message, each in changes.items():
+            for change in each:
+                path.write_text(json.dumps(config | change))
+                with pytest.raises(ValueError, match=message) as caught:
+                    load_checkpoint(tmp_path / "m")
+                assert "\n" not in str(caught.value)
+
+    assert limited(load_all) == ""
+
+
+def test_a_vae_that_makes_huge_images(tmp_path: Path) -> None:
+    from dit_engine.vae import AutoencoderKL, VAEConfig
+
+    config = VAEConfig(block_out_channels=(1,) * 13, layers_per_block=1, norm_num_groups=1)
+    save_pretrained(tmp_path / "m", tiny_dit(), AutoencoderKL(config))
+    refused(lambda: load_checkpoint(tmp_path / "m"), "32768 pixels a side from latents of 8")
+
+
+def test_levels_times_layers(state: State, tmp_path: Path) -> None:
+    """Neither number is large, and no config tells them."""
+    names = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(700)]
+    names += [f"encoder.down_blocks.0.resnets.{i}.x" for i in range(1, 700)]
+    tensors = {name: torch.zeros(32, 1) for name in names}
+    shapes = {"encoder.conv_in.weight": (32, 3), "decoder.conv_out.weight": (3, 32),
+              "decoder.conv_in.weight": (32, 4), "post_quant_conv.weight": (4, 4)}  # fmt: skip
+    tensors |= {name: torch.zeros(shape) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "vae.safetensors")
+    save_file(state, tmp_path / "m.safetensors")
+    options = {"num_heads": 2, "vae": tmp_path / "vae.safetensors", "vae_groups": 32}
+    refused(
+        lambda: load_checkpoint(tmp_path / "m.safetensors", **options),
+        "700 block_out_channels with layers_per_block 700 need",
+    )
+
+
+def test_inception_weights_that_claim_more_than_they_have(tmp_path: Path) -> None:
+    from dit_bench.inception import load_inception
+
+    torch.save({"w": torch.zeros(1).expand(2**32)}, tmp_path / "w.pth")
+    refused(lambda: load_inception(tmp_path / "w.pth"), "tensor 'w' of shape")
+    write_archive(tmp_path / "w.pth", b"\x80\x02}" + text("x") + hexadecimal() + b"s.")
+    refused(lambda: load_inception(tmp_path / "w.pth"), "_codecs.encode")
+
+
+def test_an_array_that_claims_more_than_it_has(tmp_path: Path) -> None:
+    np.save(tmp_path / "z.npy", np.zeros(4, np.float32))
+    data = (tmp_path / "z.npy").read_bytes()
+    claims = data.replace(b"(4,), }" + b" " * 10, b"(3000000000,), }")
+    (tmp_path / "z.npy").write_bytes(claims)
+    refused(lambda: read_tensor(tmp_path / "z.npy"), "is not a .npy file of numbers")
+
+
+def test_names_of_accents() -> None:
+    """Their time grows with the square of their number."""
+    accents = "a" + "\u0301\u0316" * 200_000
+    refused(lambda: resolve_labels([accents], 3, ["ant", "bee", "cat"]), "is unknown; allowed are")
+    refused(lambda: check_names("label_names", ["ant", accents], 2), "of 400001 characters")
+
+
+def test_a_record_of_more_images_than_it_shows(tmp_path: Path) -> None:
+    many = 100_000
+    record = {"model": "builtin", "noise": "per-image", "labels": [0] * many, "seeds": [0] * many}
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png", pnginfo=png_text(record))
+    refused(lambda: recorded_options(tmp_path / "a.png"), "no sheet of 64×64 pixels shows its 10")

@@ -34,6 +34,7 @@ from dit_engine.memory import in_halves
 from dit_engine.model import DiT
 from dit_engine.noise import GivenNoise, NoiseSource, OfficialNoise, PerImageNoise, given_noise
 from dit_engine.pixels import LatentDecoder, to_pil, to_uint8
+from dit_engine.provenance import recorded
 from dit_engine.results import Generation, Progress
 from dit_engine.sampler import SAMPLERS
 from dit_engine.schedule import make_schedule
@@ -118,6 +119,7 @@ class Engine:
         device: torch.device | str | None = None,
         max_batch_size: int = 32,
         threads: int | None = None,
+        record_paths: bool = False,
     ) -> Engine:
         """Load ``source``: "builtin", a file, a directory, or a hub id ("owner/name").
 
@@ -133,6 +135,7 @@ class Engine:
             device: "cpu", "cuda", …; None chooses CUDA where there is one.
             max_batch_size: more images than this are made in several batches.
             threads: CPU threads while generating, 1 or more; None leaves torch's setting alone.
+            record_paths: results tell the whole paths of files; unless given, their names alone.
 
         Raises:
             ValueError, OSError: one line that says what is wrong with the source.
@@ -148,9 +151,8 @@ class Engine:
             vae_shift_factor=vae_shift_factor,
             vae_groups=vae_groups,
         )
-        sources = {"model": checkpoint.source}
-        if vae is not None:
-            sources["vae"] = str(vae)
+        told = str if record_paths else recorded
+        sources = {"model": told(source)} | ({} if vae is None else {"vae": told(vae)})
         engine = cls(
             build_model(checkpoint),
             build_vae(checkpoint),

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from dit_bench.outputs import (
 )
 from dit_bench.schema import VERSION, validate
 from dit_engine.printable import one_line, say
+from dit_engine.provenance import without_paths
 
 if TYPE_CHECKING:
     from dit_bench.measure import Plan
@@ -66,6 +68,8 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     if plan is not None:
         report, failure = _measured(plan, arguments, given, sheets)
     assert report is not None
+    if not arguments.record_paths:
+        report = without_paths(report)
     withdraw_verdicts(report)
     if operators is not None:
         report["operators"] = operators
@@ -74,7 +78,7 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         from dit_bench.comparing import compare_reports, exit_code
 
         try:
-            report["comparison"] = compare_reports(report, old)
+            report["comparison"] = compare_reports(*map(without_paths, (report, old)))
             code = exit_code(report["comparison"], arguments.strict)
         except ValueError as error:
             failure = failure or ValueError(f"{arguments.compare}: {error}")
@@ -130,8 +134,9 @@ def _measured(
     from dit_bench.progress import Progress
 
     report, progress = new_report(plan, given), Progress(arguments.quiet)
+    keep = partial(_keep, report, arguments.json, arguments.record_paths)
     try:
-        engines = measure(plan, report, progress, lambda: _keep(report, arguments.json))
+        engines = measure(plan, report, progress, keep)
         if arguments.html is not None:
             sheets += _sheets(plan, engines, progress)
     except (KeyboardInterrupt, Exception) as error:  # of any kind: what is finished is kept
@@ -144,11 +149,11 @@ def _measured(
     return report, _not_run(report)
 
 
-def _keep(report: dict[str, Any], path: Path | None) -> None:
+def _keep(report: dict[str, Any], path: Path | None, paths: bool) -> None:
     """What is measured so far, as <name>.partial beside the JSON that is asked for, so that it is
     there however the run ends."""
     if path is not None and path != STDOUT:
-        write_json({**report, "interrupted": True}, partial_path(path))
+        write_json({**report, "interrupted": True}, partial_path(path), paths)
 
 
 def _not_run(report: dict[str, Any]) -> ValueError | None:
@@ -180,7 +185,7 @@ def _sheets(plan: Plan, engines: Sequence[Any], progress: Progress) -> list[Any]
 def _write(
     report: dict[str, Any], arguments: argparse.Namespace, scaling: Any, sheets: list[Any]
 ) -> None:
-    write_json(report, arguments.json)
+    write_json(report, arguments.json, arguments.record_paths)
     if arguments.json is not None and arguments.load is None:
         partial_path(arguments.json).unlink(missing_ok=True)
     write_text(csv_text(report), arguments.csv)
@@ -208,7 +213,7 @@ def _write(
 def _show_environment(arguments: argparse.Namespace) -> int:
     from dit_bench.environment import overview
 
-    found = overview()
+    found = without_paths(overview())
     if arguments.json is not None:
         check_outputs([arguments.json])
         write_json(found, arguments.json)

@@ -48,6 +48,7 @@ from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry
 from dit_engine.files import atomic_path
 from dit_engine.printable import say
+from dit_engine.provenance import without_paths
 from dit_kernels.quantized import quantized_why_not
 
 # Models with the batches that they are measured at; then what is measured otherwise.
@@ -197,8 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             say(fold(format_report(report, short=narrower_than(WIDTH))))
         if path is not None:
+            text = json.dumps(without_paths(report), indent=2) + "\n"
             with atomic_path(path) as partial:
-                partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                partial.write_text(text, encoding="utf-8")
             say(f"written to {path}")
         return 0
 

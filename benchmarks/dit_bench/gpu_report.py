@@ -12,6 +12,7 @@ from typing import Any
 from dit_engine.cli.destination import check_file
 from dit_engine.files import atomic_path
 from dit_engine.printable import one_line
+from dit_engine.provenance import without_paths
 
 
 class Report:
@@ -64,7 +65,7 @@ class Report:
     def _write(self) -> None:
         if self.path is None:
             return
-        text = json.dumps(_finite(self.values), indent=1, allow_nan=False)
+        text = json.dumps(_finite(without_paths(self.values)), indent=1, allow_nan=False)
         with atomic_path(self.path) as partial:
             partial.write_text(text + "\n", encoding="utf-8")
 

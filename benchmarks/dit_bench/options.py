@@ -14,6 +14,7 @@ from dit_bench.schema import KINDS
 from dit_bench.set_arguments import SET_OPTIONS, add_set_arguments, refuse_given
 from dit_engine.cli.arguments import Parser, add_backend_argument
 from dit_engine.cli.destination import destination
+from dit_engine.provenance import without_paths
 
 if TYPE_CHECKING:
     from dit_bench.measure import Plan
@@ -64,6 +65,7 @@ def build_parser(about: str) -> argparse.ArgumentParser:
     add("--scaling", type=Path, metavar="FILE", help="--json of python -m dit_bench.scaling")
     add("--load", type=Path, metavar="FILE", help="show a finished --json, and measure nothing")
     add("--env", action="store_true", help="what this machine has, and no more")
+    add("--record-paths", action="store_true", help="reports tell whole paths, not names alone")
     add("--wide", action="store_true", help="tables with all columns, wider than the terminal")
     add("--quiet", action="store_true", help="no progress bars")
     return parser
@@ -88,6 +90,10 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
             raise ValueError(f"--size is for published models; {name!r} has its own")
         if arguments.vae is not None and is_size(name):
             raise ValueError(f"--vae is for checkpoints; {name!r} gets random weights")
+    names = {without_paths(name): name for name in arguments.models}
+    if not arguments.record_paths and len(names) < len(set(arguments.models)):
+        same = [name for name in arguments.models if name not in names.values()]
+        raise ValueError(f"{same[0]!r} has the name of another model: give --record-paths too")
     backend, precision = resolve_backend(arguments.backend), arguments.precision
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}: choose one of {', '.join(PRECISIONS)}")

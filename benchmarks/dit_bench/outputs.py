@@ -12,6 +12,7 @@ from typing import Any
 from dit_engine.cli.destination import STDOUT, check_destination, check_file, write_stdout
 from dit_engine.files import atomic_path
 from dit_engine.printable import printable
+from dit_engine.provenance import without_paths
 
 CSV_COLUMNS = (
     "model", "size", "what", "images", "name", "role", "precision", "status", "reason", "p5_ms",
@@ -61,8 +62,9 @@ def write_text(text: str, path: Path | None) -> None:
             partial.write_text(text, encoding="utf-8", newline="")
 
 
-def write_json(report: dict[str, Any], path: Path | None) -> None:
-    write_text(json_text(finite(report)), path)
+def write_json(report: dict[str, Any], path: Path | None, paths: bool = False) -> None:
+    """paths: those of files are written whole; unless given, their names alone."""
+    write_text(json_text(finite(report if paths else without_paths(report))), path)
 
 
 def json_text(value: Any) -> str:

@@ -52,6 +52,7 @@ from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry
 from dit_engine.files import atomic_path
 from dit_engine.printable import say
+from dit_engine.provenance import without_paths
 
 if TYPE_CHECKING:
     from dit_engine.engine import Engine
@@ -222,7 +223,9 @@ def format_report(report: dict[str, Any]) -> str:
 def write_report(report: dict[str, Any], path: Path) -> None:
     """Write the report as JSON, whole or not at all."""
     with atomic_path(path) as partial:
-        partial.write_text(json.dumps(finite(report), indent=2) + "\n", encoding="utf-8")
+        partial.write_text(
+            json.dumps(finite(without_paths(report)), indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -37,6 +37,7 @@ from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry, output_is_a_file
 from dit_engine.labels import shared_names
 from dit_engine.printable import printable, say
+from dit_engine.provenance import is_source
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -56,22 +57,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def like(path: Path, argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments with what an image tells in place of the defaults."""
-    from dit_engine.cli.like import recorded_options
+    from dit_engine.cli.like import given_model, given_vae, recorded_options
 
     parser, options = build_parser(), recorded_options(path)
-    parser.set_defaults(**options)
+    model, vae = options.pop("model"), options.pop("vae", None)
+    parser.set_defaults(**options, model=None)
     arguments = parser.parse_args(argv)
+    parser.set_defaults(model=given_model(path, model, arguments.model))
     # What was told of a model, a VAE, a sheet or a sampler says nothing of another.
     others: set[str] = set()
-    if model := arguments.model != options["model"]:
+    if another := arguments.model is not None and not is_source(arguments.model, model):
         others |= {"numerics", "num_heads", "prediction", "diffusion"}
-    if arguments.vae != options.get("vae") or (model and arguments.vae is None):
+    if not given_vae(path, vae, arguments.vae, another):
         others |= {"vae_scaling_factor", "vae_shift_factor", "vae_groups"}
     if arguments.prediction != options.get("prediction"):
         others |= {"diffusion"}
     if not is_sheet(arguments.output):
         others |= {"columns"}
     replaced: dict[str, Any] = dict.fromkeys(others & options.keys())
+    if another and any(options[name] for name in replaced):
+        warnings.warn(
+            f"{path} was made with model {model[:200]!r}, and this is another: of what it tells "
+            f"{', '.join(sorted(replaced))} is left out",
+            stacklevel=2,
+        )
     if arguments.sampler != options.get("sampler"):  # the other one has its own usual values
         replaced |= {"steps": None, "spacing": None, "eta": 0.0}
     parser.set_defaults(**replaced)
@@ -84,10 +93,10 @@ def like(path: Path, argv: Sequence[str] | None) -> argparse.Namespace:
     n = len(arguments.labels or ()) * arguments.repeat
     if given.all_labels or given.labels or given.repeat != 1:
         arguments.only = 0 if n == 1 else None
-        recorded = arguments.seeds if given.seeds is None else None
-        if isinstance(recorded, list) and (given.all_labels or len(recorded) != n):
+        told = arguments.seeds if given.seeds is None else None
+        if isinstance(told, list) and (given.all_labels or len(told) != n):
             raise ValueError(
-                f"--like {path} tells {len(recorded)} seeds, which are not of these labels: give "
+                f"--like {path} tells {len(told)} seeds, which are not of these labels: give "
                 "--seed, or --seeds"
             )
     return arguments
@@ -99,9 +108,14 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add_loading_arguments(parser)
     add("--check-finite", action="store_true", help="look for NaN in every weight")
+    add(
+        "--record-paths",
+        action="store_true",
+        help="what is written tells where the model and the VAE lie, not their names alone",
+    )
     add("--like", type=Path, metavar="PNG",
-        help="make an image or a sheet of dit-generate again; other options replace what it "
-        "tells (its model is loaded from where it was)")  # fmt: skip
+        help="make an image or a sheet of dit-generate again, of the --model and --vae that are "
+        "given; other options replace what it tells")  # fmt: skip
     add("--labels", nargs="+", metavar="LABEL", help="class names or numbers, one image each")
     add("--all-labels", action="store_true", help="every class of the model")
     add("--repeat", type=int, default=1, metavar="COUNT", help="images of each label, in turn")
@@ -227,6 +241,7 @@ def load_engine(arguments: argparse.Namespace) -> Engine:
         device=parse_device(arguments.device),  # before the weights are read
         max_batch_size=arguments.max_batch_size,
         threads=arguments.threads,
+        record_paths=arguments.record_paths,
     )
 
 

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dit_engine.images import open_image
+from dit_engine.provenance import is_source
+
+_SHOWN = 200  # characters of a path in a message
 
 _CELL_PIXELS = 64 * 64  # of the smallest image on a sheet
 _NUMBERS = ("num_heads", "vae_scaling_factor", "vae_shift_factor", "vae_groups", "columns")
@@ -13,6 +16,35 @@ _SAME = (*_NUMBERS, "model", "vae", "numerics", "prediction", "sampler", "steps"
          "guidance_channels", "guidance_interval", "noise", "precision", "backend")  # fmt: skip
 _TOLD = ("version", "diffusion", "label", "labels", "label_name", "label_names", "seed", "seeds",
          "index", "guidance_scale")  # fmt: skip
+
+
+def given_model(path: Path, recorded: str, given: str | None) -> str:
+    """The model that ``path`` is made again with.
+
+    A picture does not choose what is read from this machine or fetched from a hub: the built-in
+    model alone need not be given. Raises ValueError, one line, where another is to be.
+    """
+    if given is None and recorded != "builtin":
+        raise ValueError(
+            f"{path} was made with model {recorded[:_SHOWN]!r}: give it with --model, since a "
+            "picture does not choose what is loaded"
+        )
+    return "builtin" if given is None else given
+
+
+def given_vae(path: Path, recorded: str | None, given: str | None, another: bool) -> bool:
+    """Whether the VAE is the one that ``path`` was made with; another: the model is not.
+
+    Raises ValueError, one line, where it is to be given.
+    """
+    if given is not None:
+        return recorded is not None and is_source(given, recorded)
+    if recorded is not None and not another:
+        raise ValueError(
+            f"{path} was made with vae {recorded[:_SHOWN]!r}: give it with --vae, since a picture "
+            "does not choose what is loaded"
+        )
+    return not another
 
 
 def recorded_options(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dit_engine.files import atomic_path
 from dit_engine.images import open_image
 from dit_engine.labels import resolve_labels
 from dit_engine.metadata import as_read, image_record, png_text, record_in
+from dit_engine.provenance import same_source
 from dit_engine.settings import resolve_seeds
 
 if TYPE_CHECKING:
@@ -116,6 +117,10 @@ class Series:
             return False
         expected = as_read(image_record(self.whole, i))
         found = _record_of(path)
+        for name in expected.keys() & {"model", "vae"}:  # a path, or its name alone
+            told = None if found is None else found.get(name)
+            if isinstance(told, str) and same_source(told, expected[name]):
+                expected[name] = told
         if found == expected:
             return True
         if found is None:

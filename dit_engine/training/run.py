@@ -24,6 +24,7 @@ from dit_engine.files import atomic_path, save_tensors
 from dit_engine.json_files import parse_json, read_json
 from dit_engine.labels import resolve_labels
 from dit_engine.model import DiT
+from dit_engine.provenance import recorded, same_source
 from dit_engine.training.avatars import CLASSES, load_avatars
 from dit_engine.training.card import Outcome, judge, write_card
 from dit_engine.training.data import ImageSet, load_image_folder
@@ -135,12 +136,13 @@ def _train(
 ) -> tuple[Path, Outcome]:
     _require_matplotlib()
     begun = directory / "settings.json"
-    _check_same(asdict(settings), begun)  # before images are rendered or read
+    told = asdict(settings) | {"data": recorded(settings.data)}
+    _check_same(told, begun)  # before images are rendered or read
     if settings.data == "avatars":
         _flipped(settings.flip, CLASSES)
     data = _load_data(settings, directory)
     flip = _flipped(settings.flip, data.class_names)
-    now = asdict(settings) | {"class_names": data.class_names, "images": len(data)}
+    now = told | {"class_names": data.class_names, "images": len(data)}
     _check_same(now, begun)
     if not begun.exists():
         begun.parent.mkdir(parents=True, exist_ok=True)
@@ -202,6 +204,8 @@ def _check_same(now: dict[str, Any], path: Path) -> None:
         return
     before, text = _begun(path), json.dumps(now)
     for name, value in parse_json(text, "these settings", lenient=True).items():
+        if name == "data" and same_source(str(before.get(name)), value):
+            continue  # earlier versions kept the path
         if before.get(name) != value:
             raise ValueError(
                 f"{path.parent} holds a training with {name} {before.get(name)!r}, not {value!r}: "

@@ -22,16 +22,19 @@ def test_images_and_sheets_are_made_again(model: Path, tmp_path: Path, noise: st
                "--noise", noise]  # fmt: skip
     assert main([*options, "-o", str(tmp_path / "out")]) == 0
     assert main([*options, "-o", str(tmp_path / "sheet.png")]) == 0
-    assert main(["--like", str(tmp_path / "sheet.png"), "-o", str(tmp_path / "again.png")]) == 0
+    same = ["--model", str(model)]
+    like = [*same, "--like", str(tmp_path / "sheet.png")]
+    assert main([*like, "-o", str(tmp_path / "again.png")]) == 0
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "sheet.png").read_bytes()
     first = min((tmp_path / "out").iterdir())
-    assert main(["--like", str(first), "-o", str(tmp_path / "one.png")]) == 0
+    assert main([*same, "--like", str(first), "-o", str(tmp_path / "one.png")]) == 0
     assert (tmp_path / "one.png").read_bytes() == first.read_bytes()
     last = max((tmp_path / "out").iterdir())
-    assert main(["--like", str(last), "-o", str(tmp_path / "last.png")]) == 0
+    assert main([*same, "--like", str(last), "-o", str(tmp_path / "last.png")]) == 0
     with Image.open(last) as image, Image.open(tmp_path / "last.png") as again:
         assert image.tobytes() == again.tobytes()
-    assert main(["--like", str(first), "-o", str(tmp_path / "six.png"), "--seed", "6"]) == 0
+    like = [*same, "--like", str(first), "--seed", "6"]
+    assert main([*like, "-o", str(tmp_path / "six.png")]) == 0
     with Image.open(tmp_path / "six.png") as image:
         assert json.loads(image.info["dit_engine"])["steps"] == 3
         assert image.tobytes() != Image.open(tmp_path / "one.png").tobytes()
@@ -60,11 +63,12 @@ def test_what_the_model_was_loaded_with_is_kept(
     made, plain, again = (str(tmp_path / name) for name in ("a.png", "b.png", "c.png"))
     assert main([*options, *option.split(), "-o", made]) == 0
     assert main([*options, "-o", plain]) == 0
-    assert main(["--like", made, "-o", again, "--quiet"]) == 0
+    assert main([*bare_files, "--like", made, "-o", again, "--quiet"]) == 0
     assert Path(again).read_bytes() == Path(made).read_bytes()
     with Image.open(made) as one, Image.open(plain) as other:
         assert option.startswith("--numerics") or one.tobytes() != other.tobytes()
-    assert main(["--like", made, "-o", str(tmp_path / "z.safetensors"), "--quiet"]) == 0
+    latents = str(tmp_path / "z.safetensors")
+    assert main([*bare_files, "--like", made, "-o", latents, "--quiet"]) == 0
 
 
 def test_another_diffusion_is_refused(
@@ -77,7 +81,7 @@ def test_another_diffusion_is_refused(
     info.add_text("dit_engine", json.dumps(record))
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=info)
     options = ["--like", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png"), "--quiet"]
-    assert main(options) == 2
+    assert main([*bare_files, *options]) == 2
     told = capsys.readouterr().err
     assert "was made with diffusion {'clip': 1.0}, and" in told and told.count("\n") == 1
 
@@ -129,7 +133,8 @@ def test_other_labels_and_samplers(
     options = ["--model", str(model), "--labels", "1", "2", "--steps", "2", "--sampler", "ddim",
                "--spacing", "leading"]  # fmt: skip
     assert main([*options, "--seed", "5", "-o", str(tmp_path / "a.png")]) == 0
-    like = ["--like", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")]
+    like = ["--model", str(model), "--like", str(tmp_path / "a.png")]
+    like += ["-o", str(tmp_path / "b.png")]
     assert main([*like, "--labels", "3"]) == 0
     assert record("b.png")["seed"] == 5
     assert main([*like, "--repeat", "2"]) == 0

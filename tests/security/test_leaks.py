@@ -1,0 +1,228 @@
+"""What is written tells names, and not where on whose machine files lie."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors import safe_open
+from tiny import NAMES, tiny_dit, tiny_vae
+
+import dit_engine
+from dit_bench.cli import main as bench
+from dit_bench.options import build_parser, plan_of
+from dit_bench.outputs import write_json
+from dit_engine import Engine
+from dit_engine.checkpoint import save_pretrained
+from dit_engine.cli import generate as command
+from dit_engine.cli.generate import main as generate
+from dit_engine.provenance import is_source, recorded, same_source, without_paths
+from dit_engine.training.data import ImageSet
+from dit_engine.training.run import TrainSettings, _check_same
+
+for part in ("bench", "export"):
+    sys.path.append(str(Path(__file__).resolve().parents[1] / part))
+made_up, exports = import_module("made_up"), import_module("exports")
+
+SECRET = "home of alice"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a model and a VAE of its own."""
+    path = tmp_path_factory.mktemp("machine") / SECRET
+    save_pretrained(path / "tiny", tiny_dit(), tiny_vae(), NAMES)
+    return path
+
+
+def options(home: Path, *more: object) -> list[str]:
+    given = [
+        "--model",
+        home / "tiny",
+        "--labels",
+        "1",
+        "2",
+        "--steps",
+        "1",
+        "--seed",
+        "3",
+        "--quiet",
+    ]
+    return [*map(str, (*given, *more))]
+
+
+def told(path: Path) -> dict:
+    with Image.open(path) as image:
+        assert SECRET not in json.dumps(image.info.get("model", ""))
+        return json.loads(image.info["dit_engine"])
+
+
+def test_pictures_and_latents(home: Path, tmp_path: Path) -> None:
+    vae = ["--vae", home / "tiny"]
+    for output in ("sheet.png", "one", "z.safetensors"):
+        assert generate(options(home, *vae, "-o", tmp_path / output)) == 0
+    for path in (tmp_path / "sheet.png", *(tmp_path / "one").iterdir()):
+        record = told(path)
+        assert (record["model"], record["vae"]) == ("tiny", "tiny")
+    Engine.from_pretrained(home / "tiny").generate([1], steps=1).save(tmp_path / "api.png")
+    assert told(tmp_path / "api.png")["model"] == "tiny"
+    with safe_open(tmp_path / "z.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["dit_engine"])["model"] == "tiny"
+    for path in tmp_path.rglob("*.*"):
+        assert SECRET.encode() not in path.read_bytes(), path
+
+
+def test_paths_on_demand(home: Path, tmp_path: Path) -> None:
+    assert generate(options(home, "-o", tmp_path / "a.png", "--record-paths")) == 0
+    with Image.open(tmp_path / "a.png") as image:
+        assert json.loads(image.info["dit_engine"])["model"] == str(home / "tiny")
+    engine = Engine.from_pretrained(home / "tiny", record_paths=True)
+    assert engine.sources == {"model": str(home / "tiny")}
+
+
+def test_a_directory_is_gone_on_with_whatever_its_pictures_tell(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As those that earlier versions wrote."""
+    assert generate(options(home, "-o", tmp_path / "out", "--record-paths")) == 0
+    written = options(home, "-o", tmp_path / "out")
+    written.remove("--quiet")
+    assert generate(written) == 0
+    assert "2 of 2 were there" in capsys.readouterr().out
+    save_pretrained(home / "other", tiny_dit(1), tiny_vae(), NAMES)
+    assert generate([*written, "--model", str(home / "other")]) == 2
+    assert "and not 'other'" in capsys.readouterr().err
+
+
+def picture(path: Path, **values: object) -> Path:
+    record = {"noise": "per-image", "label": 1, "seed": 3, "steps": 1, "guidance_scale": 1.0}
+    info = PngInfo()
+    info.add_text("dit_engine", json.dumps(record | values))
+    Image.new("RGB", (4, 4)).save(path, pnginfo=info)
+    return path
+
+
+def test_a_picture_does_not_choose_what_is_loaded(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(command, "load_engine", lambda arguments: asked.append(arguments.model))
+    strangers = {"model": str(home / "tiny")}, {"model": "owner/name"}, {"model": "tiny"}, {
+        "model": "builtin", "vae": "owner/name"}, {"model": "", "vae": "/etc"}  # fmt: skip
+    for values in strangers:
+        path = picture(tmp_path / "a.png", **values)
+        assert generate(["--like", str(path), "-o", str(tmp_path / "b.png")]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "since a picture does not choose what is loaded" in err
+        option = "--vae" if values["model"] == "builtin" else "--model"
+        assert f"give it with {option}" in err
+    assert asked == []
+
+
+def test_earlier_pictures_are_made_again_with_their_model(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same name wherever it is now; of another, what belongs to the model is left out."""
+    path = picture(tmp_path / "a.png", model="/gone/tiny", num_heads=4, numerics="official")
+    like = ["--like", str(path), "-o", str(tmp_path / "b.png"), "--model"]
+    assert generate([*like, str(home / "tiny")]) == 0
+    assert told(tmp_path / "b.png")["num_heads"] == 4
+    save_pretrained(home / "renamed", tiny_dit(), tiny_vae(), NAMES)
+    capsys.readouterr()
+    assert generate([*like, str(home / "renamed")]) == 0
+    assert "num_heads" not in told(tmp_path / "b.png")
+    assert "made with model '/gone/tiny', and this is another" in capsys.readouterr().err
+
+
+def test_exports_hold_no_paths() -> None:
+    """Of the code, of its libraries, or of the directory that was written to."""
+    bundle = exports.exported("fp32")
+    code, libraries = (Path(module.__file__ or "").parents[1] for module in (dit_engine, np))
+    secrets = [str(code), str(libraries), str(bundle.path.parent)]
+    assert any(path.suffix == ".onnx" for path in bundle.path.iterdir())
+    for path in bundle.path.iterdir():
+        data = path.read_bytes()
+        assert not [secret for secret in secrets if secret.encode() in data], path.name
+
+
+def test_settings_of_a_training(tmp_path: Path) -> None:
+    data = ImageSet(np.zeros((2, 64, 64, 3), np.uint8), np.array([0, 1]), ("a", "b"))
+    for folder in (tmp_path / SECRET / "images", tmp_path / "moved" / "images"):
+        folder.mkdir(parents=True)
+        settings = TrainSettings(data=str(folder))
+        _check_same(settings, data, tmp_path / "settings.json")
+        text = (tmp_path / "settings.json").read_text()
+        assert SECRET not in text and '"data": "images"' in text
+    text = text.replace('"images",', f'"/{SECRET}/images",')  # as earlier versions wrote it
+    (tmp_path / "settings.json").write_text(text)
+    _check_same(settings, data, tmp_path / "settings.json")
+    with pytest.raises(ValueError, match="holds a training with data"):
+        _check_same(TrainSettings(data=str(tmp_path)), data, tmp_path / "settings.json")
+
+
+def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is measured or loaded, and the environment; a name of two models is refused."""
+    report = made_up.report()
+    path = f"/{SECRET}/models/tiny"
+    report["command"] = ["--model", path, f"--json=/{SECRET}/a.json", "--batch", "1"]
+    for row in (*report["models"], *report["measurements"]):
+        row["model"] = path if row["model"] == "S/8" else row["model"]
+    report["models"][0]["weights"] = path
+    report["measurements"][-1]["reason"] = f"[Errno 2] No such file: '/{SECRET}/lib.so'"
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(report))
+    names = [tmp_path / f"new.{kind}" for kind in ("json", "csv", "html")]
+    outputs = [f"--{path.suffix[1:]}={path}" for path in names]
+    assert (
+        bench(["--load", str(old), *outputs, "--compare", str(old), "--plot", str(tmp_path)]) == 0
+    )
+    assert SECRET not in capsys.readouterr().out
+    for written in names:
+        assert SECRET not in written.read_text() and "tiny" in written.read_text()
+    made = json.loads(names[0].read_text())
+    assert made["command"] == ["--model", "tiny", "--json=a.json", "--batch", "1"]
+    assert {model["model"] for model in made["models"]} == {"tiny", "S/4"}
+    assert made["measurements"][-1]["reason"] == "[Errno 2] No such file: 'lib.so'"
+    assert bench(["--load", str(old), f"--json={tmp_path / 'all.json'}", "--record-paths"]) == 0
+    assert json.loads((tmp_path / "all.json").read_text())["command"][1] == path
+    twice = [str(tmp_path / side / "model") for side in "ab"]
+    for each in twice:
+        Path(each).mkdir(parents=True)
+    with pytest.raises(ValueError, match="a/model' has the name of another model: give --record"):
+        plan_of(build_parser("").parse_args(["--model", *twice]))
+
+
+def test_names_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    names = {
+        "builtin": "builtin", "facebook/DiT-XL-2-256": "facebook/DiT-XL-2-256",
+        "models/tiny": "tiny", "models/tiny/": "tiny", "./models/none": "none", ".": tmp_path.name,
+        "models/..": tmp_path.name, "~/a.pt": "a.pt", "/a b/c d.pt": "c d.pt",
+        r"C:\Users\alice\a.pt": "a.pt" if sys.platform == "win32" else r"C:\Users\alice\a.pt",
+    }  # fmt: skip
+    assert {source: recorded(source) for source in names} == names
+    assert is_source("models/tiny", "/elsewhere/tiny") and not is_source("models/tiny", "other")
+    assert same_source(r"C:\Users\alice\a.pt", "a.pt") and not same_source("a.pt", "b.pt")
+
+
+def test_texts_lose_directories_and_nothing_else(tmp_path: Path) -> None:
+    kept = ["S/2", "lean/bf16, 3 GB/s", "triton://host:8000/v2/x", "see https://a.b/c/d.", "1 / 2",
+            "runs/own/model", "a\\b", r"\x1b[2J", "–", "owner/name", "and/or/both", 3, None,
+            0.5]  # fmt: skip
+    assert without_paths(kept) == kept
+    cut = {
+        "/home/alice/a.pt": "a.pt", "~/a b/c.pt": "c.pt", r"D:\alice\c.pt": "c.pt", "../x/y": "y",
+        "'/home/alice b/c d' is no model": "'c d' is no model", "(/a/b/c)": "(c)",
+        "cannot open /home/alice/lib.so: no such file": "cannot open lib.so: no such file",
+        "--json=/home/alice/a.json": "--json=a.json", "/home/alice/x: is bad": "x: is bad",
+    }  # fmt: skip
+    assert {text: without_paths(text) for text in cut} == cut
+    write_json({"deep": [{"path": "/home/alice/a.pt"}]}, tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text()) == {"deep": [{"path": "a.pt"}]}

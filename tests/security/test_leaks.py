@@ -23,8 +23,8 @@ from dit_engine.checkpoint import save_pretrained
 from dit_engine.cli import generate as command
 from dit_engine.cli.generate import main as generate
 from dit_engine.provenance import is_source, recorded, same_source, without_paths
-from dit_engine.training.data import ImageSet
-from dit_engine.training.run import TrainSettings, _check_same
+from dit_engine.training import run
+from dit_engine.training.loop import Budget
 
 for part in ("bench", "export"):
     sys.path.append(str(Path(__file__).resolve().parents[1] / part))
@@ -151,19 +151,28 @@ def test_exports_hold_no_paths() -> None:
         assert not [secret for secret in secrets if secret.encode() in data], path.name
 
 
-def test_settings_of_a_training(tmp_path: Path) -> None:
-    data = ImageSet(np.zeros((2, 64, 64, 3), np.uint8), np.array([0, 1]), ("a", "b"))
-    for folder in (tmp_path / SECRET / "images", tmp_path / "moved" / "images"):
-        folder.mkdir(parents=True)
-        settings = TrainSettings(data=str(folder))
-        _check_same(settings, data, tmp_path / "settings.json")
-        text = (tmp_path / "settings.json").read_text()
-        assert SECRET not in text and '"data": "images"' in text
-    text = text.replace('"images",', f'"/{SECRET}/images",')  # as earlier versions wrote it
-    (tmp_path / "settings.json").write_text(text)
-    _check_same(settings, data, tmp_path / "settings.json")
+def test_settings_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resumed where its images are moved, and where an earlier version wrote their path."""
+
+    def begin(images: Path) -> None:
+        for name in "ab":
+            (images / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16)).save(images / name / "1.png")
+        settings = run.TrainSettings(data=str(images), size=16)
+        run.train(settings, Budget(steps=1), Budget(steps=1), tmp_path / "run")
+
+    monkeypatch.setattr(run, "_stage_one", lambda *_: sys.exit())
+    for folder in (SECRET, "moved"):
+        with pytest.raises(SystemExit):
+            begin(tmp_path / folder / "images")
+    path = tmp_path / "run" / "settings.json"
+    text = path.read_text()
+    assert SECRET not in text and '"data": "images"' in text
+    path.write_text(text.replace('"images",', f'"/{SECRET}/images",'))
+    with pytest.raises(SystemExit):
+        begin(tmp_path / "moved" / "images")
     with pytest.raises(ValueError, match="holds a training with data"):
-        _check_same(TrainSettings(data=str(tmp_path)), data, tmp_path / "settings.json")
+        begin(tmp_path / "others")
 
 
 def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

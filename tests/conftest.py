@@ -5,9 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from vectors import Vectors, read_vectors
+
+if TYPE_CHECKING:
+    from serving import Served
+
+SERVER_ENVIRONMENT = Path(__file__).resolve().parents[1] / ".venv-server"
 
 # A shell starts its background jobs with SIGINT ignored, and what the tests start would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -22,3 +30,46 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _COMPILED.name)
 @pytest.fixture(params=["dit_p2_d24", "dit_p4_d72"])
 def vectors(request: pytest.FixtureRequest) -> Vectors:
     return read_vectors(request.param)
+
+
+@pytest.fixture(scope="session")
+def no_proxy() -> Iterator[None]:
+    """A proxy of the environment knows nothing of this machine's own servers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("no_proxy", "127.0.0.1,localhost")
+        yield
+
+
+@pytest.fixture(scope="session")
+def server_environment() -> Path:
+    if not (SERVER_ENVIRONMENT / ".done").exists():
+        pytest.skip("no Triton Inference Server here: make server installs one (Linux, x86-64)")
+    return SERVER_ENVIRONMENT
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the built-in model in float32."""
+    from serving import MAX_BATCH_SIZE
+
+    from dit_export.cli import main
+
+    path = tmp_path_factory.mktemp("triton") / "repository"
+    options = ["--dtype", "fp32", "--max-batch-size", str(MAX_BATCH_SIZE), "-o", str(path)]
+    assert main(["triton", *options]) == 0
+    return path
+
+
+@pytest.fixture(scope="session")
+def served(no_proxy: None, server_environment: Path, repository: Path) -> Iterator[Served]:
+    """A real Triton Inference Server with the built-in model, started once for all tests."""
+    from serving import Served
+
+    from dit_engine.engine import Engine
+    from dit_export.triton.server import running_server
+    from dit_export.triton.server_binary import find_server
+
+    server = find_server(server_environment)
+    log = repository.parent / "server.log"
+    with running_server(repository, server, log=log) as running:
+        yield Served(repository, running, Engine.from_pretrained("builtin", device="cpu"))

@@ -19,14 +19,15 @@ HTTP_HEADERS, GRPC_HEADERS = "(?i)(host|origin)", "(?i)user-agent"
 """For the server's --http-header-forward-pattern and --grpc-header-forward-pattern."""
 NAMES = "DIT_SERVER_NAMES"
 """Variable of the environment: names by which the server is reached, with commas in between."""
+FORWARDS = "DIT_SERVER_FORWARDS"
+"""Variable that is set where the server was told to forward both kinds of headers."""
 
 
 def refusal(request: Any, named: bool = False) -> str | None:
     """Why a request to a model of the Python backend is not answered, in one line; else None.
 
-    named: whether it must say where it comes from, if the server forwards that, which it does where
-    `NAMES` is set. Only /generate, which forwards nothing, does not say so, and requests of other
-    models of this server.
+    named: whether it must say where it comes from, where the server `FORWARDS` that. Only requests
+    to /generate do not, of which nothing is forwarded, and those of other models of this server.
     """
     said = request.parameters() if hasattr(request, "parameters") else "{}"  # not in all versions
     # A parameter of the request's own may have the name of a header, which it does not replace.
@@ -41,7 +42,11 @@ def refusal(request: Any, named: bool = False) -> str | None:
     for origin in (value for name, value in pairs if name == "origin"):
         if not hosts or any(origin not in (f"http://{host}", f"https://{host}") for host in hosts):
             return f"Origin {shown(origin)}: requests of web pages are not answered"
-    if named and NAMES in os.environ and not {"host", "user-agent"} & {name for name, _ in pairs}:
+    if (
+        named
+        and FORWARDS in os.environ
+        and not {"host", "user-agent"} & {name for name, _ in pairs}
+    ):
         return "the request has neither Host nor User-Agent: send it to /infer, with both"
     return None
 

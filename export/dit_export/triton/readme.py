@@ -45,10 +45,19 @@ the server's, or images that are not finite, which a huge `guidance_scale` makes
 In a container, from this directory{gpu}:
 
 ```
+KEY=$(openssl rand -hex 32)
 docker run --rm --gpus all --shm-size 1g -p 127.0.0.1:8000:8000 -p 127.0.0.1:8001:8001 \\
     -p 127.0.0.1:8002:8002 -v "$PWD":/models:ro nvcr.io/nvidia/tritonserver:<yy.mm>-py3 \\
-    tritonserver --model-repository=/models --disable-auto-complete-config
+    tritonserver --model-repository=/models --disable-auto-complete-config \\
+    --http-restricted-api=shared-memory,model-repository,trace,logging:key=$KEY \\
+    --grpc-restricted-protocol=shared-memory,model-repository,trace,logging:key=$KEY \\
+    --http-header-forward-pattern='(?i)(host|origin)'
 ```
+
+Take release 26.07 or later: NVIDIA's security bulletins name faults of all earlier ones, such as
+requests that end the server (CVE-2025-23310, CVE-2026-16497) or run code in it (CVE-2025-23319).
+The options close what nobody needs, and let `dit` refuse what web pages send; a server that is
+reached by a name needs `-e DIT_SERVER_NAMES=<name>`. Whoever reaches the ports can ask for images.
 
 {needs}
 
@@ -62,7 +71,12 @@ python -m venv .venv-server
 dit-export triton --serve . --server .venv-server
 ```
 
-(Linux, x86-64, Python 3.10 to 3.12). That server runs the graphs on the CPU.
+(Linux, x86-64, Python 3.10 to 3.12). That server runs the graphs on the CPU. It is Triton 2.51,
+which whoever reaches it can end by one request (CVE-2025-23310): it is for this machine alone.
+
+`--serve` refuses a repository with other code than its version writes. A server that you start
+yourself, and `client.py`, run what lies here: from people whom you do not know, read `client.py`,
+`dit/1` and every `config.pbtxt` first, or write the repository again from the export.
 
 ## Ask it
 

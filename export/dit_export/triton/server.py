@@ -95,7 +95,8 @@ def running_server(
         for made in (models, backends, empty):
             made.mkdir()
         served = repository if texts is None else served_copy(repository, texts, models)
-        environment = server.environment | {origin.NAMES: ",".join(_names(host))}
+        names = {origin.NAMES: ",".join(_names(host)), origin.FORWARDS: "1"}
+        environment = server.environment | names
         command = [
             *(sys.executable, "-I", "-S", supervisor.__file__, prefix),
             # Not for the supervisor, whose Python needs its own libraries.
@@ -121,12 +122,12 @@ def running_server(
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=empty,  # the Python backend looks there first for modules
-                umask=0o077,  # also of its shared memory
                 start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on
             )
             try:
                 http, grpc, metrics = (f"{host}:{port}" for port in chosen)
                 _wait_until_ready(process, http, ready_seconds, log)
+                supervisor.hide_regions(prefix)
                 yield Running(http, grpc, metrics, process)
             finally:
                 _stop(process)

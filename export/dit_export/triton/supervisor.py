@@ -43,6 +43,13 @@ def end(program: subprocess.Popen[bytes], prefix: str) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+def hide_regions(prefix: str) -> None:
+    """From other users of this machine, who may read them as a program makes them."""
+    for region in _REGIONS.glob(f"{prefix}*"):
+        with suppress(OSError):
+            region.chmod(0o600)
+
+
 def remove_regions(prefix: str) -> None:
     """Shared memory under names that begin with ``prefix``, as a program leaves it that is killed.
     Who has it open keeps it."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from dit_engine.files import file_hash, hidden_directory
+from dit_engine.printable import printable
 
 Known = Callable[[Path], Mapping[str, "str | None"]]
 """Given a directory that holds something: every file that may be removed from it, by its path from
@@ -19,10 +20,12 @@ there, with its SHA-256; None where its name alone tells. ValueError: why the di
 The names must be those that are written here, and not whatever a file in the directory lists."""
 
 
+_NAMED = 4  # files that a message names, at most
+
+
 def nothing_known(directory: Path) -> NoReturn:
     """For a destination that must be free or empty."""
-    names = sorted(entry.name for entry in directory.iterdir())
-    raise ValueError(f"holds something else ({', '.join(names[:4])})")
+    raise ValueError(f"holds something else ({_some(p.name for p in directory.iterdir())})")
 
 
 def check_destination(target: Path, known: Known = nothing_known) -> dict[str, os.stat_result]:
@@ -49,7 +52,8 @@ def new_directory(target: Path, known: Known = nothing_known) -> Iterator[Path]:
     """Yield an empty directory that takes the name ``target`` once the block ends well.
 
     If the block raises, nothing is left of it, and ``target`` is as it was. What is replaced keeps
-    its place until the new directory is complete.
+    its place until the new directory is complete. (Of a process that is killed, ``.NAME.TOKEN.old``
+    may be left: what was there before.)
 
     Raises:
         ValueError: see `check_destination`.
@@ -103,19 +107,27 @@ def _removable(directory: Path, known: Mapping[str, str | None]) -> dict[str, os
         for entry in (*subfolders, *names):
             path = Path(root, entry)
             name, state = path.relative_to(directory).as_posix(), path.lstat()
-            if stat.S_ISREG(state.st_mode) and name in known:
+            if stat.S_ISDIR(state.st_mode):
+                if name not in folders and not any(path.iterdir()):
+                    others.append(name)
+            elif stat.S_ISREG(state.st_mode) and name in known:
                 files[name] = state
-            elif not (stat.S_ISDIR(state.st_mode) and name in folders):
+            else:
                 others.append(name)
-                if entry in subfolders:
-                    subfolders.remove(entry)  # what it holds is of no interest
+        if len(others) >= _NAMED:
+            break
     if others:
-        names = ", ".join(sorted(others)[:4])
-        raise ValueError(f"also holds what was not made with it ({names}): move that elsewhere")
+        raise ValueError(
+            f"also holds what was not made with it ({_some(others)}): move that elsewhere"
+        )
     for name in files:
         if known[name] not in (None, file_hash(directory / name)):
             raise ValueError(f"its {name} has changed since it was written: move that elsewhere")
     return files
+
+
+def _some(names: Iterable[str]) -> str:
+    return ", ".join(map(printable, sorted(names)[:_NAMED]))
 
 
 def _exchange(target: Path, new: Path, old: Path, removable: dict[str, os.stat_result]) -> None:

@@ -34,10 +34,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises OSError if it cannot be written, or if ``path`` is a device or a pipe, which would be
     gone afterwards.
     """
+    with suppress(FileNotFoundError):
+        path.lstat()  # raises if the name is too long
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(errno.EINVAL, "A device or a pipe is not replaced by a file", str(path))
     with hidden_directory(path) as (_, held):
-        partial = held / path.name
+        partial = held / "new.partial"  # which nobody takes for a picture that is finished
         try:
             yield partial
             partial.replace(path)
@@ -64,12 +66,13 @@ def hidden_directory(target: Path) -> Iterator[tuple[Path, Path]]:
         folder.mkdir(0o700 if os.name == "posix" else 0o777)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(target)) from None
+    made = folder.lstat()
     with _held(folder) as held:
         try:
             yield folder, held
         finally:
             with suppress(OSError):  # it may have another name by now
-                for entry in held.iterdir():
+                for entry in held.iterdir() if os.path.samestat(made, held.stat()) else ():
                     if entry.is_dir() and not entry.is_symlink():
                         shutil.rmtree(entry, ignore_errors=True)
                     else:

@@ -184,6 +184,13 @@ class Bundle:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """Raises a one-line ValueError for what is no export of this format."""
+    manifest = _of_this_format(path)
+    check_schema(manifest, SCHEMA, f"{path / MANIFEST}: cannot be read")
+    return manifest
+
+
+def _of_this_format(path: Path) -> dict[str, Any]:
+    """What calls itself a manifest of this format, whatever else it says."""
     try:
         manifest = read_json_value(path / MANIFEST)
     except FileNotFoundError:
@@ -195,7 +202,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path / MANIFEST}: format {shown(manifest.get('format'))}; {FORMAT} is what is read"
         )
-    check_schema(manifest, SCHEMA, f"{path / MANIFEST}: cannot be read")
     return manifest
 
 
@@ -221,14 +227,18 @@ def replaceable(overwrite: bool) -> Known:
 
     def known(path: Path) -> Mapping[str, str | None]:
         try:
-            earlier = read_manifest(path)
+            earlier = _of_this_format(path)
         except ValueError:
             return nothing_known(path)
         if not overwrite:
             what = f"{earlier.get('dtype')} for {earlier.get('target')}"
             raise ValueError(f"holds an export already ({what}); --overwrite replaces it")
-        files = earlier["files"]
-        return {MANIFEST: None} | {n: files[n]["sha256"] for n in file_names() if n in files}
+        listed = {name: earlier["files"].get(name) for name in file_names()}
+        return {MANIFEST: None} | {
+            name: str(facts.get("sha256"))
+            for name, facts in listed.items()
+            if isinstance(facts, dict)
+        }
 
     return known
 

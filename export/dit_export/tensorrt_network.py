@@ -128,7 +128,7 @@ def attach_timing_cache(config: Any, path: Path) -> None:
 
     Those of another device or version are left out by TensorRT.
     """
-    for earlier in (path.read_bytes() if path.exists() else b"", b""):
+    for earlier in (path.read_bytes() if path.is_file() else b"", b""):
         cache = config.create_timing_cache(earlier)
         if cache is not None and config.set_timing_cache(cache, False):
             return

@@ -172,6 +172,6 @@ def test_what_was_not_made_with_an_export_is_not_replaced(tmp_path: Path) -> Non
     assert check_destination(tmp_path, lambda _: known).keys() == known.keys()
     del known["sub/mine.txt"]
     with pytest.raises(
-        ValueError, match=r": also holds what was not made with it \(sub\): move that"
+        ValueError, match=r": also holds what was not made with it \(sub/mine.txt\): move that"
     ):
         check_destination(tmp_path, lambda _: known)

@@ -128,6 +128,7 @@ def test_what_was_not_written_here_is_never_removed(
     with pytest.raises(ValueError, match="nothing was written") as caught:
         again(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert name in str(caught.value)
     assert contents(path) == before and not list(tmp_path.glob(".*"))
 
 

@@ -69,7 +69,7 @@ def test_even_a_guessed_name_is_not_followed(
     monkeypatch.setattr(secrets, "token_hex", lambda _: "guessed")
     laid = tmp_path / ".x.bin.guessed.partial"
     (tmp_path / "trap").mkdir()
-    (tmp_path / "trap" / "x.bin").symlink_to(victim)
+    (tmp_path / "trap" / "new.partial").symlink_to(victim)
     if thing == "directory":
         (tmp_path / "trap").rename(laid)
     else:
@@ -86,7 +86,7 @@ def test_a_directory_that_is_exchanged_while_we_write(tmp_path: Path, victim: Pa
         (hidden,) = tmp_path.glob(".*")
         hidden.rename(tmp_path / "away")  # as anyone may without a sticky bit
         hidden.mkdir()
-        (hidden / "x.bin").symlink_to(victim)
+        (hidden / partial.name).symlink_to(victim)
         partial.write_text("new")
     assert victim.read_text() == "precious" and (tmp_path / "x.bin").read_text() == "new"
 
@@ -118,7 +118,7 @@ def test_a_directory_that_is_exchanged_before_we_write(
             self.rename(tmp_path / "away")
             mkdir(self)
             os.chown(self, 65534, 65534)
-            (self / "x.bin").symlink_to(victim)
+            (self / "new.partial").symlink_to(victim)
 
     monkeypatch.setattr(Path, "mkdir", exchanged)
     with (

@@ -104,6 +104,16 @@ def test_serve_until_it_is_told_to_end(
     command.process.send_signal(end)
     assert command.process.wait(60) == (0 if end == signal.SIGINT else -signal.SIGKILL)
     wait_until(lambda: not answers(http), 60)
+    (group,) = command.groups  # the supervisor, which removes the server's shared memory
+    wait_until(lambda: not runs(group), 60)
+
+
+def runs(pid: int) -> bool:
+    """Of a process that has ended, and that nobody has asked how, an entry remains."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="children are found by Linux's /proc")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from bundles import write_bundle
 
+from dit_engine.caches import VARIABLE
 from dit_export.cli import main
 from dit_export.model_repository import MARKER, write_repository
 from dit_export.triton.configuration import ServingOptions
@@ -266,3 +267,23 @@ def test_what_is_served_is_what_was_looked_at(
     assert hashes(served / "dit") == hashes(tmp_path / "before")
     graph = "vae_decoder/1/model.onnx"
     assert (served / graph).read_bytes() == (repository / graph).read_bytes()
+
+
+def test_engines_are_kept_where_nobody_else_can_put_some(
+    server: ServerBinary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of onnxruntime's TensorRT provider, in the directory that the server runs in."""
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    options = ServingOptions(accelerator="tensorrt")
+    path = write_repository(write_bundle(tmp_path / "onnx"), tmp_path / "repository", options)
+    config = (path / "dit_transformer" / "config.pbtxt").read_text()
+    assert 'value: "trt-cache"' in config.replace("string_value", "value") and "/tmp" not in config
+    server.path.write_text("#!/bin/sh\npwd; readlink trt-cache; exit 3\n")
+    with (
+        pytest.raises(RuntimeError, match="code 3"),
+        running_server(path, server, log=tmp_path / "log"),
+    ):
+        pass
+    here, cache = (tmp_path / "log").read_text().splitlines()
+    assert Path(cache) == tmp_path / "cache" / "triton" and not Path(here).exists()
+    assert Path(cache).stat().st_mode & 0o777 == 0o700

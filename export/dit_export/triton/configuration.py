@@ -19,6 +19,10 @@ GRAPHS = {
 }
 """Model of the repository → graph of the export."""
 
+ENGINE_CACHE = "trt-cache"
+"""Where onnxruntime's TensorRT provider keeps its engines, in the directory that the server runs
+in: in /tmp, others could put some there beforehand."""
+
 _TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 _MIB = 1 << 20
 
@@ -169,7 +173,7 @@ def _optimization(dtype: str, options: ServingOptions) -> dict[str, Any]:
             "precision_mode": "FP32" if dtype == "fp32" else "FP16",
             "max_workspace_size_bytes": str(4096 * _MIB),
             "trt_engine_cache_enable": "1",  # the first start builds engines, for minutes
-            "trt_engine_cache_path": "/tmp/trt-cache",
+            "trt_engine_cache_path": ENGINE_CACHE,
             "trt_timing_cache_enable": "1",
         }
     pairs = [{"key": key, "value": setting} for key, setting in parameters.items()]

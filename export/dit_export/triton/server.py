@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
+from dit_engine.caches import private_cache
 from dit_engine.printable import say
 from dit_export.triton import origin, supervisor
+from dit_export.triton.configuration import ENGINE_CACHE
 from dit_export.triton.remote import is_loopback
 from dit_export.triton.server_binary import ServerBinary, assemble_backends, find_server
 from dit_export.triton.trust import check_marker, check_repository, served_copy
@@ -91,10 +93,13 @@ def running_server(
         )
     prefix = f"dit-{secrets.token_hex(8)}-"
     with tempfile.TemporaryDirectory(prefix="triton-") as folder:
-        models, backends, empty = (Path(folder) / name for name in ("models", "backends", "empty"))
-        for made in (models, backends, empty):
+        models, backends, here = (Path(folder) / name for name in ("models", "backends", "here"))
+        for made in (models, backends, here):
             made.mkdir()
         served = repository if texts is None else served_copy(repository, texts, models)
+        if _keeps_engines(served):
+            with suppress(OSError, ValueError):  # without a cache, they go when the server ends
+                (here / ENGINE_CACHE).symlink_to(private_cache("triton"))
         names = {origin.NAMES: ",".join(_names(host)), origin.FORWARDS: "1"}
         environment = server.environment | names
         command = [
@@ -121,7 +126,7 @@ def running_server(
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                cwd=empty,  # the Python backend looks there first for modules
+                cwd=here,  # where the Python backend looks for modules before it looks elsewhere
                 start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on
             )
             try:
@@ -132,6 +137,11 @@ def running_server(
             finally:
                 _stop(process)
                 supervisor.remove_regions(prefix)
+
+
+def _keeps_engines(repository: Path) -> bool:
+    config = repository / "dit_transformer" / "config.pbtxt"
+    return config.is_file() and f'"{ENGINE_CACHE}"' in config.read_text("utf-8", "replace")
 
 
 def _names(host: str) -> set[str]:

@@ -87,7 +87,7 @@ def _held(folder: Path) -> Iterator[Path]:
     Where a directory is writable for others and has no sticky bit, they may rename what is in it,
     and put a directory with links in the place. Linux has names for open directories.
     """
-    if not Path("/proc/self/fd").is_dir():
+    if not os.access("/proc/self/fd", os.X_OK):
         yield folder
         return
     descriptor = os.open(folder, os.O_RDONLY | _DIRECTORY | _NO_LINKS)
@@ -101,7 +101,8 @@ def _held(folder: Path) -> Iterator[Path]:
         os.unlink("probe", dir_fd=descriptor)
         if owner != os.fstat(descriptor).st_uid:
             raise OSError(errno.EEXIST, "Another user put something in its place", str(folder))
-        yield Path(f"/proc/self/fd/{descriptor}")
+        open_one = Path(f"/proc/self/fd/{descriptor}")
+        yield open_one if os.access(open_one, os.X_OK) else folder
     finally:
         os.close(descriptor)
 

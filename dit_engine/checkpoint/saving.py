@@ -16,7 +16,8 @@ import torch
 from dit_engine.device import neutral
 from dit_engine.directories import new_directory, nothing_known
 from dit_engine.files import save_tensors
-from dit_engine.json_files import read_json
+from dit_engine.formats import SAFETENSORS, format_of
+from dit_engine.json_files import read_json_value
 from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL
 
@@ -71,11 +72,32 @@ def save_pretrained(
 
 
 def _native_files(directory: Path) -> Mapping[str, None]:
-    """For `new_directory`: what it may remove from an earlier native directory."""
+    """For `new_directory`: what it may remove from an earlier native directory.
+
+    Hashes of the weights are kept nowhere, so that each file must look like what its name says.
+    """
     config = directory / "config.json"
-    if not config.is_file() or read_json(config, lenient=True).get("_class_name") != NATIVE_CLASS:
+    if not config.is_file() or not _is_native(config):
         return nothing_known(directory)
+    for name in NATIVE_FILES:
+        path = directory / name
+        if path.is_file() and not path.is_symlink() and not _is_native(path):
+            raise ValueError(f"its {name} was not written with it: move that elsewhere")
     return dict.fromkeys((*NATIVE_FILES, MODEL_CARD))
+
+
+def _is_native(path: Path) -> bool:
+    """Whether one of `NATIVE_FILES` is of the kind that is written under its name."""
+    if path.suffix == ".safetensors":
+        return format_of(path) == SAFETENSORS
+    try:
+        values = read_json_value(path, lenient=True)
+    except ValueError:
+        return False
+    if path.name == "labels.json":
+        return isinstance(values, list) and all(isinstance(name, str) for name in values)
+    wanted = "AutoencoderKL" if path.parent.name == "vae" else NATIVE_CLASS
+    return isinstance(values, dict) and values.get("_class_name") == wanted
 
 
 def _write_tensors(path: Path, module: torch.nn.Module, dtype: torch.dtype | None) -> None:

@@ -143,6 +143,21 @@ def test_what_has_changed_since_is_not_removed(tmp_path: Path, kind: str) -> Non
     assert changed.read_bytes() == THESIS
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "labels.json", "model.safetensors", "vae/config.json",
+             "vae/diffusion_pytorch_model.safetensors"],
+)  # fmt: skip
+@pytest.mark.parametrize("data", [THESIS, b'{"_class_name": "BertModel"}'])
+def test_a_file_of_a_model_that_is_none_is_not_removed(
+    tmp_path: Path, name: str, data: bytes
+) -> None:
+    path = native(tmp_path / "out")
+    (path / name).write_bytes(data)
+    with pytest.raises(ValueError, match="nothing was written"):
+        save_again(path)
+    assert (path / name).read_bytes() == data
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("linked", ["file", "directory"])
 def test_links_are_refused_and_not_followed(tmp_path: Path, kind: str, linked: str) -> None:

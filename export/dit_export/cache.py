@@ -5,39 +5,63 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import torch
 
 from dit_engine._version import __version__
-from dit_engine.caches import private_cache
+from dit_engine.caches import private_cache, why_not_private
+from dit_engine.config import ModelConfig
 from dit_engine.files import locked
 from dit_engine.model import DiT
 from dit_export.bundle import FORMAT, Bundle
+from dit_export.bundle_metadata import check_metadata
 from dit_export.onnx import ExportOptions, export_onnx
 from dit_export.source import weights_hash
 
 
 def cached_export(model: DiT, options: ExportOptions) -> Bundle:
-    """The export of ``model``, made now or earlier; one that is damaged is made again.
+    """The export of ``model``, made now or earlier; one that is damaged, of another model, or in a
+    directory in which others may write is made again.
 
     Its name is a hash of the weights, the config, the options and the versions that wrote it.
+
+    Raises as `private_cache` and `export_onnx` do.
     """
-    path = private_cache("onnx") / _key(model, options)
-    lock = path.with_name(f"{path.name}.lock")
-    with locked(lock):
+    weights = weights_hash(model)
+    path = private_cache("onnx") / _key(model, options, weights)
+    with locked(path.with_name(f"{path.name}.lock")):
         try:
-            return Bundle.open(path)
+            return _hit(path, weights, model.config, options)
         except ValueError:
             # Not there, or damaged. Here everything is ours, also what is no export any more.
             for leftover in [path, *path.parent.glob(f".{path.name}.*")]:  # of a killed process
                 if leftover.is_dir() and not leftover.is_symlink():
                     shutil.rmtree(leftover)
-        return export_onnx(model, path, options, overwrite=True)
+                else:
+                    leftover.unlink(missing_ok=True)
+        made = export_onnx(model, path, options, overwrite=True)
+        path.chmod(0o700)
+        return made
 
 
-def _key(model: DiT, options: ExportOptions) -> str:
+def _hit(path: Path, weights: str, config: ModelConfig, options: ExportOptions) -> Bundle:
+    """Raises ValueError unless ``path`` holds what its name stands for."""
+    bundle = Bundle.open(path)
+    claimed = (bundle.checkpoint, bundle.config, bundle.dtype, bundle.target)
+    if claimed != (weights, config, options.dtype, options.target):
+        raise ValueError(f"{path}: an export of another model, or with other options")
+    if (reason := why_not_private(path)) is not None:
+        raise ValueError(f"{path}: {reason}")
+    for graph in options.graphs or bundle.graphs:
+        check_metadata(bundle, graph)
+    return bundle
+
+
+def _key(model: DiT, options: ExportOptions, weights: str | None = None) -> str:
+    """weights: `weights_hash` of the model, if it is known."""
     facts = {
-        "weights": weights_hash(model),
+        "weights": weights or weights_hash(model),
         "config": model.config.to_dict(),
         "options": repr(options),
         "versions": [FORMAT, __version__, torch.__version__],

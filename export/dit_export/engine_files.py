@@ -118,10 +118,10 @@ class EngineFile:
         """Raise `EngineRefused` unless this TensorRT can run it; device: a `CudaDevice`."""
         built, here = f"{self.key.flavour} {self.key.version}", f"{flavour} {version}"
         if built != here:
-            raise EngineRefused(f"{self.path}: built by TensorRT {built}, this is {here}{_REBUILD}")
+            raise EngineRefused(f"{self.path}: built by TensorRT {built}, this is {here}{REBUILD}")
         if device is not None and not runs_on(self.key.target, device):
             raise EngineRefused(
-                f"{self.path}: built for {self.key.target}, this is {device}{_REBUILD}"
+                f"{self.path}: built for {self.key.target}, this is {device}{REBUILD}"
             )
 
     def read(self) -> bytes:
@@ -129,20 +129,20 @@ class EngineFile:
         try:
             data = self.path.read_bytes()
         except FileNotFoundError:
-            raise EngineRefused(f"{self.path}: is missing{_REBUILD}") from None
+            raise EngineRefused(f"{self.path}: is missing{REBUILD}") from None
         if len(data) != self.bytes:
             how = "truncated" if len(data) < self.bytes else "changed"
             raise EngineRefused(
-                f"{self.path}: {how}, {len(data)} bytes in place of {self.bytes}{_REBUILD}"
+                f"{self.path}: {how}, {len(data)} bytes in place of {self.bytes}{REBUILD}"
             )
         if hashlib.sha256(data).hexdigest() != self.sha256:
             raise EngineRefused(
-                f"{self.path}: has changed since it was built (SHA-256 differs){_REBUILD}"
+                f"{self.path}: has changed since it was built (SHA-256 differs){REBUILD}"
             )
         return data
 
 
-_REBUILD = "; build it again with dit-export tensorrt --rebuild, or with DIT_TENSORRT_REBUILD=1"
+REBUILD = "; build it again with dit-export tensorrt --rebuild, or with DIT_TENSORRT_REBUILD=1"
 
 
 def description_path(engine: Path) -> Path:
@@ -201,14 +201,14 @@ def read_description(engine: Path) -> EngineFile:
         raise EngineRefused(f"{engine}: no engine of ours, {path.name} is missing") from None
     except ValueError as error:
         reason = str(error).removeprefix(f"{path}: ")
-        raise EngineRefused(f"{path}: cannot be read: {reason}{_REBUILD}") from None
+        raise EngineRefused(f"{path}: cannot be read: {reason}{REBUILD}") from None
     try:
         if values.get("format") != FORMAT:
             raise ValueError(f"format {shown(values.get('format'))}; {FORMAT} is what is read")
         check_schema(values, _SCHEMA, "the description")
         key = EngineKey.from_dict(values["key"])
     except (ValueError, TypeError) as error:  # TypeError: of a range that has not three numbers
-        raise EngineRefused(f"{path}: cannot be read: {error}{_REBUILD}") from None
+        raise EngineRefused(f"{path}: cannot be read: {error}{REBUILD}") from None
     return EngineFile(
         path=engine,
         graph=values["graph"],

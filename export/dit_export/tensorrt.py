@@ -18,6 +18,7 @@ from dit_export.bundle import Bundle, Graph
 from dit_export.bundle_metadata import check_metadata
 from dit_export.cuda_devices import make_current, require_device
 from dit_export.engine_files import (
+    REBUILD,
     EngineFile,
     EngineKey,
     EngineRefused,
@@ -97,10 +98,11 @@ def build_bundle(
         began = time.perf_counter()
         weights = (bundle.vae_checkpoint if name == VAE_GRAPH else bundle.checkpoint) or ""
         key = engine_key(graph_hash(bundle, name), bundle.graphs[name], flavour, options)
-        engine = existing(directory, name, key) if not options.rebuild else None
+        graph, model = bundle.graphs[name], bundle.config.to_dict()
+        engine = None
+        if not options.rebuild:
+            engine = existing(directory, graph, weights, model, key)
         if engine is None:
-            graph = bundle.graphs[name]
-            model = bundle.config.to_dict()
             engine = build_engine(path, graph, weights, model, key, directory, flavour, options)
             how = f"built in {time.perf_counter() - began:.1f} s"
         else:
@@ -154,17 +156,22 @@ def _target(flavour: Flavour, options: BuildOptions) -> str:
     return " ".join(options.capabilities) or "any"
 
 
-def existing(directory: Path, name: str, key: EngineKey) -> EngineFile | None:
-    """The engine of that key, verified; None if it was never finished.
+def existing(
+    directory: Path, graph: Graph, checkpoint: str, model: dict[str, Any], key: EngineKey
+) -> EngineFile | None:
+    """The engine of that key, verified; None if it was never finished, or is another config's.
 
-    Raises `EngineRefused` for one that has changed since.
+    Raises `EngineRefused` for one that has changed since, or that says that it is another one.
     """
-    path = engine_path(directory, name, key)
+    path = engine_path(directory, graph.name, key)
     if not description_path(path).exists():
         return None
     engine = read_description(path)
-    if engine.key != key:
-        raise EngineRefused(f"{engine.description}: describes another engine")
+    claimed = (engine.key, engine.graph, engine.dtype, engine.checkpoint)
+    if claimed != (key, graph.name, graph.dtype, checkpoint):
+        raise EngineRefused(f"{engine.description}: describes another engine{REBUILD}")
+    if engine.model != model and graph.name != VAE_GRAPH:  # several models have the same VAE
+        return None
     if not path.exists() or path.stat().st_size != engine.bytes or file_hash(path) != engine.sha256:
         engine.read()  # says what is wrong
     return engine

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny import tiny_dit
 
 from dit_engine.caches import VARIABLE, cache_directory, private_cache, private_directory
+from dit_engine.model import DiT
+from dit_export import cache as cache_module
+from dit_export.bundle import Bundle, Graph
+from dit_export.cache import cached_export
+from dit_export.engine_files import (
+    EngineFile,
+    EngineKey,
+    EngineRefused,
+    engine_path,
+    write_engine,
+)
+from dit_export.onnx import ExportOptions
+from dit_export.profiles import parse_profiles
+from dit_export.source import weights_hash
+from dit_export.tensorrt import existing
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners and modes here")
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
@@ -113,3 +132,96 @@ def test_without_a_home_the_message_says_what_to_set(monkeypatch: pytest.MonkeyP
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match=f"Could not determine home directory. Set {VARIABLE}"):
         cache_directory()
+
+
+OPTIONS = ExportOptions("fp32", graphs=("conditioner",))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache" / "onnx"
+
+
+def test_a_hit_is_compared_with_the_model(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = tiny_dit(), tiny_dit(seed=1)
+    mine, theirs = (cached_export(m, OPTIONS).path for m in (model, other))
+    assert mode(cache) == mode(mine) == mode(theirs) == 0o700
+    shutil.copytree(mine, tmp_path / "kept")
+    made = []
+
+    def export(_: DiT, path: Path, *__: object, **___: object) -> Bundle:
+        made.append(path)
+        return Bundle.open(shutil.copytree(tmp_path / "kept", path))
+
+    monkeypatch.setattr(cache_module, "export_onnx", export)  # which takes a second
+
+    def swapped() -> None:  # a whole export of another model
+        shutil.rmtree(mine)
+        shutil.copytree(theirs, mine)
+
+    def graph_alone() -> None:  # and the manifest is made to fit
+        shutil.copy(theirs / "conditioner.onnx", mine)
+        manifest = json.loads((mine / "manifest.json").read_text())
+        other_files = json.loads((theirs / "manifest.json").read_text())["files"]
+        manifest["files"]["conditioner.onnx"] = other_files["conditioner.onnx"]
+        (mine / "manifest.json").write_text(json.dumps(manifest))
+
+    def config_alone() -> None:
+        manifest = json.loads((mine / "manifest.json").read_text())
+        manifest["model"]["num_classes"] -= 1
+        manifest["label_names"] = None
+        (mine / "manifest.json").write_text(json.dumps(manifest))
+
+    def writable() -> None:
+        mine.chmod(0o770)
+
+    def a_link() -> None:
+        shutil.rmtree(mine)
+        mine.symlink_to(theirs)
+
+    for change in (swapped, graph_alone, config_alone, writable, a_link):
+        change()
+        for _ in range(2):
+            assert cached_export(model, OPTIONS).checkpoint == weights_hash(model), change.__name__
+            assert cached_export(other, OPTIONS).checkpoint == weights_hash(other)
+        assert made.pop() == mine and not made, change.__name__
+        assert mode(mine) == 0o700
+
+
+def test_a_lock_that_is_a_link(cache: Path, tmp_path: Path) -> None:
+    model, victim = tiny_dit(), tmp_path / "victim"
+    private_cache("onnx")
+    name = cache_module._key(model, OPTIONS)
+    (cache / f"{name}.lock").symlink_to(victim)
+    with pytest.raises(OSError, match="link"):
+        cached_export(model, OPTIONS)
+    assert not victim.exists()
+
+
+def test_backends_refuse_a_cache_of_others(cache: Path) -> None:
+    cache.mkdir(parents=True, mode=0o700)
+    cache.parent.chmod(0o777)
+    with pytest.raises(ValueError, match=rf"^{cache.parent}: .* write in .*{VARIABLE}"):
+        cached_export(tiny_dit(), OPTIONS)
+
+
+def test_an_engine_that_says_that_it_is_anothers(tmp_path: Path) -> None:
+    """The description's claims, whatever the name and the key."""
+    graph = Graph("denoiser", "denoiser.onnx", "fp16", (), ())
+    key = EngineKey("0" * 64, "rtx", "1.7", "any", parse_profiles(["1,2,8"]))
+    model = tiny_dit().config.to_dict()
+    path = engine_path(tmp_path, "denoiser", key)
+
+    def found(claimed: dict[str, object], graph: Graph = graph) -> EngineFile | None:
+        made = EngineFile(path, "denoiser", "a" * 64, "fp16", key, {}, {}, "", 0, model)
+        write_engine(replace(made, **claimed), b"an engine")
+        return existing(tmp_path, graph, "a" * 64, model, key)
+
+    assert found({}) is not None
+    assert found({"model": model | {"num_classes": 9}}) is None  # and is built for this config
+    for claimed in ({"checkpoint": "b" * 64}, {"dtype": "fp32"}, {"graph": "conditioner"}):
+        with pytest.raises(EngineRefused, match="describes another engine; build it again"):
+            found(claimed)

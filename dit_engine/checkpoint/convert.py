@@ -231,7 +231,11 @@ def _embedder(block: int, name: str) -> str:
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Equality that holds for NaN too, which are reported as such elsewhere."""
-    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
 
 
 def normalise_vae_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

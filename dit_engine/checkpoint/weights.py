@@ -22,7 +22,7 @@ from dit_engine.printable import first_line
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Of a safetensors file. Each tensor has about a hundred bytes there, and a thousand in memory.
-MOST_HEADER_BYTES = 8 * 2**20
+MOST_HEADER_BYTES = 4 * 2**20
 # Weights that are tied are there several times, and backends make copies of each.
 MOST_TIED, TIED_SLACK_BYTES = 4, 64 * 2**20
 # A directory's weights, in the order of preference; the names are diffusers' and transformers'.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ _AROUND = re.compile(
 MODEL_MARKS = ("x_embedder.proj.weight", "transformer_blocks.0.norm1.linear.weight")
 VAE_MARKS = ("encoder.conv_in.weight", "decoder.conv_in.weight")
 
+
+_MOST_COPIES = 100  # of a model in one file: each name is compared with all of them
 
 SCALE = "scale_factor"  # of the latents, in latent-diffusion's checkpoints
 
@@ -99,9 +102,9 @@ def latent_scale(content: Mapping[Any, Any]) -> Any:
 def levels(content: Mapping[Any, Any]) -> Iterator[Mapping[Any, Any]]:
     """Every dict of a file that may hold the weights, or what is beside them."""
     seen: set[int] = set()
-    waiting = [content]
+    waiting = deque([content])
     while waiting:
-        level = waiting.pop(0)
+        level = waiting.popleft()
         if id(level) in seen:  # a pickle may hold itself
             continue
         seen.add(id(level))
@@ -163,7 +166,7 @@ def _prefixes(state: Mapping[Any, Any], marks: tuple[str, ...]) -> set[str]:
 def _chosen(prefixes: set[str], path: Path) -> str:
     """The one of the averaged copy, or the only one."""
     averaged = {prefix for prefix in prefixes if any(map(is_averaged, prefix.split(".")))}
-    if len(prefixes) > 1 and len(averaged) != 1:
+    if len(prefixes) > _MOST_COPIES or (len(prefixes) > 1 and len(averaged) != 1):
         raise ValueError(
             f"{path}: holds several models, under {some_of(sorted(prefixes))}; one is needed"
         )

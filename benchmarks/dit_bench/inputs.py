@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dit_bench.schema import validate
+from dit_bench.schema import check_operators, validate
 from dit_engine.json_files import check_schema, read_json, read_json_value
 
 # Of the pages that are drawn from them.
@@ -15,15 +15,6 @@ SCALING = {
         "network": "text", "gmacs": "positive", "steps": "number", "distance": "number",
         "n": "number",
     },
-}  # fmt: skip
-OPERATORS = {"": {"operators": "list", "ceilings": "object"}, "operators[]": {"status?": "text"}}
-OPERATOR = {
-    "": {
-        "operator": "text", "shape": "text", "dtype": "text", "impl": "text", "ms": "object",
-        "rate": "positive", "unit": "text", "bytes": "positive", "flops": "number",
-        "percent_of_ceiling": "number?",
-    },
-    "ms": {"median": "number"},
 }  # fmt: skip
 
 
@@ -47,8 +38,5 @@ def read_scaling(path: Path) -> dict[str, Any]:
 def read_operators(path: Path) -> dict[str, Any]:
     """A report of dit_bench.operators. Raises ValueError."""
     found = read_json(path, pipe=True)
-    check_schema(found, OPERATORS, path)
-    for i, row in enumerate(found["operators"]):
-        if row.get("status") == "ok" and "rate" in row:
-            check_schema(row, OPERATOR, f"{path}: measure again", f"operators[{i}]")
+    check_operators(found, path)
     return found

@@ -47,7 +47,11 @@ CAPTIONS = {
 def ratio_figure(report: dict[str, Any]) -> Figure | None:
     """Bars of every peer's time over the subject's, of the first model's first kind of work at its
     fewest images; the headline says what the rounds show, or that they show nothing."""
-    rows = [r for r in report["measurements"] if r["role"] == "peer" and "ratio" in r]
+    rows = [
+        r
+        for r in report["measurements"]
+        if r["role"] == "peer" and {"ratio", "verdict"} <= r.keys()
+    ]
     if not rows:
         return None
     key = {name: rows[0][name] for name in ("model", "what", "images")}
@@ -78,7 +82,7 @@ def ratio_figure(report: dict[str, Any]) -> Figure | None:
 
 def latency_figure(report: dict[str, Any]) -> Figure | None:
     """Time of one forward against its multiply-adds: every model, at its fewest images."""
-    rows = ok_rows(report, "forward")
+    rows = [row for row in ok_rows(report, "forward") if "gflops" in row]
     if not rows:
         return None
     fewest = min(row["images"] for row in rows)

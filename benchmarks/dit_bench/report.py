@@ -270,7 +270,7 @@ def _db(value: float | None, not_finite: int) -> str:
 
 def _interval(sets: dict[str, Any]) -> str:
     delta = sets["absolute_difference"]
-    if delta["low"] is None:
+    if delta["low"] is None or delta["high"] is None:
         return f"none: below {LEAST_RESAMPLES} resamples"
     return f"{delta['low']:.3g} to {delta['high']:.3g} ({sets['confidence']:.0%})"
 

@@ -29,7 +29,9 @@ def roofline_figure(report: dict[str, Any]) -> Figure | None:
     on the right, where there are any, GB/s against the bytes moved, of operators that do not.
     """
     ceilings = report["ceilings"]
-    networks = [row for row in ok_rows(report, "forward") if "flops_per_byte" in row]
+    networks = [
+        row for row in ok_rows(report, "forward") if {"flops_per_byte", "tflop_s"} <= row.keys()
+    ]
     operators = _operator_rows(report)
     if ceilings is None or len(networks) + len(operators) < 2:
         return None

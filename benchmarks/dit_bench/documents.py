@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dit_bench.escaped import of_escaped
 from dit_bench.gpu_markdown import gpu_table
 from dit_bench.load import not_quoted
 from dit_bench.result_tables import (
@@ -43,6 +44,7 @@ _NAMES = {
 }
 
 
+@of_escaped
 def quality_table(report: dict[str, Any]) -> str:
     """Markdown of a `dit_bench.quality` report: distances with their N, recognition, settings."""
     settings, hardware = report["settings"], report["hardware"]
@@ -82,6 +84,7 @@ _CPU_COLUMNS = (
 )
 
 
+@of_escaped
 def cpu_table(report: dict[str, Any]) -> str:
     """Markdown of a `dit_bench.cpu` report: a line a workload, a column a ratio, and the goals."""
     first = [_row_of(report["sections"][0], *column) for column in _CPU_COLUMNS]

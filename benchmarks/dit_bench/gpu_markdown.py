@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dit_bench.escaped import of_escaped
 from dit_bench.gpu_report import rows_with_status
 from dit_bench.gpu_table import quickest_forms
 
@@ -11,6 +12,7 @@ Values = dict[str, Any]
 Row = dict[str, Any]
 
 
+@of_escaped
 def gpu_table(report: Values) -> str:
     """A line a model and backend: ms a forward by batch, images a second; then what else there is.
 

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from dit_bench.cost import dit_cost
+from dit_bench.escaped import of_escaped
 from dit_bench.hardware import same_processor
 from dit_bench.load import not_quoted
 from dit_engine.config import ModelConfig
 
 
+@of_escaped
 def bounds_table(cpu: dict[str, Any], operators: dict[str, Any]) -> str:
     """Of the first workload of a `dit_bench.cpu` report, beside a `dit_bench.operators` report of
     the same machine: the least ratio to each peer that its products allow, at the best rate that
@@ -74,6 +76,7 @@ def _with_note(lines: list[str], note: str) -> str:
     return "\n".join([*lines, "", note]) + "\n"
 
 
+@of_escaped
 def operators_table(report: dict[str, Any]) -> str:
     """Of a `dit_bench.operators` report: how often as quick as its opponents each operator is."""
     lines = [
@@ -99,6 +102,7 @@ def operators_table(report: dict[str, Any]) -> str:
     return _with_note(lines, note.rstrip())
 
 
+@of_escaped
 def profile_table(report: dict[str, Any]) -> str:
     """Of ``dit_bench.cpu --profile``: where each forward's time goes."""
     parts = [share["part"] for share in report["sections"][0]["profile"]["shares"]]
@@ -122,6 +126,7 @@ def _busy(report: dict[str, Any]) -> str:
     return "" if busy is None else f"The machine was {busy}: measure again. "
 
 
+@of_escaped
 def paper_models_table(report: dict[str, Any]) -> str:
     """Of a ``dit-bench … --peers unet`` report: time against Gflops, the U-Net's beside it."""
     head = (
@@ -157,6 +162,7 @@ def paper_models_table(report: dict[str, Any]) -> str:
     return _with_note(lines, note)
 
 
+@of_escaped
 def parity_table(report: dict[str, Any]) -> str:
     """Of a `dit_bench.parity` report: what a backend and precision cost, noise being equal."""
     lines = [
@@ -181,6 +187,7 @@ def parity_table(report: dict[str, Any]) -> str:
     return _with_note(lines, note)
 
 
+@of_escaped
 def scaling_table(report: dict[str, Any]) -> str:
     """Of a `dit_bench.scaling` report: distances by network and training steps, by Gflops."""
     points = report["points"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from dit_engine.arguments import positive, shown, whole_number
 from dit_export.bundle import Bundle, TensorSpec
 
 PLATFORMS = ("onnxruntime", "tensorrt")
@@ -25,10 +27,11 @@ in: in /tmp, others could put some there beforehand."""
 
 _TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 _MIB = 1 << 20
+_MOST = 2**31 - 1  # of any number that is set here
 
 
 class Enum(str):
-    """A word that stands without quotation marks."""
+    """A word that stands without quotation marks; all of them are this module's own."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,18 @@ class ServingOptions:
             ("accelerator", self.accelerator, ACCELERATORS),
         ):
             if value not in allowed:
-                raise ValueError(f"{name} {value!r}: choose one of {', '.join(allowed)}")
-        for name in ("max_batch_size", "instances", "pipelines", "queue_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is not a positive integer")
-        if self.queue_delay_us < 0:
-            raise ValueError(f"queue_delay_us {self.queue_delay_us} is negative")
-        return self
+                raise ValueError(f"{name} {shown(value)}: choose one of {', '.join(allowed)}")
+        counts = {
+            name: positive(name, getattr(self, name))
+            for name in ("max_batch_size", "instances", "pipelines", "queue_size")
+        }
+        delay = whole_number(self.queue_delay_us)
+        if delay is None or delay < 0:
+            raise ValueError(f"queue_delay_us {shown(self.queue_delay_us)} is no count, 0 or more")
+        for name, value in (*counts.items(), ("queue_delay_us", delay)):
+            if value > _MOST:
+                raise ValueError(f"{name} {shown(value)} is above {_MOST}")
+        return replace(self, queue_delay_us=delay, **counts)
 
 
 def graph_config(name: str, bundle: Bundle, options: ServingOptions) -> str:
@@ -140,7 +148,7 @@ def _tensor(spec: TensorSpec, side: int) -> dict[str, Any]:
     """side: of what is free in the graph, as the decoder's latents are. Were it free here too, a
     request of 1 MiB could take gigabytes."""
     dims = [size if isinstance(size, int) else side for size in spec.shape[1:]]
-    value: dict[str, Any] = {"name": spec.name, "data_type": Enum(_TYPES[spec.dtype])}
+    value: dict[str, Any] = {"name": _name(spec), "data_type": Enum(_TYPES[spec.dtype])}
     if dims:
         return value | {"dims": dims}
     # One number a row: a client sends (N, 1), the graph reads (N,).
@@ -152,7 +160,7 @@ def _warmup(inputs: Sequence[TensorSpec], batch: int, side: int) -> dict[str, An
         dims = [size if isinstance(size, int) else side for size in spec.shape[1:]] or [1]
         # Zeros, since they are a valid label and time step.
         value = {"data_type": Enum(_TYPES[spec.dtype]), "dims": dims, "zero_data": True}
-        return {"key": spec.name, "value": value}
+        return {"key": _name(spec), "value": value}
 
     return {
         "name": f"{batch} at once",
@@ -183,7 +191,11 @@ def _optimization(dtype: str, options: ServingOptions) -> dict[str, Any]:
 
 def to_pbtxt(fields: Sequence[tuple[str, Any]] | Mapping[str, Any], indent: str = "") -> str:
     """Protocol buffers' text format. A list of messages is a field that repeats; one of numbers
-    stands in brackets."""
+    stands in brackets.
+
+    Raises ValueError for a value of any other type: whatever is written here is a number, a word of
+    our own, or text between quotation marks that it cannot end.
+    """
     lines: list[str] = []
     pairs = fields.items() if isinstance(fields, Mapping) else fields
     for key, value in pairs:
@@ -199,6 +211,25 @@ def to_pbtxt(fields: Sequence[tuple[str, Any]] | Mapping[str, Any], indent: str 
 def _scalar(value: Any) -> str:
     if isinstance(value, Enum):
         return str(value)
-    if isinstance(value, list):
-        return json.dumps(value)
-    return json.dumps(value, ensure_ascii=False)  # also true and false
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if type(value) is int:
+        return str(value)
+    if type(value) is str:
+        return f'"{_quoted(value)}"'
+    if isinstance(value, list) and all(type(each) is int for each in value):
+        return str(value)
+    raise ValueError(f"{shown(value)} is no value of a config.pbtxt")
+
+
+def _quoted(text: str) -> str:
+    """C's escapes, of bytes: other programs than protobuf's own read these files too."""
+    data = text.replace("\\", r"\\").replace('"', r"\"").encode("utf-8", "surrogatepass")
+    return "".join(chr(byte) if 32 <= byte < 127 else f"\\{byte:03o}" for byte in data)
+
+
+def _name(spec: TensorSpec) -> str:
+    """Raises ValueError for what is no name of a tensor in our graphs."""
+    if not (isinstance(spec.name, str) and re.fullmatch(r"[A-Za-z_][A-Za-z_0-9]{0,63}", spec.name)):
+        raise ValueError(f"tensor name {shown(spec.name)}: letters, digits and _ are allowed")
+    return spec.name

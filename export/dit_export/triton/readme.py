@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 
+from dit_engine.markdown import markdown_text
+from dit_engine.printable import printable
 from dit_export.bundle import Bundle
 from dit_export.source import model_name
 from dit_export.triton.configuration import ServingOptions
@@ -135,7 +137,7 @@ def readme(bundle: Bundle, options: ServingOptions) -> str:
         names="this model has none" if names is None else _some(names),
         gpu=" (without a GPU, leave out `--gpus all`)" if onnx else "",
         needs=_ONNX_NEEDS.format(opset=bundle.opset) if onnx else _PLAN_NEEDS,
-        example=" ".join(["0", "1"] if names is None else [shlex.quote(n) for n in names[:2]]),
+        example=" ".join(["0", "1"] if names is None else map(_argument, range(2), names)),
     )
 
 
@@ -155,6 +157,11 @@ Engines load only in the TensorRT version that built them: take the release whos
 
 
 def _some(names: tuple[str, ...]) -> str:
-    shown = (" ".join(name.split(",")[0].split()) for name in names[:4])
-    first = ", ".join(shown).replace("|", "\\|")  # in a table's cell
+    first = ", ".join(markdown_text(name.split(",")[0]) for name in names[:4])
     return first + (f" … ({len(names)} in all)" if len(names) > 4 else "")
+
+
+def _argument(number: int, name: str) -> str:
+    """A label for the shell, within a block of code: its number, where the name would end that."""
+    plain = name == printable(name) and name.strip() and "`" not in name and name[0] != "-"
+    return shlex.quote(name) if plain else str(number)

@@ -1,0 +1,210 @@
+"""Text of others stays text in what is generated: configurations, Markdown, HTML, CSV, commands."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import re
+import shlex
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_vae
+
+from dit_bench.cli import main as bench
+from dit_bench.documents import block_and_table, update_document
+from dit_bench.outputs import csv_text
+from dit_engine.config import ModelConfig
+from dit_engine.markdown import markdown_text
+from dit_export.bundle import Bundle, Graph, TensorSpec
+from dit_export.triton.configuration import (
+    ServingOptions,
+    graph_config,
+    pipeline_config,
+    to_pbtxt,
+)
+from dit_export.triton.readme import readme
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+made_up = import_module("made_up")
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+BREAKS = 'x"\n}\nbackend: "python"\n#`| </script><img src=x onerror=alert(1)> [a](javascript:b)\\'
+
+
+def bundle(names: tuple[str, ...] | None = None, **changes: Any) -> Bundle:
+    """Without files; changes: of the transformer's first input."""
+    config = ModelConfig(2, 48, 2, 2, 8, num_classes=4)
+    x = replace(TensorSpec("x", "float32", ("N", 4, 8, 8)), **changes)
+    graphs = {
+        name: Graph(name, f"{name}.onnx", "fp32", (x,), (TensorSpec("y", "float32", ("N", 3)),))
+        for name in ("transformer", "guided_step", "vae_decoder")
+    }
+    vae = tiny_vae().config
+    producer = {"producer": f"dit-engine {BREAKS}"}
+    return Bundle(Path("x"), config, vae, names, "fp32", 20, "onnxruntime", BREAKS, BREAKS, 3,
+                  graphs, producer)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [BREAKS, "a b", "", "é", "x\n", {"x": 1}, ["x"], {"name: 1 }\nbackend": 'python"'}, 3, None,
+     "x" * 100],
+)  # fmt: skip
+def test_names_of_tensors_are_names(name: Any) -> None:
+    with pytest.raises(ValueError, match=r"^tensor name .*: letters, digits and _ are allowed$"):
+        graph_config("dit_transformer", bundle(name=name), ServingOptions())
+
+
+def test_sizes_of_tensors_are_numbers() -> None:
+    """All else is of any size."""
+    for size in (4.0, {"a": 1}, BREAKS):
+        shape: Any = ("N", size)
+        text = graph_config("dit_transformer", bundle(shape=shape), ServingOptions())
+        assert re.findall(r"dims: (.*)", text)[0] in ("[-1]", "[8]")
+    with pytest.raises(ValueError, match=r"is no value of a config\.pbtxt"):
+        graph_config("dit_transformer", bundle(shape=("N", True)), ServingOptions())
+
+
+def test_text_cannot_end_its_quotation_marks() -> None:
+    """As the parser of the server reads it, if that is here."""
+    for text in (
+        graph_config("dit_transformer", bundle(), ServingOptions()),
+        pipeline_config(bundle(), ServingOptions()),
+    ):
+        assert text.isascii() and not re.search(r"^\s*backend: \"python\"\n#", text, re.MULTILINE)
+        bare = re.sub(r'"(?:[^"\\\n]|\\[0-7]{3}|\\["\\])*"', '""', text)
+        assert not set(bare) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+                                   '0123456789_:{}[], \n"-')  # fmt: skip
+        assert bare.count("{") == bare.count("}")
+    service = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    text_format = import_module("google.protobuf.text_format")
+    written = graph_config("dit_transformer", bundle(), ServingOptions())
+    read = text_format.Parse(written, service.ModelConfig())
+    assert read.parameters["checkpoint"].string_value == BREAKS and read.backend == ""
+
+
+@pytest.mark.parametrize("value", [{"a"}, None, 0.5, b"x", [1, "a"], ["a"], [True], object()])
+def test_other_values_have_no_place(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"is no value of a config\.pbtxt$"):
+        to_pbtxt({"a": value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("instances", "1\n}"), ("instances", 1.5), ("instances", True), ("pipelines", 0),
+     ("max_batch_size", 2**31), ("queue_delay_us", "0 }"), ("queue_delay_us", -1),
+     ("queue_size", None), ("platform", ["onnxruntime"]), ("accelerator", 'cuda" }')],
+)  # fmt: skip
+def test_options_of_serving_are_checked(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} ") as raised:
+        ServingOptions(**{name: value}).checked()
+    assert "\n" not in str(raised.value)
+
+
+def test_the_readme_of_a_repository() -> None:
+    """Fences and tables are as without names, and commands have their arguments."""
+    names = ("```\n# owned\n", "a | b <b>c</b> `d` [e](javascript:f)", "$(id); 'g'", "-h")
+    plain, made = (readme(bundle(each), ServingOptions()) for each in (None, names))
+    assert made.count("```") == plain.count("```") and made.count("\n") == plain.count("\n")
+    (row,) = (line for line in made.split("\n") if line.startswith("| `label_names` "))
+    assert row.count("|") == 4 and not re.search(r"[<>\[\]*]", row)
+    for given, arguments in ((names, ["0", "1"]), (names[2:] * 2, ["$(id); 'g'", "1"])):
+        made = readme(bundle(given), ServingOptions())
+        (line,) = (line for line in made.split("\n") if line.startswith("python client.py"))
+        assert shlex.split(line, comments=True)[5:] == arguments
+
+
+def test_markdown_is_text() -> None:
+    for text in (BREAKS, "**a**", "www.a.b", "https://a.b", "<!-- /cpu -->", "&lt;", "a\r\n# b"):
+        made = markdown_text(text)
+        assert not re.search(r"[<>|`*\[\]\\\n\r]|://|www\.", made)
+        assert html.unescape(made).split() == text.replace("\r", "").split()
+    kept = "lean bf16 (AMD EPYC, 3.1 GHz @ 2): 4×256×1152 – 0.5 % ÷ x_y -1"
+    assert markdown_text(kept) == kept
+
+
+REPORTS = {
+    "cpu-amd-epyc.json": ("sections", 0, "workload"),
+    "builtin-quality.json": ("metric",),
+    "operators-cpu-amd-epyc.json": ("environment", "cpu"),
+    "paper-models-cpu.json": ("environment", "hardware", "cpu"),
+    "parity-builtin.json": ("model",),
+    "scaling.json": ("metric",),
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_tables_of_documents(name: str) -> None:
+    """Another's report changes a cell, and neither ends a table nor the block of the document."""
+    report = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    block, before = block_and_table(report)
+    *places, last = REPORTS[name]
+    at = report
+    for place in places:
+        at = at[place]
+    at[last] = f"{BREAKS}\n<!-- /{block} -->\n| a | b |\n```"
+    _, after = block_and_table(report)
+    assert "onerror" in after and after.count("\n") == before.count("\n")
+    assert "<" not in after and not re.search(r"\]\(|(?<!\\)```", after)
+    for one, other in zip(before.split("\n"), after.split("\n"), strict=True):
+        assert one.count("|") == other.count("|")
+    document = f"<!-- {block} -->\n<!-- /{block} -->\nthe end\n"
+    assert update_document(document, block, after).count("<!--") == 2
+
+
+FORMULAS = ("=1+1", "+1", "-cmd|' /C calc'!A0", "@SUM(1)", "\t=1", "\r=1", " =1", "\n=1", "\uff1d1")
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_cells_are_no_formulas(formula: str) -> None:
+    report = made_up.report()
+    row = report["measurements"][0]
+    row["model"] = row["name"] = formula
+    row["error"] = -1.5
+    first = next(csv.DictReader(io.StringIO(csv_text(report))))
+    for cell in (first["model"], first["name"]):
+        assert cell.startswith(("'", "\\")), cell
+        assert cell.isprintable()
+    assert first["error"] == "-1.5" and first["what"] == row["what"]
+
+
+class Tags(HTMLParser):
+    """What a browser would find."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, tuple[str, ...]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, tuple(name for name, _ in attrs)))
+
+
+def test_the_page(tmp_path: Path) -> None:
+    """The same tags and attributes, whatever the texts are."""
+    found = []
+    for text in ("name", f"{BREAKS}' onclick='a\" onclick=\"b <!-- ]]> <style>"):
+        report = made_up.report()
+        report["created"] = report["energy"] = report["settings"]["sampler"] = text
+        report["command"] = report["environment"]["instruction_sets"] = [text]
+        report["environment"]["hardware"] |= {"cpu": text, "platform": text, "python": text}
+        report["environment"]["versions"] = {text: text}
+        for row in (*report["models"], *report["measurements"]):
+            row["model"] = text
+        report["measurements"][-1]["reason"] = text
+        (tmp_path / "a.json").write_text(json.dumps(report))
+        page = tmp_path / "a.html"
+        page.unlink(missing_ok=True)
+        assert bench(["--load", str(tmp_path / "a.json"), "--html", str(page)]) == 0
+        tags = Tags()
+        tags.feed(page.read_text(encoding="utf-8"))
+        found.append(tags.found)
+    assert all(each == found[0] for each in found) and len(found[0]) > 100
+    assert not {"script", "iframe", "object", "a", "form"} & {tag for tag, _ in found[0]}

@@ -71,7 +71,8 @@ class ServingOptions:
         }
         delay = whole_number(self.queue_delay_us)
         if delay is None or delay < 0:
-            raise ValueError(f"queue_delay_us {shown(self.queue_delay_us)} is no count, 0 or more")
+            why = "is no whole number" if delay is None else "is negative"
+            raise ValueError(f"queue_delay_us {shown(self.queue_delay_us)} {why}")
         for name, value in (*counts.items(), ("queue_delay_us", delay)):
             if value > _MOST:
                 raise ValueError(f"{name} {shown(value)} is above {_MOST}")

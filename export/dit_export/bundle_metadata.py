@@ -23,7 +23,7 @@ def check_metadata(bundle: Bundle, name: str) -> None:
     Raises ImportError, naming the extra, without the package onnx.
     """
     file, graph = bundle.file(name), bundle.graph(name)
-    model = _contained(file, bundle.manifest["files"])
+    model = _contained(file, f"{file.name}.data", bundle.manifest["files"])
     said = {pair.key: pair.value for pair in model.metadata_props}
     expected = {
         "graph": name,
@@ -38,13 +38,15 @@ def check_metadata(bundle: Bundle, name: str) -> None:
             )
 
 
-def check_contained(file: Path) -> None:
-    """Raises ValueError for a graph that reads other files than ``<file>.data``, or that needs
-    other operators than ONNX's own: a runtime would look for these in libraries and files."""
-    _contained(file, [f"{file.name}.data"])
+def check_contained(file: Path, weights: str | None = None) -> None:
+    """Raises ValueError for a graph that reads other files than ``weights`` beside it (by default
+    ``<file>.data``), or that needs other operators than ONNX's own: a runtime would look for these
+    in libraries and files."""
+    weights = weights or f"{file.name}.data"
+    _contained(file, weights, [weights])
 
 
-def _contained(file: Path, others: Container[str]) -> Any:
+def _contained(file: Path, weights: str, others: Container[str]) -> Any:
     """The ModelProto of a file, without the weights beside it, which must be among ``others``."""
     try:
         onnx = import_module("onnx")
@@ -57,7 +59,6 @@ def _contained(file: Path, others: Container[str]) -> Any:
         raise ValueError(f"{file}: is no ONNX file: {one_line(error)}") from None
     if model.functions or model.training_info:
         raise ValueError(f"{file}: holds functions or training, which no export does")
-    weights = f"{file.name}.data"
     for message in _messages(model):
         if isinstance(message, onnx.NodeProto) and message.domain not in _DOMAINS:
             operator = f"{message.domain}.{message.op_type}"

@@ -8,14 +8,17 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from bundles import write_bundle
 
 from dit_engine.caches import VARIABLE
+from dit_export.bundle import Bundle
 from dit_export.cli import main
 from dit_export.model_repository import MARKER, write_repository
+from dit_export.triton import plans
 from dit_export.triton.configuration import ServingOptions
 from dit_export.triton.server import running_server
 from dit_export.triton.server_binary import ServerBinary, find_server
@@ -197,6 +200,40 @@ def test_facts_that_are_none(repository: Path) -> None:
     change_marker(repository, **(marker | {"export": export | {"checkpoint": quoted}}))
     with pytest.raises(ValueError, match=rf"config\.pbtxt: {DIFFERS}"):
         check_repository(repository)
+
+
+def test_graphs_that_read_other_files(repository: Path, tmp_path: Path) -> None:
+    """Their hashes are anybody's, and weights may be said to lie anywhere."""
+    (tmp_path / "secret").write_bytes(b"a key")
+    onnx = pytest.importorskip("onnx")
+    file = repository / "vae_decoder" / "1" / "model.onnx"
+    for location in ("../../../secret", str(tmp_path / "secret"), "transformer.onnx.data"):
+        weights = onnx.TensorProto(name="w", data_type=onnx.TensorProto.UINT8, dims=[5])
+        weights.data_location = onnx.TensorProto.EXTERNAL
+        weights.external_data.add(key="location", value=location)
+        graph = onnx.helper.make_graph([], "vae_decoder", [], [], [weights])
+        file.write_bytes(onnx.helper.make_model(graph).SerializeToString())
+        known = json.loads((repository / MARKER).read_text())["files"]
+        change_marker(repository, files=known | hashes(repository))
+        with pytest.raises(ValueError, match=r"only vae_decoder\.onnx\.data is read"):
+            check_repository(repository)
+
+
+def test_a_repository_of_engines(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are data as well; standard TensorRT runs no code that one may hold unless it is told."""
+    (tmp_path / "engine").write_bytes(b"engine")
+    digest = hashlib.sha256(b"engine").hexdigest()
+    engine = SimpleNamespace(path=tmp_path / "engine", sha256=digest)
+    monkeypatch.setattr(plans, "find_plan", lambda *_: engine)
+    options = ServingOptions(platform="tensorrt")
+    bundle = Bundle.open(made.parent / "onnx")
+    path = write_repository(bundle, tmp_path / "plans", options, engines=tmp_path)
+    assert "vae_decoder/config.pbtxt" in check_repository(path)
+    (path / "vae_decoder" / "1" / "model.onnx").write_bytes(b"")
+    with pytest.raises(ValueError, match=NONE):
+        check_repository(path)
 
 
 def test_what_another_version_wrote(repository: Path) -> None:

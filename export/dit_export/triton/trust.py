@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,6 +19,7 @@ from dit_engine.files import file_hash
 from dit_engine.json_files import check_schema
 from dit_engine.printable import one_line, printable
 from dit_export.bundle import SCHEMA, Bundle
+from dit_export.bundle_metadata import check_contained
 from dit_export.model_repository import (
     MARKER,
     PRODUCER,
@@ -58,6 +60,10 @@ def check_repository(path: Path) -> dict[str, bytes]:
     for name, digest in data.items():
         if file_hash(path / name) != digest:
             raise ValueError(f"{path / name}: has changed since {MARKER} was written: {TRUST}")
+    if find_spec("onnx") is not None:  # without it, onnxruntime is the one to look
+        for name, graph in GRAPHS.items():
+            if (file := path / name / "1" / "model.onnx").exists():
+                check_contained(file, f"{graph}.onnx.data")
     return texts
 
 

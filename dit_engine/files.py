@@ -34,12 +34,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises OSError if it cannot be written, or if ``path`` is a device or a pipe, which would be
     gone afterwards.
     """
-    with suppress(FileNotFoundError):
-        path.lstat()  # raises if the name is too long
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(errno.EINVAL, "A device or a pipe is not replaced by a file", str(path))
     with hidden_directory(path) as (_, held):
-        partial = held / "new.partial"  # which nobody takes for a picture that is finished
+        partial = held / f".{path.name}.partial"  # which nobody takes for a finished picture
         try:
             yield partial
             partial.replace(path)

@@ -18,8 +18,9 @@ DATA = "data.pkl"
 # The pickles of a file from before torch 1.6: magic number, version, sizes of C types, the content,
 # the keys of the storages, which come after them.
 _OLD_PICKLES = 5
-# DiT-XL/2 has 9,000; a training's checkpoint, with averages and an optimizer, 50,000.
-MOST_INSTRUCTIONS = 500_000
+# Lists, tuples, calls and the like, each of which takes a hundred times the memory of its
+# instruction. DiT-XL/2 has 4,000; with averages and an optimizer of its training, 20,000.
+MOST_OBJECTS = 300_000
 _SLACK = 1000
 
 # Bytes of an element, where it is not one.
@@ -121,11 +122,11 @@ class _Pickle:
         self.memo: dict[Any, Any] = {}
         self.names: list[_Name] = []
         self.storages: dict[Any, int] = {}
-        self.stored, self.copied, self.converted = 0, 0, 0
-        for count, (opcode, value, position) in enumerate(pickletools.genops(source)):
-            if count == MOST_INSTRUCTIONS:
-                raise _Refused(f"its pickle has more than {MOST_INSTRUCTIONS} instructions")
+        self.made, self.stored, self.copied, self.converted = 0, 0, 0, 0
+        for opcode, value, position in pickletools.genops(source):
             self.step(opcode.name, ord(opcode.code), value)
+            if self.made > MOST_OBJECTS:
+                raise _Refused(f"its pickle makes more than {MOST_OBJECTS} objects")
             if self.copied > 4 * (position or 0) + _SLACK:
                 raise _Refused("its pickle copies more than it holds")
 
@@ -138,17 +139,20 @@ class _Pickle:
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(self.memo[value])
         elif name == "MARK":
+            self.made += 1
             self.marks.append(stack)
             self.stack = []
         elif name == "TUPLE":
             items = self.marked()
             self.stack.append(tuple(items))
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            self.made += 1
             count = int(name[-1])
             stack[-count:] = [tuple(stack[-count:])]
         elif name == "EMPTY_TUPLE":
             stack.append(())
         elif name in _EMPTY:
+            self.made += 1
             stack.append(_Made())
         elif name == "BINPERSID":
             stack.append(self.storage(stack.pop()))
@@ -156,6 +160,7 @@ class _Pickle:
             self.names.append(_Name(value.replace(" ", ".")))
             stack.append(self.names[-1])
         elif name in ("REDUCE", "NEWOBJ"):
+            self.made += 1
             arguments = stack.pop()
             stack[-1] = self.call(stack[-1], arguments)
         elif name == "BUILD":

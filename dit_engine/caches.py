@@ -17,15 +17,16 @@ VARIABLE = "DIT_ENGINE_CACHE"
 
 
 def cache_directory() -> Path:
-    """$DIT_ENGINE_CACHE, or dit-engine in the user's cache directory; it need not exist.
+    """$DIT_ENGINE_CACHE, or dit-engine in the user's cache directory; it need not exist. A relative
+    $XDG_CACHE_HOME is ignored, as its standard has it: it would be the current directory's.
 
     Raises ValueError where there is no home directory either.
     """
-    base = os.environ.get("XDG_CACHE_HOME")
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         if given := os.environ.get(VARIABLE):
             return Path(given).expanduser()
-        return (Path(base) if base else Path.home() / ".cache") / "dit-engine"
+        return (base if base.is_absolute() else Path.home() / ".cache") / "dit-engine"
     except RuntimeError as error:
         raise ValueError(f"no place for a cache: {error} Set {VARIABLE} to a directory") from None
 

@@ -19,6 +19,9 @@ from typing import Any
 VARIABLE = "PYTHONSAFEPATH"
 """Python 3.11 and later then leave the directory out of ``sys.path``."""
 
+LEAVE_OUT = "import sys\nsys.path[:] = [place for place in sys.path if place]\n"
+"""How a program of `python -c` begins that does so itself."""
+
 PACKAGES = ("dit_engine", "dit_kernels", "dit_export", "dit_bench")
 _lock = RLock()
 

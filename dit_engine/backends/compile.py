@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from types import FunctionType
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from dit_engine.backends.compiler_cache import use_private_cache
 from dit_engine.backends.eager import EagerBackend
-from dit_engine.current_directory import left_out_of_children
+from dit_engine.current_directory import LEAVE_OUT, left_out_of_children
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
 
@@ -71,6 +73,8 @@ def compile_graph(function: Callable[..., Any], **options: Any) -> Callable[...,
     directory: a C++ compiler, and Python programs in the first call, which is when it compiles.
     """
     use_private_cache()
+    if sys.version_info < (3, 11):
+        _change_probe()
     compiled = torch.compile(function, fullgraph=True, dynamic=False, **options)
     called = False
 
@@ -84,3 +88,12 @@ def compile_graph(function: Callable[..., Any], **options: Any) -> Callable[...,
         return result
 
     return run
+
+
+def _change_probe() -> None:
+    """Python 3.10 knows no way to leave the current directory out of ``python -c``, with which
+    torch tries what a processor can do; so the program that it runs does that itself."""
+    kinds: Any = import_module("torch._inductor.cpu_vec_isa")
+    usual = kinds.VecISA._avx_py_load
+    if not usual.startswith(LEAVE_OUT):
+        kinds.VecISA._avx_py_load = LEAVE_OUT + usual

@@ -14,10 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.cpu_vec_isa import VecISA
 
 from dit_bench.cpu_busy import Neighbours
 from dit_engine.backends import compile as compile_backend
-from dit_engine.current_directory import VARIABLE, leave_out, left_out_of_children, python
+from dit_engine.current_directory import (
+    LEAVE_OUT,
+    VARIABLE,
+    leave_out,
+    left_out_of_children,
+    python,
+)
 from dit_engine.training import avatars
 from dit_export.tensorrt_flavour import run_probe
 from dit_export.triton import server_binary
@@ -116,6 +123,18 @@ def test_what_the_compiler_starts(marks: Path, monkeypatch: pytest.MonkeyPatch) 
     assert run(torch.zeros(1)) == 1 and marks.read_text() == ""
     assert run(torch.zeros(1)) == 1
     assert calls == ["1", None]  # as the program that uses the library has it
+
+
+def test_what_the_compiler_asks_of_python_3_10(
+    marks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VecISA, "_avx_py_load", VecISA._avx_py_load)  # restored afterwards
+    for _ in range(2):
+        compile_backend._change_probe()
+    code = VecISA._avx_py_load
+    assert code.count(LEAVE_OUT) == 1 and code.endswith('cdll.LoadLibrary("__lib_path__")\n')
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "__lib_path__" in done.stderr and marks.read_text() == ""
 
 
 def test_a_command_runs_nothing_from_there(marks: Path, monkeypatch: pytest.MonkeyPatch) -> None:

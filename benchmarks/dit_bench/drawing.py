@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_engine.figures import show_plainly
 from dit_engine.files import atomic_path
 
 if TYPE_CHECKING:
@@ -126,5 +127,5 @@ def require_matplotlib() -> None:
 
 def _encoded(figure: Figure, form: str) -> bytes:
     out = io.BytesIO()
-    figure.savefig(out, format=form)
+    show_plainly(figure).savefig(out, format=form)
     return out.getvalue()

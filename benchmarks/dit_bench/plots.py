@@ -18,6 +18,7 @@ from dit_bench.drawing import (
 )
 from dit_bench.load import NO_VERDICT
 from dit_bench.roofline import roofline_figure
+from dit_engine.printable import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,7 +66,7 @@ def ratio_figure(report: dict[str, Any]) -> Figure | None:
     elif hardest["verdict"] == NO_VERDICT:
         title = f"No verdict on {hardest['name']}: the machine was busy"
     figure, axes = new_figure(title)
-    names = [subject, *(row["name"] for row in rows)]
+    names = [printable(name) for name in (subject, *(row["name"] for row in rows))]
     medians = [1.0, *(row["ratio"]["median"] for row in rows)]
     low = [0.0, *(row["ratio"]["median"] - row["ratio"]["p5"] for row in rows)]
     high = [0.0, *(row["ratio"]["p95"] - row["ratio"]["median"] for row in rows)]

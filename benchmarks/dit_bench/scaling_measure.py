@@ -18,6 +18,7 @@ from dit_bench.lite0 import extract, load_lite0
 from dit_bench.quality import METRIC, recognised
 from dit_engine.bars import Bar
 from dit_engine.checkpoint.weights import load_into
+from dit_engine.figures import show_plainly
 from dit_engine.files import atomic_path
 from dit_engine.json_files import check_schema, read_json_value
 from dit_engine.noise import PerImageNoise
@@ -199,7 +200,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     axis.set_xlim(right=1.6 * max(row["gmacs"] for row in rows))  # room for the last one's name
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    figure.tight_layout()
+    show_plainly(figure).tight_layout()
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
     plt.close(figure)

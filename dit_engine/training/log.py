@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_engine.bars import Bar
+from dit_engine.figures import show_plainly
 from dit_engine.files import atomic_path, no_links
 
 if TYPE_CHECKING:
     from dit_engine.training.loop import Budget
+
+
+_MOST_COLUMNS = 16  # of a log; trainings have seven at most
 
 
 class ProgressLine:
@@ -54,16 +58,32 @@ def add_row(path: Path, row: dict[str, float]) -> None:
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Forget what was logged after the checkpoint: those steps will be taken again."""
+    """Forget what was logged after the checkpoint: those steps will be taken again. So are rows
+    that were not written whole.
+
+    Raises ValueError for a file that is no log: each of its columns would become a panel.
+    """
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
     if not lines:
         return
     header, *rows = lines
-    kept = [row for row in rows if int(float(row.split(",")[0])) <= step]
+    names = header.split(",")
+    if names[0] != "step" or len(names) > _MOST_COLUMNS:
+        raise ValueError(f"{path} is no log of a training: remove it to begin another")
+    kept = [row for row in rows if len(row.split(",")) == len(names) and _step(row) <= step]
     with atomic_path(path) as partial:
         partial.write_text("\n".join([header, *kept]) + "\n")
+
+
+def _step(row: str) -> float:
+    """The first of a row's numbers; infinity where one of them is none."""
+    try:
+        numbers = [float(text) for text in row.split(",")]
+    except ValueError:
+        return math.inf
+    return numbers[0]
 
 
 def plot_losses(log: Path, picture: Path) -> None:
@@ -85,7 +105,7 @@ def plot_losses(log: Path, picture: Path) -> None:
         axis.plot([float(r["step"]) for r in rows], [float(r[name]) for r in rows])
         axis.set(title=name, xlabel="step", yscale="log")
         axis.grid(alpha=0.3, which="both")
-    figure.tight_layout()
+    show_plainly(figure).tight_layout()
     with atomic_path(picture) as partial:
         figure.savefig(partial, dpi=100, format="png")
     plt.close(figure)

@@ -144,9 +144,10 @@ def _read_shards(index: Path) -> dict[Any, Any]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: holds no weight_map")
     state: dict[Any, Any] = {}
-    for name in sorted(set(map(str, weight_map.values()))):
+    for name in weight_map.values():
         if not is_file_name(name) or name.endswith(".index.json"):
             raise ValueError(f"{index}: shard {shown(name)} is not a file name")
+    for name in sorted(set(weight_map.values())):
         before = len(state)
         state |= read_weights(index.parent / name)
         if len(state) == before:

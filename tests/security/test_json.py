@@ -1,0 +1,263 @@
+"""Hostile JSON in every file that is read: taken, or refused in one line, and never a traceback."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tiny import NAMES, tiny_dit, tiny_vae
+
+from dit_bench.inputs import read_operators, read_report, read_scaling
+from dit_bench.scaling_measure import read_rows
+from dit_bench.schema import VERSION
+from dit_engine import json_files
+from dit_engine.checkpoint import load_checkpoint, save_pretrained
+from dit_engine.cli.like import recorded_options
+from dit_engine.errors import BackendUnavailable
+from dit_engine.json_files import check_schema, is_file_name, parse_json, read_json
+from dit_engine.training.run import _begun
+from dit_export import bundle as bundles
+from dit_export.bundle import Bundle, Graph, TensorSpec, write_manifest
+from dit_export.engine_files import EngineFile, EngineKey, find_engines, write_engine
+from dit_export.model_repository import read_marker
+from dit_export.profiles import parse_profiles
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (DEEP, "nested deeper than the 64 levels"), ('{"a":' * 65 + "1" + "}" * 65, "nested"),
+        ('["\\"]", ' + "[" * 64, "nested"), ("NaN", "NaN is no number"),
+        ("[-Infinity]", "-Infinity is no"), ("1e400", "1e400 is too large"),
+        ("1" + "0" * 400 + ".0", "too large"), ("18446744073709551616", "more than 64 bits"),
+        ("9" * 5000, "more than 1000 digits"), ('"\\ud800"', "half of a surrogate pair"),
+        ('{"\\udfff": 1}', "half of a surrogate pair"), (b"\xff", "not valid JSON"),
+        (b"\xef\xbb\xbf{}", "not valid JSON"), ("{} {}", "line 1 column 4"), ("", "not valid"),
+        ('"a\x00b"', "Invalid control character"), ("\x00", "not valid JSON"),
+    ],
+)  # fmt: skip
+def test_texts_that_are_refused(text: str | bytes, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as error:
+        parse_json(text, "from afar")
+    assert str(error.value).startswith("from afar: ") and "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_texts_that_are_taken() -> None:
+    brackets = json.dumps(["[" * 1000, '\\"' + "{" * 1000, "\U0001f600", 2**64 - 1, -(2**63), 1.5])
+    assert parse_json(brackets, "") == json.loads(brackets)
+    assert parse_json("[" * 64 + "]" * 64, "") is not None
+    lenient = parse_json('[-Infinity, "\\udcff", 1%s]' % ("0" * 300), "", lenient=True)
+    assert lenient == [-float("inf"), "\udcff", 10**300]
+
+
+def test_files_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):  # neither waits, nor reads without an end
+        with pytest.raises(ValueError, match=f"{name} is no regular file"):
+            read_json(tmp_path / name)
+    with pytest.raises(ValueError, match="more than the 16 MiB"):
+        read_json(tmp_path / "device", pipe=True)
+    with pytest.raises(IsADirectoryError, match="is a directory; a JSON file is needed"):
+        read_json(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist; a JSON file is needed"):
+        read_json(tmp_path / "pipe" / "below")
+    monkeypatch.setattr(json_files, "LIMIT_BYTES", 9)
+    (tmp_path / "large").write_text("[1, 2, 3, 4]")
+    with pytest.raises(ValueError, match="large: has more than"):
+        read_json(tmp_path / "large")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "a/b", "a\\b", "C:a", "a\0", "a\n", "a ", "x" * 300, "\x1b[2J", "\u202ea",
+     "a:stream", None, 3, ["a"]],
+)  # fmt: skip
+def test_names_that_lead_elsewhere(name: object) -> None:
+    assert not is_file_name(name) and is_file_name("model-00001-of-2.onnx.data")
+
+
+def test_a_schema_names_the_place() -> None:
+    schema = {"": {"a": "object", "b?": "count[]?", "c?": ("x", 1)}, "a": {"<file name>": "list"},
+              "d[]": {"e": "number|text"}, "f{}": {"g?": "bool"}}  # fmt: skip
+    good = {"a": {}, "b": [1], "c": 1, "d": [{"e": 1.5}, {"e": "x"}]}
+    check_schema(good, schema, "f")
+    for change, said in (
+        ({"a": {"../x": []}}, r"f: a has '\.\./x', which is no file name"),
+        ({"a": {"x": 1}}, r"f: a: 'x' is int, not list \(1\)"),
+        ({"b": [-1]}, r"f: 'b' is list, not count\[\] \(\[-1\]\)"),
+        ({"b": [True]}, "not count"), ({"c": True}, "'c' is True, not one of 'x', 1"),
+        ({"d": [{}, {}]}, r"f: d\[0\] has no 'e'"), ({"d": {}}, "f: d is no list"),
+        ({"f": {"x": {"g": 1}}}, r"f: f\['x'\]: 'g' is int, not bool \(1\)"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            check_schema(good | change, schema, "f")
+
+
+WRONG = [None, True, -1, 1.5, float("inf"), "", "x" * 5000, [], {}, [[]], [None], [[[[[[]]]]]],
+         "\ud800", 10**30, 2**63, "../up", "a\nb\x1b[31m"]  # fmt: skip
+
+
+def places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Of every value within, but of a list's entries only the first."""
+    if isinstance(value, dict | list):
+        keys = list(value) if isinstance(value, dict) else range(min(1, len(value)))
+        for key in keys:
+            yield (*way, key)
+            yield from places(value[key], (*way, key))
+
+
+def changes(value: Any, each: int) -> Iterator[Any]:
+    """``value`` with each value within in turn missing, under another key, and ``each`` others;
+    all of `WRONG` have their turn."""
+    yield from WRONG
+    turn = itertools.cycle(WRONG)
+    for way in places(value):
+        for wrong in (..., "key", *itertools.islice(turn, each)):
+            changed = copy.deepcopy(value)
+            at = changed
+            for key in way[:-1]:
+                at = at[key]
+            if wrong is ...:
+                del at[way[-1]]
+            elif wrong == "key" and isinstance(at, dict):
+                at["../\x1b"] = at.pop(way[-1])
+            else:
+                at[way[-1]] = wrong
+            yield changed
+
+
+def survives(value: Any, use: Callable[[str], object], each: int = 5) -> None:
+    """``use`` takes ``value`` as it is; anything else it takes, or refuses in one line."""
+    use(json.dumps(value))
+    for text in (*map(json.dumps, changes(value, each)), "{", DEEP, '{"a":' + DEEP):
+        message = refusal(use, text)
+        assert len(message.splitlines()) < 2, (message, text[:300])
+
+
+def refusal(use: Callable[[str], object], text: str) -> str:
+    try:
+        use(text)
+    except UnicodeError:
+        raise
+    except (ValueError, OSError, BackendUnavailable) as error:
+        return str(error)
+    return ""
+
+
+def written(path: Path, read: Callable[[], object]) -> Callable[[str], object]:
+    """A use that puts the text into ``path``."""
+
+    def use(text: str) -> object:
+        path.write_text(text)
+        return read()
+
+    return use
+
+
+def test_manifests(tmp_path: Path) -> None:
+    graph = Graph("denoiser", "denoiser.onnx", "fp32", (TensorSpec("x", "float32", ("batch", 4)),),
+                  (TensorSpec("output", "float32", ("batch", 8)),),
+                  {"against": "torch", "relative": 1e-6, "bound": 1e-5})  # fmt: skip
+    facts = {
+        "model": tiny_dit().config.to_dict(), "vae": json.loads(tiny_vae().config.to_json()),
+        "checkpoint": "a", "vae_checkpoint": "b", "dtype": "fp32", "opset": 23,
+        "target": "onnxruntime", "guided_channels": 3, "label_names": [*NAMES],
+    }  # fmt: skip
+    (tmp_path / "denoiser.onnx").write_bytes(b"weights")
+    write_manifest(tmp_path, facts, [graph])
+    path = tmp_path / "manifest.json"
+
+    def read() -> None:
+        bundle = Bundle.open(tmp_path)
+        assert all(bundle.file(name).parent == tmp_path for name in bundle.graphs)
+        assert set(bundles.replaceable(True)(tmp_path)) <= {path.name, "denoiser.onnx"}
+
+    survives(json.loads(path.read_text()), written(path, read))
+
+
+def test_engine_descriptions(tmp_path: Path) -> None:
+    key = EngineKey("graph", "tensorrt", "10.9", "any", parse_profiles(["1,2,4"], "8"), 0, ("a",))
+    shapes = {"x": (-1, 4, 8, 8)}
+    engine = write_engine(
+        EngineFile(tmp_path / "g-1.engine", "g", "weights", "fp16", key, shapes, shapes, "", 0),
+        b"engine",
+    )
+
+    def read() -> None:
+        for found in find_engines(tmp_path, "g", "weights"):
+            found.check("tensorrt", "10.9")
+            assert hash(found.key) and [p.shapes((-1, 4)) for p in found.key.profiles]
+            found.read()
+
+    survives(json.loads(engine.description.read_text()), written(engine.description, read))
+
+
+def test_repositories(tmp_path: Path) -> None:
+    marker = {"format": 2, "producer": "dit-engine", "export": {}, "files": {"a/b": "0" * 64},
+              "options": {"platform": "onnxruntime", "accelerator": "cuda", "max_batch_size": 4,
+                          "instances": 1, "pipelines": 2, "queue_delay_us": 5, "queue_size": 9},
+              }  # fmt: skip
+    survives(marker, written(tmp_path / "repository.json", lambda: read_marker(tmp_path)))
+
+
+def test_pictures_and_runs(tmp_path: Path) -> None:
+    record = {"model": "builtin", "numerics": "official", "version": "1", "sampler": "ddim",
+              "steps": 2, "spacing": "linspace", "eta": 0.0, "guidance_channels": 3,
+              "guidance_interval": [0.1, 1.0], "noise": "per-image", "precision": "fp32",
+              "backend": "lean", "guidance_scale": 4.0, "label_name": "a", "label": 3, "seed": 5,
+              "index": 0, "diffusion": {"prediction": "epsilon"}}  # fmt: skip
+    path = tmp_path / "a.png"
+
+    def use(text: str) -> None:
+        info = PngInfo()
+        info.add_text("dit_engine", text)
+        Image.new("RGB", (2, 2)).save(path, pnginfo=info)
+        recorded_options(path)
+
+    survives(record, use)
+    settings = {"class_names": ["a", "b"], "data": "avatars", "size": 64}
+    survives(settings, written(tmp_path / "s.json", lambda: _begun(tmp_path / "s.json")))
+
+
+def test_measurements(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    point = {"network": "DiT", "gmacs": 1.0, "steps": 5, "distance": 3.0, "n": 10,
+             "n_reference": 10}  # fmt: skip
+    survives({"metric": "FD", "points": [point]}, written(path, lambda: read_scaling(path)))
+    survives([point], written(path, lambda: read_rows(path)))
+    row = {"operator": "linear", "shape": "N=2", "dtype": "bf16", "impl": "native", "status": "ok",
+           "ms": {"median": 1.0}, "rate": 1.0, "unit": "GB/s", "bytes": 8, "flops": 0,
+           "percent_of_ceiling": None}  # fmt: skip
+    operators = {"operators": [row], "ceilings": {}}
+    survives(operators, written(path, lambda: read_operators(path)))
+    for text in ("{", "[]", json.dumps({"schema": VERSION}), DEEP):
+        with pytest.raises(ValueError, match=r"r\.json is no report of dit-bench: "):
+            written(path, lambda: read_report(path))(text)
+
+
+def test_models(tmp_path: Path) -> None:
+    model = tmp_path / "m"
+    save_pretrained(model, tiny_dit(), tiny_vae(), NAMES)
+    for name in ("config.json", "labels.json", "vae/config.json"):
+        before = (model / name).read_text()
+        survives(json.loads(before), written(model / name, lambda: load_checkpoint(model)), 2)
+        (model / name).write_text(before)
+    (model / "model.safetensors").rename(model / "a.safetensors")
+    index = model / "model.safetensors.index.json"
+    keys = list(tiny_dit().state_dict())
+    survives(
+        {"weight_map": {keys[0]: "a.safetensors"}},
+        written(index, lambda: load_checkpoint(model)),
+    )

@@ -90,19 +90,24 @@ def _held(folder: Path) -> Iterator[Path]:
         return
     descriptor = os.open(folder, os.O_RDONLY | _DIRECTORY | _NO_LINKS)
     try:
-        # Somebody else's directory has another owner than what is made in it. (Some file systems
-        # give all files one owner, which need not be this user.)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINKS
-        probe = os.open("probe", flags, dir_fd=descriptor)
-        owner = os.fstat(probe).st_uid
-        os.close(probe)
-        os.unlink("probe", dir_fd=descriptor)
-        if owner != os.fstat(descriptor).st_uid:
+        owner = os.fstat(descriptor).st_uid
+        if owner != os.geteuid() and owner != _owner_in(descriptor):
             raise OSError(errno.EEXIST, "Another user put something in its place", str(folder))
         open_one = Path(f"/proc/self/fd/{descriptor}")
         yield open_one if os.access(open_one, os.X_OK) else folder
     finally:
         os.close(descriptor)
+
+
+def _owner_in(directory: int) -> int:
+    """Who owns what is made in an open directory; on some file systems, that is not this user."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINKS
+    probe = os.open("probe", flags, dir_fd=directory)
+    try:
+        return os.fstat(probe).st_uid
+    finally:
+        os.close(probe)
+        os.unlink("probe", dir_fd=directory)
 
 
 def no_links(path: str, flags: int) -> int:

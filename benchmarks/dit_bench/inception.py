@@ -12,7 +12,6 @@ pytorch-fid takes half-pixel centres and (x - 127.5) / 127.5, and its distances 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_bench.inception_blocks import ConvNorm, block_a, block_b, block_c, block_d, block_e
+from dit_engine.files import file_hash
 
 IMAGE_SIZE = 299
 FEATURES = 2048
@@ -121,7 +121,7 @@ def find_weights(path: Path | None = None) -> Path:
 
 def weights_digest(path: Path) -> str:
     """SHA-256 of the file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return file_hash(path)
 
 
 def is_published(digest: str) -> bool:

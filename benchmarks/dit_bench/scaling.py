@@ -152,7 +152,7 @@ def measure(arguments: argparse.Namespace) -> int:
     plot(report, arguments.plot)
     for row in report["points"]:
         cost = f"{row['steps']:>6} steps {row['gmacs']:>7.3f} Gflops"
-        counts = f"N = {row['n']} against {row['n_reference']}"
+        counts = f"N = {row['n']} against {row.get('n_reference', 'unknown')}"
         say(f"{row['network']:<14} {cost}  {report['metric']} {row['distance']:7.1f} ({counts})")
     for step in steps:
         values = [distance for _, _, distance in orders(report["points"], step)]

@@ -9,10 +9,11 @@ are followed with the sizes alone.
 from __future__ import annotations
 
 import math
+import mmap
 import pickletools
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 DATA = "data.pkl"
 # The pickles of a file from before torch 1.6: magic number, version, sizes of C types, the content,
@@ -57,15 +58,17 @@ def check_pickle(path: Path) -> bool:
             if zipped:
                 _Pickle(_data(path), size)
                 return True
-            file.seek(0)
-            for _ in range(_OLD_PICKLES):
-                if file.tell() < size:
-                    _Pickle(file, size)
+            # Mapped: a file's own read() allocates whatever length it is told.
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                for _ in range(_OLD_PICKLES):
+                    if data.tell() < size:
+                        _Pickle(data, size)
             return False
     except _Refused as error:
         raise ValueError(f"{path}: refused, {error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile,
-            NotImplementedError) as error:  # fmt: skip
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # damage can raise almost anything
         reason = (str(error).splitlines() or [""])[0][:160] or type(error).__name__
         raise ValueError(f"{path}: damaged or no PyTorch file ({reason})") from None
 
@@ -88,7 +91,10 @@ def _data(path: Path) -> bytes:
         found = [m for m in members if m.orig_filename.lower().rpartition("/")[2] == DATA]
         if len(found) != 1:
             raise ValueError(f"it holds {len(found)} of {DATA}; one is needed")
-        return archive.read(found[0])
+        try:
+            return archive.read(found[0])
+        except OSError as error:  # of a place that is none
+            raise ValueError(str(error)) from None
 
 
 class _Name(str):
@@ -115,7 +121,7 @@ class _Elements(int):
 class _Pickle:
     """One pickle of a file of ``file_bytes`` bytes, followed to its end."""
 
-    def __init__(self, source: bytes | BinaryIO, file_bytes: int) -> None:
+    def __init__(self, source: Any, file_bytes: int) -> None:
         self.file_bytes = file_bytes
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []

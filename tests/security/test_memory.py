@@ -157,6 +157,7 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "attributes of objects": (
         b"](" + DICT + b"q\x01" + python("collections", "OrderedDict") + b"q\x02"
         + 20_000 * b"h\x02)Rh\x01b" + b"e", "copies more than it holds"),
+    "a text by its length": (b"X" + number(2**32 - 1), "damaged or no PyTorch file"),
     "lists": (b"](" + b"]" * 3_000_000 + b"e", "makes more than 300000 objects"),
     "a key that is never hashed": (b"}" + doubled(b"N") + b"Ns", "a tuple of tuples as a key"),
     "a member that is never hashed": (

@@ -185,7 +185,7 @@ class Bundle:
 def read_manifest(path: Path) -> dict[str, Any]:
     """Raises a one-line ValueError for what is no export of this format."""
     manifest = _of_this_format(path)
-    check_schema(manifest, SCHEMA, f"{path / MANIFEST}: cannot be read")
+    check_schema(manifest, SCHEMA, path / MANIFEST)
     return manifest
 
 

@@ -77,9 +77,9 @@ def test_a_tampered_file_is_refused(tmp_path: Path, content: bytes | None, messa
         ({"producer": "someone"}, r"not written by dit-export$"),
         ({"files": 5}, r"not written by dit-export$"),
         ({"model": {"depth": 2}}, r"cannot be read: .*'hidden_size' is missing"),
-        ({"files": {"../denoiser.onnx": {"bytes": 1, "sha256": "0"}}}, r"cannot be read"),
+        ({"files": {"../denoiser.onnx": {"bytes": 1, "sha256": "0"}}}, r"no file name"),
         ({"files": {}}, r"denoiser\.onnx is not among the files$"),
-        ({"graphs": {"denoiser": {}}}, r"cannot be read: graphs\['denoiser'\] has no 'file'$"),
+        ({"graphs": {"denoiser": {}}}, r"graphs\['denoiser'\] has no 'file'$"),
     ],
 )
 def test_a_manifest_that_is_not_ours_is_refused(

@@ -121,11 +121,11 @@ def test_names_that_no_export_has_are_refused(tmp_path: Path, name: str) -> None
     sha256 = hashlib.sha256(b"").hexdigest()
     changed = manifest["files"] | {name: {"bytes": 0, "sha256": sha256}}
     (path / MANIFEST).write_text(json.dumps(manifest | {"files": changed}))
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"no file name|none of an export"):
         Bundle.open(path)
     manifest["graphs"]["denoiser"]["file"] = name
     (path / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"not file name|of graph 'denoiser'"):
         Bundle.open(path)
 
 

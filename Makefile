@@ -20,7 +20,8 @@ INPUTS := setup.py constraints.txt dit_engine/_version.py CMakeLists.txt \
 
 # The server that the tests run, in an environment of its own: it needs numpy below 2. Its wheel is
 # for Linux on x86-64 with glibc 2.35 or later; elsewhere its tests are skipped. It holds Triton 2.51,
-# the newest in a wheel, with published faults: it is for this machine alone.
+# the newest version published as a wheel. It has published vulnerabilities: use it only on this
+# machine.
 SERVES := import platform, sys; libc = platform.libc_ver(); sys.exit(not (platform.machine() \
 	== "x86_64" and libc[0] == "glibc" and tuple(map(int, libc[1].split("."))) >= (2, 35) \
 	and (3, 10) <= sys.version_info[:2] <= (3, 12)))

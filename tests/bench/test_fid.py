@@ -238,7 +238,7 @@ def test_the_json_says_everything(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert set(report) == {
         "features", "metrics", "interrupted", "samples", "reference", "settings", "hardware"
     }  # fmt: skip
-    assert report["samples"] == {"name": str(path), "n": 20, "images": 20, "size": [8, 8]}
+    assert report["samples"] == {"name": path.name, "n": 20, "images": 20, "size": [8, 8]}
     assert set(report["metrics"]) == {"FID", "sFID", "Inception Score", "precision", "recall"}
     assert report["hardware"]["cpu"] and report["interrupted"] is None
 

@@ -1,8 +1,8 @@
-"""Arrays in .npy and .npz files: what a header claims is looked at before anything is read.
+"""Read arrays from .npy and .npz files with memory that is bounded by the size of the file.
 
-NumPy's own reader takes memory as the header asks for it, and inflates what a few kilobytes of an
-.npz say are gigabytes. Here a header may claim no more bytes than the file has, or the member of
-the .npz, and of a member as much is inflated as is asked for.
+NumPy's own reader allocates whatever a header claims, and inflates a few kilobytes of an .npz to
+gigabytes. Here a header may not claim more bytes than the .npy file, or the member of the .npz,
+has; and only as much of a member is inflated as the caller asks for.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ from dit_engine.printable import first_line, one_line
 
 T = TypeVar("T")
 
-_KINDS = "biufcU"  # of dtypes: numbers and text, of which nothing else is in memory
+_KINDS = "biufcU"  # of dtypes: numbers and text, which hold no pointers to other objects
 _DIMENSIONS = 8
-_PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # NumPy's; others have no bound of their size
-_INFLATED = 1040  # the most bytes that Deflate makes of one
+_PACKED = (
+    zipfile.ZIP_STORED,
+    zipfile.ZIP_DEFLATED,
+)  # NumPy's; other methods have no bound like the next
+_INFLATED = 1040  # the most bytes that Deflate can store in one
 
 
 @dataclass(frozen=True)
 class StoredArray:
-    """An array in an open file, which is read from its beginning.
+    """An array in an open file, whose data has not been read yet.
 
-    source: what it is, for messages.
+    source: names the array in messages.
     """
 
     file: IO[bytes]
@@ -53,7 +56,7 @@ class StoredArray:
         return self._next(math.prod(self.shape)).reshape(self.shape, order=order)
 
     def rows(self, count: int) -> NDArray[Any]:
-        """The next so many entries of the first dimension, read-only; not in Fortran order."""
+        """The next ``count`` entries of the first dimension, read-only. Not for Fortran order."""
         part = (count, *self.shape[1:])
         return self._next(math.prod(part)).reshape(part)
 
@@ -66,10 +69,10 @@ class StoredArray:
 
 
 def array_in(file: IO[bytes], size: int, source: str) -> StoredArray:
-    """The array whose header ``file``, of ``size`` bytes in all, begins with.
+    """The array in ``file``, which has ``size`` bytes in all and is read up to the array's data.
 
-    Raises ValueError where it is no array, holds anything but numbers or text, or claims more than
-    the file has.
+    Raises ValueError if it is not an array, if it holds anything but numbers or text, and if it
+    claims more data than the file has.
     """
     try:
         version = np.lib.format.read_magic(file)
@@ -79,8 +82,10 @@ def array_in(file: IO[bytes], size: int, source: str) -> StoredArray:
             shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
     except (OSError, zipfile.BadZipFile, zlib.error):
         raise
-    except Exception as error:  # a header is Python, and can make its parser raise almost anything
-        raise ValueError(f"{source} is no array ({first_line(error)})") from None
+    except (
+        Exception
+    ) as error:  # the header is a Python literal, whose parser can raise almost anything
+        raise ValueError(f"{source} is not an array ({first_line(error)})") from None
     stored = StoredArray(file, source, shape, dtype, fortran)
     if dtype.kind not in _KINDS:
         raise ValueError(f"{source} holds {one_line(dtype)[:160]}; numbers are needed")
@@ -96,21 +101,21 @@ def array_in(file: IO[bytes], size: int, source: str) -> StoredArray:
 def map_npy(path: Path) -> NDArray[Any]:
     """The array in a .npy file, mapped into memory, read-only.
 
-    Raises ValueError as `array_in`, OSError where the file cannot be read.
+    Raises ValueError as `array_in` does, OSError if the file cannot be read.
     """
     size = regular_size(path)
     with path.open("rb") as file:
         stored = array_in(file, size, str(path))
         offset = file.tell()
     order = "F" if stored.fortran else "C"
-    if 0 in stored.shape:  # nothing cannot be mapped
+    if 0 in stored.shape:  # an empty array cannot be mapped
         return np.empty(stored.shape, stored.dtype)
     return np.memmap(path, stored.dtype, "r", offset, stored.shape, order)
 
 
 @contextmanager
 def open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The zip archive that an .npz is; damage that shows within the block is a ValueError, too."""
+    """Open an .npz as a zip archive. ValueError if it is damaged, also where the block finds it."""
     regular_size(path)
     try:
         with _opened(path, partial(zipfile.ZipFile, path)) as archive:
@@ -121,18 +126,20 @@ def open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
 
 @contextmanager
 def open_member(path: Path, name: str) -> Iterator[StoredArray]:
-    """The array ``name`` of an .npz, of which nothing but the header has been read.
+    """The array ``name`` of an .npz, of which only the header has been read.
 
-    Raises ValueError as `array_in`, and where the archive is damaged or lies about its sizes.
+    Raises ValueError as `array_in` does, and if the archive is damaged or its sizes are wrong.
     """
     source = f"{path}: {name}"
     with open_npz(path) as archive:
         found = [member for member in archive.infolist() if member.filename == f"{name}.npy"]
         if len(found) != 1:
-            raise ValueError(f"{path} is damaged or no .npz ({name} is there {len(found)} times)")
+            raise ValueError(f"{path} is damaged or not an .npz ({name} occurs {len(found)} times)")
         (member,) = found
         if member.compress_type not in _PACKED:
-            raise ValueError(f"{source} is packed by method {member.compress_type}; use Deflate")
+            raise ValueError(
+                f"{source} is compressed by method {member.compress_type}; use Deflate"
+            )
         if member.file_size > _INFLATED * regular_size(path):
             raise ValueError(f"{source} has {member.file_size} bytes, more than its file can hold")
         with _opened(path, partial(archive.open, member)) as file:
@@ -140,16 +147,17 @@ def open_member(path: Path, name: str) -> Iterator[StoredArray]:
 
 
 def _opened(path: Path, function: Callable[[], T]) -> T:
-    """What ``function`` returns; lies in an archive's directory can make it raise anything."""
+    """What ``function`` returns. Its exceptions become ValueErrors: a false entry in the directory
+    of an archive can raise almost anything."""
     try:
         return function()
     except MemoryError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.filename:  # the system's
+        if isinstance(error, OSError) and error.filename:  # raised by the system
             raise
         raise _damaged(path, error) from None
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is damaged or no .npz ({first_line(error)})")
+    return ValueError(f"{path} is damaged or not an .npz ({first_line(error)})")

@@ -1,7 +1,7 @@
-"""Where results are kept between processes, and when such a place can be trusted.
+"""The directories that keep results between processes, and whether they can be trusted.
 
-What lies in a cache is run: torch unpickles its graphs and loads its kernels, TensorRT its engines.
-Whoever can write there can do whatever this user can.
+Files from a cache are run: torch unpickles graphs and loads kernels from it, and TensorRT engines.
+So whoever can write into a cache can run code as this user.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ VARIABLE = "DIT_ENGINE_CACHE"
 
 
 def cache_directory() -> Path:
-    """$DIT_ENGINE_CACHE, or dit-engine in the user's cache directory; it need not exist. A relative
-    $XDG_CACHE_HOME is ignored, as its standard has it: it would be the current directory's.
+    """$DIT_ENGINE_CACHE, or dit-engine in the user's cache directory; it need not exist.
 
-    Raises ValueError where there is no home directory either.
+    A relative $XDG_CACHE_HOME is ignored, as its specification demands: it would be in the current
+    directory. Raises ValueError if there is no home directory either.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
@@ -32,9 +32,9 @@ def cache_directory() -> Path:
 
 
 def private_cache(*names: str) -> Path:
-    """The directory names[0]/names[1]/… of `cache_directory`, made if need be.
+    """The directory names[0]/names[1]/… in `cache_directory`, made if it is missing.
 
-    Raises as `private_directory` does, for each directory on the way.
+    Raises as `private_directory` does, for each of these directories.
     """
     path = cache_directory()
     try:
@@ -47,21 +47,22 @@ def private_cache(*names: str) -> Path:
 
 
 def private_directory(path: Path) -> Path:
-    """``path``, absolute, in which this user alone may write; made (0700) with what is missing.
+    """``path`` as an absolute path, once it is sure that only this user may write there.
 
-    Another user's directory is refused for root too: what its owner puts there, root would run.
+    Missing directories are made, with mode 0700. Another user's directory is refused for root too:
+    root would run what the owner puts there.
 
     Raises:
-        ValueError: one line that says what is wrong: it is no directory, or `why_not_private`.
+        ValueError: one line: ``path`` is not a directory, or the reason from `why_not_private`.
         OSError: it cannot be made.
     """
     path = path.expanduser().absolute()
     missing = list(takewhile(lambda place: not os.path.lexists(place), (path, *path.parents)))
     for place in reversed(missing):
-        with suppress(FileExistsError):  # since then; whose it is, is looked at below
+        with suppress(FileExistsError):  # another process made it; its owner is checked below
             place.mkdir(mode=0o700)
     if not path.is_dir():
-        raise ValueError(f"{path}: is no directory; remove it")
+        raise ValueError(f"{path}: is not a directory; remove it")
     for place in missing or [path]:
         if (reason := why_not_private(place)) is not None:
             raise ValueError(f"{place}: {reason}; chmod or remove it")
@@ -69,10 +70,10 @@ def private_directory(path: Path) -> Path:
 
 
 def why_not_private(path: Path) -> str | None:
-    """How another user (but root) could change the file or directory ``path``, or have put it
-    there; None if there is no way, or no such owners and modes on this system (Windows).
+    """Why the file or directory ``path`` may have been made or changed by another user than root;
+    None if that is impossible, and on systems without such owners and modes (Windows).
 
-    Whoever owns a directory above could still exchange it between this look and its use.
+    Whoever owns a directory above ``path`` could still replace it between this check and its use.
     """
     if not hasattr(os, "geteuid"):
         return None
@@ -83,18 +84,18 @@ def why_not_private(path: Path) -> str | None:
             if facts.st_uid not in (user, 0):
                 return f"user {facts.st_uid} made the link {place}"
         elif facts.st_mode & stat.S_IWOTH and not facts.st_mode & stat.S_ISVTX:
-            # Of a directory with the sticky bit, such as /tmp, only owners rename what it holds.
+            # With the sticky bit, as in /tmp, only the owner of a file may rename it.
             return f"anyone may write in {place} (mode {stat.S_IMODE(facts.st_mode):o})"
     facts = path.stat()
     if facts.st_uid != user:
-        return f"it belongs to user {facts.st_uid}, and this is user {user}"
+        return f"it belongs to user {facts.st_uid}, and you are user {user}"
     if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return f"others may write in it (mode {stat.S_IMODE(facts.st_mode):o})"
     return None
 
 
 def _way(path: Path) -> Iterator[Path]:
-    """Every directory and link from the root to an existing ``path``, also where links lead."""
+    """Every directory and link from the root to an existing ``path``, those behind links too."""
     place, parts = Path(path.anchor), list(path.parts[1:])
     while parts:
         yield place

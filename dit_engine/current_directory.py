@@ -1,8 +1,8 @@
-"""Modules and programs that lie in the current directory, which may be a stranger's, are not run.
+"""Run no modules and no programs from the current directory, which may be a stranger's.
 
-Python puts that directory first among those in which `python -m` and `python -c` look for modules,
-and libraries start such programs: torch's compiler, the pools of multiprocessing, our own probes.
-An empty entry of PATH or LD_LIBRARY_PATH stands for it too.
+`python -m` and `python -c` look for modules in that directory first, and such programs are started
+by libraries and by us: torch's compiler, the pools of multiprocessing, our own probes. An empty
+entry of PATH or LD_LIBRARY_PATH also means the current directory.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from threading import RLock
 from typing import Any
 
 VARIABLE = "PYTHONSAFEPATH"
-"""Python 3.11 and later then leave the directory out of ``sys.path``."""
+"""If this is set, Python 3.11 and later leave the current directory out of ``sys.path``."""
 
 LEAVE_OUT = "import sys\nsys.path[:] = [place for place in sys.path if place]\n"
-"""How a program of `python -c` begins that does so itself."""
+"""The first lines of a program for `python -c` that does the same in any version of Python."""
 
 PACKAGES = ("dit_engine", "dit_kernels", "dit_export", "dit_bench")
 _lock = RLock()
 
 
 def leave_out() -> None:
-    """Look for nothing in the current directory, in this process and in all that it starts.
+    """Take the current directory off all search paths, for this process and all that it starts.
 
-    It stays where PYTHONPATH names it, or where our own packages lie there, as in a checkout. For
-    commands, before they start anything: a library's process is not its own.
+    It stays on ``sys.path`` if PYTHONPATH names it, or if our own packages are there, as in a
+    checkout. Only for our commands: a library must not change the process of its user.
     """
     os.environ[VARIABLE] = "1"
     if os.name == "nt":
         os.environ["NODEFAULTCURRENTDIRECTORYINEXEPATH"] = "1"
     for name in ("PATH", "LD_LIBRARY_PATH"):
-        _keep_of(name, os.path.isabs)
-    _keep_of("PYTHONPATH", bool)
+        _filter_places(name, os.path.isabs)
+    _filter_places("PYTHONPATH", bool)
     try:
         here = os.getcwd()  # noqa: PTH109 (as Python itself writes it)
-    except OSError:  # removed
+    except OSError:  # the directory was removed
         here = ""
     named = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     kept = {str(Path(place).absolute()) for place in named} | set(map(str, _folders()))
@@ -49,9 +49,9 @@ def leave_out() -> None:
 
 @contextmanager
 def left_out_of_children() -> Iterator[None]:
-    """The same for the Python programs that start inside the block; afterwards all is as before.
+    """Do the same, but only for Python programs that are started while the block runs.
 
-    One block at a time: others wait.
+    One thread at a time is in such a block; others wait.
     """
     with _lock:
         before = os.environ.get(VARIABLE)
@@ -67,13 +67,14 @@ def left_out_of_children() -> Iterator[None]:
 
 
 def python(code: str, *arguments: str) -> list[str]:
-    """The command that runs ``code`` with the modules that this process can import."""
+    """A command that runs ``code``, which can import the same modules as this process, but none
+    from the current directory."""
     path = [place for place in sys.path if place]
     return [sys.executable, "-c", f"import sys\nsys.path[:] = {path!r}\n{code}", *arguments]
 
 
-def _keep_of(variable: str, wanted: Callable[[str], bool]) -> None:
-    """Of a list of places in the environment, those that are ``wanted``."""
+def _filter_places(variable: str, wanted: Callable[[str], bool]) -> None:
+    """Keep only the ``wanted`` entries of an environment variable such as PATH."""
     if variable not in os.environ:
         return
     places = os.environ[variable].split(os.pathsep)
@@ -84,15 +85,15 @@ def _keep_of(variable: str, wanted: Callable[[str], bool]) -> None:
 
 
 def _folders() -> list[Path]:
-    """In which our packages lie."""
+    """The directories that hold our packages."""
     files = (getattr(sys.modules.get(name), "__file__", None) for name in PACKAGES)
     return [Path(file).resolve().parents[1] for file in files if file]
 
 
 @contextmanager
 def _isolated_pools() -> Iterator[None]:
-    """What multiprocessing starts takes no directory of Python's own choice before it is told its
-    parent's, for Python 3.10, which does not know `VARIABLE`."""
+    """On Python 3.10, which ignores `VARIABLE`, start processes of multiprocessing in isolated mode:
+    they take ``sys.path`` only from their parent."""
     if sys.version_info >= (3, 11):
         yield
         return

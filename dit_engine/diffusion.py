@@ -111,7 +111,7 @@ class Diffusion:
         if betas is None:
             return
         if not isinstance(betas, (list, tuple)):
-            raise ValueError(f"trained_betas {betas!r} is no list of numbers")
+            raise ValueError(f"trained_betas {betas!r} is not a list of numbers")
         if len(betas) != self.num_train_steps:
             raise ValueError(
                 f"trained_betas holds {len(betas)} numbers for {self.num_train_steps} steps"

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, and what may be removed to make room for them."""
+"""Write directories complete or not at all; and which earlier files they may replace."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ from dit_engine.files import file_hash, hidden_directory
 from dit_engine.printable import printable
 
 Known = Callable[[Path], Mapping[str, "str | None"]]
-"""Given a directory that holds something: every file that may be removed from it, by its path from
-there, with its SHA-256; None where its name alone tells. ValueError: why the directory must stay.
+"""A function that is given a directory with files in it and returns those that may be removed:
+relative path → SHA-256, or None where the name alone decides. If the directory must stay, it raises
+ValueError with the reason.
 
-The names must be those that are written here, and not whatever a file in the directory lists."""
-
+The paths must come from a fixed list of names that we write: a stranger's manifest may list any."""
 
 _NAMED = 4  # files that a message names, at most
 
 
 def nothing_known(directory: Path) -> NoReturn:
-    """For a destination that must be free or empty."""
+    """A `Known` for a destination that must be missing or empty."""
     raise ValueError(f"holds something else ({_some(p.name for p in directory.iterdir())})")
 
 
 def check_destination(target: Path, known: Known = nothing_known) -> dict[str, os.stat_result]:
-    """What is to be removed to make room for a new ``target``: regular files, by their paths from
-    there.
+    """The regular files that must be removed to write a new ``target``, by relative path.
 
-    Raises a one-line ValueError unless ``target`` is free, empty, or a directory that holds nothing
-    but regular files that are known, with their hashes.
+    Raises a one-line ValueError unless ``target`` is missing, an empty directory, or a directory
+    with nothing but regular files that ``known`` lists, with the hashes that it lists.
     """
     if not target.exists() and not target.is_symlink():
         return {}
     if target.is_symlink() or not target.is_dir():
-        raise ValueError(f"{target}: exists and is no directory; nothing was written")
+        raise ValueError(f"{target}: exists and is not a directory; nothing was written")
     if not any(target.iterdir()):
         return {}
     try:
@@ -49,15 +48,15 @@ def check_destination(target: Path, known: Known = nothing_known) -> dict[str, o
 
 @contextmanager
 def new_directory(target: Path, known: Known = nothing_known) -> Iterator[Path]:
-    """Yield an empty directory that takes the name ``target`` once the block ends well.
+    """Yield an empty directory, which is renamed to ``target`` when the block ends.
 
-    If the block raises, nothing is left of it, and ``target`` is as it was. What is replaced keeps
-    its place until the new directory is complete. (Of a process that is killed, ``.NAME.TOKEN.old``
-    may be left: what was there before.)
+    If the block raises, the directory is removed and ``target`` stays as it was. An earlier
+    ``target`` stays in its place until the new directory is complete. (A process that is killed at
+    that moment may leave the earlier one as ``.NAME.TOKEN.old``.)
 
     Raises:
         ValueError: see `check_destination`.
-        OSError: it cannot be written.
+        OSError: the directory cannot be written.
     """
     target = target.absolute()
     check_destination(target, known)
@@ -65,15 +64,15 @@ def new_directory(target: Path, known: Known = nothing_known) -> Iterator[Path]:
         new = folder / "new.partial"
         new.mkdir()
         yield new
-        removable = check_destination(target, known)  # another process may have been quicker
+        removable = check_destination(target, known)  # files may have been added meanwhile
         _exchange(target, new, folder.with_suffix(".old"), removable)
 
 
 @contextmanager
 def scratch_beside(target: Path) -> Iterator[Path]:
-    """An empty directory beside ``target``, gone when the block ends, for what it is made of.
+    """An empty directory beside ``target`` for intermediate files, removed when the block ends.
 
-    It may take several GB, so that it must not lie in /tmp, which memory may hold.
+    It may hold several GB, so it must not be in /tmp, which may be kept in memory.
     """
     target = target.absolute()
     with _parents(target), hidden_directory(target) as (folder, _):
@@ -82,20 +81,19 @@ def scratch_beside(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _parents(target: Path) -> Iterator[None]:
-    """Make the directory in which ``target`` is to lie; one in which nothing lies afterwards goes
-    again."""
+    """Make the directories above ``target``; afterwards remove those of them that are empty."""
     missing = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield
     finally:
         for parent in missing:
-            with suppress(OSError):  # it is in use
+            with suppress(OSError):  # it is not empty
                 parent.rmdir()
 
 
 def _removable(directory: Path, known: Mapping[str, str | None]) -> dict[str, os.stat_result]:
-    """The files of a directory; ValueError unless all are known. No link is followed."""
+    """The files of a directory; ValueError unless all are known. Links are not followed."""
 
     def failed(error: OSError) -> None:
         raise error
@@ -131,10 +129,10 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _exchange(target: Path, new: Path, old: Path, removable: dict[str, os.stat_result]) -> None:
-    """Give ``new`` the name ``target``; the earlier target, as ``old``, is kept until that is done.
+    """Rename ``new`` to ``target``; the earlier target is kept as ``old`` until that is done.
 
-    No system call exchanges two directories everywhere, so there are two renames, and an
-    exception (a KeyboardInterrupt too) may arrive between them.
+    No system call exchanges two directories on every system, so there are two renames, and an
+    exception such as KeyboardInterrupt may come between them.
     """
     try:
         if target.exists():
@@ -153,9 +151,9 @@ def _exchange(target: Path, new: Path, old: Path, removable: dict[str, os.stat_r
 
 
 def _remove(directory: Path, removable: dict[str, os.stat_result]) -> None:
-    """Remove the files that are as they were looked at, and the directories, which are empty then.
+    """Remove the files that have not changed since they were checked, then the empty directories.
 
-    Whatever came there meanwhile stays, and a warning says where.
+    Files that were added or changed meanwhile stay, and a warning says where.
     """
 
     def same(a: os.stat_result, b: os.stat_result) -> bool:

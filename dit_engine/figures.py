@@ -1,4 +1,4 @@
-"""Figures of Matplotlib, in which names stand that others have given."""
+"""Show names from others in figures of Matplotlib."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def show_plainly(figure: Figure) -> Figure:
-    """``figure``, with every text as it is written, but for the numbers at its axes.
+    """Show every text in ``figure`` literally and `printable`, except the numbers at its axes.
 
-    Matplotlib takes what stands between two "$" for a formula, and raises where it is none. To be
-    called when all is in the figure, before it is laid out or drawn.
+    Matplotlib reads text between two "$" as a formula, and raises if it cannot be parsed. Call this
+    when the figure is complete, before it is laid out or drawn. Returns ``figure``.
     """
     from matplotlib.text import Text
     from matplotlib.ticker import LogFormatter
@@ -23,7 +23,7 @@ def show_plainly(figure: Figure) -> Figure:
         label
         for axes in figure.axes
         for axis in (axes.xaxis, axes.yaxis)
-        if isinstance(axis.get_major_formatter(), LogFormatter)  # they are formulas
+        if isinstance(axis.get_major_formatter(), LogFormatter)  # it writes 10² as a formula
         for label in axis.get_ticklabels(which="both")
     }
     for text in figure.findobj(Text):

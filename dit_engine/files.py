@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and that no link of another user leads elsewhere."""
+"""Write files complete or not at all, and never through another user's link."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _NAME_SHOWN = 48  # characters, at most 4 bytes each, which leaves room for the 
 _PART_BYTES = 1 << 20
 _NO_LINKS: int = getattr(os, "O_NOFOLLOW", 0)  # Windows has none of these
 _DIRECTORY: int = getattr(os, "O_DIRECTORY", 0)
-_NO_WAITING: int = getattr(os, "O_NONBLOCK", 0)  # until somebody opens a pipe's other end
+_NO_WAITING: int = getattr(os, "O_NONBLOCK", 0)  # opening a pipe would wait for its other end
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path for a file that takes the name ``path`` once the block ends well.
+    """Yield a temporary path; the file written there is renamed to ``path`` when the block ends.
 
-    If the block raises, nothing is left of it, and ``path`` is as it was. A link that has the name
-    is replaced, and what it leads to stays as it is. The temporary file lies in a
-    `hidden_directory`, so that it may be opened by its name as often as is needed.
+    If the block raises, the temporary file is removed and ``path`` stays as it was. If ``path`` is
+    a link, the link is replaced and its target stays as it is. The temporary file is in a
+    `hidden_directory`, so it is safe to open it by name more than once.
 
-    Raises OSError if it cannot be written, or if ``path`` is a device or a pipe, which would be
-    gone afterwards.
+    Raises OSError if the file cannot be written, or if ``path`` is a device or a pipe, which the
+    file would replace.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise OSError(errno.EINVAL, "A device or a pipe is not replaced by a file", str(path))
+        raise OSError(errno.EINVAL, "Is a device or a pipe, which no file may replace", str(path))
     with hidden_directory(path) as (_, held):
-        partial = held / f".{path.name}.partial"  # which nobody takes for a finished picture
+        partial = held / f".{path.name}.partial"  # no suffix of a picture
         try:
             yield partial
             partial.replace(path)
@@ -49,18 +49,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def hidden_directory(target: Path) -> Iterator[tuple[Path, Path]]:
-    """An empty directory beside ``target`` that is the user's alone; it goes when the block ends.
+    """An empty private directory beside ``target``, removed when the block ends.
 
-    Its name, ``.NAME.TOKEN.partial``, cannot be guessed, so that nobody can lay a link there
-    beforehand, and nobody else may write into it (mode 0700). What a killed process leaves behind
-    has such a name, and can be removed.
+    Its name, ``.NAME.TOKEN.partial``, cannot be guessed, so nobody can put a link there beforehand,
+    and nobody else may write into it (mode 0700). A killed process leaves its directory behind;
+    that can be removed.
 
-    Yields two paths: by its name, and one that leads to it whatever becomes of its name.
+    Yields two paths: the directory's name, and a path that stays valid if it is renamed.
     """
     name = f".{target.name[:_NAME_SHOWN]}.{secrets.token_hex(8)}.partial"
     folder = target.with_name(name)
     try:
-        # On Windows, what is made inside would inherit that nobody else may read it.
+        # On Windows, files made inside would inherit mode 0700 and keep it in their final place.
         folder.mkdir(0o700 if os.name == "posix" else 0o777)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(target)) from None
@@ -69,7 +69,7 @@ def hidden_directory(target: Path) -> Iterator[tuple[Path, Path]]:
         try:
             yield folder, held
         finally:
-            with suppress(OSError):  # it may have another name by now
+            with suppress(OSError):  # somebody may have renamed it
                 for entry in held.iterdir() if os.path.samestat(made, held.stat()) else ():
                     if entry.is_dir() and not entry.is_symlink():
                         shutil.rmtree(entry, ignore_errors=True)
@@ -80,10 +80,11 @@ def hidden_directory(target: Path) -> Iterator[tuple[Path, Path]]:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[Path]:
-    """A path that leads to a new ``folder``, whatever becomes of its name.
+    """A path to the new directory ``folder`` that stays valid if ``folder`` is renamed.
 
-    Where a directory is writable for others and has no sticky bit, they may rename what is in it,
-    and put a directory with links in the place. Linux has names for open directories.
+    In a directory that others may write in and that has no sticky bit, they may rename ``folder``
+    and put a directory with links in its place. On Linux, /proc has a path for every open
+    directory, which leads to that directory and to no other; elsewhere this is ``folder`` itself.
     """
     if not os.access("/proc/self/fd", os.X_OK):
         yield folder
@@ -100,7 +101,7 @@ def _held(folder: Path) -> Iterator[Path]:
 
 
 def _owner_in(directory: int) -> int:
-    """Who owns what is made in an open directory; on some file systems, that is not this user."""
+    """The owner of new files in an open directory; on some file systems that is another user."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINKS
     probe = os.open("probe", flags, dir_fd=directory)
     try:
@@ -111,18 +112,18 @@ def _owner_in(directory: int) -> int:
 
 
 def no_links(path: str, flags: int) -> int:
-    """For ``open(path, …, opener=no_links)``: OSError where the file is a symbolic link."""
-    if Path(path).is_symlink():  # in words; the flag below is for those who are quicker
-        raise OSError(errno.ELOOP, "A link, and nothing is written through one", path)
+    """For ``open(path, …, opener=no_links)``: raises OSError if the file is a symbolic link."""
+    if Path(path).is_symlink():  # a clear message; the flag below also works for a link made later
+        raise OSError(errno.ELOOP, "Is a symbolic link, and nothing is written through links", path)
     return os.open(path, flags | _NO_LINKS, 0o666)
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process (or thread) at a time for a directory, or for a file, which is made where it is
-    missing and must not be a link; the others wait.
+    """Hold an exclusive lock on a directory or a file; other processes and threads wait for it.
 
-    No lock where the system has no flock.
+    A file is made if it is missing, and must not be a link (OSError). Where the system has no
+    flock, as on Windows, nothing is locked.
     """
     try:
         import fcntl
@@ -137,21 +138,21 @@ def locked(path: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)  # and with it goes the lock
+        os.close(descriptor)  # which also releases the lock
 
 
 def check_regular(path: Path) -> None:
-    """Raises a one-line ValueError unless ``path`` is a regular file: where others may have put
-    links, these could lead to any file of this user."""
+    """Raise a one-line ValueError unless ``path`` is a regular file. Links are refused because in
+    files from others they could point to any file of this user."""
     try:
         mode = path.lstat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: is missing") from None
     if stat.S_ISLNK(mode):
-        raise ValueError(f"{path}: is a link, and only regular files are taken; cp -RL copies what "
-                         "links lead to")  # fmt: skip
+        raise ValueError(f"{path}: is a link, and only regular files are accepted; cp -RL copies "
+                         "what links point to")  # fmt: skip
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{path}: is no regular file")
+        raise ValueError(f"{path}: is not a regular file")
 
 
 def file_hash(path: Path) -> str:
@@ -166,8 +167,8 @@ def file_hash(path: Path) -> str:
 def save_tensors(
     tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a .safetensors file, whole or not at all, with the permissions that any other new file
-    would have: safetensors itself makes its files readable by their owner alone."""
+    """Write a .safetensors file, complete or not at all, with the usual permissions of a new file:
+    safetensors itself makes files that only their owner may read."""
     from safetensors.torch import save_file
 
     with atomic_path(path) as partial:
@@ -179,15 +180,15 @@ def save_tensors(
 
 
 class NotRegular(ValueError):
-    """Raised for a directory, and for pipes and devices: reading might wait or go on for ever."""
+    """A directory, or a pipe or device, of which reading might wait or continue for ever."""
 
 
 def regular_size(path: Path) -> int:
-    """Bytes of a file, or of the one that a link leads to.
+    """The size in bytes of a file; links are followed.
 
-    Raises `NotRegular` for what is no regular file, OSError where there is nothing.
+    Raises `NotRegular` unless it is a regular file, OSError if it does not exist.
     """
     facts = path.stat()
     if not stat.S_ISREG(facts.st_mode):
-        raise NotRegular(f"{path} is no regular file")
+        raise NotRegular(f"{path} is not a regular file")
     return facts.st_size

@@ -82,7 +82,7 @@ def open_image(path: Path, content: bytes | None = None) -> Iterator[Image]:
         if isinstance(error, UnidentifiedImageError) and content is None:
             _check_kind(path)
         damaged = opened and not isinstance(error, Unreadable)
-        what = "is damaged" if damaged else "is no readable image"
+        what = "is damaged" if damaged else "is not a readable image"
         raise ValueError(f"{path} {what} ({_reason(error)})") from None
 
 

@@ -1,4 +1,4 @@
-"""JSON of others: read within limits, and checked against a schema.
+"""Read JSON that others wrote, within limits, and check it against a schema.
 
 A schema maps a place to the keys that an object there has, and each key to the kind of its value:
 
@@ -7,11 +7,13 @@ A schema maps a place to the keys that an object there has, and each key to the 
 ...  "files{}": {"bytes": "count", "sha256": "text", "note?": "text?"},
 ...  "graphs[]": {"shape": "count|text[]", "dtype": ("fp32", "fp16")}}
 
-A place that ends in "[]" is every entry of a list, one that ends in "{}" every value of an object.
-A key that ends in "?" may be missing; "<kind>" stands for all keys of an object, which are then of
-that kind. "|" in a kind is "or", "[]" after it a list of such values, "?" at its end allows null; a
-tuple holds the allowed values themselves. A "line" is a text that a message can hold. Keys that a
-schema does not name may be there too.
+The place "" is the value itself, a place that ends in "[]" is every entry of a list, and one that
+ends in "{}" is every value of an object. A key that ends in "?" may be missing. The key "<kind>"
+stands for all keys of an object, and demands that each of them is of that kind.
+
+In a kind, "|" means "or", "[]" a list of such values, and "?" at the end allows null. A tuple holds
+the allowed values themselves. A "line" is a printable text of less than 1000 characters. Keys that
+the schema does not name are allowed.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ from dit_engine.arguments import shown
 from dit_engine.formats import JSON, check_format
 
 DEPTH = 64
-"""Lists and objects within each other; our own files and those of model hubs have less than ten."""
+"""Most levels of lists and objects; our own files and those of model hubs have less than ten."""
 
 LIMIT_BYTES = 16 * 2**20
-"""Parsed, a text such as ``[{},{},…`` takes twenty times its size in memory."""
+"""Most bytes of a text; parsed, ``[{},{},…`` takes twenty times its size in memory."""
 
 DIGITS = 1000  # of one number
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -41,21 +43,22 @@ Schema = Mapping[str, Mapping[str, "str | tuple[Any, ...]"]]
 
 
 def parse_json(text: str | bytes, source: object, lenient: bool = False) -> Any:
-    """The value of a JSON text. Its whole numbers have 64 bits, its numbers are finite, and its
-    texts can be written in UTF-8. Of keys that are there twice, the last one counts.
+    """The value of a JSON text. If a key occurs twice in an object, the last one counts.
+
+    Integers must fit into 64 bits, other numbers must be finite, and strings must be valid Unicode.
 
     Args:
-        source: what the text is, for messages, such as the path of its file.
-        lenient: also NaN, Infinity, longer numbers, and halves of surrogate pairs (bytes of paths
-            that are no text), as Python itself writes them: for values that are each looked at
-            afterwards.
+        source: names the text in messages, such as the path of its file.
+        lenient: also accept NaN, Infinity, integers of up to `DIGITS` digits, and lone surrogates
+            (Python writes these for the bytes of a path that are not UTF-8). The caller must then
+            check every value that it uses.
 
-    Raises ValueError, one line that names ``source``, for all else.
+    Raises ValueError, one line that names ``source``, for everything else.
     """
     try:
         data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
         if len(data) > LIMIT_BYTES:
-            raise ValueError(f"has more than the {LIMIT_BYTES >> 20} MiB that are read of JSON")
+            raise ValueError(f"has more than the {LIMIT_BYTES >> 20} MiB that are allowed")
         _check_depth(data)
         values = json.loads(
             data.decode("utf-8", "surrogatepass" if lenient else "strict"),
@@ -66,7 +69,7 @@ def parse_json(text: str | bytes, source: object, lenient: bool = False) -> Any:
         if not lenient and _SURROGATE.search(data):
             json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{source}: holds half of a surrogate pair, which is no text") from None
+        raise ValueError(f"{source}: a string in it holds half of a surrogate pair") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{source}: not valid JSON ({error})") from None
     except ValueError as error:
@@ -75,9 +78,9 @@ def parse_json(text: str | bytes, source: object, lenient: bool = False) -> Any:
 
 
 def read_json_value(path: Path, lenient: bool = False, pipe: bool = False) -> Any:
-    """`parse_json` of a file; pipe: it may also be one, or a device, such as /dev/stdin.
+    """`parse_json` of a file; pipe: also accept a pipe or a device, such as /dev/stdin.
 
-    Raises ValueError as `parse_json` does, and OSError where the file cannot be read.
+    Raises ValueError as `parse_json` does, and OSError if the file cannot be read.
     """
     try:
         kind = path.stat().st_mode
@@ -85,14 +88,14 @@ def read_json_value(path: Path, lenient: bool = False, pipe: bool = False) -> An
         raise FileNotFoundError(f"{path} does not exist; a JSON file is needed") from None
     if stat.S_ISDIR(kind):
         raise IsADirectoryError(f"{path} is a directory; a JSON file is needed")
-    if not (pipe or stat.S_ISREG(kind)):  # such as a pipe, for which it would wait for ever
-        raise ValueError(f"{path} is no regular file; a JSON file is needed")
+    if not (pipe or stat.S_ISREG(kind)):  # reading a pipe could wait for ever
+        raise ValueError(f"{path} is not a regular file; a JSON file is needed")
     try:
         with path.open("rb") as file:
             return parse_json(file.read(LIMIT_BYTES + 1), path, lenient)
     except ValueError:
         if stat.S_ISREG(kind):
-            check_format(path, JSON)  # which knows more of some
+            check_format(path, JSON)  # its message is better where it recognises the file
         raise
 
 
@@ -105,9 +108,9 @@ def read_json(path: Path, lenient: bool = False, pipe: bool = False) -> dict[str
 
 
 def check_schema(values: Any, schema: Schema, source: object, top: str = "") -> None:
-    """Raise a one-line ValueError that names the first place where ``values`` differ.
+    """Raise a one-line ValueError for the first value that does not fit the schema.
 
-    top: where in the source ``values`` stand, if they are not all of it.
+    top: the place of ``values`` in the source, for messages, if they are only a part of it.
     """
     for place, keys in schema.items():
         for name, value in _at(values, place, source, top):
@@ -115,8 +118,8 @@ def check_schema(values: Any, schema: Schema, source: object, top: str = "") -> 
 
 
 def is_file_name(value: Any) -> bool:
-    """Whether a value names a file in a directory itself, on every system: no way to another one,
-    no drive, no stream, and nothing that a terminal takes for a command."""
+    """Whether a value is the name of a file on every system: without a directory, a drive or a
+    stream, and without terminal escapes."""
     return (
         isinstance(value, str)
         and 0 < len(value.encode("utf-8", "surrogatepass")) <= 255
@@ -127,16 +130,17 @@ def is_file_name(value: Any) -> bool:
 
 
 def _check_depth(data: bytes) -> None:
-    """Before anything is parsed: what is deeper ends in a RecursionError there or later."""
+    """Raise ValueError for a text that is nested too deeply, before it is parsed: parsing it, or
+    using its value, would end in a RecursionError."""
     if data.count(b"[") + data.count(b"{") <= DEPTH:
         return
-    # Escapes are dropped first, then every second part between quotation marks is a string.
+    # Without escaped characters, every second part between quotation marks is a string.
     outside = b"".join(data.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])
     depth = 0
     for bracket in outside.translate(None, _NO_BRACKETS):
         depth += 1 if bracket in b"[{" else -1
         if depth > DEPTH:
-            raise ValueError(f"is nested deeper than the {DEPTH} levels that are read of JSON")
+            raise ValueError(f"is nested deeper than the {DEPTH} levels that are allowed")
 
 
 def _whole(text: str) -> int:
@@ -147,7 +151,7 @@ def _whole(text: str) -> int:
 
 
 def _any_whole(text: str) -> int:
-    if len(text) > DIGITS:  # read in a time that grows with their square
+    if len(text) > DIGITS:  # int() takes a time that grows with the square of the length
         raise ValueError(f"the number {shown(text)[1:-1]} has more than {DIGITS} digits")
     return int(text)
 
@@ -160,7 +164,7 @@ def _finite(text: str) -> float:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"not valid JSON ({name} is no number there)")
+    raise ValueError(f"not valid JSON ({name} is not a number in JSON)")
 
 
 def _is_whole(value: Any) -> bool:
@@ -196,7 +200,7 @@ def _is_of(value: Any, kind: str | tuple[Any, ...]) -> bool:
 
 
 def _at(values: Any, place: str, source: object, top: str) -> Iterator[tuple[str, Any]]:
-    """Every value at ``place``, with its own name; null, and a key that is missing, have none."""
+    """Name and value of everything at ``place``. Keys that are missing or null are skipped."""
     found = [(top, values)]
     for part in place.split(".") if place else ():
         key, many = re.fullmatch(r"(.*?)(\[\]|\{\})?", part).groups()  # pyright: ignore[reportOptionalMemberAccess]
@@ -204,7 +208,7 @@ def _at(values: Any, place: str, source: object, top: str) -> Iterator[tuple[str
         for name, value in found:
             if not isinstance(value, dict):
                 raise ValueError(
-                    f"{source}: {name} is no object" if name else f"{source} is no object"
+                    f"{source}: {name} is not an object" if name else f"{source} is not an object"
                 )
             if (held := value.get(key)) is None:
                 continue
@@ -216,19 +220,21 @@ def _at(values: Any, place: str, source: object, top: str) -> Iterator[tuple[str
             elif many == "{}" and isinstance(held, dict):
                 following += [(f"{child}[{shown(i)}]", entry) for i, entry in held.items()]
             else:
-                raise ValueError(f"{source}: {child} is no {'list' if many == '[]' else 'object'}")
+                raise ValueError(
+                    f"{source}: {child} is not {'a list' if many == '[]' else 'an object'}"
+                )
         found = following
     yield from found
 
 
 def _check_object(where: str, value: Any, keys: Mapping[str, str | tuple[Any, ...]]) -> None:
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is no object")
+        raise ValueError(f"{where} is not an object")
     for key, kind in keys.items():
         if key.startswith("<"):
             for name in value:
                 if not _is_of(name, key[1:-1]):
-                    raise ValueError(f"{where} has {shown(name)}, which is no {key[1:-1]}")
+                    raise ValueError(f"{where} has {shown(name)}, which is not a {key[1:-1]}")
             named = list(value)
         else:
             optional, key = key.endswith("?"), key.removesuffix("?")
@@ -237,10 +243,10 @@ def _check_object(where: str, value: Any, keys: Mapping[str, str | tuple[Any, ..
             named = [key] if key in value else []
         for name in named:
             if not _is_of(value[name], kind):
-                raise ValueError(f"{where}: {shown(name)} is {_told(value[name], kind)}")
+                raise ValueError(f"{where}: {shown(name)} is {_mismatch(value[name], kind)}")
 
 
-def _told(value: Any, kind: str | tuple[Any, ...]) -> str:
+def _mismatch(value: Any, kind: str | tuple[Any, ...]) -> str:
     if isinstance(kind, tuple):
         return f"{shown(value)}, not one of {', '.join(map(repr, kind))}"
     value_too = "" if value is None else f" ({shown(value)})"

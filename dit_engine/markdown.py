@@ -1,4 +1,4 @@
-"""Text of others in generated Markdown: it stays text, wherever it stands."""
+"""Escape text from others for generated Markdown."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 from dit_engine.printable import one_line
 
-# As entities, which begin nothing: no tag, link, emphasis, cell or code. Within code they show as
-# they are, and end it no more than elsewhere.
+# These become entities, so that they cannot begin a tag, a link, emphasis, a cell or code. Between
+# backticks the entities are shown as they are, and cannot end the code.
 _ACTIVE = re.compile(r"[&<>|`*\[\]\\]|(?<=:)//|(?<=www)\.")
 
 
 def markdown_text(text: object) -> str:
-    """``text`` as one line for a paragraph, a table's cell, or between backticks."""
+    """``text`` as one line that is safe in a paragraph, in a table's cell and between backticks."""
     return _ACTIVE.sub(lambda match: f"&#{ord(match[0][0])};{match[0][1:]}", one_line(text))
 
 
 def markdown_values(value: Any) -> Any:
-    """A JSON value whose texts and keys are all `markdown_text`."""
+    """A copy of a JSON value with all strings and keys escaped by `markdown_text`."""
     if isinstance(value, dict):
         return {markdown_text(key): markdown_values(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What records say of files: their names, and not where on somebody's machine they lie."""
+"""Record the names of files, not their paths, which tell about the user's machine."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import re
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-# The directories of a path that begins with a slash, "~", ".", ".." or a drive; no address of a
-# network, no "or" between words. Where a quotation mark stands before it, spaces are a part of it.
+# Matches the directories of a path that begins with a slash, "~", ".", ".." or a drive. It does not
+# match network addresses, or slashes between words ("and/or"). After a quotation mark, the path may
+# have spaces.
 _PLAIN = r"[^/\\\s'\"`:;,|<>()\[\]{}]"
 _DIRECTORIES = re.compile(
     rf"(?<=')(?:~|\.{{1,2}}|[A-Za-z]:)?[/\\](?:[^/\\'\n]+[/\\])+(?=[^/\\'\n]*')"
@@ -16,7 +17,7 @@ _DIRECTORIES = re.compile(
 
 
 def recorded(source: str | Path) -> str:
-    """What a record says of the file, directory or hub id ``source``: of paths the last part."""
+    """What is recorded of ``source``: the last part of a path, or the whole of a hub id."""
     text = str(source)
     if not (_is_path(text) or isinstance(source, Path) or _exists(text)):
         return text
@@ -25,17 +26,17 @@ def recorded(source: str | Path) -> str:
 
 
 def same_source(one: str, other: str) -> bool:
-    """Whether two entries of records may be of one source: either may have a path or its name."""
+    """Whether two recorded sources may be the same, where each may be a path or only its name."""
     return one == other or _last(one) == _last(other)
 
 
 def is_source(source: str | Path, record: str) -> bool:
-    """Whether ``record`` may be what was `recorded` of ``source``, or its path."""
+    """Whether ``record``, a name or an older record's path, may stand for ``source``."""
     return same_source(recorded(source), record)
 
 
 def without_paths(value: Any) -> Any:
-    """A JSON value in whose texts the paths of files are their names."""
+    """A copy of a JSON value in which the paths in strings are cut to the names of the files."""
     if isinstance(value, dict):
         return {key: without_paths(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -52,7 +53,7 @@ def without_paths(value: Any) -> Any:
 def _exists(text: str) -> bool:
     try:
         return Path(text).exists()
-    except OSError:  # of a name that is too long, or where one may not look
+    except OSError:  # the name is too long, or a directory may not be read
         return False
 
 
@@ -61,4 +62,4 @@ def _is_path(text: str) -> bool:
 
 
 def _last(text: str) -> str:
-    return PureWindowsPath(text).name  # of paths of all systems
+    return PureWindowsPath(text).name  # splits at / and \, so it works for the paths of all systems

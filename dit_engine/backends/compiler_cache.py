@@ -1,7 +1,7 @@
-"""Where torch's compiler keeps what it made: in our cache, in the place of the temporary directory.
+"""Keep the results of torch's compiler in our private cache, not in the temporary directory.
 
-There its name can be guessed, so that another user may have made it; and what it holds is
-unpickled, included in kernels, and run.
+In the temporary directory the cache has a known name, so another user could make it first. Its
+files are unpickled, included when kernels are compiled, and run.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _INDUCTOR = "torch._inductor"
 
 
 def use_private_cache() -> None:
-    """Call this before torch compiles anything; a directory that the user has chosen stays.
+    """Set torch's cache directory; call this before torch compiles anything.
 
-    torch reads the variable whenever it compiles, and sets it to its usual place as soon as the
-    compiler is imported. Precompiled headers lie in the usual place whatever the variable says, so
-    that the usual place becomes another one too.
+    A directory that the user chose with `VARIABLE` is kept. torch reads the variable whenever it
+    compiles, and sets it to its default directory as soon as the compiler is imported. Precompiled
+    headers go to the default directory whatever the variable says, so the default is changed too.
     """
     directory = _directory()
     loaded = sys.modules.get(f"{_INDUCTOR}.runtime.cache_dir_utils")
@@ -42,14 +42,14 @@ def use_private_cache() -> None:
     if getattr(codecache, "_HEADER_DIR", headers) != headers:
         codecache._HEADER_DIR = headers
         codecache._HEADER_LOCK_DIR = os.path.join(headers, "locks")  # noqa: PTH118
-        codecache._precompile_header.cache_clear()  # it remembers paths
+        codecache._precompile_header.cache_clear()  # its results hold the old paths
 
 
 def _directory() -> str:
     try:
         return str(private_cache("inductor"))
     except (OSError, ValueError) as error:
-        warnings.warn(f"what torch compiles is kept for this process alone: {error}", stacklevel=2)
+        warnings.warn(f"what torch compiles is kept only for this process: {error}", stacklevel=2)
         return _temporary()
 
 

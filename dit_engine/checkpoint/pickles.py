@@ -1,9 +1,9 @@
-"""A PyTorch file before torch reads it: nothing that it makes may be larger than the file.
+"""Check a PyTorch file before torch reads it: it must not ask for far more memory than it has bytes.
 
-torch's reader (``weights_only``) runs no code of the file's, but it follows its instructions, and
-a few bytes of these can ask for gigabytes: text that is encoded again and again, a thousand copies
-of one list, a key that takes forever to hash, arrays of a stated size. Here the same instructions
-are followed with the sizes alone.
+torch's reader (``weights_only``) runs no code from the file, but it executes the instructions of a
+pickle, and a few bytes of these can ask for gigabytes or for hours: text that is encoded again and
+again, a thousand copies of one list, a key that takes forever to hash, tensors of any stated size.
+Here the same instructions are executed on sizes only, without the data.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 DATA = "data.pkl"
-# The pickles of a file from before torch 1.6: magic number, version, sizes of C types, the content,
-# the keys of the storages, which come after them.
+# A file from before torch 1.6 has five pickles: magic number, version, sizes of C types, content,
+# and keys of the storages. The data of the storages follows.
 _OLD_PICKLES = 5
-# Lists, tuples, calls and the like, each of which takes a hundred times the memory of its
-# instruction. DiT-XL/2 has 4,000; with averages and an optimizer of its training, 20,000.
+# Lists, tuples, calls and so on, each of which takes a hundred times the memory of its instruction.
+# A file of DiT-XL/2 has 4,000; a training checkpoint with averages and optimizer has 20,000.
 MOST_OBJECTS = 300_000
 _SLACK = 1000
 
-# Bytes of an element, where it is not one.
+# Bytes of an element; types that are not listed have one.
 _BYTES = {"Double": 8, "Long": 8, "Float": 4, "Int": 4, "Half": 2, "BFloat16": 2, "Short": 2,
           "ComplexFloat": 8, "ComplexDouble": 16}  # fmt: skip
 
@@ -32,7 +32,7 @@ _LITERALS = {"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LON
              "BINUNICODE", "SHORT_BINSTRING"}  # fmt: skip
 _EMPTY = {"EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"}
 _VIEWS = {f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3")}
-# These look through their tensors, or convert them.
+# These read or convert their tensors, which for an expanded tensor takes more than it has stored.
 _COPIERS = {"torch._utils._rebuild_sparse_tensor",
             "torch._utils._rebuild_device_tensor_from_cpu_tensor"}  # fmt: skip
 _OF_TYPE = "torch._tensor._rebuild_from_type_v2"
@@ -46,10 +46,10 @@ _USUAL = ("torch", "collections", "builtins", "__builtin__", "_codecs", "argpars
 
 
 def check_pickle(path: Path) -> bool:
-    """Raise a one-line ValueError for a file that is damaged, or asks for more than it holds.
+    """Raise a one-line ValueError if the file is damaged or asks for more memory than it has bytes.
 
-    Returns whether it is a zip archive, as since torch 1.6, which can be mapped into memory. Its
-    parts must not be compressed then. OSError: it cannot be read.
+    Returns whether it is a zip archive, the format since torch 1.6, which can be mapped into
+    memory. Compressed archives are refused. Raises OSError if the file cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -58,7 +58,7 @@ def check_pickle(path: Path) -> bool:
             if zipped:
                 _Pickle(_data(path), size)
                 return True
-            # Mapped: a file's own read() allocates whatever length it is told.
+            # Mapped, because read() of a file allocates whatever length the pickle states.
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 for _ in range(_OLD_PICKLES):
                     if data.tell() < size:
@@ -70,11 +70,11 @@ def check_pickle(path: Path) -> bool:
         raise
     except Exception as error:  # damage can raise almost anything
         reason = (str(error).splitlines() or [""])[0][:160] or type(error).__name__
-        raise ValueError(f"{path}: damaged or no PyTorch file ({reason})") from None
+        raise ValueError(f"{path}: damaged or not a PyTorch file ({reason})") from None
 
 
 class _Refused(Exception):
-    """Why a file is not read."""
+    """The reason why an intact file is refused."""
 
 
 def _data(path: Path) -> bytes:
@@ -93,16 +93,16 @@ def _data(path: Path) -> bytes:
             raise ValueError(f"it holds {len(found)} of {DATA}; one is needed")
         try:
             return archive.read(found[0])
-        except OSError as error:  # of a place that is none
+        except OSError as error:  # an entry has an impossible offset
             raise ValueError(str(error)) from None
 
 
 class _Name(str):
-    """Something of Python's that the pickle asks for."""
+    """The full name of a function or class that the pickle asks for."""
 
 
 class _Made:
-    """A list with its items; or anything else that has a size."""
+    """A list with its items, or another object that has only a size (``more``)."""
 
     __slots__ = ("items", "more")
 
@@ -115,11 +115,18 @@ class _Made:
 
 
 class _Elements(int):
-    """A storage or a tensor: how many elements it has, or claims."""
+    """A storage or a tensor: the number of elements that it claims."""
 
 
 class _Pickle:
-    """One pickle of a file of ``file_bytes`` bytes, followed to its end."""
+    """Executes one pickle of a file of ``file_bytes`` bytes on sizes only.
+
+    Attributes:
+        made: objects that it makes.
+        stored: bytes of its storages.
+        copied: items and characters that its calls copy.
+        converted: elements of tensors that `_COPIERS` read.
+    """
 
     def __init__(self, source: Any, file_bytes: int) -> None:
         self.file_bytes = file_bytes
@@ -207,7 +214,7 @@ class _Pickle:
 
     def call(self, function: Any, arguments: Any) -> Any:
         if not isinstance(function, _Name) or not isinstance(arguments, tuple):
-            raise ValueError("a call of what is no function")
+            raise ValueError("a call of something that is not a function")
         if function.startswith("torch.") and function not in _TORCH:
             foreign = (name for name in self.names if name.partition(".")[0] not in _USUAL)
             asked = str(next(foreign, function))
@@ -242,7 +249,7 @@ def _is_latin(rest: tuple[Any, ...]) -> bool:
 
 
 def _size(value: Any) -> int:
-    """What a copy of it takes, in items or characters."""
+    """The size of a copy of ``value``, in items or characters."""
     if isinstance(value, tuple):
         return len(value) + sum(len(item) for item in value if isinstance(item, _Made))
     return len(value) if isinstance(value, str | _Made) else 1
@@ -255,6 +262,7 @@ def _elements(value: Any) -> int:
 
 
 def _check_key(key: Any) -> None:
-    """A tuple of the same tuple twice, and so on, takes twice as long to hash at every level."""
+    """Refuse tuples of tuples as keys: if each level holds the one below twice, every level doubles
+    the time of hashing."""
     if isinstance(key, tuple) and any(isinstance(item, tuple) for item in key):
         raise _Refused("its pickle has a tuple of tuples as a key")

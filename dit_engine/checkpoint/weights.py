@@ -135,7 +135,7 @@ def read_pickle(path: Path) -> Any:
         # torch's first line is advice to load without the guard: give the line that says why.
         why = re.search(r"Unsupported .*$", str(error), re.MULTILINE)
         reason = why[0] if why else first_line(error)
-        raise ValueError(f"{path}: damaged or no PyTorch file ({reason})") from None
+        raise ValueError(f"{path}: damaged or not a PyTorch file ({reason})") from None
     return content
 
 

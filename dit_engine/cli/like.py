@@ -91,7 +91,7 @@ def recorded_options(path: Path) -> dict[str, Any]:
             options["seed"] = options.pop("seeds")[0]
     options["labels"] = record.get("labels", [record.get("label")])
     if not isinstance(options["labels"], list) or not options["labels"]:
-        raise ValueError(f"{path}: labels is no list")
+        raise ValueError(f"{path}: labels is not a list")
     many = len(options["labels"])
     if "label" not in record and many * _CELL_PIXELS > width * height:
         raise ValueError(f"{path}: no sheet of {width}×{height} pixels shows its {many} labels")

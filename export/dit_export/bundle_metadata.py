@@ -56,7 +56,7 @@ def _contained(file: Path, weights: str, others: Container[str]) -> Any:
     try:
         model = onnx.load(str(file), load_external_data=False)
     except Exception as error:  # protobuf's
-        raise ValueError(f"{file}: is no ONNX file: {one_line(error)}") from None
+        raise ValueError(f"{file}: is not an ONNX file: {one_line(error)}") from None
     if model.functions or model.training_info:
         raise ValueError(f"{file}: holds functions or training, which no export does")
     for message in _messages(model):

@@ -120,10 +120,10 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     Image.fromarray(pixels(1, 8)[0]).save(folder / "odd.png")
     refused(folder, r"odd.png is 8×8 pixels and 0000.png is 6×6 pixels; all images")
     (folder / "odd.png").write_bytes(b"not an image")
-    refused(folder, r"odd.png is no readable image \(cannot identify image file\)")
+    refused(folder, r"odd.png is not a readable image \(cannot identify image file\)")
     big = np.random.default_rng(0).integers(0, 2**16, (6, 6)).astype(np.uint16)
     Image.fromarray(big).save(folder / "odd.png")
-    refused(folder, r"odd.png is no readable image \(mode I;16; 8-bit")
+    refused(folder, r"odd.png is not a readable image \(mode I;16; 8-bit")
     whole = (folder / "0003.png").read_bytes()
     (folder / "odd.png").write_bytes(whole[: len(whole) - 40])  # header whole, pixels not
     refused(folder, r"odd.png is damaged")
@@ -132,7 +132,7 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     header[16:24] = (60000).to_bytes(4, "big") * 2
     header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
     (folder / "odd.png").write_bytes(bytes(header) + whole[33:])
-    refused(folder, r"odd.png is no readable image \(Image size \(3600000000 pixels\)")
+    refused(folder, r"odd.png is not a readable image \(Image size \(3600000000 pixels\)")
 
 
 def test_arrays_that_are_refused(tmp_path: Path) -> None:
@@ -155,12 +155,12 @@ def test_arrays_that_are_refused(tmp_path: Path) -> None:
     saved("mean .*finite", **stored | {"mu": np.full(4, np.nan)})
     np.savez(path, pixels(200))
     path.write_bytes(path.read_bytes()[:9000])
-    refused(path, "damaged or no .npz")
+    refused(path, "damaged or not an .npz")
     path.write_bytes(b"no archive")
-    refused(path, "damaged or no .npz")
+    refused(path, "damaged or not an .npz")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("arr_0", b"without .npy")
-    refused(path, "damaged or no .npz")
+    refused(path, "damaged or not an .npz")
     other = tmp_path / "set.npy"
     np.save(other, pixels(2))
     refused(other, "neither a folder of images nor an .npz")

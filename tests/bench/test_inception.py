@@ -266,7 +266,7 @@ def test_other_weights_are_refused_in_one_line(state: dict[str, Tensor], tmp_pat
     refused(thin, r"fc.weight is \(1008, 1\) instead of \(1008, 2048\)")
     refused([1, 2], "holds no state dict")
     path.write_bytes(b"not weights")
-    with pytest.raises(ValueError, match="damaged or no PyTorch file"):
+    with pytest.raises(ValueError, match="damaged or not a PyTorch file"):
         load_inception(path)
 
 

@@ -281,7 +281,7 @@ def test_json_has_neither_nan_nor_infinity(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "content", "said"),
     [
-        ("--scaling", {"metric": "FD", "points": [1]}, "points[0] is no object"),
+        ("--scaling", {"metric": "FD", "points": [1]}, "points[0] is not an object"),
         ("--operators", {"operators": {}, "ceilings": {}}, "'operators' is dict, not list"),
         ("--operators", {"operators": [{"status": "ok", "rate": 1}], "ceilings": {}},
          "operators[0] has no 'operator'"),

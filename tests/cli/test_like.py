@@ -96,7 +96,7 @@ def test_another_diffusion_is_refused(
         ('{"model": "builtin", "noise": "per-image", "latents_sha256": ""}', "from given latents"),
         ('{"model": "builtin", "noise": "", "num_heads": [3]}', "num_heads is no number"),
         ('{"model": 3, "noise": "per-image"}', "model is no text"),
-        ('{"model": "builtin", "noise": "per-image", "labels": 3}', "labels is no list"),
+        ('{"model": "builtin", "noise": "per-image", "labels": 3}', "labels is not a list"),
         ('{"model": "builtin", "noise": "", "guidance_interval": 3}', "guidance_interval is no"),
     ],
 )
@@ -120,7 +120,7 @@ def test_what_is_no_picture_is_named_as_what_it_is(
     assert main(["--like", str(path), "-o", str(tmp_path / "b.png")]) == 2
     assert f"error: {path}: a Git LFS pointer (to 5 bytes), not an image" in capsys.readouterr().err
     assert main(["--like", str(tmp_path / "none.png"), "-o", str(tmp_path / "b.png")]) == 2
-    assert "none.png is no readable image (No such file or directory)" in capsys.readouterr().err
+    assert "none.png is not a readable image (No such file or directory)" in capsys.readouterr().err
 
 
 def test_other_labels_and_samplers(

@@ -118,7 +118,7 @@ def test_files_of_something_else(content: bytes, suffix: str, tmp_path: Path) ->
 def test_zip_of_something_else(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         archive.writestr("readme.txt", "hello")
-    refused(tmp_path / "a.pt", "damaged or no PyTorch file")
+    refused(tmp_path / "a.pt", "damaged or not a PyTorch file")
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".onnx", ""])

@@ -96,7 +96,7 @@ def test_pixels_without_a_known_range_are_refused(tmp_path: Path, values: np.nda
     kind = np.float32 if values.dtype.kind == "f" else np.int32
     path = saved(tmp_path / "x.tif", values.astype(kind).reshape(8, 8))
     with pytest.raises(
-        ValueError, match=r"x\.tif is no readable image \(mode [IF]: signed, 32-bit"
+        ValueError, match=r"x\.tif is not a readable image \(mode [IF]: signed, 32-bit"
     ):
         read_rgb(path)
 
@@ -123,7 +123,7 @@ def test_grey_tiffs_of_every_depth_with_white_at_either_end(
         data = b"".join(pairs)
     path = grey_tiff(tmp_path / "x.tif", bits, white, data)
     if (bits, white) == (12, 0):  # Pillow has no reader for it
-        with pytest.raises(ValueError, match=r"x\.tif is no readable image"):
+        with pytest.raises(ValueError, match=r"x\.tif is not a readable image"):
             read_rgb(path)
         return
     expected = [round(255 * v / most) if white else 255 - round(255 * v / most) for v in values]
@@ -334,7 +334,7 @@ def test_whatever_pillow_raises_is_one_line_with_the_path(
     )
     for read in readers:
         with pytest.raises(
-            ValueError, match=f"{name} (is no readable image|is damaged) \\(.+\\)"
+            ValueError, match=f"{name} (is not a readable image|is damaged) \\(.+\\)"
         ) as e:
             read()
         assert "\n" not in str(e.value)
@@ -370,7 +370,7 @@ def test_pixels_are_limited_whatever_pillow_is_told(
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5123\n",
          "a Git LFS pointer (to 5123 bytes), not an image; fetch"),
         (b"<!DOCTYPE html><html>login</html>", "a web page, not an image; the server"),
-        (b"\x89PNG, but no more", "is no readable image"),
+        (b"\x89PNG, but no more", "is not a readable image"),
     ],
 )  # fmt: skip
 def test_other_files_are_named_as_what_they_are(content: bytes, told: str, tmp_path: Path) -> None:

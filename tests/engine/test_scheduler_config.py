@@ -214,7 +214,7 @@ def change(directory: Path, **values: Any) -> Path:
         ({"beta_start": 0.1}, "beta_start 0.1 is above beta_end 0.02"),
         ({"beta_end": 0.9}, "the betas leave ᾱ = .* after the last step"),
         ({"trained_betas": [0.1] * 5}, "trained_betas holds 5 numbers for 1000 steps"),
-        ({"trained_betas": 0.1}, "trained_betas 0.1 is no list"),
+        ({"trained_betas": 0.1}, "trained_betas 0.1 is not a list"),
         ({"trained_betas": [1e-3] * 999 + [2]}, r"trained_betas\[999\] 2 is not between 0 and 1"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True needs prediction_type 'v_"),
         ({"rescale_betas_zero_snr": 1}, "rescale_betas_zero_snr 1 is neither true nor false"),

@@ -124,7 +124,7 @@ def test_anything_else_is_never_replaced(tmp_path: Path, overwrite: bool) -> Non
     (tmp_path / "link").symlink_to(tmp_path / "out")
     (tmp_path / "file").touch()
     for name in ("link", "file"):
-        with pytest.raises(ValueError, match=r"exists and is no directory; nothing was written$"):
+        with pytest.raises(ValueError, match=r"and is not a directory; nothing was written$"):
             write(tmp_path / name, overwrite=overwrite)
     assert only(tmp_path) == ["file", "link", "out"] and only(tmp_path / "out") == ["thesis.txt"]
 

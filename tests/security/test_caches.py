@@ -106,7 +106,7 @@ def test_what_is_no_directory_is_refused(tmp_path: Path, kind: str) -> None:
         path.touch()
     else:
         path.symlink_to("cache" if kind == "loop" else "nowhere")
-    with pytest.raises(ValueError, match="is no directory"):
+    with pytest.raises(ValueError, match="is not a directory"):
         private_directory(path)
 
 

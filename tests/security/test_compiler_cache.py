@@ -102,11 +102,11 @@ def test_the_users_choice_stays(
 def test_without_a_private_place_a_temporary_one_serves(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o777)
-    with pytest.warns(UserWarning, match="kept for this process alone: .*write in"):
+    with pytest.warns(UserWarning, match="kept only for this process: .*write in"):
         use_private_cache()
     made = Path(os.environ[VARIABLE])
     assert made.is_dir() and mode(made) == 0o700 and tmp_path not in made.parents
-    with pytest.warns(UserWarning, match="for this process alone"):
+    with pytest.warns(UserWarning, match="only for this process"):
         use_private_cache()
     assert {place() for place in places()} == {str(made)} == {compiler_cache._temporary()}
 

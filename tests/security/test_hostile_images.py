@@ -63,11 +63,11 @@ def test_no_picture_starts_a_program(
         lambda: open_set(data.parent),  # of FID, and of sets that are compared in pairs
         lambda: read_rgb(data),
     ):
-        with pytest.raises(ValueError, match=f"{name} is no readable image") as refused:
+        with pytest.raises(ValueError, match=f"{name} is not a readable image") as refused:
             read()
         assert "\n" not in str(refused.value)
     assert main(["--like", str(data), "-o", str(tmp_path / "x.png")]) == 2
-    assert f"{data} is no readable image" in capsys.readouterr().err
+    assert f"{data} is not a readable image" in capsys.readouterr().err
     assert not ghostscript.exists()
     # The stand-in is found, and would be run.
     with pytest.raises(OSError, match=r"."), Image.open(data) as image:
@@ -107,10 +107,10 @@ def test_pipes_and_devices_are_refused(tmp_path: Path, capsys: pytest.CaptureFix
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "device.png").symlink_to("/dev/zero")
     for name in ("pipe.png", "device.png"):
-        with pytest.raises(ValueError, match=f"{name} is no regular file"):
+        with pytest.raises(ValueError, match=f"{name} is not a regular file"):
             read_rgb(tmp_path / name)
         assert main(["--like", str(tmp_path / name), "-o", str(tmp_path / "x.png")]) == 2
-        assert f"{name} is no regular file" in capsys.readouterr().err
+        assert f"{name} is not a regular file" in capsys.readouterr().err
 
 
 SIDE = 13300  # 177 million pixels, just below the limit for files of any size
@@ -157,28 +157,28 @@ def pillow(kind: str, mode: str = "L", side: int = SIDE, **options: Any) -> byte
     return file.getvalue()
 
 
-TOO_MANY = r"is no readable image \(13300×13300 pixels; 33554432 in all are allowed in a file of "
+TOO_MANY = r"not a readable image \(13300×13300 pixels; 33554432 in all are allowed in a file of "
 BOMBS = {
     "one bit": ("a.png", lambda: png(1, 0), TOO_MANY),
     "16 bits": ("a.png", lambda: png(16, 0, data=b""), TOO_MANY),
     "transparent": ("a.png", lambda: png(8, 6, data=b""), TOO_MANY),
     "header alone": ("a.ppm", lambda: b"P6 13300 13300 255\n", TOO_MANY),
     "GIF": ("a.gif.png", lambda: b"GIF89a" + struct.pack("<HHBBB", SIDE, SIDE, 0, 0, 0) + b",",
-            r"is no readable image \("),
+            r"is not a readable image \("),
     "WebP": ("a.webp", lambda: pillow("WEBP", "RGB", 5800, lossless=True, method=0),
-             r"is no readable image \(5800×5800 pixels; 33554432 in"),
+             r"is not a readable image \(5800×5800 pixels; 33554432 in"),
     "tile": ("a.tif", lambda: tiff(zlib_stream(2**27), tile_width=46336, tile_height=46336),
              r"\(46336×46336 pixels; 33554432 in all are allowed in a file"),
     "strip": ("a.tif", lambda: tiff(zlib_stream(2**27), rows=2**26), "ok|does not fit in memory"),
-    "entries": ("a.tif", many_entries, "is no readable image"),
+    "entries": ("a.tif", many_entries, "is not a readable image"),
     "negative": ("a.bmp", lambda: b"BM" + bytes(8) + struct.pack("<IIiiHHIIiiII", 54, 40, -9, -9,
-                 1, 24, 0, 0, 0, 0, 0, 0), "is (no readable image|damaged)"),
+                 1, 24, 0, 0, 0, 0, 0, 0), "is (not a readable image|damaged)"),
     "text": ("a.png", lambda: png(8, 2, *[chunk(b"zTXt", b"a\0\0" + zlib_stream(2**20))] * 70,
-             side=8), "is no readable image .*text"),
+             side=8), "is not a readable image .*text"),
     "long text": ("a.png", lambda: png(8, 2, chunk(b"zTXt", b"a\0\0" + zlib_stream(2**27)), side=8),
-                  "is no readable image .*large"),
+                  "is not a readable image .*large"),
     "profile": ("a.png", lambda: png(8, 2, chunk(b"iCCP", b"a\0\0" + zlib_stream(2**27)), side=8),
-                "is no readable image .*large"),
+                "is not a readable image .*large"),
 }  # fmt: skip
 
 
@@ -200,7 +200,7 @@ def test_the_pixels_of_a_large_file_are_limited_as_before(tmp_path: Path) -> Non
     with open_image(path) as image:
         assert image.size == (SIDE, SIDE)
     path.write_bytes(b"P6 13300 13500 255\n" + bytes(SIDE * SIDE // 30))
-    with pytest.raises(ValueError, match=r"is no readable image \(Image size \(179550000 pixels\)"):
+    with pytest.raises(ValueError, match=r"not a readable image \(Image size \(179550000 pixels\)"):
         read_rgb(path)
 
 

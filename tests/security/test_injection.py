@@ -69,7 +69,7 @@ def test_sizes_of_tensors_are_numbers() -> None:
         shape: Any = ("N", size)
         text = graph_config("dit_transformer", bundle(shape=shape), ServingOptions())
         assert re.findall(r"dims: (.*)", text)[0] in ("[-1]", "[8]")
-    with pytest.raises(ValueError, match=r"is no value of a config\.pbtxt"):
+    with pytest.raises(ValueError, match=r"is not a value of a config\.pbtxt"):
         graph_config("dit_transformer", bundle(shape=("N", True)), ServingOptions())
 
 
@@ -93,7 +93,7 @@ def test_text_cannot_end_its_quotation_marks() -> None:
 
 @pytest.mark.parametrize("value", [{"a"}, None, 0.5, b"x", [1, "a"], ["a"], [True], object()])
 def test_other_values_have_no_place(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"is no value of a config\.pbtxt$"):
+    with pytest.raises(ValueError, match=r"is not a value of a config\.pbtxt$"):
         to_pbtxt({"a": value})
 
 

@@ -37,7 +37,7 @@ DEEP = "[" * 100_000
     ("text", "said"),
     [
         (DEEP, "nested deeper than the 64 levels"), ('{"a":' * 65 + "1" + "}" * 65, "nested"),
-        ('["\\"]", ' + "[" * 64, "nested"), ("NaN", "NaN is no number"),
+        ('["\\"]", ' + "[" * 64, "nested"), ("NaN", "NaN is not a number"),
         ("[-Infinity]", "-Infinity is no"), ("1e400", "1e400 is too large"),
         ("1" + "0" * 400 + ".0", "too large"), ("18446744073709551616", "more than 64 bits"),
         ("9" * 5000, "more than 1000 digits"), ('"\\ud800"', "half of a surrogate pair"),
@@ -65,7 +65,7 @@ def test_files_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/zero")
     for name in ("pipe", "device"):  # neither waits, nor reads without an end
-        with pytest.raises(ValueError, match=f"{name} is no regular file"):
+        with pytest.raises(ValueError, match=f"{name} is not a regular file"):
             read_json(tmp_path / name)
     with pytest.raises(ValueError, match="more than the 16 MiB"):
         read_json(tmp_path / "device", pipe=True)
@@ -94,11 +94,11 @@ def test_a_schema_names_the_place() -> None:
     good = {"a": {}, "b": [1], "c": 1, "d": [{"e": 1.5}, {"e": "x"}]}
     check_schema(good, schema, "f")
     for change, said in (
-        ({"a": {"../x": []}}, r"f: a has '\.\./x', which is no file name"),
+        ({"a": {"../x": []}}, r"f: a has '\.\./x', which is not a file name"),
         ({"a": {"x": 1}}, r"f: a: 'x' is int, not list \(1\)"),
         ({"b": [-1]}, r"f: 'b' is list, not count\[\] \(\[-1\]\)"),
         ({"b": [True]}, "not count"), ({"c": True}, "'c' is True, not one of 'x', 1"),
-        ({"d": [{}, {}]}, r"f: d\[0\] has no 'e'"), ({"d": {}}, "f: d is no list"),
+        ({"d": [{}, {}]}, r"f: d\[0\] has no 'e'"), ({"d": {}}, "f: d is not a list"),
         ({"f": {"x": {"g": 1}}}, r"f: f\['x'\]: 'g' is int, not bool \(1\)"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said):

@@ -90,11 +90,11 @@ def test_a_link_that_the_manifest_lists_is_refused(tmp_path: Path, secret: Path,
         (partial / name).symlink_to(secret)
 
     path = write(tmp_path / "onnx", lay=lay)
-    with pytest.raises(ValueError, match=f"{name}: is a link, and only regular files are taken"):
+    with pytest.raises(ValueError, match=f"{name}: is a link, and only regular files are accepted"):
         Bundle.open(path)
     (path / name).unlink()
     (path / name).mkdir()
-    with pytest.raises(ValueError, match=f"{name}: is no regular file"):
+    with pytest.raises(ValueError, match=f"{name}: is not a regular file"):
         Bundle.open(path)
 
 

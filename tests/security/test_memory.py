@@ -157,7 +157,7 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "attributes of objects": (
         b"](" + DICT + b"q\x01" + python("collections", "OrderedDict") + b"q\x02"
         + 20_000 * b"h\x02)Rh\x01b" + b"e", "copies more than it holds"),
-    "a text by its length": (b"X" + number(2**32 - 1), "damaged or no PyTorch file"),
+    "a text by its length": (b"X" + number(2**32 - 1), "damaged or not a PyTorch file"),
     "lists": (b"](" + b"]" * 3_000_000 + b"e", "makes more than 300000 objects"),
     "a key that is never hashed": (b"}" + doubled(b"N") + b"Ns", "a tuple of tuples as a key"),
     "a member that is never hashed": (
@@ -284,7 +284,7 @@ def test_an_old_file_whose_storage_claims_more_than_it_has(tmp_path: Path) -> No
     old, new = (b"J" + struct.pack("<i", n) for n in (70_000, 2**30))
     assert data.count(old) == 2  # of the storage, and of its tensor
     (tmp_path / "m.pt").write_bytes(data.replace(old, new))
-    refused(lambda: load_checkpoint(tmp_path / "m.pt"), "damaged or no PyTorch file")
+    refused(lambda: load_checkpoint(tmp_path / "m.pt"), "damaged or not a PyTorch file")
 
 
 def test_a_hundred_layers_in_one_storage(tmp_path: Path) -> None:

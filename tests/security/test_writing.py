@@ -154,10 +154,10 @@ def test_logs_and_locks_follow_no_link(tmp_path: Path, victim: Path) -> None:
     (tmp_path / "log.csv").symlink_to(victim)
     (tmp_path / "new.lock").symlink_to(tmp_path / "made")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="A link"):
+    with pytest.raises(OSError, match="a symbolic link"):
         add_row(tmp_path / "log.csv", {"step": 1.0})
     for name in ("log.csv", "new.lock"):
-        with pytest.raises(OSError, match="A link"), locked(tmp_path / name):
+        with pytest.raises(OSError, match="a symbolic link"), locked(tmp_path / name):
             pytest.fail("that is another file's lock")
     with locked(tmp_path / "pipe"), locked(tmp_path / "made by it"):
         pass  # and it does not wait for a writer

@@ -225,7 +225,7 @@ def test_bad_settings_are_one_line(
 def test_an_unreadable_image_is_named(folder: Path) -> None:
     (folder / "dark" / "broken.png").write_bytes(b"not a picture")
     with pytest.raises(
-        ValueError, match=r"broken\.png is no readable image \(cannot identify image file\)"
+        ValueError, match=r"broken\.png is not a readable image \(cannot identify image file\)"
     ):
         load_image_folder(folder, 16)
     (folder / "dark" / "broken.png").unlink()

@@ -220,7 +220,7 @@ def _scalar(value: Any) -> str:
         return f'"{_quoted(value)}"'
     if isinstance(value, list) and all(type(each) is int for each in value):
         return str(value)
-    raise ValueError(f"{shown(value)} is no value of a config.pbtxt")
+    raise ValueError(f"{shown(value)} is not a value of a config.pbtxt")
 
 
 def _quoted(text: str) -> str:

@@ -92,8 +92,8 @@ def _folders() -> list[Path]:
 
 @contextmanager
 def _isolated_pools() -> Iterator[None]:
-    """On Python 3.10, which ignores `VARIABLE`, start processes of multiprocessing in isolated mode:
-    they take ``sys.path`` only from their parent."""
+    """For Python 3.10, which ignores `VARIABLE`: processes of multiprocessing run in isolated mode,
+    and take ``sys.path`` only from their parent."""
     if sys.version_info >= (3, 11):
         yield
         return

@@ -1,4 +1,4 @@
-"""Check a PyTorch file before torch reads it: it must not ask for far more memory than it has bytes.
+"""Check a PyTorch file before torch reads it: its memory must be bounded by its own size.
 
 torch's reader (``weights_only``) runs no code from the file, but it executes the instructions of a
 pickle, and a few bytes of these can ask for gigabytes or for hours: text that is encoded again and

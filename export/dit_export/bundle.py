@@ -47,7 +47,7 @@ SCHEMA = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A graph's input or output; a dimension that is a name may have any size."""
+    """A graph's input or output; a dimension that is given as a name may have any size."""
 
     name: str
     dtype: str  # "float32" or "int64"
@@ -120,8 +120,8 @@ class Bundle:
     def open(cls, path: str | Path, verify: bool = True) -> Bundle:
         """Read the export at ``path``; verify: compare every file with its size and SHA-256.
 
-        Raises ValueError, one line that names the directory or file, for what is no export, a
-        format of another version, and a file that is missing or has changed.
+        Raises a one-line ValueError that names the directory or file if it is not an export, has
+        the format of another version, or if a file is missing or has changed.
         """
         path = Path(path)
         manifest = read_manifest(path)
@@ -139,9 +139,10 @@ class Bundle:
 
     @classmethod
     def from_manifest(cls, path: Path, manifest: dict[str, Any]) -> Bundle:
-        """Of what a manifest says that `SCHEMA` fits, whatever lies at ``path``.
+        """The bundle that a manifest describes, without reading the files at ``path``.
 
-        Raises ValueError or TypeError for a config that is none.
+        The manifest must fit `SCHEMA`. Raises ValueError or TypeError for an invalid config, and
+        ValueError for files that an export cannot have.
         """
         names = manifest["label_names"]
         vae = manifest["vae"]
@@ -152,7 +153,7 @@ class Bundle:
         allowed = file_names()
         for name in manifest["files"]:
             if name not in allowed:
-                raise ValueError(f"file {shown(name)} is none of an export's")
+                raise ValueError(f"file {shown(name)} is not a file of an export")
         for graph in graphs.values():
             if graph.file != f"{graph.name}.onnx":
                 raise ValueError(f"file {shown(graph.file)} of graph {shown(graph.name)}")
@@ -183,18 +184,18 @@ class Bundle:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises a one-line ValueError for what is no export of this format."""
+    """The manifest of an export. Raises a one-line ValueError if there is none of this format."""
     manifest = _of_this_format(path)
     check_schema(manifest, SCHEMA, path / MANIFEST)
     return manifest
 
 
 def _of_this_format(path: Path) -> dict[str, Any]:
-    """What calls itself a manifest of this format, whatever else it says."""
+    """The manifest, of which only the producer and the format have been checked."""
     try:
         manifest = read_json_value(path / MANIFEST)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no export; {MANIFEST} is missing") from None
+        raise ValueError(f"{path}: not an export; {MANIFEST} is missing") from None
     ours = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
     if not ours or not str(manifest.get("producer")).startswith("dit-engine"):
         raise ValueError(f"{path / MANIFEST}: not written by dit-export")
@@ -206,7 +207,7 @@ def _of_this_format(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(directory: Path, values: dict[str, Any], graphs: list[Graph]) -> None:
-    """``manifest.json`` for the files that lie in ``directory``; the last file to be written."""
+    """Write ``manifest.json`` for the files in ``directory``; it must be the last file written."""
     files = {
         file.name: {"bytes": file.stat().st_size, "sha256": file_hash(file)}
         for file in sorted(directory.iterdir())
@@ -223,7 +224,7 @@ def write_manifest(directory: Path, values: dict[str, Any], graphs: list[Graph])
 
 
 def replaceable(overwrite: bool) -> Known:
-    """For `new_directory`: only an earlier export may be replaced, and only if that was asked."""
+    """A `Known` for `new_directory`: only an earlier export may be replaced, with overwrite."""
 
     def known(path: Path) -> Mapping[str, str | None]:
         try:
@@ -244,7 +245,7 @@ def replaceable(overwrite: bool) -> Known:
 
 
 def file_names() -> list[str]:
-    """Every file that an export may hold beside its manifest."""
+    """Every file that an export may hold, except its manifest."""
     from dit_export.graphs import GRAPHS
 
     return [*(f"{graph}.onnx{suffix}" for graph in GRAPHS for suffix in ("", ".data")), LABELS]

@@ -1,4 +1,4 @@
-"""What an ONNX file says of itself and of the files beside it."""
+"""Check what an ONNX file says about itself and which other files it reads."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _DOMAINS = ("", "ai.onnx")
 
 
 def check_metadata(bundle: Bundle, name: str) -> None:
-    """Raises ValueError where graph ``name`` was exported from another model, or as another graph,
-    or has its weights in another file than an export does.
+    """Raise ValueError if graph ``name`` was exported from another model or as another graph, or
+    fails `check_contained`.
 
-    The manifest's SHA-256 cannot tell that, should a file have been put there and listed by hand.
-    Raises ImportError, naming the extra, without the package onnx.
+    The SHA-256 in the manifest cannot show this: somebody may have put a file there and listed it.
+    Raises ImportError, with the extra to install, without the package onnx.
     """
     file, graph = bundle.file(name), bundle.graph(name)
     model = _contained(file, f"{file.name}.data", bundle.manifest["files"])
@@ -39,15 +39,16 @@ def check_metadata(bundle: Bundle, name: str) -> None:
 
 
 def check_contained(file: Path, weights: str | None = None) -> None:
-    """Raises ValueError for a graph that reads other files than ``weights`` beside it (by default
-    ``<file>.data``), or that needs other operators than ONNX's own: a runtime would look for these
-    in libraries and files."""
+    """Raise ValueError if a graph reads any file except ``weights`` beside it (by default
+    ``<file>.data``), or needs operators other than ONNX's own, for which a runtime would load
+    libraries or other files."""
     weights = weights or f"{file.name}.data"
     _contained(file, weights, [weights])
 
 
 def _contained(file: Path, weights: str, others: Container[str]) -> Any:
-    """The ModelProto of a file, without the weights beside it, which must be among ``others``."""
+    """The ModelProto of a file, checked. If its weights are in another file, that file must have
+    the name ``weights`` and be among ``others``; it is not loaded."""
     try:
         onnx = import_module("onnx")
     except ImportError:
@@ -55,14 +56,16 @@ def _contained(file: Path, weights: str, others: Container[str]) -> Any:
     check_regular(file)
     try:
         model = onnx.load(str(file), load_external_data=False)
-    except Exception as error:  # protobuf's
+    except Exception as error:  # raised by protobuf
         raise ValueError(f"{file}: is not an ONNX file: {one_line(error)}") from None
     if model.functions or model.training_info:
-        raise ValueError(f"{file}: holds functions or training, which no export does")
+        raise ValueError(
+            f"{file}: holds functions or training information, which exports never have"
+        )
     for message in _messages(model):
         if isinstance(message, onnx.NodeProto) and message.domain not in _DOMAINS:
             operator = f"{message.domain}.{message.op_type}"
-            raise ValueError(f"{file}: operator {operator!r} is not of ONNX; no export has it")
+            raise ValueError(f"{file}: operator {operator!r} is not one of ONNX's own")
         if not isinstance(message, onnx.TensorProto):
             continue
         if message.data_location != onnx.TensorProto.EXTERNAL and not message.external_data:
@@ -70,15 +73,15 @@ def _contained(file: Path, weights: str, others: Container[str]) -> Any:
         places = [entry.value for entry in message.external_data if entry.key == "location"]
         if places != [weights] or weights not in others:
             raise ValueError(
-                f"{file}: tensor {message.name!r} lies in {places}; only {weights} is read, and "
-                "only where the manifest lists it"
+                f"{file}: tensor {message.name!r} is stored in {places}; only {weights} is "
+                "allowed, and only if the manifest lists it"
             )
         check_regular(file.with_name(weights))
     return model
 
 
 def _messages(message: Any) -> Iterator[Any]:
-    """A protobuf message and all that it holds, at any depth: subgraphs, attributes, tensors."""
+    """A protobuf message and all messages in it, at any depth: subgraphs, attributes, tensors."""
     yield message
     for field, value in message.ListFields():
         if field.message_type is not None:

@@ -90,7 +90,7 @@ def write_repository(
     Args:
         engines: for platform "tensorrt", the directory of engines built from ``bundle``.
         overwrite: replace an earlier repository; anything else in ``directory`` is refused.
-        move: take the graphs' files out of the bundle, which is then no longer one.
+        move: move the graphs' files out of the bundle, which is unusable afterwards.
 
     Raises:
         ValueError: an option out of its range, a bundle without one of the graphs, engines that do
@@ -108,8 +108,8 @@ def write_repository(
             check_regular(source)
             (partial / name).parent.mkdir(exist_ok=True)
             (shutil.move if move else shutil.copyfile)(source, partial / name)
-            if not move and file_hash(partial / name) != digest:  # of the very bytes
-                raise ValueError(f"{source}: has changed since it was looked at")
+            if not move and file_hash(partial / name) != digest:  # of the copy itself
+                raise ValueError(f"{source}: has changed since it was checked")
         hashes = {name: sha256(text.encode()).hexdigest() for name, text in texts.items()}
         hashes |= {name: digest for name, (_, digest) in data.items()}
         write_text(partial / MARKER, _marker(hashes, bundle, options))
@@ -117,8 +117,8 @@ def write_repository(
 
 
 def repository_texts(bundle: Bundle, options: ServingOptions) -> dict[str, str]:
-    """Name of every text of a repository, with "/" in it → what it holds. They follow from the
-    facts of ``bundle`` alone, which repository.json records, and not from its files."""
+    """Path of every generated file of a repository, with "/" → its content. Only the facts that
+    repository.json records of ``bundle`` are used, not its files."""
     return {
         **{f"{name}/config.pbtxt": graph_config(name, bundle, options) for name in GRAPHS},
         "dit/config.pbtxt": pipeline_config(bundle, options),
@@ -131,8 +131,8 @@ def repository_texts(bundle: Bundle, options: ServingOptions) -> dict[str, str]:
 
 
 def _marker(hashes: dict[str, str], bundle: Bundle, options: ServingOptions) -> str:
-    """repository.json. Under "export" is the bundle's manifest, as far as the texts follow from it;
-    hashes: SHA-256 of every other file."""
+    """The content of repository.json. Its entry "export" has the part of the bundle's manifest from
+    which the other files are generated; hashes: SHA-256 of every other file."""
     marker = {
         "format": FORMAT,
         "producer": PRODUCER,
@@ -184,11 +184,11 @@ def check_free(directory: str | Path, overwrite: bool) -> None:
 
 
 def read_marker(path: Path) -> dict[str, Any]:
-    """Raises a one-line ValueError for what is no repository of ours."""
+    """The content of repository.json. Raises a one-line ValueError if it is not one of ours."""
     try:
         marker = read_json_value(path / MARKER)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no model repository; {MARKER} is missing") from None
+        raise ValueError(f"{path}: not a model repository; {MARKER} is missing") from None
     ours = isinstance(marker, dict) and isinstance(marker.get("files"), dict)
     if not ours or marker.get("format") != FORMAT:
         raise ValueError(f"{path / MARKER}: not written by this version of dit-export: {TRUST}")
@@ -197,7 +197,7 @@ def read_marker(path: Path) -> dict[str, Any]:
 
 
 def replaceable(overwrite: bool) -> Known:
-    """For `new_directory`: only an earlier repository may be replaced, if that was asked."""
+    """A `Known` for `new_directory`: only an earlier repository may be replaced, with overwrite."""
 
     def known(path: Path) -> Mapping[str, str | None]:
         try:
@@ -213,7 +213,7 @@ def replaceable(overwrite: bool) -> Known:
 
 
 def file_names() -> list[str]:
-    """Every file that a repository may hold beside `MARKER`."""
+    """Every file that a repository may hold, except `MARKER`."""
     names = ["README.md", "client.py", "dit/config.pbtxt", "dit/1/model.py", "dit/1/pipeline.json"]
     names += [f"dit/1/{name}" for name in packages(SOURCES)]
     for platform in PLATFORMS:
@@ -229,8 +229,9 @@ def source_of(module: str) -> str:
 
 
 def data_names(platform: str) -> tuple[list[str], list[str]]:
-    """Names in the repository of the graphs' files: those that there are, and those that there may
-    be, in the order of `GRAPHS`. A graph names its file of weights, which must lie beside it."""
+    """Names of the graphs' files in the repository, in the order of `GRAPHS`: those that are always
+    there, and the files of weights, which only some graphs have. A graph holds the name of its file
+    of weights, so that name cannot be changed here."""
     if platform == "tensorrt":
         return [f"{name}/1/model.plan" for name in GRAPHS], []
     weights = [f"{name}/1/{graph}.onnx.data" for name, graph in GRAPHS.items()]
@@ -262,7 +263,7 @@ def _data_files(
 
 
 def packages(modules: Iterable[str]) -> dict[str, str]:
-    """Copies of installed modules in packages of their own; name of each file → its text."""
+    """The files of packages that hold only these installed modules: path → content."""
     texts = {}
     for module in modules:
         *parents, name = module.split(".")
@@ -274,11 +275,11 @@ def packages(modules: Iterable[str]) -> dict[str, str]:
 
 def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode())  # as it is, also where lines end otherwise
+    path.write_bytes(text.encode())  # bytes, so that Windows does not change the ends of lines
 
 
 def _pipeline_facts(bundle: Bundle) -> str:
-    """pipeline.json."""
+    """The content of pipeline.json."""
     from dit_engine.sampler import SAMPLERS
 
     config = bundle.config

@@ -94,7 +94,7 @@ def test_a_manifest_that_is_not_ours_is_refused(
 
 def test_what_is_no_export_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match=r": no export; manifest\.json is missing$"):
+        with pytest.raises(ValueError, match=r": not an export; manifest\.json is missing$"):
             Bundle.open(path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json: not valid JSON \("):

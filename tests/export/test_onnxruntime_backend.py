@@ -238,7 +238,7 @@ def test_an_export_of_another_model_is_refused(tmp_path: Path) -> None:
         OnnxRuntimeBackend(random_dit(), "fp32", CPU, address)
     with pytest.raises(ValueError, match=r"no graph 'conditioner'; it holds transformer"):
         OnnxRuntimeBackend(random_dit(), "fp16", CPU, str(exported("fp16", "transformer").path))
-    with pytest.raises(ValueError, match=r": no export; manifest\.json is missing$"):
+    with pytest.raises(ValueError, match=r": not an export; manifest\.json is missing$"):
         OnnxRuntimeBackend(random_dit(), "fp32", CPU, str(tmp_path))
 
 

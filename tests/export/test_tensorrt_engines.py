@@ -393,7 +393,7 @@ def test_command_refuses_bad_input(
 
 def test_command_refuses_what_is_no_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert run("--onnx", tmp_path, "-o", tmp_path / "out") == 2
-    assert "no export; manifest.json is missing" in capsys.readouterr().err
+    assert "not an export; manifest.json is missing" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert run("--onnx", tmp_path, "-o", tmp_path / "file") == 2
     assert "is a file; a directory is needed" in capsys.readouterr().err

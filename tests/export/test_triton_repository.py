@@ -306,20 +306,20 @@ def test_bad_commands(tmp_path: Path, bundle: Bundle, capsys: pytest.CaptureFixt
         (["-o", target, "--serve", onnx], "--output is not for --serve"),
         (["--dtype", "fp16", "--serve", onnx], "--dtype is not for --serve"),
         (["--serve", onnx, "--ready-timeout", "0"], "--ready-timeout 0.0: seconds above 0"),
-        (["--serve", onnx, "--http-port", "65536"], "no model repository"),
+        (["--serve", onnx, "--http-port", "65536"], "not a model repository"),
         (["-o", target, "--http-port", "8000"], "--http-port is an option of --serve, which is"),
         (["-o", target, "--platform", "tensorrt"], "needs --engines and the --onnx"),
         (["-o", target, "--platform", "tensorrt", "--engines", onnx, "--onnx", onnx,
           "--accelerator", "cuda"], "--accelerator is for --platform onnxruntime"),
         (["-o", target, "--onnx", onnx, "--engines", onnx], "--engines are for --platform tens"),
-        (["-o", target, "--onnx", tmp_path], "no export; manifest.json is missing"),
+        (["-o", target, "--onnx", tmp_path], "not an export; manifest.json is missing"),
         (["-o", onnx, "--onnx", onnx], "holds something else"),
         (["-o", target, "--onnx", onnx, "--max-batch-size", "0"], "max_batch_size 0 is not"),
         (["-o", target, "--dtype", "fp4"], "dtype 'fp4': choose one of"),
         (["-o", target, "--dtype", "int8", "--accelerator", "tensorrt"],
          "accelerator 'tensorrt': onnxruntime's does not take int8 graphs; choose cuda or none"),
         (["-o", target, "--dtype", "bf16"], "bf16 graphs are not served: .*fp32, fp16, int8, fp8"),
-        (["--serve", onnx], "no model repository; repository.json is missing"),
+        (["--serve", onnx], "not a model repository; repository.json is missing"),
     ):  # fmt: skip
         assert re.search(message, command(*arguments, capsys=capsys))
     content = bytearray((onnx / "transformer.onnx").read_bytes())

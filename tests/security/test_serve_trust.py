@@ -76,7 +76,7 @@ def remove(name: str) -> Callable[[Path], None]:
     return lambda path: (path / name).unlink()
 
 
-NONE = "is no part of what this version writes"
+NONE = "is not part of what this version writes"
 DIFFERS = "differs from what this version writes"
 STRANGERS = {
     "a model of its own": (add("evil/1/model.py"), "evil", NONE),
@@ -281,7 +281,7 @@ def test_no_server_is_started_of_a_strangers_code(
     assert f"--model-repository={repository}" in (tmp_path / "asked").read_text()
     assert main(["triton", "--trust"]) == 2
     assert "--trust is an option of --serve" in capfd.readouterr().err
-    missing = r"no model repository; repository\.json is missing"
+    missing = r"not a model repository; repository\.json is missing"
     with (
         pytest.raises(ValueError, match=missing),
         running_server(tmp_path, server, trust=True),

@@ -1,9 +1,10 @@
-"""Whose requests are answered: none that a web page of others makes a browser send.
+"""Refuse requests that other people's web pages make a browser send.
 
-Browsers let any page send a request to any address, this machine's own too. They say in ``Origin``
-which page it was, and in ``Host`` by which name they found the server: a page of others whose name
-suddenly leads to this machine ("DNS rebinding") could read the answers too. The server forwards
-both headers as parameters of a request where it was told to with `HTTP_HEADERS`.
+Browsers let any page send a request to any address, also to this machine's own. They put the
+page's address into the header ``Origin``, and the name by which they found the server into
+``Host``. ``Host`` matters because a page can make its own name point to this machine ("DNS
+rebinding"), and could then read the answers too. The server forwards both headers as parameters of
+the request if it was started with `HTTP_HEADERS`.
 """
 
 from __future__ import annotations
@@ -18,30 +19,33 @@ from dit_engine.arguments import shown
 HTTP_HEADERS, GRPC_HEADERS = "(?i)(host|origin)", "(?i)user-agent"
 """For the server's --http-header-forward-pattern and --grpc-header-forward-pattern."""
 NAMES = "DIT_SERVER_NAMES"
-"""Variable of the environment: names by which the server is reached, with commas in between."""
+"""Environment variable: names by which the server may be addressed, separated by commas."""
 FORWARDS = "DIT_SERVER_FORWARDS"
-"""Variable that is set where the server was told to forward both kinds of headers."""
+"""Environment variable, set if the server was started with `HTTP_HEADERS` and `GRPC_HEADERS`."""
 
 
 def refusal(request: Any, named: bool = False) -> str | None:
-    """Why a request to a model of the Python backend is not answered, in one line; else None.
+    """Why a request to a model of the Python backend is refused, in one line; None if it is not.
 
-    named: whether it must say where it comes from, where the server `FORWARDS` that. Only requests
-    to /generate do not, of which nothing is forwarded, and those of other models of this server.
+    named: also refuse a request without headers, if the server `FORWARDS` them. The server forwards
+    none for requests to /generate. Requests from its own model "dit" have none either, so the
+    models that "dit" asks do not set this.
     """
-    said = request.parameters() if hasattr(request, "parameters") else "{}"  # not in all versions
-    # A parameter of the request's own may have the name of a header, which it does not replace.
+    said = (
+        request.parameters() if hasattr(request, "parameters") else "{}"
+    )  # some versions of Triton lack it
+    # A list keeps both values where a client gives a parameter the name of a header.
     pairs = [(name.lower(), value) for name, value in json.loads(said, object_pairs_hook=list)]
     hosts = [value for name, value in pairs if name == "host"]
     for host in hosts:
         if not _is_ours(str(host)):
             return (
-                f"Host {shown(host)} is none of this server's names: ask it by its address, as "
-                f"localhost, or name it in the server's environment, as {NAMES}"
+                f"Host {shown(host)} is not a name of this server: use its address or localhost, "
+                f"or set {NAMES} in the server's environment"
             )
     for origin in (value for name, value in pairs if name == "origin"):
         if not hosts or any(origin not in (f"http://{host}", f"https://{host}") for host in hosts):
-            return f"Origin {shown(origin)}: requests of web pages are not answered"
+            return f"Origin {shown(origin)}: requests from web pages are refused"
     if (
         named
         and FORWARDS in os.environ
@@ -52,8 +56,8 @@ def refusal(request: Any, named: bool = False) -> str | None:
 
 
 def _is_ours(host: str) -> bool:
-    """Whether a ``Host``, with or without a port, is an address or one of our names. No page can
-    have an address for its name and lead it elsewhere."""
+    """Whether a ``Host``, with or without a port, is an IP address or one of our names. An IP
+    address is safe: a page cannot make it point elsewhere, as it can with its own name."""
     name, _, port = host.lower().rpartition(":")
     name = (name if port.isdecimal() and name else host.lower()).strip("[]").rstrip(".")
     try:

@@ -1,4 +1,4 @@
-"""README.md of a model repository."""
+"""The README.md of a model repository."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ _TEXT = """\
 | `vae_decoder` | latents to images | `z` → `images` (N, 3, {pixels}, {pixels}), about −1 to 1 |
 
 The graphs are {platform}, {dtype}; guidance acts on {guided} latent channels.
-At most {batch} images a request. Numbers of a row, such as `t`, are sent as (N, 1).
+A request may have at most {batch} images. Inputs with one number per image, such as `t`, have the
+shape (N, 1).
 
-Inputs of `dit`, each (N, 1), one row an image:
+Inputs of `dit`, each (N, 1) with one row per image:
 
 | input | type | |
 |---|---|---|
-| `labels` | INT64 | class numbers 0 to {last}; or else: |
+| `labels` | INT64 | class numbers 0 to {last}; alternatively: |
 | `label_names` | BYTES | {names} |
-| `seeds` | INT64 | 0 or above; an image depends on its own row alone |
-| `steps` | INT64 | optional, 1 to {train_steps}; the sampler's usual count |
-| `guidance_scale` | FP32 | optional, 4.0; 1 is no guidance |
-| `sampler` | BYTES | optional: ddpm (the usual one), ddim, dpm++ |
+| `seeds` | INT64 | 0 or above; an image depends only on its own row |
+| `steps` | INT64 | optional, 1 to {train_steps}; by default the sampler's usual number |
+| `guidance_scale` | FP32 | optional, 4.0 by default; 1 is no guidance |
+| `sampler` | BYTES | optional: ddpm (the default), ddim, dpm++ |
 
-With the same seeds the images are those of `Engine.generate`, as far as {dtype} carries. Requests
-that wait at the same time share the loop's batches, also with different samplers and numbers of
-steps; the answer to all of them comes when the longest is through.
+With the same seeds the images are those of `Engine.generate`, within the precision of {dtype}.
+Requests that wait at the same time share batches, also with different samplers and numbers of
+steps; all of them are answered when the longest one is done.
 
-A request that asks for what cannot be (an unknown label, steps 0) gets one line that names the
-value and what is allowed, as HTTP's 400 or gRPC's INVALID_ARGUMENT. 500 or INTERNAL is a fault of
-the server's, or images that are not finite, which a huge `guidance_scale` makes.
+An invalid request (an unknown label, steps 0) gets one line that names the value and what is
+allowed, as 400 over HTTP or INVALID_ARGUMENT over gRPC. 500 or INTERNAL is an error in the server,
+or means that the images are not finite, as with a huge `guidance_scale`.
 
 ## Start a server
 
@@ -56,15 +57,17 @@ docker run --rm --gpus all --shm-size 1g -p 127.0.0.1:8000:8000 -p 127.0.0.1:800
     --http-header-forward-pattern='(?i)(host|origin)'
 ```
 
-Take release 26.07 or later: NVIDIA's security bulletins name faults of all earlier ones, such as
-requests that end the server (CVE-2025-23310, CVE-2026-16497) or run code in it (CVE-2025-23319).
-The options close what nobody needs, and let `dit` refuse what web pages send; a server that is
-reached by a name needs `-e DIT_SERVER_NAMES=<name>`. Whoever reaches the ports can ask for images.
+Take release 26.07 or later: NVIDIA's security bulletins list vulnerabilities of all earlier ones,
+such as requests that end the server (CVE-2025-23310, CVE-2026-16497) or run code in it
+(CVE-2025-23319).
+The options close endpoints that no client needs, and let `dit` refuse requests from web pages. A
+server that is addressed by a name needs `-e DIT_SERVER_NAMES=<name>`. Anyone who can reach the
+ports can ask for images.
 
 {needs}
 
-By hand, for trying things out: `dit-export triton --serve .` takes the `tritonserver` that is on
-PATH, or the one of a virtual environment made with
+Without a container, to try things out: `dit-export triton --serve .` takes the `tritonserver` on
+PATH. The option `--server` takes the one of a virtual environment, which is made with
 
 ```
 python -m venv .venv-server
@@ -74,11 +77,13 @@ dit-export triton --serve . --server .venv-server
 ```
 
 (Linux, x86-64, Python 3.10 to 3.12). That server runs the graphs on the CPU. It is Triton 2.51,
-which whoever reaches it can end by one request (CVE-2025-23310): it is for this machine alone.
+which anyone who can reach it can end with one request (CVE-2025-23310), so use it only on your own
+machine.
 
-`--serve` refuses a repository with other code than its version writes. A server that you start
-yourself, and `client.py`, run what lies here: from people whom you do not know, read `client.py`,
-`dit/1` and every `config.pbtxt` first, or write the repository again from the export.
+`--serve` refuses a repository with other code than its version of DiT Engine writes. A server that
+you start yourself, and `client.py`, run the code that is here. If the repository comes from people
+whom you do not know, read `client.py`, `dit/1` and every `config.pbtxt` first, or write the
+repository again from the export.
 
 ## Ask it
 
@@ -87,17 +92,18 @@ pip install 'tritonclient[http]' pillow
 python client.py localhost:8000 images.png 50 {example}     # 50 steps, seeds 0, 1, …
 ```
 
-`Engine.generate(..., backend="triton://localhost:8000", precision="{precision}")` runs its
-loop here and the transformer there; `triton://grpc+localhost:8001` does so over gRPC.
+`Engine.generate(..., backend="triton://localhost:8000", precision="{precision}")` runs the
+sampling loop in your process and the transformer on the server; `triton://grpc+localhost:8001` does
+the same over gRPC.
 
 State: `curl localhost:8000/v2/health/ready`, `localhost:8000/v2/models/dit/stats`, and
 `localhost:8002/metrics`.
 
-## A loop of one's own
+## Your own sampling loop
 
-`dit_guided_step` takes the latents `z`, the `x0` that the step before gave (zeros at first) and
+`dit_guided_step` takes the latents `z`, the `x0` from the step before (zeros at first) and
 `noise`, each (N, {channels}, {side}, {side}); `t`, `y` and `guidance_scale`; and `coefficients`
-(N, 9), which are the sampler:
+(N, 9), which define the sampler:
 
 | number | name | what it does |
 |---|---|---|
@@ -106,10 +112,10 @@ State: `curl localhost:8000/v2/health/ready`, `localhost:8000/v2/models/dit/stat
 | 6, 7 | low, high | logarithms of the variance, between which the model's v in [−1, 1] chooses |
 | 8 | s | `z_next` = mean + s·exp((low + (v + 1)/2·(high − low)) / 2)·`noise` |
 
-At s = 0, as at every sampler's last step, `noise` does not count. {variance} The rows of a
+If s = 0, as in every sampler's last step, `noise` has no effect. {variance} The rows of a
 schedule are `step_coefficients("ddpm", make_schedule({schedule}), learned={learned})` of
-`dit_engine.coefficients` and `dit_engine.schedule`, which need numpy alone; copies lie in `dit/1`.
-{diffusion}Images are `vae_decoder`'s of the last `z_next`.
+`dit_engine.coefficients` and `dit_engine.schedule`, which need only numpy; copies are in `dit/1`.
+{diffusion}`vae_decoder` makes the images from the last `z_next`.
 """
 
 
@@ -162,6 +168,7 @@ def _some(names: tuple[str, ...]) -> str:
 
 
 def _argument(number: int, name: str) -> str:
-    """A label for the shell, within a block of code: its number, where the name would end that."""
+    """A label as an argument in a shell command: quoted, or its number where a name could end the
+    block of code or be taken for an option."""
     plain = name == printable(name) and name.strip() and "`" not in name and name[0] != "-"
     return shlex.quote(name) if plain else str(number)

@@ -1,4 +1,4 @@
-"""A Triton Inference Server for one's own machine: started, waited for and stopped."""
+"""Start a Triton Inference Server for the user's own machine, wait for it, and stop it."""
 
 from __future__ import annotations
 
@@ -31,14 +31,17 @@ from dit_export.triton.trust import check_marker, check_repository, served_copy
 _STOP_SECONDS = supervisor.ASK_SECONDS + 5
 _LAST_LINES = 30
 _LONGEST_LINE = 1 << 16
-# What nobody here asks of a server. With the first, who sends requests has read and overwritten
-# memory of the Python backend in versions before 25.07.
+# Endpoints that none of our clients uses. Before 25.07, clients could read and overwrite memory of
+# the Python backend through the first.
 _CLOSED = "shared-memory,model-repository,trace,logging"
 _RESTRICTIONS = ("http-restricted-api", "grpc-restricted-protocol")
 
 
 class ServerFailed(RuntimeError):
-    """It ended, or was not ready in time. what: that alone, where str() may name its log too."""
+    """The server ended, or was not ready in time.
+
+    what: the message without the path of the log, which str() includes.
+    """
 
     def __init__(self, what: str, log: Path | None) -> None:
         super().__init__(what if log is None else f"{what}; see {log}")
@@ -47,7 +50,7 @@ class ServerFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Running:
-    """Addresses, "host:port", of a server that is ready; process: its supervisor."""
+    """Addresses ("host:port") of a server that is ready, and the process of its supervisor."""
 
     http: str
     grpc: str
@@ -65,30 +68,31 @@ def running_server(
     log: Path | None = None,
     trust: bool = False,
 ) -> Iterator[Running]:
-    """A server of ``repository``, ready to be asked; it is stopped when the block ends.
+    """Start a server of ``repository``, wait until it is ready, and stop it when the block ends.
 
-    Should this process die without a word, the server goes with it (`supervisor`). Its endpoints
-    for shared memory, loading of models, traces and logging are closed, and web pages of others get
-    no images (`origin`). Where ``host`` is not this machine alone there is a warning.
+    If this process is killed, the server ends too (`supervisor`). The endpoints for shared memory,
+    loading of models, traces and logging are closed, and requests from web pages get no images
+    (`origin`). There is a warning if other machines can reach ``host``.
 
     Args:
-        ports: HTTP, gRPC and metrics; 0 is any free one.
-        ready_seconds: that loading may take: graphs are read from disk and warmed up.
-        log: file for what the server prints; None is standard error.
-        trust: run the repository's code whatever it is. Without it, it must be what this version
+        ports: for HTTP, gRPC and metrics; 0 means any free port.
+        ready_seconds: limit for loading, when graphs are read from disk and warmed up.
+        log: file for the server's output; None means standard error.
+        trust: run any code that the repository has. Otherwise its code must be what this version
             writes (`trust.check_repository`).
 
     Raises:
-        ValueError: no repository of ours, one with other code, or a port that is taken, or none.
-        ServerFailed: it ended, or was not ready in time.
+        ValueError: ``repository`` is not a repository of ours or has other code, or a port is out
+            of range or taken.
+        ServerFailed: the server ended, or was not ready in time.
     """
     check_marker(repository)
     texts = None if trust else check_repository(repository)
     chosen = choose_ports(host, ports)
     if not is_loopback(host):
         warnings.warn(
-            f"whoever reaches {host} can ask this server for images, and can end it by one request "
-            "if it is older than Triton 25.07: it is for one's own machine",
+            f"whoever reaches {host} can ask this server for images and, if it is older than "
+            "Triton 25.07, end it with one request: it is meant for your own machine only",
             stacklevel=3,
         )
     prefix = f"dit-{secrets.token_hex(8)}-"
@@ -98,13 +102,15 @@ def running_server(
             made.mkdir()
         served = repository if texts is None else served_copy(repository, texts, models)
         if _keeps_engines(served):
-            with suppress(OSError, ValueError):  # without a cache, they go when the server ends
+            with suppress(
+                OSError, ValueError
+            ):  # without a cache, the engines are lost when the server ends
                 (here / ENGINE_CACHE).symlink_to(private_cache("triton"))
         names = {origin.NAMES: ",".join(_names(host)), origin.FORWARDS: "1"}
         environment = server.environment | names
         command = [
             *(sys.executable, "-I", "-S", supervisor.__file__, prefix),
-            # Not for the supervisor, whose Python needs its own libraries.
+            # Set by env, because the supervisor's Python needs its own libraries.
             *("env", *(f"{name}={value}" for name, value in environment.items())),
             str(server.path),
             f"--model-repository={served.resolve()}",
@@ -112,8 +118,8 @@ def running_server(
             f"--backend-config=python,shm-region-prefix-name={prefix}",
             f"--http-header-forward-pattern={origin.HTTP_HEADERS}",
             f"--grpc-header-forward-pattern={origin.GRPC_HEADERS}",
-            # No header's name has a colon in it, so that nobody can send the key, though any user
-            # of this machine can read it among the arguments.
+            # The key belongs to a header "for:nobody". Any user of this machine can read it among
+            # the arguments, but nobody can send it: names of headers have no colons.
             *(f"--{kind}={_CLOSED}:for:nobody={secrets.token_urlsafe()}" for kind in _RESTRICTIONS),
             "--disable-auto-complete-config",
             "--exit-timeout-secs=5",
@@ -126,8 +132,8 @@ def running_server(
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                cwd=here,  # where the Python backend looks for modules before it looks elsewhere
-                start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on
+                cwd=here,  # where the Python backend looks for modules first
+                start_new_session=True,  # Ctrl-C reaches only us, and we stop the server
             )
             try:
                 http, grpc, metrics = (f"{host}:{port}" for port in chosen)
@@ -145,7 +151,7 @@ def _keeps_engines(repository: Path) -> bool:
 
 
 def _names(host: str) -> set[str]:
-    """By which a server may be asked that listens at ``host``, beside addresses and localhost."""
+    """The names, beside IP addresses and localhost, of a server that listens at ``host``."""
     names = {*os.environ.get(origin.NAMES, "").split(","), host}
     return names if is_loopback(host) else names | {socket.gethostname(), socket.getfqdn()}
 
@@ -159,10 +165,10 @@ def serve(
     verbose: bool,
     trust: bool,
 ) -> int:  # pragma: no cover
-    """Run a server until Ctrl-C (or SIGTERM); print where it answers once it is ready.
+    """Run a server until Ctrl-C or SIGTERM; print its addresses when it is ready.
 
-    What the server itself prints goes to standard error: all of it if ``verbose``, else the last
-    lines if it fails.
+    The server's own output goes to standard error: all of it if ``verbose``, else its last lines if
+    it fails.
     """
     check_marker(repository)
     server = find_server(given)
@@ -207,7 +213,7 @@ def _log_unless(verbose: bool) -> Iterator[Path | None]:
 
 @contextmanager
 def _output(log: Path | None) -> Iterator[int]:
-    """A descriptor to print to: of the log, or of what is shown line by line, made printable."""
+    """A descriptor for the server's output: the log, or a pipe whose lines are printed escaped."""
     if log is not None:
         with log.open("wb") as file:
             yield file.fileno()
@@ -231,7 +237,7 @@ def _output(log: Path | None) -> Iterator[int]:
 def _wait_until_ready(
     process: subprocess.Popen[bytes], address: str, seconds: float, log: Path | None
 ) -> None:
-    # The environment may name a proxy, which knows nothing of this machine's own addresses.
+    # A proxy from the environment could not reach this machine's own addresses.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -246,10 +252,10 @@ def _wait_until_ready(
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """The server, and whatever of its helpers is left. A second Ctrl-C does not wait for it."""
+    """Stop the server and all its helpers. A second Ctrl-C kills them without waiting."""
     assert process.stdin is not None
     try:
-        process.stdin.close()  # for the supervisor, a word to end
+        process.stdin.close()  # which tells the supervisor to end
         with suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_SECONDS)
     finally:
@@ -259,12 +265,12 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def choose_ports(host: str, ports: Sequence[int]) -> tuple[int, ...]:
-    """``ports`` with any free one in the place of each 0; all are different and can be listened on.
+    """``ports`` with a free one in place of each 0; all are different and can be listened on.
 
-    Raises ValueError for one that is none, taken, or given twice.
+    Raises ValueError for a port that is out of range, taken, or given twice.
     """
     chosen = list(ports)
-    with ExitStack() as held:  # all at once, so that no port is chosen twice
+    with ExitStack() as held:  # all stay open until the end, so that no port is chosen twice
         for i in sorted(range(len(ports)), key=lambda i: ports[i] == 0):  # the given ones first
             if not 0 <= ports[i] < 65536:
                 raise ValueError(f"port {ports[i]}: allowed is 0 (any free one) to 65535")
@@ -274,7 +280,7 @@ def choose_ports(host: str, ports: Sequence[int]) -> tuple[int, ...]:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 listener.bind((host, ports[i]))
-                listener.listen(1)  # with that option, a port is one's own only then
+                listener.listen(1)  # with SO_REUSEADDR, only this tells whether the port is free
             except OSError as error:
                 reason = error.strerror or error
                 raise ValueError(f"{host}:{ports[i]}: cannot be listened on: {reason}") from None

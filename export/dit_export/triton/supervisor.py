@@ -1,9 +1,9 @@
-"""A program that ends when whoever started it does: python supervisor.py PREFIX COMMAND…
+"""Run a program that ends when its starter ends: python supervisor.py PREFIX COMMAND…
 
-Its standard input is a pipe that the starter holds open and never writes to. However the starter
-ends, also by SIGKILL, the system closes the pipe, and the program is asked to end and then made to.
-However the program ends, the regions of shared memory whose names begin with PREFIX are removed. It
-runs beside any server, so it needs the standard library alone.
+Standard input is a pipe that the starter holds open and never writes to. When the starter ends,
+even by SIGKILL, the system closes the pipe; the program then gets SIGINT, and later SIGKILL. When
+the program has ended for any reason, regions of shared memory whose names begin with PREFIX are
+removed. This file runs beside any server, so it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _REGIONS = Path("/dev/shm")
 
 
 def main(prefix: str, command: list[str]) -> int:
-    """Run ``command`` in this process's group; its exit code, or 128 and more for a signal."""
+    """Run ``command`` in this process's group. Returns its exit code, or 128 + the signal."""
     program = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     while program.poll() is None:
         ready, _, _ = select.select([sys.stdin], [], [], _POLL_SECONDS)
@@ -33,26 +33,26 @@ def main(prefix: str, command: list[str]) -> int:
 
 
 def end(program: subprocess.Popen[bytes], prefix: str) -> None:
-    """The program, and then all of this process's group: helpers of its own, and this process."""
+    """End the program, then kill this process's group: the program's helpers and this process."""
     program.send_signal(signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
         program.wait(ASK_SECONDS)
-    program.kill()  # it alone makes regions
+    program.kill()  # no other process makes regions, so they can be removed now
     program.wait()
     remove_regions(prefix)
     os.killpg(0, signal.SIGKILL)
 
 
 def hide_regions(prefix: str) -> None:
-    """From other users of this machine, who may read them as a program makes them."""
+    """Let only this user read the regions; Triton makes them readable for everybody."""
     for region in _REGIONS.glob(f"{prefix}*"):
         with suppress(OSError):
             region.chmod(0o600)
 
 
 def remove_regions(prefix: str) -> None:
-    """Shared memory under names that begin with ``prefix``, as a program leaves it that is killed.
-    Who has it open keeps it."""
+    """Remove shared memory whose name begins with ``prefix``, which a killed program leaves behind.
+    Processes that have it open can still use it."""
     for region in _REGIONS.glob(f"{prefix}*"):
         with suppress(OSError):
             region.unlink()

@@ -1,10 +1,11 @@
-"""Whether a model repository holds what this version writes, and no code beside it.
+"""Check that a model repository holds exactly what this version writes, and no other code.
 
-A server runs what lies in its repository: Python, libraries, and whatever a configuration names.
-All of it follows from facts in repository.json (`model_repository.repository_texts`), so that it is
-made anew and compared. What remains are the graphs, which are data. What is served is the text made
-anew, so that it does not matter what becomes of the repository afterwards, nor which compiled files
-Python would have found there.
+A server runs the files of its repository: Python, libraries, and whatever a configuration names. We
+generate all these files from the facts in repository.json (`model_repository.repository_texts`), so
+here they are generated again and compared. The remaining files are the graphs, which are data.
+
+The server gets the generated files, not those in the repository. So later changes to the repository
+have no effect, and neither have compiled Python files in it.
 """
 
 from __future__ import annotations
@@ -30,29 +31,29 @@ from dit_export.model_repository import (
 )
 from dit_export.triton.configuration import GRAPHS, ServingOptions
 
-_FREE = {MARKER, "README.md"}  # no program reads the second
+_UNCOMPARED = {MARKER, "README.md"}  # the first is the source of the facts, the second is not run
 
 
 def check_marker(path: Path) -> None:
-    """Raises ValueError where there is no repository.json."""
+    """Raise ValueError if there is no repository.json."""
     if not (path / MARKER).is_file():
-        raise ValueError(f"{path}: no model repository; {MARKER} is missing")
+        raise ValueError(f"{path}: not a model repository; {MARKER} is missing")
 
 
 def check_repository(path: Path) -> dict[str, bytes]:
-    """The texts of the repository at ``path``, by their names.
+    """The generated files of the repository at ``path``: name → content.
 
-    Raises a one-line ValueError for the first thing in which it is not what this version writes, or
-    has changed since.
+    Raises a one-line ValueError for the first file that is not what this version writes, or that
+    has changed since it was written.
     """
     marker = read_marker(path)
     if (producer := marker.get("producer")) != PRODUCER:
         raise ValueError(f"{path}: written by {printable(producer)}, not {PRODUCER}: {TRUST}")
     texts, data = _expected(path, marker)
     parents = {str(parent) for name in (*texts, *data) for parent in PurePosixPath(name).parents}
-    missing = {*texts, *data} - _FREE
+    missing = {*texts, *data} - _UNCOMPARED
     for name, entry in _entries(path):
-        if reason := _difference(name, entry, texts, {*data, *_FREE}, parents):
+        if reason := _difference(name, entry, texts, {*data, *_UNCOMPARED}, parents):
             raise ValueError(f"{path / printable(name)}: {reason}: {TRUST}")
         missing.discard(name)
     if missing:
@@ -60,7 +61,7 @@ def check_repository(path: Path) -> dict[str, bytes]:
     for name, digest in data.items():
         if file_hash(path / name) != digest:
             raise ValueError(f"{path / name}: has changed since {MARKER} was written: {TRUST}")
-    if find_spec("onnx") is not None:  # without it, onnxruntime is the one to look
+    if find_spec("onnx") is not None:  # else onnxruntime alone decides which files a graph may read
         for name, graph in GRAPHS.items():
             if (file := path / name / "1" / "model.onnx").exists():
                 check_contained(file, f"{graph}.onnx.data")
@@ -68,7 +69,7 @@ def check_repository(path: Path) -> dict[str, bytes]:
 
 
 def served_copy(path: Path, texts: dict[str, bytes], folder: Path) -> Path:
-    """A repository in ``folder`` with ``texts``, and links to the folders of the graphs' files."""
+    """Write a repository to ``folder``: ``texts``, and links to the directories of the graphs."""
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(text)
@@ -80,7 +81,10 @@ def served_copy(path: Path, texts: dict[str, bytes], folder: Path) -> Path:
 def _difference(
     name: str, entry: os.DirEntry[str], texts: dict[str, bytes], others: set[str], parents: set[str]
 ) -> str | None:
-    """others: files whose content is looked at elsewhere."""
+    """Why the file or directory ``name`` does not belong there; None if it does.
+
+    others: files whose content is checked elsewhere.
+    """
     if entry.is_symlink():
         return "is a link"
     if name in parents and entry.is_dir():
@@ -88,13 +92,13 @@ def _difference(
     if name in others and entry.is_file():
         return None
     if name not in texts or not entry.is_file():
-        return "is no part of what this version writes"
+        return "is not part of what this version writes"
     same = entry.stat().st_size == len(texts[name]) and Path(entry).read_bytes() == texts[name]
     return None if same else "differs from what this version writes"
 
 
 def _expected(path: Path, marker: dict[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Name → text, and name → SHA-256 of the graphs' files."""
+    """Two dicts: name → content of the generated files, and name → SHA-256 of the graphs' files."""
     check_schema(marker["export"], SCHEMA, f"{path / MARKER}: cannot be read", "export")
     try:
         bundle = Bundle.from_manifest(path, marker["export"])
@@ -108,12 +112,12 @@ def _expected(path: Path, marker: dict[str, Any]) -> tuple[dict[str, bytes], dic
 
 
 def _entries(folder: Path, parent: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Name with "/" in it, and entry, of everything below ``folder``; of links nothing below."""
+    """Everything below ``folder``, as (path from there with "/", entry). Links are not entered."""
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             name = f"{parent}{entry.name}"
             if entry.name == "__pycache__" and parent.startswith("dit/1/"):
-                continue  # a server left it that ran the loop where it lies; none of ours does
+                continue  # a server that was started by hand on this repository made it
             yield name, entry
             if entry.is_dir(follow_symlinks=False):
                 yield from _entries(folder / entry.name, f"{name}/")

@@ -29,8 +29,8 @@ def shown(value: Any) -> str:
 
 
 def _beginning(value: Any) -> str:
-    """The repr of ``value``, or as much of it as a message needs: a list that holds another one
-    twice, which holds yet another twice, has a repr without end."""
+    """The repr of ``value``, cut to little more than a message needs: lists that each hold the next
+    one twice take little memory, but have a repr of gigabytes."""
     text = ""
     for piece in _pieces(value):
         text += piece

@@ -10,8 +10,8 @@ from dit_engine.printable import printable
 
 
 class Bar(tqdm):  # pyright: ignore[reportMissingTypeArgument]
-    """tqdm's bar, wiped away when it is closed before its end: by an exception, or by Ctrl-C.
-    What it says is made `printable`."""
+    """tqdm's bar, which is cleared if it is closed before its end, by an exception or Ctrl-C.
+    Its text is made `printable`."""
 
     def __init__(self, iterable: Any = None, desc: str | None = None, *more: Any, **options: Any):
         super().__init__(iterable, desc and printable(desc), *more, **options)

@@ -135,7 +135,7 @@ class Engine:
             device: "cpu", "cuda", …; None chooses CUDA where there is one.
             max_batch_size: more images than this are made in several batches.
             threads: CPU threads while generating, 1 or more; None leaves torch's setting alone.
-            record_paths: results tell the whole paths of files; unless given, their names alone.
+            record_paths: record the whole paths of files in results, not only their names.
 
         Raises:
             ValueError, OSError: one line that says what is wrong with the source.

@@ -66,7 +66,7 @@ def check_format(path: Path, wanted: str) -> None:
 def format_of(path: Path) -> str | None:
     """ "a safetensors file", "a web page", …; None for what is not recognised.
 
-    Raises `NotRegular` for a directory, a pipe or a device, OSError for what cannot be read.
+    Raises `NotRegular` for a directory, a pipe or a device, OSError if it cannot be read.
     """
     size = regular_size(path)
     with path.open("rb") as file:

@@ -26,9 +26,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", "
 # because many GIFs are named .jpg.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 178_956_970  # of one picture; Pillow's own limit, whatever a program has set it to
-# A picture of one colour has thousands of pixels a byte and would take gigabytes, so beyond those
-# of a frame of 8K (7680×4320) their number is bounded by the file's size. Photographs have 2 to 20
-# pixels a byte.
+# A picture of one colour can have thousands of pixels per byte, and would take gigabytes. So
+# pictures larger than a frame of 8K (7680×4320) may have at most 32 pixels per byte of their file;
+# photographs have 2 to 20.
 FREE_PIXELS = 2**25
 _PIXELS_PER_BYTE = 32
 _STRIP = 2**22  # pixels whose colours are converted at once
@@ -48,18 +48,18 @@ _LINK_BACK = "link to a folder that is read anyway"
 
 
 class Unreadable(ValueError):
-    """Why a whole file is not read; within `open_image` its message gets the path."""
+    """The reason why a file is refused; `open_image` adds the path to its message."""
 
 
 @contextmanager
 def open_image(path: Path, content: bytes | None = None) -> Iterator[Image]:
-    """The first frame of a picture; its pixels are read when they are first asked for.
+    """The first frame of a picture; its pixels are read when they are first used.
 
-    Every picture is opened here. Everything that Pillow raises, here or in the block, becomes a
-    ValueError of one line that names the file. Its warnings, which name none, are dropped.
+    All pictures are opened here. Everything that Pillow raises, here or in the block, becomes a
+    one-line ValueError that names the file. Pillow's warnings name no file, and are dropped.
 
     Args:
-        content: of the file, where that is in memory; ``path`` is then its name in errors.
+        content: of the file, if it is in memory; ``path`` then only names it in errors.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -87,9 +87,8 @@ def open_image(path: Path, content: bytes | None = None) -> Iterator[Image]:
 
 
 def check_pixels(width: int, height: int, size: int) -> None:
-    """Raise `Unreadable` for a picture of more pixels than are read from a file of ``size`` bytes.
-
-    The pixels of a tile of TIFF are read as a whole, however small the picture is.
+    """Raise `Unreadable` if a picture, or a tile of it, has more pixels than are allowed in a file
+    of ``size`` bytes. (A tile of a TIFF is decoded as a whole, and may be larger than the picture.)
     """
     bound = max(FREE_PIXELS, _PIXELS_PER_BYTE * size)
     if width * height > min(bound, MAX_PIXELS):
@@ -209,8 +208,8 @@ def _kind(path: Path) -> str:
 
 
 def _on_background(image: Image) -> Image:
-    """In strips, because what lies between the colours of a large picture and RGB takes many times
-    its memory."""
+    """A picture in RGB, on `BACKGROUND` where it is transparent. It is converted in strips, because
+    intermediate copies of a large picture would take many times its memory."""
     from PIL import Image
 
     convert = _conversion(image)
@@ -226,7 +225,7 @@ def _on_background(image: Image) -> Image:
 
 
 def _conversion(image: Image) -> Callable[[Image], Image]:
-    """From the mode of a picture, or of a part of it, to RGB."""
+    """The function that converts this picture, or a strip of it, to RGB."""
     from PIL import ImageCms
 
     if image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format in ("PNG", "PPM")):

@@ -12,7 +12,8 @@ from typing import Any
 from dit_engine.arguments import dimensions, scalar, sequence, shown, whole_number
 from dit_engine.printable import one_line, printable
 
-# Of a name. Of text that is made of accents, composing takes time that grows with its square.
+# Of a name. For a text of combining accents, Unicode normalisation takes time that grows with the
+# square of its length.
 MOST_CHARACTERS = 500
 _NUMERAL = re.compile(r"(number:)?(-?\d+)")
 

@@ -36,14 +36,14 @@ def image_record(result: Generation, i: int) -> dict[str, Any]:
 
 
 def as_read(record: dict[str, Any]) -> dict[str, Any]:
-    """A record as `record_in` gives it back, with lists for tuples."""
+    """``record`` as `record_in` would return it: with lists in place of tuples."""
     return parse_json(json.dumps(record), "the record", lenient=True)
 
 
 def record_in(image: Image.Image) -> dict[str, Any] | None:
     """What a picture's file says of its making; None if it says nothing."""
     try:
-        # A model's path may hold bytes that are no text.
+        # A model's path may hold bytes that are not valid UTF-8.
         record = parse_json(image.info["dit_engine"], "the record", lenient=True)
     except (KeyError, TypeError, AttributeError, ValueError):
         return None

@@ -69,8 +69,8 @@ def compile_static(function: FunctionType, **options: Any) -> Callable[..., Any]
 def compile_graph(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """torch.compile of a function or module as one graph whose shapes are constants.
 
-    The compiler keeps its results in our cache, and what it starts runs nothing of the current
-    directory: a C++ compiler, and Python programs in the first call, which is when it compiles.
+    The compiler keeps its results in our private cache. It compiles in the first call, where it
+    starts a C++ compiler and Python programs; these run nothing from the current directory.
     """
     use_private_cache()
     if sys.version_info < (3, 11):
@@ -91,8 +91,8 @@ def compile_graph(function: Callable[..., Any], **options: Any) -> Callable[...,
 
 
 def _change_probe() -> None:
-    """Python 3.10 knows no way to leave the current directory out of ``python -c``, with which
-    torch tries what a processor can do; so the program that it runs does that itself."""
+    """For Python 3.10, which ignores PYTHONSAFEPATH: torch probes the processor by ``python -c``;
+    add first lines to its program that leave out the current directory."""
     kinds: Any = import_module("torch._inductor.cpu_vec_isa")
     usual = kinds.VecISA._avx_py_load
     if not usual.startswith(LEAVE_OUT):

@@ -48,7 +48,7 @@ _BLOCK = {
 _FIRST_BLOCK = "blocks.0."
 # A buffer that newer diffusers recomputes and older ones stored.
 STORED_POSITIONS = "pos_embed.pos_embed"
-# What a position embedding may take at least; above, no more than the weights themselves.
+# A position embedding may take this much, or as much as the weights if these take more.
 LEAST_POSITIONS_BYTES = 64 * 2**20
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -122,7 +122,7 @@ def with_numerics(config: ModelConfig, numerics: str | None) -> ModelConfig:
 
 
 def model_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Official key → shape. One block is built, whatever the depth."""
+    """Official key → shape. Only one block is built, so that any depth costs little."""
     shapes: dict[str, torch.Size] = {}
     one = _shapes(lambda whole: DiT(replace(whole, depth=1)), config)
     block = [key.removeprefix(_FIRST_BLOCK) for key in one if key.startswith(_FIRST_BLOCK)]
@@ -185,13 +185,13 @@ def state_from_diffusers(state: Mapping[str, Tensor], config: ModelConfig) -> di
 
 
 def _computed_positions(state: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
-    """(1, T, D). No tensor tells T, so that a line of the config could ask for any amount."""
+    """The position embedding (1, T, D). Its size is limited, because only the config states T."""
     size = 4 * config.num_tokens * config.hidden_size
     weights = sum(tensor.nbytes for tensor in state.values())
     if size > max(weights, LEAST_POSITIONS_BYTES):
         raise ValueError(
             f"sample_size {config.input_size} with patch_size {config.patch_size} needs a position "
-            f"embedding of {size / 2**20:.0f} MiB, and the weights have {weights / 2**20:.0f} MiB"
+            f"embedding of {size / 2**20:.0f} MiB, but the weights have {weights / 2**20:.0f} MiB"
         )
     table = position_embedding(config.hidden_size, config.input_size // config.patch_size)
     return table.to(state["pos_embed.proj.weight"])

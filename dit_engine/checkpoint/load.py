@@ -52,7 +52,8 @@ from dit_engine.vae import AutoencoderKL, VAEConfig
 VAE_CLASS = "AutoencoderKL"
 # Fields of a VAE's config that leave no trace in its tensors.
 VAE_OPTIONS = ("norm_num_groups", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
-# Along a side of an image. A level that doubles it is a few kilobytes of a VAE's file.
+# Along a side of an image. Each level of a VAE doubles the side, and needs only a few kilobytes of
+# its file.
 MOST_PIXELS = 16_384
 
 
@@ -268,9 +269,9 @@ def _check_depth(config: ModelConfig, state: dict[str, Tensor], pattern: str) ->
 
 
 def _check_levels(config: VAEConfig, state: dict[str, Tensor]) -> None:
-    """As `_check_depth`. A few tensors too few have messages that name them."""
+    """Like `_check_depth`, for VAEs. If few tensors are missing, `check_shapes` names them."""
     levels, layers = len(config.block_out_channels), config.layers_per_block
-    needed = 8 * levels * (2 * layers + 1)  # of the residual blocks alone
+    needed = 8 * levels * (2 * layers + 1)  # in the residual blocks, as a lower bound
     if needed > 1000 + 10 * len(state):
         raise ValueError(
             f"{levels} block_out_channels with layers_per_block {shown(layers)} need "

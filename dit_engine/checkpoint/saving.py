@@ -72,9 +72,10 @@ def save_pretrained(
 
 
 def _native_files(directory: Path) -> Mapping[str, None]:
-    """For `new_directory`: what it may remove from an earlier native directory.
+    """A `Known` for `new_directory`: the files of an earlier native directory.
 
-    Hashes of the weights are kept nowhere, so that each file must look like what its name says.
+    Their hashes are not stored anywhere, so each file must instead have the format that belongs to
+    its name. Raises ValueError for another directory, or a file that does not.
     """
     config = directory / "config.json"
     if not config.is_file() or not _is_native(config):
@@ -82,12 +83,12 @@ def _native_files(directory: Path) -> Mapping[str, None]:
     for name in NATIVE_FILES:
         path = directory / name
         if path.is_file() and not path.is_symlink() and not _is_native(path):
-            raise ValueError(f"its {name} was not written with it: move that elsewhere")
+            raise ValueError(f"its {name} was not written by save_pretrained: move it elsewhere")
     return dict.fromkeys((*NATIVE_FILES, MODEL_CARD))
 
 
 def _is_native(path: Path) -> bool:
-    """Whether one of `NATIVE_FILES` is of the kind that is written under its name."""
+    """Whether a file with one of the `NATIVE_FILES` names has the format that is written there."""
     if path.suffix == ".safetensors":
         return format_of(path) == SAFETENSORS
     try:

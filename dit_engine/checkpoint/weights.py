@@ -21,9 +21,10 @@ from dit_engine.printable import first_line
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# Of a safetensors file. Each tensor has about a hundred bytes there, and a thousand in memory.
+# Of a safetensors file. A tensor takes about a hundred bytes in it, but a thousand in memory.
 MOST_HEADER_BYTES = 4 * 2**20
-# Weights that are tied are there several times, and backends make copies of each.
+# Tied weights have one storage, but backends copy each of them. So tensors may claim at most
+# MOST_TIED times the bytes of their storages, plus the slack.
 MOST_TIED, TIED_SLACK_BYTES = 4, 64 * 2**20
 # A directory's weights, in the order of preference; the names are diffusers' and transformers'.
 WEIGHT_NAMES = tuple(
@@ -63,8 +64,8 @@ def read_weights(path: Path) -> dict[Any, Any]:
 def check_tensors(state: Mapping[Any, Any], source: object) -> dict[str, Tensor]:
     """``state`` without gradients.
 
-    Raises ValueError for what is no named, dense, real tensor, and for tensors that claim more
-    memory than they have, such as expanded ones.
+    Raises ValueError for anything but named, dense, real tensors, and for tensors that claim more
+    memory than is stored, such as expanded ones.
     """
     claimed, held = 0, {}
     for name, tensor in state.items():
@@ -80,7 +81,7 @@ def check_tensors(state: Mapping[Any, Any], source: object) -> dict[str, Tensor]
         if tensor.nbytes > has:
             raise ValueError(
                 f"{source}: tensor {name!r} of shape {tuple(tensor.shape)} claims {tensor.nbytes} "
-                f"bytes and has {has}; save it after contiguous()"
+                f"bytes, but {has} are stored; save it after contiguous()"
             )
         claimed += tensor.nbytes
         held[storage.data_ptr()] = max(has, held.get(storage.data_ptr(), 0))
@@ -105,18 +106,18 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_header(path: Path) -> None:
-    """Raise ValueError for what is no safetensors file, or one with a header of absurd length."""
+    """Raise ValueError if it is not a safetensors file, or if its header is absurdly long."""
     check_format(path, SAFETENSORS)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if MOST_HEADER_BYTES < length < path.stat().st_size:
         raise ValueError(
-            f"{path}: refused, its header has {length} bytes; at most {MOST_HEADER_BYTES} are read"
+            f"{path}: refused, its header has {length} bytes; {MOST_HEADER_BYTES} are allowed"
         )
 
 
 def read_pickle(path: Path) -> Any:
-    """What ``torch.save`` wrote to a file, whatever its name; raises as `read_weights` does."""
+    """What ``torch.save`` wrote to a file of any name. Raises as `read_weights` does."""
     check_format(path, PYTORCH)
     zipped = check_pickle(path)
     try:
@@ -151,7 +152,9 @@ def _read_shards(index: Path) -> dict[Any, Any]:
         before = len(state)
         state |= read_weights(index.parent / name)
         if len(state) == before:
-            raise ValueError(f"{index}: shard {shown(name)} holds no tensors that others do not")
+            raise ValueError(
+                f"{index}: shard {shown(name)} holds no tensors that other shards lack"
+            )
     absent = [key for key in weight_map if key not in state]
     if absent:
         raise ValueError(f"{index}: the shards lack {some_of(absent)}")
@@ -190,9 +193,9 @@ def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
 
 
 def load_into(module: nn.Module, path: Path) -> None:
-    """Fill ``module`` from a file that holds its tensors and no others.
+    """Load the weights of ``module`` from a file that holds exactly its tensors.
 
-    Raises ValueError, one line with the path, for any other file; OSError: it cannot be read.
+    Raises a one-line ValueError with the path for any other file, and OSError if it cannot be read.
     """
     state = check_tensors(read_weights(path), path)
     try:

@@ -35,7 +35,7 @@ MODEL_MARKS = ("x_embedder.proj.weight", "transformer_blocks.0.norm1.linear.weig
 VAE_MARKS = ("encoder.conv_in.weight", "decoder.conv_in.weight")
 
 
-_MOST_COPIES = 100  # of a model in one file: each name is compared with all of them
+_MOST_COPIES = 100  # of a model in one file; the time grows with their number, for each tensor
 
 SCALE = "scale_factor"  # of the latents, in latent-diffusion's checkpoints
 
@@ -134,7 +134,7 @@ def _opened(
     for name in (*AVERAGED, *averages, *WRAPPERS[len(AVERAGED) :]):
         inner = content.get(name)
         place = id(inner), depth
-        if isinstance(inner, Mapping) and depth < 4 and place not in seen:  # it may hold itself too
+        if isinstance(inner, Mapping) and depth < 4 and place not in seen:  # a dict may hold itself
             seen.add(place)
             found = _opened(inner, marks, path, depth + 1, seen)
             if any(isinstance(value, Tensor) for value in found.values()) and (

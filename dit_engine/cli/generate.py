@@ -77,8 +77,8 @@ def like(path: Path, argv: Sequence[str] | None) -> argparse.Namespace:
     replaced: dict[str, Any] = dict.fromkeys(others & options.keys())
     if another and any(options[name] for name in replaced):
         warnings.warn(
-            f"{path} was made with model {model[:200]!r}, and this is another: of what it tells "
-            f"{', '.join(sorted(replaced))} is left out",
+            f"{path} was made with model {model[:200]!r}, and this is another: of its settings, "
+            f"{', '.join(sorted(replaced))} are not used",
             stacklevel=2,
         )
     if arguments.sampler != options.get("sampler"):  # the other one has its own usual values
@@ -96,7 +96,7 @@ def like(path: Path, argv: Sequence[str] | None) -> argparse.Namespace:
         told = arguments.seeds if given.seeds is None else None
         if isinstance(told, list) and (given.all_labels or len(told) != n):
             raise ValueError(
-                f"--like {path} tells {len(told)} seeds, which are not of these labels: give "
+                f"--like {path} records {len(told)} seeds, which do not fit these labels: give "
                 "--seed, or --seeds"
             )
     return arguments
@@ -111,11 +111,11 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--record-paths",
         action="store_true",
-        help="what is written tells where the model and the VAE lie, not their names alone",
+        help="record the whole paths of the model and the VAE in the output, not only their names",
     )
     add("--like", type=Path, metavar="PNG",
-        help="make an image or a sheet of dit-generate again, of the --model and --vae that are "
-        "given; other options replace what it tells")  # fmt: skip
+        help="make an image or a sheet of dit-generate again, with the --model and --vae that are "
+        "given; other options replace what is recorded in it")  # fmt: skip
     add("--labels", nargs="+", metavar="LABEL", help="class names or numbers, one image each")
     add("--all-labels", action="store_true", help="every class of the model")
     add("--repeat", type=int, default=1, metavar="COUNT", help="images of each label, in turn")

@@ -19,10 +19,10 @@ _TOLD = ("version", "diffusion", "label", "labels", "label_name", "label_names",
 
 
 def given_model(path: Path, recorded: str, given: str | None) -> str:
-    """The model that ``path`` is made again with.
+    """The model with which ``path`` is made again.
 
-    A picture does not choose what is read from this machine or fetched from a hub: the built-in
-    model alone need not be given. Raises ValueError, one line, where another is to be.
+    A picture must not choose what is read from this machine or fetched from a hub. So the user must
+    give every model except the built-in one; otherwise this raises a one-line ValueError.
     """
     if given is None and recorded != "builtin":
         raise ValueError(
@@ -33,9 +33,10 @@ def given_model(path: Path, recorded: str, given: str | None) -> str:
 
 
 def given_vae(path: Path, recorded: str | None, given: str | None, another: bool) -> bool:
-    """Whether the VAE is the one that ``path`` was made with; another: the model is not.
+    """Whether the VAE is the one with which ``path`` was made.
 
-    Raises ValueError, one line, where it is to be given.
+    another: the model is not the one with which ``path`` was made. Raises a one-line ValueError if
+    the user must give the VAE.
     """
     if given is not None:
         return recorded is not None and is_source(given, recorded)

@@ -1,5 +1,5 @@
-"""What every command does before anything else: standard streams that work, threads that sleep, and
-nothing that is run from the current directory."""
+"""What every command does first: make standard streams work, let waiting threads sleep, and leave
+the current directory out of all search paths."""
 
 from __future__ import annotations
 

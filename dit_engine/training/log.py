@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dit_engine.training.loop import Budget
 
 
-_MOST_COLUMNS = 16  # of a log; trainings have seven at most
+_MOST_COLUMNS = 16  # in a log; a training writes at most seven
 
 
 class ProgressLine:
@@ -61,7 +61,7 @@ def drop_rows_after(path: Path, step: int) -> None:
     """Forget what was logged after the checkpoint: those steps will be taken again. So are rows
     that were not written whole.
 
-    Raises ValueError for a file that is no log: each of its columns would become a panel.
+    Raises ValueError if the file is not a log: each of its columns would become a panel.
     """
     if not path.exists():
         return
@@ -71,14 +71,14 @@ def drop_rows_after(path: Path, step: int) -> None:
     header, *rows = lines
     names = header.split(",")
     if names[0] != "step" or len(names) > _MOST_COLUMNS:
-        raise ValueError(f"{path} is no log of a training: remove it to begin another")
+        raise ValueError(f"{path} is not a log of a training: remove it to begin another")
     kept = [row for row in rows if len(row.split(",")) == len(names) and _step(row) <= step]
     with atomic_path(path) as partial:
         partial.write_text("\n".join([header, *kept]) + "\n")
 
 
 def _step(row: str) -> float:
-    """The first of a row's numbers; infinity where one of them is none."""
+    """The first number of a row; infinity if anything in the row is not a number."""
     try:
         numbers = [float(text) for text in row.split(",")]
     except ValueError:

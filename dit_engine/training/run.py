@@ -36,7 +36,7 @@ from dit_engine.training.vae_stage import encode_all, read_latents, train_vae
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 VAE_EMA_DECAY = 0.998
-_LARGEST_SEED = 2**42  # the loop seeds each step by a million times this, within 64 bits
+_LARGEST_SEED = 2**42  # each step's seed is about a million times this, and must fit into 64 bits
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _require_matplotlib() -> None:
 
 
 def _check_same(now: dict[str, Any], path: Path) -> None:
-    """Compare settings with those of the run's beginning, if this is not its beginning."""
+    """If the run was begun earlier, check that it has the same settings."""
     if not path.exists():
         return
     before, text = _begun(path), json.dumps(now)
@@ -214,8 +214,8 @@ def _check_same(now: dict[str, Any], path: Path) -> None:
 
 
 def _begun(path: Path) -> dict[str, Any]:
-    """The settings of the run's beginning; ValueError where the file holds something else."""
-    settings = read_json(path, lenient=True)  # the path of the images may hold what is no text
+    """The settings with which the run was begun; ValueError if the file holds something else."""
+    settings = read_json(path, lenient=True)  # the path of the images may not be valid UTF-8
     names = settings.get("class_names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: class_names {shown(names)} is not a list of names")

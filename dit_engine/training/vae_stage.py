@@ -102,10 +102,10 @@ def encode_all(vae: AutoencoderKL, data: ImageSet, batch_size: int = 128) -> tup
 
 
 def read_latents(path: Path, classes: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Means and deviations (N, c, s, s) and int64 labels (N,) that a training has written.
+    """Means and deviations (N, c, s, s) and int64 labels (N,) from a file that a training wrote.
 
-    Raises ValueError, one line with the path, for any other file, and for labels that are none of
-    ``classes`` (None: of at most N).
+    Raises a one-line ValueError with the path for any other file, and for labels outside 0 to
+    ``classes`` - 1 (to N - 1 if ``classes`` is None).
     """
     tensors = read_weights(path)
     try:
@@ -122,7 +122,7 @@ def read_latents(path: Path, classes: int | None = None) -> tuple[Tensor, Tensor
         )
     last = (classes or len(labels)) - 1
     if labels.dtype != torch.int64 or labels.min() < 0 or labels.max() > last:
-        raise ValueError(f"{path} holds labels that are no integers from 0 to {last}")
+        raise ValueError(f"{path} holds labels that are not integers from 0 to {last}")
     return means, deviations, labels
 
 

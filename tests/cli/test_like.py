@@ -144,4 +144,4 @@ def test_other_labels_and_samplers(
     assert main([*options, "--seeds", "5", "3", "-o", str(tmp_path / "a.png")]) == 0
     capsys.readouterr()
     assert main([*like, "--labels", "3"]) == 2
-    assert "a.png tells 2 seeds" in (told := capsys.readouterr().err) and "--seed" in told
+    assert "a.png records 2 seeds" in (told := capsys.readouterr().err) and "--seed" in told

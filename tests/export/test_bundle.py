@@ -77,7 +77,7 @@ def test_a_tampered_file_is_refused(tmp_path: Path, content: bytes | None, messa
         ({"producer": "someone"}, r"not written by dit-export$"),
         ({"files": 5}, r"not written by dit-export$"),
         ({"model": {"depth": 2}}, r"cannot be read: .*'hidden_size' is missing"),
-        ({"files": {"../denoiser.onnx": {"bytes": 1, "sha256": "0"}}}, r"no file name"),
+        ({"files": {"../denoiser.onnx": {"bytes": 1, "sha256": "0"}}}, r"not a file name"),
         ({"files": {}}, r"denoiser\.onnx is not among the files$"),
         ({"graphs": {"denoiser": {}}}, r"graphs\['denoiser'\] has no 'file'$"),
     ],

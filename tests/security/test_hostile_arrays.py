@@ -70,7 +70,7 @@ SETS: dict[str, tuple[Callable[[], bytes], str]] = {
     "unpacked lie": (lambda: zipped([("arr_0.npy", npy_header("(9, 99, 99, 3)", U1), GB // 8)],
                      method=0), "more than its file can hold"),
     "bzip2": (squeezed, "compressed by method 12"),
-    "twice": (lambda: zipped(member("arr_0", "(1, 2, 2, 3)", 12, U1) * 2), "there 2 times"),
+    "twice": (lambda: zipped(member("arr_0", "(1, 2, 2, 3)", 12, U1) * 2), "occurs 2 times"),
     "encrypted": (lambda: zipped(member("arr_0", "(1, 2, 2, 3)", 12, U1), flags=1), "encrypted"),
     "object": (lambda: zipped(member("arr_0", "(1, 2, 2, 3)", 99, "'|O'")), "holds object"),
     "record": (lambda: zipped(member("arr_0", "(1, 2, 2, 3)", 99, "[('a', '|u1')]")), "holds "),
@@ -167,8 +167,8 @@ TENSORS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "brackets": ("z.npy", with_header(npy_header("(" * 9000)), "is not an array"),
     "safetensors": ("z.safetensors", with_header(struct.pack("<Q", len(CLAIM)) + CLAIM.encode()),
                     "is not a .safetensors file"),
-    "device": ("z.npy", lambda path: path.symlink_to("/dev/zero"), "no regular file"),
-    "pipe": ("z.safetensors", os.mkfifo, "no regular file"),
+    "device": ("z.npy", lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+    "pipe": ("z.safetensors", os.mkfifo, "not a regular file"),
 }  # fmt: skip
 
 
@@ -204,9 +204,9 @@ def test_labels_of_latents_are_no_more_than_there_are_classes(tmp_path: Path) ->
     assert [part.shape[0] for part in read_latents(saved(), 3)] == [3, 3, 3]
     read_latents(saved())
     for tensors, told in (
-        ({"labels": torch.tensor([0, 1, 10**12])}, "labels that are no integers from 0 to 2"),
-        ({"labels": torch.tensor([0, 1, -1])}, "labels that are no integers"),
-        ({"labels": torch.zeros(3)}, "labels that are no integers"),
+        ({"labels": torch.tensor([0, 1, 10**12])}, "labels that are not integers from 0 to 2"),
+        ({"labels": torch.tensor([0, 1, -1])}, "labels that are not integers"),
+        ({"labels": torch.zeros(3)}, "labels that are not integers"),
         ({"labels": torch.arange(2)}, "means <float16 "),
         ({"deviations": z[:, :2].clone()}, "means <float16 "),
         ({"means": z[:, :, :2].clone()}, "means <float16 "),

@@ -73,5 +73,5 @@ def test_a_log_is_a_table_of_few_numbers(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     for text in ("step" + ",a" * 100_000, "other,loss"):
         log.write_text(f"{text}\n1{',1' * 100_000}\n")
-        with pytest.raises(ValueError, match=r"log.csv is no log of a training: remove it"):
+        with pytest.raises(ValueError, match=r"log.csv is not a log of a training: remove it"):
             drop_rows_after(log, 50)

@@ -149,8 +149,8 @@ def test_the_stand_in_is_taken_for_a_server(server: Server) -> None:
     ("changed", "said"),
     [
         (b"", "cannot be read"), (b"<html>", "cannot be read"), (b"\xff", "cannot be read"),
-        (b"[" * 200_000, "cannot be read"), ([], "no object"), (None, "no object"),
-        ("text", "no object"), ({}, "has no 'max_batch_size'"),
+        (b"[" * 200_000, "cannot be read"), ([], "not an object"), (None, "not an object"),
+        ("text", "not an object"), ({}, "has no 'max_batch_size'"),
         (config(max_batch_size=0), "takes no batches"), (config(max_batch_size="4"), "is str"),
         (config(max_batch_size=True), "is bool"), (config(max_batch_size=-1), "is int, not count"),
         (config(max_batch_size=1.5), "is float"), (config(parameters=[]), "is list"),

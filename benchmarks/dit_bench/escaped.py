@@ -1,4 +1,4 @@
-"""Reports of others in Markdown: escaped as a whole, before any of it is written."""
+"""Escape reports from others before they are written as Markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Table = Callable[..., str]
 
 
 def of_escaped(table: Table) -> Table:
-    """Decorate a function from reports to Markdown: it is given them with every text escaped."""
+    """Decorator for a function that turns reports into Markdown: escape all text in the reports."""
 
     @functools.wraps(table)
     def escaped(*reports: dict[str, Any]) -> str:

@@ -1,13 +1,13 @@
-"""What `python -m` of a module of ours does before that module imports anything else."""
+"""The first step of our modules under `python -m`, before they import anything else."""
 
 import os
 import sys
 
 
 def installed_first() -> None:
-    """Look for modules in the current directory, where python -m begins to look, last of all.
+    """Move the current directory to the end of ``sys.path``; `python -m` puts it first.
 
-    `dit_engine.cli.start.prepare` leaves the directory out altogether, unless we lie there.
+    `dit_engine.cli.start.prepare` removes it later, unless our packages are in it.
     """
-    if sys.path[0] == os.getcwd():  # noqa: PTH109 (as python -m wrote it)
+    if sys.path[0] == os.getcwd():  # noqa: PTH109 (the same string as Python's)
         sys.path.append(sys.path.pop(0))

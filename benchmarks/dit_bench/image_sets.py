@@ -38,9 +38,9 @@ Images = NDArray[np.uint8]
 # Pillow turns these into 8-bit RGB without losing range; 16-bit modes would be cut off.
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _ARRAY = "arr_0"
-_NAME_SHOWN = 80  # characters, more than any that is looked for has
-_WIDEST = 2048  # features of Inception, of which others are fewer
-_BATCH_PIXELS = 2**25  # 32 images of 1024×1024, of which networks make float32
+_NAME_SHOWN = 80  # characters; the names that we look for are shorter
+_WIDEST = 2048  # features of Inception; other networks have fewer
+_BATCH_PIXELS = 2**25  # 32 images of 1024×1024, which networks convert to float32
 _POOLED, _SPATIAL = ("mu", "sigma"), ("mu_s", "sigma_s")
 
 
@@ -57,8 +57,8 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def batches(self, batch_size: int) -> Iterator[Images]:
-        """uint8 (n, H, W, 3) with n = batch_size but for the last, or smaller where images are
-        large. ValueError for a bad image."""
+        """uint8 (n, H, W, 3), where n is batch_size, or smaller for large images and in the last
+        batch. ValueError for a bad image."""
         ...
 
 
@@ -251,7 +251,7 @@ def _names(path: Path) -> list[str]:
 
 
 def _at_once(batch_size: int, size: tuple[int, int]) -> int:
-    """Images of a batch: fewer than were asked for, where they are large."""
+    """Images in one batch: ``batch_size``, or fewer if they are large."""
     return max(min(batch_size, _BATCH_PIXELS // math.prod(size)), 1)
 
 

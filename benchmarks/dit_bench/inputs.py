@@ -8,7 +8,7 @@ from typing import Any
 from dit_bench.schema import check_operators, validate
 from dit_engine.json_files import check_schema, read_json, read_json_value
 
-# Of the pages that are drawn from them.
+# Schema of a report of dit_bench.scaling: the values that the page shows.
 SCALING = {
     "": {"metric": "text", "points": "list"},
     "points[]": {

@@ -65,7 +65,7 @@ def build_parser(about: str) -> argparse.ArgumentParser:
     add("--scaling", type=Path, metavar="FILE", help="--json of python -m dit_bench.scaling")
     add("--load", type=Path, metavar="FILE", help="show a finished --json, and measure nothing")
     add("--env", action="store_true", help="what this machine has, and no more")
-    add("--record-paths", action="store_true", help="reports tell whole paths, not names alone")
+    add("--record-paths", action="store_true", help="record whole paths in reports, not only names")
     add("--wide", action="store_true", help="tables with all columns, wider than the terminal")
     add("--quiet", action="store_true", help="no progress bars")
     return parser

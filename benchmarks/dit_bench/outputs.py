@@ -63,12 +63,12 @@ def write_text(text: str, path: Path | None) -> None:
 
 
 def write_json(report: dict[str, Any], path: Path | None, paths: bool = False) -> None:
-    """paths: those of files are written whole; unless given, their names alone."""
+    """Write a report as JSON; paths: keep whole paths of files, not only their names."""
     write_text(json_text(finite(report if paths else without_paths(report))), path)
 
 
 def json_text(value: Any) -> str:
-    """JSON that a terminal can show: what is not `printable` is escaped, as JSON does that."""
+    """JSON that is safe to print: characters that are not `printable` become JSON's escapes."""
     lines = json.dumps(value, indent=1, ensure_ascii=False).split("\n")
     shown = (line if printable(line) == line else _escaped(line) for line in lines)
     return "\n".join(shown) + "\n"
@@ -93,7 +93,7 @@ def finite(value: Any) -> Any:
 def csv_text(report: dict[str, Any]) -> str:
     """One line a measurement; the spreads' quantiles are columns of their own.
 
-    Text that a spreadsheet would take for a formula gets an apostrophe in front, as OWASP advises.
+    Text that a spreadsheet would read as a formula gets an apostrophe in front, as OWASP advises.
     """
     import io
 

@@ -147,7 +147,7 @@ def measure(
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """What `measure` has kept. Raises ValueError, one line with the path, for all else."""
+    """The rows that `measure` wrote. Raises a one-line ValueError with the path for other files."""
     rows = read_json_value(path)
     check_schema({"rows": rows}, {"": {"rows": "list"}, "rows[]": _ROW}, path)
     return rows

@@ -114,13 +114,13 @@ MEASURED = {
 SPREAD = {"p5": "number", "median": "number", "p95": "number", "n": "number"}
 
 
-# Of every paired set that has a reference.
+# Additional values of paired sets that have a reference.
 WITH_REFERENCE = {
     "n_reference": "number?", "to_reference": "number", "eager_to_reference": "number",
     "absolute_difference": "object", "confidence": "number", "resamples": "number",
 }  # fmt: skip
 OPERATORS = {"": {"operators": "list", "ceilings": "object"}, "operators[]": {"status?": "text"}}
-# Of every operator that was timed.
+# Values of every operator that was timed.
 OPERATOR = {
     "": {
         "operator": "text", "shape": "text", "dtype": "text", "impl": "text", "ms": "object",
@@ -132,7 +132,7 @@ OPERATOR = {
 
 
 def check_operators(values: Any, source: object, top: str = "") -> None:
-    """`validate` of a report of dit_bench.operators; see `check_schema`."""
+    """Like `validate`, for a report of dit_bench.operators. The arguments are `check_schema`'s."""
     check_schema(values, OPERATORS, source, top)
     for i, row in enumerate(values["operators"]):
         if row.get("status") == "ok" and "rate" in row:

@@ -100,7 +100,7 @@ class Table:
         return lines
 
     def shown(self) -> Table:
-        """Without empty columns, and with all that is said beside the cells `printable` too."""
+        """A copy without empty columns; its title, column names and notes are `printable`."""
         table = self.filled()
         table.title, table.columns = printable(table.title), [*map(printable, table.columns)]
         table.notes = [*map(printable, table.notes)]

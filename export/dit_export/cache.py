@@ -1,4 +1,4 @@
-"""Exports that backends make for themselves, kept between processes."""
+"""Keep the exports that backends make between processes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from dit_export.source import weights_hash
 
 
 def cached_export(model: DiT, options: ExportOptions) -> Bundle:
-    """The export of ``model``, made now or earlier; one that is damaged, of another model, or in a
-    directory in which others may write is made again.
+    """The export of ``model``, from the cache or made now.
 
-    Its name is a hash of the weights, the config, the options and the versions that wrote it.
+    One in the cache is made again if it is damaged, is of another model, or is in a directory that
+    others may write in. Its name is a hash of the weights, the config, the options and the versions
+    that wrote it.
 
     Raises as `private_cache` and `export_onnx` do.
     """
@@ -34,7 +35,7 @@ def cached_export(model: DiT, options: ExportOptions) -> Bundle:
         try:
             return _hit(path, weights, model.config, options)
         except ValueError:
-            # Not there, or damaged. Here everything is ours, also what is no export any more.
+            # Missing or damaged. The directory is private, so every file in it is ours to remove.
             for leftover in [path, *path.parent.glob(f".{path.name}.*")]:  # of a killed process
                 if leftover.is_dir() and not leftover.is_symlink():
                     shutil.rmtree(leftover)

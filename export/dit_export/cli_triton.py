@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ready-timeout", type=float, default=READY_SECONDS, metavar="SECONDS",
         help="of --serve: that loading and warming up may take")  # fmt: skip
     add("--trust", action="store_true",
-        help="of --serve: run a repository's code that this version does not write")  # fmt: skip
+        help="of --serve: also run code that this version did not write")  # fmt: skip
     add("--verbose", action="store_true", help="of --serve: show what the server prints")
 
 

@@ -159,9 +159,9 @@ def _target(flavour: Flavour, options: BuildOptions) -> str:
 def existing(
     directory: Path, graph: Graph, checkpoint: str, model: dict[str, Any], key: EngineKey
 ) -> EngineFile | None:
-    """The engine of that key, verified; None if it was never finished, or is another config's.
+    """The engine with that key, checked; None if it is missing, unfinished or for another config.
 
-    Raises `EngineRefused` for one that has changed since, or that says that it is another one.
+    Raises `EngineRefused` if it has changed since it was built, or describes another engine.
     """
     path = engine_path(directory, graph.name, key)
     if not description_path(path).exists():

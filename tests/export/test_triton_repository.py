@@ -450,4 +450,4 @@ def test_readme_tells_the_models_diffusion(tmp_path: Path) -> None:
     text = (write_repository(bundle, tmp_path / "repository") / "README.md").read_text()
     assert 'make_schedule(50, "official", diffusion)' in text
     assert "this model has num_train_steps 100, prediction v_prediction, clip 2.0." in text
-    assert "| optional, 1 to 100; the sampler's usual count |" in text
+    assert "| optional, 1 to 100; the sampler's usual number by default |" in text

@@ -1,4 +1,4 @@
-"""config.pbtxt of every model: what it takes and gives, how it is batched, placed and warmed up."""
+"""Write config.pbtxt of every model: its inputs and outputs, batching, placement and warm-up."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ GRAPHS = {
     "dit_guided_step": "guided_step",
     "vae_decoder": "vae_decoder",
 }
-"""Model of the repository → graph of the export."""
+"""Model in the repository → graph in the export."""
 
 ENGINE_CACHE = "trt-cache"
-"""Where onnxruntime's TensorRT provider keeps its engines, in the directory that the server runs
-in: in /tmp, others could put some there beforehand."""
+"""Where onnxruntime's TensorRT provider keeps its engines, relative to the directory that the
+server runs in. In /tmp, others could put engines there beforehand."""
 
 _TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 _MIB = 1 << 20
@@ -31,7 +31,7 @@ _MOST = 2**31 - 1  # of any number that is set here
 
 
 class Enum(str):
-    """A word that stands without quotation marks; all of them are this module's own."""
+    """A word that is written without quotation marks; only this module makes them."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ServingOptions:
     queue_size: int = 256
 
     def checked(self) -> ServingOptions:
-        """Itself, or a ValueError that names the first option out of its range."""
+        """The same options; ValueError that names the first option out of its range."""
         for name, value, allowed in (
             ("platform", self.platform, PLATFORMS),
             ("accelerator", self.accelerator, ACCELERATORS),
@@ -146,8 +146,8 @@ def pipeline_config(bundle: Bundle, options: ServingOptions) -> str:
 
 
 def _tensor(spec: TensorSpec, side: int) -> dict[str, Any]:
-    """side: of what is free in the graph, as the decoder's latents are. Were it free here too, a
-    request of 1 MiB could take gigabytes."""
+    """An input or output. Sizes that the graph leaves open, as the decoder's are, become ``side``:
+    with open sizes, a request of 1 MiB could take gigabytes."""
     dims = [size if isinstance(size, int) else side for size in spec.shape[1:]]
     value: dict[str, Any] = {"name": _name(spec), "data_type": Enum(_TYPES[spec.dtype])}
     if dims:
@@ -194,8 +194,8 @@ def to_pbtxt(fields: Sequence[tuple[str, Any]] | Mapping[str, Any], indent: str 
     """Protocol buffers' text format. A list of messages is a field that repeats; one of numbers
     stands in brackets.
 
-    Raises ValueError for a value of any other type: whatever is written here is a number, a word of
-    our own, or text between quotation marks that it cannot end.
+    Raises ValueError for a value of any other type. So everything that is written here is a number,
+    one of our own words, or a string whose quotation marks are escaped.
     """
     lines: list[str] = []
     pairs = fields.items() if isinstance(fields, Mapping) else fields
@@ -224,13 +224,13 @@ def _scalar(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """C's escapes, of bytes: other programs than protobuf's own read these files too."""
+    """C's escapes of UTF-8 bytes, which all programs that read these files understand."""
     data = text.replace("\\", r"\\").replace('"', r"\"").encode("utf-8", "surrogatepass")
     return "".join(chr(byte) if 32 <= byte < 127 else f"\\{byte:03o}" for byte in data)
 
 
 def _name(spec: TensorSpec) -> str:
-    """Raises ValueError for what is no name of a tensor in our graphs."""
+    """The name of a tensor. Raises ValueError if no tensor in our graphs can have it."""
     if not (isinstance(spec.name, str) and re.fullmatch(r"[A-Za-z_][A-Za-z_0-9]{0,63}", spec.name)):
         raise ValueError(f"tensor name {shown(spec.name)}: letters, digits and _ are allowed")
     return spec.name

@@ -31,7 +31,7 @@ Inputs of `dit`, each (N, 1) with one row per image:
 | `labels` | INT64 | class numbers 0 to {last}; alternatively: |
 | `label_names` | BYTES | {names} |
 | `seeds` | INT64 | 0 or above; an image depends only on its own row |
-| `steps` | INT64 | optional, 1 to {train_steps}; by default the sampler's usual number |
+| `steps` | INT64 | optional, 1 to {train_steps}; the sampler's usual number by default |
 | `guidance_scale` | FP32 | optional, 4.0 by default; 1 is no guidance |
 | `sampler` | BYTES | optional: ddpm (the default), ddim, dpm++ |
 

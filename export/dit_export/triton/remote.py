@@ -1,4 +1,4 @@
-"""A Triton Inference Server as seen by a client: what it serves, and questions to its models."""
+"""Ask a Triton Inference Server for the configurations and the outputs of its models."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dit_engine.errors import BackendUnavailable
 from dit_engine.printable import one_line
 
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 600.0
-# An answer is about as large as its question: a step's tensors, which as text take five times more.
+# An answer has the tensors of a step, as the request has. As text they take five times more bytes.
 _TIMES_THE_QUESTION, _LEAST_BYTES = 16, 16 * 2**20
 _ERROR_BYTES, _BLOCK_BYTES = 64 * 2**10, 2**16
 _TYPES = {"float32": "FP32", "int64": "INT64"}
 _GRPC = "grpc+"
-# tritonclient's own options, which given ones replace, and no proxy of the environment.
+# Repeats tritonclient's own options, because given ones replace them, and ignores proxies.
 _DIRECT = [
     ("grpc.max_send_message_length", 2**31 - 1),
     ("grpc.max_receive_message_length", 2**31 - 1),
@@ -34,10 +34,9 @@ T = TypeVar("T")
 class RemoteServer:
     """The server at "host:port" (HTTP) or "grpc+host:port". Threads may share it.
 
-    Raises ValueError for an address that is none, ImportError without tritonclient. Every question
-    raises, in one line with the address and what went wrong, ValueError where the server names the
-    question's arguments as invalid, else `BackendUnavailable`: also for an answer that is none, or
-    one that is far larger than the question.
+    Raises ValueError for an invalid address, ImportError without tritonclient. Every request raises
+    one line with the address and the reason: ValueError if the server calls the request's arguments
+    invalid, else `BackendUnavailable`, also for an answer that cannot be read or is far too large.
     """
 
     def __init__(self, address: str) -> None:
@@ -87,18 +86,18 @@ class RemoteServer:
             return question(self._client())
         except self.refused as error:
             status = "" if error.status() is None else f"[{error.status()}] "
-            text = one_line(f"{status}{error.message()}")  # the message may be any JSON
-            # What HTTP and gRPC call a client's mistake.
+            text = one_line(f"{status}{error.message()}")  # the message may be any JSON value
+            # The codes of HTTP and gRPC for a client's mistake.
             if error.status() in ("400", "StatusCode.INVALID_ARGUMENT"):
                 raise ValueError(f"{self.address}: {one_line(error.message())}") from None
-            if "UNAVAILABLE" in text:  # gRPC's word for a connection that cannot be made
+            if "UNAVAILABLE" in text:  # gRPC's code for a failed connection
                 raise self._nobody(text) from None
             raise BackendUnavailable(f"{self.address}: {text}") from None
         except (OSError, HTTPException) as error:  # timeouts too
             raise self._nobody(one_line(getattr(error, "strerror", None) or error)) from None
         except (BackendUnavailable, ImportError, MemoryError):
             raise
-        except Exception as error:  # tritonclient takes an answer's shape for granted
+        except Exception as error:  # tritonclient does not check the structure of an answer
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise BackendUnavailable(
                 f"{self.address}: its answer cannot be read ({reason})"
@@ -112,7 +111,7 @@ class RemoteServer:
     def _client(self) -> Any:
         if not hasattr(self._own, "client"):
             limits: dict[str, Any] = {}
-            if self.protocol == "http":  # which heeds no proxy of the environment
+            if self.protocol == "http":  # which ignores proxies
                 limits = {"connection_timeout": CONNECT_SECONDS, "network_timeout": ANSWER_SECONDS}
             elif is_loopback(self.url.rpartition(":")[0]):
                 limits = {"channel_args": _DIRECT}
@@ -124,7 +123,7 @@ class RemoteServer:
 
 
 class _Bounded:
-    """The HTTP connection of tritonclient, which itself reads, and inflates, what never ends."""
+    """tritonclient's HTTP connection with a limit for the size of answers, which it lacks."""
 
     def __init__(self, connection: Any, address: str) -> None:
         self._connection, self._address = connection, address
@@ -142,12 +141,14 @@ class _Bounded:
     def _read(self, response: Any, limit: int) -> _Answer:
         failed = response.status_code != 200
         if not failed and response.get("Content-Encoding") is not None:
-            raise BackendUnavailable(f"{self._address}: its answer is compressed: nobody asked so")
+            raise BackendUnavailable(
+                f"{self._address}: its answer is compressed, though we did not ask for that"
+            )
         body = bytearray()
         while block := response.read(_BLOCK_BYTES):
             body += block
             if failed and len(body) > _ERROR_BYTES:
-                break  # the beginning tells enough
+                break  # the beginning is enough for a message
             if len(body) > limit:
                 raise BackendUnavailable(
                     f"{self._address}: its answer has more than {limit >> 20} MiB"
@@ -156,7 +157,7 @@ class _Bounded:
 
 
 class _Answer:
-    """What tritonclient takes from a response."""
+    """The parts of a response that tritonclient uses."""
 
     def __init__(self, response: Any, body: bytes) -> None:
         self.status_code: int = response.status_code
@@ -168,7 +169,7 @@ class _Answer:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine itself, of which no proxy knows."""
+    """Whether a host is this machine itself, which no proxy can reach."""
     try:
         return ip_address(host.strip("[]")).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""Caches: a directory in which others could write is not used, and a hit is what it claims."""
+"""A cache that others could write to is refused, and a hit is compared with the model."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_what_belongs_to_others_is_refused(tmp_path: Path) -> None:
             private_directory(path)
 
 
-def test_links_of_ones_own_are_followed(tmp_path: Path) -> None:
+def test_links_of_the_user_are_followed(tmp_path: Path) -> None:
     (tmp_path / "disk" / "big").mkdir(parents=True)
     (tmp_path / "home").symlink_to("disk/../disk")
     (tmp_path / "disk" / "cache").symlink_to(tmp_path / "disk" / "big")
@@ -100,7 +100,7 @@ def test_links_of_ones_own_are_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "dangling link", "loop"])
-def test_what_is_no_directory_is_refused(tmp_path: Path, kind: str) -> None:
+def test_anything_but_a_directory_is_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "cache"
     if kind == "file":
         path.touch()
@@ -216,8 +216,8 @@ def test_backends_refuse_a_cache_of_others(cache: Path) -> None:
         cached_export(tiny_dit(), OPTIONS)
 
 
-def test_an_engine_that_says_that_it_is_anothers(tmp_path: Path) -> None:
-    """The description's claims, whatever the name and the key."""
+def test_an_engine_of_another_model(tmp_path: Path) -> None:
+    """The claims of the description are checked, although name and key fit."""
     graph = Graph("denoiser", "denoiser.onnx", "fp16", (), ())
     key = EngineKey("0" * 64, "rtx", "1.7", "any", parse_profiles(["1,2,8"]))
     model = tiny_dit().config.to_dict()

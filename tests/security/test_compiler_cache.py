@@ -1,4 +1,4 @@
-"""torch's compiler neither makes nor reads anything in a temporary directory of a known name."""
+"""torch's compiler neither reads nor writes in a temporary directory with a known name."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def mode(path: str | Path) -> int:
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners and modes here")
-def test_a_compilation_looks_nowhere_else(tmp_path: Path) -> None:
+def test_a_compilation_uses_only_our_cache(tmp_path: Path) -> None:
     hostile = tmp_path / "tmp" / f"torchinductor_{getpass.getuser()}"
     hostile.mkdir(parents=True)
     hostile.chmod(0o777)
@@ -58,7 +58,7 @@ def test_a_compilation_looks_nowhere_else(tmp_path: Path) -> None:
 
 @pytest.fixture
 def usual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """torch's usual place, as long as nobody has chosen another."""
+    """torch's default cache directory, with no other one chosen."""
     usual = str(tmp_path / "torchinductor_user")
     for module in (cache_dir_utils, runtime_utils, codecache):
         monkeypatch.setattr(module, "default_cache_dir", lambda: usual)
@@ -80,7 +80,7 @@ def places() -> list[Callable[[], str]]:
 
 
 @pytest.mark.usefixtures("usual")
-def test_what_torch_itself_has_chosen_is_no_choice(tmp_path: Path) -> None:
+def test_the_default_of_torch_is_replaced(tmp_path: Path) -> None:
     use_private_cache()
     assert {place() for place in places()} == {str(tmp_path / "cache" / "inductor")}
     use_private_cache()

@@ -1,4 +1,4 @@
-"""A stranger's directory, as the current one: none of its modules and programs is run."""
+"""No module or program is run from a current directory that belongs to a stranger."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PROGRAMS = ("nvidia-smi", "tritonserver", "g++", "gcc", "ld", "openssl")
 
 @pytest.fixture
 def marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Grows by a line for everything that is run of the stranger's directory, the current one."""
+    """A file that gets a line for everything that is run from the stranger's current directory."""
     marks, folder = tmp_path / "marks", tmp_path / "stranger"
     folder.mkdir()
     marks.touch()
@@ -60,7 +60,7 @@ def marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return marks
 
 
-def test_the_stranger_is_run_if_nothing_is_done(marks: Path) -> None:
+def test_without_protection_a_stranger_is_run(marks: Path) -> None:
     subprocess.run([sys.executable, "-c", "import struct"], check=True)
     assert marks.read_text() == "struct.py\n"
 
@@ -106,7 +106,7 @@ def test_a_pool_of_processes(marks: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_the_compiler_starts(marks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch starts its programs in the first call, in a library's process too."""
+    """torch starts its programs in the first call. Our package is used as a library here."""
     calls = []
 
     def standing_in(function: Any, **_: object) -> Any:
@@ -179,7 +179,7 @@ def test_a_module_run_by_name(marks: Path) -> None:
 
 
 def test_an_installed_command(marks: Path) -> None:
-    """Its probes of TensorRT and the programs that it asks, with an empty entry of PATH."""
+    """It starts probes of TensorRT and other programs; PATH has an empty entry."""
     command = [Path(sysconfig.get_path("scripts")) / "dit-bench", "--env"]
     given = os.environ | {"PATH": os.pathsep + os.environ["PATH"]}
     done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=100)

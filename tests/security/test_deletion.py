@@ -1,4 +1,4 @@
-"""What is replaced: only what was written here is removed, whatever a file says was."""
+"""Replacing an output removes only files that this program wrote, whatever a manifest lists."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def contents(directory: Path) -> dict[str, Any]:
 
 
 def list_it(path: Path, marker: str, name: str, data: bytes) -> None:
-    """As if the file had been written with the rest: what a stranger's list may say."""
+    """Add a file to the manifest, as a stranger may, as if it had been written with the rest."""
     values = json.loads((path / marker).read_text())
     digest = hashlib.sha256(data).hexdigest()
     listed = {"bytes": len(data), "sha256": digest} if marker == MANIFEST else digest
@@ -111,7 +111,7 @@ def list_it(path: Path, marker: str, name: str, data: bytes) -> None:
 @pytest.mark.parametrize(
     ("kind", "name"), [(kind, name) for kind, names in FOREIGN.items() for name in names]
 )
-def test_what_was_not_written_here_is_never_removed(
+def test_files_of_others_are_never_removed(
     tmp_path: Path, kind: str, name: str, listed: bool
 ) -> None:
     make, again, marker = KINDS[kind]
@@ -133,7 +133,7 @@ def test_what_was_not_written_here_is_never_removed(
 
 
 @pytest.mark.parametrize("kind", ["export", "repository"])
-def test_what_has_changed_since_is_not_removed(tmp_path: Path, kind: str) -> None:
+def test_changed_files_are_not_removed(tmp_path: Path, kind: str) -> None:
     make, again, marker = KINDS[kind]
     path = make(tmp_path / "out")
     changed = next(p for p in path.rglob("*.*") if p.is_file() and p.name != marker)
@@ -148,9 +148,7 @@ def test_what_has_changed_since_is_not_removed(tmp_path: Path, kind: str) -> Non
              "vae/diffusion_pytorch_model.safetensors"],
 )  # fmt: skip
 @pytest.mark.parametrize("data", [THESIS, b'{"_class_name": "BertModel"}'])
-def test_a_file_of_a_model_that_is_none_is_not_removed(
-    tmp_path: Path, name: str, data: bytes
-) -> None:
+def test_a_file_of_another_format_is_not_removed(tmp_path: Path, name: str, data: bytes) -> None:
     path = native(tmp_path / "out")
     (path / name).write_bytes(data)
     with pytest.raises(ValueError, match="nothing was written"):
@@ -177,7 +175,7 @@ def test_links_are_refused_and_not_followed(tmp_path: Path, kind: str, linked: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_comes_there_while_it_is_replaced_is_kept(
+def test_files_added_during_a_replacement_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     make, again, _ = KINDS[kind]

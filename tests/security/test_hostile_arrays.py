@@ -1,4 +1,4 @@
-"""Arrays that claim, or are packed from, far more than their files hold."""
+"""Arrays that claim far more data than their files hold, or are inflated from little data."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ SHAPES = {"mu": "(4,)", "sigma": "(4, 4)", "mu_s": "(4,)", "sigma_s": "(4, 4)"}
 
 
 def member(name: str, shape: str, size: int, dtype: str = "'<f8'") -> list[tuple[str, bytes, int]]:
-    """``size`` zeros behind a header."""
+    """A member of an .npz: a header and ``size`` zeros."""
     header = npy_header(shape, dtype)
     return [(f"{name}.npy", raw_deflate(size, header), len(header) + size)]
 
 
 def statistics(name: str, shape: str, size: int = 2 * GB, dtype: str = "'<f8'") -> bytes:
-    """A file of statistics of which one array is not small."""
+    """A file of statistics with one large array."""
     others = [member(each, small, 128) for each, small in SHAPES.items() if each != name]
     return zipped(sum(others, member(name, shape, size, dtype)))
 
 
 def squeezed() -> bytes:
-    """Python's reader unpacks as much as a block of 4 KB holds, which here are gigabytes."""
+    """A bzip2 archive: Python's reader unpacks a block of 4 KB at once, which here is gigabytes."""
     packing = bz2.BZ2Compressor()
     packed = packing.compress(npy_header("(60, 2048, 2048, 3)", "'|u1'"))
     zeros = bytes(2**24)
@@ -103,7 +103,7 @@ def test_a_small_npz_takes_little_memory(kind: str, tmp_path: Path) -> None:
 
 @linux
 def test_large_images_come_one_by_one(tmp_path: Path) -> None:
-    """32 of them would be 3 GB, from 4 MB; of each 93 MiB are read."""
+    """A batch of 32 would take 3 GB, from a file of 4 MB; one image has 93 MiB."""
     path = tmp_path / "set.npz"
     path.write_bytes(zipped(member("arr_0", "(40, 5700, 5700, 3)", 40 * 5700 * 5700 * 3, U1)))
 
@@ -194,7 +194,7 @@ def test_avatars_are_those_that_are_asked_for(tmp_path: Path) -> None:
 
 
 def test_labels_of_latents_are_no_more_than_there_are_classes(tmp_path: Path) -> None:
-    """A network that is trained on them has a row of its table for each class."""
+    """A network that is trained on the latents has an embedding for each class."""
     path, z = tmp_path / "latents.safetensors", torch.zeros(3, 4, 8, 8, dtype=torch.float16)
 
     def saved(**tensors: torch.Tensor) -> Path:

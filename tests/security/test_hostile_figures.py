@@ -1,4 +1,4 @@
-"""Names in figures are shown as they are written, and a log has few columns."""
+"""Figures show names literally, and logs with many columns are refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = ["x$\\frac$", "$$ \x1b[31m\n</svg><script>"]
 
 
 def report(name: str) -> dict[str, Any]:
-    """Of a run in which the subject, its peer, a model and the CPU have such a name."""
+    """A report in which the subject, its peer, a model and the CPU have this name."""
     ms = {"median": 2.0, "p5": 1.9, "p95": 2.1}
     rows = [
         {"what": what, "images": images, "status": "ok", "noisy": False, "model": name,
@@ -33,7 +33,7 @@ def report(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_are_no_formulas(name: str) -> None:
+def test_names_are_not_formulas(name: str) -> None:
     from matplotlib.text import Text
 
     from dit_bench.drawing import svg
@@ -49,7 +49,7 @@ def test_names_are_no_formulas(name: str) -> None:
         assert shown or "$" not in name
 
 
-def test_numbers_at_logarithmic_axes_are_formulas_still(tmp_path: Path) -> None:
+def test_numbers_at_logarithmic_axes_stay_formulas(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
     from dit_engine.figures import show_plainly

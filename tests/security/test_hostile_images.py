@@ -1,4 +1,4 @@
-"""Pictures that start programs, that take gigabytes, or that are no files."""
+"""Pictures that start programs or take gigabytes, and pipes and devices in their place."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are
 
 @pytest.fixture
 def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What a program called gs, first on the path, leaves where it is run."""
+    """A file that exists once the stand-in for Ghostscript, first on PATH, was run."""
     trace, programs = tmp_path / "gs-was-run", tmp_path / "bin"
     programs.mkdir()
     (programs / "gs").write_text(f"#!/bin/sh\necho ran >> '{trace}'\n")
@@ -76,7 +76,7 @@ def test_no_picture_starts_a_program(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the program is a shell script")
-def test_nor_does_one_among_those_that_are_resumed(
+def test_no_resumed_picture_starts_a_program(
     ghostscript: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, out = tmp_path / "model", tmp_path / "out"
@@ -121,7 +121,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(bits: int, colour: int, *more: bytes, side: int = SIDE, data: bytes | None = None) -> bytes:
-    """Of zeros; its rows begin with a byte more."""
+    """A PNG of zeros. Each row begins with the byte of its filter."""
     row = 1 + (side * bits * {0: 1, 2: 3, 3: 1, 6: 4}[colour] + 7) // 8
     header = struct.pack(">IIBBBBB", side, side, bits, colour, 0, 0, 0)
     packed = zlib_stream(row * side) if data is None else data
@@ -145,7 +145,7 @@ def tiff(data: bytes, **tags: int) -> bytes:
 
 
 def many_entries(count: int = 20_000, size: int = 400_000) -> bytes:
-    """A TIFF whose entries all have the same bytes."""
+    """A TIFF with many entries that all point to the same bytes."""
     start = 8 + 2 + 12 * count + 4
     entries = (struct.pack("<HHII", tag, 7, size, start) for tag in range(1000, 1000 + count))
     return b"II*\0\x08\0\0\0" + struct.pack("<H", count) + b"".join(entries) + bytes(4 + size)

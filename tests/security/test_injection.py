@@ -1,4 +1,4 @@
-"""Text of others stays text in what is generated: configurations, Markdown, HTML, CSV, commands."""
+"""Text from others cannot act as syntax in configurations, Markdown, HTML, CSV and commands."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BREAKS = 'x"\n}\nbackend: "python"\n#`| </script><img src=x onerror=alert(1)> [a
 
 
 def bundle(names: tuple[str, ...] | None = None, **changes: Any) -> Bundle:
-    """Without files; changes: of the transformer's first input."""
+    """A bundle without files; changes: to the first input of the transformer."""
     config = ModelConfig(2, 48, 2, 2, 8, num_classes=4)
     x = replace(TensorSpec("x", "float32", ("N", 4, 8, 8)), **changes)
     graphs = {
@@ -74,7 +74,7 @@ def test_sizes_of_tensors_are_numbers() -> None:
 
 
 def test_text_cannot_end_its_quotation_marks() -> None:
-    """As the parser of the server reads it, if that is here."""
+    """Also checked with the parser that the server uses, if it is installed."""
     for text in (
         graph_config("dit_transformer", bundle(), ServingOptions()),
         pipeline_config(bundle(), ServingOptions()),
@@ -92,7 +92,7 @@ def test_text_cannot_end_its_quotation_marks() -> None:
 
 
 @pytest.mark.parametrize("value", [{"a"}, None, 0.5, b"x", [1, "a"], ["a"], [True], object()])
-def test_other_values_have_no_place(value: Any) -> None:
+def test_other_values_are_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=r"is not a value of a config\.pbtxt$"):
         to_pbtxt({"a": value})
 
@@ -110,7 +110,7 @@ def test_options_of_serving_are_checked(name: str, value: Any) -> None:
 
 
 def test_the_readme_of_a_repository() -> None:
-    """Fences and tables are as without names, and commands have their arguments."""
+    """Hostile names change no fence and no table, and are single arguments of commands."""
     names = ("```\n# owned\n", "a | b <b>c</b> `d` [e](javascript:f)", "$(id); 'g'", "-h")
     plain, made = (readme(bundle(each), ServingOptions()) for each in (None, names))
     assert made.count("```") == plain.count("```") and made.count("\n") == plain.count("\n")
@@ -143,7 +143,7 @@ REPORTS = {
 
 @pytest.mark.parametrize("name", REPORTS)
 def test_tables_of_documents(name: str) -> None:
-    """Another's report changes a cell, and neither ends a table nor the block of the document."""
+    """A hostile report changes only the text of cells: tables and blocks stay complete."""
     report = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     block, before = block_and_table(report)
     *places, last = REPORTS[name]
@@ -164,7 +164,7 @@ FORMULAS = ("=1+1", "+1", "-cmd|' /C calc'!A0", "@SUM(1)", "\t=1", "\r=1", " =1"
 
 
 @pytest.mark.parametrize("formula", FORMULAS)
-def test_cells_are_no_formulas(formula: str) -> None:
+def test_cells_are_not_formulas(formula: str) -> None:
     report = made_up.report()
     row = report["measurements"][0]
     row["model"] = row["name"] = formula
@@ -177,7 +177,7 @@ def test_cells_are_no_formulas(formula: str) -> None:
 
 
 class Tags(HTMLParser):
-    """What a browser would find."""
+    """The tags and attributes that a browser finds."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Hostile JSON in every file that is read: taken, or refused in one line, and never a traceback."""
+"""Hostile JSON in all files that we read: accepted, or refused in one line without a traceback."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_texts_that_are_taken() -> None:
     assert lenient == [-float("inf"), "\udcff", 10**300]
 
 
-def test_files_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipes_devices_and_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/zero")
     for name in ("pipe", "device"):  # neither waits, nor reads without an end

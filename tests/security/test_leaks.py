@@ -1,4 +1,4 @@
-"""What is written tells names, and not where on whose machine files lie."""
+"""Outputs hold the names of files, not their paths."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SECRET = "home of alice"
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a model and a VAE of its own."""
+    """A directory with a secret name that holds a model with a VAE."""
     path = tmp_path_factory.mktemp("machine") / SECRET
     save_pretrained(path / "tiny", tiny_dit(), tiny_vae(), NAMES)
     return path
@@ -78,7 +78,7 @@ def test_pictures_and_latents(home: Path, tmp_path: Path) -> None:
         assert SECRET.encode() not in path.read_bytes(), path
 
 
-def test_paths_on_demand(home: Path, tmp_path: Path) -> None:
+def test_record_paths(home: Path, tmp_path: Path) -> None:
     assert generate(options(home, "-o", tmp_path / "a.png", "--record-paths")) == 0
     with Image.open(tmp_path / "a.png") as image:
         assert json.loads(image.info["dit_engine"])["model"] == str(home / "tiny")
@@ -86,10 +86,10 @@ def test_paths_on_demand(home: Path, tmp_path: Path) -> None:
     assert engine.sources == {"model": str(home / "tiny")}
 
 
-def test_a_directory_is_gone_on_with_whatever_its_pictures_tell(
+def test_a_directory_of_pictures_with_paths_is_continued(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As those that earlier versions wrote."""
+    """Pictures of earlier versions have paths too."""
     assert generate(options(home, "-o", tmp_path / "out", "--record-paths")) == 0
     written = options(home, "-o", tmp_path / "out")
     written.remove("--quiet")
@@ -128,7 +128,8 @@ def test_a_picture_does_not_choose_what_is_loaded(
 def test_earlier_pictures_are_made_again_with_their_model(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the same name wherever it is now; of another, what belongs to the model is left out."""
+    """With a model of the same name in another place. If the name differs, settings that belong to
+    the model are not used."""
     path = picture(tmp_path / "a.png", model="/gone/tiny", num_heads=4, numerics="official")
     like = ["--like", str(path), "-o", str(tmp_path / "b.png"), "--model"]
     assert generate([*like, str(home / "tiny")]) == 0
@@ -141,7 +142,7 @@ def test_earlier_pictures_are_made_again_with_their_model(
 
 
 def test_exports_hold_no_paths() -> None:
-    """Of the code, of its libraries, or of the directory that was written to."""
+    """Neither those of the code and its libraries, nor that of the export itself."""
     bundle = exports.exported("fp32")
     code, libraries = (Path(module.__file__ or "").parents[1] for module in (dit_engine, np))
     secrets = [str(code), str(libraries), str(bundle.path.parent)]
@@ -152,7 +153,7 @@ def test_exports_hold_no_paths() -> None:
 
 
 def test_settings_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resumed where its images are moved, and where an earlier version wrote their path."""
+    """A training is resumed after its images were moved, or if its settings have their path."""
 
     def begin(images: Path) -> None:
         for name in "ab":
@@ -176,7 +177,7 @@ def test_settings_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is measured or loaded, and the environment; a name of two models is refused."""
+    """Reports that are loaded and written again. Two models with the same name are refused."""
     report = made_up.report()
     path = f"/{SECRET}/models/tiny"
     report["command"] = ["--model", path, f"--json=/{SECRET}/a.json", "--batch", "1"]
@@ -221,7 +222,7 @@ def test_names_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert same_source(r"C:\Users\alice\a.pt", "a.pt") and not same_source("a.pt", "b.pt")
 
 
-def test_texts_lose_directories_and_nothing_else(tmp_path: Path) -> None:
+def test_texts_lose_only_directories(tmp_path: Path) -> None:
     kept = ["S/2", "lean/bf16, 3 GB/s", "triton://host:8000/v2/x", "see https://a.b/c/d.", "1 / 2",
             "runs/own/model", "a\\b", r"\x1b[2J", "–", "owner/name", "and/or/both", 3, None,
             0.5]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Exports and engines of strangers: no file is read, copied or loaded but those that they list."""
+"""Of strangers' exports and engines, only regular files that they list are read and copied."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def secret(tmp_path: Path) -> Path:
 
 
 def model_of(name: str, change: Callable[[Any], None] = lambda _: None) -> bytes:
-    """An ONNX file that says what an export's graph says, and has not a single node."""
+    """An ONNX file with the metadata of an export's graph and without nodes."""
     model = helper.make_model(helper.make_graph([], name, [], []))
     weights = weights_hash(VAE if name == "vae_decoder" else MODEL)
     helper.set_model_props(model, {"graph": name, "checkpoint": weights, "dtype": "fp32"})

@@ -45,7 +45,7 @@ State = dict[str, Tensor]
 
 
 def limited(call: Callable[[], object]) -> str:
-    """What ``call`` raises in a process with little memory and time; "" if nothing."""
+    """What ``call`` raises in a process with limited memory and time; "" if nothing."""
     import resource
 
     reader, writer = os.pipe()
@@ -238,7 +238,7 @@ def test_compressed_archives(name: str, state: State, tmp_path: Path) -> None:
 
 
 def test_an_archive_of_two_pickles(tmp_path: Path) -> None:
-    """Which of them torch reads is not for a guess."""
+    """We cannot know which of them torch would read."""
     path = write_archive(tmp_path / "m.pt", b"\x80\x02}.")
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("ARCHIVE/DATA.PKL", b"\x80\x02}" + text("x") + hexadecimal() + b"s.")
@@ -431,7 +431,7 @@ def test_a_vae_that_makes_huge_images(tmp_path: Path) -> None:
 
 
 def test_levels_times_layers(state: State, tmp_path: Path) -> None:
-    """Neither number is large, and no config tells them."""
+    """Their product is large, though neither number is, and there is no config."""
     names = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(700)]
     names += [f"encoder.down_blocks.0.resnets.{i}.x" for i in range(1, 700)]
     tensors = {name: torch.zeros(32, 1) for name in names}
@@ -465,7 +465,7 @@ def test_an_array_that_claims_more_than_it_has(tmp_path: Path) -> None:
 
 
 def test_names_of_accents() -> None:
-    """Their time grows with the square of their number."""
+    """Normalising them takes time that grows with the square of their number."""
     accents = "a" + "\u0301\u0316" * 200_000
     refused(lambda: resolve_labels([accents], 3, ["ant", "bee", "cat"]), "is unknown; allowed are")
     refused(lambda: check_names("label_names", ["ant", accents], 2), "of 400001 characters")

@@ -1,4 +1,4 @@
-"""What a server answers is checked against what was asked: any other answer is one line."""
+"""A server's answers are compared with the request; unexpected ones are an error of one line."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def output(**changes: Any) -> Answer:
 
 
 class Server:
-    """Speaks the v2 protocol as far as the backend does; one answer is another's."""
+    """Speaks as much of the v2 protocol as the backend uses; one of its answers is hostile."""
 
     def __init__(self) -> None:
         self.answers: dict[str, Answer | Callable[[], Iterator[bytes]]] = {}
@@ -219,7 +219,7 @@ def test_a_step_of_other_shapes(server: Server) -> None:
 
 @pytest.mark.parametrize("kind", ["config", "infer", "ready"])
 def test_an_answer_without_an_end(server: Server, kind: str) -> None:
-    """It is read as far as an answer to that question can be."""
+    """It is read up to the limit for an answer to this request."""
     sent = []
 
     def endless() -> Iterator[bytes]:
@@ -232,6 +232,6 @@ def test_an_answer_without_an_end(server: Server, kind: str) -> None:
     assert len(sent) < 1000
 
 
-def test_a_server_that_says_no(server: Server) -> None:
+def test_a_server_that_refuses(server: Server) -> None:
     server.answers["ready"] = (400, {}, b"<html>" * 10**6)
     refused(server, f"model '{TRANSFORMER}' is not loaded there")

@@ -1,4 +1,4 @@
-"""What `dit-export triton --serve` runs: the code that this version writes, and no other."""
+"""`dit-export triton --serve` runs only the code that this version writes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def append(name: str, text: str) -> Callable[[Path], None]:
 
 
 def link(name: str, inside: bool) -> Callable[[Path], None]:
-    """What is there moves away, and a link leads to it."""
+    """Move a file away and put a link to it in its place."""
 
     def change(path: Path) -> None:
         elsewhere = (path if inside else path.parent) / "elsewhere"
@@ -63,7 +63,7 @@ def link(name: str, inside: bool) -> Callable[[Path], None]:
 
 
 def pipe(name: str) -> Callable[[Path], None]:
-    """It would be read for ever."""
+    """Reading it would wait for ever."""
 
     def change(path: Path) -> None:
         (path / name).unlink()
@@ -124,7 +124,7 @@ STRANGERS = {
 
 
 def test_what_is_written_is_served(repository: Path) -> None:
-    """Also with a README of one's own, and with what an earlier server has left of Python."""
+    """Also with another README, and with compiled Python files from an earlier server."""
     before = check_repository(repository)
     append("README.md", "Ours is on the second floor.\n")(repository)
     add("dit/1/__pycache__/model.cpython-311.pyc")(repository)
@@ -135,7 +135,7 @@ def test_what_is_written_is_served(repository: Path) -> None:
 
 @pytest.mark.parametrize("case", STRANGERS)
 @pytest.mark.parametrize("listed", [False, True], ids=["", "with hashes that fit"])
-def test_nothing_else_is(repository: Path, case: str, listed: bool) -> None:
+def test_other_repositories_are_refused(repository: Path, case: str, listed: bool) -> None:
     change, name, reason = STRANGERS[case]
     change(repository)
     if listed:
@@ -155,7 +155,7 @@ def change_marker(path: Path, **changes: Any) -> None:
 
 
 def hashes(path: Path) -> dict[str, str]:
-    """As a stranger lists them who knows the format."""
+    """Hashes of all files, as a stranger who knows the format could list them."""
     return {
         file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in path.rglob("*")
@@ -163,8 +163,8 @@ def hashes(path: Path) -> dict[str, str]:
     }
 
 
-def test_facts_that_are_none(repository: Path) -> None:
-    """Configurations are made from them: nothing in them may become a line of one."""
+def test_invalid_facts(repository: Path) -> None:
+    """Configurations are made from these facts, which must not add lines to them."""
     marker = json.loads((repository / MARKER).read_text())
     export, options = marker["export"], marker["options"]
     graph = export["graphs"]["vae_decoder"]
@@ -203,7 +203,7 @@ def test_facts_that_are_none(repository: Path) -> None:
 
 
 def test_graphs_that_read_other_files(repository: Path, tmp_path: Path) -> None:
-    """Their hashes are anybody's, and weights may be said to lie anywhere."""
+    """Anybody can compute their hashes, and a graph can name any file as its weights."""
     (tmp_path / "secret").write_bytes(b"a key")
     onnx = pytest.importorskip("onnx")
     file = repository / "vae_decoder" / "1" / "model.onnx"
@@ -222,7 +222,7 @@ def test_graphs_that_read_other_files(repository: Path, tmp_path: Path) -> None:
 def test_a_repository_of_engines(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are data as well; standard TensorRT runs no code that one may hold unless it is told."""
+    """Engines count as data: TensorRT runs code from an engine only with an option for it."""
     (tmp_path / "engine").write_bytes(b"engine")
     digest = hashlib.sha256(b"engine").hexdigest()
     engine = SimpleNamespace(path=tmp_path / "engine", sha256=digest)
@@ -248,7 +248,7 @@ def test_what_another_version_wrote(repository: Path) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path) -> ServerBinary:
-    """A tritonserver that writes down its arguments, and ends."""
+    """A stand-in for tritonserver, which writes its arguments to a file and ends."""
     for backend in ("python", "onnxruntime"):
         (tmp_path / "opt" / "backends" / backend).mkdir(parents=True)
     (tmp_path / "opt" / "bin").mkdir()
@@ -265,7 +265,7 @@ def test_no_server_is_started_of_a_strangers_code(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Neither by the command, as the README says it, nor by the library; but with --trust."""
+    """Neither by the command in the README nor by the library, except with --trust."""
     add("dit/1/model.py")(repository)
     monkeypatch.chdir(repository)
     ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
@@ -289,10 +289,10 @@ def test_no_server_is_started_of_a_strangers_code(
         pass
 
 
-def test_what_is_served_is_what_was_looked_at(
+def test_what_is_served_is_what_was_checked(
     repository: Path, server: ServerBinary, tmp_path: Path
 ) -> None:
-    """Python would run a compiled file that fits the time and size of the text beside it."""
+    """Python would run a compiled file that fits the time and size of the source beside it."""
     shutil.copytree(repository / "dit", tmp_path / "before")
     copy = f'cp -RL "${{1#--model-repository=}}" {tmp_path}/served; exit 3'
     server.path.write_text(f"#!/bin/sh\n{copy}\n")
@@ -309,7 +309,7 @@ def test_what_is_served_is_what_was_looked_at(
 def test_engines_are_kept_where_nobody_else_can_put_some(
     server: ServerBinary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of onnxruntime's TensorRT provider, in the directory that the server runs in."""
+    """Engines of onnxruntime's TensorRT provider, in the directory that the server runs in."""
     monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
     options = ServingOptions(accelerator="tensorrt")
     path = write_repository(write_bundle(tmp_path / "onnx"), tmp_path / "repository", options)

@@ -1,4 +1,4 @@
-"""A server for one's own machine: what its neighbours, and web pages, can ask of it."""
+"""What web pages and other accounts on the machine can do with the server of `--serve`."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ LATENT = tensor("z", "FP32", *[0.0] * 1024, shape=(1, 4, 16, 16))
         ("POST", "/v2/models/dit/trace/setting"),
     ],
 )
-def test_what_nobody_asks_over_http_is_closed(served: Served, method: str, path: str) -> None:
+def test_unused_http_endpoints_are_closed(served: Served, method: str, path: str) -> None:
     content = b'{"log_file": "/tmp/x", "key": "/x", "offset": 0, "byte_size": 8}'
     for headers in ({}, {"for": "nobody"}, {"Host": "localhost", "nobody": ""}):
         status, text = ask(served.running.http, path, content, method, **headers)
         assert status == 403 and "restricted" in text, (status, text)
 
 
-def test_what_nobody_asks_over_grpc_is_closed(served: Served) -> None:
+def test_unused_grpc_endpoints_are_closed(served: Served) -> None:
     module = pytest.importorskip("tritonclient.grpc")
     with module.InferenceServerClient(served.running.grpc) as client:
         for question in (
@@ -98,7 +98,7 @@ def test_what_nobody_asks_over_grpc_is_closed(served: Served) -> None:
 
 @linux
 def test_the_key_can_be_read_and_not_be_sent(served: Served) -> None:
-    """Any user of a machine can read a program's arguments."""
+    """Any user of the machine can read the key among the server's arguments."""
     arguments = command_line(served.running)
     keys = [arg.partition("=")[2] for arg in arguments if re.match("--(http|grpc)-restrict", arg)]
     assert len(keys) == len(set(keys)) == 2
@@ -124,7 +124,7 @@ def send(address: str, raw: bytes) -> bytes:
 
 @pytest.mark.parametrize("model", ["dit", "vae_decoder"])
 def test_requests_of_web_pages_are_refused(served: Served, model: str) -> None:
-    """A page can send a plain text anywhere, and under a name of its own read the answer."""
+    """A page can send plain text anywhere; if its own name points here, it can read the answer."""
     address, path = served.running.http, f"/v2/models/{model}/infer"
     inputs = ONE if model == "dit" else (LATENT,)
     port = address.rpartition(":")[2]
@@ -146,7 +146,7 @@ def test_requests_of_web_pages_are_refused(served: Served, model: str) -> None:
     assert ask(address, path, body(*inputs), **same)[0] == 200
 
 
-def test_the_way_without_headers_is_closed(served: Served) -> None:
+def test_generate_is_closed(served: Served) -> None:
     content = b'{"labels": 1, "seeds": 1, "steps": 1}'
     for kind in ("generate", "generate_stream"):
         status, text = ask(served.running.http, f"/v2/models/dit/{kind}", content)
@@ -180,7 +180,7 @@ def test_the_way_without_headers_is_closed(served: Served) -> None:
 def test_hosts_and_origins(
     monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], reason: str | None
 ) -> None:
-    """As Triton forwards them to a model, with whatever case a client gives their names."""
+    """As Triton forwards them to a model; a client may write their names in any case."""
     monkeypatch.setenv(origin.NAMES, "box,box.example,")
     found = refusal(SimpleNamespace(parameters=lambda: json.dumps(said)))
     assert found is None if reason is None else re.match(reason, found or "")
@@ -195,8 +195,8 @@ def test_a_parameter_does_not_replace_a_header() -> None:
         assert refusal(SimpleNamespace(parameters=lambda said=said: said))
 
 
-def test_who_does_not_say_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the server forwards it; requests between models have neither."""
+def test_requests_without_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are refused if the server forwards headers. Requests between models have none."""
     nothing, grpc = (SimpleNamespace(parameters=lambda t=t: t) for t in ("{}", '{"user-agent":""}'))
     monkeypatch.setenv(origin.NAMES, "box")
     assert refusal(nothing, named=True) is None
@@ -221,7 +221,7 @@ LONG = "x" * 4_000_000
         ((tensor("labels", "INT64", *[1] * 100_000), ONE[1]), "batch size does not match"),
     ],
 )
-def test_large_requests_are_refused_at_once(
+def test_large_requests_are_refused(
     served: Served, inputs: tuple[dict[str, Any], ...], message: str
 ) -> None:
     status, text = ask(served.running.http, "/v2/models/dit/infer", body(*inputs))
@@ -237,8 +237,8 @@ def test_latents_of_another_size_are_refused(served: Served) -> None:
 
 
 @linux
-def test_the_server_stands_in_a_directory_of_its_own(served: Served) -> None:
-    """Its Python looks there first for modules; and its memory is nobody else's to read."""
+def test_the_server_runs_in_a_directory_of_its_own(served: Served) -> None:
+    """Its Python looks for modules there first. Other users cannot read its shared memory."""
     (pid,) = children(served.running.process.pid)
     folder = Path(f"/proc/{pid}/cwd").resolve()
     assert folder != Path.cwd() and not any(folder.iterdir())
@@ -286,7 +286,7 @@ http.server.HTTPServer(address, Ready).serve_forever()
 
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[[str], ServerBinary]:
-    """A tritonserver that makes a region, and takes no notice of SIGINT if "stubborn"."""
+    """A stand-in for tritonserver that makes a region, and ignores SIGINT if "stubborn"."""
 
     def made(how: str) -> ServerBinary:
         for backend in ("python", "onnxruntime"):
@@ -325,11 +325,11 @@ def test_no_shared_memory_is_left_behind(
 
 
 @linux
-def test_nor_where_whoever_started_it_is_killed(
+def test_no_shared_memory_is_left_if_the_starter_is_killed(
     tiny_repository: Path, start: Callable[[str], ServerBinary], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The supervisor then sees its input end, and has to make a stubborn server end."""
+    """The supervisor's standard input then ends, and it has to kill a stubborn server."""
     source = (
         Path(supervisor.__file__).read_text().replace("ASK_SECONDS = 20.0", "ASK_SECONDS = 0.2")
     )

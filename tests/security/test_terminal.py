@@ -1,4 +1,4 @@
-"""Text of others reaches a terminal with its escapes visible, and with nothing else changed."""
+"""Text from others is printed with its terminal escapes visible, and otherwise unchanged."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def test_what_acts_on_a_terminal_is_escaped(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", HARMLESS)
-def test_all_else_stays(text: str) -> None:
+def test_other_text_is_unchanged(text: str) -> None:
     assert printable(text) == text
 
 
 def test_every_character_is_visible_or_escaped() -> None:
-    """Beside Unicode's own classes of what is a control, a format or a surrogate."""
+    """Compared with Unicode's own categories of controls, formats and surrogates."""
     for i in (*range(0x20000), *range(0xE0000, 0xE1000)):
         shown = printable(chr(i))
         if unicodedata.category(chr(i)) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Cn", "Co"):

@@ -1,4 +1,4 @@
-"""The threats that SECURITY.md lists, each with a test that is there."""
+"""SECURITY.md names an existing test for each threat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Another user's links, where we write: nothing that they lead to is written, and nothing else."""
+"""Nothing is written or removed through links of another user in the directory of an output."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_a_name_that_could_be_guessed_is_not_used(tmp_path: Path, victim: Path, kind: str) -> None:
+def test_guessable_names_are_not_used(tmp_path: Path, victim: Path, kind: str) -> None:
     folder = tmp_path / "shared"
     folder.mkdir()
     laid = folder / f".x.bin.{os.getpid()}.partial"
@@ -194,7 +194,7 @@ def test_names_as_long_as_they_may_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("begin", [new_directory, scratch_beside])
-def test_directories_that_were_made_for_nothing_go_again(
+def test_unneeded_parent_directories_are_removed(
     tmp_path: Path, begin: Callable[[Path], AbstractContextManager[Path]]
 ) -> None:
     with pytest.raises(ValueError, match="bad model"), begin(tmp_path / "a" / "b" / "out"):

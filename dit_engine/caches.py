@@ -47,7 +47,7 @@ def private_cache(*names: str) -> Path:
 
 
 def private_directory(path: Path) -> Path:
-    """``path`` as an absolute path, once it is sure that only this user may write there.
+    """``path`` as an absolute path, checked that only this user may write there.
 
     Missing directories are made, with mode 0700. Another user's directory is refused for root too:
     root would run what the owner puts there.
@@ -70,8 +70,9 @@ def private_directory(path: Path) -> Path:
 
 
 def why_not_private(path: Path) -> str | None:
-    """Why the file or directory ``path`` may have been made or changed by another user than root;
-    None if that is impossible, and on systems without such owners and modes (Windows).
+    """Why another user, except root, could have made or changed the file or directory ``path``.
+
+    None if nobody could, and on systems without such owners and modes (Windows).
 
     Whoever owns a directory above ``path`` could still replace it between this check and its use.
     """

@@ -1,4 +1,4 @@
-"""Record the names of files, not their paths, which tell about the user's machine."""
+"""Record the names of files, not their paths, which would describe the user's machine."""
 
 from __future__ import annotations
 

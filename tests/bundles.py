@@ -1,4 +1,4 @@
-"""Exports without a graph inside, for tests of what is made from them."""
+"""Exports whose graphs are empty, for tests of repositories and engines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dit_export.source import weights_hash
 
 
 def metadata_graph(**metadata: str) -> bytes:
-    """An ONNX file that says what it is, and has not a single node."""
+    """An ONNX file with metadata and without nodes."""
     graph = onnx.helper.make_graph([], metadata["graph"], [], [])
     model = onnx.helper.make_model(graph)
     onnx.helper.set_model_props(model, metadata)

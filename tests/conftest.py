@@ -34,7 +34,7 @@ def vectors(request: pytest.FixtureRequest) -> Vectors:
 
 @pytest.fixture(scope="session")
 def no_proxy() -> Iterator[None]:
-    """A proxy of the environment knows nothing of this machine's own servers."""
+    """Without proxies from the environment, which cannot reach this machine's own servers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("no_proxy", "127.0.0.1,localhost")
         yield
@@ -49,7 +49,7 @@ def server_environment() -> Path:
 
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the built-in model in float32."""
+    """A model repository of the built-in model in float32."""
     from serving import MAX_BATCH_SIZE
 
     from dit_export.cli import main

@@ -1,4 +1,4 @@
-"""Calls in a process of their own, under a limit of memory."""
+"""Call a function in a process of its own with limited memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MIB = 2**20
 
 
 def outcome(mib: int, call: Callable[..., Any], *arguments: Any) -> str:
-    """ "ok", or "ValueError: …" as ``call`` raises it, in a fork that may take ``mib`` more MiB."""
+    """Run ``call`` in a fork that may allocate ``mib`` more MiB: "ok", or "ValueError: …"."""
     import resource
 
     reader, writer = os.pipe()

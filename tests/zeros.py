@@ -1,4 +1,4 @@
-"""Small files of many zeros, made at once."""
+"""Make small files that inflate to many zeros, without making the zeros."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import zlib
 
 
 def raw_deflate(size: int, before: bytes = b"") -> bytes:
-    """``before`` and so many zeros, packed by Deflate: one packed block again and again."""
+    """``before`` and ``size`` zeros, compressed by Deflate; one compressed block is repeated."""
     first, packing, rest = (zlib.compressobj(9, wbits=-15) for _ in range(3))
     block = packing.compress(bytes(2**20)) + packing.flush(zlib.Z_FULL_FLUSH)
     count, left = divmod(size, 2**20)
@@ -16,19 +16,19 @@ def raw_deflate(size: int, before: bytes = b"") -> bytes:
 
 
 def zlib_stream(size: int) -> bytes:
-    """So many zeros, packed as in PNG and TIFF, with their Adler-32."""
+    """``size`` zeros, compressed as in PNG and TIFF, with their Adler-32."""
     return b"x\xda" + raw_deflate(size) + struct.pack(">HH", size % 65521, 1)
 
 
 def npy_header(shape: str, dtype: str = "'<f8'") -> bytes:
-    """What a .npy file begins with; ``shape`` and ``dtype`` as Python writes them."""
+    """The header of a .npy file; ``shape`` and ``dtype`` are Python literals."""
     text = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
 
 
 def zipped(members: list[tuple[str, bytes, int]], method: int = 8, flags: int = 0) -> bytes:
-    """A zip archive of members (name, packed, bytes that it is said to have); the sums of large
-    ones, which nothing should come to the end of, are wrong."""
+    """A zip archive of members (name, compressed data, stated size). Checksums of large members are
+    wrong, because nothing should read such a member to its end."""
     body, directory = b"", b""
     for name, packed, size in members:
         small = method == 8 and size < 2**16

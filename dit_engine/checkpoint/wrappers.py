@@ -126,7 +126,8 @@ def _opened(
     """The first dict with tensors in it, behind the names of `WRAPPERS`; else ``content``.
 
     An average of another name goes before all that are not averages, if it is of this model.
-    seen: dicts that hold none, with their depth: a pickle may hold one under a thousand names.
+    seen: dicts without tensors that were searched before, with their depth. A pickle may hold the
+    same dict under a thousand names, and each would be searched again.
     """
     seen = set() if seen is None else seen
     averages = [name for name in content if is_averaged(str(name)) and name not in WRAPPERS]

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def like(path: Path, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments with what an image tells in place of the defaults."""
+    """The arguments, with the options recorded in an image in place of the defaults."""
     from dit_engine.cli.like import given_model, given_vae, recorded_options
 
     parser, options = build_parser(), recorded_options(path)
@@ -64,7 +64,7 @@ def like(path: Path, argv: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(**options, model=None)
     arguments = parser.parse_args(argv)
     parser.set_defaults(model=given_model(path, model, arguments.model))
-    # What was told of a model, a VAE, a sheet or a sampler says nothing of another.
+    # Recorded options of a model, a VAE, a sheet or a sampler do not apply to another one.
     others: set[str] = set()
     if another := arguments.model is not None and not is_source(arguments.model, model):
         others |= {"numerics", "num_heads", "prediction", "diffusion"}

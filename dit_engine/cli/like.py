@@ -1,4 +1,4 @@
-"""Options of dit-generate as a PNG tells them."""
+"""Read options of dit-generate from the record in a PNG."""
 
 from __future__ import annotations
 

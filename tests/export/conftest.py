@@ -7,4 +7,4 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="session")
 def direct(no_proxy: None) -> None:
-    """All of them, whether they have a server or not."""
+    """No test in this folder uses a proxy."""

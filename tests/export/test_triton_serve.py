@@ -109,7 +109,7 @@ def test_serve_until_it_is_told_to_end(
 
 
 def runs(pid: int) -> bool:
-    """Of a process that has ended, and that nobody has asked how, an entry remains."""
+    """Whether a process runs. One that has ended still has an entry until its parent asks for it."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
     except (FileNotFoundError, ProcessLookupError):

@@ -109,7 +109,7 @@ def test_serve_until_it_is_told_to_end(
 
 
 def runs(pid: int) -> bool:
-    """Whether a process runs. One that has ended still has an entry until its parent asks for it."""
+    """Whether a process runs. An ended one has an entry until its parent asks for its exit code."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
     except (FileNotFoundError, ProcessLookupError):

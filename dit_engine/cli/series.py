@@ -117,7 +117,7 @@ class Series:
             return False
         expected = as_read(image_record(self.whole, i))
         found = _record_of(path)
-        for name in expected.keys() & {"model", "vae"}:  # a path, or its name alone
+        for name in expected.keys() & {"model", "vae"}:  # records may have a path or only its name
             told = None if found is None else found.get(name)
             if isinstance(told, str) and same_source(told, expected[name]):
                 expected[name] = told

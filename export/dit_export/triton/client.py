@@ -27,7 +27,7 @@ if __name__ == "__main__":
         if len(sys.argv) < 5:
             raise ValueError(f"four or more arguments are needed. {__doc__}")
         main(*sys.argv[1:])
-    except Exception as error:  # of arguments, connection, server, whose text is escaped
+    except Exception as error:  # the message may have the server's text, so it is escaped
         told = " ".join(f"error: {error} ({' '.join(sys.argv)})".split())
         print(*(c if c.isprintable() else ascii(c)[1:-1] for c in told), sep="", file=sys.stderr)
         sys.exit(2)

@@ -12,7 +12,7 @@ from pathlib import Path
 from dit_export.model_repository import packages, source_of, write_text
 
 _PYTRITON = "pytriton/tritonserver"
-# What our backend "onnxruntime" imports of ours.
+# The modules of ours that our backend "onnxruntime" imports.
 _BESIDE = ("dit_engine.arguments", "dit_engine.printable", "dit_export.triton.origin")
 
 

@@ -74,7 +74,7 @@ class TritonPythonModel:
             if len(group) > 1:
                 try:
                     return run(group)
-                except Exception:  # one of them is bad: below, it alone gets the error
+                except Exception:  # one request is bad; run one by one, only that one fails
                     pass
             return [run_alone(request) for request in group]
 

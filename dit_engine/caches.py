@@ -43,6 +43,11 @@ def private_cache(*names: str) -> Path:
             path = private_directory(path / name)
     except ValueError as error:
         raise ValueError(f"{error}, or set {VARIABLE} to another directory") from None
+    except OSError as error:
+        place = error.filename or path
+        raise type(error)(
+            f"{place}: {error.strerror}; set {VARIABLE} to a directory of yours"
+        ) from None
     return path
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import stat
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-from dit_engine.files import file_hash, hidden_directory
+from dit_engine.files import NAME_SHOWN, file_hash, hidden_directory
 from dit_engine.printable import printable
 
 Known = Callable[[Path], Mapping[str, "str | None"]]
@@ -21,19 +23,22 @@ ValueError with the reason.
 The paths must come from a fixed list of names that we write: a stranger's manifest may list any."""
 
 _NAMED = 4  # files that a message names, at most
+_LEFT_SECONDS = 60.0  # after which a directory counts as left by a killed process
 
 
 def nothing_known(directory: Path) -> NoReturn:
     """A `Known` for a destination that must be missing or empty."""
-    raise ValueError(f"holds something else ({_some(p.name for p in directory.iterdir())})")
+    raise ValueError(f"holds something else ({_some([p.name for p in directory.iterdir()])})")
 
 
 def check_destination(target: Path, known: Known = nothing_known) -> dict[str, os.stat_result]:
     """The regular files that must be removed to write a new ``target``, by relative path.
 
     Raises a one-line ValueError unless ``target`` is missing, an empty directory, or a directory
-    with nothing but regular files that ``known`` lists, with the hashes that it lists.
+    with nothing but regular files that ``known`` lists, with the hashes that it lists. It may be a
+    link to such a directory, unless another user made the link.
     """
+    target = _behind_link(target)
     if not target.exists() and not target.is_symlink():
         return {}
     if target.is_symlink() or not target.is_dir():
@@ -58,8 +63,9 @@ def new_directory(target: Path, known: Known = nothing_known) -> Iterator[Path]:
         ValueError: see `check_destination`.
         OSError: the directory cannot be written.
     """
-    target = target.absolute()
+    target = _behind_link(target.absolute())
     check_destination(target, known)
+    _name_leftovers(target)
     with _parents(target), hidden_directory(target) as (folder, _):
         new = folder / "new.partial"
         new.mkdir()
@@ -74,9 +80,44 @@ def scratch_beside(target: Path) -> Iterator[Path]:
 
     It may hold several GB, so it must not be in /tmp, which may be kept in memory.
     """
-    target = target.absolute()
+    target = _behind_link(target.absolute())
     with _parents(target), hidden_directory(target) as (folder, _):
         yield folder
+
+
+def _behind_link(target: Path) -> Path:
+    """The directory to which ``target`` leads if it is a link of this user or of root; else
+    ``target``. Raises ValueError for another user's link, and for one to no directory."""
+    place = target
+    while place.is_symlink():
+        if not target.is_dir():
+            raise ValueError(f"{target}: is a link to no directory; nothing was written")
+        owner = place.lstat().st_uid
+        if hasattr(os, "geteuid") and owner not in (os.geteuid(), 0):
+            raise ValueError(
+                f"{target}: is a link that user {owner} made: name the directory itself; nothing "
+                "was written"
+            )
+        place = place.parent / place.readlink()
+    return target if place == target else target.resolve()
+
+
+def _name_leftovers(target: Path) -> None:
+    """Warn of what killed processes left beside ``target``: it may be large."""
+    names: list[str] = []
+    start = glob.escape(f".{target.name[:NAME_SHOWN]}.")
+    with suppress(OSError):
+        for path in target.parent.glob(f"{start}{'[0-9a-f]' * 16}.partial"):
+            facts = path.lstat()
+            mine = not hasattr(os, "geteuid") or facts.st_uid == os.geteuid()
+            if mine and facts.st_mtime < time.time() - _LEFT_SECONDS:
+                names.append(path.name)
+    if names:
+        warnings.warn(
+            f"{target.parent} holds what an ended process left there ({_some(names)}): remove it, "
+            "unless another process is writing there now",
+            stacklevel=4,
+        )
 
 
 @contextmanager
@@ -101,6 +142,7 @@ def _removable(directory: Path, known: Mapping[str, str | None]) -> dict[str, os
     folders = {str(parent) for name in known for parent in PurePosixPath(name).parents}
     files: dict[str, os.stat_result] = {}
     others: list[str] = []
+    links: list[str] = []
     for root, subfolders, names in os.walk(directory, onerror=failed):
         for entry in (*subfolders, *names):
             path = Path(root, entry)
@@ -108,24 +150,42 @@ def _removable(directory: Path, known: Mapping[str, str | None]) -> dict[str, os
             if stat.S_ISDIR(state.st_mode):
                 if name not in folders and not any(path.iterdir()):
                     others.append(name)
-            elif stat.S_ISREG(state.st_mode) and name in known:
+            elif stat.S_ISREG(state.st_mode) and (name in known or _source(name) in known):
                 files[name] = state
+            elif stat.S_ISLNK(state.st_mode) and (name in known or name in folders):
+                links.append(name)
             else:
                 others.append(name)
-        if len(others) >= _NAMED:
-            break
     if others:
         raise ValueError(
             f"also holds what was not made with it ({_some(others)}): move that elsewhere"
         )
+    if links:
+        raise ValueError(
+            f"holds links ({_some(links)}), and only regular files are replaced: move the links "
+            "elsewhere, or name another directory"
+        )
     for name in files:
-        if known[name] not in (None, file_hash(directory / name)):
-            raise ValueError(f"its {name} has changed since it was written: move that elsewhere")
+        if known.get(name) not in (None, file_hash(directory / name)):
+            raise ValueError(
+                f"its {name} has changed since it was written: move that elsewhere, or name "
+                "another directory"
+            )
     return files
 
 
-def _some(names: Iterable[str]) -> str:
-    return ", ".join(map(printable, sorted(names)[:_NAMED]))
+def _source(name: str) -> str | None:
+    """The Python file from which Python compiled the file ``name``; None if it is no such file."""
+    path = PurePosixPath(name)
+    if path.parent.name != "__pycache__" or path.suffix != ".pyc":
+        return None
+    return str(path.parent.with_name(f"{path.name.partition('.')[0]}.py"))
+
+
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(map(printable, sorted(names)[:_NAMED]))
+    more = len(names) - _NAMED
+    return shown if more <= 0 else f"{shown} and {more} more"
 
 
 def _exchange(target: Path, new: Path, old: Path, removable: dict[str, os.stat_result]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-_NAME_SHOWN = 48  # characters, at most 4 bytes each, which leaves room for the rest of 255
+NAME_SHOWN = 48  # characters, at most 4 bytes each, which leaves room for the rest of 255
 _PART_BYTES = 1 << 20
 _NO_LINKS: int = getattr(os, "O_NOFOLLOW", 0)  # Windows has none of these
 _DIRECTORY: int = getattr(os, "O_DIRECTORY", 0)
@@ -57,7 +57,7 @@ def hidden_directory(target: Path) -> Iterator[tuple[Path, Path]]:
 
     Yields two paths: the directory's name, and a path that stays valid if it is renamed.
     """
-    name = f".{target.name[:_NAME_SHOWN]}.{secrets.token_hex(8)}.partial"
+    name = f".{target.name[:NAME_SHOWN]}.{secrets.token_hex(8)}.partial"
     folder = target.with_name(name)
     try:
         # On Windows, files made inside would inherit mode 0700 and keep it in their final place.

@@ -77,8 +77,8 @@ def like(path: Path, argv: Sequence[str] | None) -> argparse.Namespace:
     replaced: dict[str, Any] = dict.fromkeys(others & options.keys())
     if another and any(options[name] for name in replaced):
         warnings.warn(
-            f"{path} was made with model {model[:200]!r}, and this is another: of its settings, "
-            f"{', '.join(sorted(replaced))} are not used",
+            f"{path} was made with another model, {model[:200]!r}: these settings of it are not "
+            f"used: {', '.join(sorted(replaced))}",
             stacklevel=2,
         )
     if arguments.sampler != options.get("sampler"):  # the other one has its own usual values

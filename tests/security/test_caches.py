@@ -123,6 +123,18 @@ def test_every_directory_of_the_cache_is_looked_at(
         place.chmod(0o700)
 
 
+def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "home" / "cache"))
+
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    message = f"^{tmp_path}/home: Permission denied; set {VARIABLE} to a directory of yours$"
+    with pytest.raises(PermissionError, match=message):
+        private_cache("onnx")
+
+
 def test_a_relative_cache_home_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tiny import NAMES, tiny_dit, tiny_vae
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.cli.generate import main as generate
 from dit_engine.cli.train import main as train
-from dit_engine.directories import check_destination, new_directory
+from dit_engine.directories import check_destination, new_directory, scratch_beside
 from dit_export.bundle import MANIFEST, Bundle, Graph, write_manifest
 from dit_export.bundle import replaceable as replaceable_export
 from dit_export.cli import main as export
@@ -172,6 +173,83 @@ def test_links_are_refused_and_not_followed(tmp_path: Path, kind: str, linked: s
         again(path)
     assert (elsewhere.read_bytes() if linked == "file" else contents(elsewhere)) == there
     assert wanted[0].is_symlink()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_link_of_ours_as_the_destination_is_followed(tmp_path: Path, kind: str) -> None:
+    make, again, _ = KINDS[kind]
+    disk, path = tmp_path / "scratch" / "disk", tmp_path / "out"
+    disk.mkdir(parents=True)
+    path.symlink_to("way")
+    (tmp_path / "way").symlink_to(disk)
+    make(path)
+    assert path.is_symlink() and len(contents(disk)) > 2
+    again(path)
+    assert path.is_symlink() and len(contents(disk)) < 3 and not list(disk.parent.glob(".*"))
+    (disk / "thesis.tex").write_bytes(THESIS)
+    with pytest.raises(ValueError, match=r"thesis\.tex"):
+        again(path)
+    for target in ("nowhere", "out", "file"):
+        path.unlink()
+        path.symlink_to(target)
+        (tmp_path / "file").touch()
+        with pytest.raises(ValueError, match="out: is a link to no directory; nothing"):
+            again(path)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="other owners need root")
+@pytest.mark.parametrize("name", ["out", "way"])
+def test_another_users_link_as_the_destination_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "way")
+    (tmp_path / "way").symlink_to("disk")
+    os.chown(tmp_path / name, 65534, 65534, follow_symlinks=False)
+    for begin in (new_directory, scratch_beside):
+        with (
+            pytest.raises(ValueError, match="out: is a link that user 65534 made"),
+            begin(tmp_path / "out"),
+        ):
+            pass
+    assert not list((tmp_path / "disk").iterdir())
+
+
+def test_what_python_compiled_is_removed_with_its_source(tmp_path: Path) -> None:
+    path = repository(tmp_path / "out")
+    compiled = path / "dit" / "1" / "__pycache__"
+    compiled.mkdir()
+    (compiled / "model.cpython-311.pyc").touch()
+    (compiled / "thesis.cpython-311.pyc").write_bytes(THESIS)
+    with pytest.raises(ValueError, match=r"made with it \(dit/1/__pycache__/thesis\.[^,]*pyc\)"):
+        write_again(path)
+    (compiled / "thesis.cpython-311.pyc").unlink()
+    write_again(path)
+    assert contents(path).keys() == {"new"}
+
+
+def test_messages_say_how_many_files_and_which_are_links(tmp_path: Path) -> None:
+    path = native(tmp_path / "out")
+    for i in range(14):
+        (path / f"{i:02}").touch()
+    with pytest.raises(ValueError, match=r"\(00, 01, 02, 03 and 10 more\): move"):
+        save_again(path)
+    for i in range(14):
+        (path / f"{i:02}").unlink()
+    (path / "config.json").rename(tmp_path / "blob")
+    (path / "config.json").symlink_to(tmp_path / "blob")
+    with pytest.raises(ValueError, match=r"holds links \(config\.json\), and only regular files"):
+        save_again(path)
+
+
+def test_what_a_killed_process_left_is_named(tmp_path: Path) -> None:
+    for name in ("out", "other"):
+        left = tmp_path / f".{name}.{'0a' * 8}.partial"
+        left.mkdir()
+        os.utime(left, (0, 0))
+    with pytest.warns(UserWarning, match=r"an ended process left .*\(\.out\.(0a){8}\.partial\)"):
+        native(tmp_path / "out")
+    (tmp_path / f".out.{'0a' * 8}.partial").touch()  # perhaps another process at work
+    native(tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -138,7 +138,7 @@ def test_earlier_pictures_are_made_again_with_their_model(
     capsys.readouterr()
     assert generate([*like, str(home / "renamed")]) == 0
     assert "num_heads" not in told(tmp_path / "b.png")
-    assert "made with model '/gone/tiny', and this is another" in capsys.readouterr().err
+    assert "made with another model, '/gone/tiny': these settings" in capsys.readouterr().err
 
 
 def test_exports_hold_no_paths() -> None:

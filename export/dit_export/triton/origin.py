@@ -41,7 +41,7 @@ def refusal(request: Any, named: bool = False) -> str | None:
         if not _is_ours(str(host)):
             return (
                 f"Host {shown(host)} is not a name of this server: use its address or localhost, "
-                f"or set {NAMES} in the server's environment"
+                f"or start the server with {NAMES}=NAME in its environment"
             )
     for origin in (value for name, value in pairs if name == "origin"):
         if not hosts or any(origin not in (f"http://{host}", f"https://{host}") for host in hosts):

@@ -91,6 +91,8 @@ def array_in(file: IO[bytes], size: int, source: str) -> StoredArray:
         raise ValueError(f"{source} holds {one_line(dtype)[:160]}; numbers are needed")
     if len(shape) > _DIMENSIONS:
         raise ValueError(f"{source} has {len(shape)} dimensions; {_DIMENSIONS} are allowed")
+    if any(type(n) is not int for n in shape):  # NumPy lets True pass
+        raise ValueError(f"{stored}; whole numbers are needed in its shape")
     if any(not 0 <= n <= size for n in shape):
         raise ValueError(f"{stored}, which a file of {size} bytes cannot hold")
     if math.prod(shape) * dtype.itemsize > size - file.tell():

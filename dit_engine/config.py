@@ -67,11 +67,14 @@ class ModelConfig:
             raise ValueError(
                 f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}"
             )
-        for name in ("mlp_ratio", "mlp_norm_eps"):
+        for name, most in (("mlp_ratio", 1e300), ("mlp_norm_eps", 1)):
             value = getattr(self, name)
             real = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not real or not 0 < value < math.inf:
                 raise ValueError(f"{name} {value!r} is not a finite number above 0")
+            if value > most:
+                raise ValueError(f"{name} {value!r} is above {most}")
+            object.__setattr__(self, name, float(value))
         for name in ("learn_sigma", "has_null_class"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} {getattr(self, name)!r} is neither True nor False")

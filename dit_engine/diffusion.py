@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal
@@ -27,6 +26,7 @@ OWN_SPACINGS = {
 }
 
 MOST_TRAIN_STEPS = 100_000
+FLOAT32 = float(np.finfo(np.float32).max)
 LEAST_SIGNAL = 1e-12  # of the last ᾱ; below, float32 has nothing left to divide by
 
 
@@ -91,7 +91,8 @@ class Diffusion:
         if self.beta_start > self.beta_end:
             raise ValueError(f"beta_start {self.beta_start} is above beta_end {self.beta_end}")
         if self.clip is not None:
-            _check_number("clip", self.clip, math.inf)
+            _check_number("clip", self.clip, FLOAT32)
+            object.__setattr__(self, "clip", float(self.clip))
         self._check_trained_betas()
         if self.zero_terminal_snr and self.num_train_steps == 1:
             raise ValueError("zero_terminal_snr True needs num_train_steps of 2 or more")
@@ -195,7 +196,7 @@ def _check_number(name: str, value: Any, end: float) -> None:
     """Above 0 and below ``end``."""
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not real or not 0 < value < end:
-        allowed = "a finite number above 0" if end == math.inf else f"between 0 and {end:g}"
+        allowed = "a finite number above 0" if end == FLOAT32 else f"between 0 and {end:g}"
         raise ValueError(f"{name} {value!r} is not {allowed}")
 
 

@@ -69,6 +69,9 @@ class VAEConfig:
             )
         if self.shift_factor is not None and not _is_finite(self.shift_factor):
             raise ValueError(f"shift_factor {self.shift_factor!r} is not a finite number")
+        for name in ("scaling_factor", "shift_factor"):
+            if (value := getattr(self, name)) is not None:  # int or float
+                object.__setattr__(self, name, float(value))
         for name in ("latents_mean", "latents_std"):
             values = getattr(self, name)
             if values is None:

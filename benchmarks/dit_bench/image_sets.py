@@ -234,9 +234,10 @@ def _stored(path: Path, *names: str) -> Statistics:
     arrays = []
     for name in names:
         with open_member(path, name) as stored:
-            if stored.dtype.kind != "f" or len(stored.shape) > 2 or max(stored.shape) > _WIDEST:
+            sizes_fit = all(1 <= n <= _WIDEST for n in stored.shape)
+            if stored.dtype.kind != "f" or len(stored.shape) not in (1, 2) or not sizes_fit:
                 raise ValueError(
-                    f"{stored}; floating numbers of at most {_WIDEST} features are needed"
+                    f"{stored}; floating numbers of 1 to {_WIDEST} features are needed"
                 )
             arrays.append(stored.read())
     try:

@@ -59,6 +59,9 @@ U1 = "'|u1'"
 SETS: dict[str, tuple[Callable[[], bytes], str]] = {
     "covariance": (lambda: statistics("sigma", "(16384, 16384)"), r"sigma is float64 \(16384"),
     "mean": (lambda: statistics("mu", "(268435456,)"), "mu is float64"),
+    "no dimension": (lambda: statistics("mu", "()", 128), r"mu is float64 \(\); floating"),
+    "empty": (lambda: statistics("sigma", "(0, 0)", 128, "'<f4'"), r"sigma is float32 \(0, 0\)"),
+    "true": (lambda: zipped(member("arr_0", "(True, 2, 2, 3)", 12, U1)), "whole numbers"),
     "text": (lambda: statistics("mu", "()", dtype="'<U500000000'"), "mu is <U500000000"),
     "one image": (lambda: zipped(member("arr_0", "(1, 26000, 26000, 3)", 2 * GB, U1)),
                   "arr_0 is of 26000×26000 pixels; 6[0-9]{7} in all are allowed in a file of"),
@@ -163,6 +166,7 @@ TENSORS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "product": ("z.npy", with_header(npy_header("(99, 99, 99, 99)", "'<f4'")), "ends early"),
     "empty": ("z.npy", with_header(npy_header("(0, 4611686018427387904)", "'<f4'")), "cannot hold"),
     "no item": ("z.npy", with_header(npy_header("(99999999999,)", "'|S0'")), "holds |S0"),
+    "true": ("z.npy", with_header(npy_header("(True, 4, 2, 2)", "'<f4'")), "whole numbers"),
     "nested": ("z.npy", with_header(npy_header("-" * 9000 + "1")), "is not an array"),
     "brackets": ("z.npy", with_header(npy_header("(" * 9000)), "is not an array"),
     "safetensors": ("z.safetensors", with_header(struct.pack("<Q", len(CLAIM)) + CLAIM.encode()),

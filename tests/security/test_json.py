@@ -20,7 +20,9 @@ from dit_bench.scaling_measure import read_rows
 from dit_bench.schema import VERSION
 from dit_engine import json_files
 from dit_engine.checkpoint import load_checkpoint, save_pretrained
+from dit_engine.checkpoint.convert import config_from_diffusers
 from dit_engine.cli.like import recorded_options
+from dit_engine.engine import Engine
 from dit_engine.errors import BackendUnavailable
 from dit_engine.json_files import check_schema, is_file_name, parse_json, read_json
 from dit_engine.training.run import _begun
@@ -247,6 +249,25 @@ def test_measurements(tmp_path: Path) -> None:
             written(path, lambda: read_report(path))(text)
 
 
+def refuses_numbers_beyond_float32(model: Path) -> None:
+    """The arithmetic would raise OverflowError for them, after the model is loaded."""
+    for name, key, values in (
+        ("config.json", "mlp_norm_eps", (1e308, 2**63, 1.5)),
+        ("config.json", "diffusion", ({"clip": 1e308}, {"clip": 1e39})),
+        ("vae/config.json", "scaling_factor", (1e308, 1e39)),
+        ("vae/config.json", "shift_factor", (1e308, -1e39)),
+    ):
+        before = (model / name).read_text()
+        for value in values:
+            (model / name).write_text(json.dumps(json.loads(before) | {key: value}))
+            with pytest.raises(ValueError, match=r"(is above 1|is not a finite number.*)$"):
+                Engine.from_pretrained(model, device="cpu").generate([1], steps=1)
+        (model / name).write_text(before)
+    values = {"_class_name": "DiTTransformer2DModel", "norm_eps": 1e308}
+    with pytest.raises(ValueError, match=r"norm_eps 1e\+308 is above 1$"):
+        config_from_diffusers(values)
+
+
 def test_models(tmp_path: Path) -> None:
     model = tmp_path / "m"
     save_pretrained(model, tiny_dit(), tiny_vae(), NAMES)
@@ -254,6 +275,7 @@ def test_models(tmp_path: Path) -> None:
         before = (model / name).read_text()
         survives(json.loads(before), written(model / name, lambda: load_checkpoint(model)), 2)
         (model / name).write_text(before)
+    refuses_numbers_beyond_float32(model)
     (model / "model.safetensors").rename(model / "a.safetensors")
     index = model / "model.safetensors.index.json"
     keys = list(tiny_dit().state_dict())

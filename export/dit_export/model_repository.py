@@ -37,7 +37,9 @@ from dit_export.triton.readme import readme
 
 MARKER = "repository.json"
 PRODUCER = f"dit-engine {__version__}"
-TRUST = "write the repository again, or look at its code and serve it with --trust"
+TRUST = (
+    "write the repository again to another directory, or look at its code and serve it with --trust"
+)
 FORMAT = 2  # 1 had no hashes, and did not say what the configurations are made from
 
 # Of repository.json, in the language of `dit_engine.json_files`; "export" is an export's manifest.

@@ -146,7 +146,9 @@ def test_other_repositories_are_refused(repository: Path, case: str, listed: boo
     with pytest.raises(ValueError, match=rf"{name}.*: {reason}|elsewhere: {NONE}") as caught:
         check_repository(repository)
     assert "\n" not in str(caught.value)
-    assert reason == "is missing" or str(caught.value).endswith("serve it with --trust")
+    advice = "again with --overwrite" if reason == "is missing" else "serve it with --trust"
+    added = NONE in str(caught.value) and "pipe" not in case
+    assert str(caught.value).endswith(advice) and added == (": move it else" in str(caught.value))
 
 
 def change_marker(path: Path, **changes: Any) -> None:

@@ -31,6 +31,7 @@ from dit_export.model_repository import (
 )
 from dit_export.triton.configuration import GRAPHS, ServingOptions
 
+_MOVE = "move it elsewhere, or look at it and serve it with --trust"
 _UNCOMPARED = {MARKER, "README.md"}  # the first is the source of the facts, the second is not run
 
 
@@ -54,10 +55,13 @@ def check_repository(path: Path) -> dict[str, bytes]:
     missing = {*texts, *data} - _UNCOMPARED
     for name, entry in _entries(path):
         if reason := _difference(name, entry, texts, {*data, *_UNCOMPARED}, parents):
-            raise ValueError(f"{path / printable(name)}: {reason}: {TRUST}")
+            ours = name in {*texts, *data, *_UNCOMPARED, *parents}
+            raise ValueError(f"{path / printable(name)}: {reason}: {TRUST if ours else _MOVE}")
         missing.discard(name)
     if missing:
-        raise ValueError(f"{path / min(missing)}: is missing")
+        raise ValueError(
+            f"{path / min(missing)}: is missing: write the repository again with --overwrite"
+        )
     for name, digest in data.items():
         if file_hash(path / name) != digest:
             raise ValueError(f"{path / name}: has changed since {MARKER} was written: {TRUST}")
@@ -86,7 +90,7 @@ def _difference(
     others: files whose content is checked elsewhere.
     """
     if entry.is_symlink():
-        return "is a link"
+        return "is a link (cp -RL copies what links point to)"
     if name in parents and entry.is_dir():
         return None
     if name in others and entry.is_file():

@@ -185,12 +185,22 @@ def check_free(directory: str | Path, overwrite: bool) -> None:
     check_destination(Path(directory), replaceable(overwrite))
 
 
+def check_marker(path: Path) -> None:
+    """Raises ValueError if there is no repository.json."""
+    if not (path / MARKER).is_file():
+        raise _no_repository(path)
+
+
+def _no_repository(path: Path) -> ValueError:
+    return ValueError(f"{path}: not a model repository; {MARKER} is missing")
+
+
 def read_marker(path: Path) -> dict[str, Any]:
     """The content of repository.json. Raises a one-line ValueError if it is not one of ours."""
     try:
         marker = read_json_value(path / MARKER)
     except FileNotFoundError:
-        raise ValueError(f"{path}: not a model repository; {MARKER} is missing") from None
+        raise _no_repository(path) from None
     ours = isinstance(marker, dict) and isinstance(marker.get("files"), dict)
     if not ours or marker.get("format") != FORMAT:
         raise ValueError(f"{path / MARKER}: not written by this version of dit-export: {TRUST}")

@@ -22,7 +22,7 @@ from dit_export.triton import plans
 from dit_export.triton.configuration import ServingOptions
 from dit_export.triton.server import running_server
 from dit_export.triton.server_binary import ServerBinary, find_server
-from dit_export.triton.trust import check_repository
+from dit_export.triton.trust import check_repository, served_copy
 
 EVIL = "raise SystemExit('a stranger was here')\n"
 
@@ -129,6 +129,8 @@ def test_what_is_written_is_served(repository: Path) -> None:
     append("README.md", "Ours is on the second floor.\n")(repository)
     add("dit/1/__pycache__/model.cpython-311.pyc")(repository)
     add("dit/1/dit_engine/__pycache__/labels.cpython-311.pyc")(repository)
+    add(".git/hooks/pre-commit")(repository)
+    add(".DS_Store")(repository)
     assert check_repository(repository) == before
     assert before["client.py"] == (repository / "client.py").read_bytes()
 
@@ -326,3 +328,22 @@ def test_engines_are_kept_where_nobody_else_can_put_some(
     here, cache = (tmp_path / "log").read_text().splitlines()
     assert Path(cache) == tmp_path / "cache" / "triton" and not Path(here).exists()
     assert Path(cache).stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("hard", [True, False], ids=["hard links", "symbolic links"])
+def test_what_is_added_after_the_check_is_not_served(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hard: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("another file system")
+
+    if not hard:
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    add(".git/config")(repository)
+    copy = served_copy(repository, check_repository(repository), tmp_path / "copy")
+    names = {file.relative_to(copy).as_posix() for file in copy.rglob("*") if file.is_file()}
+    add("vae_decoder/1/libtriton_onnxruntime.so")(repository)
+    add("vae_decoder/1/model.py")(repository)
+    files = {file.relative_to(copy).as_posix() for file in copy.rglob("*") if file.is_file()}
+    assert files == names and "vae_decoder/1/vae_decoder.onnx.data" in names
+    assert not any(name.startswith(".git") for name in names)

@@ -147,10 +147,23 @@ def test_requests_of_web_pages_are_refused(served: Served, model: str) -> None:
 
 
 def test_generate_is_closed(served: Served) -> None:
-    content = b'{"labels": 1, "seeds": 1, "steps": 1}'
-    for kind in ("generate", "generate_stream"):
-        status, text = ask(served.running.http, f"/v2/models/dit/{kind}", content)
-        assert status != 200 or "error" in text
+    """Of /generate no headers are forwarded, and its keys must not pass for some."""
+    names = ("x", "host", "Host", "HOST", "hOst", "HoSt", "user-agent", "User-Agent", "USER-AGENT")
+    asked = {"labels": 1, "seeds": 1, "steps": 1}
+    forged = [{name: "localhost"} for name in names]
+    forged += [{"parameters": each} for each in forged] + [dict.fromkeys(names, "localhost")]
+    for more in (*forged, {"host\0": "localhost"}, {"host": "localhost", "host\0": "localhost"}):
+        for kind in ("generate", "generate_stream"):
+            content, path = json.dumps(asked | more).encode(), f"/v2/models/dit/{kind}"
+            status, text = ask(served.running.http, path, content, Host="page.example")
+            assert "images" not in text and (status != 200 or "error" in text), (more, text)
+
+
+def test_the_graphs_are_not_closed_to_generate(served: Served) -> None:
+    """A known limit, as SECURITY.md says: a page can make the server run them."""
+    content = json.dumps({"z": [0.0] * 1024}).encode()
+    path = "/v2/models/vae_decoder/generate"
+    assert ask(served.running.http, path, content, Host="page.example")[0] == 200
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 from dit_engine.arguments import positive, shown, whole_number
 from dit_export.bundle import Bundle, TensorSpec
+from dit_export.triton.origin import HEADER_INPUTS
 
 PLATFORMS = ("onnxruntime", "tensorrt")
 ACCELERATORS = ("cuda", "tensorrt", "none")
@@ -133,6 +134,7 @@ def pipeline_config(bundle: Bundle, options: ServingOptions) -> str:
         column("steps", "TYPE_INT64"),
         column("guidance_scale", "TYPE_FP32"),
         column("sampler", "TYPE_STRING"),
+        *(column(name, "TYPE_STRING") for name in HEADER_INPUTS),
         ("output", images),
         ("version_policy", {"latest": {"num_versions": 1}}),
         ("dynamic_batching", {

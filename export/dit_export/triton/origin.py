@@ -20,6 +20,10 @@ HTTP_HEADERS, GRPC_HEADERS = "(?i)(host|origin)", "(?i)user-agent"
 """For the server's --http-header-forward-pattern and --grpc-header-forward-pattern."""
 NAMES = "DIT_SERVER_NAMES"
 """Environment variable: names by which the server may be addressed, separated by commas."""
+HEADER_INPUTS = ("host", "Host", "HOST", "user-agent")
+"""Optional inputs of "dit" that nobody uses. The keys of a request to /generate become parameters,
+which look like headers, but a key with the name of an input becomes that input. So a parameter of
+one of these names is a header: Host as clients write it, or gRPC's User-Agent."""
 FORWARDS = "DIT_SERVER_FORWARDS"
 """Environment variable, set if the server was started with `HTTP_HEADERS` and `GRPC_HEADERS`."""
 
@@ -27,15 +31,16 @@ FORWARDS = "DIT_SERVER_FORWARDS"
 def refusal(request: Any, named: bool = False) -> str | None:
     """Why a request to a model of the Python backend is refused, in one line; None if it is not.
 
-    named: also refuse a request without headers, if the server `FORWARDS` them. The server forwards
-    none for requests to /generate. Requests from its own model "dit" have none either, so the
+    named: also refuse a request without one of `HEADER_INPUTS` as a header, if the server
+    `FORWARDS` them. The server forwards none for requests to /generate. Requests from its own model "dit" have none either, so the
     models that "dit" asks do not set this.
     """
     said = (
         request.parameters() if hasattr(request, "parameters") else "{}"
     )  # some versions of Triton lack it
     # A list keeps both values where a client gives a parameter the name of a header.
-    pairs = [(name.lower(), value) for name, value in json.loads(said, object_pairs_hook=list)]
+    given = json.loads(said, object_pairs_hook=list)
+    pairs = [(name.lower(), value) for name, value in given]
     hosts = [value for name, value in pairs if name == "host"]
     for host in hosts:
         if not _is_ours(str(host)):
@@ -46,11 +51,8 @@ def refusal(request: Any, named: bool = False) -> str | None:
     for origin in (value for name, value in pairs if name == "origin"):
         if not hosts or any(origin not in (f"http://{host}", f"https://{host}") for host in hosts):
             return f"Origin {shown(origin)}: requests from web pages are refused"
-    if (
-        named
-        and FORWARDS in os.environ
-        and not {"host", "user-agent"} & {name for name, _ in pairs}
-    ):
+    headers = {name for name, _ in given}
+    if named and FORWARDS in os.environ and headers.isdisjoint(HEADER_INPUTS):
         return "the request has neither Host nor User-Agent: send it to /infer, with both"
     return None
 

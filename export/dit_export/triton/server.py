@@ -22,11 +22,12 @@ from pathlib import Path
 
 from dit_engine.caches import private_cache
 from dit_engine.printable import say
+from dit_export.model_repository import check_marker
 from dit_export.triton import origin, supervisor
 from dit_export.triton.configuration import ENGINE_CACHE
 from dit_export.triton.remote import is_loopback
 from dit_export.triton.server_binary import ServerBinary, assemble_backends, find_server
-from dit_export.triton.trust import check_marker, check_repository, served_copy
+from dit_export.triton.trust import check_repository, served_copy
 
 _STOP_SECONDS = supervisor.ASK_SECONDS + 5
 _LAST_LINES = 30
@@ -118,8 +119,9 @@ def running_server(
             f"--backend-config=python,shm-region-prefix-name={prefix}",
             f"--http-header-forward-pattern={origin.HTTP_HEADERS}",
             f"--grpc-header-forward-pattern={origin.GRPC_HEADERS}",
-            # The key belongs to a header "for:nobody". Any user of this machine can read it among
-            # the arguments, but nobody can send it: names of headers have no colons.
+            # Requests to these need a header whose name is "for:nobody". No client can send such a
+            # header, because the name ends at the first colon. So it does not matter that other
+            # users of this machine can read its value among the arguments.
             *(f"--{kind}={_CLOSED}:for:nobody={secrets.token_urlsafe()}" for kind in _RESTRICTIONS),
             "--disable-auto-complete-config",
             "--exit-timeout-secs=5",

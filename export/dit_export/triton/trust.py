@@ -29,16 +29,10 @@ from dit_export.model_repository import (
     read_marker,
     repository_texts,
 )
-from dit_export.triton.configuration import GRAPHS, ServingOptions
+from dit_export.triton.configuration import GRAPHS, PLATFORMS, ServingOptions
 
 _MOVE = "move it elsewhere, or look at it and serve it with --trust"
 _UNCOMPARED = {MARKER, "README.md"}  # the first is the source of the facts, the second is not run
-
-
-def check_marker(path: Path) -> None:
-    """Raise ValueError if there is no repository.json."""
-    if not (path / MARKER).is_file():
-        raise ValueError(f"{path}: not a model repository; {MARKER} is missing")
 
 
 def check_repository(path: Path) -> dict[str, bytes]:
@@ -73,12 +67,20 @@ def check_repository(path: Path) -> dict[str, bytes]:
 
 
 def served_copy(path: Path, texts: dict[str, bytes], folder: Path) -> Path:
-    """Write a repository to ``folder``: ``texts``, and links to the directories of the graphs."""
+    """A repository in ``folder`` with ``texts``, and links to the files of the graphs. The folders
+    are its own, so that what is added to those in ``path`` after the check is not in it."""
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(text)
-    for name in GRAPHS:
-        (folder / name / "1").symlink_to(path.resolve() / name / "1")
+    for platform in PLATFORMS:
+        names, optional = data_names(platform)
+        for name in (*names, *optional):
+            if (path / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
+                try:  # without a hard link, onnxruntime may look for the weights elsewhere
+                    (folder / name).hardlink_to(path / name)
+                except OSError:  # another file system, or a file of another account
+                    (folder / name).symlink_to(path.resolve() / name)
     return folder
 
 
@@ -116,12 +118,15 @@ def _expected(path: Path, marker: dict[str, Any]) -> tuple[dict[str, bytes], dic
 
 
 def _entries(folder: Path, parent: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Everything below ``folder``, as (path from there with "/", entry). Links are not entered."""
+    """What is below ``folder``, as (path from there with "/", entry). Links are not entered. Hidden
+    names at the top (.git, .DS_Store) are left out, because they are never served."""
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             name = f"{parent}{entry.name}"
             if entry.name == "__pycache__" and parent.startswith("dit/1/"):
                 continue  # a server that was started by hand on this repository made it
+            if not parent and name.startswith("."):
+                continue
             yield name, entry
             if entry.is_dir(follow_symlinks=False):
                 yield from _entries(folder / entry.name, f"{name}/")

@@ -31,7 +31,7 @@ class TritonPythonModel:
         # Threads that spin while they wait would take the cores from the other models' processes.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
+            str(path.resolve()), options, providers=["CPUExecutionProvider"]
         )
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]

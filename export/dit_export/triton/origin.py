@@ -32,8 +32,8 @@ def refusal(request: Any, named: bool = False) -> str | None:
     """Why a request to a model of the Python backend is refused, in one line; None if it is not.
 
     named: also refuse a request without one of `HEADER_INPUTS` as a header, if the server
-    `FORWARDS` them. The server forwards none for requests to /generate. Requests from its own model "dit" have none either, so the
-    models that "dit" asks do not set this.
+    `FORWARDS` them. The server forwards none for requests to /generate. Requests from its own
+    model "dit" have none either, so the models that "dit" asks do not set this.
     """
     said = (
         request.parameters() if hasattr(request, "parameters") else "{}"

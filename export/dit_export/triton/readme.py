@@ -50,7 +50,8 @@ In a container, from this directory{gpu}:
 ```
 KEY=$(openssl rand -hex 32)
 docker run --rm --gpus all --shm-size 1g -p 127.0.0.1:8000:8000 -p 127.0.0.1:8001:8001 \\
-    -p 127.0.0.1:8002:8002 -e DIT_SERVER_FORWARDS=1 -v "$PWD":/models:ro nvcr.io/nvidia/tritonserver:<yy.mm>-py3 \\
+    -p 127.0.0.1:8002:8002 -e DIT_SERVER_FORWARDS=1 \\
+    -v "$PWD":/models:ro nvcr.io/nvidia/tritonserver:<yy.mm>-py3 \\
     tritonserver --model-repository=/models --disable-auto-complete-config \\
     --http-restricted-api=shared-memory,model-repository,trace,logging:key=$KEY \\
     --grpc-restricted-protocol=shared-memory,model-repository,trace,logging:key=$KEY \\
@@ -63,7 +64,8 @@ such as requests that end the server (CVE-2025-23310), keep it busy (CVE-2026-16
 it (CVE-2025-23319).
 The options close endpoints that no client needs, and let `dit` refuse requests from web pages and
 all requests to /generate; `dit` has inputs with names of headers for this, which no client sets. A
-page can still have the other models run. A server that is addressed by a name needs `-e DIT_SERVER_NAMES=<name>`. Anyone who can reach the
+page can still have the other models run. A server that is addressed by a name needs
+`-e DIT_SERVER_NAMES=<name>`. Anyone who can reach the
 ports can ask for images.
 
 {needs}

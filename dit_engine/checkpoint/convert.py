@@ -49,7 +49,7 @@ _FIRST_BLOCK = "blocks.0."
 # A buffer that newer diffusers recomputes and older ones stored.
 STORED_POSITIONS = "pos_embed.pos_embed"
 # A position embedding may take this much, or as much as the weights if these take more.
-LEAST_POSITIONS_BYTES = 64 * 2**20
+LEAST_POSITIONS_BYTES = 256 * 2**20
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 

@@ -11,22 +11,28 @@ from __future__ import annotations
 import math
 import mmap
 import pickletools
-import zipfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-DATA = "data.pkl"
+from dit_engine.checkpoint.archives import Refused, read_archive
+
 # A file from before torch 1.6 has five pickles: magic number, version, sizes of C types, content,
 # and keys of the storages. The data of the storages follows.
 _OLD_PICKLES = 5
 # Lists, tuples, calls and so on, each of which takes a hundred times the memory of its instruction.
-# A file of DiT-XL/2 has 4,000; a training checkpoint with averages and optimizer has 20,000.
-MOST_OBJECTS = 300_000
+# A file of DiT-XL/2 has 4,000; a training checkpoint with averages and optimizer has 20,000. More
+# are allowed if each has the bytes of a long log's entries.
+MOST_OBJECTS, LEAST_OBJECT_BYTES = 300_000, 8
+# Keys that can be slow to hash, or have the same hash as others: tuples and fractions.
+MOST_SLOW_KEYS = 10_000
+MOST_KEY_ITEMS, MOST_KEY_LEVELS = 8, 3
+MOST_DIMENSIONS = 64
 _SLACK = 1000
 
 # Bytes of an element; types that are not listed have one.
 _BYTES = {"Double": 8, "Long": 8, "Float": 4, "Int": 4, "Half": 2, "BFloat16": 2, "Short": 2,
-          "ComplexFloat": 8, "ComplexDouble": 16}  # fmt: skip
+          "ComplexFloat": 8, "ComplexDouble": 16, "QInt32": 4}  # fmt: skip
 
 _LITERALS = {"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
              "BINUNICODE", "SHORT_BINSTRING"}  # fmt: skip
@@ -35,11 +41,16 @@ _VIEWS = {f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_
 # These read or convert their tensors, which for an expanded tensor takes more than it has stored.
 _COPIERS = {"torch._utils._rebuild_sparse_tensor",
             "torch._utils._rebuild_device_tensor_from_cpu_tensor"}  # fmt: skip
+_QUANTISED = "torch._utils._rebuild_qtensor"
+_WITH_STATE = "torch._utils._rebuild_parameter_with_state"
+_LAYOUT = "torch.serialization._get_layout"
+# Which of their arguments must be a name.
+_PRINTED = {_LAYOUT: 0, "torch._utils._rebuild_sparse_tensor": 0, _QUANTISED: 4}
 _OF_TYPE = "torch._tensor._rebuild_from_type_v2"
 _TORCH = {
-    *_VIEWS, *_COPIERS, _OF_TYPE, "torch._utils._rebuild_parameter",
-    "torch._utils._rebuild_parameter_with_state", "torch.nn.parameter.Parameter",
-    "torch._utils._rebuild_meta_tensor_no_storage", "torch.serialization._get_layout",
+    *_VIEWS, *_COPIERS, _QUANTISED, _OF_TYPE, "torch._utils._rebuild_parameter",
+    _WITH_STATE, "torch.nn.parameter.Parameter",
+    "torch._utils._rebuild_meta_tensor_no_storage", _LAYOUT,
     "torch.Size", "torch.device",
 }  # fmt: skip
 _USUAL = ("torch", "collections", "builtins", "__builtin__", "_codecs", "argparse")
@@ -48,53 +59,30 @@ _USUAL = ("torch", "collections", "builtins", "__builtin__", "_codecs", "argpars
 def check_pickle(path: Path) -> bool:
     """Raise a one-line ValueError if the file is damaged or asks for more memory than it has bytes.
 
-    Returns whether it is a zip archive, the format since torch 1.6, which can be mapped into
-    memory. Compressed archives are refused. Raises OSError if the file cannot be read.
+    Returns whether it can be mapped into memory: it is a zip archive, the format since torch 1.6,
+    and nothing in it is compressed. Raises OSError if the file cannot be read.
     """
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
             zipped = file.read(4) == b"PK\x03\x04"
             if zipped:
-                _Pickle(_data(path), size)
-                return True
+                data, records = read_archive(path)
+                _Pickle(data, size, min(size, len(data)), records)
+                return records is None
             # Mapped, because read() of a file allocates whatever length the pickle states.
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                 for _ in range(_OLD_PICKLES):
-                    if data.tell() < size:
-                        _Pickle(data, size)
+                    if mapped.tell() < size:
+                        _Pickle(mapped, size, size)
             return False
-    except _Refused as error:
+    except Refused as error:
         raise ValueError(f"{path}: refused, {error}") from None
     except (MemoryError, OSError):
         raise
     except Exception as error:  # damage can raise almost anything
         reason = (str(error).splitlines() or [""])[0][:160] or type(error).__name__
         raise ValueError(f"{path}: damaged or not a PyTorch file ({reason})") from None
-
-
-class _Refused(Exception):
-    """The reason why an intact file is refused."""
-
-
-def _data(path: Path) -> bytes:
-    """The pickle in a zip archive."""
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        for member in members:
-            if member.compress_type != zipfile.ZIP_STORED:
-                raise _Refused(
-                    f"{member.filename[:80]!r} in it is compressed, which torch.save never does: "
-                    "unpack it, and zip it without compression"
-                )
-        # torch finds the first of this name in any case.
-        found = [m for m in members if m.orig_filename.lower().rpartition("/")[2] == DATA]
-        if len(found) != 1:
-            raise ValueError(f"it holds {len(found)} of {DATA}; one is needed")
-        try:
-            return archive.read(found[0])
-        except OSError as error:  # an entry has an impossible offset
-            raise ValueError(str(error)) from None
 
 
 class _Name(str):
@@ -119,29 +107,35 @@ class _Elements(int):
 
 
 class _Pickle:
-    """Executes one pickle of a file of ``file_bytes`` bytes on sizes only.
+    """Executes one pickle, of at most ``pickle_bytes`` bytes, on sizes only.
+
+    records: the bytes of each storage, if torch inflates them as wholes.
 
     Attributes:
         made: objects that it makes.
         stored: bytes of its storages.
         copied: items and characters that its calls copy.
         converted: elements of tensors that `_COPIERS` read.
+        slow_keys: keys that are slow to hash.
     """
 
-    def __init__(self, source: Any, file_bytes: int) -> None:
-        self.file_bytes = file_bytes
+    def __init__(
+        self, source: Any, file_bytes: int, pickle_bytes: int, records: dict[str, int] | None = None
+    ) -> None:
+        self.file_bytes, self.records = file_bytes, records
+        most = max(MOST_OBJECTS, pickle_bytes // LEAST_OBJECT_BYTES)
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[Any, Any] = {}
         self.names: list[_Name] = []
         self.storages: dict[Any, int] = {}
-        self.made, self.stored, self.copied, self.converted = 0, 0, 0, 0
+        self.made, self.stored, self.copied, self.converted, self.slow_keys = 0, 0, 0, 0, 0
         for opcode, value, position in pickletools.genops(source):
             self.step(opcode.name, ord(opcode.code), value)
-            if self.made > MOST_OBJECTS:
-                raise _Refused(f"its pickle makes more than {MOST_OBJECTS} objects")
+            if self.made > most:
+                raise Refused(f"its pickle makes more than {most} objects")
             if self.copied > 4 * (position or 0) + _SLACK:
-                raise _Refused("its pickle copies more than it holds")
+                raise Refused("its pickle copies more than it holds")
 
     def step(self, name: str, code: int, value: Any) -> None:
         stack = self.stack
@@ -177,7 +171,9 @@ class _Pickle:
             arguments = stack.pop()
             stack[-1] = self.call(stack[-1], arguments)
         elif name == "BUILD":
-            self.copied += _size(stack.pop())
+            state = stack.pop()
+            self.copied += _size(state)
+            self.check_keys(map(_first, _items(state)))
         elif name == "APPEND":
             item = stack.pop()
             stack[-1].items.append(item)
@@ -197,15 +193,35 @@ class _Pickle:
         return items
 
     def set_keys(self, keys: list[Any]) -> None:
-        for key in keys:
-            _check_key(key)
+        self.check_keys(keys)
         self.stack[-1].more += len(keys)
 
+    def check_keys(self, keys: Iterable[Any]) -> None:
+        for key in keys:
+            if isinstance(key, int) and not isinstance(key, _Elements) and abs(key) >= 2**60:
+                raise Refused("its pickle has a whole number of more than 60 bits as a key")
+            if not isinstance(key, str | int | None):
+                _check_slow_key(key)
+                self.slow_keys += 1
+        if self.slow_keys > MOST_SLOW_KEYS:
+            raise Refused(f"its pickle has more than {MOST_SLOW_KEYS} keys that are slow to hash")
+
     def storage(self, identity: Any) -> _Elements:
-        kind, key, elements = identity[1], identity[2], identity[4]
+        kind, key, _, elements, *view = identity[1:]
         if not isinstance(elements, int) or elements < 0:
             raise ValueError("a storage without a size")
+        # torch hashes and prints these.
+        keys = (key, *(item for each in view for item in _items(each)))
+        if not isinstance(kind, _Name) or not all(isinstance(k, str | int) for k in keys):
+            raise ValueError("a storage without a name")
         size = elements * _BYTES.get(str(kind).rpartition(".")[2].removesuffix("Storage"), 1)
+        if self.records is not None:
+            # torch inflates the whole record, whatever part of it the pickle asks for, and does so
+            # again for another key with the same name, such as 0 and "0".
+            if not isinstance(key, str) or self.records.get(f"data/{key}") != size:
+                raise ValueError(f"storage {str(key)[:20]!r} is not in it")
+            self.storages[key] = size
+            return _Elements(elements)
         self.stored += max(0, size - self.storages.get(key, 0))
         self.storages[key] = max(size, self.storages.get(key, 0))
         if self.stored > self.file_bytes:
@@ -218,29 +234,44 @@ class _Pickle:
         if function.startswith("torch.") and function not in _TORCH:
             foreign = (name for name in self.names if name.partition(".")[0] not in _USUAL)
             asked = str(next(foreign, function))
-            raise _Refused(f"the pickle asks for {asked!r}; only tensors are loaded")
+            raise Refused(f"the pickle asks for {asked!r}; only tensors are loaded")
+        if function in (_OF_TYPE, _WITH_STATE):
+            state = arguments[3]
+            if isinstance(state, tuple) and len(state) != 2:  # torch prints it
+                raise ValueError("attributes that are not a dict")
         if function == _OF_TYPE:
             return self.call(arguments[0], arguments[2])
         short = function.rpartition(".")[2]
         if short in ("encode", "bytearray") and not (
             not arguments or (isinstance(arguments[0], str | _Made) and _is_latin(arguments[1:]))
         ):
-            raise _Refused(f"the pickle makes bytes by {str(function)!r} of other than latin1 text")
+            raise Refused(f"the pickle makes bytes by {str(function)!r} of other than latin1 text")
         self.copied += sum(map(_size, arguments))
-        if function in _COPIERS:
-            self.converted += sum(map(_elements, arguments))
+        made = _Elements(0)
+        if function in _VIEWS or function == _QUANTISED:
+            made = _tensor(_items(arguments[2]))
+        if function in _COPIERS or function == _QUANTISED:
+            # A quantised tensor is allocated before it gets its storage.
+            self.converted += made + sum(map(_elements, arguments))
             if self.converted > self.file_bytes:
-                raise _Refused("its tensors claim more numbers than it has bytes")
-        if not function.startswith("torch."):
-            for argument in arguments:
-                for item in argument.items if isinstance(argument, _Made) else ():
-                    pair = item.items if isinstance(item, _Made) else item
-                    _check_key(pair[0] if isinstance(pair, list | tuple) and pair else item)
+                raise Refused("its tensors claim more numbers than it has bytes")
+        if short in ("set", "Counter"):
+            self.check_keys(item for argument in arguments for item in _items(argument))
+        elif short == "OrderedDict":
+            self.check_keys(_first(item) for argument in arguments for item in _items(argument))
         if function == "torch.Size":
-            return arguments[0]
-        if function in _VIEWS:
-            sizes = arguments[2].items if isinstance(arguments[2], _Made) else arguments[2]
-            return _Elements(abs(math.prod(sizes)))
+            return tuple(_items(arguments[0]))
+        if function in _PRINTED:
+            # torch hashes this, and prints it if it is of another kind.
+            kind = arguments[_PRINTED[function]]
+            if function == _QUANTISED:
+                kind = kind[0]
+            if not isinstance(kind, str):
+                raise ValueError(f"{str(function)!r} of something that is not a name")
+            if function == _LAYOUT:
+                return _Name(kind)
+        if function in _VIEWS or function == _QUANTISED:
+            return made
         return _Made(sum(map(_size, arguments)))
 
 
@@ -261,8 +292,24 @@ def _elements(value: Any) -> int:
     return value if isinstance(value, _Elements) else 0
 
 
-def _check_key(key: Any) -> None:
-    """Refuse tuples of tuples as keys: if each level holds the one below twice, every level doubles
-    the time of hashing."""
-    if isinstance(key, tuple) and any(isinstance(item, tuple) for item in key):
-        raise _Refused("its pickle has a tuple of tuples as a key")
+def _items(value: Any) -> Sequence[Any]:
+    return value.items if isinstance(value, _Made) else value if isinstance(value, tuple) else ()
+
+
+def _first(pair: Any) -> Any:
+    return next(iter(_items(pair)), None)
+
+
+def _tensor(sizes: Sequence[Any]) -> _Elements:
+    if len(sizes) > MOST_DIMENSIONS or not all(isinstance(n, int) for n in sizes):
+        raise ValueError("a tensor without a shape")
+    return _Elements(abs(math.prod(sizes)))
+
+
+def _check_slow_key(key: Any, level: int = 1) -> None:
+    """Refuse a key that is slow to hash for its length, such as a tuple of a tuple twice, of …"""
+    if isinstance(key, tuple):
+        if level > MOST_KEY_LEVELS or len(key) > MOST_KEY_ITEMS:
+            raise Refused("its pickle has a large tuple as a key")
+        for item in key:
+            _check_slow_key(item, level + 1)

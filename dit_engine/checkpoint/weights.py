@@ -37,9 +37,10 @@ WEIGHT_NAMES = tuple(
 def read_weights(path: Path) -> dict[Any, Any]:
     """What a ``.pt``, ``.bin`` or ``.safetensors`` file or a shard index holds, as it is there.
 
-    Tensors are mapped from the file, not copied: they take memory as they are first used. Only
-    tensors are read from pickles (``weights_only``); beside them a training checkpoint may hold
-    plain containers, numbers, strings and the ``argparse.Namespace`` of its options.
+    Tensors are mapped from the file, not copied, unless it is compressed: they take memory as they
+    are first used. Only tensors are read from pickles (``weights_only``); beside them a training
+    checkpoint may hold plain containers, numbers, strings and the ``argparse.Namespace`` of its
+    options.
 
     Raises:
         ValueError: the file is damaged, is something else, asks to run code, or holds no dict.
@@ -78,7 +79,7 @@ def check_tensors(state: Mapping[Any, Any], source: object) -> dict[str, Tensor]
             )
         storage = tensor.untyped_storage()
         has = storage.nbytes()
-        if tensor.nbytes > has:
+        if tensor.nbytes > has + TIED_SLACK_BYTES:
             raise ValueError(
                 f"{source}: tensor {name!r} of shape {tuple(tensor.shape)} claims {tensor.nbytes} "
                 f"bytes, but {has} are stored; save it after contiguous()"
@@ -119,12 +120,12 @@ def check_header(path: Path) -> None:
 def read_pickle(path: Path) -> Any:
     """What ``torch.save`` wrote to a file of any name. Raises as `read_weights` does."""
     check_format(path, PYTORCH)
-    zipped = check_pickle(path)
+    mapped = check_pickle(path)
     try:
         # A Namespace is attributes and nothing else; the published training script stores one.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols: what matters raises
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except MemoryError:
         raise
     except Exception as error:  # a damaged pickle can make the reader raise almost anything

@@ -248,7 +248,7 @@ def read_stage(directory: Path) -> Stage | None:
 
 def _read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     try:
-        check_pickle(path)
+        mmap = check_pickle(path) and mmap
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"{path} is damaged: remove it to begin again") from error

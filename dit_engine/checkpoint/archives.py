@@ -1,0 +1,108 @@
+"""The zip archive of a PyTorch file: torch must find what was checked, and no more than that.
+
+torch's reader takes the directory from where the archive's last record says it is, and Python's
+from where the directory must be if it ends there. An archive can have one at both places.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+DATA = "data.pkl"
+# What a compressed archive may hold: this many times its own size, and this much besides. Weights
+# that are compressed take more than half of their size, pickles a tenth.
+MOST_INFLATED, INFLATED_SLACK_BYTES = 4, 16 * 2**20
+
+# The records at the end of an archive: the last one, what points to the one for large archives,
+# and that one.
+_END, _LOCATOR = struct.Struct("<4s4H2IH"), struct.Struct("<4sIQI")
+_END64 = struct.Struct("<4sQ2H2I4Q")
+
+
+class Refused(Exception):
+    """The reason why an intact file is refused."""
+
+
+def read_archive(path: Path) -> tuple[bytes, dict[str, int] | None]:
+    """The pickle of an archive and, if something in it is compressed, the bytes of each storage.
+
+    Raises `Refused` if it would take much more memory than the file has, or if another reader
+    could find something else in it; anything else if it is damaged.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        _check_end(file, size, len(members))
+        found = [m for m in members if m.orig_filename.lower().rpartition("/")[2] == DATA]
+        if len(found) != 1:
+            raise ValueError(f"it holds {len(found)} of {DATA}; one is needed")
+        # torch's reader does not tell capitals from small letters.
+        names = [m.orig_filename.lower() for m in members]
+        if len(set(names)) < len(names):
+            name = next(name for name in names if names.count(name) > 1)
+            raise Refused(f"its archive holds {name[:80]!r} twice")
+        for member in members:
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise Refused(f"{member.filename[:80]!r} in it is neither stored nor deflated")
+            if _large_fields(member.extra) > 1:
+                raise Refused(f"{member.filename[:80]!r} in it has two sizes")
+        compressed = any(m.compress_type != zipfile.ZIP_STORED for m in members)
+        holds = sum(m.file_size for m in members)
+        if holds > (MOST_INFLATED * size + INFLATED_SLACK_BYTES if compressed else size):
+            raise Refused(f"it has {size} bytes, and says that {holds} are in it")
+        try:
+            data = archive.read(found[0])
+        except OSError as error:  # an entry has an impossible offset
+            raise ValueError(str(error)) from None
+        file.seek(0)
+        if torch._C.PyTorchFileReader(file).get_record(DATA) != data:
+            raise Refused(f"two readers find different {DATA} in it")
+    if not compressed:
+        return data, None
+    before = len(found[0].orig_filename) - len(DATA)
+    return data, {m.orig_filename[before:]: m.file_size for m in members}
+
+
+def _check_end(file: BinaryIO, size: int, members: int) -> None:
+    """Refuse an archive whose directory is not where its last record says, or not of that length.
+
+    There is no comment behind the record, so that there is only one place where it can be.
+    """
+
+    def record(kind: struct.Struct, signature: bytes, before: int) -> tuple[int, ...] | None:
+        if before < kind.size:
+            return None
+        file.seek(before - kind.size)
+        found, *values = kind.unpack(file.read(kind.size))
+        return tuple(values) if found == signature else None
+
+    end = record(_END, b"PK\5\6", size)
+    if end is None or end[-1] != 0:
+        raise Refused("its archive does not end with its directory")
+    _, _, here, total, length, offset, _ = end
+    place = size - _END.size
+    locator = record(_LOCATOR, b"PK\6\7", place)
+    if locator is not None:
+        place -= _LOCATOR.size
+        large = record(_END64, b"PK\6\6", place)
+        place -= _END64.size
+        if large is None or locator[1] != place or large[0] != _END64.size - 12:
+            raise Refused("its archive does not end with its directory")
+        *_, here, total, length, offset = large
+    if offset + length != place or here != total or total != members:
+        raise Refused("its archive has a directory at another place than it says")
+
+
+def _large_fields(extra: bytes) -> int:
+    """How many fields with sizes above 4 GiB an entry has."""
+    fields = 0
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<HH", extra)
+        fields += kind == 1
+        extra = extra[4 + length :]
+    return fields

@@ -1,0 +1,59 @@
+"""Calls in a process of their own, with little memory and time.
+
+It is a fork of this one, and may have 300 MiB more than this has, and eight seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+
+linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="forks, and limits memory as Linux does"
+)
+MIB, SECONDS = 300, 8
+
+
+def limited(call: Callable[[], object]) -> str:
+    """What ``call`` raises in a process with limited memory and time; "" if nothing."""
+    import resource
+
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of forks beside threads, none of which the child needs
+        child = os.fork()
+    if child == 0:
+        text = "ended by no exception"
+        try:
+            torch.set_num_threads(1)
+            with open("/proc/self/statm") as file:  # noqa: PTH123
+                now = int(file.read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (now + MIB * 2**20,) * 2)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(SECONDS)
+            call()
+            text = ""
+        except BaseException as error:  # a failed test of the parent's must not go on here
+            text = f"{type(error).__name__}: {error}"
+        finally:
+            os.write(writer, text.encode("utf-8", "backslashreplace")[:4000])
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        said = file.read().decode()
+    _, status = os.waitpid(child, 0)
+    assert status == 0, f"ended by signal {status}"
+    return said
+
+
+def refused(call: Callable[[], object], message: str) -> None:
+    said = limited(call)
+    assert "\n" not in said and len(said) < 1000
+    kind, _, text = said.partition(": ")
+    assert kind == "ValueError" and message in text, said

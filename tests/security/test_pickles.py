@@ -1,0 +1,273 @@
+"""Pickles that ask for more than their files have are refused in little memory and time."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import zipfile
+import zlib
+from argparse import Namespace
+from collections import Counter, OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from limits import linux, refused
+from safetensors.torch import save_file
+from tiny import tiny_dit
+from torch import Tensor
+
+from dit_engine.checkpoint import load_checkpoint
+
+pytestmark = linux
+State = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def state() -> State:
+    return tiny_dit(hidden_size=128).state_dict()
+
+
+# What pickles are made of: the instructions of protocol 2.
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def python(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def whole(value: int) -> bytes:
+    return b"\x8a\x08" + struct.pack("<q", value)
+
+
+def number(count: int) -> bytes:
+    """The instruction to take from, or put into, a place of the memo."""
+    return struct.pack("<I", count)
+
+
+def doubled(value: bytes) -> bytes:
+    """A tuple of a tuple twice, of a tuple twice, …: 2**60 of ``value``."""
+    levels = (b"r" + number(i) + b"j" + number(i) + b"\x86" for i in range(60))
+    return value + b"".join(levels)
+
+
+def hexadecimal() -> bytes:
+    made = python("_codecs", "encode") + text("a" * 100) + text("latin1") + b"\x86R"
+    for _ in range(30):
+        made = python("_codecs", "encode") + made + text("hex") + b"\x86R"
+    return made
+
+
+def called(module: str, name: str, *arguments: bytes) -> bytes:
+    return python(module, name) + b"(" + b"".join(arguments) + b"tR"
+
+
+def copied(module: str, name: str, value: bytes) -> bytes:
+    """A list of 20,000 copies of ``value``."""
+    copies = 20_000 * (b"h\x02h\x01\x85R")
+    return b"](" + value + b"q\x01" + python(module, name) + b"q\x02" + copies + b"e"
+
+
+NUMBERS = b"(" + b"K\x01" * 50_000 + b"t"
+LIST = b"](" + b"K\x01" * 50_000 + b"e"
+DICT = b"}(" + b"".join(b"M" + struct.pack("<H", i) + b"N" for i in range(50_000)) + b"u"
+STORAGE = b"(" + text("storage") + python("torch", "FloatStorage") + text("0") + text("cpu")
+QUANTIZED = called(
+    "torch._utils", "_rebuild_qtensor", STORAGE + b"K\x01tQ", b"K\x00", whole(5 * 10**9) + b"\x85",
+    b"K\x01\x85", b"(" + python("torch", "per_tensor_affine") + b"G" + bytes(8) + b"K\x00t",
+    b"\x89", b"N",
+)  # fmt: skip
+PICKLES: dict[str, tuple[bytes, str]] = {
+    "a text, encoded again and again": (hexadecimal(), "_codecs.encode"),
+    "bytes by number": (called("builtins", "bytearray", whole(5 * 10**9)), "builtins.bytearray"),
+    "bytes by number, in Python 2": (called("__builtin__", "bytearray", whole(10**10)), "bytearr"),
+    "a tensor by number": (called("torch", "FloatTensor", whole(10**9)), "'torch.FloatTensor'"),
+    "storage by number": (called("torch.storage", "UntypedStorage", whole(10**10)), "UntypedStor"),
+    "a quantised tensor": (QUANTIZED, "claim more numbers"),
+    "by way of a type": (
+        called("torch._tensor", "_rebuild_from_type_v2", python("builtins", "bytearray"),
+               python("torch", "Tensor"), whole(10**10) + b"\x85", b"}"), "builtins.bytearray"),
+    "copies of a tuple": (copied("torch", "Size", NUMBERS), "copies more than it holds"),
+    "copies of a set": (copied("builtins", "set", LIST), "copies more than it holds"),
+    "copies of a dict": (copied("collections", "OrderedDict", DICT), "copies more than it holds"),
+    "copies of a text": (copied("torch", "device", text("c" * 99999)), "copies more than it hol"),
+    "attributes of objects": (
+        b"](" + DICT + b"q\x01" + python("collections", "OrderedDict") + b"q\x02"
+        + 20_000 * b"h\x02)Rh\x01b" + b"e", "copies more than it holds"),
+    "a text by its length": (b"X" + number(2**32 - 1), "damaged or not a PyTorch file"),
+    "lists": (b"](" + b"]" * 2_000_000 + b"e", "makes more than 300000 objects"),
+    "a key that is never hashed": (b"}" + doubled(b"N") + b"Ns", "a large tuple as a key"),
+    "a member that is never hashed": (
+        called("builtins", "set", b"](" + doubled(b"N") + b"e"), "a large tuple as a key"),
+    "a pair that is never hashed": (
+        called("collections", "OrderedDict", b"](](" + doubled(b"N") + b"Nee"), "as a key"),
+    "a long key, again and again": (
+        b"}" + NUMBERS + b"q\x01N" + b"s" + 20_000 * b"h\x01Ns", "a large tuple as a key"),
+    "a long member, again and again": (
+        called("collections", "Counter", b"](" + NUMBERS + b"q\x01" + 20_000 * b"h\x01" + b"e"),
+        "a large tuple as a key"),
+    "members in a tuple": (
+        called("builtins", "set", b"(" + doubled(b"N") + b"t"), "a large tuple as a key"),
+    "attributes in pairs": (
+        python("collections", "OrderedDict") + b")R](](" + doubled(b"N") + b"Neeb", "as a key"),
+    "keys of one hash": (
+        b"}(" + b"".join(b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"N"
+                        for i in range(1, 20_000)) + b"u", "whole number of more than 60 bits"),
+    "fractions as keys": (
+        b"}(" + b"".join(b"G" + struct.pack(">d", i) + b"N" for i in range(10_001)) + b"u",
+        "more than 10000 keys that are slow to hash"),
+    "a storage by a long name": (
+        b"(" + text("storage") + python("torch", "FloatStorage") + doubled(b"N") + text("cpu")
+        + b"K\x01tQ", "a storage without a name"),
+    "a layout by a long name": (
+        called("torch.serialization", "_get_layout", doubled(b"N")), "that is not a name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["zip", "before torch 1.6"])
+def test_all_that_a_training_may_save_is_still_read(
+    form: str, state: State, tmp_path: Path
+) -> None:
+    optimizer = {
+        "state": {i: {"step": torch.tensor(7.0), "exp_avg": torch.ones(i, 3)} for i in range(4)},
+        "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999), "fused": None, "params": [0, 1]}],
+    }
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.note = "kept"
+    tensor = torch.ones(4)
+    tensor.note = "kept"
+    shared = [0.9, 0.999]
+    everything = {
+        "model": OrderedDict(state), "optimizer": optimizer, "args": Namespace(lr=1e-4),
+        "losses": [0.1 * i for i in range(100_000)], "milestones": Counter({10: 1, 20: 2}),
+        "bytes": bytes(range(256)) * 40, "bytearray": bytearray(b"abc" * 1000),
+        "set": {1, "a", 2.5}, "empty": bytearray(),
+        "size": torch.Size([2, 3]), "dtype": torch.bfloat16, "device": torch.device("cpu"),
+        "sizes": {(256, 256): 1, ((1, 2), 0.5): 2}, "complex": 1 + 2j, "big": 2**200, "none": None,
+        "sparse": torch.eye(20).to_sparse(), "parameter": parameter, "tensor": tensor,
+        "rng": torch.get_rng_state(), "bools": torch.ones(5, dtype=torch.bool),
+        "view": torch.arange(100).view(10, 10).t()[2:5], "nested": [[[[(1, (2, (3,)))]]]],
+        "betas": [shared, shared], "text": "ä" * 5000, "scalar": torch.tensor(3.0),
+    }  # fmt: skip
+    path = tmp_path / "m.pt"
+    torch.save(everything, path, _use_new_zipfile_serialization=form == "zip")
+    loaded = load_checkpoint(path, num_heads=2)
+    assert loaded.config.depth == 2 and set(loaded.state_dict) == set(state)
+
+
+def write_archive(path: Path, data: bytes, method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("archive/data.pkl", data)
+        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/data/0", bytes(64))
+        archive.writestr("archive/version", "3\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("case", "form"),
+    [(case, form) for case in PICKLES for form in ("zip", "before torch 1.6")
+     if (case, form) != ("lists", "before torch 1.6")],  # which takes seconds
+)  # fmt: skip
+def test_a_pickle_makes_nothing_larger_than_itself(case: str, form: str, tmp_path: Path) -> None:
+    value, message = PICKLES[case]
+    data = b"\x80\x02}" + text("x") + value + b"s."
+    path = tmp_path / "m.pt"
+    if form == "zip":
+        write_archive(path, data)
+    else:
+        beginning = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+        path.write_bytes(b"".join(pickle.dumps(part, protocol=2) for part in beginning) + data)
+    assert path.stat().st_size < 6_000_000
+    refused(lambda: load_checkpoint(path), message)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "vae.pt"])
+def test_compressed_archives(name: str, state: State, tmp_path: Path) -> None:
+    data = b"\x80\x02}" + text("x") + b"](" + b"]" * 40_000_000 + b"es."
+    path = write_archive(tmp_path / name, data, zipfile.ZIP_DEFLATED)
+    save_file(state, tmp_path / "model.safetensors")
+    source = path if name == "model.pt" else tmp_path / "model.safetensors"
+    refused(
+        lambda: load_checkpoint(source, num_heads=2, vae=None if source == path else path),
+        "bytes, and says that",
+    )
+
+
+def test_an_archive_of_two_pickles(tmp_path: Path) -> None:
+    """We cannot know which of them torch would read."""
+    path = write_archive(tmp_path / "m.pt", b"\x80\x02}.")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("ARCHIVE/DATA.PKL", b"\x80\x02}" + text("x") + hexadecimal() + b"s.")
+    refused(lambda: load_checkpoint(path), "holds 2 of data.pkl")
+
+
+def test_inception_weights(tmp_path: Path) -> None:
+    from dit_bench.inception import load_inception
+
+    write_archive(tmp_path / "w.pth", b"\x80\x02}" + text("x") + hexadecimal() + b"s.")
+    refused(lambda: load_inception(tmp_path / "w.pth"), "_codecs.encode")
+
+
+def entry(name: bytes, data: bytes, held: bytes, at: int) -> tuple[bytes, bytes]:
+    """A member of an archive that is at ``at``, and what a directory says of it."""
+    method = 0 if data == held else 8
+    sizes = struct.pack("<III", zlib.crc32(data), len(held), len(data))
+    common = struct.pack("<HHHHH", 20, 0, method, 0, 0) + sizes + struct.pack("<HH", len(name), 0)
+    member = b"PK\3\4" + common + name + held
+    said = b"PK\1\2" + struct.pack("<H", 20) + common + bytes(10) + struct.pack("<I", at) + name
+    return member, said
+
+
+def test_an_archive_of_two_directories(tmp_path: Path) -> None:
+    """One is where the last record says, which torch reads, and one before that record."""
+    small, little = b"\x80\x02}.", ((b"archive/version", b"3\n"), (b"archive/byteorder", b"little"))
+    large = b"\x80\x02}" + text("x") + text("a" * 30_000_000) + b"s."
+    packed = zlib.compress(large, wbits=-15)
+    body, directories = b"", [b"", b""]
+    shift = sum(len(entry(name, b"", b"", 0)[1]) for name in (b"archive/data.pkl",))
+    shift += sum(len(entry(name, b"", b"", 0)[1]) for name, _ in little)
+    for which, (data, held) in enumerate(((large, packed), (small, small))):
+        members = (b"archive/data.pkl", data, held), *((*each, each[1]) for each in little)
+        for name, value, stored in members:
+            member, said = entry(name, value, stored, len(body) - which * shift)
+            body, directories[which] = body + member, directories[which] + said
+    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 3, 3, shift, len(body), 0)
+    (tmp_path / "m.pt").write_bytes(body + b"".join(directories) + end)
+    with zipfile.ZipFile(tmp_path / "m.pt") as archive:
+        assert archive.read("archive/data.pkl") == small
+    assert torch._C.PyTorchFileReader(str(tmp_path / "m.pt")).get_record("data.pkl") == large
+    refused(lambda: load_checkpoint(tmp_path / "m.pt"), "a directory at another place than it says")
+    (tmp_path / "m.pt").write_bytes(body + b"".join(directories) + end[:-2] + b"\1\0 ")
+    refused(lambda: load_checkpoint(tmp_path / "m.pt"), "does not end with its directory")
+
+
+def test_a_name_that_is_there_twice(tmp_path: Path) -> None:
+    path = write_archive(tmp_path / "m.pt", b"\x80\x02}.")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("ARCHIVE/VERSION", "3\n")
+    refused(lambda: load_checkpoint(path), "holds 'archive/version' twice")
+
+
+def test_compressed_weights_still_load(state: State, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "a.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as source,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    loaded = load_checkpoint(tmp_path / "b.pt", num_heads=2).state_dict
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+def test_a_long_log_still_loads(
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dit_engine.checkpoint.pickles.MOST_OBJECTS", 3000)
+    log = [{"step": i, "loss": float(i)} for i in range(10_000)]
+    torch.save({"model": state, "log": log}, tmp_path / "m.pt")
+    assert load_checkpoint(tmp_path / "m.pt", num_heads=2).config.depth == 2

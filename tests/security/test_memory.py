@@ -156,7 +156,7 @@ NATIVE = {
 }
 DIFFUSERS = {
     "num_layers": "the config's depth is",
-    "num_attention_heads": r"is \(48, 256\) instead of \(480000,|hidden_size=240+.* cannot be built",
+    "num_attention_heads": r"is \(48, 256\) instead of \(48|hidden_size=240+.* cannot be built",
     "attention_head_dim": r"is \(48, 256\) instead of \(40000,|hidden_size=20+.* cannot be built",
     "in_channels": "is neither in_channels [12]0+ nor twice that",
     "num_embeds_ada_norm": "embedding_table.weight is .* inst|num_classes=10+.* cannot be built",

@@ -10,11 +10,13 @@
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from dit_engine._version import __version__
 
+TYPE_CHECKING = False  # as in typing, which `python -m` could take from the current directory here
 if TYPE_CHECKING:
+    from typing import Any
+
     from dit_engine.checkpoint import load_model
     from dit_engine.config import ModelConfig
     from dit_engine.engine import Engine
@@ -42,7 +44,7 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name not in _MODULES:
         raise AttributeError(f"module 'dit_engine' has no attribute {name!r}")
     return getattr(import_module(f"dit_engine.{_MODULES[name]}"), name)

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
+from shlex import quote
 
 VARIABLE = "DIT_ENGINE_CACHE"
+_ELSEWHERE = f"set {VARIABLE} to another directory"
 
 
 def cache_directory() -> Path:
@@ -41,8 +43,6 @@ def private_cache(*names: str) -> Path:
         path = private_directory(path)
         for name in names:
             path = private_directory(path / name)
-    except ValueError as error:
-        raise ValueError(f"{error}, or set {VARIABLE} to another directory") from None
     except OSError as error:
         place = error.filename or path
         raise type(error)(
@@ -67,15 +67,16 @@ def private_directory(path: Path) -> Path:
         with suppress(FileExistsError):  # another process made it; its owner is checked below
             place.mkdir(mode=0o700)
     if not path.is_dir():
-        raise ValueError(f"{path}: is not a directory; remove it")
+        raise ValueError(f"{path}: is not a directory; remove it, or {_ELSEWHERE}")
     for place in missing or [path]:
         if (reason := why_not_private(place)) is not None:
-            raise ValueError(f"{place}: {reason}; chmod or remove it")
+            raise ValueError(f"{place}: {reason}")
     return path
 
 
 def why_not_private(path: Path) -> str | None:
-    """Why another user, except root, could have made or changed the file or directory ``path``.
+    """Why another user, except root, could have made or changed the file or directory ``path``,
+    and what to do about it.
 
     None if nobody could, and on systems without such owners and modes (Windows).
 
@@ -88,15 +89,19 @@ def why_not_private(path: Path) -> str | None:
         facts = place.lstat()
         if stat.S_ISLNK(facts.st_mode):
             if facts.st_uid not in (user, 0):
-                return f"user {facts.st_uid} made the link {place}"
+                return f"user {facts.st_uid} made the link {place}; {_ELSEWHERE}"
         elif facts.st_mode & stat.S_IWOTH and not facts.st_mode & stat.S_ISVTX:
             # With the sticky bit, as in /tmp, only the owner of a file may rename it.
-            return f"anyone may write in {place} (mode {stat.S_IMODE(facts.st_mode):o})"
+            reason = f"anyone may write in {place} (mode {stat.S_IMODE(facts.st_mode):o})"
+            if user not in (0, facts.st_uid):  # chmod is for its owner
+                return f"{reason}; {_ELSEWHERE}"
+            return f"{reason}; run chmod o-w {quote(str(place))}, or {_ELSEWHERE}"
     facts = path.stat()
     if facts.st_uid != user:
-        return f"it belongs to user {facts.st_uid}, and you are user {user}"
+        return f"it belongs to user {facts.st_uid}, and you are user {user}; {_ELSEWHERE}"
     if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"others may write in it (mode {stat.S_IMODE(facts.st_mode):o})"
+        reason = f"others may write in it (mode {stat.S_IMODE(facts.st_mode):o})"
+        return f"{reason}; run chmod go-w {quote(str(path))}, or {_ELSEWHERE}"
     return None
 
 

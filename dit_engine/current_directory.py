@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
-from pathlib import Path
-from threading import RLock
+from threading import Lock
 from typing import Any
+
+from dit_engine.first import leave_out_of_path
 
 VARIABLE = "PYTHONSAFEPATH"
 """If this is set, Python 3.11 and later leave the current directory out of ``sys.path``."""
@@ -22,8 +23,10 @@ VARIABLE = "PYTHONSAFEPATH"
 LEAVE_OUT = "import sys\nsys.path[:] = [place for place in sys.path if place]\n"
 """The first lines of a program for `python -c` that does the same in any version of Python."""
 
-PACKAGES = ("dit_engine", "dit_kernels", "dit_export", "dit_bench")
-_lock = RLock()
+_lock = Lock()
+_blocks = 0
+_undo = ExitStack()
+"""Of the first of the `_blocks` that run."""
 
 
 def leave_out() -> None:
@@ -38,32 +41,29 @@ def leave_out() -> None:
     for name in ("PATH", "LD_LIBRARY_PATH"):
         _filter_places(name, os.path.isabs)
     _filter_places("PYTHONPATH", bool)
-    try:
-        here = os.getcwd()  # noqa: PTH109 (as Python itself writes it)
-    except OSError:  # the directory was removed
-        here = ""
-    named = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    kept = {str(Path(place).absolute()) for place in named} | set(map(str, _folders()))
-    sys.path[:] = [place for place in sys.path if place not in ("", here) or place in kept]
+    leave_out_of_path()
 
 
 @contextmanager
 def left_out_of_children() -> Iterator[None]:
     """Do the same, but only for Python programs that are started while the block runs.
 
-    One thread at a time is in such a block; others wait.
+    It sets `VARIABLE` in the environment of this whole process until the last such block ends:
+    several threads may be in one.
     """
+    global _blocks
     with _lock:
-        before = os.environ.get(VARIABLE)
-        os.environ[VARIABLE] = "1"
-        try:
-            with _isolated_pools():
-                yield
-        finally:
-            if before is None:
-                del os.environ[VARIABLE]
-            else:
-                os.environ[VARIABLE] = before
+        if _blocks == 0:
+            _undo.enter_context(_variable_set())
+            _undo.enter_context(_isolated_pools())
+        _blocks += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _blocks -= 1
+            if _blocks == 0:
+                _undo.close()
 
 
 def python(code: str, *arguments: str) -> list[str]:
@@ -84,10 +84,17 @@ def _filter_places(variable: str, wanted: Callable[[str], bool]) -> None:
         del os.environ[variable]
 
 
-def _folders() -> list[Path]:
-    """The directories that hold our packages."""
-    files = (getattr(sys.modules.get(name), "__file__", None) for name in PACKAGES)
-    return [Path(file).resolve().parents[1] for file in files if file]
+@contextmanager
+def _variable_set() -> Iterator[None]:
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = "1"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[VARIABLE] = before
+        else:
+            os.environ.pop(VARIABLE, None)  # the program may have removed it meanwhile
 
 
 @contextmanager

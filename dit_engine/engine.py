@@ -228,6 +228,7 @@ class Engine:
             step_noise: (steps, N, C, S, S), draw k for the k-th step taken.
             backend: "auto", "lean", "eager" or "compile", or one that a package adds (dit_export:
                 "onnxruntime", "tensorrt" or "trt", "triton://host:port"); it works or raises.
+                While "compile" compiles, PYTHONSAFEPATH is set in this process's environment.
             precision: "fp32", "bf16" or "fp16", of the model; with "lean" also "int8" (on the CPU)
                 and "fp8" (on CUDA), which quantise the blocks' matrix products. The sampler is
                 always float32; the VAE decodes in float32 for "fp32" and "fp16", else in bfloat16.

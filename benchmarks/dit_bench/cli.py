@@ -7,9 +7,9 @@ between sets of images; without one of these words models are measured.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before anything else is imported
-    from dit_bench.first import installed_first
+    from dit_engine.first import leave_out_of_path
 
-    installed_first()
+    leave_out_of_path()
 
 import argparse
 import sys

@@ -9,9 +9,9 @@ every library is loaded and every thread has its stack.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before torch is imported
-    from dit_bench.first import installed_first
+    from dit_engine.first import leave_out_of_path
 
-    installed_first()
+    leave_out_of_path()
     from dit_engine.cli.waiting import wait_briefly
 
     wait_briefly()

@@ -10,9 +10,9 @@ report; so with ``cpu`` (``profile`` with its ``--profile``), ``gpu``, ``operato
 from __future__ import annotations
 
 if __name__ == "__main__":  # before anything else is imported
-    from dit_bench.first import installed_first
+    from dit_engine.first import leave_out_of_path
 
-    installed_first()
+    leave_out_of_path()
 
 import re
 import sys

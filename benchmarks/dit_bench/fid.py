@@ -9,9 +9,9 @@ is then no precision or recall. With ``--features lite0`` it prints FD-Lite0, ne
 from __future__ import annotations
 
 if __name__ == "__main__":  # before torch is imported
-    from dit_bench.first import installed_first
+    from dit_engine.first import leave_out_of_path
 
-    installed_first()
+    leave_out_of_path()
     from dit_engine.cli.waiting import wait_briefly
 
     wait_briefly()

@@ -8,9 +8,9 @@ one's. Exit code 1: another is better by more than 5 %, also at the low end of i
 from __future__ import annotations
 
 if __name__ == "__main__":  # before torch is imported
-    from dit_bench.first import installed_first
+    from dit_engine.first import leave_out_of_path
 
-    installed_first()
+    leave_out_of_path()
     from dit_engine.cli.waiting import wait_briefly
 
     wait_briefly()

@@ -24,6 +24,7 @@ class CompileBackend(EagerBackend):
 
     The compiler's kernels for shapes that it does not know are slower, and on CUDA rule out some of
     its own CUDA graphs; a batch size costs a compilation when it is first met.
+    During it, PYTHONSAFEPATH is set in the environment of the process (see `compile_graph`).
     """
 
     def __init__(self, model: DiT, precision: str, device: torch.device, **options: Any) -> None:
@@ -70,7 +71,8 @@ def compile_graph(function: Callable[..., Any], **options: Any) -> Callable[...,
     """torch.compile of a function or module as one graph whose shapes are constants.
 
     The compiler keeps its results in our private cache. It compiles in the first call, where it
-    starts a C++ compiler and Python programs; these run nothing from the current directory.
+    starts a C++ compiler and Python programs; these run nothing from the current directory, because
+    PYTHONSAFEPATH is set in the environment of the whole process during that call.
     """
     use_private_cache()
     if sys.version_info < (3, 11):
@@ -84,6 +86,8 @@ def compile_graph(function: Callable[..., Any], **options: Any) -> Callable[...,
             return compiled(*arguments)
         with left_out_of_children():
             result = compiled(*arguments)
+        # Python programs are started once in a process: a test of the processor, whose result torch
+        # keeps, and workers. A later compilation, as after torch.set_num_threads, starts none.
         called = True
         return result
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from dit_engine.cli.errors import INTERRUPTED, run_command
 from dit_engine.cli.waiting import wait_briefly
-from dit_engine.current_directory import leave_out
+from dit_engine.current_directory import leave_out, left_out_of_children
 
 Main = Callable[..., int]
 
@@ -22,12 +22,22 @@ closed: set[int] = set()
 
 def entry(main: Main) -> Main:
     """Decorate the ``main`` of a command: `prepare` runs first, and help that could not be printed
-    is an error like any other, and so is Ctrl-C before the command is at work."""
+    is an error like any other, and so is Ctrl-C before the command is at work.
+
+    Without arguments it is a command, and the current directory is left out for good (`leave_out`).
+    With arguments a program calls it: that program's own path stays as it is, and its environment
+    is changed during the call only (`left_out_of_children`).
+    """
 
     @functools.wraps(main)
     def started(*arguments: object, **options: object) -> int:
+        called = any(given is not None for given in (*arguments, *options.values()))
         try:
             prepare()
+            if called:
+                with left_out_of_children():
+                    return main(*arguments, **options)
+            leave_out()
             return main(*arguments, **options)
         except SystemExit as end:  # argparse's, after --help or an error
             code = end.code if isinstance(end.code, int) else 0
@@ -41,14 +51,12 @@ def entry(main: Main) -> Main:
 
 def prepare() -> None:
     """Make the standard streams usable, whatever the command was started with, and `wait_briefly`.
-    `leave_out` the current directory.
 
     A closed stream becomes os.devnull, under its own number: otherwise the next file that is opened
     would get the number, and with it what a library prints. Characters that the terminal has not
     are replaced. What cannot be written to standard error is dropped: notes and progress end no
     command.
     """
-    leave_out()
     _open_closed()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # installed modules go before those of the current directory
-    import os
-    import sys
+if __name__ == "__main__":  # before anything else is imported
+    from dit_engine.first import leave_out_of_path
 
-    if sys.path[0] == os.getcwd():  # noqa: PTH109
-        sys.path.append(sys.path.pop(0))
+    leave_out_of_path()
 
 import argparse
 import sys

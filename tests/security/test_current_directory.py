@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ import pytest
 import torch
 from torch._inductor.cpu_vec_isa import VecISA
 
-from dit_bench.cpu_busy import Neighbours
+import dit_bench
+import dit_engine
+import dit_export
+import dit_kernels
 from dit_engine.backends import compile as compile_backend
+from dit_engine.cli.start import entry
 from dit_engine.current_directory import (
     LEAVE_OUT,
     VARIABLE,
@@ -30,10 +35,11 @@ from dit_export.tensorrt_flavour import run_probe
 from dit_export.triton import server_binary
 
 MODULES = (  # Python itself imports none of them before a module that `python -m` names
-    "argparse", "ctypes", "dataclasses", "dit_engine", "dit_kernels", "gettext", "hashlib", "json",
-    "multiprocessing", "numpy", "openvino", "PIL", "pickle", "platform", "queue", "random",
-    "select", "shutil", "signal", "socket", "struct", "subprocess", "sysconfig", "tempfile",
-    "textwrap", "torch", "tqdm", "unittest", "uuid",
+    "_winapi", "argparse", "ctypes", "dataclasses", "dit_engine", "dit_kernels", "gettext",
+    "hashlib", "json", "msvcrt", "multiprocessing", "nt", "numpy", "openvino", "pathlib", "PIL",
+    "pickle", "platform", "queue", "random", "select", "shutil", "signal", "socket", "struct",
+    "subprocess", "sysconfig", "tempfile", "textwrap", "threading", "torch", "tqdm", "typing",
+    "unittest", "uuid",
 )  # fmt: skip
 PROGRAMS = ("nvidia-smi", "tritonserver", "g++", "gcc", "ld", "openssl")
 
@@ -70,8 +76,6 @@ def test_probes(marks: Path) -> None:
     assert run_probe("import sys, json; print(json.dumps(sys.argv[1:]))", "a") == (["a"], "")
     with pytest.raises(FileNotFoundError, match="no Triton Inference Server"):
         server_binary._of_environment(Path(sys.executable))
-    with Neighbours(1):
-        pass
     assert marks.read_text() == ""
 
 
@@ -105,6 +109,19 @@ def test_a_pool_of_processes(marks: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert marks.read_text() == ""
 
 
+def test_blocks_of_several_threads(marks: Path) -> None:
+    """The first to end leaves the others protected; what the program does meanwhile is no error."""
+    first, second = left_out_of_children(), left_out_of_children()
+    with ThreadPoolExecutor(1) as other:
+        first.__enter__()
+        other.submit(second.__enter__).result(10)
+        first.__exit__(None, None, None)
+        subprocess.run([sys.executable, "-c", "import struct"], check=True)
+        del os.environ[VARIABLE]
+        other.submit(second.__exit__, None, None, None).result(10)
+    assert VARIABLE not in os.environ and marks.read_text() == ""
+
+
 def test_what_the_compiler_starts(marks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch starts its programs in the first call. Our package is used as a library here."""
     calls = []
@@ -112,7 +129,8 @@ def test_what_the_compiler_starts(marks: Path, monkeypatch: pytest.MonkeyPatch) 
     def standing_in(function: Any, **_: object) -> Any:
         def run(x: torch.Tensor) -> torch.Tensor:
             calls.append(os.environ.get(VARIABLE))
-            subprocess.run([sys.executable, "-c", "import struct, ctypes"], check=not calls[1:])
+            if len(calls) == 1:  # when it compiles
+                subprocess.run([sys.executable, "-c", "import struct, ctypes"], check=True)
             return function(x)
 
         return run
@@ -167,14 +185,70 @@ def test_what_the_user_names_stays(marks: Path, monkeypatch: pytest.MonkeyPatch)
     assert str(ours) in sys.path and here in sys.path
 
 
+def test_what_is_installed_there_stays(marks: Path) -> None:
+    """As a file of site-packages (.pth) names a project that is installed for editing."""
+    here, library = str(marks.parent / "stranger"), str(Path(os.__file__).parent)
+    sys.path[:] = [here, library, "/packages", here]
+    leave_out()
+    assert sys.path == [library, "/packages", here]
+
+
 def test_a_module_run_by_name(marks: Path) -> None:
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     Path("dit_engine.py").unlink()  # which Python itself would take for the package
-    for module, said in (("dit_bench.cli", "command 'no'"), ("dit_export.cli", "command 'no'"),
-                         ("dit_engine.cli.generate", "argument")):  # fmt: skip
-        done = subprocess.run([sys.executable, "-m", module, "no"], env=kept, timeout=60,
+    for module in ("dit_bench.cpu", "dit_engine.cli.train"):
+        done = subprocess.run([sys.executable, "-m", module, "--help"], env=kept, timeout=60,
                               capture_output=True, text=True, check=False)  # fmt: skip
-        assert done.returncode == 2 and said in done.stderr, done.stderr
+        assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr
+    assert marks.read_text() == ""
+
+
+def test_every_module_run_by_name_begins_alike() -> None:
+    plain = {"client.py", "supervisor.py"}  # copied or run by path, beside nothing of a stranger's
+    found = []
+    for package in (dit_engine, dit_kernels, dit_export, dit_bench):
+        for path in Path(str(package.__file__)).parent.rglob("*.py"):
+            text = path.read_text("utf-8")
+            if '__name__ == "__main__"' not in text or path.name in plain:
+                continue
+            first = next(node for node in ast.parse(text).body if not is_header(node))
+            assert isinstance(first, ast.If), f"{path} imports before it leaves the directory out"
+            assert ast.unparse(first.test) == "__name__ == '__main__'", path
+            assert [ast.unparse(node) for node in first.body[:2]] == [
+                "from dit_engine.first import leave_out_of_path", "leave_out_of_path()",
+            ], path  # fmt: skip
+            found.append(path.stem)
+    assert {"cpu", "generate", "train"} <= set(found) and len(found) >= 13
+
+
+def is_header(node: ast.stmt) -> bool:
+    """The docstring, or the import of annotations."""
+    return isinstance(node, ast.Expr) or (
+        isinstance(node, ast.ImportFrom) and node.module == "__future__"
+    )
+
+
+def test_a_program_that_calls_a_command(marks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script or a notebook goes on with its own modules and its own environment."""
+    here, seen = str(marks.parent / "stranger"), []
+
+    @entry
+    def main(argv: list[str] | None = None) -> int:
+        subprocess.run([sys.executable, "-c", "import struct"], check=True)
+        seen.append((os.environ.get(VARIABLE), here in sys.path))
+        if argv:
+            raise ValueError("no such option")
+        return 0
+
+    sys.path[:0] = ["", here]
+    monkeypatch.setenv("PATH", os.pathsep + os.environ["PATH"])
+    before = (list(sys.path), dict(os.environ))
+    assert main([]) == main(argv=[]) == 0
+    with pytest.raises(ValueError, match="no such option"):
+        main(["fails"])
+    assert (sys.path, dict(os.environ)) == before
+    assert main() == 0  # a command of its own
+    assert seen == [("1", True)] * 3 + [("1", False)] and os.environ[VARIABLE] == "1"
     assert marks.read_text() == ""
 
 

@@ -41,6 +41,11 @@ def check_destination(target: Path, known: Known = nothing_known) -> dict[str, o
     target = _behind_link(target)
     if not target.exists() and not target.is_symlink():
         return {}
+    if _holds_current(target):
+        raise ValueError(
+            f"{target}: is the current directory or one above it, which stays: name another; "
+            "nothing was written"
+        )
     if target.is_symlink() or not target.is_dir():
         raise ValueError(f"{target}: exists and is not a directory; nothing was written")
     if not any(target.iterdir()):
@@ -49,6 +54,14 @@ def check_destination(target: Path, known: Known = nothing_known) -> dict[str, o
         return _removable(target, known(target))
     except ValueError as error:
         raise ValueError(f"{target}: {error}; nothing was written") from None
+
+
+def _holds_current(target: Path) -> bool:
+    try:
+        here = Path.cwd()
+    except OSError:  # it was removed
+        return False
+    return target.resolve() in (here, *here.parents)
 
 
 @contextmanager

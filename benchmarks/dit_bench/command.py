@@ -23,7 +23,7 @@ from dit_bench.outputs import (
     write_text,
 )
 from dit_bench.schema import VERSION, validate
-from dit_engine.printable import one_line, say
+from dit_engine.printable import one_line, printable, say
 from dit_engine.provenance import without_paths
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     validate(report)
     _write(report, arguments, scaling, sheets)
     if isinstance(failure, KeyboardInterrupt):
-        kept = [str(path) for path in outputs if path not in (None, STDOUT)]
+        kept = [printable(path) for path in outputs if path not in (None, STDOUT)]
         where = f"in {', '.join(kept)}" if kept else "above"
         say(f"interrupted: what was measured until then is {where}", file=sys.stderr)
         return INTERRUPTED
@@ -197,8 +197,9 @@ def _write(
         if arguments.plot is not None and figures:
             save_figures(figures, arguments.plot)
         elif arguments.plot is not None:
-            say(f"note: nothing is drawn into {arguments.plot}: there are no times of forwards "
-                  "or guided steps, no --operators and no --scaling", file=sys.stderr)  # fmt: skip
+            say(f"note: nothing is drawn into {printable(arguments.plot)}: there are no times of "
+                "forwards or guided steps, no --operators and no --scaling",
+                file=sys.stderr)  # fmt: skip
         if arguments.html is not None:
             from dit_bench.page import page
 

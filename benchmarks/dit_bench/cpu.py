@@ -47,7 +47,7 @@ from dit_engine.cli.destination import check_file
 from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry
 from dit_engine.files import atomic_path
-from dit_engine.printable import say
+from dit_engine.printable import printable, say
 from dit_engine.provenance import without_paths
 from dit_kernels.quantized import quantized_why_not
 
@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = json.dumps(without_paths(report), indent=2) + "\n"
             with atomic_path(path) as partial:
                 partial.write_text(text, encoding="utf-8")
-            say(f"written to {path}")
+            say(f"written to {printable(path)}")
         return 0
 
     return run_command(command)

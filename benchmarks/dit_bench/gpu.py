@@ -53,7 +53,7 @@ from dit_engine.cli.arguments import Parser
 from dit_engine.cli.errors import run_command
 from dit_engine.cli.start import entry
 from dit_engine.config import ModelConfig
-from dit_engine.printable import one_line, say
+from dit_engine.printable import one_line, printable, say
 from dit_engine.vae import VAEConfig
 
 SIZES = ("XL/2", "S/2", "L/2", "B/2")
@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = run(cuda_plan(device, configs), report, budget)
         timer.cancel()
         say(_table(report.values))
-        say(f"written: {report.path}")
+        say(f"written: {printable(report.path)}")
         return code
 
     return run_command(command)

@@ -196,7 +196,7 @@ def generate(arguments: argparse.Namespace) -> int:
         rate = f" in {seconds:.1f} s ({made / seconds:.2f} a second)" if made else ""
         place = "standard output" if arguments.output == STDOUT else arguments.output
         news = sys.stderr if arguments.output == STDOUT else sys.stdout
-        say(f"{made} {kind}{rate} → {place}{notes}", news)
+        say(f"{made} {kind}{rate} → {printable(place)}{notes}", news)
     return 0
 
 
@@ -246,7 +246,8 @@ def load_engine(arguments: argparse.Namespace) -> Engine:
 def list_labels(arguments: argparse.Namespace) -> int:
     engine = load_engine(arguments)
     if engine.label_names is None:
-        say(f"{arguments.model} has no label names; numbers 0 to {engine.config.num_classes - 1}")
+        last = engine.config.num_classes - 1
+        say(f"{printable(arguments.model)} has no label names; numbers 0 to {last}")
     for number, name in enumerate(engine.label_names or ()):
         print(f"{number:4d}  {printable(name)}")
     if shared := shared_names(engine.label_names or ()):

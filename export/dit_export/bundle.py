@@ -230,6 +230,7 @@ def replaceable(overwrite: bool) -> Known:
         try:
             earlier = _of_this_format(path)
         except ValueError:
+            refuse_another_version(path / MANIFEST, FORMAT, "an export")
             return nothing_known(path)
         if not overwrite:
             what = f"{earlier.get('dtype')} for {earlier.get('target')}"
@@ -242,6 +243,17 @@ def replaceable(overwrite: bool) -> Known:
         }
 
     return known
+
+
+def refuse_another_version(path: Path, version: int, what: str) -> None:
+    """Raise ValueError if another version of dit-export wrote this manifest."""
+    try:
+        values = read_json_value(path)
+    except (OSError, ValueError):
+        return
+    ours = isinstance(values, dict) and str(values.get("producer")).startswith("dit-engine")
+    if ours and values.get("format") != version:
+        raise ValueError(f"holds {what} of another version: remove it, or choose another -o")
 
 
 def file_names() -> list[str]:

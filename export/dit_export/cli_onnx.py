@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dit_engine.printable import say
+from dit_engine.printable import printable, say
 from dit_export.given import refuse
 from dit_export.graphs import GRAPHS, QUANTIZED_GRAPHS, VAE_GRAPH
 from dit_export.source import add_source_arguments, load_source
@@ -69,7 +69,6 @@ def run(arguments: argparse.Namespace) -> int:
         report=say,
     )
     size = sum(file["bytes"] for file in bundle.manifest["files"].values())
-    say(
-        f"{len(bundle.graphs)} graphs, {size / 2**20:.1f} MiB, opset {bundle.opset} → {bundle.path}"
-    )
+    made = f"{len(bundle.graphs)} graphs, {size / 2**20:.1f} MiB, opset {bundle.opset}"
+    say(f"{made} → {printable(bundle.path)}")
     return 0

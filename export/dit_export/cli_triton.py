@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_engine.directories import scratch_beside
-from dit_engine.printable import say
+from dit_engine.printable import printable, say
 from dit_export.bundle import Bundle
 from dit_export.given import refuse
 from dit_export.source import add_source_arguments
@@ -119,7 +119,7 @@ def _write(arguments: argparse.Namespace) -> int:
     files = [file for file in path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     command = f"dit-export triton --serve {shlex.quote(str(path))}"
-    say(f"4 models, {size / 2**20:.1f} MiB → {path} ({command})")
+    say(printable(f"4 models, {size / 2**20:.1f} MiB → {path} ({command})"))
     return 0
 
 

@@ -22,7 +22,7 @@ from dit_engine._version import __version__
 from dit_engine.directories import Known, check_destination, new_directory, nothing_known
 from dit_engine.files import check_regular, file_hash
 from dit_engine.json_files import check_schema, read_json_value
-from dit_export.bundle import Bundle
+from dit_export.bundle import Bundle, refuse_another_version
 from dit_export.bundle_metadata import check_metadata
 from dit_export.targets import DTYPES, QUANTIZED
 from dit_export.triton.configuration import (
@@ -215,6 +215,7 @@ def replaceable(overwrite: bool) -> Known:
         try:
             marker = read_marker(path)
         except ValueError:
+            refuse_another_version(path / MARKER, FORMAT, "a model repository")
             return nothing_known(path)
         if not overwrite:
             raise ValueError("holds a model repository; --overwrite replaces it")

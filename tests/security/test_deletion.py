@@ -144,6 +144,38 @@ def test_changed_files_are_not_removed(tmp_path: Path, kind: str) -> None:
     assert changed.read_bytes() == THESIS
 
 
+@pytest.mark.parametrize("kind", ["export", "repository"])
+def test_an_output_of_another_version_is_called_so(tmp_path: Path, kind: str) -> None:
+    make, again, marker = KINDS[kind]
+    path = make(tmp_path / "out")
+    assert marker is not None
+    values = json.loads((path / marker).read_text())
+    (path / marker).write_text(json.dumps(values | {"format": 0, "files": []}))
+    with pytest.raises(ValueError, match=r"of another version: remove it, or choose another -o; n"):
+        again(path)
+    assert len(contents(path)) > 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [".", "..", "link"])
+def test_the_current_directory_is_not_replaced(
+    tmp_path: Path, kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process in it would go on in a directory that is gone."""
+    make, again, _ = KINDS[kind]
+    path = make(tmp_path / "out")
+    (tmp_path / "link").symlink_to(path)
+    (tmp_path / "here").mkdir()
+    before = contents(path)
+    for here in (tmp_path / "here", path):
+        monkeypatch.chdir(here)
+        target = tmp_path / name if name == "link" else Path(name)
+        if name != "link" or here == path:
+            with pytest.raises(ValueError, match="is the current directory or one above it"):
+                again(target)
+    assert contents(path) == before and not any((tmp_path / "here").iterdir())
+
+
 @pytest.mark.parametrize(
     "name", ["config.json", "labels.json", "model.safetensors", "vae/config.json",
              "vae/diffusion_pytorch_model.safetensors"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from dit_engine.errors import BackendUnavailable
 from dit_export.backends import triton as triton_module
 from dit_export.backends.triton import STEP, TRANSFORMER, TritonBackend
 from dit_export.source import weights_hash
+from dit_export.triton import remote
 
 pytest.importorskip("tritonclient.http")
 
@@ -230,6 +232,23 @@ def test_an_answer_without_an_end(server: Server, kind: str) -> None:
     server.answers[kind] = endless
     refused(server, "more than 16 MiB")
     assert len(sent) < 1000
+
+
+@pytest.mark.parametrize("kind", ["config", "infer", "ready"])
+def test_an_answer_that_drips(server: Server, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every byte comes within the time that is allowed between two of them."""
+    monkeypatch.setattr(remote, "TOTAL_SECONDS", 0.3)
+
+    def drips() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b" " * 2**16  # the stand-in gathers so many before it sends them
+            time.sleep(0.05)
+
+    server.answers[kind] = drips
+    refused(server, r"took more than 0\.3 seconds")
+    del server.answers[kind]
+    server.answers["infer"] = output()
+    assert ask(server).shape == (2, 8, 8, 8)
 
 
 def test_a_server_that_refuses(server: Server) -> None:

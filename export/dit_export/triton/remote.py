@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from importlib import import_module
 from ipaddress import ip_address
@@ -16,6 +17,7 @@ from dit_engine.errors import BackendUnavailable
 from dit_engine.printable import one_line
 
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 600.0
+TOTAL_SECONDS = 1200.0  # of a request over HTTP, where ANSWER_SECONDS are between two packets
 # An answer has the tensors of a step, as the request has. As text they take five times more bytes.
 _TIMES_THE_QUESTION, _LEAST_BYTES = 16, 16 * 2**20
 _ERROR_BYTES, _BLOCK_BYTES = 64 * 2**10, 2**16
@@ -123,7 +125,8 @@ class RemoteServer:
 
 
 class _Bounded:
-    """tritonclient's HTTP connection with a limit for the size of answers, which it lacks."""
+    """tritonclient's HTTP connection with limits for the size and the time of answers, which it
+    lacks."""
 
     def __init__(self, connection: Any, address: str) -> None:
         self._connection, self._address = connection, address
@@ -132,11 +135,25 @@ class _Bounded:
         return getattr(self._connection, name)
 
     def get(self, *arguments: Any, **options: Any) -> _Answer:
-        return self._read(self._connection.get(*arguments, **options), _LEAST_BYTES)
+        with self._in_time():
+            return self._read(self._connection.get(*arguments, **options), _LEAST_BYTES)
 
     def post(self, *arguments: Any, body: bytes, **options: Any) -> _Answer:
-        response = self._connection.post(*arguments, body=body, **options)
-        return self._read(response, _LEAST_BYTES + _TIMES_THE_QUESTION * len(body))
+        with self._in_time():
+            response = self._connection.post(*arguments, body=body, **options)
+            return self._read(response, _LEAST_BYTES + _TIMES_THE_QUESTION * len(body))
+
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        from gevent import Timeout  # which tritonclient's HTTP client brings
+
+        try:
+            with Timeout(TOTAL_SECONDS):
+                yield
+        except Timeout:
+            raise BackendUnavailable(
+                f"{self._address}: its answer took more than {TOTAL_SECONDS:g} seconds"
+            ) from None
 
     def _read(self, response: Any, limit: int) -> _Answer:
         failed = response.status_code != 200

@@ -21,7 +21,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from dit_engine.caches import private_cache
-from dit_engine.printable import say
+from dit_engine.printable import printable, say
 from dit_export.model_repository import check_marker
 from dit_export.triton import origin, supervisor
 from dit_export.triton.configuration import ENGINE_CACHE
@@ -185,7 +185,7 @@ def serve(
             running_server(repository, server, host, ports, ready_seconds, log, trust) as running,
         ):
             say(f"ready: http {running.http}, gRPC {running.grpc}, metrics {running.metrics}")
-            client = shlex.quote(str(repository / "client.py"))
+            client = printable(shlex.quote(str(repository / "client.py")))
             say(f"python {client} {running.http} images.png 50 0; Ctrl-C ends it", flush=True)
             raise ServerFailed(f"the server ended with code {running.process.wait()}", log)
     except KeyboardInterrupt:

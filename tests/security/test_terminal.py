@@ -98,7 +98,7 @@ HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e[red]name\r"
 
 
 def harmless(capture: pytest.CaptureFixture[str], code: int, main: Main, *options: str) -> str:
-    """What a command prints, of which nothing acts but newlines and a bar's return acts on a terminal."""
+    """What a command prints; only newlines and the return of a bar may act on a terminal."""
     capture.readouterr()
     assert main([*map(str, options)]) == code
     out, err = capture.readouterr()

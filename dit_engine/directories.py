@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-from dit_engine.files import NAME_SHOWN, file_hash, hidden_directory
+from dit_engine.files import NAME_SHOWN, file_hash, hidden_directory, told_as
 from dit_engine.printable import printable
 
 Known = Callable[[Path], Mapping[str, "str | None"]]
@@ -68,6 +68,8 @@ def _holds_current(target: Path) -> bool:
 def new_directory(target: Path, known: Known = nothing_known) -> Iterator[Path]:
     """Yield an empty directory, which is renamed to ``target`` when the block ends.
 
+    The path is this process's own (`hidden_directory`): no other process can use it.
+
     If the block raises, the directory is removed and ``target`` stays as it was. An earlier
     ``target`` stays in its place until the new directory is complete. (A process that is killed at
     that moment may leave the earlier one as ``.NAME.TOKEN.old``.)
@@ -79,23 +81,25 @@ def new_directory(target: Path, known: Known = nothing_known) -> Iterator[Path]:
     target = _behind_link(target.absolute())
     check_destination(target, known)
     _name_leftovers(target)
-    with _parents(target), hidden_directory(target) as (folder, _):
-        new = folder / "new.partial"
-        new.mkdir()
-        yield new
-        removable = check_destination(target, known)  # files may have been added meanwhile
-        _exchange(target, new, folder.with_suffix(".old"), removable)
+    with _parents(target), hidden_directory(target) as (folder, held):
+        new = held / "new.partial"
+        with told_as(new, target):
+            new.mkdir()
+            yield new
+            removable = check_destination(target, known)  # files may have been added meanwhile
+            _exchange(target, new, folder.with_suffix(".old"), removable)
 
 
 @contextmanager
 def scratch_beside(target: Path) -> Iterator[Path]:
     """An empty directory beside ``target`` for intermediate files, removed when the block ends.
 
-    It may hold several GB, so it must not be in /tmp, which may be kept in memory.
+    It may hold several GB, so it must not be in /tmp, which may be kept in memory. As in
+    `new_directory`, no other process can use the path.
     """
     target = _behind_link(target.absolute())
-    with _parents(target), hidden_directory(target) as (folder, _):
-        yield folder
+    with _parents(target), hidden_directory(target) as (folder, held), told_as(held, folder):
+        yield held
 
 
 def _behind_link(target: Path) -> Path:
@@ -229,19 +233,36 @@ def _remove(directory: Path, removable: dict[str, os.stat_result]) -> None:
     Files that were added or changed meanwhile stay, and a warning says where.
     """
 
-    def same(a: os.stat_result, b: os.stat_result) -> bool:
+    def same(a: os.stat_result, b: os.stat_result | None) -> bool:
         facts = ("st_dev", "st_ino", "st_mode", "st_size", "st_mtime_ns")
-        return all(getattr(a, fact) == getattr(b, fact) for fact in facts)
+        return b is not None and all(getattr(a, f) == getattr(b, f) for f in facts)
 
-    folders = {directory}
-    for name, state in removable.items():
-        path = directory / name
-        folders |= {directory / parent for parent in PurePosixPath(name).parents}
-        with suppress(OSError):
-            if same(path.lstat(), state):
-                path.unlink()
-    for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
-        with suppress(OSError):
-            folder.rmdir()
+    folders = {parent for name in removable for parent in PurePosixPath(name).parents}
+    for root, subfolders, names, opened in _walk_up(directory):
+        # By its name in an open directory: nobody can put a link in the place of a folder.
+        base = root if opened is None else Path()
+        below = PurePosixPath(root.relative_to(directory).as_posix())
+        for entry in names:
+            with suppress(OSError):
+                here = os.stat(base / entry, dir_fd=opened, follow_symlinks=False)
+                if same(here, removable.get(str(below / entry))):
+                    os.unlink(base / entry, dir_fd=opened)
+        for entry in subfolders:
+            if below / entry in folders:
+                with suppress(OSError):
+                    os.rmdir(base / entry, dir_fd=opened)
+    with suppress(OSError):
+        directory.rmdir()
     if directory.exists():
         warnings.warn(f"{directory} is left: it holds what was not made here", stacklevel=2)
+
+
+def _walk_up(directory: Path) -> Iterator[tuple[Path, list[str], list[str], int | None]]:
+    """Every directory after those in it, and its descriptor where the system has them."""
+    with suppress(OSError):  # it is gone by now
+        if hasattr(os, "fwalk"):
+            for root, folders, names, opened in os.fwalk(directory, topdown=False):
+                yield Path(root), folders, names, opened
+        else:
+            for root, folders, names in os.walk(directory, topdown=False):
+                yield Path(root), folders, names, None

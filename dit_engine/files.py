@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -36,15 +37,31 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(errno.EINVAL, "Is a device or a pipe, which no file may replace", str(path))
+    whole = path.absolute()  # the block may change the current directory
     with hidden_directory(path) as (_, held):
-        partial = held / f".{path.name}.partial"  # no suffix of a picture
-        try:
+        partial = held / f".{whole.name}.partial"  # no suffix of a picture
+        with told_as(partial, path):
             yield partial
-            partial.replace(path)
-        except OSError as error:
-            if error.filename != str(partial):
-                raise
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            partial.replace(whole)
+
+
+@contextmanager
+def told_as(inside: Path, path: Path) -> Iterator[None]:
+    """What is raised in the block names ``path`` in the place of ``inside``, a temporary one."""
+    # /proc/self/fd/7 is not meant where /proc/self/fd/70 stands.
+    temporary = re.escape(str(inside)) + r"(?!\w)"
+
+    def told(text: object) -> str:
+        return re.sub(temporary, lambda _: str(path), str(text))
+
+    try:
+        yield
+    except Exception as error:
+        named = getattr(error, "filename", None)
+        if isinstance(error, OSError) and told(named) != str(named):
+            raise OSError(error.errno, error.strerror, told(named)) from error
+        error.args = tuple(told(a) if isinstance(a, str) else a for a in error.args)
+        raise
 
 
 @contextmanager
@@ -55,10 +72,11 @@ def hidden_directory(target: Path) -> Iterator[tuple[Path, Path]]:
     and nobody else may write into it (mode 0700). A killed process leaves its directory behind;
     that can be removed.
 
-    Yields two paths: the directory's name, and a path that stays valid if it is renamed.
+    Yields two paths: the directory's name, and a path that stays valid if it is renamed, but only
+    in this process.
     """
     name = f".{target.name[:NAME_SHOWN]}.{secrets.token_hex(8)}.partial"
-    folder = target.with_name(name)
+    folder = target.absolute().with_name(name)
     try:
         # On Windows, files made inside would inherit mode 0700 and keep it in their final place.
         folder.mkdir(0o700 if os.name == "posix" else 0o777)

@@ -9,12 +9,15 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import NAMES, tiny_dit, tiny_vae
 
+from dit_engine.checkpoint import saving
 from dit_engine.directories import new_directory, scratch_beside
 from dit_engine.files import atomic_path, locked, save_tensors
 from dit_engine.training.log import add_row
@@ -80,15 +83,116 @@ def test_even_a_guessed_name_is_not_followed(
     assert victim.read_text() == "precious" and os.path.lexists(laid)
 
 
+def exchanged(folder: Path, victim: Path) -> None:
+    """As anyone may without a sticky bit: our hidden directory goes, and links come."""
+    (hidden,) = folder.glob(".*")
+    hidden.rename(folder / "away")
+    hidden.mkdir()
+    for name in ("new.partial", ".x.bin.partial"):
+        (hidden / name).symlink_to(victim)
+
+
 @linux
 def test_a_directory_that_is_exchanged_while_we_write(tmp_path: Path, victim: Path) -> None:
     with atomic_path(tmp_path / "x.bin") as partial:
-        (hidden,) = tmp_path.glob(".*")
-        hidden.rename(tmp_path / "away")  # as anyone may without a sticky bit
-        hidden.mkdir()
-        (hidden / partial.name).symlink_to(victim)
+        exchanged(tmp_path, victim)
         partial.write_text("new")
     assert victim.read_text() == "precious" and (tmp_path / "x.bin").read_text() == "new"
+
+
+@linux
+@pytest.mark.parametrize("begin", [new_directory, scratch_beside])
+def test_a_directory_of_many_files_that_is_exchanged(
+    tmp_path: Path, begin: Callable[[Path], AbstractContextManager[Path]]
+) -> None:
+    (tmp_path / "etc").mkdir()
+    with begin(tmp_path / "model") as new:
+        exchanged(tmp_path, tmp_path / "etc")
+        (new / "config.json").write_text("new")
+        (new / "vae").mkdir()
+        save_tensors({"a": torch.ones(2)}, new / "vae" / "a.safetensors")
+        files = sorted(path.name for path in new.rglob("*"))
+    assert files == ["a.safetensors", "config.json", "vae"] and not only(tmp_path / "etc")
+    assert begin is scratch_beside or (tmp_path / "model" / "config.json").read_text() == "new"
+
+
+@linux
+def test_a_model_that_is_saved_where_its_directory_is_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "etc").mkdir()
+    write = saving.save_tensors
+
+    def late(*arguments: Any) -> None:
+        if not (tmp_path / "away").exists():
+            exchanged(tmp_path, tmp_path / "etc")
+        write(*arguments)
+
+    monkeypatch.setattr(saving, "save_tensors", late)
+    saving.save_pretrained(tmp_path / "model", tiny_dit(), tiny_vae(), label_names=NAMES)
+    assert not only(tmp_path / "etc") and (tmp_path / "model" / "labels.json").is_file()
+    assert not [f for f in (tmp_path / "model").rglob("*.*") if b"/proc/" in f.read_bytes()]
+
+
+def test_what_is_removed_is_not_sought_through_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, etc = tmp_path / "model" / "vae", tmp_path / "etc"
+    for folder in (old, etc):
+        folder.mkdir(parents=True)
+    (old / "config.json").write_text("old")
+    os.link(old / "config.json", etc / "config.json")  # the same file: no fact tells them apart
+    rename = Path.rename
+
+    def late(self: Path, target: Path) -> None:
+        rename(self, target)
+        if target.suffix == ".old":
+            rename(target / "vae", tmp_path / "away")
+            (target / "vae").symlink_to(etc)
+
+    monkeypatch.setattr(Path, "rename", late)
+    with (
+        pytest.warns(UserWarning, match="holds what was not made here"),
+        new_directory(tmp_path / "model", lambda _: {"vae/config.json": None}) as new,
+    ):
+        (new / "config.json").touch()
+    assert only(etc) == ["config.json"] and only(tmp_path / "model") == ["config.json"]
+
+
+def fail(error: Exception, path: Path) -> NoReturn:
+    error.args = tuple(str(a).format(path) for a in error.args)
+    if isinstance(error, OSError):
+        error.filename = str(path)
+    raise error
+
+
+def test_errors_name_the_path_that_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for begin in (atomic_path, new_directory, scratch_beside):
+        name = ".x.bin." if begin is scratch_beside else "x.bin"
+        for error in (ValueError("{}: is bad"), OSError(28, "No space", "{}"), RuntimeError(3)):
+            with pytest.raises(type(error)) as caught, begin(tmp_path / "x.bin") as path:
+                fail(error, path)
+            told = str(caught.value)
+            assert isinstance(error, RuntimeError) or f"{tmp_path}/{name}" in told
+            assert "/proc/" not in told and "new.partial" not in told
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=r"'no/x\.bin'"), atomic_path(Path("no/x.bin")):
+        pytest.fail("there is no such directory")
+
+
+def test_a_block_that_changes_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for begin in (atomic_path, new_directory, scratch_beside):
+        monkeypatch.chdir(tmp_path)
+        with begin(Path(begin.__name__)) as path:
+            (path.touch if begin is atomic_path else (path / "file").touch)()
+            os.chdir("elsewhere")
+    assert only(tmp_path) == ["atomic_path", "elsewhere", "new_directory"]
+    assert not only(tmp_path / "elsewhere")
 
 
 @linux
@@ -112,7 +216,7 @@ def test_a_directory_that_is_exchanged_before_we_write(
 ) -> None:
     mkdir = Path.mkdir
 
-    def exchanged(self: Path, *arguments: object) -> None:
+    def early(self: Path, *arguments: object) -> None:
         mkdir(self, *arguments)  # pyright: ignore[reportArgumentType]
         if self.name.endswith(".partial"):
             self.rename(tmp_path / "away")
@@ -120,7 +224,7 @@ def test_a_directory_that_is_exchanged_before_we_write(
             os.chown(self, 65534, 65534)
             (self / ".x.bin.partial").symlink_to(victim)
 
-    monkeypatch.setattr(Path, "mkdir", exchanged)
+    monkeypatch.setattr(Path, "mkdir", early)
     with (
         pytest.raises(OSError, match="Another user put something"),
         atomic_path(tmp_path / "x.bin") as partial,

@@ -151,7 +151,7 @@ NATIVE = {
     "input_size": r"pos_embed is .* instead of|input_size=10+.* cannot be built",
     "in_channels": "x_embedder.proj.weight is .* instead of|in_channels=10+.* cannot be built",
     "num_classes": "embedding_table.weight is .* instead of|num_classes=10+.* cannot be built",
-    "mlp_ratio": "mlp.fc1.weight is .* instead of|mlp_ratio=10+.* cannot be built",
+    "mlp_ratio": "mlp.fc1.weight is .* instead of|mlp_ratio=1e.* cannot be built",
     "num_heads": "not a multiple of num_heads [12]0+",
 }
 DIFFUSERS = {

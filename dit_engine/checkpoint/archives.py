@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,9 +44,9 @@ def read_archive(path: Path) -> tuple[bytes, dict[str, int] | None]:
             raise ValueError(f"it holds {len(found)} of {DATA}; one is needed")
         # torch's reader does not tell capitals from small letters.
         names = [m.orig_filename.lower() for m in members]
-        if len(set(names)) < len(names):
-            name = next(name for name in names if names.count(name) > 1)
-            raise Refused(f"its archive holds {name[:80]!r} twice")
+        for name, times in Counter(names).most_common(1):
+            if times > 1:
+                raise Refused(f"its archive holds {name[:80]!r} twice")
         for member in members:
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise Refused(f"{member.filename[:80]!r} in it is neither stored nor deflated")

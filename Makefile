@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 # An installation is stale when the metadata, the pins, the set of import packages or the sources of
 # the native kernels changed.
 INPUTS := setup.py constraints.txt dit_engine/_version.py CMakeLists.txt \
-	$(wildcard kernels/csrc/cpu/*.cpp kernels/csrc/cpu/*.h kernels/dit_kernels/*.h) \
+	$(wildcard kernels/csrc/cpu/*.cpp kernels/csrc/cpu/*.h kernels/dit_kernels/cpu/*.h) \
 	$(wildcard kernels/dit_kernels/__init__.py export/dit_export/__init__.py \
 	benchmarks/dit_bench/__init__.py)
 
@@ -75,7 +75,7 @@ train: $(VENV)/.train ## train a small model on the avatar set: two hours on 2 c
 
 clean: ## remove .venv, caches, build results and the demo's pictures
 	rm -rf $(VENV) .venv-server build dist demo *.egg-info .pytest_cache .ruff_cache
-	rm -f kernels/dit_kernels/*.so kernels/dit_kernels/libdit_kernels_cpu.txt
+	rm -f kernels/dit_kernels/cpu/*.so kernels/dit_kernels/cpu/libdit_kernels_cpu.txt
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

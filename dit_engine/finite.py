@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from dit_engine.coefficients import LARGEST
 from dit_engine.errors import NotFinite
+from dit_engine.sampling.coefficients import LARGEST
 
 _SHOWN = 4
 _HELP = (

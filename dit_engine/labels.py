@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from dit_engine.arguments import dimensions, scalar, sequence, shown, whole_number
-from dit_engine.printable import one_line, printable
+from dit_engine.io.printable import one_line, printable
 
 # Of a name. For a text of combining accents, Unicode normalisation takes time that grows with the
 # square of its length.

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dit_engine.json_files import parse_json
+from dit_engine.io.json_files import parse_json
 from dit_engine.results import Generation
 
 

@@ -62,9 +62,9 @@ class Generation:
         Raises ValueError for other outputs than "pil" and for names of other files, OSError for a
         path that cannot be written.
         """
-        from dit_engine.cli.destination import STDOUT, check_destination, file_name
         from dit_engine.cli.pictures import save
-        from dit_engine.files import atomic_path
+        from dit_engine.console.output import STDOUT, check_destination, file_name
+        from dit_engine.io.files import atomic_path
 
         path = Path(path)
         if not isinstance(self.images, list):

@@ -12,10 +12,10 @@ from torch import Tensor
 from dit_engine.arguments import choice, real_number, sequence, shown, whole_number
 from dit_engine.backends import PRECISIONS
 from dit_engine.config import ModelConfig
-from dit_engine.diffusion import PUBLISHED_DIFFUSION, Diffusion
-from dit_engine.guidance import check_channels, parse_interval
-from dit_engine.sampler import SAMPLERS
-from dit_engine.schedule import SPACINGS, make_schedule
+from dit_engine.sampling.diffusion import PUBLISHED_DIFFUSION, Diffusion
+from dit_engine.sampling.guidance import check_channels, parse_interval
+from dit_engine.sampling.samplers import SAMPLERS
+from dit_engine.sampling.schedule import SPACINGS, make_schedule
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 NOISES = ("per-image", "official")

@@ -66,8 +66,8 @@ def served(no_proxy: None, server_environment: Path, repository: Path) -> Iterat
     from serving import Served
 
     from dit_engine.engine import Engine
-    from dit_export.triton.server import running_server
-    from dit_export.triton.server_binary import find_server
+    from dit_export.server.binary import find_server
+    from dit_export.server.process import running_server
 
     server = find_server(server_environment)
     log = repository.parent / "server.log"

@@ -16,15 +16,15 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from dit_engine.cli.arguments import Parser
-from dit_engine.cli.errors import run_command
-from dit_engine.cli.start import entry
-from dit_engine.printable import say
+from dit_engine.console.errors import run_command
+from dit_engine.console.parser import Parser
+from dit_engine.console.start import entry
+from dit_engine.io.printable import say
 
 # word → (module with add_arguments(parser) and run(arguments), what it does)
 COMMANDS = {
     "gflops": ("dit_bench.gflops", "The paper's table of twelve models beside ours."),
-    "fid": ("dit_bench.fid", "FID and its kin of two sets of images."),
+    "fid": ("dit_bench.quality.fid", "FID and its kin of two sets of images."),
 }
 ABOUT = "Measure a Diffusion Transformer: cost, latency, peers. Other commands: "
 

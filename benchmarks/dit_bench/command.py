@@ -23,8 +23,8 @@ from dit_bench.outputs import (
     write_text,
 )
 from dit_bench.schema import VERSION, validate
-from dit_engine.printable import one_line, printable, say
-from dit_engine.provenance import without_paths
+from dit_engine.io.printable import one_line, printable, say
+from dit_engine.io.provenance import without_paths
 
 if TYPE_CHECKING:
     from dit_bench.measure import Plan
@@ -167,7 +167,7 @@ def _not_run(report: dict[str, Any]) -> ValueError | None:
 
 def _sheets(plan: Plan, engines: Sequence[Any], progress: Progress) -> list[Any]:
     from dit_bench.samples import sample_sheets
-    from dit_engine.device import limited_threads
+    from dit_engine.runtime import limited_threads
 
     found: list[Any] = []
 

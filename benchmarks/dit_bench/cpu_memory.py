@@ -12,7 +12,7 @@ if __name__ == "__main__":  # before torch is imported
     from dit_engine.first import leave_out_of_path
 
     leave_out_of_path()
-    from dit_engine.cli.waiting import wait_briefly
+    from dit_engine.console.waiting import wait_briefly
 
     wait_briefly()
 
@@ -29,10 +29,10 @@ from typing import Any
 import torch
 
 from dit_bench.cpu_forward import STEPS, random_model
-from dit_engine.cli.arguments import Parser
-from dit_engine.cli.errors import run_command
-from dit_engine.cli.start import entry
 from dit_engine.config import ModelConfig
+from dit_engine.console.errors import run_command
+from dit_engine.console.parser import Parser
+from dit_engine.console.start import entry
 from dit_engine.current_directory import python
 from dit_engine.model import DiT
 

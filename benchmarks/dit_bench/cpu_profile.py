@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_engine.lean import Activations, LeanTransformer, Product
+from dit_engine.backends.lean.forward import Activations, LeanTransformer, Product
 from dit_engine.model import NORM_EPS
 
 Part = Callable[[], object]

@@ -21,8 +21,8 @@ from dit_bench.cpu_timing import interleave_visits
 from dit_bench.load import OtherLoad
 from dit_bench.peers import Peer, build_peers
 from dit_engine.config import ModelConfig
+from dit_engine.io.printable import one_line
 from dit_engine.model import DiT
-from dit_engine.printable import one_line
 
 Log = Callable[[str], object]
 Section = dict[str, Any]

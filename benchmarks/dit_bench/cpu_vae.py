@@ -51,7 +51,7 @@ class Decode:
         return openvino_function(DecodeModule(self.vae), (self.z,), "bf16", self.threads)
 
     def lean(self) -> Function:
-        from dit_engine.lean_vae import LeanDecoder
+        from dit_engine.backends.lean.vae import LeanDecoder
 
         decode = LeanDecoder(self.vae, torch.bfloat16, "cpu")
         return lambda: decode(self.z)

@@ -1,7 +1,8 @@
 """Writes measured figures into documents, so that none is ever typed.
 
 ``python -m dit_bench.documents results.json README.md …`` replaces what stands between
-``<!-- quality -->`` and ``<!-- /quality -->`` in each file by the table of a `dit_bench.quality`
+``<!-- quality -->`` and ``<!-- /quality -->`` in each file by the table of a
+`dit_bench.quality.fd_lite0`
 report; so with ``cpu`` (``profile`` with its ``--profile``), ``gpu``, ``operators``, ``parity`` and
 ``scaling`` of those modules' reports, ``paper-models`` of one of ``dit-bench --peers unet``, and
 ``bounds`` of one of `dit_bench.cpu` with ``--operators`` beside it.
@@ -31,11 +32,11 @@ from dit_bench.result_tables import (
     profile_table,
     scaling_table,
 )
-from dit_engine.cli.arguments import Parser
-from dit_engine.cli.errors import run_command
-from dit_engine.cli.start import entry
-from dit_engine.files import atomic_path
-from dit_engine.json_files import read_json
+from dit_engine.console.errors import run_command
+from dit_engine.console.parser import Parser
+from dit_engine.console.start import entry
+from dit_engine.io.files import atomic_path
+from dit_engine.io.json_files import read_json
 
 _NAMES = {
     "generated": "generated images",
@@ -46,7 +47,8 @@ _NAMES = {
 
 @of_escaped
 def quality_table(report: dict[str, Any]) -> str:
-    """Markdown of a `dit_bench.quality` report: distances with their N, recognition, settings."""
+    """Markdown of a `dit_bench.quality.fd_lite0` report: distances with their N, recognition,
+    settings."""
     settings, hardware = report["settings"], report["hardware"]
     lines = [f"| {report['metric']} to held-out images | N | distance |", "|---|---|---|"]
     for key, name in _NAMES.items():
@@ -191,7 +193,9 @@ def block_and_table(
 @entry
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m dit_bench.documents", description="Write figures into files.")
-    parser.add_argument("results", type=Path, help="JSON of dit_bench.quality, .cpu, .gpu, …")
+    parser.add_argument(
+        "results", type=Path, help="JSON of dit_bench.quality.fd_lite0, .cpu, .gpu, …"
+    )
     parser.add_argument("documents", type=Path, nargs="+")
     parser.add_argument("--operators", type=Path, help="JSON of dit_bench.operators: for bounds")
     arguments = parser.parse_args(argv)

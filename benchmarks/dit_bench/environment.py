@@ -56,9 +56,9 @@ def backends() -> dict[str, str]:
     """Every backend's name → "yes", or why it cannot run here, in one line; of float32."""
     from dit_bench.contenders import check_backend
     from dit_engine.backends import known_backends
-    from dit_engine.device import parse_device
     from dit_engine.errors import BackendUnavailable
-    from dit_engine.printable import one_line
+    from dit_engine.io.printable import one_line
+    from dit_engine.runtime import parse_device
 
     device, found = parse_device(None), {}
     for name in known_backends():

@@ -22,11 +22,11 @@ from dit_engine.backends import Backend
 from dit_engine.backends.compile import compile_static
 from dit_engine.backends.eager import placed
 from dit_engine.engine import Engine, Generation, Progress
-from dit_engine.fused_sampling import clipping, sample_fused, step_coefficients, uses_noise
-from dit_engine.guidance import guided
 from dit_engine.model import DiT
-from dit_engine.sampler import ddpm
-from dit_engine.schedule import Schedule, make_schedule
+from dit_engine.sampling.fused import clipping, sample_fused, step_coefficients, uses_noise
+from dit_engine.sampling.guidance import guided
+from dit_engine.sampling.samplers import ddpm
+from dit_engine.sampling.schedule import Schedule, make_schedule
 
 STEPS = 20  # of the schedule that the timed step belongs to
 STEP = 7

@@ -20,11 +20,11 @@ from torch import Tensor
 from dit_bench.forwards import CHANNELS, SCALE, Work, decoder_dtype
 from dit_bench.peers import FP32_BOUND, allowed_error, relative_error
 from dit_engine.engine import Generation, Progress
-from dit_engine.guidance import guided
 from dit_engine.memory import in_halves
-from dit_engine.noise import PerImageNoise
-from dit_engine.sampler import SAMPLERS
-from dit_engine.schedule import make_schedule
+from dit_engine.sampling.guidance import guided
+from dit_engine.sampling.noise import PerImageNoise
+from dit_engine.sampling.samplers import SAMPLERS
+from dit_engine.sampling.schedule import make_schedule
 
 BF16_TIMES_EAGER = 2.0
 """A step's error over that of eager bfloat16 in the same step, which two ways of rounding the same

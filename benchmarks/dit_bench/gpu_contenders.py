@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_bench.gpu_peers import CompiledBlocksBackend, DiffusersBackend, MaxAutotuneBackend
 from dit_engine.backends import Backend, Denoiser, Factory, known_backends
-from dit_engine.capture import capture_graph
+from dit_engine.backends.capture import capture_graph
 from dit_engine.errors import BackendUnavailable
 
 Evaluate = Callable[[Tensor, int], Tensor]

@@ -9,10 +9,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from dit_engine.cli.destination import check_file
-from dit_engine.files import atomic_path
-from dit_engine.printable import one_line
-from dit_engine.provenance import without_paths
+from dit_engine.console.output import check_file
+from dit_engine.io.files import atomic_path
+from dit_engine.io.printable import one_line
+from dit_engine.io.provenance import without_paths
 
 
 class Report:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_bench.schema import check_operators, validate
-from dit_engine.json_files import check_schema, read_json, read_json_value
+from dit_engine.io.json_files import check_schema, read_json, read_json_value
 
 # Schema of a report of dit_bench.scaling: the values that the page shows.
 SCALING = {

@@ -29,12 +29,12 @@ from dit_bench.progress import Progress
 from dit_bench.schema import KINDS
 from dit_bench.subjects import Subject, float_dtype, in_numerics, load_subject
 from dit_engine.config import ModelConfig
-from dit_engine.device import limited_threads
 from dit_engine.engine import Engine
 from dit_engine.model import DiT
+from dit_engine.runtime import limited_threads
 
 if TYPE_CHECKING:
-    from dit_bench.paired_sets import SetComparison
+    from dit_bench.quality.paired_sets import SetComparison
 
 
 Report = dict[str, Any]
@@ -226,7 +226,7 @@ class _Model:
         row["joules_per_image"] = joules / row["images"]
 
     def _parity(self, name: str, engine: Engine) -> None:
-        from dit_bench.parity import compare
+        from dit_bench.quality.parity import compare
 
         labels = [i % engine.config.num_classes for i in range(self.plan.parity)]
         options: dict[str, Any] = {"steps": self.plan.steps, "sampler": self.plan.sampler}

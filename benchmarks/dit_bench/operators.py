@@ -15,7 +15,7 @@ if __name__ == "__main__":  # before torch is imported
     from dit_engine.first import leave_out_of_path
 
     leave_out_of_path()
-    from dit_engine.cli.waiting import wait_briefly
+    from dit_engine.console.waiting import wait_briefly
 
     wait_briefly()
 
@@ -40,11 +40,11 @@ from dit_bench.operator_cases import Case, all_cases
 from dit_bench.operator_checks import DeviceLost, Target, check_device, tensors
 from dit_bench.operator_contenders import Find, implementations, opponents, third_party
 from dit_bench.timing import Interleaved, interleave
-from dit_engine.cli.arguments import Parser
-from dit_engine.cli.errors import run_command
-from dit_engine.cli.start import entry
-from dit_engine.device import parse_device
-from dit_engine.printable import say
+from dit_engine.console.errors import run_command
+from dit_engine.console.parser import Parser
+from dit_engine.console.start import entry
+from dit_engine.io.printable import say
+from dit_engine.runtime import parse_device
 
 ERROR_RATIO = 2.0
 """An implementation's error against float64 over the same-dtype reference's, at most."""

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from dit_bench.outputs import STDOUT
 from dit_bench.progress import LEAST_ROUNDS, LONGEST
+from dit_bench.quality.set_arguments import SET_OPTIONS, add_set_arguments, refuse_given
 from dit_bench.schema import KINDS
-from dit_bench.set_arguments import SET_OPTIONS, add_set_arguments, refuse_given
-from dit_engine.cli.arguments import Parser, add_backend_argument
-from dit_engine.cli.destination import destination
-from dit_engine.provenance import without_paths
+from dit_engine.console.output import destination
+from dit_engine.console.parser import Parser, add_backend_argument
+from dit_engine.io.provenance import without_paths
 
 if TYPE_CHECKING:
     from dit_bench.measure import Plan
@@ -75,12 +75,12 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     """Every option checked, before any work. Raises ValueError, BackendUnavailable, ImportError."""
     from dit_bench.contenders import check_backend, parse_peers
     from dit_bench.measure import Plan
-    from dit_bench.parity import set_comparison
+    from dit_bench.quality.parity import set_comparison
     from dit_bench.subjects import check_name, is_size
     from dit_engine.backends import PRECISIONS, resolve_backend
-    from dit_engine.device import parse_device
-    from dit_engine.sampler import SAMPLERS
-    from dit_engine.schedule import make_schedule
+    from dit_engine.runtime import parse_device
+    from dit_engine.sampling.samplers import SAMPLERS
+    from dit_engine.sampling.schedule import make_schedule
 
     if not arguments.models:
         raise ValueError("--model is missing: a published size such as XL/2, 'builtin' or a path")

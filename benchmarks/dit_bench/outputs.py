@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dit_engine.cli.destination import STDOUT, check_destination, check_file, write_stdout
-from dit_engine.files import atomic_path
-from dit_engine.printable import printable
-from dit_engine.provenance import without_paths
+from dit_engine.console.output import STDOUT, check_destination, check_file, write_stdout
+from dit_engine.io.files import atomic_path
+from dit_engine.io.printable import printable
+from dit_engine.io.provenance import without_paths
 
 CSV_COLUMNS = (
     "model", "size", "what", "images", "name", "role", "precision", "status", "reason", "p5_ms",

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dit_engine.checkpoint.convert import official_to_diffusers
+from dit_engine.io.printable import one_line
 from dit_engine.model import DiT
-from dit_engine.printable import one_line
 
 Function = Callable[[], Tensor]
 

@@ -18,7 +18,7 @@ from dit_bench.drawing import (
 )
 from dit_bench.load import NO_VERDICT
 from dit_bench.roofline import roofline_figure
-from dit_engine.printable import printable
+from dit_engine.io.printable import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dit_engine.printable import printable
+from dit_engine.io.printable import printable
 
 DELAY_S = 2.0
 """Bars of what takes less are never drawn."""
@@ -37,7 +37,7 @@ class Progress:
     @contextmanager
     def run(self, stages: int) -> Iterator[None]:
         """A bar of ``stages``, and the handler of Ctrl-C and SIGTERM, for this block."""
-        from dit_engine.bars import Bar
+        from dit_engine.console.bars import Bar
 
         before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
@@ -80,7 +80,7 @@ class Progress:
         """Yields ``go_on`` for `dit_bench.timing.interleave`: False after so many seconds and
         `LEAST_ROUNDS`, where another round as long as those before would end after `LONGEST` times
         the seconds, or when the run was interrupted."""
-        from dit_engine.bars import Bar
+        from dit_engine.console.bars import Bar
 
         start, done = time.perf_counter(), 0
         with Bar(total=total, desc=name, unit="round", file=sys.stderr, delay=DELAY_S,

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from dit_bench.load import warning
+from dit_bench.quality.set_arguments import LEAST_RESAMPLES
 from dit_bench.schema import PARTS
-from dit_bench.set_arguments import LEAST_RESAMPLES
 from dit_bench.tables import Table
 
 _WHAT = {

@@ -164,7 +164,8 @@ def paper_models_table(report: dict[str, Any]) -> str:
 
 @of_escaped
 def parity_table(report: dict[str, Any]) -> str:
-    """Of a `dit_bench.parity` report: what a backend and precision cost, noise being equal."""
+    """Of a `dit_bench.quality.parity` report: what a backend and precision cost, noise being
+    equal."""
     lines = [
         "| | first step | half way | final | worst image | PSNR of the images, dB | worst |",
         "|---|---|---|---|---|---|---|",

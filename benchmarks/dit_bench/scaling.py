@@ -13,7 +13,7 @@ if __name__ == "__main__":  # before torch is imported
     from dit_engine.first import leave_out_of_path
 
     leave_out_of_path()
-    from dit_engine.cli.waiting import wait_briefly
+    from dit_engine.console.waiting import wait_briefly
 
     wait_briefly()
 
@@ -27,13 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_engine.cli.arguments import Parser
-from dit_engine.cli.destination import check_file
-from dit_engine.cli.errors import run_command
-from dit_engine.cli.start import entry
 from dit_engine.config import ModelConfig
+from dit_engine.console.errors import run_command
+from dit_engine.console.output import check_file
+from dit_engine.console.parser import Parser
+from dit_engine.console.start import entry
+from dit_engine.io.printable import say
 from dit_engine.model import DiT
-from dit_engine.printable import say
 from dit_engine.training.dit_stage import train_denoiser
 from dit_engine.training.loop import Budget, LoopSettings
 from dit_engine.training.vae_stage import read_latents
@@ -126,7 +126,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 def measure(arguments: argparse.Namespace) -> int:
     """Distances of all networks, printed, written as JSON and drawn."""
-    from dit_bench.quality import write_report
+    from dit_bench.quality.fd_lite0 import write_report
     from dit_bench.scaling_measure import measure, orders, plot
     from dit_engine.engine import Engine
 

@@ -11,20 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dit_bench.frechet import frechet_distance, moments_of
 from dit_bench.hardware import describe_hardware
-from dit_bench.held_out import Features, Halves, load_halves
-from dit_bench.lite0 import extract, load_lite0
-from dit_bench.quality import METRIC, recognised
-from dit_engine.bars import Bar
+from dit_bench.quality.fd_lite0 import METRIC, recognised
+from dit_bench.quality.frechet import frechet_distance, moments_of
+from dit_bench.quality.held_out import Features, Halves, load_halves
+from dit_bench.quality.lite0 import extract, load_lite0
 from dit_engine.checkpoint.weights import load_into
-from dit_engine.figures import show_plainly
-from dit_engine.files import atomic_path
-from dit_engine.json_files import check_schema, read_json_value
-from dit_engine.noise import PerImageNoise
-from dit_engine.pixels import LatentDecoder, to_uint8
-from dit_engine.sampler import SAMPLERS
-from dit_engine.schedule import make_schedule
+from dit_engine.console.bars import Bar
+from dit_engine.decode import LatentDecoder, to_uint8
+from dit_engine.io.figures import show_plainly
+from dit_engine.io.files import atomic_path
+from dit_engine.io.json_files import check_schema, read_json_value
+from dit_engine.sampling.noise import PerImageNoise
+from dit_engine.sampling.samplers import SAMPLERS
+from dit_engine.sampling.schedule import make_schedule
 from dit_engine.training.loop import kept_path
 from dit_engine.vae import AutoencoderKL
 

@@ -1,13 +1,13 @@
 """What a report of ``dit-bench`` holds, as JSON, and a check of it.
 
-The schemas are in the language of `dit_engine.json_files`.
+The schemas are in the language of `dit_engine.io.json_files`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from dit_engine.json_files import Schema, check_schema
+from dit_engine.io.json_files import Schema, check_schema
 
 VERSION = "dit-bench/2"
 OLDER = ("dit-bench/1",)
@@ -29,7 +29,7 @@ SCHEMA: Schema = {
         "other_load?": "number?",  # processors that others kept busy while times were taken
         "models": "list",
         "measurements": "list",
-        "parity": "list",  # reports of dit_bench.parity, one a model
+        "parity": "list",  # reports of dit_bench.quality.parity, one a model
         "interrupted": "bool",
         "failure?": "text",  # what ended the run early
         "operators?": "object",  # a report of dit_bench.operators

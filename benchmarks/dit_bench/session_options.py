@@ -11,7 +11,7 @@ if __name__ == "__main__":  # before torch is imported
     from dit_engine.first import leave_out_of_path
 
     leave_out_of_path()
-    from dit_engine.cli.waiting import wait_briefly
+    from dit_engine.console.waiting import wait_briefly
 
     wait_briefly()
 
@@ -31,12 +31,12 @@ from dit_bench.load import OtherLoad, warning
 from dit_bench.outputs import write_json
 from dit_bench.peers import relative_error
 from dit_bench.timing import Interleaved, interleave
-from dit_engine.cli.arguments import Parser
-from dit_engine.cli.destination import check_file
-from dit_engine.cli.errors import run_command
-from dit_engine.cli.start import entry
 from dit_engine.config import ModelConfig
-from dit_engine.printable import say
+from dit_engine.console.errors import run_command
+from dit_engine.console.output import check_file
+from dit_engine.console.parser import Parser
+from dit_engine.console.start import entry
+from dit_engine.io.printable import say
 
 OURS = "the backend's"
 SAME = 1e-4  # relative: float32 in another order of summation
@@ -45,7 +45,7 @@ MARGIN = 1.05
 
 def variants(threads: int) -> dict[str, Any]:
     """Name → onnxruntime's SessionOptions; but for the first two, `OURS` with one thing changed."""
-    from dit_export.sessions import session_options
+    from dit_export.onnx.sessions import session_options
 
     ort = import_module("onnxruntime")
     level = ort.GraphOptimizationLevel
@@ -77,9 +77,9 @@ def variants(threads: int) -> dict[str, Any]:
 def functions(model: Any, batch: int, threads: int) -> dict[str, Callable[[], Tensor]]:
     """Name → one run of the denoiser graph on the same inputs, bound where they lie."""
     from dit_export.cache import cached_export
-    from dit_export.graphs import modulation_width
-    from dit_export.onnx import ExportOptions
-    from dit_export.sessions import Session
+    from dit_export.onnx.export import ExportOptions
+    from dit_export.onnx.graphs import modulation_width
+    from dit_export.onnx.sessions import Session
 
     bundle = cached_export(model, ExportOptions("fp32", graphs=("conditioner", "denoiser")))
     config = model.config

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from dit_engine.printable import printable
+from dit_engine.io.printable import printable
 
 DASH = "–"
 """A cell without a value."""

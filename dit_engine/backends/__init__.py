@@ -26,7 +26,7 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
 _FACTORIES = {
     "eager": ("dit_engine.backends.eager", "EagerBackend"),
     "compile": ("dit_engine.backends.compile", "CompileBackend"),
-    "lean": ("dit_engine.backends.lean", "LeanBackend"),
+    "lean": ("dit_engine.backends.lean.backend", "LeanBackend"),
 }
 ENTRY_POINTS = "dit_engine.backends"
 # Other names for the same.
@@ -91,7 +91,7 @@ def create_backend(name: str, model: DiT, precision: str, device: torch.device) 
     Raises ValueError for an unknown name or precision and `BackendUnavailable` where the backend
     cannot run on this machine: a backend asked for by name never gives way to another.
     """
-    from dit_engine.device import with_index
+    from dit_engine.runtime import with_index
 
     device = with_index(device)
     choice("precision", precision, PRECISIONS)

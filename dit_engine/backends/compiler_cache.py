@@ -16,7 +16,7 @@ import warnings
 from importlib import import_module
 from typing import Any
 
-from dit_engine.caches import private_cache
+from dit_engine.io.caches import private_cache
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 _INDUCTOR = "torch._inductor"

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from dit_engine.checkpoint.meta import without_storage
 from dit_engine.checkpoint.weights import check_shapes
 from dit_engine.config import ModelConfig
+from dit_engine.io.printable import first_line
 from dit_engine.model import NORM_EPS, DiT, position_embedding
-from dit_engine.printable import first_line
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 # Early diffusers saved DiT as a Transformer2DModel; the published directories still say so.

@@ -8,8 +8,8 @@ from typing import Any
 from dit_engine.checkpoint.convert import DIFFUSERS_CLASSES
 from dit_engine.checkpoint.saving import NATIVE_CLASS
 from dit_engine.checkpoint.weights import find_weights, listing
-from dit_engine.json_files import read_json, read_json_value
-from dit_engine.printable import one_line
+from dit_engine.io.json_files import read_json, read_json_value
+from dit_engine.io.printable import one_line
 
 
 def open_directory(path: Path) -> tuple[Path, Path | None, tuple[str, ...] | None]:

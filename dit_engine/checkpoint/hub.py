@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dit_engine.checkpoint.scheduler import CONFIG
 from dit_engine.checkpoint.weights import SUFFIXES
-from dit_engine.printable import first_line
+from dit_engine.io.printable import first_line
 
 BUILTIN = "builtin"
 BUILTIN_DIRECTORY = Path(__file__).parents[1] / BUILTIN

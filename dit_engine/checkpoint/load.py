@@ -44,9 +44,9 @@ from dit_engine.checkpoint.weights import (
 )
 from dit_engine.checkpoint.wrappers import MODEL_MARKS, VAE_MARKS, latent_scale, unwrapped
 from dit_engine.config import NUMERICS, ModelConfig
-from dit_engine.device import neutral
-from dit_engine.json_files import read_json
+from dit_engine.io.json_files import read_json
 from dit_engine.model import DiT
+from dit_engine.runtime import neutral
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 VAE_CLASS = "AutoencoderKL"

@@ -14,7 +14,7 @@ from typing import Any
 
 from dit_engine.arguments import shown
 from dit_engine.checkpoint.wrappers import levels
-from dit_engine.diffusion import PREDICTIONS
+from dit_engine.sampling.diffusion import PREDICTIONS
 
 # Names under which training scripts save their options, beside the weights.
 PLACES = (

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from dit_engine.device import neutral
-from dit_engine.directories import new_directory, nothing_known
-from dit_engine.files import save_tensors
-from dit_engine.formats import SAFETENSORS, format_of
-from dit_engine.json_files import read_json_value
+from dit_engine.io.directories import new_directory, nothing_known
+from dit_engine.io.files import save_tensors
+from dit_engine.io.formats import SAFETENSORS, format_of
+from dit_engine.io.json_files import read_json_value
 from dit_engine.model import DiT
+from dit_engine.runtime import neutral
 from dit_engine.vae import AutoencoderKL
 
 NATIVE_CLASS = "DiT"

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dit_engine.config import ModelConfig
-from dit_engine.diffusion import OWN_SPACINGS, Diffusion
-from dit_engine.json_files import read_json
-from dit_engine.printable import one_line
+from dit_engine.io.json_files import read_json
+from dit_engine.io.printable import one_line
+from dit_engine.sampling.diffusion import OWN_SPACINGS, Diffusion
 
 CONFIG = "scheduler_config.json"
 

@@ -14,8 +14,8 @@ from typing import Any
 from dit_engine.arguments import positive, real_number, scalar, shown
 from dit_engine.checkpoint.options import PREDICTION_FLAGS, PREDICTION_NAMES, place_of
 from dit_engine.config import FAMILIES
-from dit_engine.diffusion import PREDICTIONS, PUBLISHED_DIFFUSION, Diffusion
-from dit_engine.printable import first_line
+from dit_engine.io.printable import first_line
+from dit_engine.sampling.diffusion import PREDICTIONS, PUBLISHED_DIFFUSION, Diffusion
 
 _PREDICTION_NAMES = {
     "noise": "epsilon",

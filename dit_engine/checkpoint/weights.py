@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from dit_engine.arguments import shown
 from dit_engine.checkpoint.pickles import check_pickle
-from dit_engine.formats import PYTORCH, SAFETENSORS, check_format, format_of
-from dit_engine.json_files import is_file_name, read_json
-from dit_engine.printable import first_line
+from dit_engine.io.formats import PYTORCH, SAFETENSORS, check_format, format_of
+from dit_engine.io.json_files import is_file_name, read_json
+from dit_engine.io.printable import first_line
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -16,7 +16,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_engine.cli.arguments import (
+from dit_engine.console.errors import run_command
+from dit_engine.console.output import (
+    STDOUT,
+    check_destination,
+    destination,
+    is_directory,
+    output_kind,
+)
+from dit_engine.console.parser import (
     Parser,
     add_loading_arguments,
     add_model_argument,
@@ -24,18 +32,10 @@ from dit_engine.cli.arguments import (
     loading_options,
     sampling_options,
 )
-from dit_engine.cli.destination import (
-    STDOUT,
-    check_destination,
-    destination,
-    is_directory,
-    output_kind,
-)
-from dit_engine.cli.errors import run_command
-from dit_engine.cli.start import entry, output_is_a_file
+from dit_engine.console.start import entry, output_is_a_file
+from dit_engine.io.printable import printable, say
+from dit_engine.io.provenance import is_source
 from dit_engine.labels import shared_names
-from dit_engine.printable import printable, say
-from dit_engine.provenance import is_source
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -229,8 +229,8 @@ def make_series(
 
 
 def load_engine(arguments: argparse.Namespace) -> Engine:
-    from dit_engine.device import parse_device
     from dit_engine.engine import Engine
+    from dit_engine.runtime import parse_device
 
     return Engine.from_pretrained(
         arguments.model,
@@ -282,7 +282,7 @@ class SamplingBar:
         return self.engine.generate(labels, callback=None if self.quiet else advance, **options)
 
     def _shown(self, total: int, done: int) -> tqdm[Any]:
-        from dit_engine.bars import Bar
+        from dit_engine.console.bars import Bar
 
         if self._bar is None:  # not earlier: an invalid option would leave an empty bar behind
             self._bar = Bar(

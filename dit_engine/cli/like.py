@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dit_engine.images import open_image
-from dit_engine.provenance import is_source
+from dit_engine.io.images import open_image
+from dit_engine.io.provenance import is_source
 
 _SHOWN = 200  # characters of a path in a message
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dit_engine.cli.destination import STDOUT, write_stdout
+from dit_engine.console.output import STDOUT, write_stdout
 from dit_engine.engine import Generation
-from dit_engine.files import atomic_path, save_tensors
+from dit_engine.io.files import atomic_path, save_tensors
+from dit_engine.io.printable import printable
 from dit_engine.metadata import call_record, png_text
-from dit_engine.printable import printable
 
 _CAPTION_HEIGHT = 14
 _MARGIN = 4

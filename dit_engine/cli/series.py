@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_engine.arguments import shown
-from dit_engine.cli.destination import file_name
-from dit_engine.files import atomic_path
-from dit_engine.images import open_image
+from dit_engine.console.output import file_name
+from dit_engine.io.files import atomic_path
+from dit_engine.io.images import open_image
+from dit_engine.io.provenance import same_source
 from dit_engine.labels import resolve_labels
 from dit_engine.metadata import as_read, image_record, png_text, record_in
-from dit_engine.provenance import same_source
 from dit_engine.settings import resolve_seeds
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_engine.arrays import map_npy
 from dit_engine.checkpoint.weights import check_header
-from dit_engine.formats import NUMPY, check_format
+from dit_engine.io.arrays import map_npy
+from dit_engine.io.formats import NUMPY, check_format
 
 
 def read_tensor(path: Path | None) -> Tensor | None:

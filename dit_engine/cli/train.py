@@ -15,10 +15,10 @@ from pathlib import Path
 from signal import SIGINT
 from typing import Any
 
-from dit_engine.cli.arguments import Parser
-from dit_engine.cli.errors import run_command
-from dit_engine.cli.start import entry, output_is_a_file
-from dit_engine.printable import one_line
+from dit_engine.console.errors import run_command
+from dit_engine.console.parser import Parser
+from dit_engine.console.start import entry, output_is_a_file
+from dit_engine.io.printable import one_line
 
 # One for every field of TrainSettings.
 _HELP = {
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from dit_engine.device import parse_device
+    from dit_engine.runtime import parse_device
     from dit_engine.training.loop import Budget
     from dit_engine.training.run import TrainSettings, is_begun, train
     from dit_engine.training.stopping import Stopped, termination_as_interrupt

@@ -20,8 +20,8 @@ from dit_engine.checkpoint.convert import (
     state_to_diffusers,
 )
 from dit_engine.checkpoint.meta import without_storage
-from dit_engine.device import neutral
 from dit_engine.model import DiT
+from dit_engine.runtime import neutral
 
 
 class DiTAdapter(nn.Module):

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dit_engine.arrays import map_npy
-from dit_engine.bars import Bar
+from dit_engine.console.bars import Bar
 from dit_engine.current_directory import left_out_of_children
-from dit_engine.files import atomic_path
-from dit_engine.images import open_image
-from dit_engine.json_files import check_schema, parse_json
+from dit_engine.io.arrays import map_npy
+from dit_engine.io.files import atomic_path
+from dit_engine.io.images import open_image
+from dit_engine.io.json_files import check_schema, parse_json
 from dit_engine.training.data import ImageSet
 
 CLASSES = (

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dit_engine.files import atomic_path
-from dit_engine.schedule import make_schedule
+from dit_engine.io.files import atomic_path
+from dit_engine.sampling.schedule import make_schedule
 from dit_engine.training.data import ImageSet
 from dit_engine.training.loop import Stage
 

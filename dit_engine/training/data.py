@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_engine.images import (
+from dit_engine.io.images import (
     SUFFIXES,
     count_of,
     find_folders,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_engine.checkpoint.pickles import check_pickle
-from dit_engine.files import atomic_path, save_tensors
+from dit_engine.io.files import atomic_path, save_tensors
 from dit_engine.training.log import ProgressLine, add_row, drop_rows_after, plot_losses
 from dit_engine.training.stopping import Stopped, signals_noted
 from dit_engine.training.threads import ThreadsByLoad

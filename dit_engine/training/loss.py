@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_engine.schedule import make_schedule
+from dit_engine.sampling.schedule import make_schedule
 
 
 class DiffusionLoss:

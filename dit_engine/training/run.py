@@ -18,13 +18,13 @@ from dit_engine.arguments import shown
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.checkpoint.weights import load_into
 from dit_engine.config import ModelConfig
-from dit_engine.device import limited_threads
 from dit_engine.engine import Engine
-from dit_engine.files import atomic_path, save_tensors
-from dit_engine.json_files import parse_json, read_json
+from dit_engine.io.files import atomic_path, save_tensors
+from dit_engine.io.json_files import parse_json, read_json
+from dit_engine.io.provenance import recorded, same_source
 from dit_engine.labels import resolve_labels
 from dit_engine.model import DiT
-from dit_engine.provenance import recorded, same_source
+from dit_engine.runtime import limited_threads
 from dit_engine.training.avatars import CLASSES, load_avatars
 from dit_engine.training.card import Outcome, judge, write_card
 from dit_engine.training.data import ImageSet, load_image_folder

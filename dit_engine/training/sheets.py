@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dit_engine.files import atomic_path
+from dit_engine.io.files import atomic_path
 
 
 def save_sheet(images: Tensor, path: Path, columns: int) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dit_engine.arguments import shown
-from dit_engine.bars import Bar
 from dit_engine.checkpoint.weights import read_weights
+from dit_engine.console.bars import Bar
 from dit_engine.training.data import ImageSet
 from dit_engine.training.loop import LoopSettings, Trainer
 from dit_engine.training.sheets import save_sheet

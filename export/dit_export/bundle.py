@@ -15,9 +15,9 @@ from typing import Any
 from dit_engine._version import __version__
 from dit_engine.arguments import shown
 from dit_engine.config import ModelConfig
-from dit_engine.directories import Known, nothing_known
-from dit_engine.files import check_regular, file_hash
-from dit_engine.json_files import check_schema, read_json_value
+from dit_engine.io.directories import Known, nothing_known
+from dit_engine.io.files import check_regular, file_hash
+from dit_engine.io.json_files import check_schema, read_json_value
 from dit_engine.vae import VAEConfig
 from dit_export.targets import DTYPES, TARGETS
 
@@ -25,7 +25,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 LABELS = "labels.json"
 
-# Of the manifest, in the language of `dit_engine.json_files`.
+# Of the manifest, in the language of `dit_engine.io.json_files`.
 _TENSOR = {"name": "line", "dtype": ("float32", "int64"), "shape": "count|line[]"}
 SCHEMA = {
     "": {
@@ -258,7 +258,7 @@ def refuse_another_version(path: Path, version: int, what: str) -> None:
 
 def file_names() -> list[str]:
     """Every file that an export may hold, except its manifest."""
-    from dit_export.graphs import GRAPHS
+    from dit_export.onnx.graphs import GRAPHS
 
     return [*(f"{graph}.onnx{suffix}" for graph in GRAPHS for suffix in ("", ".data")), LABELS]
 

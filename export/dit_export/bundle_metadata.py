@@ -7,10 +7,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dit_engine.files import check_regular
-from dit_engine.printable import one_line
+from dit_engine.io.files import check_regular
+from dit_engine.io.printable import one_line
 from dit_export.bundle import Bundle
-from dit_export.graphs import VAE_GRAPH
+from dit_export.onnx.graphs import VAE_GRAPH
 
 _DOMAINS = ("", "ai.onnx")
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from dit_engine._version import __version__
-from dit_engine.caches import private_cache, why_not_private
 from dit_engine.config import ModelConfig
-from dit_engine.files import locked
+from dit_engine.io.caches import private_cache, why_not_private
+from dit_engine.io.files import locked
 from dit_engine.model import DiT
 from dit_export.bundle import FORMAT, Bundle
 from dit_export.bundle_metadata import check_metadata
-from dit_export.onnx import ExportOptions, export_onnx
+from dit_export.onnx.export import ExportOptions, export_onnx
 from dit_export.source import weights_hash
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dit_engine.printable import printable, say
+from dit_engine.io.printable import printable, say
 from dit_export.given import refuse
-from dit_export.graphs import GRAPHS, QUANTIZED_GRAPHS, VAE_GRAPH
+from dit_export.onnx.graphs import GRAPHS, QUANTIZED_GRAPHS, VAE_GRAPH
 from dit_export.source import add_source_arguments, load_source
 from dit_export.targets import DTYPES, FLOATS, QUANTIZED, TARGETS
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from dit_export.onnx import ExportOptions, export_onnx
+    from dit_export.onnx.export import ExportOptions, export_onnx
 
     options = ExportOptions(
         dtype=arguments.dtype,

@@ -6,16 +6,16 @@ import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
-from dit_engine.directories import scratch_beside
-from dit_engine.printable import say
+from dit_engine.io.directories import scratch_beside
+from dit_engine.io.printable import say
 from dit_export.bundle import Bundle
 from dit_export.comparison import given_export
 from dit_export.given import refuse
-from dit_export.graphs import GRAPHS, QUANTIZED_GRAPHS, VAE_GRAPH
-from dit_export.profiles import parse_profiles
+from dit_export.onnx.graphs import GRAPHS, QUANTIZED_GRAPHS, VAE_GRAPH
 from dit_export.source import Source, add_source_arguments, load_source
 from dit_export.targets import DTYPES, check_choice
-from dit_export.tensorrt_flavour import FLAVOURS, choose_flavour
+from dit_export.tensorrt.flavour import FLAVOURS, choose_flavour
+from dit_export.tensorrt.profiles import parse_profiles
 
 DEFAULT_BATCH = "1,2,8"
 
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     if flavour.builds_without_gpu:
         refuse(arguments, ["device"], f"is for the standard TensorRT, and this is {flavour}")
 
-    from dit_export.tensorrt import BuildOptions, build_bundle
+    from dit_export.tensorrt.build import BuildOptions, build_bundle
 
     graphs = None if arguments.graphs is None else tuple(dict.fromkeys(arguments.graphs))
     with ExitStack() as stack:
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _export(source: Source, dtype: str, directory: Path, graphs: tuple[str, ...] | None) -> Bundle:
-    from dit_export.onnx import ExportOptions, export_onnx
+    from dit_export.onnx.export import ExportOptions, export_onnx
 
     options = ExportOptions(dtype=dtype, target="tensorrt", graphs=graphs).checked()
     return export_onnx(

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dit_engine.directories import scratch_beside
-from dit_engine.printable import printable, say
+from dit_engine.io.directories import scratch_beside
+from dit_engine.io.printable import printable, say
 from dit_export.bundle import Bundle
 from dit_export.given import refuse
+from dit_export.server.configuration import ACCELERATORS, PLATFORMS
 from dit_export.source import add_source_arguments
 from dit_export.targets import DTYPES
-from dit_export.triton.configuration import ACCELERATORS, PLATFORMS
 
 READY_SECONDS = 300.0
 _SERVE_ALONE = (
@@ -69,7 +69,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     refuse(arguments, sorted(others), "is not for --serve, whose repository is as it was written")
     if not 0 < arguments.ready_timeout < float("inf"):
         raise ValueError(f"--ready-timeout {arguments.ready_timeout}: seconds above 0 are needed")
-    from dit_export.triton.server import serve
+    from dit_export.server.process import serve
 
     ports = (arguments.http_port, arguments.grpc_port, arguments.metrics_port)
     return serve(
@@ -84,8 +84,8 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _write(arguments: argparse.Namespace) -> int:
-    from dit_export.model_repository import check_dtypes, check_free, write_repository
-    from dit_export.triton.configuration import ServingOptions
+    from dit_export.server.configuration import ServingOptions
+    from dit_export.server.repository import check_dtypes, check_free, write_repository
 
     options = ServingOptions(
         platform=arguments.platform,
@@ -125,9 +125,9 @@ def _write(arguments: argparse.Namespace) -> int:
 
 def _own_export(arguments: argparse.Namespace) -> Callable[[Path], Bundle]:
     """What exports --model into a directory. Bad options and a bad model are refused before."""
-    from dit_export.onnx import ExportOptions, export_onnx
+    from dit_export.onnx.export import ExportOptions, export_onnx
+    from dit_export.server.configuration import GRAPHS
     from dit_export.source import load_source
-    from dit_export.triton.configuration import GRAPHS
 
     options = ExportOptions(
         dtype=arguments.dtype,

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from dit_engine.checkpoint import build_model, build_vae, load_checkpoint
-from dit_engine.cli.arguments import add_loading_arguments, loading_options
 from dit_engine.config import PUBLISHED, ModelConfig
+from dit_engine.console.parser import add_loading_arguments, loading_options
 from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_kernels import native_product, operators
+from dit_kernels import operators
+from dit_kernels.cpu import product as native_product
 
 
 @torch.library.custom_op("dit_kernels::layernorm_modulate", mutates_args=())

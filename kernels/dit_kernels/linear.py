@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_kernels import checks, native_product
-from dit_kernels.choose import Unavailable, implementation, wants_gradient, without_autocast
+from dit_kernels import checks
+from dit_kernels.cpu import product as native_product
+from dit_kernels.dispatch import Unavailable, implementation, wants_gradient, without_autocast
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_kernels import checks, native_product, reference
-from dit_kernels.choose import Unavailable, launcher
+from dit_kernels import checks, reference
+from dit_kernels.cpu import product as native_product
+from dit_kernels.dispatch import Unavailable, launcher
 from dit_kernels.linear import gelu_
 
 FP8 = torch.float8_e4m3fn
@@ -168,7 +169,7 @@ class Quantizer(Protocol):
 
 def quantizer(kind: str, device: torch.device) -> Quantizer:
     """The quickest one for ``kind`` ("int8" or "fp8") on ``device``."""
-    from dit_kernels import native
+    from dit_kernels.cpu import operators as native
 
     if kind == "int8" and native.why_not() is None:
         return _Native()
@@ -179,7 +180,7 @@ class _Native:
     """One pass over memory each."""
 
     def __init__(self) -> None:
-        from dit_kernels import native
+        from dit_kernels.cpu import operators as native
 
         self._native = native
 
@@ -234,7 +235,7 @@ class _Separate:
 
 def dequantize_rows_(x: Tensor, scales: Tensor, bias: Tensor, gelu: bool) -> Tensor:
     """x (R, M) · scales (R,) + bias (M,), with tanh-GELU if asked for, in place."""
-    from dit_kernels import native
+    from dit_kernels.cpu import operators as native
 
     if not torch.compiler.is_compiling() and native.why_not() is None:
         return native.dequantize_rows(x, scales, bias, gelu, out=x)

@@ -89,7 +89,8 @@ def operators() -> dict[str, Any]:
 
 
 def parity() -> dict[str, Any]:
-    """A report of dit_bench.parity: one backend with sets and a reference, one that equals eager,
+    """A report of dit_bench.quality.parity: one backend with sets and a reference, one that equals
+    eager,
     and one that gives NaN; in JSON the PSNR of both of the latter is null."""
     sets = {"metric": "FD-Lite0", "n": 2400, "between": 0.0123, "reference": "held-out",
             "n_reference": None, "to_reference": 76.81234, "eager_to_reference": 76.8,

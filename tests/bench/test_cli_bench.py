@@ -23,7 +23,7 @@ from dit_bench.progress import Progress
 from dit_bench.schema import VERSION
 from dit_bench.subjects import load_subject
 from dit_engine.config import ModelConfig
-from dit_kernels import native
+from dit_kernels.cpu import operators as native
 
 pytestmark = pytest.mark.usefixtures("small_ceilings")
 

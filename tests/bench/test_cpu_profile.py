@@ -10,8 +10,8 @@ from numerics import assert_close_to_reference
 from dit_bench.cpu_forward import random_model
 from dit_bench.cpu_profile import Linears, forward_parts, shares
 from dit_bench.cpu_report import format_profile
+from dit_engine.backends.lean.forward import LeanTransformer
 from dit_engine.config import ModelConfig
-from dit_engine.lean import LeanTransformer
 from dit_engine.model import DiT
 from dit_kernels.quantized import quantized_why_not
 

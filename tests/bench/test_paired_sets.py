@@ -14,18 +14,18 @@ import torch
 from tiny import tiny_engine
 from torch import Tensor
 
-from dit_bench import parity
-from dit_bench.features import Extracted, FeatureNetwork
-from dit_bench.frechet import Statistics, frechet_distance, moments_of
-from dit_bench.metrics import DistanceTo, paired_bootstrap
-from dit_bench.paired_sets import (
+from dit_bench.quality import parity
+from dit_bench.quality.features import Extracted, FeatureNetwork
+from dit_bench.quality.frechet import Statistics, frechet_distance, moments_of
+from dit_bench.quality.metrics import DistanceTo, paired_bootstrap
+from dit_bench.quality.paired_sets import (
     Reference,
     SetComparison,
     interval,
     open_reference,
     read_reference,
 )
-from dit_bench.parity import compare, format_report, main
+from dit_bench.quality.parity import compare, format_report, main
 from dit_engine import backends
 from dit_engine.backends.eager import EagerBackend
 from dit_engine.engine import Engine
@@ -177,7 +177,7 @@ def test_a_reference_is_read_once_quietly_and_can_be_stopped(
     with pytest.MonkeyPatch.context() as patch:
         shown = []
         patch.setattr(
-            "dit_engine.bars.Bar", lambda *_, disable, **__: shown.append(disable) or bar()
+            "dit_engine.console.bars.Bar", lambda *_, disable, **__: shown.append(disable) or bar()
         )
         wanted.with_reference(quiet=True)
         wanted.with_reference()

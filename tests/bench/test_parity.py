@@ -12,8 +12,8 @@ import torch
 from products import require_int8
 from tiny import tiny_engine
 
-from dit_bench.parity import compare, format_report, main, psnr, relative_errors, trajectory
-from dit_bench.quality import write_report
+from dit_bench.quality.fd_lite0 import write_report
+from dit_bench.quality.parity import compare, format_report, main, psnr, relative_errors, trajectory
 from dit_engine.backends.eager import EagerBackend
 
 

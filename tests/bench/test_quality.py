@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from dit_bench import held_out, quality
-from dit_bench.frechet import frechet_distance, moments_of
-from dit_bench.held_out import Halves, cached_features, first_half, split
-from dit_bench.lite0 import FEATURES, Lite0, extract, load_lite0
-from dit_bench.quality import compare, recognised
+from dit_bench.quality import fd_lite0 as quality
+from dit_bench.quality import held_out
+from dit_bench.quality.fd_lite0 import compare, recognised
+from dit_bench.quality.frechet import frechet_distance, moments_of
+from dit_bench.quality.held_out import Halves, cached_features, first_half, split
+from dit_bench.quality.lite0 import FEATURES, Lite0, extract, load_lite0
 from dit_engine.training.data import ImageSet
 from dit_engine.vae import AutoencoderKL, VAEConfig
 

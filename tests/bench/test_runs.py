@@ -15,15 +15,16 @@ import torch
 from made_up import QUICK
 from tiny import tiny_dit, tiny_engine
 
-from dit_bench import cli, measure, paired_sets, parity
+from dit_bench import cli, measure
 from dit_bench.contenders import Cast, needed_weights
-from dit_bench.features import Extracted, FeatureNetwork
 from dit_bench.forwards import Networks, Work
-from dit_bench.frechet import frechet_distance, moments_of
 from dit_bench.inputs import read_report
 from dit_bench.options import build_parser, plan_of
 from dit_bench.outputs import write_json
 from dit_bench.progress import Progress
+from dit_bench.quality import paired_sets, parity
+from dit_bench.quality.features import Extracted, FeatureNetwork
+from dit_bench.quality.frechet import frechet_distance, moments_of
 from dit_bench.subjects import in_numerics
 from dit_engine.engine import Engine
 

@@ -15,7 +15,7 @@ from dit_bench import scaling, scaling_measure
 from dit_bench.cost import dit_cost, total
 from dit_bench.scaling import folder, main, networks
 from dit_bench.scaling_measure import macs_of, orders, plot, sample
-from dit_engine.files import save_tensors
+from dit_engine.io.files import save_tensors
 
 
 def test_the_networks_cost_what_they_are_compared_for() -> None:

@@ -9,9 +9,9 @@ import pytest
 from tqdm import tqdm
 
 from dit_engine import Engine
-from dit_engine.bars import Bar
-from dit_engine.cli.errors import run_command
 from dit_engine.cli.generate import main
+from dit_engine.console.bars import Bar
+from dit_engine.console.errors import run_command
 
 
 def on_screen(written: str) -> list[str]:

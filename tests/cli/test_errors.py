@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dit_bench import quality
+from dit_bench.quality import fd_lite0 as quality
 from dit_engine.cli import generate
-from dit_engine.cli.errors import run_command
-from dit_engine.device import parse_device
+from dit_engine.console.errors import run_command
 from dit_engine.engine import Engine
+from dit_engine.runtime import parse_device
 
 
 def run(model: Path, *arguments: str) -> object:
@@ -232,7 +232,7 @@ def test_another_pipe_that_breaks_is_an_error() -> None:
 
 SCRIPT = """
 import sys
-from dit_engine.cli.errors import run_command
+from dit_engine.console.errors import run_command
 def command():
     if "show" in sys.argv[1]:
         from dit_bench.tables import Table, show
@@ -288,7 +288,10 @@ def test_the_installed_command_prints_one_line(model: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "ten"], "invalid int value: 'ten' (see python -m dit_bench.quality --help)"),
+        (
+            ["--steps", "ten"],
+            "invalid int value: 'ten' (see python -m dit_bench.quality.fd_lite0 --help)",
+        ),
         (["--guidance-channels", "foo"], "'foo' is neither a number of latent channels"),
         (["--samples", "30"], "samples 30 is not a positive multiple of 16 classes"),
         (["--json", "missing/out.json"], "missing/out.json: the directory missing does not exist"),

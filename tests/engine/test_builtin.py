@@ -54,9 +54,9 @@ def test_generated_images_are_near_the_held_out_ones(engine: Engine) -> None:
     A small N raises a Fréchet distance, so the bound is relative to the floor of the same N: held-
     out images of other seeds.
     """
-    from dit_bench.frechet import frechet_distance, moments_of
-    from dit_bench.lite0 import extract, load_lite0
-    from dit_bench.quality import recognised
+    from dit_bench.quality.fd_lite0 import recognised
+    from dit_bench.quality.frechet import frechet_distance, moments_of
+    from dit_bench.quality.lite0 import extract, load_lite0
 
     labels = np.repeat(np.arange(len(CLASSES)), EACH)
     settings = {"steps": 20, "sampler": "dpm++", "guidance_scale": 2.0, "precision": "bf16"}

@@ -19,14 +19,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_bench.gpu_contenders import _graphed
-from dit_engine.backends.cuda_graphs import GRAPH_LIMIT, StepGraph, StepGraphs
-from dit_engine.backends.lean import FusedLeanDenoiser, LeanBackend
-from dit_engine.capture import one_capture
-from dit_engine.fused_sampling import step_coefficients
-from dit_engine.schedule import make_schedule
-from dit_export import tensorrt_memory
-from dit_export.tensorrt_memory import CudaCoreMemory, TorchMemory
-from dit_kernels import choose, native, native_product
+from dit_engine.backends.capture import one_capture
+from dit_engine.backends.lean.backend import FusedLeanDenoiser, LeanBackend
+from dit_engine.backends.lean.cuda_graphs import GRAPH_LIMIT, StepGraph, StepGraphs
+from dit_engine.sampling.fused import step_coefficients
+from dit_engine.sampling.schedule import make_schedule
+from dit_export.tensorrt import memory as tensorrt_memory
+from dit_export.tensorrt.memory import CudaCoreMemory, TorchMemory
+from dit_kernels import dispatch as choose
+from dit_kernels.cpu import operators as native
+from dit_kernels.cpu import product as native_product
 
 CPU = torch.device("cpu")
 

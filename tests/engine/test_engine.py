@@ -16,10 +16,10 @@ from tiny import tiny_engine
 
 from dit_engine import Engine, Generation, Progress, __version__
 from dit_engine.backends import Backend, Denoiser, create_backend
-from dit_engine.backends.lean import LeanDenoiser
-from dit_engine.lean_vae import LeanDecoder
-from dit_engine.pixels import LatentDecoder
-from dit_engine.sampler import SAMPLERS
+from dit_engine.backends.lean.backend import LeanDenoiser
+from dit_engine.backends.lean.vae import LeanDecoder
+from dit_engine.decode import LatentDecoder
+from dit_engine.sampling.samplers import SAMPLERS
 from dit_engine.vae import AutoencoderKL
 
 FAST = {"steps": 4, "output": "latent"}

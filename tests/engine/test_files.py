@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dit_engine.files import atomic_path, save_tensors
+from dit_engine.io.files import atomic_path, save_tensors
 
 
 @pytest.mark.parametrize("before", [None, b"earlier"])
@@ -64,7 +64,7 @@ def test_a_block_that_writes_nothing_leaves_the_file_as_it_was(tmp_path: Path) -
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from dit_engine.files import atomic_path
+from dit_engine.io.files import atomic_path
 with atomic_path(Path(sys.argv[1])) as partial:
     partial.write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)

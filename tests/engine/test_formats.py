@@ -19,7 +19,7 @@ from tiny import NAMES, tiny_dit, tiny_vae
 
 from dit_engine.checkpoint import load_checkpoint, save_pretrained
 from dit_engine.cli.tensors import read_tensor
-from dit_engine.formats import format_of
+from dit_engine.io.formats import format_of
 
 POINTER = (
     b"version https://git-lfs.github.com/spec/v1\n"

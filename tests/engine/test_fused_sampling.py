@@ -8,10 +8,10 @@ import torch
 from numerics import relative_error
 from torch import Tensor
 
-from dit_engine.fused_sampling import sample_fused, step_coefficients, uses_noise
-from dit_engine.guidance import guided, guided_steps
-from dit_engine.sampler import SAMPLERS
-from dit_engine.schedule import make_schedule
+from dit_engine.sampling.fused import sample_fused, step_coefficients, uses_noise
+from dit_engine.sampling.guidance import guided, guided_steps
+from dit_engine.sampling.samplers import SAMPLERS
+from dit_engine.sampling.schedule import make_schedule
 from dit_kernels import guided_step
 
 N, C, S, P = 3, 4, 8, 2

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_engine.guidance import check_channels, guided, guided_steps, parse_scales
-from dit_engine.schedule import make_schedule
+from dit_engine.sampling.guidance import check_channels, guided, guided_steps, parse_scales
+from dit_engine.sampling.schedule import make_schedule
 
 N, C, S = 3, 4, 2
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
-from dit_bench.image_sets import open_set
-from dit_engine import images
-from dit_engine.images import find_images, read_rgb
+from dit_bench.quality.image_sets import open_set
+from dit_engine.io import images
+from dit_engine.io.images import find_images, read_rgb
 from dit_engine.training.data import load_image_folder
 
 SIDE = 8

@@ -13,14 +13,15 @@ from products import has_int8, require_int8
 from tiny import tiny_dit, tiny_engine
 from torch import Tensor
 
-import dit_engine.conditioning as conditioning_module
+import dit_engine.backends.lean.conditioning as conditioning_module
 from dit_engine.backends import create_backend
-from dit_engine.conditioning import GRAIN, ModulationTable
+from dit_engine.backends.lean.conditioning import GRAIN, ModulationTable
 from dit_engine.config import ModelConfig
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
-from dit_engine.sampler import SAMPLERS
-from dit_kernels import native, native_product
+from dit_engine.sampling.samplers import SAMPLERS
+from dit_kernels.cpu import operators as native
+from dit_kernels.cpu import product as native_product
 
 CPU = torch.device("cpu")
 WIDTHS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # published widths and their heads

@@ -18,7 +18,8 @@ from tiny import tiny_dit
 from torch.profiler import ProfilerActivity, profile
 
 from dit_engine.backends import create_backend
-from dit_kernels import native, native_product
+from dit_kernels.cpu import operators as native
+from dit_kernels.cpu import product as native_product
 
 ROWS, STEPS, PROFILED = 4, 640, 10
 SIZES = {"fp32": 4, "bf16": 2}

@@ -11,8 +11,8 @@ from numerics import assert_close_to_reference
 from tiny import tiny_vae
 from torch import Tensor
 
-from dit_engine import lean_vae
-from dit_engine.lean_vae import LeanDecoder
+from dit_engine.backends.lean import vae as lean_vae
+from dit_engine.backends.lean.vae import LeanDecoder
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 BUILTIN = VAEConfig(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8,

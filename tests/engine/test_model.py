@@ -16,8 +16,8 @@ from torch import Tensor
 from vectors import Vectors
 
 from dit_engine.config import PUBLISHED, ModelConfig
-from dit_engine.guidance import guided
 from dit_engine.model import DiT, position_embedding, timestep_embedding
+from dit_engine.sampling.guidance import guided
 
 
 def fit(vectors: Vectors, model: DiT) -> Tensor:

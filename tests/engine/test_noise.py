@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from dit_engine import noise
-from dit_engine.noise import AHEAD, GivenNoise, NoiseSource, PerImageNoise
+from dit_engine.sampling import noise
+from dit_engine.sampling.noise import AHEAD, GivenNoise, NoiseSource, PerImageNoise
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 SHAPE = (4, 8, 8)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny import NAMES, tiny_dit, tiny_engine, tiny_vae
 
-from dit_bench.quality import reconstruct
+from dit_bench.quality.fd_lite0 import reconstruct
 from dit_engine import Engine, finite
 from dit_engine.backends import create_backend
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.cli.generate import main
+from dit_engine.decode import to_uint8
 from dit_engine.errors import NotFinite
-from dit_engine.pixels import to_uint8
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 

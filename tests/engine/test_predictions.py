@@ -8,12 +8,12 @@ import torch
 from numerics import relative_error
 from torch import Tensor
 
-from dit_engine.coefficients import clipping, step_coefficients, uses_noise
-from dit_engine.diffusion import Diffusion
-from dit_engine.fused_sampling import sample_fused
-from dit_engine.guidance import guided
-from dit_engine.sampler import SAMPLERS
-from dit_engine.schedule import Schedule, make_schedule
+from dit_engine.sampling.coefficients import clipping, step_coefficients, uses_noise
+from dit_engine.sampling.diffusion import Diffusion
+from dit_engine.sampling.fused import sample_fused
+from dit_engine.sampling.guidance import guided
+from dit_engine.sampling.samplers import SAMPLERS
+from dit_engine.sampling.schedule import Schedule, make_schedule
 from dit_kernels.reference import guided_step
 
 N, C, S = 3, 4, 8

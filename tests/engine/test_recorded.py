@@ -8,10 +8,10 @@ from tiny import tiny_dit
 from torch import Tensor
 
 from dit_engine.backends import create_backend
-from dit_engine.backends.lean import LeanBackend, LeanDenoiser
-from dit_engine.backends.recorded import RecordedForwards
-from dit_engine.lean import LeanTransformer
-from dit_kernels import native_product
+from dit_engine.backends.lean.backend import LeanBackend, LeanDenoiser
+from dit_engine.backends.lean.forward import LeanTransformer
+from dit_engine.backends.lean.replay import RecordedForwards
+from dit_kernels.cpu import product as native_product
 
 CPU = torch.device("cpu")
 STEPS = 6

@@ -15,10 +15,10 @@ from torch import Tensor
 from vectors import Vectors
 
 import dit_engine.model
-from dit_engine.guidance import guided
 from dit_engine.model import DiT
-from dit_engine.sampler import SAMPLERS, ddim, ddpm, dpm_solver_pp
-from dit_engine.schedule import Schedule, make_schedule
+from dit_engine.sampling.guidance import guided
+from dit_engine.sampling.samplers import SAMPLERS, ddim, ddpm, dpm_solver_pp
+from dit_engine.sampling.schedule import Schedule, make_schedule
 
 # Against the original ------------------------------------------------------------------------
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_engine.sampler import ddim, ddpm, dpm_solver_pp
-from dit_engine.schedule import Schedule, make_schedule, schedule_from_timesteps
+from dit_engine.sampling.samplers import ddim, ddpm, dpm_solver_pp
+from dit_engine.sampling.schedule import Schedule, make_schedule, schedule_from_timesteps
 
 M, SD = 0.7, 0.4
 

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from dit_engine.diffusion import PUBLISHED_DIFFUSION, Diffusion
-from dit_engine.schedule import (
+from dit_engine.sampling.diffusion import PUBLISHED_DIFFUSION, Diffusion
+from dit_engine.sampling.schedule import (
     SPACINGS,
     make_schedule,
     schedule_from_timesteps,

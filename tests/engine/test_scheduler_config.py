@@ -15,9 +15,9 @@ from numerics import relative_error
 from torch import Tensor
 
 from dit_engine.checkpoint import load_checkpoint, load_model, save_pretrained
-from dit_engine.diffusion import PUBLISHED_DIFFUSION, Diffusion
 from dit_engine.engine import Engine
-from dit_engine.schedule import make_schedule
+from dit_engine.sampling.diffusion import PUBLISHED_DIFFUSION, Diffusion
+from dit_engine.sampling.schedule import make_schedule
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -15,8 +15,8 @@ from tiny import tiny_dit
 from torch import Tensor
 
 from dit_engine.checkpoint import build_vae, load_checkpoint, save_pretrained
+from dit_engine.decode import LatentDecoder
 from dit_engine.engine import Engine
-from dit_engine.pixels import LatentDecoder
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 SHAPES = [

@@ -25,8 +25,8 @@ from reference_embedding import frequencies_off
 from test_sampler import RUNS, sample
 from vectors import Vectors
 
-import dit_engine.sampler
-from dit_engine.guidance import guided
+import dit_engine.sampling.samplers
+from dit_engine.sampling.guidance import guided
 
 # MKL's frequencies on Intel's processors with AVX-512, of which the first moves the vectors.
 THEIRS = frequencies_off() == [(13, 1), (44, 1), (119, 1)]
@@ -59,7 +59,7 @@ def test_trajectories(vectors: Vectors, run: str, monkeypatch: pytest.MonkeyPatc
         return torch.from_numpy(x).sqrt().numpy()
 
     numpy = SimpleNamespace(**vars(np) | {"sqrt": sqrt})
-    monkeypatch.setattr(dit_engine.sampler, "np", numpy)
+    monkeypatch.setattr(dit_engine.sampling.samplers, "np", numpy)
     out = sample(vectors, run, torch.float64)
     assert_close_to_reference(out, vectors[f"{run}.out"], tolerance=1e-12)
 

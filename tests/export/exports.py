@@ -17,7 +17,7 @@ from torch import Tensor
 from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL
 from dit_export.bundle import MANIFEST, Bundle
-from dit_export.onnx import ExportOptions, export_onnx
+from dit_export.onnx.export import ExportOptions, export_onnx
 
 _KEPT: list[TemporaryDirectory[str]] = []
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_export.engine_files import EngineFile
+from dit_export.tensorrt.engine_files import EngineFile
 
 Function = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import NAMES, tiny_dit
 
-from dit_engine.directories import check_destination, new_directory
+from dit_engine.io.directories import check_destination, new_directory
 from dit_export.bundle import Bundle, Graph, TensorSpec, replaceable, write_manifest
 
 GRAPH = Graph(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dit_export import engine_files
-from dit_export.engine_files import (
+from dit_export.tensorrt import engine_files
+from dit_export.tensorrt.engine_files import (
     EngineFile,
     EngineKey,
     EngineRefused,
@@ -17,7 +17,7 @@ from dit_export.engine_files import (
     read_description,
     write_engine,
 )
-from dit_export.profiles import parse_profiles
+from dit_export.tensorrt.profiles import parse_profiles
 
 KEY = EngineKey("graph", "tensorrt", "10.9", "any", parse_profiles(["1"]))
 

@@ -19,18 +19,18 @@ from numerics import assert_close_to_reference, relative_error
 from tiny import NAMES, tiny_dit
 
 from dit_engine import __version__
-from dit_engine.fused_sampling import step_coefficients
-from dit_engine.guidance import guided
-from dit_engine.noise import GivenNoise, PerImageNoise
-from dit_engine.sampler import SAMPLERS
-from dit_engine.schedule import make_schedule
-from dit_export import verify
+from dit_engine.sampling.fused import step_coefficients
+from dit_engine.sampling.guidance import guided
+from dit_engine.sampling.noise import GivenNoise, PerImageNoise
+from dit_engine.sampling.samplers import SAMPLERS
+from dit_engine.sampling.schedule import make_schedule
 from dit_export.bundle import Bundle
-from dit_export.calibration import calibrate
-from dit_export.graphs import GuidedStep
-from dit_export.onnx import ExportOptions, export_onnx
+from dit_export.onnx import verify
+from dit_export.onnx.calibration import calibrate
+from dit_export.onnx.export import ExportOptions, export_onnx
+from dit_export.onnx.graphs import GuidedStep
+from dit_export.onnx.upcast import upcast_file
 from dit_export.source import weights_hash
-from dit_export.upcast import upcast_file
 
 X = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 T = torch.tensor([0, 999, 500, 3, 750])
@@ -79,7 +79,9 @@ def test_a_model_without_a_null_class_has_no_guided_step(
     with pytest.raises(ValueError, match="graph 'guided_step': this model has no null class"):
         export_onnx(model, tmp_path / "out", ExportOptions(graphs=("guided_step",)))
     written: list[tuple[str, ...]] = []
-    monkeypatch.setattr("dit_export.onnx._Writer.write", lambda _, names: written.append(names))
+    monkeypatch.setattr(
+        "dit_export.onnx.export._Writer.write", lambda _, names: written.append(names)
+    )
     with pytest.raises(TypeError):  # graphs are not written here
         export_onnx(model, tmp_path / "out")
     assert written == [("transformer", "conditioner", "denoiser")]

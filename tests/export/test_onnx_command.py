@@ -13,16 +13,16 @@ from tiny import tiny_dit, tiny_vae
 
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.config import ModelConfig
-from dit_export import exporter, verify
-from dit_export import onnx as export_module
 from dit_export.bundle import Bundle
 from dit_export.cli import main
 from dit_export.errors import ExportFailed
-from dit_export.graphs import GRAPHS
-from dit_export.onnx import ExportOptions, export_onnx
+from dit_export.onnx import export as export_module
+from dit_export.onnx import exporter, verify
+from dit_export.onnx.export import ExportOptions, export_onnx
+from dit_export.onnx.graphs import GRAPHS
+from dit_export.onnx.verify import check
 from dit_export.source import model_name
 from dit_export.targets import choose_opset, float_dtype, vae_dtype
-from dit_export.verify import check
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from exports import manifest, quantized, random_dit, run
 from numerics import relative_error
 
 from dit_export.bundle import Bundle
-from dit_export.calibration import calibrate
 from dit_export.errors import ExportFailed
-from dit_export.exporter import to_onnx
-from dit_export.graphs import Conditioner, exportable, signature, transformer_graph
-from dit_export.quantize import QuantizedLinear, quantize, rounded
+from dit_export.onnx.calibration import calibrate
+from dit_export.onnx.exporter import to_onnx
+from dit_export.onnx.graphs import Conditioner, exportable, signature, transformer_graph
+from dit_export.onnx.qdq import QuantizedLinear, quantize, rounded
 
 LAYERS = [f"blocks.{i}.{name}" for i in range(2)
           for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]  # fmt: skip
@@ -108,7 +108,7 @@ def test_a_model_that_overflows_cannot_be_calibrated() -> None:
 
 
 def test_nan_of_a_later_step_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dit_export import calibration
+    from dit_export.onnx import calibration
 
     def twice(model: torch.nn.Module, *_: object) -> None:
         layer = model.blocks[0].attn.qkv

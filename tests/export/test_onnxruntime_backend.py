@@ -18,11 +18,12 @@ from tiny import tiny_dit
 
 from dit_engine import Engine, backends
 from dit_engine.errors import BackendUnavailable
-from dit_export import cache, exporter
+from dit_export import cache
 from dit_export.backends import onnxruntime as backend_module
 from dit_export.backends.onnxruntime import OnnxRuntimeBackend
 from dit_export.bundle import Bundle
-from dit_export.sessions import Session
+from dit_export.onnx import exporter
+from dit_export.onnx.sessions import Session
 
 CPU = torch.device("cpu")
 PAIR = ("conditioner", "denoiser")
@@ -296,7 +297,8 @@ def test_onnxruntimes_own_refusal_of_memory_is_a_memory_error(given: str) -> Non
 
 def test_importing_the_parts_loads_no_optional_package() -> None:
     code = (
-        "import sys, dit_export.onnx, dit_export.bundle, dit_export.cli, dit_export.cli_onnx\n"
+        "import sys, dit_export.onnx.export, dit_export.bundle, dit_export.cli\n"
+        "import dit_export.cli_onnx\n"
         "import dit_export.backends.onnxruntime\n"
         "print([m for m in ('onnx', 'onnxscript', 'onnxruntime', 'onnx_ir') if m in sys.modules])"
     )

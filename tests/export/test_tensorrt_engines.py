@@ -14,11 +14,16 @@ from tiny import tiny_dit
 from dit_engine.engine import Engine
 from dit_export import cli, cli_tensorrt
 from dit_export.bundle import Bundle
-from dit_export.cuda_devices import CudaDevice
-from dit_export.engine_files import EngineFile, EngineRefused, find_engines, read_description
-from dit_export.profiles import parse_profiles
-from dit_export.tensorrt import BuildOptions, build_bundle, engine_key, graph_hash
-from dit_export.tensorrt_flavour import Flavour, choose_flavour
+from dit_export.tensorrt.build import BuildOptions, build_bundle, engine_key, graph_hash
+from dit_export.tensorrt.cuda_devices import CudaDevice
+from dit_export.tensorrt.engine_files import (
+    EngineFile,
+    EngineRefused,
+    find_engines,
+    read_description,
+)
+from dit_export.tensorrt.flavour import Flavour, choose_flavour
+from dit_export.tensorrt.profiles import parse_profiles
 
 trt = pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("onnxscript")
@@ -44,7 +49,7 @@ def flavour() -> Flavour:
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
     """A tiny DiT with the built-in model's VAE, exported for TensorRT; by a name of `GRAPHS`."""
-    from dit_export.onnx import ExportOptions, export_onnx
+    from dit_export.onnx.export import ExportOptions, export_onnx
 
     folder = tmp_path_factory.mktemp("onnx")
     made: dict[str, Bundle] = {}
@@ -70,7 +75,7 @@ def options() -> BuildOptions:
 def test_every_graph_is_supported_and_built(
     exported: str, bundles, options: BuildOptions, flavour: Flavour, tmp_path: Path
 ):
-    from dit_export.tensorrt_network import check_supported
+    from dit_export.tensorrt.network import check_supported
 
     bundle, names = bundles(exported), GRAPHS[exported]
     assert tuple(bundle.graphs) == names
@@ -102,7 +107,7 @@ def test_an_export_with_its_defaults_is_taken(
     dtype: str, options: BuildOptions, flavour: Flavour, tmp_path: Path
 ):
     """With a VAE that attends, in float32 beside whatever the transformer is in."""
-    from dit_export.onnx import ExportOptions, export_onnx
+    from dit_export.onnx.export import ExportOptions, export_onnx
 
     made = ExportOptions(
         dtype, "tensorrt", graphs=("denoiser", "vae_decoder") if dtype == "fp16" else ("denoiser",),
@@ -257,8 +262,8 @@ def test_nothing_is_left_of_a_build_that_fails(
 def test_refused_node_is_named(bundles, flavour: Flavour, options: BuildOptions, tmp_path: Path):
     import onnx
 
-    from dit_export.tensorrt import build_engine
-    from dit_export.tensorrt_network import check_supported
+    from dit_export.tensorrt.build import build_engine
+    from dit_export.tensorrt.network import check_supported
 
     bundle = bundles("fp16")
     model = onnx.load(str(bundle.file("denoiser")))
@@ -281,7 +286,7 @@ def test_refused_node_is_named(bundles, flavour: Flavour, options: BuildOptions,
 @pytest.mark.slow
 def test_what_the_builder_refuses_is_said(bundles, flavour: Flavour, tmp_path: Path):
     """TensorRT has no float32 kernel for the Attention operator of opset 23."""
-    from dit_export.onnx import ExportOptions, export_onnx
+    from dit_export.onnx.export import ExportOptions, export_onnx
 
     options = BuildOptions(parse_profiles([BATCH]), quiet=True)
     wrong = ExportOptions("fp32", "onnxruntime", opset=23, graphs=("denoiser",))
@@ -328,8 +333,8 @@ def test_only_the_standard_flavour_holds_the_plugin(
 
 
 def test_progress_reaches_the_end(bundles, flavour: Flavour, capfd: pytest.CaptureFixture[str]):
-    from dit_export.tensorrt_network import build_serialized
-    from dit_export.tensorrt_reports import make_progress, process_logger
+    from dit_export.tensorrt.network import build_serialized
+    from dit_export.tensorrt.reports import make_progress, process_logger
 
     bundle = bundles("fp16")
     options = BuildOptions(parse_profiles([BATCH]))

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from dit_engine.errors import BackendUnavailable
-from dit_export import cuda_devices, tensorrt_flavour
-from dit_export.tensorrt_flavour import choose_flavour, probe_import
+from dit_export.tensorrt import cuda_devices
+from dit_export.tensorrt import flavour as tensorrt_flavour
+from dit_export.tensorrt.flavour import choose_flavour, probe_import
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ def denoiser(**overrides: Any) -> tuple[Any, Any]:
     from onnx import ModelProto
     from tiny import tiny_dit
 
-    from dit_export.exporter import to_onnx
-    from dit_export.graphs import Denoiser, signature
+    from dit_export.onnx.exporter import to_onnx
+    from dit_export.onnx.graphs import Denoiser, signature
 
     model = tiny_dit(depth=1, **overrides)
     specs = signature("denoiser", model.config, None)
@@ -49,8 +49,8 @@ def evaluate(proto: Any, feeds: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def test_fused_graph_computes_the_same():
-    from dit_export.graphs import modulation_width
-    from dit_export.plugin_graph import fuse
+    from dit_export.onnx.graphs import modulation_width
+    from dit_export.tensorrt.plugin_graph import fuse
 
     model, proto = denoiser()
     rng = np.random.default_rng(0)
@@ -69,7 +69,7 @@ def test_fused_graph_computes_the_same():
 
 
 def test_another_epsilon_is_left_alone():
-    from dit_export.plugin_graph import fuse
+    from dit_export.tensorrt.plugin_graph import fuse
 
     _, proto = denoiser(mlp_norm_eps=1e-5)
     assert fuse(proto) == 2

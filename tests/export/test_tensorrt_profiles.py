@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dit_export.profiles import Profile, Range, choose_profile, parse_profiles
+from dit_export.tensorrt.profiles import Profile, Range, choose_profile, parse_profiles
 
 
 def test_range_is_one_number_or_three():

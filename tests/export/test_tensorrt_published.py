@@ -13,11 +13,11 @@ import torch
 
 from dit_engine.config import ModelConfig
 from dit_engine.model import DiT
-from dit_export.exporter import save, to_onnx
-from dit_export.graphs import exportable, signature, transformer_graph
-from dit_export.tensorrt_flavour import choose_flavour
-from dit_export.tensorrt_network import check_supported, parse
-from dit_export.tensorrt_reports import process_logger
+from dit_export.onnx.exporter import save, to_onnx
+from dit_export.onnx.graphs import exportable, signature, transformer_graph
+from dit_export.tensorrt.flavour import choose_flavour
+from dit_export.tensorrt.network import check_supported, parse
+from dit_export.tensorrt.reports import process_logger
 
 pytest.importorskip("tensorrt_rtx")
 

@@ -20,7 +20,6 @@ from tiny import tiny_dit, tiny_engine
 
 from dit_engine.backends import create_backend
 from dit_engine.errors import BackendUnavailable
-from dit_export import cuda_devices, tensorrt_memory
 from dit_export.backends import tensorrt as backend
 from dit_export.backends.tensorrt import (
     EnginePair,
@@ -29,15 +28,17 @@ from dit_export.backends.tensorrt import (
     given_engines,
     padding,
 )
-from dit_export.cuda_devices import CudaDevice
-from dit_export.engine_files import EngineFile, EngineKey, EngineRefused, write_engine
-from dit_export.graphs import signature
-from dit_export.profiles import parse_profiles
+from dit_export.onnx.graphs import signature
 from dit_export.source import weights_hash
-from dit_export.tensorrt_flavour import Flavour
-from dit_export.tensorrt_memory import make_memory
-from dit_export.tensorrt_runtime import TensorRTEngine
-from dit_export.tensorrt_session import CONTEXT_LIMIT, LoadedEngine, Session, SessionPool
+from dit_export.tensorrt import cuda_devices
+from dit_export.tensorrt import memory as tensorrt_memory
+from dit_export.tensorrt.cuda_devices import CudaDevice
+from dit_export.tensorrt.engine_files import EngineFile, EngineKey, EngineRefused, write_engine
+from dit_export.tensorrt.flavour import Flavour
+from dit_export.tensorrt.memory import make_memory
+from dit_export.tensorrt.profiles import parse_profiles
+from dit_export.tensorrt.runtime import TensorRTEngine
+from dit_export.tensorrt.session import CONTEXT_LIMIT, LoadedEngine, Session, SessionPool
 
 GPU = CudaDevice("NVIDIA H200", "9.0")
 
@@ -231,7 +232,7 @@ def test_runtime_needs_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_runtime_runs_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from dit_export import tensorrt_runtime
+    from dit_export.tensorrt import runtime as tensorrt_runtime
 
     file = engine_file(tmp_path)
     fake = FakeEngine(file, scaled, {"k": "int64"})
@@ -307,7 +308,7 @@ def test_settings_of_the_environment():
 
 def pair_of(model, folder: Path, batch: str) -> tuple[EnginePair, dict[str, FakeEngine]]:
     """The backend's two engines over the reference model, run through the fakes."""
-    from dit_export.graphs import Conditioner, Denoiser
+    from dit_export.onnx.graphs import Conditioner, Denoiser
 
     modules = {"conditioner": Conditioner(model), "denoiser": Denoiser(model)}
     pools, fakes = {}, {}
@@ -389,7 +390,7 @@ def test_cached_engines_are_built_once(tmp_path: Path, monkeypatch: pytest.Monke
     pytest.importorskip("tensorrt_rtx")
     pytest.importorskip("onnxscript")
     from dit_export.backends.tensorrt import cached_engines
-    from dit_export.tensorrt_flavour import choose_flavour
+    from dit_export.tensorrt.flavour import choose_flavour
 
     monkeypatch.setenv("DIT_ENGINE_CACHE", str(tmp_path))
     model = tiny_dit(depth=1)
@@ -412,6 +413,6 @@ def test_the_runtime_is_free_of_torch(tmp_path: Path):
     import subprocess
     import sys
 
-    code = "import sys, dit_export.tensorrt_runtime; print('torch' in sys.modules)"
+    code = "import sys, dit_export.tensorrt.runtime; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from dit_export.tensorrt_network import attach_timing_cache, save_timing_cache
-from dit_export.tensorrt_reports import process_logger
+from dit_export.tensorrt.network import attach_timing_cache, save_timing_cache
+from dit_export.tensorrt.reports import process_logger
 
 trt = pytest.importorskip("tensorrt_rtx")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

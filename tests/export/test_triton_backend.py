@@ -21,10 +21,10 @@ from triton_requests import settled
 
 from dit_engine.engine import Engine
 from dit_engine.errors import BackendUnavailable
-from dit_export.backends import triton as triton_module
-from dit_export.backends.triton import TritonBackend
+from dit_export.backends import triton_server as triton_module
+from dit_export.backends.triton_server import TritonBackend
+from dit_export.server.remote import RemoteServer, is_loopback
 from dit_export.source import weights_hash
-from dit_export.triton.remote import RemoteServer, is_loopback
 
 
 def latents(engine: Engine, backend: str, n: int = 2, **settings: object) -> torch.Tensor:

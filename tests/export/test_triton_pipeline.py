@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dit_export.triton import pipeline
-from dit_export.triton.pipeline import Facts, Failed, TritonPythonModel, _infer
+from dit_export.server import pipeline
+from dit_export.server.pipeline import Facts, Failed, TritonPythonModel, _infer
 
 CPU, GPU = 0, 1
 

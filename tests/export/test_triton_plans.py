@@ -9,11 +9,11 @@ import pytest
 from test_triton_repository import only, parsed, write_bundle
 
 from dit_export.bundle import Bundle
-from dit_export.engine_files import EngineFile, EngineKey, write_engine
-from dit_export.model_repository import write_repository
-from dit_export.profiles import Profile, Range
-from dit_export.tensorrt import graph_hash
-from dit_export.triton.configuration import GRAPHS, ServingOptions
+from dit_export.server.configuration import GRAPHS, ServingOptions
+from dit_export.server.repository import write_repository
+from dit_export.tensorrt.build import graph_hash
+from dit_export.tensorrt.engine_files import EngineFile, EngineKey, write_engine
+from dit_export.tensorrt.profiles import Profile, Range
 
 OPTIONS = ServingOptions(platform="tensorrt", max_batch_size=4)
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny import tiny_dit, tiny_engine
 
-from dit_engine.diffusion import Diffusion
 from dit_engine.engine import Engine
-from dit_engine.sampler import SAMPLERS
-from dit_export.graphs import GuidedStep
-from dit_export.triton.sampling import Row, sample, to_uint8
-from dit_export.triton.torch_random import TorchGenerator
+from dit_engine.sampling.diffusion import Diffusion
+from dit_engine.sampling.samplers import SAMPLERS
+from dit_export.onnx.graphs import GuidedStep
+from dit_export.server.sampling import Row, sample, to_uint8
+from dit_export.server.torch_random import TorchGenerator
 
 SEEDS = [0, 1, 7, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 7, 2**63 - 1, *range(100, 130)]
 # Fewer than 16 numbers are made one by one, 16 and more in blocks of 16, of which the last is
@@ -129,7 +129,7 @@ def test_a_stopped_loop_asks_no_more(engine: Engine) -> None:
 
 
 def test_pixels_are_the_engines() -> None:
-    from dit_engine import pixels
+    from dit_engine import decode as pixels
 
     images = np.linspace(-1.5, 1.5, 2 * 3 * 64 * 64, dtype=np.float32).reshape(2, 3, 64, 64)
     expected = pixels.to_uint8(torch.from_numpy(images))

@@ -19,16 +19,16 @@ from bundles import write_bundle
 from tiny import NAMES, tiny_dit, tiny_vae
 
 from dit_engine.checkpoint import save_pretrained
-from dit_engine.coefficients import step_coefficients
-from dit_engine.diffusion import Diffusion
-from dit_engine.schedule import make_schedule
-from dit_export import model_repository
+from dit_engine.sampling.coefficients import step_coefficients
+from dit_engine.sampling.diffusion import Diffusion
+from dit_engine.sampling.schedule import make_schedule
 from dit_export.bundle import Bundle
 from dit_export.cli import main
-from dit_export.graphs import GuidedStep
-from dit_export.model_repository import MARKER, SOURCES, write_repository
-from dit_export.triton.configuration import Enum, ServingOptions, to_pbtxt
-from dit_export.triton.pipeline import Facts, parse_rows
+from dit_export.onnx.graphs import GuidedStep
+from dit_export.server import repository as model_repository
+from dit_export.server.configuration import Enum, ServingOptions, to_pbtxt
+from dit_export.server.pipeline import Facts, parse_rows
+from dit_export.server.repository import MARKER, SOURCES, write_repository
 
 MODELS = ["dit", "dit_guided_step", "dit_transformer", "vae_decoder"]
 
@@ -127,8 +127,8 @@ import sys
 sys.path.insert(0, {str(version)!r})
 sys.modules["torch"] = None  # importing it raises
 import model, numpy, pathlib
-from dit_export.triton.pipeline import Facts, parse_rows
-from dit_export.triton.sampling import sample
+from dit_export.server.pipeline import Facts, parse_rows
+from dit_export.server.sampling import sample
 import dit_engine
 assert dit_engine.__file__.startswith({str(version)!r})
 facts = Facts.read(pathlib.Path({str(version / "pipeline.json")!r}))

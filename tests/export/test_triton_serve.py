@@ -19,10 +19,10 @@ import pytest
 from triton_requests import infer, numbers
 
 from dit_export.cli import main
-from dit_export.model_repository import source_of
-from dit_export.triton import server as server_module
-from dit_export.triton.server import choose_ports, running_server
-from dit_export.triton.server_binary import ServerBinary, assemble_backends, find_server
+from dit_export.server import process as server_module
+from dit_export.server.binary import ServerBinary, assemble_backends, find_server
+from dit_export.server.process import choose_ports, running_server
+from dit_export.server.repository import source_of
 
 
 def answers(address: str) -> bool:
@@ -171,7 +171,7 @@ def test_our_onnxruntime_where_the_server_has_none(tmp_path: Path) -> None:
     backends = assemble_backends(find_server(path), tmp_path / "made")
     assert (backends / "python" / "libtriton_python.so").read_bytes() == b"library"
     written = (backends / "onnxruntime" / "model.py").read_text()
-    assert written == source_of("dit_export.triton.onnxruntime_backend.model")
+    assert written == source_of("dit_export.server.onnxruntime_backend.model")
 
 
 def test_a_server_that_ends_or_never_gets_ready(repository: Path, tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_the_backend_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     import onnx
     from onnx import TensorProto, helper
 
-    from dit_export.triton.onnxruntime_backend.model import TritonPythonModel
+    from dit_export.server.onnxruntime_backend.model import TritonPythonModel
 
     table = helper.make_tensor("table", TensorProto.FLOAT, [3], [10.0, 20.0, 30.0])
     graph = helper.make_graph(

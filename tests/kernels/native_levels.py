@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dit_kernels import native_library
+from dit_kernels.cpu import loader as native_library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (36, 384, 768, 1024, 1152)

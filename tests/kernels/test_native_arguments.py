@@ -10,7 +10,8 @@ import pytest
 import torch
 from native_levels import needs_library
 
-from dit_kernels import native, native_library
+from dit_kernels.cpu import loader as native_library
+from dit_kernels.cpu import operators as native
 
 pytestmark = needs_library
 F32, BF16 = torch.float32, torch.bfloat16

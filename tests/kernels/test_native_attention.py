@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from numerics import assert_close_to_reference, relative_error
 from torch import Tensor
 
-from dit_kernels import native, reference
-from dit_kernels.native_library import DTYPES, ISAS, load
+from dit_kernels import reference
+from dit_kernels.cpu import operators as native
+from dit_kernels.cpu.loader import DTYPES, ISAS, load
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
 

@@ -9,7 +9,8 @@ from native_levels import DTYPES, isa, needs_library, one_off, threads
 from numerics import assert_close_to_reference
 from torch import Tensor
 
-from dit_kernels import native, reference
+from dit_kernels import reference
+from dit_kernels.cpu import operators as native
 
 pytestmark = needs_library
 __all__ = ["isa", "threads"]  # fixtures

@@ -16,11 +16,12 @@ import pytest
 import torch
 from native_levels import LEVELS, WHY_NOT, needs_library
 
-from dit_kernels import native, native_library
-from dit_kernels.choose import Unavailable
+from dit_kernels.cpu import loader as native_library
+from dit_kernels.cpu import operators as native
+from dit_kernels.dispatch import Unavailable
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-HEADER = KERNELS / "dit_kernels/native_interface.h"
+HEADER = KERNELS / "dit_kernels/cpu/interface.h"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 needs_compiler = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64" or COMPILER is None,
@@ -216,7 +217,8 @@ def test_only_the_c_interface_is_exported() -> None:
 def test_importing_loads_nothing() -> None:
     code = """
 import sys
-from dit_kernels import native, native_library
+from dit_kernels.cpu import operators as native
+from dit_kernels.cpu import loader as native_library
 print(native_library.load.cache_info().currsize)
 """
     assert run(code).stdout.strip() == "0"

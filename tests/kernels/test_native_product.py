@@ -12,7 +12,7 @@ from native_levels import needs_library, one_off
 from numerics import assert_close_to_reference
 from torch import Tensor
 
-from dit_kernels import native_library
+from dit_kernels.cpu import loader as native_library
 
 _LIBRARY = native_library.load()[0]
 _LEVEL = native_library.ISAS[_LIBRARY.dit_isa()] if _LIBRARY else "none"

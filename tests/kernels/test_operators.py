@@ -16,7 +16,10 @@ from products import has_int8, require_int8
 from torch import Tensor, nn
 
 import dit_kernels
-from dit_kernels import Unavailable, choose, native, native_product, quantized, reference
+from dit_kernels import Unavailable, quantized, reference
+from dit_kernels import dispatch as choose
+from dit_kernels.cpu import operators as native
+from dit_kernels.cpu import product as native_product
 from dit_kernels.quantized import FP8, Quantizer, _Separate, quantizer
 
 N, T, D = 2, 5, 48

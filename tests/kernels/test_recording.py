@@ -7,8 +7,9 @@ import threading
 import pytest
 import torch
 
-from dit_kernels import native, reference
-from dit_kernels.recording import current, record
+from dit_kernels import reference
+from dit_kernels.cpu import operators as native
+from dit_kernels.cpu.recording import current, record
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
 

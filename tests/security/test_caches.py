@@ -12,22 +12,22 @@ from pathlib import Path
 import pytest
 from tiny import tiny_dit
 
-from dit_engine.caches import VARIABLE, cache_directory, private_cache, private_directory
+from dit_engine.io.caches import VARIABLE, cache_directory, private_cache, private_directory
 from dit_engine.model import DiT
 from dit_export import cache as cache_module
 from dit_export.bundle import Bundle, Graph
 from dit_export.cache import cached_export
-from dit_export.engine_files import (
+from dit_export.onnx.export import ExportOptions
+from dit_export.source import weights_hash
+from dit_export.tensorrt.build import existing
+from dit_export.tensorrt.engine_files import (
     EngineFile,
     EngineKey,
     EngineRefused,
     engine_path,
     write_engine,
 )
-from dit_export.onnx import ExportOptions
-from dit_export.profiles import parse_profiles
-from dit_export.source import weights_hash
-from dit_export.tensorrt import existing
+from dit_export.tensorrt.profiles import parse_profiles
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners and modes here")
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0

@@ -22,7 +22,7 @@ import dit_engine
 import dit_export
 import dit_kernels
 from dit_engine.backends import compile as compile_backend
-from dit_engine.cli.start import entry
+from dit_engine.console.start import entry
 from dit_engine.current_directory import (
     LEAVE_OUT,
     VARIABLE,
@@ -31,8 +31,8 @@ from dit_engine.current_directory import (
     python,
 )
 from dit_engine.training import avatars
-from dit_export.tensorrt_flavour import run_probe
-from dit_export.triton import server_binary
+from dit_export.server import binary as server_binary
+from dit_export.tensorrt.flavour import run_probe
 
 MODULES = (  # Python itself imports none of them before a module that `python -m` names
     "_winapi", "argparse", "ctypes", "dataclasses", "dit_engine", "dit_kernels", "gettext",

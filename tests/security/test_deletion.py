@@ -18,13 +18,13 @@ from tiny import NAMES, tiny_dit, tiny_vae
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.cli.generate import main as generate
 from dit_engine.cli.train import main as train
-from dit_engine.directories import check_destination, new_directory, scratch_beside
+from dit_engine.io.directories import check_destination, new_directory, scratch_beside
 from dit_export.bundle import MANIFEST, Bundle, Graph, write_manifest
 from dit_export.bundle import replaceable as replaceable_export
 from dit_export.cli import main as export
-from dit_export.graphs import GRAPHS, signature
-from dit_export.model_repository import MARKER, write_repository
-from dit_export.model_repository import replaceable as replaceable_repository
+from dit_export.onnx.graphs import GRAPHS, signature
+from dit_export.server.repository import MARKER, write_repository
+from dit_export.server.repository import replaceable as replaceable_repository
 from dit_export.source import weights_hash
 
 THESIS = b"years of work"

@@ -21,9 +21,9 @@ from limited import outcome
 from safetensors.torch import save_file
 from zeros import npy_header, raw_deflate, zipped
 
-from dit_bench.held_out import cached_features
-from dit_bench.image_sets import open_set
-from dit_bench.lite0 import WEIGHTS_SHA256
+from dit_bench.quality.held_out import cached_features
+from dit_bench.quality.image_sets import open_set
+from dit_bench.quality.lite0 import WEIGHTS_SHA256
 from dit_engine.cli.tensors import read_tensor
 from dit_engine.training.avatars import CLASSES, load_avatars
 from dit_engine.training.data import ImageSet
@@ -124,7 +124,7 @@ def test_pictures_of_a_folder_come_in_batches_of_bounded_size(
 ) -> None:
     from PIL import Image
 
-    from dit_bench import image_sets
+    from dit_bench.quality import image_sets
 
     for i in range(5):
         Image.new("RGB", (20, 10)).save(tmp_path / f"{i}.png")

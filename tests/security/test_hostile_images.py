@@ -19,11 +19,11 @@ from tiny import NAMES, tiny_dit, tiny_vae
 from zeros import zlib_stream
 
 import dit_engine
-from dit_bench.image_sets import open_set
-from dit_engine import images
+from dit_bench.quality.image_sets import open_set
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.cli.generate import main
-from dit_engine.images import open_image, read_rgb
+from dit_engine.io import images
+from dit_engine.io.images import open_image, read_rgb
 from dit_engine.training.data import load_image_folder
 
 EPS = """%!PS-Adobe-3.0 EPSF-3.0

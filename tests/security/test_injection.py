@@ -22,15 +22,15 @@ from dit_bench.cli import main as bench
 from dit_bench.documents import block_and_table, update_document
 from dit_bench.outputs import csv_text
 from dit_engine.config import ModelConfig
-from dit_engine.markdown import markdown_text
+from dit_engine.io.markdown import markdown_text
 from dit_export.bundle import Bundle, Graph, TensorSpec
-from dit_export.triton.configuration import (
+from dit_export.server.configuration import (
     ServingOptions,
     graph_config,
     pipeline_config,
     to_pbtxt,
 )
-from dit_export.triton.readme import readme
+from dit_export.server.readme import readme
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 made_up = import_module("made_up")

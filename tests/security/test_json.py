@@ -18,19 +18,19 @@ from tiny import NAMES, tiny_dit, tiny_vae
 from dit_bench.inputs import read_operators, read_report, read_scaling
 from dit_bench.scaling_measure import read_rows
 from dit_bench.schema import VERSION
-from dit_engine import json_files
 from dit_engine.checkpoint import load_checkpoint, save_pretrained
 from dit_engine.checkpoint.convert import config_from_diffusers
 from dit_engine.cli.like import recorded_options
 from dit_engine.engine import Engine
 from dit_engine.errors import BackendUnavailable
-from dit_engine.json_files import check_schema, is_file_name, parse_json, read_json
+from dit_engine.io import json_files
+from dit_engine.io.json_files import check_schema, is_file_name, parse_json, read_json
 from dit_engine.training.run import _begun
 from dit_export import bundle as bundles
 from dit_export.bundle import Bundle, Graph, TensorSpec, write_manifest
-from dit_export.engine_files import EngineFile, EngineKey, find_engines, write_engine
-from dit_export.model_repository import read_marker
-from dit_export.profiles import parse_profiles
+from dit_export.server.repository import read_marker
+from dit_export.tensorrt.engine_files import EngineFile, EngineKey, find_engines, write_engine
+from dit_export.tensorrt.profiles import parse_profiles
 
 DEEP = "[" * 100_000
 

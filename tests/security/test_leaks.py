@@ -22,7 +22,7 @@ from dit_engine import Engine
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.cli import generate as command
 from dit_engine.cli.generate import main as generate
-from dit_engine.provenance import is_source, recorded, same_source, without_paths
+from dit_engine.io.provenance import is_source, recorded, same_source, without_paths
 from dit_engine.training import run
 from dit_engine.training.loop import Budget
 

@@ -15,16 +15,22 @@ import torch
 from onnx import TensorProto, helper
 from tiny import NAMES, tiny_dit, tiny_vae
 
-from dit_engine.directories import new_directory
+from dit_engine.io.directories import new_directory
 from dit_export.backends.onnxruntime import OnnxRuntimeBackend
 from dit_export.bundle import MANIFEST, Bundle, Graph, write_manifest
 from dit_export.bundle_metadata import check_contained
-from dit_export.engine_files import EngineFile, EngineKey, EngineRefused, find_engines, write_engine
-from dit_export.graphs import GRAPHS, signature
-from dit_export.model_repository import write_repository
-from dit_export.profiles import parse_profiles
+from dit_export.onnx.graphs import GRAPHS, signature
+from dit_export.server.repository import write_repository
 from dit_export.source import weights_hash
-from dit_export.tensorrt import BuildOptions, build_bundle
+from dit_export.tensorrt.build import BuildOptions, build_bundle
+from dit_export.tensorrt.engine_files import (
+    EngineFile,
+    EngineKey,
+    EngineRefused,
+    find_engines,
+    write_engine,
+)
+from dit_export.tensorrt.profiles import parse_profiles
 
 SECRET = "root:secret"
 MODEL, VAE = tiny_dit(), tiny_vae()

@@ -252,7 +252,7 @@ def test_levels_times_layers(state: State, tmp_path: Path) -> None:
 
 
 def test_inception_weights_that_claim_more_than_they_have(tmp_path: Path) -> None:
-    from dit_bench.inception import load_inception
+    from dit_bench.quality.inception import load_inception
 
     torch.save({"w": torch.zeros(1).expand(2**32)}, tmp_path / "w.pth")
     refused(lambda: load_inception(tmp_path / "w.pth"), "tensor 'w' of shape")

@@ -206,7 +206,7 @@ def test_an_archive_of_two_pickles(tmp_path: Path) -> None:
 
 
 def test_inception_weights(tmp_path: Path) -> None:
-    from dit_bench.inception import load_inception
+    from dit_bench.quality.inception import load_inception
 
     write_archive(tmp_path / "w.pth", b"\x80\x02}" + text("x") + hexadecimal() + b"s.")
     refused(lambda: load_inception(tmp_path / "w.pth"), "_codecs.encode")

@@ -16,10 +16,10 @@ import torch
 from tiny import tiny_dit
 
 from dit_engine.errors import BackendUnavailable
-from dit_export.backends import triton as triton_module
-from dit_export.backends.triton import STEP, TRANSFORMER, TritonBackend
+from dit_export.backends import triton_server as triton_module
+from dit_export.backends.triton_server import STEP, TRANSFORMER, TritonBackend
+from dit_export.server import remote
 from dit_export.source import weights_hash
-from dit_export.triton import remote
 
 pytest.importorskip("tritonclient.http")
 

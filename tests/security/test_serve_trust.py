@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 from bundles import write_bundle
 
-from dit_engine.caches import VARIABLE
+from dit_engine.io.caches import VARIABLE
 from dit_export.bundle import Bundle
 from dit_export.cli import main
-from dit_export.model_repository import MARKER, write_repository
-from dit_export.triton import plans
-from dit_export.triton.configuration import ServingOptions
-from dit_export.triton.server import running_server
-from dit_export.triton.server_binary import ServerBinary, find_server
-from dit_export.triton.trust import check_repository, served_copy
+from dit_export.server import plans
+from dit_export.server.binary import ServerBinary, find_server
+from dit_export.server.configuration import ServingOptions
+from dit_export.server.process import running_server
+from dit_export.server.repository import MARKER, write_repository
+from dit_export.server.trust import check_repository, served_copy
 
 EVIL = "raise SystemExit('a stranger was here')\n"
 
@@ -95,7 +95,7 @@ STRANGERS = {
     "unlisted weights": (add("dit_transformer/1/other.onnx.data"), "other.onnx.data", NONE),
     "the model": (append("dit/1/model.py", EVIL), "dit/1/model.py", DIFFERS),
     "the loop": (
-        append("dit/1/dit_export/triton/pipeline.py", EVIL), "triton/pipeline.py", DIFFERS
+        append("dit/1/dit_export/server/pipeline.py", EVIL), "triton/pipeline.py", DIFFERS
     ),
     "an __init__": (append("dit/1/dit_engine/__init__.py", EVIL), "dit_engine/__init__", DIFFERS),
     "a space": (append("dit/1/dit_engine/labels.py", " "), "dit/1/dit_engine/labels.py", DIFFERS),

@@ -18,11 +18,11 @@ import pytest
 from bundles import write_bundle
 from serving import Served
 
-from dit_export.model_repository import write_repository
-from dit_export.triton import origin, supervisor
-from dit_export.triton.origin import refusal
-from dit_export.triton.server import Running, running_server
-from dit_export.triton.server_binary import ServerBinary, find_server
+from dit_export.server import origin, supervisor
+from dit_export.server.binary import ServerBinary, find_server
+from dit_export.server.origin import refusal
+from dit_export.server.process import Running, running_server
+from dit_export.server.repository import write_repository
 
 REGIONS = Path("/dev/shm")
 linux = pytest.mark.skipif(not REGIONS.is_dir(), reason="shared memory lies elsewhere here")

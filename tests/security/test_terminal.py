@@ -20,14 +20,14 @@ from tiny import NAMES, tiny_dit, tiny_vae
 from dit_bench.cli import main as bench
 from dit_bench.outputs import json_text
 from dit_bench.progress import Progress
-from dit_engine.bars import Bar
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.cli.generate import main as generate
+from dit_engine.console.bars import Bar
 from dit_engine.engine import Engine
-from dit_engine.printable import first_line, one_line, printable, say
+from dit_engine.io.printable import first_line, one_line, printable, say
 from dit_export.cli import main as export
+from dit_export.server import process as server
 from dit_export.targets import TARGETS
-from dit_export.triton import server
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 made_up = import_module("made_up")

@@ -18,8 +18,8 @@ from PIL import Image
 from tiny import NAMES, tiny_dit, tiny_vae
 
 from dit_engine.checkpoint import saving
-from dit_engine.directories import new_directory, scratch_beside
-from dit_engine.files import atomic_path, locked, save_tensors
+from dit_engine.io.directories import new_directory, scratch_beside
+from dit_engine.io.files import atomic_path, locked, save_tensors
 from dit_engine.training.log import add_row
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="links of other users")

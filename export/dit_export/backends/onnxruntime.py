@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from dit_engine.backends import Denoiser
-from dit_engine.conditioning import TABLE_BYTES
+from dit_engine.backends.lean.conditioning import TABLE_BYTES
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
 from dit_export.bundle import Bundle
 from dit_export.bundle_metadata import check_metadata
 from dit_export.cache import cached_export
-from dit_export.exporter import require_onnx
-from dit_export.graphs import modulation_width
-from dit_export.onnx import ExportOptions
-from dit_export.sessions import Session, check_device
+from dit_export.onnx.export import ExportOptions
+from dit_export.onnx.exporter import require_onnx
+from dit_export.onnx.graphs import modulation_width
+from dit_export.onnx.sessions import Session, check_device
 from dit_export.source import weights_hash
 
 GRAPHS = ("conditioner", "denoiser")

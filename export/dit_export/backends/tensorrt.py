@@ -22,17 +22,17 @@ import torch
 from torch import Tensor
 
 from dit_engine.backends import Denoiser
-from dit_engine.conditioning import ModulationTable
+from dit_engine.backends.lean.conditioning import ModulationTable
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
-from dit_export.cuda_devices import CudaDevice, require_device
-from dit_export.engine_files import EngineFile, EngineRefused, find_engines
-from dit_export.graphs import modulation_width
-from dit_export.profiles import Profiles, parse_profiles
+from dit_export.onnx.graphs import modulation_width
 from dit_export.source import weights_hash
-from dit_export.tensorrt_flavour import FLAVOURS, Flavour, choose_flavour
-from dit_export.tensorrt_memory import TorchMemory
-from dit_export.tensorrt_session import LoadedEngine, SessionPool
+from dit_export.tensorrt.cuda_devices import CudaDevice, require_device
+from dit_export.tensorrt.engine_files import EngineFile, EngineRefused, find_engines
+from dit_export.tensorrt.flavour import FLAVOURS, Flavour, choose_flavour
+from dit_export.tensorrt.memory import TorchMemory
+from dit_export.tensorrt.profiles import Profiles, parse_profiles
+from dit_export.tensorrt.session import LoadedEngine, SessionPool
 
 GRAPHS = ("conditioner", "denoiser")
 DEFAULT_BATCH = "1,8,64"
@@ -132,7 +132,8 @@ class EnginePair:
 
 
 class EngineConditioning:
-    """`dit_engine.conditioning.Conditions` by the conditioner's engine; rows are float32."""
+    """`dit_engine.backends.lean.conditioning.Conditions` by the conditioner's engine; rows are
+    float32."""
 
     def __init__(self, model: DiT, pool: SessionPool, device: torch.device) -> None:
         self.config, self.pool, self.device = model.config, pool, device
@@ -177,10 +178,10 @@ def cached_engines(
 
     Raises as `cached_export` and `build_bundle` do.
     """
-    from dit_engine.caches import private_cache
+    from dit_engine.io.caches import private_cache
     from dit_export.cache import cached_export
-    from dit_export.onnx import ExportOptions
-    from dit_export.tensorrt import BuildOptions, build_bundle
+    from dit_export.onnx.export import ExportOptions
+    from dit_export.tensorrt.build import BuildOptions, build_bundle
 
     bundle = cached_export(model, ExportOptions(precision, "tensorrt", graphs=GRAPHS))
     options = BuildOptions(settings.profiles, device=device, rebuild=settings.rebuild)

@@ -28,7 +28,7 @@
 #include "attention.h"
 #include "attention_pack.h"
 #include "attention_product.h"
-#include "native_interface.h"
+#include "interface.h"
 #include "parallel.h"
 
 namespace dit {

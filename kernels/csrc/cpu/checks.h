@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "native_interface.h"
+#include "interface.h"
 
 namespace dit {
 namespace {

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "native_interface.h"
+#include "interface.h"
 
 namespace dit {
 

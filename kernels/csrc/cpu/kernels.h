@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "native_interface.h"
+#include "interface.h"
 
 namespace dit {
 

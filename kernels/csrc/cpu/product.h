@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "native_interface.h"
+#include "interface.h"
 
 namespace dit {
 

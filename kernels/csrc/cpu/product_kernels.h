@@ -8,7 +8,7 @@
 
 #include <cstring>
 
-#include "native_interface.h"
+#include "interface.h"
 #include "parallel.h"
 #include "product.h"
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_kernels.choose import Unavailable
+from dit_kernels.dispatch import Unavailable
 from dit_kernels.triton.attention import (
     attention_tiles,
     device_facts,
@@ -92,7 +92,7 @@ def attention_tma(qkv: Tensor, num_heads: int, *, out: Tensor | None = None) -> 
     """qkv (N, T, 3·H·d) contiguous, d a multiple of 8 up to 128 → (N, T, H·d).
 
     Raises:
-        Unavailable: float32, or a misaligned qkv. (`dit_kernels.choose` asks whether the GPU has
+        Unavailable: float32, or a misaligned qkv. (`dit_kernels.dispatch` asks whether the GPU has
             TMA.)
     """
     from triton.tools.tensor_descriptor import TensorDescriptor

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import dit_kernels
-from dit_kernels import choose, triton
+from dit_kernels import dispatch as choose
+from dit_kernels import triton
 from dit_kernels.triton import launch
 
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from triton_workers import compilers, interpreted, require_triton
 
-from dit_export import plugin
+from dit_export.tensorrt import plugin
 
 CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 WIDTH = 1152
 
 
 def compiled(width: int, dtype: str, rows: int, capability: str) -> Any:
-    from dit_export.plugin_kernel import compile_kernel
+    from dit_export.tensorrt.plugin_kernel import compile_kernel
 
     return compile_kernel(width, dtype, rows, capability)
 
@@ -73,7 +73,11 @@ def test_ptx_is_what_the_launch_says(capability: str):
 
 @interpreted
 def _runs_as_the_reference(width: int, tokens: int, rows: int) -> None:
-    from dit_export.plugin_kernel import EPS, PluginKernel, _layernorm_modulate_plugin_kernel
+    from dit_export.tensorrt.plugin_kernel import (
+        EPS,
+        PluginKernel,
+        _layernorm_modulate_plugin_kernel,
+    )
     from dit_kernels import reference
     from dit_kernels.triton.launch import row_tiles
 
@@ -99,7 +103,7 @@ def test_the_kernel_equals_the_reference(width: int, tokens: int, rows: int):
 
 def test_parameters_that_are_read_stay():
     require_triton()
-    from dit_export.plugin_kernel import only_parameters
+    from dit_export.tensorrt.plugin_kernel import only_parameters
 
     ptx = (
         ".visible .entry f(\n\t.param .u64 f_param_0,\n\t.param .u64 f_param_1,\n"
@@ -196,7 +200,7 @@ def test_launch_parameters(registered: FakePlugins, tokens: int, tactic: int, pr
     kernel = compilers().submit(compiled, WIDTH, "bf16", tactic, "9.0").result()
     tensor = FakePlugins.TensorDesc
     x, row = tensor((3, tokens, WIDTH), "B"), tensor((3, WIDTH), "B")
-    from dit_export import plugin_kernel
+    from dit_export.tensorrt import plugin_kernel
 
     plugin_kernel.compile_kernel.cache_clear()
     entry, ptx, launch, arguments = registered.functions["aot_impl"](x, row, row, (x,), tactic)

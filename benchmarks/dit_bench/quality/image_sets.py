@@ -1,0 +1,276 @@
+"""Sets of images as they are compared: a folder, an .npz, or a model's own; read in batches.
+
+An .npz is in ADM's format: ``arr_0``, uint8 (N, H, W, 3), and in reference files the moments of
+Inception features, ``mu``, ``sigma`` (pooled) and ``mu_s``, ``sigma_s`` (spatial). Nothing holds
+more than a batch of images in memory.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_bench.quality.frechet import Statistics
+from dit_engine.checkpoint.weights import some_of
+from dit_engine.io.arrays import StoredArray, open_member, open_npz
+from dit_engine.io.files import regular_size
+from dit_engine.io.images import (
+    SUFFIXES,
+    Unreadable,
+    check_pixels,
+    count_of,
+    find_images,
+    has_orientation,
+    open_image,
+    tell_left_out,
+)
+
+Images = NDArray[np.uint8]
+# Pillow turns these into 8-bit RGB without losing range; 16-bit modes would be cut off.
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+_ARRAY = "arr_0"
+_NAME_SHOWN = 80  # characters; the names that we look for are shorter
+_WIDEST = 2048  # features of Inception; other networks have fewer
+_BATCH_PIXELS = 2**25  # 32 images of 1024×1024, which networks convert to float32
+_POOLED, _SPATIAL = ("mu", "sigma"), ("mu_s", "sigma_s")
+
+
+class ImageSource(Protocol):
+    """Images of one size, in an order that never changes."""
+
+    name: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int) -> Iterator[Images]:
+        """uint8 (n, H, W, 3), where n is batch_size, or smaller for large images and in the last
+        batch. ValueError for a bad image."""
+        ...
+
+
+@dataclass(frozen=True)
+class ComparedSet:
+    """One side of a comparison: images, or moments of Inception features, or both.
+
+    statistics: of pooled and of spatial features; None where the file has none.
+    """
+
+    name: str
+    images: ImageSource | None
+    statistics: tuple[Statistics, Statistics] | None = None
+
+
+def open_set(path: Path) -> ComparedSet:
+    """A folder of images or an .npz.
+
+    Raises:
+        ValueError: neither, no images, images of several sizes, or an .npz with other arrays; what
+            is wrong with which file. OSError: the path cannot be read.
+    """
+    if path.is_dir():
+        return ComparedSet(str(path), ImageFolder(path))
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; a folder of images or an .npz is needed")
+    if path.suffix.lower() != ".npz":
+        raise ValueError(f"{path} is neither a folder of images nor an .npz")
+    names = _names(path)
+    statistics = None
+    if any(name in names for name in (*_POOLED, *_SPATIAL)):
+        statistics = _read_statistics(path, names)
+    if statistics is None and _ARRAY not in names:
+        raise ValueError(
+            f"{path} holds {some_of(names, quote=False) or 'nothing'}; {_ARRAY} (images) or "
+            f"{', '.join((*_POOLED, *_SPATIAL))} (statistics) are needed"
+        )
+    images = ImageArray(path) if _ARRAY in names else None
+    return ComparedSet(str(path), images, statistics)
+
+
+class ImageFolder:
+    """The images in a folder and the folders below it (`find_images`), in the order of their paths.
+
+    All headers are read at once, so that a wrong size is told before any long work. Pixels are
+    those that the published tools read: EXIF orientation is not applied and alpha is dropped, as a
+    warning tells where it matters.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from dit_engine.console.bars import Bar
+
+        self.name = str(folder)
+        left_out: Counter[str] = Counter()
+        self.paths = find_images(folder, left_out)
+        if not self.paths:
+            raise ValueError(
+                f"{folder} holds no images ({', '.join(SUFFIXES)})"
+                + (f", but {count_of(left_out)}" if left_out else "")
+            )
+        ignored: Counter[str] = Counter()
+        self._size = _header(self.paths[0], ignored)
+        with Bar(self.paths[1:], f"{folder.name}: sizes", unit="img", delay=2.0) as bar:
+            for path in bar:
+                if (size := _header(path, ignored)) != self._size:
+                    raise ValueError(
+                        f"{path} is {_pixels(size)} and {self.paths[0].name} is "
+                        f"{_pixels(self._size)}; all images of a set must have one size"
+                    )
+        tell_left_out(folder, left_out)
+        if ignored.total():
+            warnings.warn(
+                f"{folder}: {count_of(+ignored)}, which is ignored, as by the published tools",
+                stacklevel=3,
+            )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def batches(self, batch_size: int) -> Iterator[Images]:
+        most = _at_once(batch_size, self.size)
+        for start in range(0, len(self.paths), most):
+            yield np.stack([_decode(path) for path in self.paths[start : start + most]])
+
+
+class ImageArray:
+    """``arr_0`` of an .npz, uint8 (N, H, W, 3), streamed from the file, compressed or not."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.path = str(path), path
+        with self._open() as stored:
+            self.shape = stored.shape
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.shape[1], self.shape[2]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def batches(self, batch_size: int) -> Iterator[Images]:
+        count, most = len(self), _at_once(batch_size, self.size)
+        with self._open() as stored:
+            for start in range(0, count, most):
+                yield stored.rows(min(most, count - start))
+
+    @contextmanager
+    def _open(self) -> Iterator[StoredArray]:
+        with open_member(self.path, _ARRAY) as stored:
+            shape = stored.shape
+            if stored.dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+                raise ValueError(f"{stored}; uint8 (N, H, W, 3) is needed")
+            if stored.fortran:
+                raise ValueError(f"{stored.source} is in Fortran order; C order is needed")
+            try:
+                check_pixels(shape[2], shape[1], regular_size(self.path))
+            except Unreadable as error:
+                raise ValueError(f"{stored.source} is of {error}") from None
+            yield stored
+
+
+class GeneratedImages:
+    """A model's images, made as they are read: image i has label i modulo classes, seed + i.
+
+    Args:
+        generate: (labels, seeds) → uint8 (n, S, S, 3).
+        side: S in pixels.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        generate: Callable[[Sequence[int], Sequence[int]], Images],
+        count: int,
+        classes: int,
+        side: int,
+        first_seed: int = 0,
+    ) -> None:
+        if count < 1:
+            raise ValueError(f"samples {count} is not a positive integer")
+        self.name, self._generate, self._count = name, generate, count
+        self._classes, self._side, self._first_seed = classes, side, first_seed
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._side, self._side
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batches(self, batch_size: int) -> Iterator[Images]:
+        for start in range(0, self._count, batch_size):
+            indices = range(start, min(start + batch_size, self._count))
+            labels = [i % self._classes for i in indices]
+            yield self._generate(labels, [self._first_seed + i for i in indices])
+
+
+def _read_statistics(path: Path, names: Sequence[str]) -> tuple[Statistics, Statistics]:
+    absent = [name for name in (*_POOLED, *_SPATIAL) if name not in names]
+    if absent:
+        raise ValueError(
+            f"{path} holds {some_of(names, quote=False)}; "
+            f"a statistics file also has {', '.join(absent)}"
+        )
+    return _stored(path, *_POOLED), _stored(path, *_SPATIAL)
+
+
+def _stored(path: Path, *names: str) -> Statistics:
+    arrays = []
+    for name in names:
+        with open_member(path, name) as stored:
+            sizes_fit = all(1 <= n <= _WIDEST for n in stored.shape)
+            if stored.dtype.kind != "f" or len(stored.shape) not in (1, 2) or not sizes_fit:
+                raise ValueError(
+                    f"{stored}; floating numbers of 1 to {_WIDEST} features are needed"
+                )
+            arrays.append(stored.read())
+    try:
+        return Statistics(*arrays)
+    except ValueError as error:
+        raise ValueError(f"{path}: {', '.join(names)}: {error}") from None
+
+
+def _names(path: Path) -> list[str]:
+    with open_npz(path) as archive:
+        return [name.removesuffix(".npy")[:_NAME_SHOWN] for name in archive.namelist()]
+
+
+def _at_once(batch_size: int, size: tuple[int, int]) -> int:
+    """Images in one batch: ``batch_size``, or fewer if they are large."""
+    return max(min(batch_size, _BATCH_PIXELS // math.prod(size)), 1)
+
+
+def _header(path: Path, ignored: Counter[str]) -> tuple[int, int]:
+    """Height and width by the file's header; counts what it says that `_decode` ignores."""
+    with open_image(path) as image:
+        if image.mode not in _MODES:
+            raise Unreadable(f"mode {image.mode}; 8-bit {', '.join(_MODES)} are known")
+        ignored["with an EXIF orientation"] += has_orientation(image)
+        ignored["with an alpha channel"] += image.has_transparency_data
+        return image.height, image.width
+
+
+def _decode(path: Path) -> Images:
+    """uint8 (H, W, 3)."""
+    with open_image(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[1]}×{size[0]} pixels"

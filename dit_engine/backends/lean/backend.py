@@ -1,0 +1,135 @@
+"""The lean backend: `dit_engine.backends.lean.forward` on the CPU, and on CUDA as one graph a
+step."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit_engine.backends.eager import DTYPES
+from dit_engine.backends.lean.conditioning import Conditioning, ModulationTable
+from dit_engine.backends.lean.forward import LeanTransformer
+from dit_engine.backends.lean.replay import RecordedForwards
+from dit_engine.errors import BackendUnavailable
+from dit_engine.model import DiT
+from dit_kernels.cpu import operators as native
+from dit_kernels.dispatch import launcher
+from dit_kernels.quantized import quantized_why_not
+
+# Quantised products stand among bfloat16 activations.
+QUANTIZED = {"int8": torch.bfloat16, "fp8": torch.bfloat16}
+
+
+class LeanBackend:
+    """In float32 on the CPU an image's bits do not depend on the batch. Where the matrix product
+    does not see to that, images go through one by one, as in the eager backend.
+
+    On a CPU without the native kernels a warning says so, and why they are missing.
+    """
+
+    def __init__(self, model: DiT, precision: str, device: torch.device) -> None:
+        quantized = precision if precision in QUANTIZED else None
+        if quantized and (reason := quantized_why_not(quantized, device)) is not None:
+            raise BackendUnavailable(f"precision {precision!r}: {reason}")
+        if device.type == "cpu" and (reason := native.why_not()) is not None:
+            warnings.warn(
+                f"lean runs without its native kernels, slower, on torch references: {reason}",
+                stacklevel=2,
+            )
+        self.dtype = QUANTIZED.get(precision) or DTYPES[precision]
+        self.device, self.config = device, model.config
+        with torch.inference_mode():
+            self.conditioning = Conditioning(model, self.dtype, device)
+            self.transformer = LeanTransformer(model, self.dtype, device, quantized)
+        self.by_label = device.type == "cpu" and self.dtype == torch.float32
+        self.one_by_one = self.by_label and not self.transformer.rows_are_independent
+        self.graphs = None
+        if device.type == "cuda":
+            from dit_engine.backends.lean.cuda_graphs import StepGraphs
+
+            self.graphs = StepGraphs(self.transformer)
+
+    def prepare(self, labels: Tensor, timesteps: Tensor) -> LeanDenoiser:
+        table = ModulationTable(self.conditioning, labels, timesteps, self.by_label)
+        return LeanDenoiser(self, table)
+
+
+class LeanDenoiser:
+    """The lean forward with its conditions fixed. Its buffers are its own, used at every step."""
+
+    def __init__(self, backend: LeanBackend, table: ModulationTable) -> None:
+        self.backend, self.table = backend, table
+        self._tokens: dict[int, Tensor] = {}
+        self._recorded: RecordedForwards | None = None
+        if backend.device.type == "cpu" and backend.transformer.native:
+            self._recorded = RecordedForwards(backend.transformer, len(table.index))
+
+    def __call__(self, x: Tensor, step: int) -> Tensor:
+        """Latents (M, C, S, S) → (M, C_out, S, S) in x's dtype."""
+        with torch.inference_mode():
+            output = self.forward(x, step, len(x))
+            return self.backend.transformer.unpatchify(output).to(x.dtype)
+
+    def fuse(
+        self, coefficients: np.ndarray, scales: Tensor, guided_channels: int
+    ) -> FusedLeanDenoiser:
+        """This denoiser as one that takes whole sampler steps (`dit_engine.sampling.fused`).
+
+        coefficients: (steps, 9) of `step_coefficients`; scales: (N,) guidance scales.
+        """
+        return FusedLeanDenoiser(self, coefficients, scales, guided_channels)
+
+    def forward(self, x: Tensor, step: int, rows: int) -> Tensor:
+        """Latents x (M or a half of M, C, S, S) → the final layer's tokens (M, T, p·p·C_out), M
+        being ``rows``. Where x holds half as many, both halves start from it."""
+        if self._recorded is not None:
+            return self._recorded(x, self.table, step, rows)
+        transformer, modulation = self.backend.transformer, self.table.step(step, rows)
+        tokens = self._buffer(rows)  # (M, T, D)
+        alone = self.backend.one_by_one
+        for half in tokens.split(max(len(x), 1)):
+            for z, into in zip(x.split(1), half.split(1), strict=True) if alone else [(x, half)]:
+                transformer.embed(z, into)
+        if not alone:
+            return transformer.forward(tokens, modulation)
+        each = zip(tokens.split(1), modulation.split(1), strict=True)
+        return torch.cat([transformer.forward(*row) for row in each])
+
+    def _buffer(self, m: int) -> Tensor:
+        if m not in self._tokens:
+            config, backend = self.backend.config, self.backend
+            self._tokens[m] = torch.empty(
+                m, config.num_tokens, config.hidden_size, dtype=backend.dtype, device=backend.device
+            )
+        return self._tokens[m]
+
+
+class FusedLeanDenoiser:
+    """See `dit_engine.sampling.fused.FusedDenoiser`."""
+
+    def __init__(
+        self, denoiser: LeanDenoiser, coefficients: np.ndarray, scales: Tensor, channels: int
+    ) -> None:
+        self.denoiser, self.channels = denoiser, channels
+        device = denoiser.backend.device
+        self.coefficients = torch.from_numpy(coefficients).float().to(device)  # (steps, 9)
+        self.scales = scales.float().to(device)  # (N,)
+        self.update = launcher("guided_step", device)
+
+    def guided_step(
+        self, z: Tensor, x0_before: Tensor, noise: Tensor, step: int, guide: bool
+    ) -> tuple[Tensor, Tensor]:
+        denoiser, backend = self.denoiser, self.denoiser.backend
+        rows = len(z) * (2 if guide else 1)
+        if backend.graphs is not None:
+            graph = backend.graphs.of(len(z), guide, self.channels)
+            return graph(z, x0_before, noise, self.coefficients[step], self.scales,
+                         denoiser.table, step)  # fmt: skip
+        tokens = denoiser.forward(z, step, rows)
+        return self.update(
+            tokens, z, x0_before, noise, self.scales, self.coefficients[step], self.channels,
+            backend.config.patch_size,
+        )  # fmt: skip

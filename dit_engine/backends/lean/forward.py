@@ -1,0 +1,271 @@
+"""The lean forward: packed weights, fused operators, and nothing in the loop that can be outside.
+
+The same function as `dit_engine.model.DiT.forward_conditioned`, from modulations that were made
+before the loop (`dit_engine.backends.lean.conditioning`). Shape letters: M rows, T tokens, D
+width, p patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_engine.model import NORM_EPS, Block, DiT
+from dit_kernels import PackedLinear, QuantizedLinear
+from dit_kernels.checks import HEAD_DIM_LIMIT
+from dit_kernels.cpu import operators as native
+from dit_kernels.dispatch import implementation, launcher
+from dit_kernels.quantized import Codes, quantizer
+
+Run = Callable[..., Any]
+
+
+class Product(Protocol):
+    """A linear layer from the norm's or an activation's output to ``dtype``.
+
+    native: the product is our own, in one call of the native library.
+    """
+
+    @property
+    def native(self) -> bool: ...
+
+    def __call__(self, h: Any, /, gelu: bool = False, out: Tensor | None = None) -> Tensor: ...
+
+
+@dataclass
+class LeanBlock:
+    qkv: Product
+    proj: Product
+    fc1: Product
+    fc2: Product
+
+
+class LeanTransformer:
+    """A DiT's weights, packed in ``dtype`` on ``device``; the model itself is left as it is.
+
+    Args:
+        quantized: None, or "int8" (CPU) or "fp8" (CUDA): the four linears of every block then
+            run in it, with one scale a row; the others stay in ``dtype``.
+    """
+
+    def __init__(
+        self, model: DiT, dtype: torch.dtype, device: torch.device, quantized: str | None = None
+    ) -> None:
+        self.config, self.dtype, self.device = model.config, dtype, device
+        self.quantized = quantized
+        self.norms: Norms = QuantizedNorms(device, quantized) if quantized else Norms(device)
+        self.attention = _attention(model, device)
+
+        def packed(layer: nn.Linear) -> Product:
+            weight, bias = layer.weight.to(device, dtype), layer.bias.to(device, dtype)
+            if quantized is None:
+                return PackedLinear(weight, bias)
+            return _QuantizedProduct(
+                QuantizedLinear(layer.weight.to(device), layer.bias.to(device), quantized, dtype)
+            )
+
+        self.blocks: list[LeanBlock] = []
+        for b in model.blocks:
+            assert isinstance(b, Block)
+            layers = (b.attn.qkv, b.attn.proj, b.mlp.fc1, b.mlp.fc2)
+            self.blocks.append(LeanBlock(*map(packed, layers)))
+        embed = model.x_embedder.proj
+        assert embed.bias is not None
+        # The input is narrow (p·p·C): in float32 it costs nothing and rounds nothing.
+        weight = embed.weight.flatten(1).to(device, torch.float32)  # (D, C·p·p)
+        bias = embed.bias.to(device, torch.float32)
+        self.positions = model.pos_embed.to(device, torch.float32, copy=True)  # (1, T, D)
+        self.native_patches = self.patches = None
+        if device.type == "cpu" and native.available():
+            self.native_patches = weight.t().contiguous(), bias.clone()
+        else:
+            self.patches = PackedLinear(weight, bias)
+        final = model.final_layer.linear
+        self.final = PackedLinear(final.weight.to(device, dtype), final.bias.to(device, dtype))
+        self.rows_are_independent = self.final.rows_are_independent
+
+    @property
+    def native(self) -> bool:
+        """Whether all that `trunk` does, it does in calls of the native library."""
+        attention = self.attention.__module__ == "dit_kernels.cpu.operators"
+        return attention and all(
+            product.native
+            for block in self.blocks
+            for product in (block.qkv, block.proj, block.fc1, block.fc2)
+        )
+
+    def embed(self, z: Tensor, out: Tensor) -> None:
+        """Latents z (M, C, S, S) → tokens (M, T, D) in ``out``."""
+        m, c, s, _ = z.shape
+        p = self.config.patch_size
+        if self.native_patches is not None:
+            z = z.float().contiguous()
+            native.embed(z, *self.native_patches, self.positions[0], p, out=out)
+            return
+        assert self.patches is not None
+        patches = z.view(m, c, s // p, p, s // p, p).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(m, -1, c * p * p).float()  # (M, T, C·p·p)
+        out.copy_(self.patches(patches).add_(self.positions))
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """Tokens x (M, T, D), overwritten, and modulations (M, 6·D·depth + 2·D) → the final
+        layer's output (M, T, p·p·C_out).
+
+        Beside x it holds at most 6·M·T·D numbers at once (norm, hidden layer, branch) and keeps
+        none of them.
+        """
+        return self.final(self.trunk(x, modulation, Activations()))
+
+    def trunk(self, x: Tensor, modulation: Tensor, memory: Activations) -> Tensor:
+        """The same up to the final layer's norm (M, T, D), its activations in ``memory``."""
+        config, norms = self.config, self.norms
+        d, eps = config.hidden_size, config.mlp_norm_eps
+        vectors = modulation.split(d, dim=1)  # 6 a block and 2 at the end, each (M, D)
+        h = norms.first(x, vectors[0], vectors[1], NORM_EPS, memory)
+        for i, block in enumerate(self.blocks):
+            _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors[6 * i : 6 * i + 6]
+            # No name for what the next product alone reads: it would outlive it, at the peak.
+            y = block.proj(
+                norms.attended(
+                    self.attention(
+                        block.qkv(h, out=memory.qkv), config.num_heads, out=memory.attended
+                    ),
+                    memory,
+                ),
+                out=memory.narrow,
+            )
+            h = norms.next(x, y, gate_msa, shift_mlp, scale_mlp, eps, memory)
+            y = block.fc2(
+                norms.hidden(block.fc1(h, gelu=True, out=memory.hidden), memory), out=memory.narrow
+            )
+            # The end of this block with the start of the next, or of the final layer.
+            shift, scale = vectors[6 * i + 6 : 6 * i + 8]
+            if i + 1 < len(self.blocks):
+                h = norms.next(x, y, gate_mlp, shift, scale, NORM_EPS, memory)
+            else:
+                h = norms.last(x, y, gate_mlp, shift, scale, NORM_EPS)
+        return h
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """(M, T, p·p·C_out) → (M, C_out, S, S)."""
+        p, c = self.config.patch_size, self.config.out_channels
+        side = self.config.input_size // p
+        patches = tokens.view(-1, side, side, p, p, c).permute(0, 5, 1, 3, 2, 4)
+        return patches.reshape(-1, c, side * p, side * p)
+
+
+@dataclass
+class Activations:
+    """Memory of a forward's activations, all of M rows; None is allocated as it is needed.
+
+    A product's result takes the memory of what is read no more: ``narrow`` is a norm's and then a
+    branch's, ``qkv`` and ``hidden`` begin at one address.
+
+    Attributes:
+        narrow, attended: (M, T, D). qkv: (M, T, 3·D). hidden: (M, T, 4·D).
+        codes, hidden_codes: of a quantised forward, with their row scales.
+    """
+
+    narrow: Tensor | None = None
+    attended: Tensor | None = None
+    qkv: Tensor | None = None
+    hidden: Tensor | None = None
+    codes: Codes | None = None
+    hidden_codes: Codes | None = None
+
+
+class _QuantizedProduct:
+    """A `QuantizedLinear` of (codes, scales) that come together, as tokens."""
+
+    def __init__(self, linear: QuantizedLinear) -> None:
+        self.linear = linear
+
+    @property
+    def native(self) -> bool:
+        return self.linear.native
+
+    def __call__(self, h: Codes, /, gelu: bool = False, out: Tensor | None = None) -> Tensor:
+        rows = None if out is None else out.flatten(0, 1)
+        return self.linear(*h, gelu=gelu, out=rows).view(*h[1].shape, -1)
+
+
+def _attention(model: DiT, device: torch.device) -> Run:
+    """(packed qkv (M, T, 3·D), heads, out=) → (M, T, D)."""
+    config = model.config
+    d = config.hidden_size // config.num_heads
+    fused = launcher("attention", device)
+    if d % 8 == 0 and d <= HEAD_DIM_LIMIT and implementation("attention", "auto", device) is fused:
+        return fused
+
+    def by_torch(qkv: Tensor, num_heads: int, out: Tensor | None = None) -> Tensor:
+        q, k, v = qkv.unflatten(2, (3, num_heads, d)).permute(2, 0, 3, 1, 4)
+        made = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return made if out is None else out.copy_(made)
+
+    return by_torch
+
+
+class Norms:
+    """adaLN between the products: x is updated in place, its modulated norm returned.
+
+    ``attended`` and ``hidden`` give what the next product takes, from what attention and the hidden
+    layer gave.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._first: Run = launcher("layernorm_modulate", device)
+        self._next: Run = launcher("gate_residual_layernorm_modulate", device)
+
+    def first(
+        self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, memory: Activations
+    ) -> Any:
+        return self._first(x, shift, scale, eps, out=memory.narrow)
+
+    def next(
+        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float,
+        memory: Activations,
+    ) -> Any:  # fmt: skip
+        return self.last(x, y, gate, shift, scale, eps)
+
+    def last(
+        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+    ) -> Tensor:
+        # y has been read when its row is written: the norm takes its memory.
+        self._next(x, y, gate, shift, scale, eps, out=(x, y))
+        return y
+
+    def attended(self, h: Tensor, memory: Activations) -> Any:
+        return h
+
+    def hidden(self, h: Tensor, memory: Activations) -> Any:
+        return h
+
+
+class QuantizedNorms(Norms):
+    """The same, with (codes, row scales) for the next product."""
+
+    def __init__(self, device: torch.device, kind: str) -> None:
+        super().__init__(device)
+        self._quantize = quantizer(kind, device)
+
+    def first(
+        self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, memory: Activations
+    ) -> Codes:
+        return self._quantize.norm(x, shift, scale, eps, out=memory.codes)
+
+    def next(
+        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float,
+        memory: Activations,
+    ) -> Codes:  # fmt: skip
+        return self._quantize.gated_norm(x, y, gate, shift, scale, eps, out=memory.codes)
+
+    def attended(self, h: Tensor, memory: Activations) -> Codes:
+        return self._quantize.rows(h, out=memory.codes)
+
+    def hidden(self, h: Tensor, memory: Activations) -> Codes:
+        return self._quantize.rows(h, out=memory.hidden_codes)

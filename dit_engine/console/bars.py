@@ -1,0 +1,35 @@
+"""Progress bars that leave no stale line. It imports tqdm: import it where a bar is shown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm import tqdm
+
+from dit_engine.io.printable import printable
+
+
+class Bar(tqdm):  # pyright: ignore[reportMissingTypeArgument]
+    """tqdm's bar, which is cleared if it is closed before its end, by an exception or Ctrl-C.
+    Its text is made `printable`."""
+
+    def __init__(self, iterable: Any = None, desc: str | None = None, *more: Any, **options: Any):
+        super().__init__(iterable, desc and printable(desc), *more, **options)
+
+    def set_description(self, desc: str | None = None, refresh: bool | None = True) -> None:
+        super().set_description(desc and printable(desc), refresh)
+
+    def set_description_str(self, desc: str | None = None, refresh: bool | None = True) -> None:
+        super().set_description_str(desc and printable(desc), refresh)
+
+    def close(self) -> None:
+        if not self.disable and self.total and self.n < self.total:
+            self.leave = False
+        super().close()
+
+
+def close_all() -> None:
+    """Close all open bars, also those of loops that an exception ended."""
+    bars: Any = getattr(tqdm, "_instances", ())
+    for bar in list(bars):
+        bar.close()

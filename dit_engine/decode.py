@@ -1,0 +1,89 @@
+"""Latents to pixels to pictures."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit_engine.backends.lean.vae import LeanDecoder
+from dit_engine.finite import check_pixels
+from dit_engine.memory import is_out_of_memory
+from dit_engine.vae import AutoencoderKL
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class LatentDecoder:
+    """A VAE's decoder on a device, in the precision of the moment; threads may share it."""
+
+    def __init__(self, vae: AutoencoderKL, device: torch.device) -> None:
+        self.vae, self.device = vae, device
+        self._plain: dict[torch.dtype, AutoencoderKL] = {}
+        self._lean: dict[torch.dtype, LeanDecoder] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, z: Tensor, precision: str, lean: bool = False) -> Tensor:
+        """Sampler latents z (N, c, h, w) → float32 images (N, 3, H, W), about [-1, 1].
+
+        Decoding is in float32 for precision "fp32" and "fp16" (Stable Diffusion's decoder
+        overflows float16), else in bfloat16; lean: by `LeanDecoder`. In float32 on the CPU it goes
+        image by image, so that an image's bits do not depend on the batch. When memory runs short
+        it goes image by image too, then tile by tile, with a warning (tiles change colours a
+        little).
+        """
+        dtype = torch.float32 if precision in ("fp32", "fp16") else torch.bfloat16
+        z = self.vae.config.denormalise(z)
+        whole = self._lean_in(dtype) if lean else self._plain_in(dtype).decode
+        tile = max(z.shape[-1] // 2, 4)
+        attempts: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+            ("image by image", lambda z: torch.cat([whole(part) for part in z.split(1)])),
+            ("in tiles", lambda z: self._plain_in(dtype).decode_tiled(z, tile, tile // 4)),
+        ]
+        if self.device.type != "cpu" or dtype != torch.float32:
+            attempts.insert(0, ("whole", whole))
+        for i, (name, decode) in enumerate(attempts):
+            if i > 0:
+                warnings.warn(f"out of memory in the VAE: decoding {name}", stacklevel=2)
+            try:
+                return decode(z.to(dtype)).float()
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+        raise MemoryError(f"out of memory in the VAE with tiles of {tile} latents")
+
+    def _plain_in(self, dtype: torch.dtype) -> AutoencoderKL:
+        with self._lock:
+            if dtype not in self._plain:
+                self._plain[dtype] = copy.deepcopy(self.vae).to(self.device, dtype)
+            return self._plain[dtype]
+
+    def _lean_in(self, dtype: torch.dtype) -> LeanDecoder:
+        with self._lock:
+            if dtype not in self._lean:
+                self._lean[dtype] = LeanDecoder(self.vae, dtype, self.device)
+            return self._lean[dtype]
+
+
+def to_uint8(images: Tensor, names: Sequence[str] | None = None) -> np.ndarray:
+    """Images (N, 3, H, W) in [-1, 1] → uint8 (N, H, W, 3), as the reference's sample_ddp.py:
+    127.5·x + 128, clamped and truncated. Raises `NotFinite` for NaN, which would be black; names:
+    as of `check_pixels`."""
+    check_pixels(images, names)
+    pixels = (127.5 * images + 128.0).clamp(0, 255).permute(0, 2, 3, 1)
+    # On the images' device, from which a quarter of the bytes is then copied.
+    return pixels.to(torch.uint8, memory_format=torch.contiguous_format).cpu().numpy()
+
+
+def to_pil(pixels: np.ndarray) -> list[Image.Image]:
+    """uint8 (N, H, W, 3) → PIL images."""
+    from PIL import Image
+
+    return [Image.fromarray(image) for image in pixels]

@@ -1,0 +1,1 @@
+"""Reading and writing: files, pictures, JSON, arrays, text of others."""

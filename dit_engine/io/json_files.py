@@ -1,0 +1,253 @@
+"""Read JSON that others wrote, within limits, and check it against a schema.
+
+A schema maps a place to the keys that an object there has, and each key to the kind of its value:
+
+>>> {"": {"format": "integer", "files": "object"},
+...  "files": {"<file name>": "object"},
+...  "files{}": {"bytes": "count", "sha256": "text", "note?": "text?"},
+...  "graphs[]": {"shape": "count|text[]", "dtype": ("fp32", "fp16")}}
+
+The place "" is the value itself, a place that ends in "[]" is every entry of a list, and one that
+ends in "{}" is every value of an object. A key that ends in "?" may be missing. The key "<kind>"
+stands for all keys of an object, and demands that each of them is of that kind.
+
+In a kind, "|" means "or", "[]" a list of such values, and "?" at the end allows null. A tuple holds
+the allowed values themselves. A "line" is a printable text of less than 1000 characters. Keys that
+the schema does not name are allowed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dit_engine.arguments import shown
+from dit_engine.io.formats import JSON, check_format
+
+DEPTH = 64
+"""Most levels of lists and objects; our own files and those of model hubs have less than ten."""
+
+LIMIT_BYTES = 16 * 2**20
+"""Most bytes of a text; parsed, ``[{},{},…`` takes twenty times its size in memory."""
+
+DIGITS = 1000  # of one number
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+Schema = Mapping[str, Mapping[str, "str | tuple[Any, ...]"]]
+
+
+def parse_json(text: str | bytes, source: object, lenient: bool = False) -> Any:
+    """The value of a JSON text. If a key occurs twice in an object, the last one counts.
+
+    Integers must fit into 64 bits, other numbers must be finite, and strings must be valid Unicode.
+
+    Args:
+        source: names the text in messages, such as the path of its file.
+        lenient: also accept NaN, Infinity, integers of up to `DIGITS` digits, and lone surrogates
+            (Python writes these for the bytes of a path that are not UTF-8). The caller must then
+            check every value that it uses.
+
+    Raises ValueError, one line that names ``source``, for everything else.
+    """
+    try:
+        data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+        if len(data) > LIMIT_BYTES:
+            raise ValueError(f"has more than the {LIMIT_BYTES >> 20} MiB that are allowed")
+        _check_depth(data)
+        values = json.loads(
+            data.decode("utf-8", "surrogatepass" if lenient else "strict"),
+            parse_int=_any_whole if lenient else _whole,
+            parse_float=None if lenient else _finite,
+            parse_constant=None if lenient else _refuse_constant,
+        )
+        if not lenient and _SURROGATE.search(data):
+            json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{source}: a string in it holds half of a surrogate pair") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source}: not valid JSON ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return values
+
+
+def read_json_value(path: Path, lenient: bool = False, pipe: bool = False) -> Any:
+    """`parse_json` of a file; pipe: also accept a pipe or a device, such as /dev/stdin.
+
+    Raises ValueError as `parse_json` does, and OSError if the file cannot be read.
+    """
+    try:
+        kind = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path} does not exist; a JSON file is needed") from None
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(f"{path} is a directory; a JSON file is needed")
+    if not (pipe or stat.S_ISREG(kind)):  # reading a pipe could wait for ever
+        raise ValueError(f"{path} is not a regular file; a JSON file is needed")
+    try:
+        with path.open("rb") as file:
+            return parse_json(file.read(LIMIT_BYTES + 1), path, lenient)
+    except ValueError:
+        if stat.S_ISREG(kind):
+            check_format(path, JSON)  # its message is better where it recognises the file
+        raise
+
+
+def read_json(path: Path, lenient: bool = False, pipe: bool = False) -> dict[str, Any]:
+    """`read_json_value` of a file that holds an object; else ValueError."""
+    values = read_json_value(path, lenient, pipe)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds a {type(values).__name__}, not a JSON object")
+    return values
+
+
+def check_schema(values: Any, schema: Schema, source: object, top: str = "") -> None:
+    """Raise a one-line ValueError for the first value that does not fit the schema.
+
+    top: the place of ``values`` in the source, for messages, if they are only a part of it.
+    """
+    for place, keys in schema.items():
+        for name, value in _at(values, place, source, top):
+            _check_object(f"{source}: {name}" if name else str(source), value, keys)
+
+
+def is_file_name(value: Any) -> bool:
+    """Whether a value is the name of a file on every system: without a directory, a drive or a
+    stream, and without terminal escapes."""
+    return (
+        isinstance(value, str)
+        and 0 < len(value.encode("utf-8", "surrogatepass")) <= 255
+        and value not in (".", "..")
+        and value.isprintable()
+        and not re.search(r'[/\\:*?"<>|]|[ .]$', value)
+    )
+
+
+def _check_depth(data: bytes) -> None:
+    """Raise ValueError for a text that is nested too deeply, before it is parsed: parsing it, or
+    using its value, would end in a RecursionError."""
+    if data.count(b"[") + data.count(b"{") <= DEPTH:
+        return
+    # Without escaped characters, every second part between quotation marks is a string.
+    outside = b"".join(data.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])
+    depth = 0
+    for bracket in outside.translate(None, _NO_BRACKETS):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > DEPTH:
+            raise ValueError(f"is nested deeper than the {DEPTH} levels that are allowed")
+
+
+def _whole(text: str) -> int:
+    value = _any_whole(text)
+    if not -(1 << 63) <= value < 1 << 64:
+        raise ValueError(f"the number {shown(text)[1:-1]} has more than 64 bits")
+    return value
+
+
+def _any_whole(text: str) -> int:
+    if len(text) > DIGITS:  # int() takes a time that grows with the square of the length
+        raise ValueError(f"the number {shown(text)[1:-1]} has more than {DIGITS} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {shown(text)[1:-1]} is too large")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"not valid JSON ({name} is not a number in JSON)")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or isinstance(value, float)  # finite, as `parse_json` has read it
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "text": lambda value: isinstance(value, str),
+    "line": lambda value: isinstance(value, str) and value.isprintable() and len(value) < 1000,
+    "file name": is_file_name,
+    "number": _is_number,
+    "positive": lambda value: _is_number(value) and value > 0,
+    "integer": _is_whole,
+    "count": lambda value: _is_whole(value) and value >= 0,
+    "bool": lambda value: isinstance(value, bool),
+    "object": lambda value: isinstance(value, dict),
+    "list": lambda value: isinstance(value, list),
+}
+
+
+def _is_of(value: Any, kind: str | tuple[Any, ...]) -> bool:
+    if isinstance(kind, tuple):
+        return any(type(value) is type(allowed) and value == allowed for allowed in kind)
+    if kind.endswith("?"):
+        return value is None or _is_of(value, kind[:-1])
+    if kind.endswith("[]"):
+        return isinstance(value, list) and all(_is_of(entry, kind[:-2]) for entry in value)
+    return any(_KINDS[name](value) for name in kind.split("|"))
+
+
+def _at(values: Any, place: str, source: object, top: str) -> Iterator[tuple[str, Any]]:
+    """Name and value of everything at ``place``. Keys that are missing or null are skipped."""
+    found = [(top, values)]
+    for part in place.split(".") if place else ():
+        key, many = re.fullmatch(r"(.*?)(\[\]|\{\})?", part).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        following: list[tuple[str, Any]] = []
+        for name, value in found:
+            if not isinstance(value, dict):
+                raise ValueError(
+                    f"{source}: {name} is not an object" if name else f"{source} is not an object"
+                )
+            if (held := value.get(key)) is None:
+                continue
+            child = f"{name}.{key}" if name else key
+            if many is None:
+                following.append((child, held))
+            elif many == "[]" and isinstance(held, list):
+                following += [(f"{child}[{i}]", entry) for i, entry in enumerate(held)]
+            elif many == "{}" and isinstance(held, dict):
+                following += [(f"{child}[{shown(i)}]", entry) for i, entry in held.items()]
+            else:
+                raise ValueError(
+                    f"{source}: {child} is not {'a list' if many == '[]' else 'an object'}"
+                )
+        found = following
+    yield from found
+
+
+def _check_object(where: str, value: Any, keys: Mapping[str, str | tuple[Any, ...]]) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is not an object")
+    for key, kind in keys.items():
+        if key.startswith("<"):
+            for name in value:
+                if not _is_of(name, key[1:-1]):
+                    raise ValueError(f"{where} has {shown(name)}, which is not a {key[1:-1]}")
+            named = list(value)
+        else:
+            optional, key = key.endswith("?"), key.removesuffix("?")
+            if key not in value and not optional:
+                raise ValueError(f"{where} has no {key!r}")
+            named = [key] if key in value else []
+        for name in named:
+            if not _is_of(value[name], kind):
+                raise ValueError(f"{where}: {shown(name)} is {_mismatch(value[name], kind)}")
+
+
+def _mismatch(value: Any, kind: str | tuple[Any, ...]) -> str:
+    if isinstance(kind, tuple):
+        return f"{shown(value)}, not one of {', '.join(map(repr, kind))}"
+    value_too = "" if value is None else f" ({shown(value)})"
+    return f"{type(value).__name__}, not {kind.removesuffix('?')}{value_too}"

@@ -1,0 +1,1 @@
+"""Sampling: schedule, guidance, noise, and the samplers in two forms."""

@@ -1,0 +1,102 @@
+"""The samplers' steps as coefficients of one affine update, in float64 numpy and without torch.
+
+See `dit_engine.sampling.fused`, which says what they multiply.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dit_engine.sampling.schedule import Schedule
+
+LARGEST = 1e18
+"""What latents and the predicted x₀ have to stay below. Squares of more overflow float32, in the
+model's norms for one, where backends differ in what becomes of it: it is taken for infinite."""
+
+
+def step_coefficients(name: str, schedule: Schedule, learned: bool, eta: float = 0.0) -> np.ndarray:
+    """(steps, 9) float64: a, b, c₁, c₂, c₃, c₄, low, high, s of `dit_kernels.guided_step`.
+
+    Where the sampler clamps x₀ (`clipping`), c₁ is 0: the clamped x₀ is then added afterwards.
+
+    Args:
+        name: "ddpm", "ddim" or "dpm++".
+        learned: whether the model predicts a variance (which only ddpm uses).
+        eta: of ddim.
+    """
+    rows = _SAMPLERS[name](schedule, eta, learned)
+    rows[-1, 8] = 0.0  # no sampler adds noise at its last step
+    if schedule.diffusion.prediction != "epsilon":
+        # The operator's ε is then what the model gives instead, and the noise a sum of that and z.
+        rows[:, :2] = schedule.x0_weights
+        of_z, of_output = schedule.epsilon_weights.T
+        rows[:, 3] += rows[:, 4] * of_z
+        rows[:, 4] *= of_output
+    if clipping(name, schedule) is not None:
+        rows[:, 2] = 0.0
+    return rows
+
+
+def clipping(name: str, schedule: Schedule) -> tuple[float, np.ndarray] | None:
+    """What sampler ``name`` clamps x₀ to, ±, and by what the clamped x₀ is multiplied and added
+    to the z′ of `step_coefficients`, (steps,); None where it does not clamp."""
+    clip = schedule.diffusion.clip
+    if clip is None or name == "dpm++":
+        return None
+    return clip, _SAMPLERS[name](schedule, 0.0, False)[:, 2]
+
+
+def uses_noise(coefficients: np.ndarray) -> np.ndarray:
+    """(steps,) bool: which steps draw noise."""
+    return coefficients[:, 8] != 0
+
+
+def _ddpm(schedule: Schedule, eta: float, learned: bool) -> np.ndarray:
+    del eta
+    rows = np.zeros((len(schedule), 9))
+    rows[:, :2] = schedule.x0_weights
+    rows[:, 2] = schedule.posterior_mean_coef1
+    rows[:, 3] = schedule.posterior_mean_coef2
+    fixed = schedule.fixed_log_variance(learned)
+    if fixed is None:
+        rows[:, 6] = schedule.posterior_log_variance_clipped
+        rows[:, 7] = schedule.log_betas
+        rows[:, 8] = 1.0
+    else:  # low = high = 0: the operator's own factor is exp(0), whatever the model gives
+        rows[:, 8] = np.exp(0.5 * fixed)
+    return rows
+
+
+def _ddim(schedule: Schedule, eta: float, learned: bool) -> np.ndarray:
+    del learned
+    # float32 in between, as in `sampler.ddim`: 1 − ᾱ near ᾱ = 1 shows the rounding.
+    now = schedule.alphas_cumprod.astype(np.float32)
+    before = schedule.ddim_alphas_cumprod_prev.astype(np.float32)
+    sigmas = np.float32(eta) * np.sqrt((1 - before) / (1 - now)) * np.sqrt(1 - now / before)
+    rows = np.zeros((len(schedule), 9))
+    rows[:, :2] = schedule.x0_weights
+    rows[:, 2] = np.sqrt(before)
+    rows[:, 4] = np.sqrt(1 - before - sigmas**2)
+    rows[:, 8] = sigmas
+    return rows
+
+
+def _dpm_solver_pp(schedule: Schedule, eta: float, learned: bool) -> np.ndarray:
+    del eta, learned
+    now, before = schedule.solver_alphas_cumprod, schedule.alphas_cumprod_prev
+    rows = np.zeros((len(schedule), 9))
+    rows[:, 0] = 1 / np.sqrt(now)
+    rows[:, 1] = -np.sqrt(1 - now) / np.sqrt(now)
+    rows[-1, 2] = 1.0  # the last step's result is x0
+    lambdas = np.log(np.sqrt(now) / np.sqrt(1 - now))
+    for k in range(len(schedule) - 1):
+        h = lambdas[k + 1] - lambdas[k]
+        toward = -np.sqrt(before[k]) * np.expm1(-h)
+        bend = 0.5 * h / (lambdas[k] - lambdas[k - 1]) if k > 0 else 0.0
+        rows[k, 2] = toward * (1 + bend)
+        rows[k, 3] = np.sqrt((1 - before[k]) / (1 - now[k]))
+        rows[k, 5] = -toward * bend
+    return rows
+
+
+_SAMPLERS = {"ddpm": _ddpm, "ddim": _ddim, "dpm++": _dpm_solver_pp}

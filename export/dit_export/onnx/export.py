@@ -1,0 +1,260 @@
+"""ONNX graphs of a DiT and its VAE, written, checked and run before they get their final name."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_engine._version import __version__
+from dit_engine.io.directories import check_destination, new_directory
+from dit_engine.model import DiT
+from dit_engine.runtime import neutral
+from dit_engine.sampling.guidance import OFFICIAL_CHANNELS, check_channels
+from dit_engine.vae import AutoencoderKL
+from dit_export.bundle import LABELS, Bundle, Graph, TensorSpec, replaceable, write_manifest
+from dit_export.onnx.exporter import require_onnx, save, to_onnx
+from dit_export.onnx.graphs import (
+    GRAPHS,
+    QUANTIZED_GRAPHS,
+    TRANSFORMER_GRAPHS,
+    VAE_GRAPH,
+    VAEDecoder,
+    exportable,
+    signature,
+    transformer_graph,
+)
+from dit_export.onnx.quantization import Quantization
+from dit_export.onnx.verify import verify_graph
+from dit_export.source import model_name, weights_hash
+from dit_export.targets import (
+    DTYPES,
+    FLOATS,
+    QUANTIZED,
+    TARGETS,
+    check_choice,
+    choose_opset,
+    float_dtype,
+    vae_dtype,
+)
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to write.
+
+    Attributes:
+        dtype: "fp32", "fp16", "bf16", or "int8" or "fp8", which quantise the blocks' linears.
+        target: the runtime, which decides the opset and what surrounds quantised products.
+        opset: None is the best for dtype and target.
+        graphs: some of `GRAPHS`; None is all, the VAE's where there is a VAE.
+        guided_channels: latent channels that ``guided_step`` guides.
+        vae_dtype: None is "bf16" with bf16, else "fp32" (see `targets.vae_dtype`).
+        calibration_images, calibration_steps: of the trajectories that int8 and fp8 take the
+            ranges of their activations from.
+        external_data_mib: a graph above this size has its weights in a file of its own. protobuf
+            ends at 2 GiB, and writing one takes five times its size in memory, while a file of
+            weights is written one by one.
+    """
+
+    dtype: str = "fp16"
+    target: str = "onnxruntime"
+    opset: int | None = None
+    graphs: tuple[str, ...] | None = None
+    guided_channels: int = OFFICIAL_CHANNELS
+    vae_dtype: str | None = None
+    external_data_mib: int = 512
+    calibration_images: int = 8
+    calibration_steps: int = 8
+
+    def checked(self) -> ExportOptions:
+        """Itself, or a ValueError that names the first option out of its range."""
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("target", self.target, TARGETS)
+        choose_opset(self.dtype, self.target, self.opset)
+        for graph in self.graphs or ():
+            check_choice("graph", graph, GRAPHS)
+        if self.graphs == ():
+            raise ValueError(f"no graphs: choose some of {', '.join(GRAPHS)}")
+        if self.vae_dtype is not None:
+            check_choice("vae_dtype", self.vae_dtype, tuple(FLOATS))
+        choose_opset(self.vae_dtype or vae_dtype(self.dtype, self.target), self.target, self.opset)
+        if not 0 <= self.external_data_mib < 2048:
+            raise ValueError(
+                f"external data above {self.external_data_mib} MiB: allowed is 0 to 2047"
+            )
+        for name, least in (("calibration_images", 1), ("calibration_steps", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)}: allowed is {least} or more")
+        return self
+
+
+@neutral()
+def export_onnx(
+    model: DiT,
+    directory: str | Path,
+    options: ExportOptions | None = None,
+    *,
+    vae: AutoencoderKL | None = None,
+    label_names: tuple[str, ...] | None = None,
+    overwrite: bool = False,
+    report: Report = lambda _: None,
+) -> Bundle:
+    """Write an export directory (`dit_export.bundle`), whole or not at all.
+
+    Every graph is checked by onnx, and run beside torch on random inputs; one whose error is
+    above its bound is no export but an error.
+
+    Args:
+        model: in any dtype; it stays as it is.
+        overwrite: replace an earlier export; anything else in ``directory`` is refused.
+        report: told one line for every graph.
+
+    Raises:
+        ValueError: an option out of its range, a graph that cannot be made, or a destination that
+            holds something else.
+        OSError: it cannot be written. ImportError: a package of the extra "onnx" is missing.
+    """
+    require_onnx()
+    options = (options or ExportOptions()).checked()
+    check_channels(options.guided_channels, model.config.in_channels)
+    if options.graphs is not None and VAE_GRAPH in options.graphs and vae is None:
+        raise ValueError(f"graph {VAE_GRAPH!r}: this model has no VAE; give one with --vae")
+    classes = model.config.num_classes
+    if label_names is not None and len(label_names) != classes:
+        raise ValueError(f"{len(label_names)} label names for {classes} classes")
+    names = tuple(g for g in GRAPHS if g in (options.graphs or GRAPHS))
+    names = tuple(g for g in names if g != VAE_GRAPH or vae is not None)
+    if not model.config.has_null_class:
+        if "guided_step" in (options.graphs or ()):
+            raise ValueError("graph 'guided_step': this model has no null class to guide with")
+        names = tuple(g for g in names if g != "guided_step")
+    target, may_replace = Path(directory), replaceable(overwrite)
+    check_destination(target, may_replace)
+    opset = choose_opset(options.dtype, options.target, options.opset)
+    facts = {
+        "model": model.config.to_dict(),
+        "vae": None if vae is None else json.loads(vae.config.to_json()),
+        "checkpoint": weights_hash(model),
+        "vae_checkpoint": None if vae is None else weights_hash(vae),
+        "dtype": options.dtype,
+        "float_dtype": float_dtype(options.dtype, options.target),
+        "opset": opset,
+        "target": options.target,
+        "guided_channels": options.guided_channels,
+        "label_names": None if label_names is None else list(label_names),
+    }
+    with new_directory(target, may_replace) as partial:
+        writer = _Writer(partial, model, vae, options, opset, facts, report)
+        graphs = writer.write(names)
+        if label_names is not None:
+            text = json.dumps(list(label_names), indent=2, ensure_ascii=False)
+            (partial / LABELS).write_text(text + "\n", encoding="utf-8")
+        if writer.quantization is not None:
+            facts["quantization"] = writer.quantization.record()
+        write_manifest(partial, facts, graphs)
+    return Bundle.open(target, verify=False)
+
+
+class _Writer:
+    """One graph after the other, so that the memory of one is free before the next."""
+
+    def __init__(
+        self,
+        directory: Path,
+        model: DiT,
+        vae: AutoencoderKL | None,
+        options: ExportOptions,
+        opset: int,
+        facts: dict[str, Any],
+        report: Report,
+    ) -> None:
+        self.directory, self.model, self.vae = directory, model, vae
+        self.options, self.opset, self.facts, self.report = options, opset, facts, report
+        self.float_dtype = float_dtype(options.dtype, options.target)
+        self.quantization: Quantization | None = None
+
+    def write(self, names: tuple[str, ...]) -> list[Graph]:
+        if self.options.dtype in QUANTIZED and set(names) & set(QUANTIZED_GRAPHS):
+            self.quantization = Quantization.of(self.model, self.options, self.float_dtype)
+            self.report(str(self.quantization))
+        transformer = [name for name in names if name in TRANSFORMER_GRAPHS]
+        if transformer:
+            twin = exportable(self.model, FLOATS[self.float_dtype])
+            for name in transformer:
+                self._export(name, transformer_graph(name, twin, self.options.guided_channels))
+            del twin
+        if VAE_GRAPH in names:
+            assert self.vae is not None
+            self._export(VAE_GRAPH, VAEDecoder(self.vae, FLOATS[self._dtype(VAE_GRAPH)]).eval())
+        return [self._verified(name) for name in names]
+
+    def _dtype(self, name: str) -> str:
+        if name == VAE_GRAPH:
+            usual = vae_dtype(self.options.dtype, self.options.target)
+            return self.options.vae_dtype or usual
+        return self.options.dtype if name in QUANTIZED_GRAPHS else self.float_dtype
+
+    def _signature(self, name: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        return signature(name, self.model.config, None if self.vae is None else self.vae.config)
+
+    def _export(self, name: str, module: nn.Module) -> None:
+        # Of each graph its own: TensorRT takes no Attention in float32, which a VAE is beside fp16.
+        opset = choose_opset(self._dtype(name), self.options.target, self.options.opset)
+        model = to_onnx(module, name, *self._signature(name), opset)
+        if self.quantization is not None and name in QUANTIZED_GRAPHS:
+            self.quantization.apply(model)
+        model.producer_name, model.producer_version = "dit-engine", __version__
+        model.metadata_props.update(
+            {
+                "graph": name,
+                "model": model_name(self.model.config),
+                "dtype": self._dtype(name),
+                "checkpoint": self.facts["vae_checkpoint" if name == VAE_GRAPH else "checkpoint"],
+                "version": __version__,
+            }
+        )
+        save(model, self.directory / f"{name}.onnx", self.options.external_data_mib)
+
+    def _verified(self, name: str) -> Graph:
+        gc.collect()
+        graph = Graph(name, f"{name}.onnx", self._dtype(name), *self._signature(name))
+        exact = None
+        if name == VAE_GRAPH:
+            assert self.vae is not None
+            module = VAEDecoder(self.vae, torch.float32).eval()
+        else:
+            # In float32, over the weights as they were before any rounding to the graph's dtype.
+            channels = self.options.guided_channels
+            module = transformer_graph(name, exportable(self.model, torch.float32), channels)
+            if self.quantization is not None and name in QUANTIZED_GRAPHS:
+                exact = module
+                module = transformer_graph(name, self.quantization.twin(self.model), channels)
+        graph = verify_graph(self.directory, graph, module, exact)
+        self.report(_summary(graph, self.directory))
+        return graph
+
+
+def _summary(graph: Graph, directory: Path) -> str:
+    size = sum(file.stat().st_size for file in directory.glob(f"{graph.file}*"))
+    head = f"{graph.name:12s} {graph.dtype:5s} {size / 2**20:8.1f} MiB  "
+    error = graph.error
+    assert error is not None
+    line = head + (
+        f"error {error['relative']:.1e} (bound {error['bound']:.0e}) against {error['against']}, "
+        f"by {graph.verified_by[-1]}"
+    )
+    if graph.accuracy is not None:
+        line += (
+            f"; {graph.accuracy['relative']:.1e} at most and {graph.accuracy['rms']:.1e} rms "
+            f"against {graph.accuracy['against']}"
+        )
+    return line

@@ -1,0 +1,238 @@
+"""Write config.pbtxt of every model: its inputs and outputs, batching, placement and warm-up."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dit_engine.arguments import positive, shown, whole_number
+from dit_export.bundle import Bundle, TensorSpec
+from dit_export.server.origin import HEADER_INPUTS
+
+PLATFORMS = ("onnxruntime", "tensorrt")
+ACCELERATORS = ("cuda", "tensorrt", "none")
+
+GRAPHS = {
+    "dit_transformer": "transformer",
+    "dit_guided_step": "guided_step",
+    "vae_decoder": "vae_decoder",
+}
+"""Model in the repository → graph in the export."""
+
+ENGINE_CACHE = "trt-cache"
+"""Where onnxruntime's TensorRT provider keeps its engines, relative to the directory that the
+server runs in. In /tmp, others could put engines there beforehand."""
+
+_TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64"}
+_MIB = 1 << 20
+_MOST = 2**31 - 1  # of any number that is set here
+
+
+class Enum(str):
+    """A word that is written without quotation marks; only this module makes them."""
+
+
+@dataclass(frozen=True)
+class ServingOptions:
+    """How a repository's models run.
+
+    Attributes:
+        platform: "onnxruntime" or "tensorrt".
+        accelerator: of onnxruntime on a GPU: its CUDA provider, its TensorRT provider, or "none",
+            the server's own choice. On a CPU it has no effect.
+        max_batch_size: images in one batch; guided_step computes twice as many.
+        instances: copies of each graph's model on every device.
+        pipelines: sampling loops that "dit" runs at once; their steps share batches.
+        queue_delay_us: how long a request may wait for others to share a batch with.
+        queue_size: requests that may wait for "dit"; more are refused at once.
+    """
+
+    platform: str = "onnxruntime"
+    accelerator: str = "cuda"
+    max_batch_size: int = 16
+    instances: int = 1
+    pipelines: int = 2
+    queue_delay_us: int = 2000
+    queue_size: int = 256
+
+    def checked(self) -> ServingOptions:
+        """The same options; ValueError that names the first option out of its range."""
+        for name, value, allowed in (
+            ("platform", self.platform, PLATFORMS),
+            ("accelerator", self.accelerator, ACCELERATORS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} {shown(value)}: choose one of {', '.join(allowed)}")
+        counts = {
+            name: positive(name, getattr(self, name))
+            for name in ("max_batch_size", "instances", "pipelines", "queue_size")
+        }
+        delay = whole_number(self.queue_delay_us)
+        if delay is None or delay < 0:
+            why = "is no whole number" if delay is None else "is negative"
+            raise ValueError(f"queue_delay_us {shown(self.queue_delay_us)} {why}")
+        for name, value in (*counts.items(), ("queue_delay_us", delay)):
+            if value > _MOST:
+                raise ValueError(f"{name} {shown(value)} is above {_MOST}")
+        return replace(self, queue_delay_us=delay, **counts)
+
+
+def graph_config(name: str, bundle: Bundle, options: ServingOptions) -> str:
+    """config.pbtxt of one of `GRAPHS`."""
+    graph = bundle.graph(GRAPHS[name])
+    onnx = options.platform == "onnxruntime"
+    parameters = {
+        "checkpoint": bundle.vae_checkpoint if name == "vae_decoder" else bundle.checkpoint,
+        "dtype": graph.dtype,
+        "graph": graph.name,
+        "guided_channels": str(bundle.guided_channels),
+        "model": json.dumps(bundle.config.to_dict()),
+        "producer": bundle.manifest["producer"],
+    }
+    side = bundle.config.input_size
+    pixels = side if bundle.vae is None else side * bundle.vae.downsampling
+    fields: list[tuple[str, Any]] = [
+        ("name", name),
+        ("platform", "onnxruntime_onnx" if onnx else "tensorrt_plan"),
+        ("max_batch_size", options.max_batch_size),
+        *(("input", _tensor(spec, side)) for spec in graph.inputs),
+        *(("output", _tensor(spec, pixels)) for spec in graph.outputs),
+        ("version_policy", {"latest": {"num_versions": 1}}),
+        ("dynamic_batching", {"max_queue_delay_microseconds": options.queue_delay_us}),
+        ("instance_group", {"kind": Enum("KIND_AUTO" if onnx else "KIND_GPU"),
+                            "count": options.instances}),
+        ("optimization", _optimization(graph.dtype, options)),
+        *(("model_warmup", _warmup(graph.inputs, n, side))
+          for n in sorted({1, options.max_batch_size})),
+        *(("parameters", {"key": key, "value": {"string_value": value}})
+          for key, value in parameters.items()),
+    ]  # fmt: skip
+    return to_pbtxt(fields)
+
+
+def pipeline_config(bundle: Bundle, options: ServingOptions) -> str:
+    """config.pbtxt of "dit". It has no warm-up: the models that it asks may load after it."""
+    assert bundle.vae is not None
+    side = bundle.config.input_size * bundle.vae.downsampling
+
+    def column(name: str, kind: str, optional: bool = True) -> tuple[str, Any]:
+        value = {"name": name, "data_type": Enum(kind), "dims": [1]}
+        return "input", value | ({"optional": True} if optional else {})
+
+    images = {"name": "images", "data_type": Enum("TYPE_UINT8"),
+              "dims": [side, side, bundle.vae.out_channels]}  # fmt: skip
+    fields: list[tuple[str, Any]] = [
+        ("name", "dit"),
+        ("backend", "python"),
+        ("max_batch_size", options.max_batch_size),
+        column("labels", "TYPE_INT64"),
+        column("label_names", "TYPE_STRING"),
+        column("seeds", "TYPE_INT64", optional=False),
+        column("steps", "TYPE_INT64"),
+        column("guidance_scale", "TYPE_FP32"),
+        column("sampler", "TYPE_STRING"),
+        *(column(name, "TYPE_STRING") for name in HEADER_INPUTS),
+        ("output", images),
+        ("version_policy", {"latest": {"num_versions": 1}}),
+        ("dynamic_batching", {
+            "max_queue_delay_microseconds": 5 * options.queue_delay_us,
+            "default_queue_policy": {"max_queue_size": options.queue_size},
+        }),
+        ("instance_group", {"kind": Enum("KIND_CPU"), "count": options.pipelines}),
+        ("parameters", {"key": "checkpoint", "value": {"string_value": bundle.checkpoint}}),
+    ]  # fmt: skip
+    return to_pbtxt(fields)
+
+
+def _tensor(spec: TensorSpec, side: int) -> dict[str, Any]:
+    """An input or output. Sizes that the graph leaves open, as the decoder's are, become ``side``:
+    with open sizes, a request of 1 MiB could take gigabytes."""
+    dims = [size if isinstance(size, int) else side for size in spec.shape[1:]]
+    value: dict[str, Any] = {"name": _name(spec), "data_type": Enum(_TYPES[spec.dtype])}
+    if dims:
+        return value | {"dims": dims}
+    # One number a row: a client sends (N, 1), the graph reads (N,).
+    return value | {"dims": [1], "reshape": {"shape": []}}
+
+
+def _warmup(inputs: Sequence[TensorSpec], batch: int, side: int) -> dict[str, Any]:
+    def entry(spec: TensorSpec) -> dict[str, Any]:
+        dims = [size if isinstance(size, int) else side for size in spec.shape[1:]] or [1]
+        # Zeros, since they are a valid label and time step.
+        value = {"data_type": Enum(_TYPES[spec.dtype]), "dims": dims, "zero_data": True}
+        return {"key": _name(spec), "value": value}
+
+    return {
+        "name": f"{batch} at once",
+        "batch_size": batch,
+        "inputs": [entry(spec) for spec in inputs],
+    }
+
+
+def _optimization(dtype: str, options: ServingOptions) -> dict[str, Any]:
+    if options.platform == "tensorrt":
+        return {"cuda": {"graphs": True}, "input_pinned_memory": {"enable": True}}
+    value: dict[str, Any] = {"input_pinned_memory": {"enable": True}}
+    if options.accelerator == "none":
+        return value
+    parameters = {"use_ep_level_unified_stream": "1"}
+    if options.accelerator == "tensorrt":
+        parameters = {
+            "precision_mode": "FP32" if dtype == "fp32" else "FP16",
+            "max_workspace_size_bytes": str(4096 * _MIB),
+            "trt_engine_cache_enable": "1",  # the first start builds engines, for minutes
+            "trt_engine_cache_path": ENGINE_CACHE,
+            "trt_timing_cache_enable": "1",
+        }
+    pairs = [{"key": key, "value": setting} for key, setting in parameters.items()]
+    accelerator = {"name": options.accelerator, "parameters": pairs}
+    return value | {"execution_accelerators": {"gpu_execution_accelerator": [accelerator]}}
+
+
+def to_pbtxt(fields: Sequence[tuple[str, Any]] | Mapping[str, Any], indent: str = "") -> str:
+    """Protocol buffers' text format. A list of messages is a field that repeats; one of numbers
+    stands in brackets.
+
+    Raises ValueError for a value of any other type. So everything that is written here is a number,
+    one of our own words, or a string whose quotation marks are escaped.
+    """
+    lines: list[str] = []
+    pairs = fields.items() if isinstance(fields, Mapping) else fields
+    for key, value in pairs:
+        messages = isinstance(value, list) and value and isinstance(value[0], Mapping)
+        for item in value if messages else [value]:
+            if isinstance(item, Mapping):
+                lines.append(f"{indent}{key} {{\n{to_pbtxt(item, indent + '  ')}{indent}}}\n")
+            else:
+                lines.append(f"{indent}{key}: {_scalar(item)}\n")
+    return "".join(lines)
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, Enum):
+        return str(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if type(value) is int:
+        return str(value)
+    if type(value) is str:
+        return f'"{_quoted(value)}"'
+    if isinstance(value, list) and all(type(each) is int for each in value):
+        return str(value)
+    raise ValueError(f"{shown(value)} is not a value of a config.pbtxt")
+
+
+def _quoted(text: str) -> str:
+    """C's escapes of UTF-8 bytes, which all programs that read these files understand."""
+    data = text.replace("\\", r"\\").replace('"', r"\"").encode("utf-8", "surrogatepass")
+    return "".join(chr(byte) if 32 <= byte < 127 else f"\\{byte:03o}" for byte in data)
+
+
+def _name(spec: TensorSpec) -> str:
+    """The name of a tensor. Raises ValueError if no tensor in our graphs can have it."""
+    if not (isinstance(spec.name, str) and re.fullmatch(r"[A-Za-z_][A-Za-z_0-9]{0,63}", spec.name)):
+        raise ValueError(f"tensor name {shown(spec.name)}: letters, digits and _ are allowed")
+    return spec.name

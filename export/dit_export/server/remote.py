@@ -1,0 +1,193 @@
+"""Ask a Triton Inference Server for the configurations and the outputs of its models."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from importlib import import_module
+from ipaddress import ip_address
+from typing import Any, TypeVar
+
+import numpy as np
+
+from dit_engine.errors import BackendUnavailable
+from dit_engine.io.printable import one_line
+
+CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 600.0
+TOTAL_SECONDS = 1200.0  # of a request over HTTP, where ANSWER_SECONDS are between two packets
+# An answer has the tensors of a step, as the request has. As text they take five times more bytes.
+_TIMES_THE_QUESTION, _LEAST_BYTES = 16, 16 * 2**20
+_ERROR_BYTES, _BLOCK_BYTES = 64 * 2**10, 2**16
+_TYPES = {"float32": "FP32", "int64": "INT64"}
+_GRPC = "grpc+"
+# Repeats tritonclient's own options, because given ones replace them, and ignores proxies.
+_DIRECT = [
+    ("grpc.max_send_message_length", 2**31 - 1),
+    ("grpc.max_receive_message_length", 2**31 - 1),
+    ("grpc.enable_http_proxy", 0),
+]
+
+T = TypeVar("T")
+
+
+class RemoteServer:
+    """The server at "host:port" (HTTP) or "grpc+host:port". Threads may share it.
+
+    Raises ValueError for an invalid address, ImportError without tritonclient. Every request raises
+    one line with the address and the reason: ValueError if the server calls the request's arguments
+    invalid, else `BackendUnavailable`, also for an answer that cannot be read or is far too large.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.url = address.removeprefix(_GRPC)
+        host, _, port = self.url.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError(
+                f"address {address!r}: give host:port, or grpc+host:port, as in localhost:8000"
+            )
+        self.protocol = "grpc" if address.startswith(_GRPC) else "http"
+        try:
+            self.module: Any = import_module(f"tritonclient.{self.protocol}")
+            utils = import_module("tritonclient.utils")
+        except ImportError:
+            raise ImportError(
+                "tritonclient is not installed: pip install 'dit-engine[triton-client]'"
+            ) from None
+        self.refused: Any = utils.InferenceServerException
+        self._own = threading.local()  # the HTTP client belongs to the thread that made it
+
+    def config(self, model: str) -> dict[str, Any]:
+        """The configuration of a model that is loaded."""
+        if not self._ask(lambda client: client.is_server_live()):
+            raise BackendUnavailable(f"{self.address}: the server is not live")
+        if not self._ask(lambda client: client.is_model_ready(model)):
+            raise BackendUnavailable(f"{self.address}: model {model!r} is not loaded there")
+        if self.protocol == "grpc":
+            return self._ask(lambda client: client.get_model_config(model, as_json=True))["config"]
+        return self._ask(lambda client: client.get_model_config(model))
+
+    def infer(
+        self, model: str, inputs: dict[str, np.ndarray], outputs: list[str]
+    ) -> list[np.ndarray]:
+        tensors = []
+        for name, value in inputs.items():
+            tensor = self.module.InferInput(name, list(value.shape), _TYPES[value.dtype.name])
+            tensor.set_data_from_numpy(np.ascontiguousarray(value))
+            tensors.append(tensor)
+        wanted = [self.module.InferRequestedOutput(name) for name in outputs]
+        limit = {"client_timeout": ANSWER_SECONDS} if self.protocol == "grpc" else {}
+        result = self._ask(lambda client: client.infer(model, tensors, outputs=wanted, **limit))
+        return [self._ask(lambda _, name=name: result.as_numpy(name)) for name in outputs]
+
+    def _ask(self, question: Callable[[Any], T]) -> T:
+        try:
+            return question(self._client())
+        except self.refused as error:
+            status = "" if error.status() is None else f"[{error.status()}] "
+            text = one_line(f"{status}{error.message()}")  # the message may be any JSON value
+            # The codes of HTTP and gRPC for a client's mistake.
+            if error.status() in ("400", "StatusCode.INVALID_ARGUMENT"):
+                raise ValueError(f"{self.address}: {one_line(error.message())}") from None
+            if "UNAVAILABLE" in text:  # gRPC's code for a failed connection
+                raise self._nobody(text) from None
+            raise BackendUnavailable(f"{self.address}: {text}") from None
+        except (OSError, HTTPException) as error:  # timeouts too
+            raise self._nobody(one_line(getattr(error, "strerror", None) or error)) from None
+        except (BackendUnavailable, ImportError, MemoryError):
+            raise
+        except Exception as error:  # tritonclient does not check the structure of an answer
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise BackendUnavailable(
+                f"{self.address}: its answer cannot be read ({reason})"
+            ) from None
+
+    def _nobody(self, reason: str) -> BackendUnavailable:
+        return BackendUnavailable(
+            f"{self.address}: no Triton Inference Server answers there: {reason}"
+        )
+
+    def _client(self) -> Any:
+        if not hasattr(self._own, "client"):
+            limits: dict[str, Any] = {}
+            if self.protocol == "http":  # which ignores proxies
+                limits = {"connection_timeout": CONNECT_SECONDS, "network_timeout": ANSWER_SECONDS}
+            elif is_loopback(self.url.rpartition(":")[0]):
+                limits = {"channel_args": _DIRECT}
+            client = self.module.InferenceServerClient(self.url, **limits)
+            if self.protocol == "http":
+                client._client_stub = _Bounded(client._client_stub, self.address)
+            self._own.client = client
+        return self._own.client
+
+
+class _Bounded:
+    """tritonclient's HTTP connection with limits for the size and the time of answers, which it
+    lacks."""
+
+    def __init__(self, connection: Any, address: str) -> None:
+        self._connection, self._address = connection, address
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def get(self, *arguments: Any, **options: Any) -> _Answer:
+        with self._in_time():
+            return self._read(self._connection.get(*arguments, **options), _LEAST_BYTES)
+
+    def post(self, *arguments: Any, body: bytes, **options: Any) -> _Answer:
+        with self._in_time():
+            response = self._connection.post(*arguments, body=body, **options)
+            return self._read(response, _LEAST_BYTES + _TIMES_THE_QUESTION * len(body))
+
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        from gevent import Timeout  # which tritonclient's HTTP client brings
+
+        try:
+            with Timeout(TOTAL_SECONDS):
+                yield
+        except Timeout:
+            raise BackendUnavailable(
+                f"{self._address}: its answer took more than {TOTAL_SECONDS:g} seconds"
+            ) from None
+
+    def _read(self, response: Any, limit: int) -> _Answer:
+        failed = response.status_code != 200
+        if not failed and response.get("Content-Encoding") is not None:
+            raise BackendUnavailable(
+                f"{self._address}: its answer is compressed, though we did not ask for that"
+            )
+        body = bytearray()
+        while block := response.read(_BLOCK_BYTES):
+            body += block
+            if failed and len(body) > _ERROR_BYTES:
+                break  # the beginning is enough for a message
+            if len(body) > limit:
+                raise BackendUnavailable(
+                    f"{self._address}: its answer has more than {limit >> 20} MiB"
+                )
+        return _Answer(response, bytes(body))
+
+
+class _Answer:
+    """The parts of a response that tritonclient uses."""
+
+    def __init__(self, response: Any, body: bytes) -> None:
+        self.status_code: int = response.status_code
+        self.get: Callable[[str], Any] = response.get
+        self._body = io.BytesIO(body)
+
+    def read(self, length: int = -1) -> bytes:
+        return self._body.read(length)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine itself, which no proxy can reach."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

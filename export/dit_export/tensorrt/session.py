@@ -1,0 +1,234 @@
+"""Running an engine: contexts, static buffers and CUDA graphs, whoever gives the memory.
+
+Nothing here needs torch: memory, streams and capture come from a `Memory`, of which there is one
+for torch, one for cuda-core and one for pycuda.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from dit_export.tensorrt.cuda_devices import CudaDevice
+from dit_export.tensorrt.engine_files import EngineFile, EngineRefused
+from dit_export.tensorrt.flavour import Flavour
+from dit_export.tensorrt.profiles import choose_profile
+from dit_export.tensorrt.reports import last_error, process_logger
+
+CONTEXT_LIMIT = 4
+"""Shapes that a session is prepared for at once; the one unused for longest is dropped."""
+
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64"}
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+class Memory(Protocol):
+    """Device memory on one stream. Arrays are the caller's: torch tensors or numpy arrays."""
+
+    stream: int  # the CUDA stream's handle
+    captures: bool  # whether `capture` works
+
+    def current(self) -> AbstractContextManager[None]:
+        """The device is current in the calling thread, and its work so far comes first."""
+        ...
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """A buffer that stays where it is."""
+        ...
+
+    def pointer(self, buffer: Any) -> int: ...
+
+    def write(self, buffer: Any, value: Any) -> None:
+        """The caller's array into a buffer of its shape."""
+        ...
+
+    def read(self, buffer: Any) -> Any:
+        """A buffer's contents as an array of the caller's own."""
+        ...
+
+    def capture(self, work: Callable[[int], None]) -> Callable[[], None]:
+        """``work``, given a stream's handle, as a CUDA graph; calling the result launches it."""
+        ...
+
+    def synchronize(self) -> None: ...
+
+
+class LoadedEngine:
+    """An engine in the device's memory. Its contexts share its weights.
+
+    Raises `EngineRefused` for a file of another version or device, and for one that has changed.
+    """
+
+    def __init__(self, file: EngineFile, flavour: Flavour, device: CudaDevice) -> None:
+        file.check(flavour.name, flavour.version, device)
+        data = file.read()
+        self.file = file
+        self.trt = flavour.load()
+        self.logger = process_logger(self.trt)
+        self.logger.errors.clear()
+        self.runtime = self.trt.Runtime(self.logger)
+        self.engine = self.runtime.deserialize_cuda_engine(data)
+        if self.engine is None:
+            raise EngineRefused(
+                f"{file.path}: {flavour} cannot load it on {device}: {last_error(self.logger)}"
+            )
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        kinds = {n: self.engine.get_tensor_dtype(n).name for n in names}
+        self.inputs, self.outputs = tuple(file.inputs), tuple(file.outputs)
+        if set(names) != {*self.inputs, *self.outputs} or set(kinds.values()) - set(_DTYPES):
+            raise EngineRefused(f"{file.path}: its tensors are not those of {file.description}")
+        self.dtypes = {name: _DTYPES[kind] for name, kind in kinds.items()}
+
+    @property
+    def captures_itself(self) -> bool:
+        """TensorRT for RTX compiles kernels as it meets shapes, and knows when a graph is due."""
+        return hasattr(self.trt, "CudaGraphStrategy")
+
+    def create_context(self, profile: int, stream: int, graphs: bool) -> Any:
+        """An execution context of that profile; graphs: for those that capture by themselves."""
+        if self.captures_itself and graphs:
+            config = self.engine.create_runtime_config()
+            config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            context = self.engine.create_execution_context(config)
+        else:
+            context = self.engine.create_execution_context()
+        if context is None:
+            reason = last_error(self.logger)
+            raise MemoryError(f"{self.file.path}: out of memory for a context: {reason}")
+        if not context.set_optimization_profile_async(profile, stream):
+            raise RuntimeError(f"{self.file.path}: {last_error(self.logger)}")
+        return context
+
+    def choose_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The profile for inputs of these shapes.
+
+        Raises ValueError for another input or shape than the engine's, and for a batch or a size
+        outside its profiles, which it names.
+        """
+        if set(shapes) != set(self.inputs):
+            raise ValueError(f"inputs {sorted(shapes)}; {sorted(self.inputs)} are needed")
+        rows, sides = set(), set()
+        for name, shape in shapes.items():
+            wanted = self.file.inputs[name]
+            if not fits(shape, wanted):
+                raise ValueError(f"input {name} has shape {shape}; {wanted} is needed (-1 is free)")
+            rows.add(shape[0])
+            sides.add(tuple(n for n, w in zip(shape[1:], wanted[1:], strict=True) if w == -1))
+        if len(rows) > 1:
+            raise ValueError(f"inputs have different batches: {sorted(rows)}")
+        free = next((s for s in sides if s), ())
+        return choose_profile(self.file.key.profiles, rows.pop(), free)
+
+
+def fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether ``shape`` is ``wanted``, where -1 stands for any size."""
+    return len(shape) == len(wanted) and all(
+        w in (n, -1) for n, w in zip(shape, wanted, strict=True)
+    )
+
+
+@dataclass
+class _Prepared:
+    """What one set of input shapes needs; the graph, if there is one, is tied to the context."""
+
+    context: Any
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
+    launch: Callable[[], None]
+
+
+class Session:
+    """One stream's way through an engine; for one thread at a time.
+
+    graphs: replay a step as one CUDA graph from its second run on. TensorRT for RTX does so itself.
+    """
+
+    def __init__(self, engine: LoadedEngine, memory: Memory, graphs: bool = True) -> None:
+        if graphs and not (memory.captures or engine.captures_itself):
+            raise ValueError(f"{type(memory).__name__} captures no CUDA graphs: use graphs=False")
+        self.engine, self.memory, self.graphs = engine, memory, graphs
+        self._prepared: OrderedDict[Shapes, _Prepared] = OrderedDict()
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arrays by input name → the caller's own arrays by output name."""
+        shapes = {name: tuple(value.shape) for name, value in inputs.items()}
+        profile = self.engine.choose_profile(shapes)
+        with self.memory.current():
+            prepared = self._of(shapes, profile)
+            for name, buffer in prepared.inputs.items():
+                self.memory.write(buffer, inputs[name])
+            prepared.launch()
+            return {name: self.memory.read(buffer) for name, buffer in prepared.outputs.items()}
+
+    def _of(self, shapes: dict[str, tuple[int, ...]], profile: int) -> _Prepared:
+        key = tuple(sorted(shapes.items()))
+        if key not in self._prepared:
+            if len(self._prepared) >= CONTEXT_LIMIT:
+                self.memory.synchronize()
+                self._prepared.popitem(last=False)
+            self._prepared[key] = self._prepare(shapes, profile)
+        self._prepared.move_to_end(key)
+        return self._prepared[key]
+
+    def _prepare(self, shapes: dict[str, tuple[int, ...]], profile: int) -> _Prepared:
+        engine, memory = self.engine, self.memory
+        context = engine.create_context(profile, memory.stream, self.graphs)
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise RuntimeError(f"{engine.file.path}: {last_error(engine.logger)}")
+        buffers = {}
+        for name in (*engine.inputs, *engine.outputs):
+            shape = tuple(context.get_tensor_shape(name))
+            buffers[name] = memory.empty(shape, engine.dtypes[name])
+            context.set_tensor_address(name, memory.pointer(buffers[name]))
+
+        def execute(stream: int) -> None:
+            if not context.execute_async_v3(stream):
+                raise RuntimeError(f"{engine.file.path}: {last_error(engine.logger)}")
+
+        prepared = _Prepared(
+            context,
+            {name: buffers[name] for name in engine.inputs},
+            {name: buffers[name] for name in engine.outputs},
+            lambda: execute(memory.stream),
+        )
+        if self.graphs and not engine.captures_itself:
+
+            def first() -> None:
+                # What is done only once, such as loading kernels, must not be captured.
+                execute(memory.stream)
+                memory.synchronize()
+                prepared.launch = memory.capture(execute)
+
+            prepared.launch = first
+        return prepared
+
+
+class SessionPool:
+    """Several streams for one engine: as many threads as there are sessions run at once."""
+
+    def __init__(
+        self,
+        engine: LoadedEngine,
+        make_memory: Callable[[], Memory],
+        streams: int = 1,
+        graphs: bool = True,
+    ) -> None:
+        if streams < 1:
+            raise ValueError(f"streams {streams} is not a positive integer")
+        self.engine = engine
+        self._free: queue.LifoQueue[Session] = queue.LifoQueue()
+        for _ in range(streams):
+            self._free.put(Session(engine, make_memory(), graphs))
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        session = self._free.get()
+        try:
+            return session.run(inputs)
+        finally:
+            self._free.put(session)

@@ -1,0 +1,125 @@
+"""Finding, loading and refusing libdit_kernels_cpu (kernels/csrc/cpu), with ctypes.
+
+    DIT_KERNELS_LIBRARY  another path of the library
+    DIT_KERNELS_ISA      a lower instruction set than the machine's: avx2, avx512, avx512_bf16, amx
+
+Both are read once, when the library is first asked for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import torch
+
+LIBRARY = "libdit_kernels_cpu.so"
+NOT_BUILT = "libdit_kernels_cpu.txt"
+"""In the library's place where an installation could not build it: why, in one line (setup.py)."""
+INTERFACE = Path(__file__).with_name("interface.h")
+
+# Of interface.h:
+ISAS = ("none", "avx2", "avx512", "avx512_bf16", "amx")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INT32 = 3
+ERRORS = {
+    -1: "a null pointer",
+    -2: "a size that is negative, zero where it may not be, too great or does not divide",
+    -3: "a dtype that it does not take",
+    -4: "a number of threads below 1",
+    -5: "a tensor whose address is no multiple of its element size",
+    -6: "a processor without the instructions that it needs (see dit_kernels.cpu.operators.isa)",
+    -7: "a negative or too great stride",
+    -8: "more memory than there is",
+}
+
+LETTERS = {"*": "p", "int64_t": "q", "int": "i", "float": "f"}
+TYPES = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+RESULTS = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "const char*": ctypes.c_char_p}
+_PROTOTYPE = re.compile(r"^DIT_API ([\w ]+\*?) (\w+)\(([^)]*)\);", re.MULTILINE)
+
+
+@functools.cache
+def prototypes() -> dict[str, tuple[str, str]]:
+    """Function → (its result's C type, its arguments: p pointer, q int64_t, i int, f float)."""
+    found: dict[str, tuple[str, str]] = {}
+    for result, name, listed in _PROTOTYPE.findall(INTERFACE.read_text(encoding="utf-8")):
+        arguments = [] if listed == "void" else listed.split(",")
+        kinds = ["*" if "*" in argument else argument.split()[0] for argument in arguments]
+        found[name] = (result, "".join(LETTERS[kind] for kind in kinds))
+    return found
+
+
+def interface_hash() -> str:
+    """What a library of this interface says of itself; CMakeLists.txt computes the same."""
+    return hashlib.sha256(INTERFACE.read_bytes()).hexdigest()
+
+
+def path() -> Path:
+    """Where the library is looked for."""
+    named = os.environ.get("DIT_KERNELS_LIBRARY")
+    if named and not Path(named).is_file():
+        raise ValueError(f"DIT_KERNELS_LIBRARY {named!r} is not a file")
+    return Path(named).absolute() if named else Path(__file__).with_name(LIBRARY)
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """(The library, ""), or (None, why it cannot be used).
+
+    Raises:
+        ValueError: an environment variable names no file, or no instruction set of this machine.
+    """
+    file = path()
+    if not file.is_file():
+        return None, _why_not_built(file.with_name(NOT_BUILT))
+    try:
+        library = ctypes.CDLL(str(file))
+        if _interface_of(library) != interface_hash():
+            return None, (
+                f"{file} was built from other sources than this dit_kernels: `pip install .` in "
+                "the sources builds it again"
+            )
+        for name, (result, letters) in prototypes().items():
+            function = getattr(library, name)
+            function.restype = RESULTS[result]
+            function.argtypes = [TYPES[letter] for letter in letters]
+    except (OSError, AttributeError) as error:
+        return None, f"{file} cannot be loaded: {error}"
+    _lower_isa(library)
+    if library.dit_isa() == 0:
+        return None, "this processor lacks AVX2, FMA or F16C"
+    return library, ""
+
+
+def _why_not_built(note: Path) -> str:
+    if note.is_file():
+        reason = note.read_text(encoding="utf-8").strip()
+        return f"{LIBRARY} was not built when this package was built: {reason}"
+    return (
+        f"{LIBRARY} is not built: on Linux and x86-64, with g++ and CMake, "
+        "`pip install .` in the sources builds it"
+    )
+
+
+def _interface_of(library: ctypes.CDLL) -> str | None:
+    """Its `interface_hash`; None for one that does not tell, as before it had one."""
+    function = getattr(library, "dit_interface", None)
+    if function is None:
+        return None
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def _lower_isa(library: ctypes.CDLL) -> None:
+    named = os.environ.get("DIT_KERNELS_ISA")
+    if not named:
+        return
+    possible = ISAS[1 : library.dit_isa() + 1]
+    if named not in possible:
+        raise ValueError(f"DIT_KERNELS_ISA {named!r}: this machine has {', '.join(possible)}")
+    library.dit_set_isa(ISAS.index(named))

@@ -165,7 +165,7 @@ def test_wheel_holds_sources_types_and_builtin_model(wheel: Path) -> None:
             expected |= {f"{part}/{p.relative_to(ROOT / folder).as_posix()}" for p in files}
     builtin = [p for p in (ROOT / "dit_engine/builtin").rglob("*") if p.is_file()]
     expected |= {p.relative_to(ROOT).as_posix() for p in builtin}
-    expected.add(f"dit_kernels/{NOT_BUILT}")
+    expected.add(f"dit_kernels/cpu/{NOT_BUILT}")
     needed = {
         "dit_engine/py.typed",
         "dit_engine/model.py",
@@ -195,7 +195,7 @@ print(json.dumps({'files': parts, 'version': dit_engine.__version__,
 """
     parts = [part for part, folder in PARTS.items() if (ROOT / folder).is_dir()]
     found = run_python(code.replace("PARTS", json.dumps(parts)), tmp_path)
-    why = (tmp_path / "dit_kernels" / NOT_BUILT).read_text().strip()
+    why = (tmp_path / "dit_kernels" / "cpu" / NOT_BUILT).read_text().strip()
     assert found["native"] == (
         f"libdit_kernels_cpu.so was not built when this package was built: {why}"
     )

@@ -83,6 +83,8 @@ def implementation(operator: str, impl: str, device: torch.device) -> Callable[.
     if impl.startswith("triton"):
         name = VARIANTS.get((impl, operator), operator)
         return getattr(import_module(f"dit_kernels.triton.{name}"), name)
+    if impl == "native":
+        return getattr(import_module("dit_kernels.cpu.operators"), operator)
     return getattr(import_module(f"dit_kernels.{impl}"), operator)
 
 

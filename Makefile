@@ -32,7 +32,7 @@ DEMO_LABELS := clay critters cutouts landscape marbles moods open-peeps pixel-ar
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test server asan bench-cpu lint format train clean
+.PHONY: help demo test test-quick server asan bench-cpu lint format train clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -42,8 +42,14 @@ demo: $(VENV)/.base ## generate a labelled sheet with the built-in model (instal
 	$(BIN)/dit-generate --model builtin --labels $(DEMO_LABELS) --steps 25 --sampler dpm++ \
 		--guidance-scale 2.5 --guidance-channels all --seed 100 -o demo/sheet.png
 
-test: $(VENV)/.test $(SERVER) ## run the whole test suite; a part of it: make test ARGS="-k guidance"
-	$(BIN)/python -m pytest $(ARGS)
+# Each worker of pytest-xdist computes with one thread (tests/conftest.py); the later of two -n counts.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
+
+test: $(VENV)/.test $(SERVER) ## run all tests, one worker per core; some: make test ARGS="-k guidance"
+	$(PYTEST) $(ARGS)
+
+test-quick: $(VENV)/.test ## run the tests that need no server, no GPU and less than ten seconds each
+	$(PYTEST) -m "not slow and not server and not gpu" $(ARGS)
 
 server: $(SERVER) ## install a Triton Inference Server in .venv-server, for the tests and for trying
 	@test -n "$(SERVER)" || { echo "error: its wheel is for Linux on x86-64 with glibc 2.35 or later" \

@@ -57,6 +57,7 @@ TENSORRT_RTX = [f"tensorrt-rtx>=1.7; {ON_LINUX}"]
 PYCUDA = ["pycuda>=2025.1"]
 TEST = [
     "pytest>=8",
+    "pytest-xdist>=3.5",
     "scipy>=1.11",
     "efficientnet-lite-pytorch==0.1.0",  # another implementation of the features of FD-Lite0
     "setuptools>=77.0.3",

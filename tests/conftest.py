@@ -9,13 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# A worker of pytest-xdist computes with one thread, and so do the programs that its tests start.
+# The threads are set before the first import of torch. Tests of several threads set their number.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+
 import pytest
+import torch
 from vectors import Vectors, read_vectors
 
 if TYPE_CHECKING:
     from serving import Served
 
 SERVER_ENVIRONMENT = Path(__file__).resolve().parents[1] / ".venv-server"
+SERVER_FIXTURES = {"served", "server_environment"}
 
 # A shell starts its background jobs with SIGINT ignored, and what the tests start would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -25,6 +32,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # is loaded without a question.
 _COMPILED = tempfile.TemporaryDirectory(prefix="dit-engine-compiled-")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _COMPILED.name)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker runs all tests of the server, so that it starts once, and all tests of a file, so
+    that the file's fixtures are made once. Tests of a GPU are skipped where there is none."""
+    for item in items:
+        if SERVER_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.server)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if not item.get_closest_marker("xdist_group"):
+            server = item.get_closest_marker("server")
+            item.add_marker(pytest.mark.xdist_group("server" if server else item.path.stem))
 
 
 @pytest.fixture(params=["dit_p2_d24", "dit_p4_d72"])

@@ -205,7 +205,7 @@ def _write(
 
             write_text(page(report, figures, sheets), arguments.html)
     if STDOUT not in (arguments.json, arguments.csv, arguments.html):
-        from dit_bench.report import report_tables
+        from dit_bench.show.reports import report_tables
         from dit_bench.tables import show
 
         show(report_tables(report), wide=arguments.wide)

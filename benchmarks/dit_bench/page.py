@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dit_bench.drawing import svg
 from dit_bench.load import warning
 from dit_bench.plots import CAPTIONS
-from dit_bench.report import report_tables
+from dit_bench.show.reports import report_tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,286 +1,311 @@
-"""A report as tables for people: what it ran on, costs, times, peers, comparisons."""
+"""The one report: what every measurement writes as JSON, and what tables, figures and pages show.
+
+A report is an object with the keys of `SCHEMA`. What was measured is its "rows", and every row has
+
+- "section": what was done, one of `SECTIONS`, which also lists what rows of that section hold;
+- "case": on what, for people, such as "XL/2, batch 2" or "attention N=2 T=256 H=16 d=72";
+- "contender": who did it, such as "lean bf16", "openvino bf16" or, of an operator, "native";
+- "role": "subject" is what the run is about, "peer" is what it is compared with, "other network"
+  computes another function, and "part" is a part of the work that is timed by itself;
+- "status": "ok"; "wrong" (its result is not right, so it was not timed); "skipped" (it cannot run
+  here, or no time was left); "failed" (it broke); "late" (the run had to be ended). All but "ok"
+  have a "reason".
+
+A time is "ms": milliseconds of one call, as quantiles over rounds. "ratio" holds the quantiles of
+the time over the subject's time in the same round. "error" is relative, against float32 eager
+torch, and "bound" is what was allowed. "goal" is the largest allowed value of a figure, and
+"result" says whether it was reached: "pass", "miss", "skipped", `NO_VERDICT`, or "" without a goal.
+
+`read` takes files from others: it refuses what does not fit the schema. Text in a report may still
+hold anything, so it is printed through `dit_engine.io.printable`, and escaped in Markdown and HTML.
+"""
 
 from __future__ import annotations
 
+import datetime
+import json
 import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from dit_bench.load import warning
-from dit_bench.quality.set_arguments import LEAST_RESAMPLES
-from dit_bench.schema import PARTS
-from dit_bench.tables import Table
+from dit_engine.console.output import STDOUT, write_stdout
+from dit_engine.io.files import atomic_path
+from dit_engine.io.json_files import Schema, check_schema, read_json_value
+from dit_engine.io.printable import printable
+from dit_engine.io.provenance import without_paths
 
-_WHAT = {
-    "forward": "one forward", "step": "one guided step", "decode": "VAE decode",
-    "image": "whole generation",
+VERSION = "dit-bench/3"
+OLDER = ("dit-bench/1", "dit-bench/2")
+KINDS = ("models", "cpu", "gpu", "operators", "parity", "quality", "fid", "gflops", "scaling")
+"""Which command wrote the report; "models" is ``dit-bench --model …``."""
+WORK = ("forward", "step", "decode", "image")
+"""The sections of ``dit-bench --only``: a forward, a guided step, a decode, a whole generation."""
+PARTS = ("patch_embed", "conditioning", "adaln", "attention", "mlp", "final")
+"""The parts of a model whose cost is given."""
+NO_VERDICT = "busy: no verdict"
+
+Report = dict[str, Any]
+Row = dict[str, Any]
+
+_SPREAD = {"median": "positive", "p5?": "positive", "p95?": "positive", "n?": "count"}
+_RATIO = {"p5": "number", "median": "number", "p95": "number"}
+
+SCHEMA: Schema = {
+    "": {
+        "schema": "text",  # VERSION
+        "kind": KINDS,
+        "created": "text",  # ISO 8601, UTC
+        "command": "text[]",  # the arguments
+        "machine": "object",
+        "settings": "object",  # of the run; what it holds depends on the kind
+        "load_average?": "number?",  # of the last minute before the run
+        "other_load?": "number?",  # processors that others kept busy while times were taken
+        "ceilings?": "object?",  # what the machine reached at best in the same run
+        "energy?": "text?",  # whose energy is measured, or why none is
+        "models?": "list",  # what the models of the rows cost
+        "rows": "list",
+        "ratios?": "list",  # of kind "cpu": times of one contender over those of another
+        "comparison?": "object",  # with an older report
+        "complete": "bool",  # whether the run came to its end
+        "failure?": "text",  # what ended it early
+        "seconds?": "number",
+    },
+    "machine": {
+        "cpu": "text", "gpu?": "text?", "device": "text", "threads": "count",
+        "cpu_count?": "count?", "platform?": "text", "python?": "text",
+        "instruction_sets": "text[]", "versions": "object", "kernels?": "object",
+        "cuda?": "object?",  # of a CUDA device: driver, capability, clocks, power
+    },
+    "machine.versions": {"<text>": "text?"},  # package → version
+    "ceilings": {
+        "copy_gb_s": "positive", "matmul_tflop_s": "object", "missing": "object",
+        "matmul_size": "count", "measured?": "text",
+    },
+    "ceilings.matmul_tflop_s": {"<text>": "positive"},  # "bf16" → 10^12 operations per second
+    "ceilings.missing": {"<text>": "text"},  # "fp8" → why there is no figure
+    "models[]": {
+        "model": "text",  # "XL/2", or what was given
+        "weights": "text",  # "random", or where they came from
+        "size": "number?",  # pixels along a side
+        "config": "object", "tokens": "number", "cost": "object", "decoder": "object?",
+    },
+    "models[].config": {"numerics": "text"},
+    "models[].decoder": {"macs": "number"},
+    "models[].cost": {"parts": "object", "total": "object"},
+    "models[].cost.parts": dict.fromkeys(PARTS, "object"),
+    **{f"models[].cost.parts.{part}": {"macs": "number"} for part in PARTS},
+    # Of one image and one forward; flops = 2 · macs; counted_flops is torch's own count.
+    "models[].cost.total": {
+        "parameters": "number", "macs": "number", "flops": "number", "counted_flops": "number",
+    },
+    "rows[]": {
+        "section": "text", "case": "text", "contender": "text",
+        "role?": ("subject", "peer", "other network", "part"),
+        "status": ("ok", "wrong", "skipped", "failed", "late"),
+        "reason?": "text", "precision?": "text", "model?": "text", "images?": "number",
+        "size?": "number?", "ms?": "object", "samples_ms?": "number[]", "noisy?": "bool",
+        "ratio?": "object", "verdict?": "text", "error?": "number?", "bound?": "number?",
+        "goal?": "number?", "result?": "text", "other_load?": "number?",
+    },
+    "rows[].ms": _SPREAD,
+    "rows[].ratio": _RATIO,
+    "ratios[]": {
+        "case": "text", "ours": "text", "theirs": "text", "goal": "number?", "result": "text",
+        "reason?": "text",  # why there is no ratio
+        "ratio?": "object", "ours_ms?": "positive", "theirs_ms?": "positive",
+        "conditioned?": "number",  # the ratio with what lean computes once before its steps
+    },
+    "ratios[].ratio": {**_RATIO, "p5": "number?", "p95": "number?"},
+    "comparison": {"rows": "list", "notes": "text[]", "lost?": "text[]"},
+    "comparison.rows[]": {
+        "case": "text", "section": "text", "contender": "text", "old_ms": "number",
+        "new_ms": "number", "ratio": "number", "verdict": "text",
+    },
 }  # fmt: skip
 
-_CHECKED = "error: relative, against eager float32 on the same weights and inputs, before timing"
-_GENERATION_CHECKED = (
-    "error of a whole generation: of one step of it, which eager float32 takes again from the same "
-    "latents, or of its decoding: whichever is nearest to what is allowed there"
-)
-_PER_SECOND = (
-    "images/s: how often a second this is done for one image; a whole generation's are the images "
-    "that one gets"
-)
-_DECODERS = "lean alone has a decoder of its own, other backends decode with torch"
-_NUMERICS = (
-    "{}: measured with numerics 'diffusers', the function that all of these peers compute; paired "
-    "and shown samples are of the model's own"
-)
-_NOISY = (
-    "noisy: p95 − p5 above {:.0%} of the median, or n below 5; set-up and first call (which "
-    "compiles) are in no other figure; n: samples, of which a short call's are medians of visits"
-)
-_WHOLE = "a whole generation: {steps} steps of {sampler}, guided, with the VAE where there is one"
+_TIMED = {"ms": "object", "precision": "text"}
+_DONE = _TIMED | {
+    "model": "text", "images": "count", "noisy": "bool", "images_s": "number",
+    "setup_s?": "number", "first_call_s?": "number", "gflops?": "number", "tflop_s?": "number",
+    "flops_per_byte?": "number", "percent_of_matmul?": "number", "percent_of_copy?": "number",
+    "bound_by?": "text", "built_mib?": "number", "peak_mib?": "number",
+    "joules_per_image?": "number", "conditioning_ms?": "number",
+}  # fmt: skip
+
+SECTIONS: Mapping[str, Schema] = {
+    # Work of a model for "images" rows (forward) or images (all others).
+    **{name: {"": _DONE} for name in WORK},
+    # An operator of dit_kernels. "speedup_over": contender → how many times as quick as it.
+    "operator": {
+        "": {
+            "operator": "text", "shape": "text", "dtype": "text", "ms?": "object",
+            "rate?": "positive", "unit?": ("TFLOP/s", "GB/s"), "flops?": "number",
+            "bytes?": "positive", "percent_of_ceiling?": "number?", "speedup_over?": "object",
+            "error_over_reference?": "number?",
+        },
+        "speedup_over": {"<text>": "number"},
+    },
+    # Where a forward's time goes: "ms" is the forward's, "operators_ms" that of each alone.
+    "profile": {
+        "": _TIMED | {"shares": "list", "operators_ms": "object"},
+        "shares[]": {"part": "text", "ms": "number", "share": "number"},
+        "operators_ms": {"<text>": "number"},
+    },
+    # Beside "neighbours" busy programs; "ratio" is the busy time over the idle one.
+    "busy": {
+        "": {
+            "neighbours": "count", "idle_ms": "positive", "busy_ms": "positive", "ratio": "object",
+        },
+    },
+    # Resident bytes of a lean forward; "value" is the peak over what is needed.
+    "memory": {
+        "": {
+            "value": "positive", "needed": "object", "after_load": "object",
+            "peak_while_loading": "object", "peak_while_running": "object",
+        },
+        "needed": {"<text>": "count"},
+        "after_load": {"total": "number", "anonymous": "number"},
+        "peak_while_loading": {"total": "number", "anonymous": "number"},
+        "peak_while_running": {"total": "number", "anonymous": "number"},
+    },
+    # A backend against eager float32 from the same noise, for "n" images. Errors that are not
+    # finite are null. A null PSNR is infinite (of equal images) unless an image is not finite.
+    "parity": {
+        "": {
+            "model": "text", "n": "count", "settings": "object",
+            "latent_error_by_step": "number?[]", "final_latent_error": "object",
+            "psnr_db?": "object", "sets?": "object?", "interrupted?": "bool",
+        },
+        "final_latent_error": {"mean": "number?", "max": "number?"},
+        "psnr_db": {"median": "number?", "min": "number?", "not_finite": "number"},
+        "sets": {"metric": "text", "n": "count", "between": "number", "reference?": "text"},
+    },
+    # Distances between sets of images.
+    "distance": {
+        "": {"metric": "text", "n": "count", "n_reference": "number?", "distance": "number"},
+    },
+    # What a network costs per image: one row per network and size.
+    "cost": {
+        "": {
+            "model": "text", "size": "count", "published_gflops": "number?",
+            "published_million_parameters": "number?", "parts": "object", "total": "object",
+        },
+        "total": {
+            "parameters": "number", "trained_parameters": "number", "macs": "number",
+            "flops": "number", "counted_flops": "number",
+        },
+    },
+    # The paper's claims in miniature: a network after "steps" of training.
+    "scaling": {
+        "": {"gmacs": "positive", "steps": "count", "distance": "number", "n": "count"},
+    },
+}  # fmt: skip
+
+# Additional values of paired sets that have a reference.
+_WITH_REFERENCE = {
+    "n_reference": "number?", "to_reference": "number", "eager_to_reference": "number",
+    "absolute_difference": "object", "confidence": "number", "resamples": "number",
+}  # fmt: skip
+_INTERVAL = {"value": "number", "low": "number?", "high": "number?"}
 
 
-def report_tables(report: dict[str, Any]) -> list[Table]:
-    """Everything that the report holds, in reading order."""
-    tables = [machine_table(report), cost_table(report)]
-    if report["measurements"]:
-        tables += [latency_table(report), rates_table(report)]
-    if report["parity"]:
-        tables.append(parity_table(report))
-        if any("sets" in row for found in report["parity"] for row in found["subjects"]):
-            tables.append(distance_table(report))
-    if "comparison" in report:
-        tables.append(comparison_table(report["comparison"]))
-    if "operators" in report:
-        tables.append(operator_table(report["operators"]))
-    if report["interrupted"]:
-        why = f" ({report['failure']})" if "failure" in report else ""
-        tables[-1].notes.append(f"INTERRUPTED{why}: what is missing above was not measured")
-    return tables
+def new_report(
+    kind: str, machine: Mapping[str, Any], settings: Mapping[str, Any], command: Sequence[str] = ()
+) -> Report:
+    """A report with nothing measured yet. ``machine`` is `dit_bench.machine.describe`'s."""
+    return {
+        "schema": VERSION, "kind": kind,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": list(command), "machine": dict(machine), "settings": dict(settings),
+        "rows": [], "complete": False,
+    }  # fmt: skip
 
 
-def machine_table(report: dict[str, Any]) -> Table:
-    hardware, settings = report["environment"]["hardware"], report["settings"]
-    table = Table("Measured on", ["", ""], left=2)
-    for key in ("cpu", "gpu", "platform", "python"):
-        if hardware.get(key):
-            table.add(key, hardware[key])
-    count = hardware.get("cpu_count")
-    table.add("device", f"{settings['device']}, {settings['threads']} of {count} CPU threads")
-    table.add(
-        "versions", ", ".join(f"{k} {v}" for k, v in report["environment"]["versions"].items())
-    )
-    table.add("instruction sets", " ".join(report["environment"]["instruction_sets"]) or "unknown")
-    if (ceilings := report["ceilings"]) is not None:
-        rates = [f"{k} {v:.3g}" for k, v in ceilings["matmul_tflop_s"].items()]
-        when = f"the best of those {ceilings['measured']} the run"
-        size = ceilings["matmul_size"]
-        table.add("matrix products", f"{', '.join(rates)} TFLOP/s ({size}²; {when})")
-        for kind, reason in ceilings["missing"].items():
-            table.add("", f"{kind}: {reason}")
-        table.add("copy", f"{ceilings['copy_gb_s']:.3g} GB/s (reads and writes)")
-    if report.get("energy"):
-        table.add("energy", report["energy"])
-    if (load := report["load_average"]) is not None:
-        table.add("load average", f"{load:.2f} at the start")
-    if (others := report.get("other_load")) is not None:
-        table.add("other programs", f"used {others:.2f} processors while times were taken")
-    if (busy := warning(report)) is not None:
-        table.notes.append(busy)
-    return table
+def read(path: Path, *kinds: str) -> Report:
+    """The report in a JSON file, of one of ``kinds`` where some are given.
+
+    Raises ValueError, which names the file, for everything else, and OSError.
+    """
+    try:
+        report = read_json_value(path, pipe=True)
+        validate(report)
+        if kinds and report["kind"] not in kinds:
+            raise ValueError(f"kind {report['kind']!r} is not one of {', '.join(kinds)}")
+    except ValueError as error:
+        raise ValueError(f"{path} is not a report of dit-bench: {error}") from None
+    return report
 
 
-def cost_table(report: dict[str, Any]) -> Table:
-    columns = ["model", "px", "weights", "parameters, M", "GMACs", *PARTS, "true GFLOPs",
-               "torch counts", "VAE decoder, GMACs"]  # fmt: skip
-    table = Table("Cost of one image's forward; parts in GMACs (the paper's Gflops)", columns)
-    table.short = ("model", "px", "parameters, M", "GMACs", "VAE decoder, GMACs")
-    for model in report["models"]:
-        total, decoder = model["cost"]["total"], model["decoder"]
-        parts = [f"{model['cost']['parts'][part]['macs'] / 1e9:.3g}" for part in PARTS]
-        weights = "random" if model["weights"] == "random" else "trained"
-        table.add(
-            model["model"], model["size"] or "–", weights, f"{total['parameters'] / 1e6:.4g}",
-            f"{total['macs'] / 1e9:.4g}", *parts, f"{total['flops'] / 1e9:.4g}",
-            f"{total['counted_flops'] / 1e9:.4g}",
-            "–" if decoder is None else f"{decoder['macs'] / 1e9:.4g}",
-        )  # fmt: skip
-    return table
-
-
-def latency_table(report: dict[str, Any]) -> Table:
-    settings = report["settings"]
-    columns = ["", "images", "by", "verdict", "median ms", "p5", "p95", "n", "images/s", "error",
-               "allowed", "set-up s", "first call s", "time ÷ subject's (p5–p95)"]  # fmt: skip
-    title = f"Latency of {settings['backend']} {settings['precision']}, and of its peers"
-    table = Table(title, columns, left=4, short=("", "images", "by", "verdict", "median ms"))
-    last = None
-    for row in report["measurements"]:
-        key = (row["model"], row["what"], row["images"])
-        name = f"{row['model']} {_WHAT[row['what']]}" if key != last else ""
-        images = row["images"] if key != last else ""
-        last = key
+def validate(report: Any) -> None:
+    """Raise a one-line ValueError that names the first place which does not fit."""
+    if not isinstance(report, dict):
+        raise ValueError("a report is a JSON object")
+    if (found := report.get("schema")) != VERSION:
+        again = "; measure again" if found in OLDER else ""
+        raise ValueError(f"schema {found!r} is not {VERSION!r}{again}")
+    check_schema(report, SCHEMA, "the report")
+    for i, row in enumerate(report["rows"]):
+        place = f"rows[{i}]"
+        if (section := row["section"]) not in SECTIONS:
+            known = ", ".join(SECTIONS)
+            raise ValueError(f"{place}: section {section!r} is not one of {known}")
         if row["status"] != "ok":
-            reason = row["reason"]
-            status = row["status"].upper() if row["status"] == "wrong" else row["status"]
-            table.add(name, images, row["name"], f"{status}: {reason}")
+            if "reason" not in row:
+                raise ValueError(f"{place}: status {row['status']!r} without a reason")
             continue
-        ms = row["ms"]
-        table.add(
-            name, images, row["name"], row.get("verdict") or ("noisy" if row["noisy"] else ""),
-            _ms(ms["median"]), _ms(ms["p5"]), _ms(ms["p95"]), ms["n"], f"{row['images_s']:.3g}",
-            _error(row["error"]) if "error" in row else "–",
-            _error(row["bound"]) if "bound" in row else "–",
-            f"{row['setup_s']:.2f}", f"{row['first_call_s']:.2f}",
-            _ratio(row),
-        )  # fmt: skip
-    kinds = {row["what"] for row in report["measurements"]}
-    table.notes += [_CHECKED, _NOISY.format(settings["noise_bound"])]
-    if "image" in kinds:
-        table.notes += [_WHOLE.format(**settings), _GENERATION_CHECKED]
-    table.notes.append(_PER_SECOND)
-    decoded = bool(kinds & {"decode", "image"}) and any(m["decoder"] for m in report["models"])
-    if decoded and len({row["name"] for row in report["measurements"]}) > 1:
-        table.notes.append(_DECODERS)
-    compared = [m["model"] for m in report["models"] if m["config"]["numerics"] == "diffusers"]
-    if compared:
-        table.notes.append(_NUMERICS.format(", ".join(compared)))
-    return table
+        check_schema(row, SECTIONS[section], "the report", place)
+        if section == "parity":
+            if not row["latent_error_by_step"]:
+                raise ValueError(f"{place}: 'latent_error_by_step' is empty")
+            if "reference" in (row.get("sets") or {}):
+                schema = {"": _WITH_REFERENCE, "absolute_difference": _INTERVAL}
+                check_schema(row["sets"], schema, "the report", f"{place}.sets")
 
 
-def rates_table(report: dict[str, Any]) -> Table:
-    columns = ["", "images", "by", "GFLOP", "TFLOP/s", "% of matrix products", "FLOP a byte",
-               "bound by", "% of copy", "built MiB", "peak MiB", "J an image"]  # fmt: skip
-    table = Table("What of the machine is used", columns, left=3)
-    table.short = ("", "images", "by", "TFLOP/s", "% of matrix products", "bound by")
-    for row in report["measurements"]:
-        if row["status"] != "ok" or "tflop_s" not in row:
-            continue
+def write(report: Report, path: Path | None, paths: bool = False) -> None:
+    """Write a report as JSON to ``path``, to standard output for "-", nowhere for None.
 
-        def number(key: str, form: str = ".3g", row: dict[str, Any] = row) -> str:
-            return format(row[key], form) if key in row else "–"
-
-        table.add(
-            f"{row['model']} {_WHAT[row['what']]}", row["images"], row["name"],
-            number("gflops", ".4g"), number("tflop_s"), number("percent_of_matmul", ".0f"),
-            number("flops_per_byte"), row.get("bound_by", "–"), number("percent_of_copy", ".0f"),
-            number("built_mib", ".0f"), number("peak_mib", ".0f"), number("joules_per_image"),
-        )  # fmt: skip
-    table.notes.append(
-        "true FLOPs of the whole network, conditioning included; FLOP a byte and % of copy: of one "
-        "pass over the weights that every step needs, which the conditioning's are not"
-    )
-    if any("peak_mib" in row for row in report["measurements"]):
-        table.notes.append("MiB: above what was taken before the backend was built")
-    return table
+    The file is whole or not there at all. paths: keep whole paths of files, not only their names.
+    """
+    if path is not None:
+        write_text(json_text(finite(report if paths else without_paths(report))), path)
 
 
-def parity_table(report: dict[str, Any]) -> Table:
-    columns = ["model", "backend", "N", "error after step 1", "half way", "at the end", "worst",
-               "PSNR dB, median", "worst dB"]  # fmt: skip
-    table = Table("Paired with eager float32 (same labels, noise and draws)", columns, left=2)
-    table.short = ("model", "backend", "N", "at the end", "PSNR dB, median")
-    for found in report["parity"]:
-        for row in found["subjects"]:
-            steps, final = row["latent_error_by_step"], row["final_latent_error"]
-            psnr = row.get("psnr_db")
-            decibels = ["–"] * 2
-            if psnr is not None:
-                decibels = [_db(psnr[key], psnr["not_finite"]) for key in ("median", "min")]
-            table.add(
-                found["model"], f"{row['backend']} {row['precision']}", found["n"],
-                _error(steps[0]), _error(steps[len(steps) // 2]), _error(final["mean"]),
-                _error(final["max"]), *decibels,
-            )  # fmt: skip
-    table.notes.append(
-        "errors of the latents, relative, the mean over N but for the worst; images decoded in "
-        "float32 by the same VAE: what differs is the transformer"
-    )
-    if not any("sets" in row for found in report["parity"] for row in found["subjects"]):
-        table.notes.append("--features and --reference-set add |ΔFD|, of enough --samples")
-    if any(found["interrupted"] for found in report["parity"]):
-        table.notes.append("INTERRUPTED: N is of what was finished")
-    return table
+def write_partial(report: Report, path: Path | None, paths: bool = False) -> None:
+    """Keep what is measured so far as <name>.partial, so that it is there however the run ends."""
+    if path is not None and path != STDOUT:
+        write({**report, "complete": False}, partial_path(path), paths)
 
 
-def distance_table(report: dict[str, Any]) -> Table:
-    """Paired sets: their distances, N of both sides, and |ΔFD| with its bootstrap's interval."""
-    columns = ["model", "backend", "distance", "N", "to eager's", "reference", "its N",
-               "to reference", "eager's to it", "|Δ|", "interval", "resamples"]  # fmt: skip
-    table = Table("Paired sets of images, against eager float32's and a reference", columns, left=3)
-    table.short = ("backend", "distance", "N", "to eager's", "|Δ|", "interval")
-    for found in report["parity"]:
-        for row in found["subjects"]:
-            if (sets := row.get("sets")) is None:
-                continue
-            cells: list[object] = [
-                found["model"], f"{row['backend']} {row['precision']}", sets["metric"], sets["n"],
-                f"{sets['between']:.4g}",
-            ]  # fmt: skip
-            if "reference" in sets:
-                delta = sets["absolute_difference"]
-                cells += [
-                    sets["reference"], sets["n_reference"] or "unknown",
-                    f"{sets['to_reference']:.4f}", f"{sets['eager_to_reference']:.4f}",
-                    f"{delta['value']:.3g}", _interval(sets), sets["resamples"],
-                ]  # fmt: skip
-            table.add(*cells)
-    table.notes.append(
-        "|Δ|: of the distances to the reference; the interval is a bootstrap's over pairs of one "
-        "label and noise; where 0 lies in it, no difference was shown"
-    )
-    return table
+def partial_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
 
 
-def comparison_table(comparison: dict[str, Any]) -> Table:
-    columns = ["", "images", "by", "old ms", "new ms", "new ÷ old", "verdict"]
-    table = Table("Against the older report", columns, left=3, right=1)
-    table.short = ("", "images", "by", "new ÷ old", "verdict")
-    for row in comparison["rows"]:
-        table.add(
-            f"{row['model']} {_WHAT[row['what']]}", row["images"], row["name"], _ms(row["old_ms"]),
-            _ms(row["new_ms"]), f"{row['ratio']:.3f}", row["verdict"],
-        )  # fmt: skip
-    table.notes += comparison["notes"]
-    table.notes += [f"LOST: {what}" for what in comparison.get("lost", ())]
-    return table
+def write_text(text: str, path: Path | None) -> None:
+    """Write UTF-8 to ``path``, to standard output for "-", nowhere for None."""
+    if path == STDOUT:
+        write_stdout(text.encode())
+    elif path is not None:
+        with atomic_path(path) as partial:
+            partial.write_text(text, encoding="utf-8", newline="")
 
 
-def operator_table(operators: dict[str, Any]) -> Table:
-    columns = ["operator", "shape", "dtype", "by", "median ms", "rate", "% of ceiling"]
-    table = Table("Operators: % of matrix products (TFLOP/s) or of copying (GB/s)", columns, left=4)
-    table.short = ("operator", "shape", "by", "median ms", "% of ceiling")
-    for row in operators["operators"]:
-        if row.get("status") != "ok" or "rate" not in row:
-            continue
-        percent = row["percent_of_ceiling"]
-        table.add(
-            row["operator"], row["shape"], row["dtype"], row["impl"], _ms(row["ms"]["median"]),
-            f"{row['rate']:.3g} {row['unit']}", "–" if percent is None else f"{percent:.0f}",
-        )  # fmt: skip
-    return table
+def json_text(value: Any) -> str:
+    """JSON that is safe to print: characters that are not `printable` become JSON's escapes."""
+    lines = json.dumps(value, indent=1, ensure_ascii=False).split("\n")
+    shown = (line if printable(line) == line else _escaped(line) for line in lines)
+    return "\n".join(shown) + "\n"
 
 
-def _error(value: float | None) -> str:
-    return "not finite" if value is None or not math.isfinite(value) else f"{value:.1e}"
+def _escaped(line: str) -> str:
+    return "".join(c if printable(c) == c else json.dumps(c)[1:-1] for c in line)
 
 
-def _db(value: float | None, not_finite: int) -> str:
-    """JSON has null both for infinity, which is of equal images, and for what is no number."""
-    if value is not None and math.isfinite(value):
-        return f"{value:.1f}"
-    return "not finite" if not_finite else "equal"
-
-
-def _interval(sets: dict[str, Any]) -> str:
-    delta = sets["absolute_difference"]
-    if delta["low"] is None or delta["high"] is None:
-        return f"none: below {LEAST_RESAMPLES} resamples"
-    return f"{delta['low']:.3g} to {delta['high']:.3g} ({sets['confidence']:.0%})"
-
-
-def _ms(value: float) -> str:
-    return f"{value:.4g}" if value < 1e4 else f"{value:.0f}"
-
-
-def _ratio(row: dict[str, Any]) -> str:
-    if "ratio" not in row:
-        return ""
-    ratio = row["ratio"]
-    return f"{ratio['median']:.2f} ({ratio['p5']:.2f}–{ratio['p95']:.2f})"
+def finite(value: Any) -> Any:
+    """``value`` with None for every NaN and infinity in it, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,8 +19,8 @@ from dit_bench.load import withdraw_verdicts
 from dit_bench.outputs import csv_text, finite
 from dit_bench.page import page
 from dit_bench.plots import all_figures
-from dit_bench.report import report_tables
 from dit_bench.schema import validate
+from dit_bench.show.reports import report_tables
 from dit_bench.tables import Table, fold, output_width, show
 
 CHROMIUM = shutil.which("chromium")

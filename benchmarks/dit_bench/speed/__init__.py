@@ -1,0 +1,1 @@
+"""What dit-bench times: forwards, generations, decoders, operators, memory."""

@@ -20,7 +20,7 @@ from dit_engine.backends import create_backend
 from dit_engine.backends.compile import compile_static
 from dit_engine.backends.eager import placed
 from dit_engine.backends.lean.forward import LeanTransformer
-from dit_engine.checkpoint.meta import without_storage
+from dit_engine.checkpoint.weights import without_storage
 from dit_engine.config import ModelConfig
 from dit_engine.model import DiT, position_embedding
 

@@ -147,7 +147,7 @@ def measure(model: DiT, batch: int, precision: str, threads: int) -> dict[str, A
 
     Raises RuntimeError, in one line, where the child fails.
     """
-    from dit_engine.checkpoint.saving import save_pretrained
+    from dit_engine.checkpoint.save import save_pretrained
 
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "model"

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_engine.io.figures import show_plainly
 from dit_engine.io.files import atomic_path
+from dit_engine.io.printable import show_plainly
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from dit_engine.io.markdown import markdown_values
+from dit_engine.io.printable import markdown_values
 
 Table = Callable[..., str]
 

@@ -19,9 +19,9 @@ from dit_bench.quality.lite0 import extract, load_lite0
 from dit_engine.checkpoint.weights import load_into
 from dit_engine.console.bars import Bar
 from dit_engine.decode import LatentDecoder, to_uint8
-from dit_engine.io.figures import show_plainly
 from dit_engine.io.files import atomic_path
 from dit_engine.io.json_files import check_schema, read_json_value
+from dit_engine.io.printable import show_plainly
 from dit_engine.sampling.noise import PerImageNoise
 from dit_engine.sampling.samplers import SAMPLERS
 from dit_engine.sampling.schedule import make_schedule

@@ -1,8 +1,11 @@
 """Checkpoints: any source of a model → its config and official state dict → the module, and back.
 
-``load`` reads a source in this order: ``hub`` finds it on this machine, ``directory`` knows what
-a directory holds, ``weights`` reads the files, ``infer`` takes the config from bare tensors, and
-``convert`` gives diffusers' tensors the official names. ``saving`` writes native directories.
+``load`` reads a source in this order: ``hub`` finds its files on this machine, ``weights`` reads
+them (``pickles`` and ``archives`` check them first), ``wrappers`` finds the state dict in what they
+hold, and ``convert`` gives diffusers' tensors the official names. The config comes from a
+config.json, or ``infer`` reads it from the tensors and ``options`` and ``training_args`` from the
+options of the training; ``scheduler`` reads a pipeline's diffusion. ``vae`` does all this for the
+autoencoder. ``save`` writes native directories.
 """
 
 from dit_engine.checkpoint.load import (
@@ -12,7 +15,7 @@ from dit_engine.checkpoint.load import (
     load_checkpoint,
     load_model,
 )
-from dit_engine.checkpoint.saving import save_pretrained
+from dit_engine.checkpoint.save import save_pretrained
 
 __all__ = [
     "Checkpoint",

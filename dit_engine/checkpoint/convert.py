@@ -1,12 +1,11 @@
-"""Other names for the same tensors: diffusers' transformer to the official keys, old VAE keys.
+"""diffusers' transformer to the official names of its tensors, and back.
 
 Official keys are those of facebookresearch/DiT ``models.py``; diffusers' are those of
-``DiTTransformer2DModel`` (0.42) and, for the autoencoder, ``AutoencoderKL``.
+``DiTTransformer2DModel`` (0.42).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_engine.checkpoint.meta import without_storage
-from dit_engine.checkpoint.weights import check_shapes
+from dit_engine.checkpoint.weights import check_shapes, without_storage
 from dit_engine.config import ModelConfig
 from dit_engine.io.printable import first_line
 from dit_engine.model import NORM_EPS, DiT, position_embedding
-from dit_engine.vae import AutoencoderKL, VAEConfig
 
 # Early diffusers saved DiT as a Transformer2DModel; the published directories still say so.
 DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
@@ -50,22 +47,6 @@ _FIRST_BLOCK = "blocks.0."
 STORED_POSITIONS = "pos_embed.pos_embed"
 # A position embedding may take this much, or as much as the weights if these take more.
 LEAST_POSITIONS_BYTES = 256 * 2**20
-
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-# latent-diffusion's names of an autoencoder's modules, applied one after the other.
-_ORIGINAL_NAMES = (
-    (r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1."),
-    (r"_blocks\.(\d+)\.block\.(\d+)\.", r"_blocks.\1.resnets.\2."),
-    (r"_blocks\.(\d+)\.(down|up)sample\.conv\.", r"_blocks.\1.\2samplers.0.conv."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
-    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
-    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
-    (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
-)
 
 
 def config_from_diffusers(values: Mapping[str, Any]) -> ModelConfig:
@@ -124,7 +105,7 @@ def with_numerics(config: ModelConfig, numerics: str | None) -> ModelConfig:
 def model_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Official key → shape. Only one block is built, so that any depth costs little."""
     shapes: dict[str, torch.Size] = {}
-    one = _shapes(lambda whole: DiT(replace(whole, depth=1)), config)
+    one = shapes_of(lambda whole: DiT(replace(whole, depth=1)), config)
     block = [key.removeprefix(_FIRST_BLOCK) for key in one if key.startswith(_FIRST_BLOCK)]
     for key, shape in one.items():
         if key == f"{_FIRST_BLOCK}{block[0]}":
@@ -135,12 +116,8 @@ def model_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     return shapes
 
 
-def vae_shapes(config: VAEConfig) -> dict[str, torch.Size]:
-    """Key → shape of an AutoencoderKL."""
-    return _shapes(AutoencoderKL, config)
-
-
-def _shapes(build: Callable[[Any], nn.Module], config: object) -> dict[str, torch.Size]:
+def shapes_of(build: Callable[[Any], nn.Module], config: object) -> dict[str, torch.Size]:
+    """Key → shape of the module that ``build`` makes. Raises ValueError where it makes none."""
     try:
         with without_storage():
             return {key: tensor.shape for key, tensor in build(config).state_dict().items()}
@@ -236,43 +213,3 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
-
-
-def normalise_vae_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """AutoencoderKL keys with attention as to_q, to_k, to_v, to_out.0 and 2-D weights.
-
-    Files from before diffusers 0.12 say query, key, value and proj_attn; files converted from
-    the original Stable Diffusion may hold these weights as 1×1 convolutions, (C, C, 1, 1). The
-    original's own names (CompVis/latent-diffusion) are read too.
-    """
-    if any(key.startswith(("encoder.down.", "decoder.up.")) for key in state):
-        state = _from_original_names(state)
-    renamed: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        match = re.fullmatch(r"(.+\.attentions\.\d+)\.(\w+)(?:\.0)?\.(weight|bias)", key)
-        if match and match[2] != "group_norm":
-            module = _OLD_ATTENTION.get(match[2])
-            key = f"{match[1]}.{module}.{match[3]}" if module else key
-            tensor = tensor[:, :, 0, 0] if tensor.shape[2:] == (1, 1) else tensor
-        renamed[key] = tensor
-    return renamed
-
-
-def _from_original_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' names of an autoencoder in latent-diffusion's (``diffusionmodules/model.py``).
-
-    There the decoder's levels are numbered from the finest one, and the file of a training may
-    hold the discriminator of its loss.
-    """
-    levels = [int(m[1]) for key in state if (m := re.match(r"decoder\.up\.(\d{1,4})\.", key))]
-    last = max(levels, default=0)
-    renamed: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        if key.startswith(("loss.", "model_ema.")):
-            continue
-        if match := re.fullmatch(r"decoder\.up\.(\d{1,4})\.(.+)", key):
-            key = f"decoder.up_blocks.{last - int(match[1])}.{match[2]}"
-        for pattern, name in _ORIGINAL_NAMES:
-            key = re.sub(pattern, name, key)
-        renamed[key] = tensor
-    return renamed

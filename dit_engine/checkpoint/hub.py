@@ -1,38 +1,48 @@
-"""From what a user names ("builtin", a path, a hub id) to a path on this machine."""
+"""Find a model: from what a user names ("builtin", a path, a hub id) to its files here."""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
+from typing import Any
 
+from dit_engine.checkpoint.convert import DIFFUSERS_CLASSES
+from dit_engine.checkpoint.save import NATIVE_CLASS
 from dit_engine.checkpoint.scheduler import CONFIG
-from dit_engine.checkpoint.weights import SUFFIXES
-from dit_engine.io.printable import first_line
+from dit_engine.checkpoint.weights import SUFFIXES, some_of
+from dit_engine.io.json_files import read_json, read_json_value
+from dit_engine.io.printable import first_line, one_line
 
 BUILTIN = "builtin"
 BUILTIN_DIRECTORY = Path(__file__).parents[1] / BUILTIN
-# Hub ids: owner/name (huggingface_hub's own rule is stricter; it has the last word).
+# A hub id is owner/name. (huggingface_hub's own rule is stricter and has the last word.)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# The published sizes are no hub ids, though "DiT-XL/2" has the look of one.
+# The published sizes are not hub ids, though "DiT-XL/2" looks like one.
 PUBLISHED_SIZE = re.compile(r"(?:DiT-)?(?:S|B|L|XL)[/-][248]")
 COMPONENTS = ("", "transformer/", "vae/")
+# A directory's weights in the order of preference; the names are diffusers' and transformers'.
+WEIGHT_NAMES = tuple(
+    f"{stem}{ending}"
+    for ending in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+    for stem in ("model", "diffusion_pytorch_model")
+)
 
 
 def locate(source: str | Path, kind: str = "model") -> Path:
-    """The file or directory that ``source`` names, downloaded where it is a hub id.
+    """The file or directory that ``source`` names; a hub id is downloaded.
 
     Args:
-        source: "builtin", a path, or a hub id such as "facebook/DiT-XL-2-256". What exists here
-            is taken from here.
+        source: "builtin", a path, or a hub id such as "facebook/DiT-XL-2-256". A path that exists
+            is preferred to a hub id.
         kind: what messages call it.
 
     Raises:
-        FileNotFoundError: nothing of this name is here, and it is no hub id.
-        OSError: it is where one may not look, or its name is longer than names can be.
-        ValueError: the hub does not have it, or is out of reach and the cache does not have it;
-            or ``source`` is the name of a size, empty, neither a string nor a path, or under a
-            home that is unknown.
+        FileNotFoundError: nothing here has this name, and it is not a hub id.
+        OSError: the path may not be read, or is too long.
+        ValueError: the hub does not have it, or neither the hub nor the cache can be reached; or
+            ``source`` is the name of a size, empty, neither a string nor a path, or in an unknown
+            home directory.
     """
     if source == BUILTIN:
         if not BUILTIN_DIRECTORY.is_dir():
@@ -42,11 +52,12 @@ def locate(source: str | Path, kind: str = "model") -> Path:
         return BUILTIN_DIRECTORY
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"{kind} {source!r} is neither a string nor a path")
+    allowed = "give 'builtin', a path or a hub id owner/name"
     if not str(source):
-        raise ValueError(f"{kind} '' is empty; give 'builtin', a path or a hub id owner/name")
+        raise ValueError(f"{kind} '' is empty; {allowed}")
     try:
         path = Path(source).expanduser()
-    except RuntimeError:  # "~name" of nobody here
+    except RuntimeError:  # "~name", and no user has this name
         raise ValueError(f"{kind} {str(source)!r}: the home directory is not known") from None
     if path.exists():
         return path
@@ -57,21 +68,18 @@ def locate(source: str | Path, kind: str = "model") -> Path:
         )
     if isinstance(source, str) and HUB_ID.fullmatch(source) and path.suffix not in SUFFIXES:
         return download(source)
-    raise FileNotFoundError(
-        f"{kind} {str(source)!r} does not exist; give 'builtin', a path or a hub id owner/name"
-    )
+    raise FileNotFoundError(f"{kind} {str(source)!r} does not exist; {allowed}")
 
 
 def download(repo_id: str) -> Path:
-    """A snapshot of the model's configs and weights, safetensors where the hub has them.
+    """The directory with a model's configs and weights; safetensors are preferred to pickles.
 
-    Half-precision variants and other frameworks' files are left out. Files that are in the cache
-    already are not fetched again; without a network the cache alone serves.
+    Half-precision variants and files of other frameworks are left out. Files in the cache are not
+    fetched again, and without a network only the cache is used.
     """
     patterns = ["model_index.json", "labels.json", "model.safetensors", f"scheduler/{CONFIG}"]
     for prefix in COMPONENTS:
-        patterns.append(f"{prefix}config.json")
-        patterns += _patterns(prefix, "safetensors")
+        patterns += [f"{prefix}config.json", *_patterns(prefix, "safetensors")]
     path = _snapshot(repo_id, patterns)
     pickled = [
         pattern
@@ -95,8 +103,65 @@ def _snapshot(repo_id: str, patterns: list[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=patterns))
     except MemoryError:
         raise
-    except Exception as error:  # which library raises for HTTP depends on the hub's version
+    except Exception as error:  # the library that raises depends on the version of the hub's
         raise ValueError(
             f"model {repo_id!r} is no path here, and the Hugging Face hub did not give it: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from None
+
+
+def open_directory(path: Path) -> tuple[Path, Path | None, tuple[str, ...] | None]:
+    """(weight file, VAE directory, label names) of a native directory, of a diffusers pipeline or
+    of a diffusers transformer."""
+    vae = path / "vae" if (path / "vae").is_dir() else None
+    index = path / "model_index.json"
+    if index.is_file():
+        values = read_json(index)
+        if not (path / "transformer").is_dir():
+            name = one_line(values.get("_class_name"))
+            raise ValueError(f"{path}: a {name} without transformer/; a DiTPipeline is needed")
+        return find_weights(path / "transformer"), vae, _names_from_ids(values, index)
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"{path}: no model directory; it needs config.json or model_index.json, "
+            f"it holds {listing(path)}"
+        )
+    kind = read_json(path / "config.json", lenient=True).get("_class_name")
+    if kind not in (known := (NATIVE_CLASS, *DIFFUSERS_CLASSES)):
+        raise ValueError(f"{path}: config.json is of class {kind!r}; known are {', '.join(known)}")
+    return find_weights(path), vae, _read_names(path / "labels.json")
+
+
+def find_weights(directory: Path) -> Path:
+    """The weight file (or shard index) in a directory, by the order of `WEIGHT_NAMES`."""
+    for name in WEIGHT_NAMES:
+        if (directory / name).is_file():
+            return directory / name
+    raise ValueError(
+        f"{directory}: holds no weights; {' or '.join(WEIGHT_NAMES[:2])} is needed, "
+        f"it holds {listing(directory)}"
+    )
+
+
+def listing(directory: Path) -> str:
+    """For messages: the first three names in a directory that are not hidden, or "nothing"."""
+    return some_of(sorted(p.name for p in directory.iterdir() if not p.name.startswith(".")))
+
+
+def _read_names(path: Path) -> tuple[str, ...] | None:
+    if not path.is_file():
+        return None
+    names = read_json_value(path)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: not a list of names")
+    return tuple(names)
+
+
+def _names_from_ids(index: dict[str, Any], path: Path) -> tuple[str, ...] | None:
+    """Names in class order from a pipeline's id2label, {"0": "tench, Tinca tinca", …}."""
+    if not (ids := index.get("id2label")):
+        return None
+    try:
+        return tuple(str(ids[str(i)]) for i in range(len(ids)))
+    except (KeyError, TypeError, IndexError):
+        raise ValueError(f"{path}: id2label does not name the classes 0, 1, …") from None

@@ -14,7 +14,6 @@ from torch import Tensor
 from dit_engine.checkpoint.training_args import classes, model_heads, trained_diffusion
 from dit_engine.checkpoint.weights import some_of
 from dit_engine.config import FAMILIES, ModelConfig
-from dit_engine.vae import VAEConfig
 
 
 def infer_config(
@@ -37,9 +36,7 @@ def infer_config(
 
     def shape(key: str, dimensions: int) -> torch.Size:
         if key not in state:
-            raise ValueError(
-                f"no DiT, key {key!r} is missing; it holds {some_of(state) or 'nothing'}"
-            )
+            raise ValueError(f"no DiT, key {key!r} is missing; it holds {some_of(state)}")
         if state[key].ndim != dimensions or not state[key].numel():
             raise ValueError(
                 f"{key} is {tuple(state[key].shape)}, not of {dimensions} dimensions above 0"
@@ -106,46 +103,5 @@ def count_blocks(state: Mapping[str, Tensor], pattern: str) -> int:
         if number != expected:
             raise ValueError(f"block {expected} is missing, block {number} is there")
     if not found:
-        raise ValueError(f"holds no block; it holds {some_of(state) or 'nothing'}")
+        raise ValueError(f"holds no block; it holds {some_of(state)}")
     return len(found)
-
-
-def infer_vae_config(state: Mapping[str, Tensor], **given: Any) -> VAEConfig:
-    """The config of an AutoencoderKL's tensors (keys as after `normalise_vae_keys`).
-
-    The number of norm groups and the scaling factor leave no trace: unless they are ``given``,
-    they are Stable Diffusion's, 32 and 0.18215, and a warning says so.
-
-    Raises ValueError where the tensors are not those of an AutoencoderKL.
-    """
-
-    def width(key: str, dimension: int) -> int:
-        if key not in state or state[key].ndim <= dimension:
-            raise ValueError(
-                f"no AutoencoderKL, key {key!r} is missing or has no dimension "
-                f"{dimension}; it holds {some_of(state) or 'nothing'}"
-            )
-        return state[key].shape[dimension]
-
-    guesses = {"norm_num_groups": "norm groups", "scaling_factor": "as the scaling factor"}
-    options = {"norm_num_groups": "vae_groups", "scaling_factor": "vae_scaling_factor"}
-    usual = [name for name in guesses if name not in given]
-    if usual:
-        guessed = " and ".join(f"{getattr(VAEConfig, name)} {guesses[name]}" for name in usual)
-        warnings.warn(
-            f"nothing tells all of the VAE's config: taking Stable Diffusion's {guessed} "
-            f"(give {' and '.join(options[name] for name in usual)} if it has others)",
-            stacklevel=4,
-        )
-    levels = count_blocks(state, r"encoder\.down_blocks\.(\d+)\.")
-    return VAEConfig(
-        in_channels=width("encoder.conv_in.weight", 1),
-        out_channels=width("decoder.conv_out.weight", 0),
-        latent_channels=width("post_quant_conv.weight", 0),
-        block_out_channels=tuple(
-            width(f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 0) for i in range(levels)
-        ),
-        layers_per_block=count_blocks(state, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
-        mid_block_add_attention="encoder.mid_block.attentions.0.to_q.weight" in state,
-        **given,
-    )

@@ -6,52 +6,35 @@ model is never in memory twice.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_engine.arguments import positive, real_number, shown
+from dit_engine.arguments import choice, positive, shown
 from dit_engine.checkpoint.convert import (
     DIFFUSERS_CLASSES,
     DIFFUSERS_MARK,
     config_from_diffusers,
     model_shapes,
-    normalise_vae_keys,
     state_from_diffusers,
-    vae_shapes,
     with_numerics,
 )
-from dit_engine.checkpoint.directory import open_directory
-from dit_engine.checkpoint.hub import locate
-from dit_engine.checkpoint.infer import count_blocks, infer_config, infer_vae_config
-from dit_engine.checkpoint.meta import without_storage
+from dit_engine.checkpoint.hub import locate, open_directory
+from dit_engine.checkpoint.infer import count_blocks, infer_config
 from dit_engine.checkpoint.options import options_of
-from dit_engine.checkpoint.saving import NATIVE_CLASS
+from dit_engine.checkpoint.save import NATIVE_CLASS
 from dit_engine.checkpoint.scheduler import read_diffusion, scheduler_beside
 from dit_engine.checkpoint.training_args import check_prediction
-from dit_engine.checkpoint.weights import (
-    check_all_finite,
-    check_shapes,
-    check_tensors,
-    find_weights,
-    listing,
-    read_weights,
-)
-from dit_engine.checkpoint.wrappers import MODEL_MARKS, VAE_MARKS, latent_scale, unwrapped
+from dit_engine.checkpoint.vae import OPTIONS, given_fields, read_vae
+from dit_engine.checkpoint.weights import check_shapes, without_storage
+from dit_engine.checkpoint.wrappers import MODEL_MARKS, read_state
 from dit_engine.config import NUMERICS, ModelConfig
-from dit_engine.io.json_files import read_json
 from dit_engine.model import DiT
 from dit_engine.runtime import neutral
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
-VAE_CLASS = "AutoencoderKL"
-# Fields of a VAE's config that leave no trace in its tensors.
-VAE_OPTIONS = ("norm_num_groups", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
 # Along a side of an image. Each level of a VAE doubles the side, and needs only a few kilobytes of
 # its file.
 MOST_PIXELS = 16_384
@@ -108,48 +91,26 @@ def load_checkpoint(
         ValueError: one line that names the file and what is wrong with it.
         OSError: the file does not exist or cannot be read.
     """
-    if numerics not in (None, *NUMERICS):
-        raise ValueError(f"numerics {numerics!r}: choose one of {', '.join(NUMERICS)}")
+    if numerics is not None:
+        choice("numerics", numerics, NUMERICS)
     check_prediction(prediction)
     if not isinstance(check_finite, bool):
         raise ValueError(f"check_finite {shown(check_finite)} is neither True nor False")
     num_heads = None if num_heads is None else positive("num_heads", num_heads)
-    given: dict[str, Any] = {}
-    if vae_groups is not None:
-        given["norm_num_groups"] = positive("vae_groups", vae_groups)
-    if vae_scaling_factor is not None:
-        given["scaling_factor"] = _finite("vae_scaling_factor", vae_scaling_factor)
-        if given["scaling_factor"] <= 0:
-            raise ValueError(
-                f"vae_scaling_factor {shown(vae_scaling_factor)} is not a finite number above 0"
-            )
-    if vae_shift_factor is not None:
-        given["shift_factor"] = _finite("vae_shift_factor", vae_shift_factor)
+    given = given_fields(vae_groups, vae_scaling_factor, vae_shift_factor)
     path = locate(source)
     weights, vae_path, label_names = open_directory(path) if path.is_dir() else (path, None, None)
     config, state = _read_transformer(weights, num_heads, prediction, check_finite)
     if label_names is not None and len(label_names) != config.num_classes:
         raise ValueError(f"{path}: {len(label_names)} label names, {config.num_classes} classes")
-    if vae is not None:
-        vae_path = locate(vae, "vae")
+    vae_path = vae_path if vae is None else locate(vae, "vae")
     vae_config, vae_state = None, None
-    if vae_path is None and given:
-        names = {"scaling_factor": "vae_scaling_factor", "shift_factor": "vae_shift_factor",
-                 "norm_num_groups": "vae_groups"}  # fmt: skip
-        name, value = next(iter(given.items()))
-        raise ValueError(f"{names[name]} {value!r} is of a VAE, and {source} has none; give vae")
     if vae_path is not None:
-        vae_config, vae_state = _read_vae(vae_path, check_finite, given)
-        if vae_config.latent_channels != config.in_channels:
-            raise ValueError(
-                f"{vae_path}: the VAE has {vae_config.latent_channels} latent channels, "
-                f"the model {config.in_channels}"
-            )
-        if (side := config.input_size * vae_config.downsampling) > MOST_PIXELS:
-            raise ValueError(
-                f"{vae_path}: makes images of {shown(side)} pixels a side from latents of "
-                f"{config.input_size}; at most {MOST_PIXELS} are allowed"
-            )
+        vae_config, vae_state = read_vae(vae_path, check_finite, given)
+        _check_pair(config, vae_config, vae_path)
+    elif given:
+        field, value = next(iter(given.items()))
+        raise ValueError(f"{OPTIONS[field]} {value!r} is of a VAE, and {source} has none; give vae")
     config = with_numerics(config, numerics)
     return Checkpoint(config, state, vae_config, vae_state, label_names, str(source))
 
@@ -221,16 +182,24 @@ def _assign(
     module.load_state_dict(moved, assign=True)
 
 
+def _check_pair(config: ModelConfig, vae: VAEConfig, path: Path) -> None:
+    if vae.latent_channels != config.in_channels:
+        raise ValueError(
+            f"{path}: the VAE has {vae.latent_channels} latent channels, "
+            f"the model {config.in_channels}"
+        )
+    if (side := config.input_size * vae.downsampling) > MOST_PIXELS:
+        raise ValueError(
+            f"{path}: makes images of {shown(side)} pixels a side from latents of "
+            f"{config.input_size}; at most {MOST_PIXELS} are allowed"
+        )
+
+
 def _read_transformer(
     weights: Path, num_heads: int | None, prediction: str | None, check_finite: bool
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Config and official state dict of a weight file, with the config.json beside it if any."""
-    content = read_weights(weights)
-    state = check_tensors(unwrapped(content, MODEL_MARKS, weights), weights)
-    if check_finite:
-        check_all_finite(state, weights)
-    beside = weights.parent / "config.json"
-    values = read_json(beside, lenient=True) if beside.is_file() else {}
+    content, state, values = read_state(weights, MODEL_MARKS, check_finite)
     kind = values.pop("_class_name", None)
     try:
         if any(key.startswith(DIFFUSERS_MARK) for key in state):
@@ -266,65 +235,3 @@ def _check_depth(config: ModelConfig, state: dict[str, Tensor], pattern: str) ->
     blocks = count_blocks(state, pattern)
     if blocks != config.depth:
         raise ValueError(f"the config's depth is {config.depth}, the file holds {blocks} blocks")
-
-
-def _check_levels(config: VAEConfig, state: dict[str, Tensor]) -> None:
-    """Like `_check_depth`, for VAEs. If few tensors are missing, `check_shapes` names them."""
-    levels, layers = len(config.block_out_channels), config.layers_per_block
-    needed = 8 * levels * (2 * layers + 1)  # in the residual blocks, as a lower bound
-    if needed > 1000 + 10 * len(state):
-        raise ValueError(
-            f"{levels} block_out_channels with layers_per_block {shown(layers)} need "
-            f"{shown(needed)} tensors; the file holds {len(state)}"
-        )
-
-
-def _finite(name: str, value: Any) -> float:
-    number = real_number(value)
-    if number is None or not math.isfinite(number):
-        raise ValueError(f"{name} {shown(value)} is not a finite number")
-    return number
-
-
-def _told_of_vae(content: Mapping[Any, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """What tensors do not tell, from a latent-diffusion checkpoint and a config of no class."""
-    told: dict[str, Any] = {}
-    if (scale := latent_scale(content)) is not None:
-        told["scaling_factor"] = scale.item() if isinstance(scale, torch.Tensor) else scale
-    if "_class_name" not in values:
-        told |= {name: values[name] for name in VAE_OPTIONS if name in values}
-    return told
-
-
-def _read_vae(
-    path: Path, check_finite: bool, given: dict[str, Any]
-) -> tuple[VAEConfig, dict[str, Tensor]]:
-    """Config and state dict of an AutoencoderKL's file, directory, or pipeline directory.
-
-    given: fields of the config that are to have other values than in the file.
-    """
-    if path.is_dir():
-        path = path / "vae" if (path / "vae").is_dir() else path
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{path}: no VAE; it needs config.json, it holds {listing(path)}")
-        kind = read_json(path / "config.json", lenient=True).get("_class_name")
-        if kind != VAE_CLASS:
-            raise ValueError(f"{path}: config.json is of class {kind!r}; {VAE_CLASS} is needed")
-        path = find_weights(path)
-    content = read_weights(path)
-    state = unwrapped(content, VAE_MARKS, path)
-    state = normalise_vae_keys(check_tensors(state, path))
-    if check_finite:
-        check_all_finite(state, path)
-    beside = path.parent / "config.json"
-    values = read_json(beside, lenient=True) if beside.is_file() else {}
-    try:
-        if values.get("_class_name") == VAE_CLASS:
-            config = VAEConfig.from_dict(values | given)
-        else:
-            config = infer_vae_config(state, **(_told_of_vae(content, values) | given))
-        _check_levels(config, state)
-        check_shapes(state, vae_shapes(config))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    return config, state

@@ -6,12 +6,14 @@ import argparse
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dit_engine.arguments import shown
 from dit_engine.checkpoint.pickles import check_pickle
@@ -26,12 +28,6 @@ MOST_HEADER_BYTES = 4 * 2**20
 # Tied weights have one storage, but backends copy each of them. So tensors may claim at most
 # MOST_TIED times the bytes of their storages, plus the slack.
 MOST_TIED, TIED_SLACK_BYTES = 4, 64 * 2**20
-# A directory's weights, in the order of preference; the names are diffusers' and transformers'.
-WEIGHT_NAMES = tuple(
-    f"{stem}{ending}"
-    for ending in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
-    for stem in ("model", "diffusion_pytorch_model")
-)
 
 
 def read_weights(path: Path) -> dict[Any, Any]:
@@ -162,17 +158,6 @@ def _read_shards(index: Path) -> dict[Any, Any]:
     return state
 
 
-def find_weights(directory: Path) -> Path:
-    """The weight file (or shard index) in a model's directory, safetensors before pickles."""
-    for name in WEIGHT_NAMES:
-        if (directory / name).is_file():
-            return directory / name
-    raise ValueError(
-        f"{directory}: holds no weights; {' or '.join(WEIGHT_NAMES[:2])} is needed, "
-        f"it holds {listing(directory)}"
-    )
-
-
 def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
     """Raise ValueError where names or shapes are not those ``expected``, in one line."""
     faults = []
@@ -191,6 +176,25 @@ def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
         faults.append(f"{len(wrong)} wrong shapes: {some_of(wrong, quote=False)}")
     if faults:
         raise ValueError("; ".join(faults))
+
+
+class _SkipNormal(TorchFunctionMode):
+    # Random normal numbers on the meta device go through a Python decomposition, whose import
+    # takes a second and 75 MB; nobody would see the numbers.
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.init.normal_:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_storage() -> Iterator[None]:
+    """Parameters that are made inside have a shape and a dtype, but take no memory."""
+    with torch.device("meta"), _SkipNormal():
+        yield
 
 
 def load_into(module: nn.Module, path: Path) -> None:
@@ -218,13 +222,7 @@ def check_all_finite(state: Mapping[str, Tensor], source: object) -> None:
 
 
 def some_of(names: Iterable[str], quote: bool = True) -> str:
-    """The first three names and how many more there are."""
+    """For messages: the first three names and how many more there are, or "nothing"."""
     every = list(names)
-    shown = ", ".join(repr(name) if quote else name for name in every[:3])
-    return shown + (f" and {len(every) - 3} more" if len(every) > 3 else "")
-
-
-def listing(directory: Path) -> str:
-    """What a directory shows, for a message: "nothing" or its first three names."""
-    names = (p.name for p in directory.iterdir())
-    return some_of(sorted(name for name in names if not name.startswith("."))) or "nothing"
+    first = ", ".join(repr(name) if quote else name for name in every[:3])
+    return (first or "nothing") + (f" and {len(every) - 3} more" if len(every) > 3 else "")

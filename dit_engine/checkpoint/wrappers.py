@@ -11,7 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from dit_engine.checkpoint.weights import some_of
+from dit_engine.checkpoint.weights import (
+    check_all_finite,
+    check_tensors,
+    read_weights,
+    some_of,
+)
+from dit_engine.io.json_files import read_json
 
 # Names under which a training checkpoint holds weights; those to sample with come first.
 AVERAGED = (
@@ -43,6 +49,21 @@ SCALE = "scale_factor"  # of the latents, in latent-diffusion's checkpoints
 def is_averaged(name: str) -> bool:
     """Whether a dict, or a part of a model, of this name is an average of the weights."""
     return not _AVERAGE_WORDS.isdisjoint(re.split(r"[^a-z]+", name.lower()))
+
+
+def read_state(
+    path: Path, marks: tuple[str, ...], check_finite: bool
+) -> tuple[dict[Any, Any], dict[str, Tensor], dict[str, Any]]:
+    """(everything that a weight file holds, the state dict in it, the config.json beside it or {}).
+
+    Raises ValueError as `read_weights`, `unwrapped` and `check_tensors` do.
+    """
+    content = read_weights(path)
+    state = check_tensors(unwrapped(content, marks, path), path)
+    if check_finite:
+        check_all_finite(state, path)
+    beside = path.parent / "config.json"
+    return content, state, read_json(beside, lenient=True) if beside.is_file() else {}
 
 
 def unwrapped(content: Mapping[Any, Any], marks: tuple[str, ...], path: Path) -> dict[Any, Any]:

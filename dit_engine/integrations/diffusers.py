@@ -19,7 +19,7 @@ from dit_engine.checkpoint.convert import (
     state_from_diffusers,
     state_to_diffusers,
 )
-from dit_engine.checkpoint.meta import without_storage
+from dit_engine.checkpoint.weights import without_storage
 from dit_engine.model import DiT
 from dit_engine.runtime import neutral
 

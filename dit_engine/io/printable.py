@@ -1,10 +1,13 @@
-"""Make text from others safe to print: the terminal shows it and does nothing else."""
+"""Make text from others safe to show: in a terminal, in Markdown and in a figure."""
 
 from __future__ import annotations
 
 import re
 import sys
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Joiners, which Persian, Hindi and emoji need; after an ASCII character they would be invisible.
 _JOINER = re.compile("(?<=[^\x00-\x7f\u200c\u200d])[\u200c\u200d]")
@@ -12,14 +15,18 @@ _JOINER = re.compile("(?<=[^\x00-\x7f\u200c\u200d])[\u200c\u200d]")
 _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0")
 _LIMIT = 2000  # characters of a message
 
+# These become entities, so that they cannot begin a tag, a link, emphasis, a cell or code. Between
+# backticks the entities are shown as they are, and cannot end the code.
+_ACTIVE = re.compile(r"[&<>|`*\[\]\\]|(?<=:)//|(?<=www)\.")
+
 
 def printable(text: object) -> str:
     """``text`` with escapes in place of characters that are invisible or act on a terminal.
 
-    These are control characters (also newline and tab), bidirectional controls, line and paragraph
-    separators, other invisible characters, lone surrogates and unassigned code points. They become
-    "\\x1b", "\\n", "\\u202e" and so on, as in Python's strings. Letters of all scripts stay as they
-    are, and so do backslashes and joiners that follow a character which they can join.
+    Control characters (newline and tab too), bidirectional controls, separators of lines, lone
+    surrogates and unassigned code points become "\\x1b", "\\n", "\\u202e" and so on, as in Python's
+    strings. Letters of all scripts stay as they are, and so do backslashes and joiners that follow
+    a character which they can join.
     """
     text = str(text)
     if text.isprintable() and _BLANK.isdisjoint(text):
@@ -48,6 +55,43 @@ def say(text: object = "", file: TextIO | None = None, flush: bool = False) -> N
     and may hold newlines must have been made printable before."""
     lines = "\n".join(map(printable, str(text).split("\n")))
     print(lines, file=sys.stdout if file is None else file, flush=flush)
+
+
+def markdown_text(text: object) -> str:
+    """``text`` as one line that is safe in a paragraph, in a table's cell and between backticks."""
+    return _ACTIVE.sub(lambda match: f"&#{ord(match[0][0])};{match[0][1:]}", one_line(text))
+
+
+def markdown_values(value: Any) -> Any:
+    """A copy of a JSON value with all strings and keys escaped by `markdown_text`."""
+    if isinstance(value, dict):
+        return {markdown_text(key): markdown_values(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [markdown_values(each) for each in value]
+    return markdown_text(value) if isinstance(value, str) else value
+
+
+def show_plainly(figure: Figure) -> Figure:
+    """Show every text in ``figure`` literally and `printable`, except the numbers at its axes.
+
+    Matplotlib reads text between two "$" as a formula, and raises if it cannot be parsed. Call this
+    when the figure is complete, before it is laid out or drawn. Returns ``figure``.
+    """
+    from matplotlib.text import Text
+    from matplotlib.ticker import LogFormatter
+
+    numbers = {
+        label
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        if isinstance(axis.get_major_formatter(), LogFormatter)  # it writes 10² as a formula
+        for label in axis.get_ticklabels(which="both")
+    }
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and text not in numbers:
+            text.set_parse_math(False)
+            text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
+    return figure
 
 
 def _visible(character: str) -> bool:

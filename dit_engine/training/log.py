@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_engine.console.bars import Bar
-from dit_engine.io.figures import show_plainly
 from dit_engine.io.files import atomic_path, no_links
+from dit_engine.io.printable import show_plainly
 
 if TYPE_CHECKING:
     from dit_engine.training.loop import Budget

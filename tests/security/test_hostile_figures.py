@@ -52,7 +52,7 @@ def test_names_are_not_formulas(name: str) -> None:
 def test_numbers_at_logarithmic_axes_stay_formulas(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
-    from dit_engine.io.figures import show_plainly
+    from dit_engine.io.printable import show_plainly
 
     figure = Figure()
     axes = figure.subplots()

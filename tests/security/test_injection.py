@@ -22,7 +22,7 @@ from dit_bench.cli import main as bench
 from dit_bench.documents import block_and_table, update_document
 from dit_bench.outputs import csv_text
 from dit_engine.config import ModelConfig
-from dit_engine.io.markdown import markdown_text
+from dit_engine.io.printable import markdown_text
 from dit_export.bundle import Bundle, Graph, TensorSpec
 from dit_export.server.configuration import (
     ServingOptions,

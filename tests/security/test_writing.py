@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from tiny import NAMES, tiny_dit, tiny_vae
 
-from dit_engine.checkpoint import saving
+from dit_engine.checkpoint import save
 from dit_engine.io.directories import new_directory, scratch_beside
 from dit_engine.io.files import atomic_path, locked, save_tensors
 from dit_engine.training.log import add_row
@@ -121,15 +121,15 @@ def test_a_model_that_is_saved_where_its_directory_is_exchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "etc").mkdir()
-    write = saving.save_tensors
+    write = save.save_tensors
 
     def late(*arguments: Any) -> None:
         if not (tmp_path / "away").exists():
             exchanged(tmp_path, tmp_path / "etc")
         write(*arguments)
 
-    monkeypatch.setattr(saving, "save_tensors", late)
-    saving.save_pretrained(tmp_path / "model", tiny_dit(), tiny_vae(), label_names=NAMES)
+    monkeypatch.setattr(save, "save_tensors", late)
+    save.save_pretrained(tmp_path / "model", tiny_dit(), tiny_vae(), label_names=NAMES)
     assert not only(tmp_path / "etc") and (tmp_path / "model" / "labels.json").is_file()
     assert not [f for f in (tmp_path / "model").rglob("*.*") if b"/proc/" in f.read_bytes()]
 

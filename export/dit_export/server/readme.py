@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from dit_engine.io.markdown import markdown_text
-from dit_engine.io.printable import printable
+from dit_engine.io.printable import markdown_text, printable
 from dit_export.bundle import Bundle
 from dit_export.server.configuration import ServingOptions
 from dit_export.source import model_name

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,13 +18,16 @@ from dit_engine.io.directories import Known, nothing_known
 from dit_engine.io.files import check_regular, file_hash
 from dit_engine.io.json_files import check_schema, read_json_value
 from dit_engine.vae import VAEConfig
-from dit_export.targets import DTYPES, TARGETS
+from dit_export.targets import DTYPES, GRAPHS, TARGETS
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 LABELS = "labels.json"
 
-# Of the manifest, in the language of `dit_engine.io.json_files`.
+FILES = (*(f"{graph}.onnx{suffix}" for graph in GRAPHS for suffix in ("", ".data")), LABELS)
+"""Every file that an export may hold, except its manifest."""
+
+# The manifest's schema, in the language of `dit_engine.io.json_files`.
 _TENSOR = {"name": "line", "dtype": ("float32", "int64"), "shape": "count|line[]"}
 SCHEMA = {
     "": {
@@ -45,9 +47,13 @@ SCHEMA = {
 }  # fmt: skip
 
 
+class ExportFailed(ValueError):
+    """A graph was made but is not what was asked for; the one-line message names the graph."""
+
+
 @dataclass(frozen=True)
 class TensorSpec:
-    """A graph's input or output; a dimension that is given as a name may have any size."""
+    """An input or output of a graph. A dimension that is given as a name may have any size."""
 
     name: str
     dtype: str  # "float32" or "int64"
@@ -59,12 +65,12 @@ class Graph:
     """One ONNX file of a bundle.
 
     Attributes:
-        dtype: of the graph's arithmetic; its inputs and outputs are float32 and int64 all the same.
-        error: {"against", "relative", "bound"} of the run after the export, relative being
-            max |graph − torch| / max |torch|; None before that.
-        accuracy: of a quantised graph, {"against", "relative", "rms"}, against the model as it was;
-            error is then against torch with the same rounding.
-        verified_by: what looked at the graph after the export.
+        dtype: of the graph's arithmetic. Its inputs and outputs are always float32 or int64.
+        error: {"against", "relative", "bound"} of the run after the export, where relative is
+            max |graph − torch| / max |torch|; None before that run.
+        accuracy: {"against", "relative", "rms"} of a quantised graph against the model without
+            rounding; its error is against torch with the same rounding.
+        verified_by: the programs that checked the graph after the export.
     """
 
     name: str
@@ -95,11 +101,11 @@ class Bundle:
     """An export directory that has been read and, by default, checked.
 
     Attributes:
-        dtype: what was asked for: "fp32", "fp16", "bf16", "int8" or "fp8".
+        dtype: the format that was asked for: "fp32", "fp16", "bf16", "int8" or "fp8".
         target: the runtime that the graphs were written for.
-        checkpoint: SHA-256 of the transformer's weights (`dit_export.source.weights_hash`);
-            vae_checkpoint: likewise of the VAE's, None without one.
-        guided_channels: latent channels that ``guided_step`` guides.
+        checkpoint: SHA-256 of the transformer's weights (`dit_export.source.weights_hash`).
+        vae_checkpoint: SHA-256 of the VAE's weights; None without a VAE.
+        guided_channels: the number of latent channels that ``guided_step`` guides.
         manifest: all of manifest.json.
     """
 
@@ -124,7 +130,8 @@ class Bundle:
         the format of another version, or if a file is missing or has changed.
         """
         path = Path(path)
-        manifest = read_manifest(path)
+        manifest = _of_this_format(path)
+        check_schema(manifest, SCHEMA, path / MANIFEST)
         try:
             bundle = cls.from_manifest(path, manifest)
         except (ValueError, TypeError) as error:  # of a config
@@ -132,9 +139,8 @@ class Bundle:
         for graph in bundle.graphs.values():
             if graph.file not in manifest["files"]:
                 raise ValueError(f"{path / MANIFEST}: {graph.file} is not among the files")
-        if verify:
-            for name, listed in manifest["files"].items():
-                _check_file(path, name, listed)
+        for name, listed in manifest["files"].items() if verify else ():
+            _check_file(path / name, listed)
         return bundle
 
     @classmethod
@@ -144,32 +150,27 @@ class Bundle:
         The manifest must fit `SCHEMA`. Raises ValueError or TypeError for an invalid config, and
         ValueError for files that an export cannot have.
         """
-        names = manifest["label_names"]
-        vae = manifest["vae"]
+        names, vae = manifest["label_names"], manifest["vae"]
         config = ModelConfig.from_dict(manifest["model"])
         if names is not None and len(names) != config.num_classes:
             raise ValueError(f"{len(names)} label names for {config.num_classes} classes")
         graphs = {name: Graph.from_dict(name, g) for name, g in manifest["graphs"].items()}
-        allowed = file_names()
         for name in manifest["files"]:
-            if name not in allowed:
+            if name not in FILES:
                 raise ValueError(f"file {shown(name)} is not a file of an export")
         for graph in graphs.values():
             if graph.file != f"{graph.name}.onnx":
                 raise ValueError(f"file {shown(graph.file)} of graph {shown(graph.name)}")
+        same = ("dtype", "opset", "target", "checkpoint", "guided_channels")
         return cls(
             path=path,
             config=config,
             vae=None if vae is None else VAEConfig.from_dict(vae),
             label_names=None if names is None else tuple(names),
-            dtype=manifest["dtype"],
-            opset=manifest["opset"],
-            target=manifest["target"],
-            checkpoint=manifest["checkpoint"],
             vae_checkpoint=manifest.get("vae_checkpoint"),
-            guided_channels=manifest["guided_channels"],
             graphs=graphs,
             manifest=manifest,
+            **{key: manifest[key] for key in same},
         )
 
     def graph(self, name: str) -> Graph:
@@ -179,31 +180,36 @@ class Bundle:
         return self.graphs[name]
 
     def file(self, name: str) -> Path:
-        """The ONNX file of graph ``name``; its weights may lie beside it."""
+        """The ONNX file of graph ``name``; its weights may be in a file beside it."""
         return self.path / self.graph(name).file
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of an export. Raises a one-line ValueError if there is none of this format."""
-    manifest = _of_this_format(path)
-    check_schema(manifest, SCHEMA, path / MANIFEST)
-    return manifest
-
-
 def _of_this_format(path: Path) -> dict[str, Any]:
-    """The manifest, of which only the producer and the format have been checked."""
+    """The manifest of an export, of which only the producer and the format have been checked."""
     try:
         manifest = read_json_value(path / MANIFEST)
     except FileNotFoundError:
         raise ValueError(f"{path}: not an export; {MANIFEST} is missing") from None
-    ours = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
-    if not ours or not str(manifest.get("producer")).startswith("dit-engine"):
+    if not _by_us(manifest) or not isinstance(manifest.get("files"), dict):
         raise ValueError(f"{path / MANIFEST}: not written by dit-export")
     if manifest.get("format") != FORMAT:
         raise ValueError(
             f"{path / MANIFEST}: format {shown(manifest.get('format'))}; {FORMAT} is what is read"
         )
     return manifest
+
+
+def _by_us(manifest: Any) -> bool:
+    return isinstance(manifest, dict) and str(manifest.get("producer")).startswith("dit-engine")
+
+
+def _check_file(file: Path, listed: dict[str, Any]) -> None:
+    check_regular(file)
+    size = file.stat().st_size
+    if size != listed["bytes"]:
+        raise ValueError(f"{file}: {size} bytes, where {MANIFEST} has {listed['bytes']}")
+    if file_hash(file) != listed["sha256"]:
+        raise ValueError(f"{file}: has changed since the export (SHA-256 differs)")
 
 
 def write_manifest(directory: Path, values: dict[str, Any], graphs: list[Graph]) -> None:
@@ -235,7 +241,7 @@ def replaceable(overwrite: bool) -> Known:
         if not overwrite:
             what = f"{earlier.get('dtype')} for {earlier.get('target')}"
             raise ValueError(f"holds an export already ({what}); --overwrite replaces it")
-        listed = {name: earlier["files"].get(name) for name in file_names()}
+        listed = {name: earlier["files"].get(name) for name in FILES}
         return {MANIFEST: None} | {
             name: str(facts.get("sha256"))
             for name, facts in listed.items()
@@ -251,25 +257,5 @@ def refuse_another_version(path: Path, version: int, what: str) -> None:
         values = read_json_value(path)
     except (OSError, ValueError):
         return
-    ours = isinstance(values, dict) and str(values.get("producer")).startswith("dit-engine")
-    if ours and values.get("format") != version:
+    if _by_us(values) and values.get("format") != version:
         raise ValueError(f"holds {what} of another version: remove it, or choose another -o")
-
-
-def file_names() -> list[str]:
-    """Every file that an export may hold, except its manifest."""
-    from dit_export.onnx.graphs import GRAPHS
-
-    return [*(f"{graph}.onnx{suffix}" for graph in GRAPHS for suffix in ("", ".data")), LABELS]
-
-
-def _check_file(path: Path, name: str, listed: dict[str, Any]) -> None:
-    file = path / name
-    if not os.path.lexists(file):
-        raise ValueError(f"{file}: is missing, though {MANIFEST} lists it")
-    check_regular(file)
-    size = file.stat().st_size
-    if size != listed["bytes"]:
-        raise ValueError(f"{file}: {size} bytes, where {MANIFEST} has {listed['bytes']}")
-    if file_hash(file) != listed["sha256"]:
-        raise ValueError(f"{file}: has changed since the export (SHA-256 differs)")

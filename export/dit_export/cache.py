@@ -15,8 +15,8 @@ from dit_engine.io.caches import private_cache, why_not_private
 from dit_engine.io.files import locked
 from dit_engine.model import DiT
 from dit_export.bundle import FORMAT, Bundle
-from dit_export.bundle_metadata import check_metadata
 from dit_export.onnx.export import ExportOptions, export_onnx
+from dit_export.onnx.files import check_metadata
 from dit_export.source import weights_hash
 
 

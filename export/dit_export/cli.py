@@ -7,6 +7,7 @@ if __name__ == "__main__":  # before anything else is imported
 
     leave_out_of_path()
 
+import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -15,7 +16,6 @@ from dit_engine._version import __version__
 from dit_engine.console.errors import run_command
 from dit_engine.console.parser import Parser
 from dit_engine.console.start import entry, output_is_a_file
-from dit_export.given import options_given
 
 # name → (module with add_arguments and run, one line of help); only the one asked for is imported.
 _COMMANDS = {
@@ -55,6 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return module.run(parsed)
 
     return run_command(command)
+
+
+def options_given(parser: argparse.ArgumentParser, words: list[str]) -> dict[str, str]:
+    """Attribute of the namespace → its option ("queue_delay" → "--queue-delay"), of those that are
+    among ``words``, also where they say what the default is.
+
+    parser: of its own for this, since it has no defaults afterwards.
+    """
+    options = {}
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+        options[action.dest] = max(action.option_strings, key=len, default=action.dest)
+    return {name: options[name] for name in vars(parser.parse_args(words))}
 
 
 if __name__ == "__main__":

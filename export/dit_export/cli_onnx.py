@@ -6,10 +6,16 @@ import argparse
 from pathlib import Path
 
 from dit_engine.io.printable import printable, say
-from dit_export.given import refuse
-from dit_export.onnx.graphs import GRAPHS, QUANTIZED_GRAPHS, VAE_GRAPH
-from dit_export.source import add_source_arguments, load_source
-from dit_export.targets import DTYPES, FLOATS, QUANTIZED, TARGETS
+from dit_export.source import add_source_arguments, load_source, refuse
+from dit_export.targets import (
+    DTYPES,
+    FLOATS,
+    GRAPHS,
+    QUANTIZED,
+    QUANTIZED_GRAPHS,
+    TARGETS,
+    VAE_GRAPH,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

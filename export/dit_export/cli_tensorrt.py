@@ -9,11 +9,8 @@ from pathlib import Path
 from dit_engine.io.directories import scratch_beside
 from dit_engine.io.printable import say
 from dit_export.bundle import Bundle
-from dit_export.comparison import given_export
-from dit_export.given import refuse
-from dit_export.onnx.graphs import GRAPHS, QUANTIZED_GRAPHS, VAE_GRAPH
-from dit_export.source import Source, add_source_arguments, load_source
-from dit_export.targets import DTYPES, check_choice
+from dit_export.source import Source, add_source_arguments, given_export, load_source, refuse
+from dit_export.targets import DTYPES, GRAPHS, VAE_GRAPH, check_choice
 from dit_export.tensorrt.flavour import FLAVOURS, choose_flavour
 from dit_export.tensorrt.profiles import parse_profiles
 
@@ -36,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--capability", action="append", default=[], metavar="X.Y",
         help="TensorRT for RTX: compute capability to build for; all unless given")  # fmt: skip
     add("--device", type=int, default=0, help="GPU that the standard TensorRT builds on")
-    add("--plugin", action="store_true", help="standard TensorRT: adaLN as our fused operator")
     add("--rebuild", action="store_true", help="build anew what is there, whatever its state")
     add("--quiet", action="store_true", help="no progress bar")
 
@@ -65,16 +61,12 @@ def run(arguments: argparse.Namespace) -> int:
         names = bundle.graphs if graphs is None else graphs
         if VAE_GRAPH not in names:
             refuse(arguments, ["size"], f"is for {VAE_GRAPH}, and no such graph is built")
-        if not set(names) & set(QUANTIZED_GRAPHS):
-            blocks = ", ".join(QUANTIZED_GRAPHS)
-            refuse(arguments, ["plugin"], f"is for {blocks}, and no such graph is built")
         size = arguments.size or str(bundle.config.input_size)
         options = BuildOptions(
             profiles=parse_profiles(arguments.batch or [DEFAULT_BATCH], size),
             workspace_gib=arguments.workspace_gb,
             capabilities=tuple(arguments.capability),
             device=arguments.device,
-            plugin=arguments.plugin,
             rebuild=arguments.rebuild,
             quiet=arguments.quiet,
         )

@@ -12,9 +12,8 @@ from typing import Any
 from dit_engine.io.directories import scratch_beside
 from dit_engine.io.printable import printable, say
 from dit_export.bundle import Bundle
-from dit_export.given import refuse
 from dit_export.server.configuration import ACCELERATORS, PLATFORMS
-from dit_export.source import add_source_arguments
+from dit_export.source import add_source_arguments, refuse
 from dit_export.targets import DTYPES
 
 READY_SECONDS = 300.0
@@ -106,7 +105,7 @@ def _write(arguments: argparse.Namespace) -> int:
     check_free(arguments.output, arguments.overwrite)
     more: dict[str, Any] = {"engines": arguments.engines, "overwrite": arguments.overwrite}
     if arguments.onnx is not None:
-        from dit_export.comparison import given_export
+        from dit_export.source import given_export
 
         path = write_repository(given_export(arguments), arguments.output, options, **more)
     else:

@@ -1,8 +1,14 @@
-"""Which number formats and operator sets (opsets) an export may have, by the runtime it is for."""
+"""What an export may hold: graphs, number formats, and the operator sets (opsets) of a runtime."""
 
 from __future__ import annotations
 
 import torch
+
+TRANSFORMER_GRAPHS = ("transformer", "guided_step", "conditioner", "denoiser")
+QUANTIZED_GRAPHS = ("transformer", "guided_step", "denoiser")
+"""The graphs with linear layers over tokens, which are what int8 and fp8 quantise."""
+VAE_GRAPH = "vae_decoder"
+GRAPHS = (*TRANSFORMER_GRAPHS, VAE_GRAPH)
 
 TARGETS = ("onnxruntime", "tensorrt", "openvino")
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

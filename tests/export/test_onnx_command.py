@@ -13,16 +13,14 @@ from tiny import tiny_dit, tiny_vae
 
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.config import ModelConfig
-from dit_export.bundle import Bundle
+from dit_export.bundle import Bundle, ExportFailed
 from dit_export.cli import main
-from dit_export.errors import ExportFailed
 from dit_export.onnx import export as export_module
-from dit_export.onnx import exporter, verify
+from dit_export.onnx import files, verify
 from dit_export.onnx.export import ExportOptions, export_onnx
-from dit_export.onnx.graphs import GRAPHS
 from dit_export.onnx.verify import check
 from dit_export.source import model_name
-from dit_export.targets import choose_opset, float_dtype, vae_dtype
+from dit_export.targets import GRAPHS, choose_opset, float_dtype, vae_dtype
 
 
 @pytest.fixture
@@ -134,7 +132,7 @@ def test_a_missing_package_names_the_extra(
     def find_spec(name: str) -> ModuleSpec | None:
         return None if name == package else ModuleSpec(name, None)
 
-    monkeypatch.setattr(exporter, "find_spec", find_spec)
+    monkeypatch.setattr(files, "find_spec", find_spec)
     message = failed(capsys, "onnx", "--model", source, "-o", tmp_path / "out")
     assert message == f"{package} is not installed: pip install 'dit-engine[onnx]'"
 

@@ -10,8 +10,7 @@ import torch
 from exports import manifest, quantized, random_dit, run
 from numerics import relative_error
 
-from dit_export.bundle import Bundle
-from dit_export.errors import ExportFailed
+from dit_export.bundle import Bundle, ExportFailed
 from dit_export.onnx.calibration import calibrate
 from dit_export.onnx.exporter import to_onnx
 from dit_export.onnx.graphs import Conditioner, exportable, signature, transformer_graph

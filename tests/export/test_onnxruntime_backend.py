@@ -22,7 +22,7 @@ from dit_export import cache
 from dit_export.backends import onnxruntime as backend_module
 from dit_export.backends.onnxruntime import OnnxRuntimeBackend
 from dit_export.bundle import Bundle
-from dit_export.onnx import exporter
+from dit_export.onnx import files
 from dit_export.onnx.sessions import Session
 
 CPU = torch.device("cpu")
@@ -252,7 +252,7 @@ def test_what_cannot_run_here_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(BackendUnavailable, match=r"pip install 'dit-engine\[onnx-gpu\]'$"):
         OnnxRuntimeBackend(model, "fp32", torch.device("cuda"))
-    monkeypatch.setattr(exporter, "find_spec", lambda _: None)
+    monkeypatch.setattr(files, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match=r"^onnx is not installed: pip install 'dit-engine\[onnx"):
         OnnxRuntimeBackend(model, "fp32", CPU)
 

@@ -323,10 +323,6 @@ def test_only_the_standard_flavour_holds_the_plugin(
     bundles, options: BuildOptions, flavour: Flavour
 ):
     graph = bundles("fp16").graphs["denoiser"]
-    with pytest.raises(
-        ValueError, match="plugin needs the standard TensorRT, and this is TensorRT"
-    ):
-        engine_key("0", graph, flavour, replace(options, plugin=True))
     standard = Flavour("tensorrt", "tensorrt", "10.13.2.6")
     with pytest.raises(ValueError, match="only TensorRT for RTX builds for others"):
         engine_key("0", graph, standard, replace(options, capabilities=("8.9",)))
@@ -377,11 +373,6 @@ def test_command_builds_from_an_export(bundles, tmp_path: Path, capsys: pytest.C
         (["--graphs", "unet"], "graph 'unet': choose one of transformer"),
         (["--dtype", "fp4"], "dtype 'fp4': choose one of fp32"),
         (["--workspace-gb", "0"], "workspace 0.0 GiB"),
-        (["--plugin"], "plugin needs the standard TensorRT"),
-        (
-            ["--plugin", "--graphs", "conditioner", "vae_decoder"],
-            "--plugin is for transformer, guided_step, denoiser, and no such graph is built",
-        ),
         (["--device", "0"], "--device is for the standard TensorRT, and this is TensorRT for RTX"),
         (["--graphs", "denoiser", "--size", "8"], "--size is for vae_decoder, and no such graph"),
         (["--dtype", "bf16"], "--dtype bf16: the export "),

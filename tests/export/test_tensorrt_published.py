@@ -13,7 +13,8 @@ import torch
 
 from dit_engine.config import ModelConfig
 from dit_engine.model import DiT
-from dit_export.onnx.exporter import save, to_onnx
+from dit_export.onnx.exporter import to_onnx
+from dit_export.onnx.files import save
 from dit_export.onnx.graphs import exportable, signature, transformer_graph
 from dit_export.tensorrt.flavour import choose_flavour
 from dit_export.tensorrt.network import check_supported, parse

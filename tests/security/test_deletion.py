@@ -22,10 +22,11 @@ from dit_engine.io.directories import check_destination, new_directory, scratch_
 from dit_export.bundle import MANIFEST, Bundle, Graph, write_manifest
 from dit_export.bundle import replaceable as replaceable_export
 from dit_export.cli import main as export
-from dit_export.onnx.graphs import GRAPHS, signature
+from dit_export.onnx.graphs import signature
 from dit_export.server.repository import MARKER, write_repository
 from dit_export.server.repository import replaceable as replaceable_repository
 from dit_export.source import weights_hash
+from dit_export.targets import GRAPHS
 
 THESIS = b"years of work"
 MODEL, VAE = tiny_dit(), tiny_vae()

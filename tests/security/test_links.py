@@ -18,10 +18,11 @@ from tiny import NAMES, tiny_dit, tiny_vae
 from dit_engine.io.directories import new_directory
 from dit_export.backends.onnxruntime import OnnxRuntimeBackend
 from dit_export.bundle import MANIFEST, Bundle, Graph, write_manifest
-from dit_export.bundle_metadata import check_contained
-from dit_export.onnx.graphs import GRAPHS, signature
+from dit_export.onnx.files import check_contained
+from dit_export.onnx.graphs import signature
 from dit_export.server.repository import write_repository
 from dit_export.source import weights_hash
+from dit_export.targets import GRAPHS
 from dit_export.tensorrt.build import BuildOptions, build_bundle
 from dit_export.tensorrt.engine_files import (
     EngineFile,

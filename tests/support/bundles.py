@@ -11,8 +11,9 @@ from tiny import NAMES, tiny_dit, tiny_vae
 
 from dit_engine.io.directories import new_directory
 from dit_export.bundle import Bundle, Graph, write_manifest
-from dit_export.onnx.graphs import GRAPHS, signature
+from dit_export.onnx.graphs import signature
 from dit_export.source import weights_hash
+from dit_export.targets import GRAPHS
 
 
 def metadata_graph(**metadata: str) -> bytes:

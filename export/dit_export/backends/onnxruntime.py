@@ -13,10 +13,9 @@ from dit_engine.backends.lean.conditioning import TABLE_BYTES
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
 from dit_export.bundle import Bundle
-from dit_export.bundle_metadata import check_metadata
 from dit_export.cache import cached_export
 from dit_export.onnx.export import ExportOptions
-from dit_export.onnx.exporter import require_onnx
+from dit_export.onnx.files import check_metadata, require_onnx
 from dit_export.onnx.graphs import modulation_width
 from dit_export.onnx.sessions import Session, check_device
 from dit_export.source import weights_hash

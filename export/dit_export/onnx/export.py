@@ -19,12 +19,9 @@ from dit_engine.runtime import neutral
 from dit_engine.sampling.guidance import OFFICIAL_CHANNELS, check_channels
 from dit_engine.vae import AutoencoderKL
 from dit_export.bundle import LABELS, Bundle, Graph, TensorSpec, replaceable, write_manifest
-from dit_export.onnx.exporter import require_onnx, save, to_onnx
+from dit_export.onnx.exporter import to_onnx
+from dit_export.onnx.files import require_onnx, save
 from dit_export.onnx.graphs import (
-    GRAPHS,
-    QUANTIZED_GRAPHS,
-    TRANSFORMER_GRAPHS,
-    VAE_GRAPH,
     VAEDecoder,
     exportable,
     signature,
@@ -36,8 +33,12 @@ from dit_export.source import model_name, weights_hash
 from dit_export.targets import (
     DTYPES,
     FLOATS,
+    GRAPHS,
     QUANTIZED,
+    QUANTIZED_GRAPHS,
     TARGETS,
+    TRANSFORMER_GRAPHS,
+    VAE_GRAPH,
     check_choice,
     choose_opset,
     float_dtype,

@@ -6,16 +6,12 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dit_export.bundle import TensorSpec
-from dit_export.errors import ExportFailed
+from dit_export.bundle import ExportFailed, TensorSpec
 from dit_export.onnx.naming import make_readable
 
 
@@ -77,23 +73,6 @@ def random_input(spec: TensorSpec, generator: torch.Generator, **sizes: int) -> 
     if spec.dtype == "int64":
         return torch.randint(0, 2, shape, generator=generator)
     return torch.randn(shape, generator=generator, dtype=torch.float32)
-
-
-def save(model: Any, path: Path, external_data_mib: int) -> None:
-    """Write an onnx_ir Model; above the limit its weights go to ``<path>.data``."""
-    ir = import_module("onnx_ir")
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    if size > external_data_mib * 2**20:
-        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
-    else:
-        ir.save(model, path)
-
-
-def require_onnx() -> None:
-    """Raises ImportError, naming the extra, unless all that an export needs is installed."""
-    missing = [p for p in ("onnx", "onnxscript", "onnxruntime") if find_spec(p) is None]
-    if missing:
-        raise ImportError(f"{missing[0]} is not installed: pip install 'dit-engine[onnx]'")
 
 
 @contextmanager

@@ -15,13 +15,7 @@ from dit_engine.config import ModelConfig
 from dit_engine.model import DiT, TimestepEmbedder, modulate, sinusoids, timestep_frequencies
 from dit_engine.vae import AutoencoderKL, VAEConfig
 from dit_export.bundle import TensorSpec
-
-TRANSFORMER_GRAPHS = ("transformer", "guided_step", "conditioner", "denoiser")
-QUANTIZED_GRAPHS = ("transformer", "guided_step", "denoiser")
-"""Those with linear layers over tokens, which are what int8 and fp8 quantise."""
-VAE_GRAPH = "vae_decoder"
-GRAPHS = (*TRANSFORMER_GRAPHS, VAE_GRAPH)
-
+from dit_export.targets import VAE_GRAPH
 
 MakeLayer = Callable[[str, nn.Linear], nn.Module]
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dit_export.errors import ExportFailed
+from dit_export.bundle import ExportFailed
 from dit_export.onnx.graphs import LINEARS
 
 LIMITS = {"int8": 127.0, "fp8": 448.0}

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from dit_engine.io.printable import one_line
 from dit_engine.sampling.fused import step_coefficients
 from dit_engine.sampling.schedule import make_schedule
-from dit_export.bundle import Graph
-from dit_export.bundle_metadata import check_contained
-from dit_export.errors import ExportFailed
-from dit_export.onnx.graphs import VAE_GRAPH, Conditioner, Denoiser
+from dit_export.bundle import ExportFailed, Graph
+from dit_export.onnx.files import check_contained
+from dit_export.onnx.graphs import Conditioner, Denoiser
 from dit_export.onnx.upcast import upcast_file
+from dit_export.targets import VAE_GRAPH
 
 BOUNDS = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2, "int8": 5e-2, "fp8": 5e-2}
 """Of max |graph − torch| / max |torch|, torch in float32 with the weights as they came. A value at

@@ -23,7 +23,7 @@ from dit_engine.io.directories import Known, check_destination, new_directory, n
 from dit_engine.io.files import check_regular, file_hash
 from dit_engine.io.json_files import check_schema, read_json_value
 from dit_export.bundle import Bundle, refuse_another_version
-from dit_export.bundle_metadata import check_metadata
+from dit_export.onnx.files import check_metadata
 from dit_export.server.configuration import (
     ACCELERATORS,
     GRAPHS,

@@ -20,7 +20,7 @@ from dit_engine.io.files import file_hash
 from dit_engine.io.json_files import check_schema
 from dit_engine.io.printable import one_line, printable
 from dit_export.bundle import SCHEMA, Bundle
-from dit_export.bundle_metadata import check_contained
+from dit_export.onnx.files import check_contained
 from dit_export.server.configuration import GRAPHS, PLATFORMS, ServingOptions
 from dit_export.server.repository import (
     MARKER,

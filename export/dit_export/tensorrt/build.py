@@ -11,13 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dit_engine._version import __version__
-from dit_engine.io.directories import scratch_beside
 from dit_engine.io.files import file_hash
 from dit_export.bundle import Bundle, Graph
-from dit_export.bundle_metadata import check_metadata
-from dit_export.onnx.graphs import QUANTIZED_GRAPHS, VAE_GRAPH
-from dit_export.targets import QUANTIZED
+from dit_export.onnx.files import check_metadata
+from dit_export.targets import QUANTIZED, VAE_GRAPH
 from dit_export.tensorrt.cuda_devices import make_current, require_device
 from dit_export.tensorrt.engine_files import (
     REBUILD,
@@ -31,8 +28,6 @@ from dit_export.tensorrt.engine_files import (
 )
 from dit_export.tensorrt.flavour import Flavour
 from dit_export.tensorrt.network import build_serialized
-from dit_export.tensorrt.plugin import PLUGIN, register_plugin
-from dit_export.tensorrt.plugin_graph import fuse_file
 from dit_export.tensorrt.profiles import Profiles
 from dit_export.tensorrt.reports import make_progress, process_logger
 
@@ -48,7 +43,6 @@ class BuildOptions:
         workspace_gib: bound of what layers may use beside weights and activations; None is none.
         capabilities: compute capabilities such as "8.9", for TensorRT for RTX; none is any.
         device: the GPU that the standard TensorRT builds on and for.
-        plugin: adaLN as our fused operator, which the standard TensorRT alone can hold.
         rebuild: build anew what is there, whatever its state.
         quiet: no progress bar.
     """
@@ -57,7 +51,6 @@ class BuildOptions:
     workspace_gib: float | None = None
     capabilities: tuple[str, ...] = ()
     device: int = 0
-    plugin: bool = False
     rebuild: bool = False
     quiet: bool = False
 
@@ -129,8 +122,6 @@ def engine_key(
     profiles = options.profiles
     if not free:
         profiles = tuple(dict.fromkeys(replace(profile, size=None) for profile in profiles))
-    if options.plugin and flavour.name != "tensorrt":
-        raise ValueError(f"the adaLN plugin needs the standard TensorRT, and this is {flavour}")
     return EngineKey(
         graph=graph_sha256,
         flavour=flavour.name,
@@ -138,10 +129,6 @@ def engine_key(
         target=_target(flavour, options),
         profiles=profiles,
         workspace_bytes=0 if options.workspace_gib is None else int(options.workspace_gib * GIB),
-        # The graphs that hold blocks, and with them the adaLN that the plugin replaces.
-        plugins=(f"{PLUGIN} {__version__}",)
-        if options.plugin and graph.name in QUANTIZED_GRAPHS
-        else (),
     )
 
 
@@ -197,12 +184,6 @@ def build_engine(
     with ExitStack() as stack:
         stack.callback(gc.collect)
         stack.callback(progress.close)
-        if key.plugins:
-            register_plugin(require_device(options.device).capability)
-            fused = stack.enter_context(scratch_beside(directory)) / onnx.name
-            if fuse_file(onnx, fused) == 0:
-                raise ValueError(f"{graph.name}: no adaLN is found for the plugin to replace")
-            onnx = fused
         data, inputs, outputs = build_serialized(
             trt, onnx, key, directory, flavour, logger, progress
         )

@@ -52,7 +52,7 @@ class EngineKey:
             "8.9 12.0", or "any" for every one that TensorRT for RTX knows.
         profiles: in the order in which they stand in the engine.
         workspace_bytes: what its layers may use beside inputs, outputs and weights; 0 is no limit.
-        plugins: operators of ours that stand in it.
+        plugins: always empty. An earlier release could put an operator of its own into engines.
     """
 
     graph: str

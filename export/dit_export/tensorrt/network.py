@@ -81,10 +81,9 @@ def parse(trt: Any, builder: Any, logger: Any, onnx: Path) -> tuple[Any, Any]:
 
     Raises ValueError, one line with the nodes' names, for a graph that TensorRT refuses.
     """
-    # Where a flag is unknown, it is how every network is, or there is nothing that it could prefer.
-    flags = trt.NetworkDefinitionCreationFlag.__members__
-    wanted = [flags.get("STRONGLY_TYPED"), flags.get("PREFER_AOT_PYTHON_PLUGINS")]
-    network = builder.create_network(sum(1 << int(flag) for flag in wanted if flag is not None))
+    # Where the flag is unknown, every network is strongly typed.
+    typed = trt.NetworkDefinitionCreationFlag.__members__.get("STRONGLY_TYPED")
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx)):
         reasons = parser_errors(parser) or [last_error(logger)]

@@ -1,18 +1,34 @@
-"""Check what an ONNX file says about itself and which other files it reads."""
+"""ONNX files: written, and checked before a runtime reads them."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dit_engine.io.files import check_regular
 from dit_engine.io.printable import one_line
 from dit_export.bundle import Bundle
-from dit_export.onnx.graphs import VAE_GRAPH
+from dit_export.targets import VAE_GRAPH
 
-_DOMAINS = ("", "ai.onnx")
+
+def require_onnx() -> None:
+    """Raise ImportError, which names the extra, unless all that an export needs is installed."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if find_spec(package) is None:
+            raise ImportError(f"{package} is not installed: pip install 'dit-engine[onnx]'")
+
+
+def save(model: Any, path: Path, external_data_mib: int) -> None:
+    """Write an onnx_ir Model; if it is larger than the limit, its weights go to ``<path>.data``."""
+    ir = import_module("onnx_ir")
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    if size > external_data_mib * 2**20:
+        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
+    else:
+        ir.save(model, path)
 
 
 def check_metadata(bundle: Bundle, name: str) -> None:
@@ -63,7 +79,7 @@ def _contained(file: Path, weights: str, others: Container[str]) -> Any:
             f"{file}: holds functions or training information, which exports never have"
         )
     for message in _messages(model):
-        if isinstance(message, onnx.NodeProto) and message.domain not in _DOMAINS:
+        if isinstance(message, onnx.NodeProto) and message.domain not in ("", "ai.onnx"):
             operator = f"{message.domain}.{message.op_type}"
             raise ValueError(f"{file}: operator {operator!r} is not one of ONNX's own")
         if not isinstance(message, onnx.TensorProto):

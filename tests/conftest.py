@@ -69,27 +69,31 @@ def server_environment() -> Path:
 
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model repository of the built-in model in float32."""
-    from serving import MAX_BATCH_SIZE
+    """A model repository of `serving.served_model` in float32, written by the command."""
+    from serving import MAX_BATCH_SIZE, served_model
+    from tiny import NAMES, tiny_vae
 
+    from dit_engine.checkpoint import save_pretrained
     from dit_export.cli import main
 
-    path = tmp_path_factory.mktemp("triton") / "repository"
+    path = tmp_path_factory.mktemp("served") / "repository"
+    model = path.with_name("model")
+    save_pretrained(model, served_model(), tiny_vae(), NAMES)
     options = ["--dtype", "fp32", "--max-batch-size", str(MAX_BATCH_SIZE), "-o", str(path)]
-    assert main(["triton", *options]) == 0
+    assert main(["triton", "--model", str(model), *options]) == 0
     return path
 
 
 @pytest.fixture(scope="session")
 def served(no_proxy: None, server_environment: Path, repository: Path) -> Iterator[Served]:
-    """A real Triton Inference Server with the built-in model, started once for all tests."""
+    """A real Triton Inference Server of ``repository``, started once for all tests."""
     from serving import Served
 
     from dit_engine.engine import Engine
     from dit_export.server.binary import find_server
     from dit_export.server.process import running_server
 
+    engine = Engine.from_pretrained(repository.with_name("model"), device="cpu")
     server = find_server(server_environment)
-    log = repository.parent / "server.log"
-    with running_server(repository, server, log=log) as running:
-        yield Served(repository, running, Engine.from_pretrained("builtin", device="cpu"))
+    with running_server(repository, server, log=repository.with_name("log")) as running:
+        yield Served(repository, running, engine)

@@ -66,8 +66,8 @@ def test_over_grpc(served: Served) -> None:
 
 def test_images_and_record(served: Served) -> None:
     backend = f"triton://{served.running.http}"
-    made = served.engine.generate(["clay", 2], seed=1, steps=4, backend=backend, output="np")
-    eager = served.engine.generate(["clay", 2], seed=1, steps=4, backend="eager", output="np")
+    made = served.engine.generate(["cat", 2], seed=1, steps=4, backend=backend, output="np")
+    eager = served.engine.generate(["cat", 2], seed=1, steps=4, backend="eager", output="np")
     assert abs(made.images.astype(int) - eager.images.astype(int)).max() <= 1
     assert made.settings["backend"] == backend
 
@@ -101,7 +101,9 @@ def test_another_model_or_precision_is_refused(served: Served) -> None:
         tiny_engine().generate(1, steps=2, backend=backend)
     with pytest.raises(BackendUnavailable, match=r"precision 'fp16': .* is in 'fp32'"):
         served.engine.generate(1, steps=2, backend=backend, precision="fp16")
-    other = Engine.from_pretrained("builtin", device="cpu", numerics="diffusers")
+    other = Engine.from_pretrained(
+        served.repository.with_name("model"), device="cpu", numerics="diffusers"
+    )
     with pytest.raises(BackendUnavailable, match="these weights with another config"):
         other.generate(1, steps=2, backend=backend)
 
@@ -117,10 +119,10 @@ def test_a_model_that_is_not_loaded(served: Served, protocol: str) -> None:
 def test_arguments_that_the_server_refuses(served: Served, protocol: str) -> None:
     address = served.running.http if protocol == "http" else f"grpc+{served.running.grpc}"
     server, step = RemoteServer(address), np.zeros((1, 1), np.int64)
-    x = np.zeros((1, 4, 16, 16), np.float32)
+    x = np.zeros((1, 4, 8, 8), np.float32)
     for inputs, message in (
         ({"x": x, "t": step, "y": step + 10**6}, "indices element out of data bounds"),
-        ({"x": x[:, :, :8], "t": step, "y": step}, "unexpected shape for input 'x'"),
+        ({"x": x[:, :, :4], "t": step, "y": step}, "unexpected shape for input 'x'"),
         ({"x": np.tile(x, (99, 1, 1, 1)), "t": np.tile(step, (99, 1)),
           "y": np.tile(step, (99, 1))}, f"batch-size must be <= {MAX_BATCH_SIZE}"),
     ):  # fmt: skip

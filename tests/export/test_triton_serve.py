@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_server import fake_server, ready_server
 from triton_requests import infer, numbers
 
 from dit_export.cli import main
@@ -100,7 +101,7 @@ def test_serve_until_it_is_told_to_end(
         assert answer.status == 200
     if end == signal.SIGINT:
         inputs = {"labels": numbers(1), "seeds": numbers(1), "steps": numbers(1)}
-        assert infer(grpc, inputs, "grpc").shape == (1, 64, 64, 3)
+        assert infer(grpc, inputs, "grpc").shape == (1, 16, 16, 3)
     command.process.send_signal(end)
     assert command.process.wait(60) == (0 if end == signal.SIGINT else -signal.SIGKILL)
     wait_until(lambda: not answers(http), 60)
@@ -128,17 +129,6 @@ def test_a_test_that_fails_leaves_no_server(
     assert command.process.returncode == -signal.SIGKILL
     wait_until(lambda: not answers(http), 5)  # and not as the supervisor would, after 20 seconds
     assert len(command.groups) == 1
-
-
-def fake_server(folder: Path, script: str) -> Path:
-    """A tritonserver with backends beside it, as in a container."""
-    path = folder / "bin" / "tritonserver"
-    path.parent.mkdir(parents=True)
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-    for backend in ("python", "onnxruntime"):
-        (folder / "backends" / backend).mkdir(parents=True)
-    return path
 
 
 def test_where_a_server_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,36 +246,9 @@ def test_ports_that_are_none(ports: tuple[int, int, int], message: str) -> None:
         choose_ports("127.0.0.1", ports)
 
 
-READY = """
-import http.server, signal, sys, threading, time
-from pathlib import Path
-
-class Ready(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
-
-def asked(*_):
-    Path(sys.argv[1]).write_text("asked")
-
-signal.signal(signal.SIGINT, asked)  # and it does not end
-port = next(int(a.partition("=")[2]) for a in sys.argv if a.startswith("--http-port="))
-server = http.server.HTTPServer(("127.0.0.1", port), Ready)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-while True:
-    time.sleep(0.1)
-"""
-
-
 @pytest.fixture
 def stubborn(tmp_path: Path) -> Path:
-    """A server that is ready at once, and does no more on SIGINT than say so in a file "asked"."""
-    (tmp_path / "ready.py").write_text(READY)
-    script = f'echo a wide table; exec {sys.executable} {tmp_path}/ready.py {tmp_path}/asked "$@"'
-    return fake_server(tmp_path / "stubborn", script)
+    return ready_server(tmp_path / "stubborn", stubborn=True)
 
 
 def test_a_proxy_of_the_environment_is_not_asked_whether_the_server_is_ready(
@@ -311,7 +274,7 @@ def test_a_second_signal_does_not_wait_and_leaves_nothing(
     command = start(stubborn)
     http, _ = command.addresses()
     command.process.send_signal(end)
-    wait_until((tmp_path / "asked").exists)
+    wait_until((tmp_path / "stubborn" / "asked").exists)
     assert command.process.poll() is None and answers(http)
     began = time.monotonic()
     command.process.send_signal(end)

@@ -58,10 +58,10 @@ def test_all_models_are_loaded(served: Served, protocol: str) -> None:
 def test_images_are_the_engines(served: Served, protocol: str) -> None:
     """One request of four rows, each with its own sampler, number of steps and guidance."""
     rows = [
-        ("planets", 7, "ddpm", 8, 4.0),
-        ("clay", 2**40 + 3, "ddim", 5, 2.5),
-        ("waves", 0, "dpm++", 6, 1.5),
-        ("moods", 99, "ddpm", 3, 1.0),
+        ("ant", 7, "ddpm", 8, 4.0),
+        ("bee", 2**40 + 3, "ddim", 5, 2.5),
+        ("cat", 0, "dpm++", 6, 1.5),
+        ("dog", 99, "ddpm", 3, 1.0),
     ]
     label, seed, sampler, steps, scale = zip(*rows, strict=True)
     inputs = {
@@ -110,9 +110,9 @@ def test_concurrent_clients_share_batches(served: Served) -> None:
 
 def test_dynamic_batches_of_one_graph(served: Served) -> None:
     """Requests to the transformer itself, which is what other clients' loops send."""
-    n = 16
+    n = 10
     generator = np.random.default_rng(0)
-    x = generator.standard_normal((n, 4, 16, 16), dtype=np.float32)
+    x = generator.standard_normal((n, 4, 8, 8), dtype=np.float32)
     before = settled(served.running.http, "dit_transformer")
 
     def ask(i: int) -> np.ndarray:
@@ -149,7 +149,7 @@ def test_metrics_count_requests(served: Served) -> None:
 
 
 GOOD = {"labels": numbers(1), "seeds": numbers(1), "steps": numbers(2)}
-X = np.zeros((1, 4, 16, 16), dtype=np.float32)
+X = np.zeros((1, 4, 8, 8), dtype=np.float32)
 T = {"t": numbers(0), "y": numbers(0)}
 TOO_MANY = numbers(*range(MAX_BATCH_SIZE + 1))
 
@@ -160,7 +160,7 @@ REFUSED = {
     "label that is no text": ("dit", {"labels": None, "label_names": column([b"\xff"], object)},
                               "is not UTF-8"),
     "no label": ("dit", {"labels": None}, "give one of labels .numbers. and label_names"),
-    "both": ("dit", {"label_names": names("clay")}, "give one of labels"),
+    "both": ("dit", {"label_names": names("bee")}, "give one of labels"),
     "no seed": ("dit", {"seeds": None}, "seeds is missing"),
     "negative seed": ("dit", {"seeds": numbers(-1)}, "seed -1 is not a whole number"),
     "no steps": ("dit", {"steps": numbers(0)}, "steps 0 is out of range: allowed is 1 to 1000"),
@@ -182,7 +182,7 @@ REFUSED = {
                    f"batch-size must be <= {MAX_BATCH_SIZE}"),
     "wrong type": ("dit", {"seeds": scales(1.0)}, "data-type"),
     "shapes that differ": ("dit", {"seeds": numbers(1, 2)}, "batch size|batch-size"),
-    "wrong shape": ("dit_transformer", {"x": X[:, :, :8], **T}, "unexpected shape for input 'x'"),
+    "wrong shape": ("dit_transformer", {"x": X[:, :, :4], **T}, "unexpected shape for input 'x'"),
     "latents of another size": ("vae_decoder", {"z": np.zeros((1, 4, 512, 512), np.float32)},
                                 "unexpected shape for input 'z'"),
     "label of no class": ("dit_transformer", {"x": X, "t": numbers(0), "y": numbers(10**6)},
@@ -281,9 +281,9 @@ def run_client(repository: Path, *arguments: str) -> subprocess.CompletedProcess
 
 def test_the_repositorys_client(served: Served, tmp_path: Path) -> None:
     output = tmp_path / "images.png"
-    done = run_client(served.repository, served.running.http, str(output), "4", "planets", "3")
+    done = run_client(served.repository, served.running.http, str(output), "4", "ant", "3")
     assert done.returncode == 0, done.stderr
-    expected = [engine_images(served, "planets", 0, steps=4)[0],
+    expected = [engine_images(served, "ant", 0, steps=4)[0],
                 engine_images(served, 3, 1, steps=4)[0]]  # fmt: skip
     sheet = np.asarray(Image.open(output))
     assert_same_images(sheet, np.concatenate(expected, axis=1))
@@ -296,13 +296,13 @@ def test_the_repositorys_client(served: Served, tmp_path: Path) -> None:
     [
         ([], "four or more arguments are needed. Images of labels, from seeds 0, 1, …: python"),
         (["{nobody}", "a.png", "50"], "four or more arguments are needed"),
-        (["{nobody}", "a.png", "fifty", "planets"], "steps 'fifty' is not a whole number"),
-        (["{nobody}", "a.png", "-1", "planets"], "steps '-1' is not a whole number"),
+        (["{nobody}", "a.png", "fifty", "ant"], "steps 'fifty' is not a whole number"),
+        (["{nobody}", "a.png", "-1", "ant"], "steps '-1' is not a whole number"),
         (
-            ["{nobody}", "a.png", "50", "planets"],
-            "no server answers at {nobody}: .*Connection refused .*{nobody} a.png 50 planets",
+            ["{nobody}", "a.png", "50", "ant"],
+            "no server answers at {nobody}: .*Connection refused .*{nobody} a.png 50 ant",
         ),
-        (["http://{nobody}", "a.png", "50", "planets"], "no server answers at http://{nobody}: "),
+        (["http://{nobody}", "a.png", "50", "ant"], "no server answers at http://{nobody}: "),
         (["no.such.host.invalid:1", "a.png", "50", "a"], "no server answers at no.such.host"),
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from bundles import write_bundle
+from fake_server import fake_server
 
 from dit_engine.io.caches import VARIABLE
 from dit_export.bundle import Bundle
@@ -253,13 +254,7 @@ def test_what_another_version_wrote(repository: Path) -> None:
 @pytest.fixture
 def server(tmp_path: Path) -> ServerBinary:
     """A stand-in for tritonserver, which writes its arguments to a file and ends."""
-    for backend in ("python", "onnxruntime"):
-        (tmp_path / "opt" / "backends" / backend).mkdir(parents=True)
-    (tmp_path / "opt" / "bin").mkdir()
-    program = tmp_path / "opt" / "bin" / "tritonserver"
-    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\nexit 3\n')
-    program.chmod(0o755)
-    return find_server(program)
+    return find_server(fake_server(tmp_path / "opt", f'echo "$@" > {tmp_path}/asked\nexit 3'))
 
 
 def test_no_server_is_started_of_a_strangers_code(

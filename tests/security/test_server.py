@@ -7,19 +7,18 @@ import json
 import os
 import re
 import stat
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from bundles import write_bundle
+from fake_server import ready_server
 from serving import Served
 
 from dit_export.server import origin, supervisor
-from dit_export.server.binary import ServerBinary, find_server
+from dit_export.server.binary import find_server
 from dit_export.server.origin import refusal
 from dit_export.server.process import Running, running_server
 from dit_export.server.repository import write_repository
@@ -52,7 +51,7 @@ def body(*inputs: dict[str, Any], **parameters: str) -> bytes:
 
 
 ONE = (tensor("labels", "INT64", 1), tensor("seeds", "INT64", 1), tensor("steps", "INT64", 1))
-LATENT = tensor("z", "FP32", *[0.0] * 1024, shape=(1, 4, 16, 16))
+LATENT = tensor("z", "FP32", *[0.0] * 256, shape=(1, 4, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +160,7 @@ def test_generate_is_closed(served: Served) -> None:
 
 def test_the_graphs_are_not_closed_to_generate(served: Served) -> None:
     """A known limit, as SECURITY.md says: a page can make the server run them."""
-    content = json.dumps({"z": [0.0] * 1024}).encode()
+    content = json.dumps({"z": [0.0] * 256}).encode()
     path = "/v2/models/vae_decoder/generate"
     assert ask(served.running.http, path, content, Host="page.example")[0] == 200
 
@@ -276,44 +275,6 @@ def children(pid: int) -> list[int]:
     return [int(i) for i in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-READY = """
-import http.server, os, signal, sys
-
-class Ready(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
-
-arguments = dict(a.split("=", 1) for a in sys.argv if "=" in a)
-prefix = arguments["--backend-config"].rpartition("=")[2]
-open("/dev/shm/" + prefix + "region", "w").close()
-if "stubborn" in sys.argv:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-address = arguments["--http-address"], int(arguments["--http-port"])
-http.server.HTTPServer(address, Ready).serve_forever()
-"""
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Callable[[str], ServerBinary]:
-    """A stand-in for tritonserver that makes a region, and ignores SIGINT if "stubborn"."""
-
-    def made(how: str) -> ServerBinary:
-        for backend in ("python", "onnxruntime"):
-            (tmp_path / "opt" / "backends" / backend).mkdir(parents=True)
-        (tmp_path / "opt" / "bin").mkdir()
-        (tmp_path / "ready.py").write_text(READY)
-        program = tmp_path / "opt" / "bin" / "tritonserver"
-        program.write_text(f'#!/bin/sh\nexec {sys.executable} -S {tmp_path}/ready.py {how} "$@"\n')
-        program.chmod(0o755)
-        return find_server(program)
-
-    return made
-
-
 @pytest.fixture(scope="module")
 def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("server")
@@ -323,10 +284,12 @@ def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @linux
 @pytest.mark.parametrize("killed", ["nobody", "the server", "the supervisor"])
 def test_no_shared_memory_is_left_behind(
-    tiny_repository: Path, start: Callable[[str], ServerBinary], tmp_path: Path, killed: str
+    tiny_repository: Path, tmp_path: Path, killed: str
 ) -> None:
     log = tmp_path / "log"
-    with running_server(tiny_repository, start("as it is"), log=log, ready_seconds=30) as running:
+    with running_server(
+        tiny_repository, find_server(ready_server(tmp_path / "opt")), log=log, ready_seconds=30
+    ) as running:
         (region,) = REGIONS.glob(f"{prefix_of(running)}*")
         assert stat.S_IMODE(region.stat().st_mode) == 0o600
         if killed != "nobody":
@@ -339,7 +302,7 @@ def test_no_shared_memory_is_left_behind(
 
 @linux
 def test_no_shared_memory_is_left_if_the_starter_is_killed(
-    tiny_repository: Path, start: Callable[[str], ServerBinary], tmp_path: Path,
+    tiny_repository: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The supervisor's standard input then ends, and it has to kill a stubborn server."""
@@ -349,7 +312,12 @@ def test_no_shared_memory_is_left_if_the_starter_is_killed(
     (tmp_path / "supervisor.py").write_text(source)
     monkeypatch.setattr(supervisor, "__file__", str(tmp_path / "supervisor.py"))
     log = tmp_path / "log"
-    with running_server(tiny_repository, start("stubborn"), log=log, ready_seconds=30) as running:
+    with running_server(
+        tiny_repository,
+        find_server(ready_server(tmp_path / "opt", stubborn=True)),
+        log=log,
+        ready_seconds=30,
+    ) as running:
         (region,) = REGIONS.glob(f"{prefix_of(running)}*")
         assert running.process.stdin is not None
         running.process.stdin.close()  # as the system does for a process that was killed
@@ -360,10 +328,11 @@ def test_no_shared_memory_is_left_if_the_starter_is_killed(
     assert not region.exists()
 
 
-def test_a_warning_where_others_reach_it(
-    tiny_repository: Path, start: Callable[[str], ServerBinary], tmp_path: Path
-) -> None:
-    server, options = start("as it is"), {"log": tmp_path / "log", "ready_seconds": 30}
+def test_a_warning_where_others_reach_it(tiny_repository: Path, tmp_path: Path) -> None:
+    server, options = (
+        find_server(ready_server(tmp_path / "opt")),
+        {"log": tmp_path / "log", "ready_seconds": 30},
+    )
     with (
         pytest.warns(UserWarning, match=r"^whoever reaches 0\.0\.0\.0 can .*Triton 25\.07") as seen,
         running_server(tiny_repository, server, "0.0.0.0", **options) as running,

@@ -1,0 +1,52 @@
+"""Programs that stand in for tritonserver, so that no real one has to be started."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+_READY = """
+import http.server, os, signal, sys
+from pathlib import Path
+
+class Ready(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+folder, kind, *options = sys.argv[1:]
+options = dict(option.split("=", 1) for option in options if "=" in option)
+regions, prefix = Path("/dev/shm"), options["--backend-config"].rpartition("=")[2]
+if regions.is_dir():
+    (regions / f"{prefix}region").touch()
+if kind == "stubborn":
+    signal.signal(signal.SIGINT, lambda *_: (Path(folder) / "asked").touch())
+address = options["--http-address"], int(options["--http-port"])
+http.server.HTTPServer(address, Ready).serve_forever()
+"""
+
+
+def fake_server(folder: Path, script: str) -> Path:
+    """A tritonserver that runs a shell script, with backends beside it as in NVIDIA's container."""
+    path = folder / "bin" / "tritonserver"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    for backend in ("python", "onnxruntime"):
+        (folder / "backends" / backend).mkdir(parents=True)
+    return path
+
+
+def ready_server(folder: Path, stubborn: bool = False) -> Path:
+    """A tritonserver that prints a line, makes a region of shared memory and is then ready.
+
+    stubborn: on SIGINT it does not end, but makes the file ``folder``/asked.
+    """
+    kind = "stubborn" if stubborn else "obedient"
+    script = f'echo a wide table; exec {sys.executable} -S {folder}/ready.py {folder} {kind} "$@"'
+    path = fake_server(folder, script)
+    (folder / "ready.py").write_text(_READY)
+    return path

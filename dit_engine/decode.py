@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_engine.backends.lean.vae import LeanDecoder
+from dit_engine.backends import Decode
 from dit_engine.finite import check_pixels
 from dit_engine.memory import is_out_of_memory
 from dit_engine.vae import AutoencoderKL
@@ -21,29 +21,34 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+MakeDecoder = Callable[[AutoencoderKL, torch.dtype, torch.device], Decode | None]
+"""`dit_engine.backends.Backend.decoder`."""
+
+
 class LatentDecoder:
-    """A VAE's decoder on a device, in the precision of the moment; threads may share it."""
+    """A VAE's decoder on a device, in the precision of each call. Threads may share it."""
 
     def __init__(self, vae: AutoencoderKL, device: torch.device) -> None:
         self.vae, self.device = vae, device
         self._plain: dict[torch.dtype, AutoencoderKL] = {}
-        self._lean: dict[torch.dtype, LeanDecoder] = {}
+        self._made: dict[tuple[MakeDecoder, torch.dtype], Decode | None] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, z: Tensor, precision: str, lean: bool = False) -> Tensor:
+    def __call__(self, z: Tensor, precision: str, make: MakeDecoder | None = None) -> Tensor:
         """Sampler latents z (N, c, h, w) → float32 images (N, 3, H, W), about [-1, 1].
 
         Decoding is in float32 for precision "fp32" and "fp16" (Stable Diffusion's decoder
-        overflows float16), else in bfloat16; lean: by `LeanDecoder`. In float32 on the CPU it goes
-        image by image, so that an image's bits do not depend on the batch. When memory runs short
-        it goes image by image too, then tile by tile, with a warning (tiles change colours a
-        little).
+        overflows float16), else in bfloat16. In float32 on the CPU it goes image by image, so that
+        an image's bits do not depend on the batch. When memory runs short it goes image by image
+        too, then tile by tile, with a warning (tiles change colours a little).
+
+        make: the `Backend.decoder` of the backend that sampled; None is the VAE's own decoder.
         """
         dtype = torch.float32 if precision in ("fp32", "fp16") else torch.bfloat16
         z = self.vae.config.denormalise(z)
-        whole = self._lean_in(dtype) if lean else self._plain_in(dtype).decode
+        whole = self._made_by(make, dtype) or self._plain_in(dtype).decode
         tile = max(z.shape[-1] // 2, 4)
-        attempts: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+        attempts: list[tuple[str, Decode]] = [
             ("image by image", lambda z: torch.cat([whole(part) for part in z.split(1)])),
             ("in tiles", lambda z: self._plain_in(dtype).decode_tiled(z, tile, tile // 4)),
         ]
@@ -65,11 +70,13 @@ class LatentDecoder:
                 self._plain[dtype] = copy.deepcopy(self.vae).to(self.device, dtype)
             return self._plain[dtype]
 
-    def _lean_in(self, dtype: torch.dtype) -> LeanDecoder:
+    def _made_by(self, make: MakeDecoder | None, dtype: torch.dtype) -> Decode | None:
+        if make is None:
+            return None
         with self._lock:
-            if dtype not in self._lean:
-                self._lean[dtype] = LeanDecoder(self.vae, dtype, self.device)
-            return self._lean[dtype]
+            if (make, dtype) not in self._made:
+                self._made[make, dtype] = make(self.vae, dtype, self.device)
+            return self._made[make, dtype]
 
 
 def to_uint8(images: Tensor, names: Sequence[str] | None = None) -> np.ndarray:

@@ -27,13 +27,8 @@ from dit_engine.memory import in_halves
 from dit_engine.model import DiT
 from dit_engine.results import Generation, Progress
 from dit_engine.runtime import limited_threads, neutral, parse_device, survive_forks
-from dit_engine.sampling.fused import (
-    FusedDenoiser,
-    clipping,
-    sample_fused,
-    step_coefficients,
-    uses_noise,
-)
+from dit_engine.sampling.coefficients import clipping, step_coefficients, uses_noise
+from dit_engine.sampling.fused import sample_fused
 from dit_engine.sampling.guidance import guided, guided_steps, parse_scales
 from dit_engine.sampling.noise import (
     GivenNoise,
@@ -312,7 +307,7 @@ class Engine:
             runner = self._backend(settings.backend, settings.precision)
             with torch.inference_mode():
                 z = torch.cat(in_halves(run, n, self.max_batch_size, splittable=not as_a_whole))
-                images = self._present(z, settings, names)
+                images = self._present(z, settings, names, runner)
             if isinstance(images, Tensor):
                 images = images.clone()  # an ordinary tensor: it can be changed, and learnt from
         result = self._outcome(images, numbers, image_seeds, settings, scales, latents, step_noise)
@@ -393,18 +388,17 @@ class Engine:
         guides = guided_steps(scales, len(schedule), settings.guidance_interval, schedule.sigmas)
         if guides.any():
             labels = labels + [self.config.null_class] * n
-        denoiser = backend.prepare(
+        conditions = (
             torch.tensor(labels, device=self.device),
             torch.tensor(schedule.timesteps, device=self.device),
         )
-        if (fuse := getattr(denoiser, "fuse", None)) is not None:
-            table = step_coefficients(
-                settings.sampler, schedule, self.config.learn_sigma, settings.eta
-            )
-            channels = settings.guidance_channels or self.config.in_channels
-            fused: FusedDenoiser = fuse(table, scales, channels)
+        table = step_coefficients(settings.sampler, schedule, self.config.learn_sigma, settings.eta)
+        channels = settings.guidance_channels or self.config.in_channels
+        fused = backend.fuse(*conditions, table, scales, channels)
+        if fused is not None:
             clip = clipping(settings.sampler, schedule)
             return sample_fused(fused, z, uses_noise(table), guides, noise, report, clip)
+        denoiser = backend.prepare(*conditions)
         denoise = guided(
             denoiser,
             n,
@@ -418,7 +412,9 @@ class Engine:
         sampler = SAMPLERS[settings.sampler].function
         return sampler(denoise, z, schedule, noise, report, **options)
 
-    def _present(self, z: Tensor, settings: GenerateSettings, names: Sequence[str]) -> Any:
+    def _present(
+        self, z: Tensor, settings: GenerateSettings, names: Sequence[str], backend: Backend
+    ) -> Any:
         """Latents z (N, C, S, S) in the form that was asked for. Raises `NotFinite`."""
         if settings.output == "latent":
             return z.cpu()
@@ -426,7 +422,7 @@ class Engine:
         parts = []
         for first in range(0, len(z), self.max_batch_size):
             part = slice(first, first + self.max_batch_size)
-            decoded = self._decode(z[part], settings.precision, settings.backend == "lean")
+            decoded = self._decode(z[part], settings.precision, backend.decoder)
             if settings.output == "pt":
                 check_pixels(decoded, names[part])
                 parts.append(decoded.cpu())

@@ -21,9 +21,11 @@ from dit_bench.subjects import float_dtype
 from dit_engine.backends import Backend
 from dit_engine.backends.compile import compile_static
 from dit_engine.backends.eager import placed
+from dit_engine.backends.lean.vae import LeanDecoder
 from dit_engine.engine import Engine, Generation, Progress
 from dit_engine.model import DiT
-from dit_engine.sampling.fused import clipping, sample_fused, step_coefficients, uses_noise
+from dit_engine.sampling.coefficients import clipping, step_coefficients, uses_noise
+from dit_engine.sampling.fused import sample_fused
 from dit_engine.sampling.guidance import guided
 from dit_engine.sampling.samplers import ddpm
 from dit_engine.sampling.schedule import Schedule, make_schedule
@@ -126,17 +128,19 @@ class Work:
         one = one_step(self.schedule, STEP)
         null = torch.full_like(self.labels, config.null_class)
         backend = own_backend(self.engine, name, precision)
-        denoiser = backend.prepare(
-            torch.cat([self.labels, null]), torch.tensor(one.timesteps, device=device)
+        conditions = (
+            torch.cat([self.labels, null]),
+            torch.tensor(one.timesteps, device=device),
         )
         scales = torch.full((self.images,), SCALE, dtype=torch.float64)
         channels = min(CHANNELS, config.in_channels)
         noise: Any = _no_noise
-        if (fuse := getattr(denoiser, "fuse", None)) is not None:
-            table = step_coefficients("ddpm", one, config.learn_sigma)
-            fused, always = fuse(table, scales, channels), np.ones(1, dtype=bool)
-            draws, clip = uses_noise(table), clipping("ddpm", one)
+        table = step_coefficients("ddpm", one, config.learn_sigma)
+        fused = backend.fuse(*conditions, table, scales, channels)
+        if fused is not None:
+            always, draws, clip = np.ones(1, dtype=bool), uses_noise(table), clipping("ddpm", one)
             return lambda: sample_fused(fused, self.x, draws, always, noise, _ignore, clip)
+        denoiser = backend.prepare(*conditions)
         denoise = guided(denoiser, self.images, scales.to(device), channels,
                          in_channels=config.in_channels)  # fmt: skip
         return lambda: ddpm(denoise, self.x, one, noise)
@@ -168,7 +172,7 @@ class Work:
         """The VAE's decoder, by the engine: `LatentDecoder`."""
         decoder = self.engine._decode
         assert decoder is not None
-        return lambda: decoder(self.x, precision, lean)
+        return lambda: decoder(self.x, precision, LeanDecoder if lean else None)
 
     def diffusers_decode(self, precision: str) -> Function:
         from dit_bench.cpu_vae import channels_last, diffusers_autoencoder

@@ -148,4 +148,4 @@ class GenerationCheck:
         decode: Any = self.work.engine._decode
         if decode is None:
             return latents
-        return decode(latents.to(self.work.engine.device), "fp32", False).clamp(-1, 1).cpu()
+        return decode(latents.to(self.work.engine.device), "fp32").clamp(-1, 1).cpu()

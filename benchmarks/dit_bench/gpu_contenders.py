@@ -110,20 +110,21 @@ def evaluator(
 
     Raises BackendUnavailable for a form that the backend does not have.
     """
-    denoiser = backend.prepare(labels, timesteps)
     if contender.form == "step":
-        return _stepped(contender, denoiser, len(timesteps), like)
+        return _stepped(contender, backend, labels, timesteps, like)
+    denoiser = backend.prepare(labels, timesteps)
     if contender.form == "graph":
         return _graphed(denoiser, like)
     return denoiser
 
 
-def _stepped(contender: Contender, denoiser: Denoiser, steps: int, like: Tensor) -> Evaluate:
-    fuse = getattr(denoiser, "fuse", None)
-    if fuse is None:
+def _stepped(
+    contender: Contender, backend: Backend, labels: Tensor, timesteps: Tensor, like: Tensor
+) -> Evaluate:
+    table, scales = np.tile(np.array(_PREDICTION), (len(timesteps), 1)), torch.ones(len(like))
+    fused = backend.fuse(labels, timesteps, table, scales, like.shape[1])
+    if fused is None:
         raise BackendUnavailable(f"backend {contender.backend!r} has no fused sampler step")
-    scales = torch.ones(len(like))
-    fused = fuse(np.tile(np.array(_PREDICTION), (steps, 1)), scales, like.shape[1])
     zeros = torch.zeros_like(like)
     return lambda x, step: fused.guided_step(x, zeros, zeros, step, False)[0]
 

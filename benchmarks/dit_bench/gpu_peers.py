@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_bench.peers import diffusers_transformer
-from dit_engine.backends import Denoiser
+from dit_engine.backends import Backend, Denoiser
 from dit_engine.backends.compile import CompileBackend, compile_static
 from dit_engine.backends.eager import EagerBackend, placed
 from dit_engine.model import DiT
@@ -52,7 +52,7 @@ class MaxAutotuneBackend(CompileBackend):
         super().__init__(model, precision, device, mode="max-autotune")
 
 
-class DiffusersBackend:
+class DiffusersBackend(Backend):
     """diffusers' transformer on our weights. Raises ImportError without diffusers."""
 
     def __init__(self, model: DiT, precision: str, device: torch.device) -> None:

@@ -16,6 +16,7 @@ from dit_bench.quality.fd_lite0 import METRIC, recognised
 from dit_bench.quality.frechet import frechet_distance, moments_of
 from dit_bench.quality.held_out import Features, Halves, load_halves
 from dit_bench.quality.lite0 import extract, load_lite0
+from dit_engine.backends.lean.vae import LeanDecoder
 from dit_engine.checkpoint.weights import load_into
 from dit_engine.console.bars import Bar
 from dit_engine.decode import LatentDecoder, to_uint8
@@ -61,7 +62,7 @@ def features_of(
     for start in Bar(range(0, len(labels), CHUNK), "sampling"):
         part = labels[start : start + CHUNK]
         z = sample(network, part, range(start, start + len(part)), size)
-        parts.append(extract(to_uint8(decode(z, "bf16", lean=True)), extractor))
+        parts.append(extract(to_uint8(decode(z, "bf16", LeanDecoder)), extractor))
     return np.concatenate(parts)
 
 

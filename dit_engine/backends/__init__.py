@@ -13,10 +13,12 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:  # the commands' --help lists the backends, and does without torch
+    import numpy as np
     import torch
     from torch import Tensor
 
     from dit_engine.model import DiT
+    from dit_engine.vae import AutoencoderKL
 
 from dit_engine.arguments import choice, shown
 
@@ -34,23 +36,65 @@ ALIASES = {"auto": "lean", "trt": "tensorrt"}
 
 
 class Denoiser(Protocol):
-    """The model with its conditions fixed."""
+    """The model with its labels and time steps fixed."""
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
-        """Latents x (M, C, S, S) at the ``step``-th time step → (M, C_out, S, S), x's dtype.
+        """Latents x (M, C, S, S) at the ``step``-th time step → (M, C_out, S, S) in x's dtype.
 
         M may be less than the number of labels prepared; the first M labels are then used.
         """
         ...
 
 
+class FusedDenoiser(Protocol):
+    """The same, but it also guides and takes the sampler's step."""
+
+    def guided_step(
+        self, z: Tensor, x0_before: Tensor, noise: Tensor, step: int, guide: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Latents z (N, C, S, S) at the ``step``-th time step → (the next z, the predicted x0).
+
+        guide: whether to compute the unconditional half, whose labels are the last N prepared.
+        """
+        ...
+
+
+Decode = Callable[["Tensor"], "Tensor"]
+"""The VAE's own latents (N, c, h, w) → images (N, 3, H, W), about [-1, 1]."""
+
+
 class Backend(Protocol):
+    """A way to run the model. A class that derives from this one inherits what is optional."""
+
     def prepare(self, labels: Tensor, timesteps: Tensor) -> Denoiser:
-        """Fix the conditions: labels (N,) and the time steps (K,) in the order they are taken.
+        """Fix the labels (N,) and the time steps (K,), in the order in which they are taken.
 
         Whatever depends on these alone should be computed here, once.
         """
         ...
+
+    def fuse(
+        self,
+        labels: Tensor,
+        timesteps: Tensor,
+        coefficients: np.ndarray,
+        scales: Tensor,
+        guided_channels: int,
+    ) -> FusedDenoiser | None:
+        """As `prepare`, for whole sampler steps; None if the backend has none (the default).
+
+        Args:
+            coefficients: (K, 9) of `dit_engine.sampling.coefficients.step_coefficients`.
+            scales: (N,) guidance scales of the images.
+            guided_channels: how many latent channels are guided.
+        """
+        return None
+
+    @staticmethod
+    def decoder(vae: AutoencoderKL, dtype: torch.dtype, device: torch.device) -> Decode | None:
+        """A quicker decoder for ``vae``, which stays as it is; None for the VAE's own (the
+        default)."""
+        return None
 
 
 Factory = Callable[..., Backend]

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dit_engine.backends import Denoiser
+from dit_engine.backends import Backend, Denoiser
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class EagerBackend:
+class EagerBackend(Backend):
     """On the CPU in float32 images go through one by one, so that their bits do not depend on the
     batch: a matrix product's order of summation may change with its number of rows.
     """

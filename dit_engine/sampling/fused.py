@@ -8,27 +8,14 @@ guidance and the update for all of them. A clamped x₀ is not affine: it is add
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dit_engine.sampling.coefficients import clipping, step_coefficients, uses_noise
+from dit_engine.backends import FusedDenoiser
 from dit_engine.sampling.noise import NoiseSource
 from dit_engine.sampling.samplers import clamped
-
-__all__ = ["FusedDenoiser", "clipping", "sample_fused", "step_coefficients", "uses_noise"]
-
-
-class FusedDenoiser(Protocol):
-    """A denoiser that can take a whole sampler step itself."""
-
-    def guided_step(
-        self, z: Tensor, x0_before: Tensor, noise: Tensor, step: int, guide: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Latents z (N, C, S, S) at the ``step``-th time step → (the next z, the predicted x0)."""
-        ...
 
 
 def sample_fused(
@@ -44,7 +31,7 @@ def sample_fused(
 
     Args:
         draws, guides: (steps,) bool: which steps add noise, and which are guided.
-        clip: of `clipping`.
+        clip: of `dit_engine.sampling.coefficients.clipping`.
     """
     z = z.contiguous()  # given latents have any strides
     x0 = torch.zeros_like(z)

@@ -60,7 +60,7 @@ def test_float32_takes_every_step_again(sampler: str) -> None:
     assert errors.shape == (STEPS + 1,) and errors.max() < 1e-6
 
 
-class Faulty:
+class Faulty(Backend):
     """A backend that computes what eager does, but for one step, or for its labels."""
 
     def __init__(self, honest: Any, at: int | None, fault: str) -> None:

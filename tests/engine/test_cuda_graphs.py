@@ -22,7 +22,7 @@ from dit_bench.gpu_contenders import _graphed
 from dit_engine.backends.capture import one_capture
 from dit_engine.backends.lean.backend import FusedLeanDenoiser, LeanBackend
 from dit_engine.backends.lean.cuda_graphs import GRAPH_LIMIT, StepGraph, StepGraphs
-from dit_engine.sampling.fused import step_coefficients
+from dit_engine.sampling.coefficients import step_coefficients
 from dit_engine.sampling.schedule import make_schedule
 from dit_export.tensorrt import memory as tensorrt_memory
 from dit_export.tensorrt.memory import CudaCoreMemory, TorchMemory
@@ -171,7 +171,7 @@ class Steps:
         labels = torch.arange(seed, seed + n) % 10
         labels = torch.cat([labels, torch.full_like(labels, 10)])
         scales = torch.linspace(1, 4, n) if n > 1 else torch.tensor([4.0])
-        return backend.prepare(labels, self.timesteps).fuse(self.coefficients, scales, 3)
+        return backend.fuse(labels, self.timesteps, self.coefficients, scales, 3)
 
     def inputs(self, n: int, seed: int = 0) -> Tensor:
         draw = torch.Generator().manual_seed(seed)

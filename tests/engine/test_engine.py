@@ -331,7 +331,7 @@ def test_what_is_printed_is_short(engine: Engine) -> None:
     )
 
 
-class Limited:
+class Limited(Backend):
     """A backend that runs out of memory above ``rows`` rows."""
 
     def __init__(self, inner: Backend, rows: int) -> None:

@@ -8,7 +8,8 @@ import torch
 from numerics import relative_error
 from torch import Tensor
 
-from dit_engine.sampling.fused import sample_fused, step_coefficients, uses_noise
+from dit_engine.sampling.coefficients import step_coefficients, uses_noise
+from dit_engine.sampling.fused import sample_fused
 from dit_engine.sampling.guidance import guided, guided_steps
 from dit_engine.sampling.samplers import SAMPLERS
 from dit_engine.sampling.schedule import make_schedule

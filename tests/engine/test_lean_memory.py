@@ -37,10 +37,12 @@ class Steps:
         backend = create_backend("lean", model, precision, torch.device("cpu"))
         self.config, self.forwards = model.config, ROWS if backend.one_by_one else 1
         labels = torch.tensor([1, 2, 10, 10])
-        denoise = backend.prepare(labels, torch.linspace(999, 0, STEPS).round().long())
+        conditions = labels, torch.linspace(999, 0, STEPS).round().long()
+        denoise = backend.prepare(*conditions)
         x = torch.randn(ROWS, 4, side, side)
         z = torch.randn(ROWS // 2, 4, side, side)
-        fused = denoise.fuse(np.ones((STEPS, 9)), torch.tensor([4.0, 2.0]), 3)
+        fused = backend.fuse(*conditions, np.ones((STEPS, 9)), torch.tensor([4.0, 2.0]), 3)
+        assert fused is not None
         self.step: Callable[[int], object] = {
             "forward": lambda k: denoise(x, k),
             "fused step": lambda k: fused.guided_step(z, z, z, k, True),

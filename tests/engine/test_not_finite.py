@@ -12,7 +12,7 @@ from tiny import NAMES, tiny_dit, tiny_engine, tiny_vae
 
 from dit_bench.quality.fd_lite0 import reconstruct
 from dit_engine import Engine, finite
-from dit_engine.backends import create_backend
+from dit_engine.backends import Backend, create_backend
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.cli.generate import main
 from dit_engine.decode import to_uint8
@@ -39,7 +39,7 @@ def test_a_nan_weight(backend: str, output: str) -> None:
         engine.generate([3, 2], seed=7, steps=3, backend=backend, output=output)
 
 
-class Overflowing:
+class Overflowing(Backend):
     """A backend whose answer is not finite from a step on, for images of one label."""
 
     def __init__(self, engine: Engine, step: int, label: int) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_dit
 from torch import Tensor
 
+from dit_engine.backends.lean.vae import LeanDecoder
 from dit_engine.checkpoint import build_vae, load_checkpoint, save_pretrained
 from dit_engine.decode import LatentDecoder
 from dit_engine.engine import Engine
@@ -131,7 +132,7 @@ def test_scale_and_shift_of_the_latents(scale: dict[str, Any], lean: bool, tmp_p
         scaled = z / reference.config.scaling_factor + (reference.config.shift_factor or 0)
     with torch.no_grad():
         expected = reference.decode(scaled).sample
-    images = LatentDecoder(vae, torch.device("cpu"))(z, "fp32", lean)
+    images = LatentDecoder(vae, torch.device("cpu"))(z, "fp32", LeanDecoder if lean else None)
     assert_close_to_reference(images, expected, tolerance=1e-5)
     save_pretrained(tmp_path / "again", tiny_dit(), vae)
     again = load_checkpoint(tmp_path / "again").vae_config

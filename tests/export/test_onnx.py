@@ -19,7 +19,7 @@ from numerics import assert_close_to_reference, relative_error
 from tiny import NAMES, tiny_dit
 
 from dit_engine import __version__
-from dit_engine.sampling.fused import step_coefficients
+from dit_engine.sampling.coefficients import step_coefficients
 from dit_engine.sampling.guidance import guided
 from dit_engine.sampling.noise import GivenNoise, PerImageNoise
 from dit_engine.sampling.samplers import SAMPLERS

@@ -250,11 +250,13 @@ def test_guided_channels_are_those_of_the_step(monkeypatch: pytest.MonkeyPatch) 
 
 def test_no_rows_are_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     server = FakeServer()
-    denoiser = backend_of(server, monkeypatch).prepare(torch.tensor([1, 2]), torch.tensor([9, 4]))
+    backend = backend_of(server, monkeypatch)
+    conditions = torch.tensor([1, 2]), torch.tensor([9, 4])
+    denoiser = backend.prepare(*conditions)
     nothing = torch.zeros(0, 4, 8, 8, dtype=torch.float64)
     assert denoiser(nothing, 0).shape == (0, 8, 8, 8)
     assert denoiser(nothing, 0).dtype == torch.float64
-    fused = denoiser.fuse(np.zeros((2, 9)), torch.full((0,), 4.0), 3)
+    fused = backend.fuse(*conditions, np.zeros((2, 9)), torch.full((0,), 4.0), 3)
     for guide in (True, False):
         z, x0 = fused.guided_step(nothing, nothing, nothing, 0, guide)
         assert z.shape == x0.shape == (0, 4, 8, 8)

@@ -208,8 +208,9 @@ def test_answers(server: Server, answer: Answer, said: str | None) -> None:
 
 def test_a_step_of_other_shapes(server: Server) -> None:
     def step(server: Server) -> Any:
-        denoiser = server.backend().prepare(torch.tensor([1, 2, 10, 10]), torch.tensor([9, 4]))
-        fused = denoiser.fuse(np.zeros((2, 9)), torch.full((2,), 4.0), 3)
+        conditions = torch.tensor([1, 2, 10, 10]), torch.tensor([9, 4])
+        scales = torch.full((2,), 4.0)
+        fused = server.backend().fuse(*conditions, np.zeros((2, 9)), scales, 3)
         return fused.guided_step(X, X, X, 0, True)
 
     good, bad = (np.zeros((2, c, 8, 8), np.float32) for c in (4, 8))

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_engine.backends import Backend
 from dit_engine.backends.eager import DTYPES
 from dit_engine.backends.lean.conditioning import Conditioning, ModulationTable
 from dit_engine.backends.lean.forward import LeanTransformer
 from dit_engine.backends.lean.replay import RecordedForwards
+from dit_engine.backends.lean.vae import LeanDecoder
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
 from dit_kernels.cpu import operators as native
@@ -23,12 +25,14 @@ from dit_kernels.quantized import quantized_why_not
 QUANTIZED = {"int8": torch.bfloat16, "fp8": torch.bfloat16}
 
 
-class LeanBackend:
+class LeanBackend(Backend):
     """In float32 on the CPU an image's bits do not depend on the batch. Where the matrix product
     does not see to that, images go through one by one, as in the eager backend.
 
     On a CPU without the native kernels a warning says so, and why they are missing.
     """
+
+    decoder = LeanDecoder
 
     def __init__(self, model: DiT, precision: str, device: torch.device) -> None:
         quantized = precision if precision in QUANTIZED else None
@@ -56,6 +60,17 @@ class LeanBackend:
         table = ModulationTable(self.conditioning, labels, timesteps, self.by_label)
         return LeanDenoiser(self, table)
 
+    def fuse(
+        self,
+        labels: Tensor,
+        timesteps: Tensor,
+        coefficients: np.ndarray,
+        scales: Tensor,
+        guided_channels: int,
+    ) -> FusedLeanDenoiser:
+        denoiser = self.prepare(labels, timesteps)
+        return FusedLeanDenoiser(denoiser, coefficients, scales, guided_channels)
+
 
 class LeanDenoiser:
     """The lean forward with its conditions fixed. Its buffers are its own, used at every step."""
@@ -72,15 +87,6 @@ class LeanDenoiser:
         with torch.inference_mode():
             output = self.forward(x, step, len(x))
             return self.backend.transformer.unpatchify(output).to(x.dtype)
-
-    def fuse(
-        self, coefficients: np.ndarray, scales: Tensor, guided_channels: int
-    ) -> FusedLeanDenoiser:
-        """This denoiser as one that takes whole sampler steps (`dit_engine.sampling.fused`).
-
-        coefficients: (steps, 9) of `step_coefficients`; scales: (N,) guidance scales.
-        """
-        return FusedLeanDenoiser(self, coefficients, scales, guided_channels)
 
     def forward(self, x: Tensor, step: int, rows: int) -> Tensor:
         """Latents x (M or a half of M, C, S, S) → the final layer's tokens (M, T, p·p·C_out), M
@@ -108,7 +114,7 @@ class LeanDenoiser:
 
 
 class FusedLeanDenoiser:
-    """See `dit_engine.sampling.fused.FusedDenoiser`."""
+    """See `dit_engine.backends.FusedDenoiser`."""
 
     def __init__(
         self, denoiser: LeanDenoiser, coefficients: np.ndarray, scales: Tensor, channels: int

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dit_engine.backends import Denoiser
+from dit_engine.backends import Backend, Denoiser
 from dit_engine.backends.lean.conditioning import TABLE_BYTES
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
@@ -23,7 +23,7 @@ from dit_export.source import weights_hash
 GRAPHS = ("conditioner", "denoiser")
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(Backend):
     """The first use exports the model to a cache directory (`dit_export.cache`).
 
     Args:

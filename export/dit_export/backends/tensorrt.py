@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dit_engine.backends import Denoiser
+from dit_engine.backends import Backend, Denoiser
 from dit_engine.backends.lean.conditioning import ModulationTable
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
@@ -69,7 +69,7 @@ class Settings:
         return cls(flavour, profiles, int(streams), rebuild == "1")
 
 
-class TensorRTBackend:
+class TensorRTBackend(Backend):
     """Raises `BackendUnavailable` where there is no GPU, no driver or no TensorRT."""
 
     def __init__(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_engine.arguments import shown
+from dit_engine.backends import Backend
 from dit_engine.errors import BackendUnavailable
 from dit_engine.io.json_files import check_schema, parse_json
 from dit_engine.model import DiT
@@ -28,7 +29,7 @@ _CONFIG = {
 }
 
 
-class TritonBackend:
+class TritonBackend(Backend):
     """See `dit_engine.backends.Backend`.
 
     Args:
@@ -84,6 +85,17 @@ class TritonBackend:
     def prepare(self, labels: Tensor, timesteps: Tensor) -> TritonDenoiser:
         return TritonDenoiser(self, labels, timesteps)
 
+    def fuse(
+        self,
+        labels: Tensor,
+        timesteps: Tensor,
+        coefficients: np.ndarray,
+        scales: Tensor,
+        guided_channels: int,
+    ) -> FusedTritonDenoiser:
+        denoiser = self.prepare(labels, timesteps)
+        return FusedTritonDenoiser(denoiser, coefficients, scales, guided_channels)
+
     def infer(
         self, model: str, inputs: dict[str, np.ndarray], outputs: list[str], channels: int
     ) -> list[Tensor]:
@@ -128,15 +140,9 @@ class TritonDenoiser:
         t = np.full((rows, 1), self.timesteps[step])
         return {"t": t, "y": self.labels[:rows, None]}
 
-    def fuse(
-        self, coefficients: np.ndarray, scales: Tensor, guided_channels: int
-    ) -> FusedTritonDenoiser:
-        """See `dit_engine.sampling.fused`: coefficients (steps, 9), scales (N,)."""
-        return FusedTritonDenoiser(self, coefficients, scales, guided_channels)
-
 
 class FusedTritonDenoiser:
-    """See `dit_engine.sampling.fused.FusedDenoiser`."""
+    """See `dit_engine.backends.FusedDenoiser`."""
 
     def __init__(
         self, denoiser: TritonDenoiser, coefficients: np.ndarray, scales: Tensor, channels: int

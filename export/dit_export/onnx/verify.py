@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_engine.io.printable import one_line
-from dit_engine.sampling.fused import step_coefficients
+from dit_engine.sampling.coefficients import step_coefficients
 from dit_engine.sampling.schedule import make_schedule
 from dit_export.bundle import ExportFailed, Graph
 from dit_export.onnx.files import check_contained

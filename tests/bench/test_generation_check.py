@@ -15,6 +15,7 @@ from torch import Tensor
 from dit_bench.forwards import Networks, Work
 from dit_bench.generation_check import AGAIN_BOUND, BF16_TIMES_EAGER, GenerationCheck
 from dit_bench.peers import relative_error
+from dit_engine.backends import Backend
 from dit_engine.engine import Engine
 
 STEPS = 6

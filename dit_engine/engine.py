@@ -18,7 +18,7 @@ from dit_engine.arguments import positive, shown
 from dit_engine.backends import Backend, create_backend, resolve_backend
 from dit_engine.checkpoint import build_model, build_vae, load_checkpoint
 from dit_engine.config import NO_NULL_CLASS
-from dit_engine.console.keywords import names_ours
+from dit_engine.console.parser import names_ours
 from dit_engine.decode import LatentDecoder, to_pil, to_uint8
 from dit_engine.finite import check_latents, check_pixels
 from dit_engine.io.provenance import recorded

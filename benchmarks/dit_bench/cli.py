@@ -16,9 +16,8 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from dit_engine.console.errors import run_command
 from dit_engine.console.parser import Parser
-from dit_engine.console.start import entry
+from dit_engine.console.run import entry, run_command
 from dit_engine.io.printable import say
 
 # word → (module with add_arguments(parser) and run(arguments), what it does)

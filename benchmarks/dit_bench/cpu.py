@@ -13,7 +13,7 @@ if __name__ == "__main__":  # before torch is imported
     from dit_engine.first import leave_out_of_path
 
     leave_out_of_path()
-    from dit_engine.console.waiting import wait_briefly
+    from dit_engine.console.run import wait_briefly
 
     wait_briefly()
 
@@ -42,10 +42,9 @@ from dit_bench.cpu_sections import (
 from dit_bench.hardware import cpu_model, load_average, settle
 from dit_bench.load import NO_VERDICT, OtherLoad, not_quoted, warning
 from dit_bench.tables import fold, narrower_than
-from dit_engine.console.errors import run_command
 from dit_engine.console.output import check_file
 from dit_engine.console.parser import Parser
-from dit_engine.console.start import entry
+from dit_engine.console.run import entry, run_command
 from dit_engine.io.files import atomic_path
 from dit_engine.io.printable import printable, say
 from dit_engine.io.provenance import without_paths

@@ -12,7 +12,7 @@ if __name__ == "__main__":  # before torch is imported
     from dit_engine.first import leave_out_of_path
 
     leave_out_of_path()
-    from dit_engine.console.waiting import wait_briefly
+    from dit_engine.console.run import wait_briefly
 
     wait_briefly()
 
@@ -30,9 +30,8 @@ import torch
 
 from dit_bench.cpu_forward import STEPS, random_model
 from dit_engine.config import ModelConfig
-from dit_engine.console.errors import run_command
 from dit_engine.console.parser import Parser
-from dit_engine.console.start import entry
+from dit_engine.console.run import entry, run_command
 from dit_engine.current_directory import python
 from dit_engine.model import DiT
 

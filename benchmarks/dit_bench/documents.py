@@ -32,9 +32,8 @@ from dit_bench.result_tables import (
     profile_table,
     scaling_table,
 )
-from dit_engine.console.errors import run_command
 from dit_engine.console.parser import Parser
-from dit_engine.console.start import entry
+from dit_engine.console.run import entry, run_command
 from dit_engine.io.files import atomic_path
 from dit_engine.io.json_files import read_json
 

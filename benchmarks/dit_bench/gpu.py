@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before torch is imported
     from dit_engine.first import leave_out_of_path
 
     leave_out_of_path()
-    from dit_engine.console.waiting import wait_briefly
+    from dit_engine.console.run import wait_briefly
 
     wait_briefly()
 
@@ -50,9 +50,8 @@ from dit_bench.operator_checks import DeviceLost
 from dit_bench.operators import OperatorBenchmark
 from dit_bench.tables import fold, narrower_than
 from dit_engine.config import ModelConfig
-from dit_engine.console.errors import run_command
 from dit_engine.console.parser import Parser
-from dit_engine.console.start import entry
+from dit_engine.console.run import entry, run_command
 from dit_engine.io.printable import one_line, printable, say
 from dit_engine.vae import VAEConfig
 

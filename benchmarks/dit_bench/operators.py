@@ -15,7 +15,7 @@ if __name__ == "__main__":  # before torch is imported
     from dit_engine.first import leave_out_of_path
 
     leave_out_of_path()
-    from dit_engine.console.waiting import wait_briefly
+    from dit_engine.console.run import wait_briefly
 
     wait_briefly()
 
@@ -40,9 +40,8 @@ from dit_bench.operator_cases import Case, all_cases
 from dit_bench.operator_checks import DeviceLost, Target, check_device, tensors
 from dit_bench.operator_contenders import Find, implementations, opponents, third_party
 from dit_bench.timing import Interleaved, interleave
-from dit_engine.console.errors import run_command
 from dit_engine.console.parser import Parser
-from dit_engine.console.start import entry
+from dit_engine.console.run import entry, run_command
 from dit_engine.io.printable import say
 from dit_engine.runtime import parse_device
 

@@ -11,7 +11,7 @@ if __name__ == "__main__":  # before torch is imported
     from dit_engine.first import leave_out_of_path
 
     leave_out_of_path()
-    from dit_engine.console.waiting import wait_briefly
+    from dit_engine.console.run import wait_briefly
 
     wait_briefly()
 
@@ -32,10 +32,9 @@ from dit_bench.outputs import write_json
 from dit_bench.peers import relative_error
 from dit_bench.timing import Interleaved, interleave
 from dit_engine.config import ModelConfig
-from dit_engine.console.errors import run_command
 from dit_engine.console.output import check_file
 from dit_engine.console.parser import Parser
-from dit_engine.console.start import entry
+from dit_engine.console.run import entry, run_command
 from dit_engine.io.printable import say
 
 OURS = "the backend's"

@@ -16,7 +16,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_engine.console.errors import run_command
 from dit_engine.console.output import (
     STDOUT,
     check_destination,
@@ -32,7 +31,7 @@ from dit_engine.console.parser import (
     loading_options,
     sampling_options,
 )
-from dit_engine.console.start import entry, output_is_a_file
+from dit_engine.console.run import entry, output_is_a_file, run_command
 from dit_engine.io.printable import printable, say
 from dit_engine.io.provenance import is_source
 from dit_engine.labels import shared_names

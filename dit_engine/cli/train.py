@@ -15,9 +15,8 @@ from pathlib import Path
 from signal import SIGINT
 from typing import Any
 
-from dit_engine.console.errors import run_command
 from dit_engine.console.parser import Parser
-from dit_engine.console.start import entry, output_is_a_file
+from dit_engine.console.run import entry, output_is_a_file, run_command
 from dit_engine.io.printable import one_line
 
 # One for every field of TrainSettings.

@@ -10,8 +10,8 @@ from dit_engine.io.printable import printable
 
 
 class Bar(tqdm):  # pyright: ignore[reportMissingTypeArgument]
-    """tqdm's bar, which is cleared if it is closed before its end, by an exception or Ctrl-C.
-    Its text is made `printable`."""
+    """tqdm's bar with `printable` text. A bar that is closed before its end, by an exception or
+    Ctrl-C, is cleared."""
 
     def __init__(self, iterable: Any = None, desc: str | None = None, *more: Any, **options: Any):
         super().__init__(iterable, desc and printable(desc), *more, **options)
@@ -26,10 +26,3 @@ class Bar(tqdm):  # pyright: ignore[reportMissingTypeArgument]
         if not self.disable and self.total and self.n < self.total:
             self.leave = False
         super().close()
-
-
-def close_all() -> None:
-    """Close all open bars, also those of loops that an exception ended."""
-    bars: Any = getattr(tqdm, "_instances", ())
-    for bar in list(bars):
-        bar.close()

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-from dit_engine.console.start import closed
+from dit_engine.console.run import closed
 from dit_engine.io.files import atomic_path
 
 OUTPUTS = {".png": "pil", ".npy": "np", ".safetensors": "latent"}

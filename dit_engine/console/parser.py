@@ -1,18 +1,62 @@
-"""What the commands' arguments have in common."""
+"""The options that commands share, and what a mistyped or foreign name is called here."""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import inspect
 import re
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from typing import Any, NoReturn, TypeVar
 
 from dit_engine._version import __version__
-from dit_engine.console.keywords import our_name
 from dit_engine.io.printable import one_line
+
+# Names in diffusers and in the official DiT → our names.
+_ELSEWHERE = {
+    "num_inference_steps": "steps",
+    "num_sampling_steps": "steps",
+    "num_steps": "steps",
+    "class_labels": "labels",
+    "classes": "labels",
+    "cfg_scale": "guidance_scale",
+    "cfg": "guidance_scale",
+    "scheduler": "sampler",
+    "generator": "seed",
+    "output_type": "output",
+    "callback_on_step_end": "callback",
+    "dtype": "precision",
+    "torch_dtype": "precision",
+}
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def our_name(name: str, known: Iterable[str]) -> str | None:
+    """The name among ``known`` that ``name`` probably means; None if none is like it."""
+    known = list(known)
+    elsewhere = _ELSEWHERE.get(name)
+    return elsewhere if elsewhere in known else next(iter(get_close_matches(name, known, 1)), None)
+
+
+def names_ours(function: F) -> F:
+    """Decorate ``function``: its TypeError for an unknown keyword suggests the right one."""
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def named(*values: Any, **options: Any) -> Any:
+        for name in options:
+            if name not in known:
+                ours = our_name(name, known)
+                hint = f"it is called {ours!r} here" if ours else f"choose from {', '.join(known)}"
+                raise TypeError(f"{function.__name__}() has no keyword {name!r}; {hint}")
+        return function(*values, **options)
+
+    return named  # pyright: ignore[reportReturnType]
 
 
 class _Help(argparse.HelpFormatter):
-    """Tells defaults that say something: not those of options that are absent unless given."""
+    """Shows the default of every option that has one besides None and False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = action.default
@@ -25,7 +69,7 @@ class _Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Defaults in the help, --version, and errors of one line like those of `run_command`."""
+    """A parser with defaults in its help, with --version, and with one-line errors."""
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(
@@ -52,8 +96,8 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vae", help="another VAE: file, directory or hub id")
     add("--vae-scaling-factor", type=float, metavar="NUMBER",
         help="of a VAE file without config.json, or in place of its own")  # fmt: skip
-    add("--vae-shift-factor", type=float, metavar="NUMBER", help="likewise")
-    add("--vae-groups", type=int, metavar="COUNT", help="likewise: groups of the group norms")
+    add("--vae-shift-factor", type=float, metavar="NUMBER", help="the same for the shift")
+    add("--vae-groups", type=int, metavar="COUNT", help="the same for the groups of group norms")
     add("--numerics", help="official or diffusers (what the model was made for, unless given)")
     add("--num-heads", type=int, help="for bare weight files of an unpublished width")
     add("--prediction", help="epsilon, v_prediction or sample, for files that do not tell it")
@@ -78,20 +122,18 @@ def add_sampling_arguments(
 ) -> None:
     """The options of `Engine.generate` that `sampling_options` reads back.
 
-    steps is the default; one_scale: the guidance scale is one number and not one an image;
-    backend: whether there are options for the backend and its precision.
+    Args:
+        steps: the default; None is the sampler's usual count.
+        one_scale: the guidance scale is one number for all images.
+        backend: whether there are options for the backend and its precision.
     """
     from dit_engine.sampling.schedule import SPACINGS
 
-    scale = "1 is none" if one_scale else "one, or one an image; 1 is none"
+    scale = "1 is no guidance" if one_scale else "one, or one per image; 1 is no guidance"
     usual = "the sampler's usual count unless given" if steps is None else "of denoising"
     add = parser.add_argument
-    add(
-        "--steps",
-        type=int,
-        default=steps,
-        help=f"1 to 1000, or to what the model was trained with; {usual}",
-    )
+    add("--steps", type=int, default=steps,
+        help=f"1 to 1000, or to what the model was trained with; {usual}")  # fmt: skip
     add("--sampler", default="ddpm", help="ddpm, ddim or dpm++")
     add("--spacing", help=f"{', '.join(SPACINGS)}; the sampler's usual one unless given")
     add("--eta", type=float, default=0.0, help="ddim: 0 deterministic, 1 as noisy as ddpm")

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Set
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from dit_engine.processors import busy_seconds, cpu_quota
 
 FIRST_LOOK_S = 0.3
 EVERY_S = 5.0
@@ -29,12 +29,10 @@ class Sample:
     @classmethod
     def now(cls) -> Sample | None:
         """Of the processors that this program may use; None where the system does not tell."""
-        try:
-            usable = os.sched_getaffinity(0)
-            busy = busy_seconds(Path("/proc/stat").read_text(encoding="utf-8"), usable)
-        except (AttributeError, OSError, ValueError):
+        if not hasattr(os, "sched_getaffinity"):
             return None
-        return cls(time.monotonic(), busy, time.process_time())
+        busy = busy_seconds(os.sched_getaffinity(0))
+        return None if busy is None else cls(time.monotonic(), busy, time.process_time())
 
 
 class ThreadsByLoad:
@@ -84,47 +82,3 @@ def free_processors(before: Sample, after: Sample, usable: int) -> float:
     """Of ``usable`` processors, what others did not use between two samples."""
     others = (after.busy - before.busy) - (after.own - before.own)
     return usable - max(0.0, others) / (after.wall - before.wall)
-
-
-def busy_seconds(stat: str, usable: Set[int]) -> float:
-    """By the text of /proc/stat: all time of these processors but idle and waiting for disks."""
-    ticks = 0
-    for line in stat.splitlines():
-        name, _, rest = line.partition(" ")
-        if name.startswith("cpu") and name[3:].isdecimal() and int(name[3:]) in usable:
-            user, nice, system, _idle, _wait, *more = map(int, rest.split())
-            ticks += user + nice + system + sum(more[:3])  # interrupts (2), stolen by other guests
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def cpu_quota(root: Path = Path("/")) -> float | None:
-    """The processors whose time a control group (of a container, say) allows; None for no limit."""
-    quotas = []
-    groups = root / "sys/fs/cgroup"
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        if line.count(":") < 2:
-            continue
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        base = groups / "cpu" if controllers else groups
-        own = base / path.lstrip("/")
-        # Within a container the path may be the host's; then the mount itself is the group's.
-        for group in (own, *own.parents):
-            if group == base.parent:
-                break
-            if controllers:
-                limit = f"{_text(group / 'cpu.cfs_quota_us')} {_text(group / 'cpu.cfs_period_us')}"
-            else:
-                limit = _text(group / "cpu.max")
-            allowed, _, period = " ".join(limit.split()).partition(" ")
-            if allowed.isdecimal() and period.isdecimal() and int(period):
-                quotas.append(int(allowed) / int(period))
-    return min(quotas, default=None)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""

@@ -71,7 +71,7 @@ sys.modules.update(dict.fromkeys(packages))  # not to be had
 import torch
 from dit_bench import gpu
 from dit_bench.gpu_inputs import random_model
-from dit_engine.console.errors import run_command
+from dit_engine.console.run import run_command
 from dit_engine.config import ModelConfig
 from dit_engine.engine import Engine
 

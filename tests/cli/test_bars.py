@@ -11,7 +11,7 @@ from tqdm import tqdm
 from dit_engine import Engine
 from dit_engine.cli.generate import main
 from dit_engine.console.bars import Bar
-from dit_engine.console.errors import run_command
+from dit_engine.console.run import run_command
 
 
 def on_screen(written: str) -> list[str]:

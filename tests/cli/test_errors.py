@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from dit_bench.quality import fd_lite0 as quality
 from dit_engine.cli import generate
-from dit_engine.console.errors import run_command
+from dit_engine.console.run import run_command
 from dit_engine.engine import Engine
 from dit_engine.runtime import parse_device
 
@@ -232,7 +232,7 @@ def test_another_pipe_that_breaks_is_an_error() -> None:
 
 SCRIPT = """
 import sys
-from dit_engine.console.errors import run_command
+from dit_engine.console.run import run_command
 def command():
     if "show" in sys.argv[1]:
         from dit_bench.tables import Table, show

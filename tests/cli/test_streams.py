@@ -12,14 +12,13 @@ import pytest
 import dit_bench
 import dit_engine.cli
 import dit_export
-from dit_engine.console.start import entry
+from dit_engine.console.run import entry
 
 SCRIPT = """
 import os, sys
 from contextlib import suppress
 from dit_engine.console.parser import Parser
-from dit_engine.console.errors import run_command
-from dit_engine.console.start import entry, output_is_a_file
+from dit_engine.console.run import entry, output_is_a_file, run_command
 
 def work(path):
     file = open(path, "wb")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dit_bench
-from dit_engine.console.waiting import SPINS
+from dit_engine.console.run import SPINS
 
 SHOW = """
 import os, sys

@@ -22,7 +22,7 @@ import dit_engine
 import dit_export
 import dit_kernels
 from dit_engine.backends import compile as compile_backend
-from dit_engine.console.start import entry
+from dit_engine.console.run import entry
 from dit_engine.current_directory import (
     LEAVE_OUT,
     VARIABLE,

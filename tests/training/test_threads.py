@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from dit_engine.processors import busy_seconds, cpu_quota
 from dit_engine.training import threads
 from dit_engine.training.threads import (
     Sample,
     ThreadsByLoad,
-    busy_seconds,
-    cpu_quota,
     free_processors,
     threads_for,
 )
@@ -51,18 +50,21 @@ def test_others_are_what_the_processors_did_beside_ourselves() -> None:
     assert free_processors(before, Sample(110.0, 519.9, 70.0), 4) == 4
 
 
-def test_work_is_read_of_the_usable_processors() -> None:
+def test_work_is_read_of_the_usable_processors(tmp_path: Path) -> None:
     tick = 1 / os.sysconf("SC_CLK_TCK")
-    stat = (
+    stat = tmp_path / "stat"
+    stat.write_text(
         "cpu  9 9 9 9 9 9 9 9 9 9\n"
         "cpu0 1 2 4 1000 2000 8 16 32 64 128\n"
         "cpu1 100 0 0 5 5 0 0 0 0 0\n"
         "cpu10 7 0 0 0 0 0 0 0 0 0\n"
         "intr 12 0 0\n"
     )
-    assert busy_seconds(stat, {0}) == pytest.approx(63 * tick)  # guests' time is in the user's
-    assert busy_seconds(stat, {0, 1}) == pytest.approx(163 * tick)
-    assert busy_seconds(stat, {10}) == pytest.approx(7 * tick)
+    assert busy_seconds({0}, stat) == pytest.approx(63 * tick)  # guests' time is in the user's
+    assert busy_seconds({0, 1}, stat) == pytest.approx(163 * tick)
+    assert busy_seconds({10}, stat) == pytest.approx(7 * tick)
+    assert busy_seconds(None, stat) == pytest.approx(54 * tick)
+    assert busy_seconds({3}, stat) is None is busy_seconds({0}, tmp_path / "none")
 
 
 def v1(quota: int) -> dict[str, str]:

@@ -12,7 +12,7 @@ if __name__ == "__main__":  # before torch is imported
     from dit_engine.first import leave_out_of_path
 
     leave_out_of_path()
-    from dit_engine.console.waiting import wait_briefly
+    from dit_engine.console.run import wait_briefly
 
     wait_briefly()
 
@@ -31,9 +31,8 @@ from dit_bench.quality.probe import try_step
 from dit_bench.quality.set_arguments import NETWORKS
 from dit_bench.quality.set_distances import evaluate
 from dit_bench.tables import fold
-from dit_engine.console.errors import run_command
 from dit_engine.console.parser import Parser, add_sampling_arguments, sampling_options
-from dit_engine.console.start import entry
+from dit_engine.console.run import entry, run_command
 from dit_engine.io.printable import say
 
 INTERRUPTED = 130  # exit code: what is printed is what was finished

@@ -16,7 +16,7 @@ if __name__ == "__main__":  # before torch is imported
     from dit_engine.first import leave_out_of_path
 
     leave_out_of_path()
-    from dit_engine.console.waiting import wait_briefly
+    from dit_engine.console.run import wait_briefly
 
     wait_briefly()
 
@@ -42,7 +42,6 @@ from dit_bench.quality.probe import try_step
 from dit_bench.quality.set_arguments import RESAMPLES, add_set_arguments, refuse_given
 from dit_bench.tables import fold
 from dit_engine.backends import PRECISIONS, resolve_backend
-from dit_engine.console.errors import run_command
 from dit_engine.console.output import check_file
 from dit_engine.console.parser import (
     Parser,
@@ -50,7 +49,7 @@ from dit_engine.console.parser import (
     add_sampling_arguments,
     sampling_options,
 )
-from dit_engine.console.start import entry
+from dit_engine.console.run import entry, run_command
 from dit_engine.decode import to_uint8
 from dit_engine.errors import NotFinite
 from dit_engine.io.printable import say

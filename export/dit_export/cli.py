@@ -14,7 +14,7 @@ from importlib import import_module
 
 from dit_engine._version import __version__
 from dit_engine.console.parser import Parser
-from dit_engine.console.run import entry, output_is_a_file
+from dit_engine.console.run import entry, output_is_a_file, run_command
 
 # name → (module with add_arguments and run, one line of help); only the one asked for is imported.
 _COMMANDS = {

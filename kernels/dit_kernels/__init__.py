@@ -1,7 +1,7 @@
 """Fused operators of Diffusion Transformers: torch references, Triton and native CPU kernels."""
 
-from dit_kernels import library as library  # registers dit_kernels::* with torch.library
-from dit_kernels.dispatch import IMPLEMENTATIONS, Unavailable, available
+from dit_kernels.checks import Unavailable
+from dit_kernels.dispatch import IMPLEMENTATIONS, available
 from dit_kernels.linear import PackedLinear, linear, linear_gelu
 from dit_kernels.operators import (
     attention,

@@ -1,6 +1,13 @@
-"""What the public operators ask of their arguments; every refusal is one line."""
+"""What the operators ask of their arguments. Every refusal is a ValueError of one line.
+
+The public operators check before they choose an implementation. The native ones check again,
+because the lean forward calls them directly and C++ gets bare addresses.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,12 +16,26 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIM_LIMIT = 128
 
 
-def check_tokens(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
-    """x is (N, T, D) with T and D above 0, its rows one after another in memory."""
-    _check_floating(name, x, dtypes)
+class Unavailable(RuntimeError):
+    """An implementation that was asked for by name cannot run here; the message says why."""
+
+
+def check_tokens(name: str, x: Tensor) -> tuple[int, int, int]:
+    """(N, T, D), the shape of x, which is contiguous; T and D are above 0."""
+    check_dtype(name, x)
     if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] == 0:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; (N, T, D) with T, D > 0 is needed")
-    _check_contiguous(name, x)
+    check_contiguous(name, x)
+    return x.shape[0], x.shape[1], x.shape[2]
+
+
+def check_rows(name: str, x: Tensor) -> tuple[int, int]:
+    """(R, D) of x (…, D), which is contiguous: how many rows it has, and their width above 0."""
+    check_dtype(name, x)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; (…, D) with D > 0 is needed")
+    check_contiguous(name, x)
+    return math.prod(x.shape[:-1]), x.shape[-1]
 
 
 def check_same(name: str, tensor: Tensor, like: Tensor, like_name: str = "x") -> None:
@@ -26,7 +47,7 @@ def check_same(name: str, tensor: Tensor, like: Tensor, like_name: str = "x") ->
     ):
         if value != needed:
             raise ValueError(f"{name} has {what} {value}, {like_name} has {needed}")
-    _check_contiguous(name, tensor)
+    check_contiguous(name, tensor)
 
 
 def check_modulation(x: Tensor, **tensors: Tensor) -> None:
@@ -35,10 +56,7 @@ def check_modulation(x: Tensor, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != needed:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; x needs {needed}")
-        if tensor.dtype not in (x.dtype, torch.float32):
-            raise ValueError(f"{name} has dtype {tensor.dtype}; {x.dtype} or float32 is needed")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+        _check_like(name, tensor, x)
         if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
             raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension, not 1")
 
@@ -48,10 +66,9 @@ def check_eps(eps: float) -> None:
         raise ValueError(f"eps {eps} is not above 0")
 
 
-def check_qkv(qkv: Tensor, num_heads: int) -> None:
-    """qkv is (N, T, 3·H·d) with a head dimension d that is a multiple of 8, at most 128."""
-    check_tokens("qkv", qkv)
-    width = qkv.shape[2]
+def check_qkv(qkv: Tensor, num_heads: int) -> tuple[int, int, int]:
+    """(N, T, d) of qkv (N, T, 3·H·d): d is a multiple of 8, at most 128."""
+    n, t, width = check_tokens("qkv", qkv)
     if not isinstance(num_heads, int):
         raise ValueError(f"num_heads {num_heads!r} is no integer")
     if num_heads < 1 or width % (3 * num_heads):
@@ -59,11 +76,12 @@ def check_qkv(qkv: Tensor, num_heads: int) -> None:
     d = width // 3 // num_heads
     if d % 8 or d > HEAD_DIM_LIMIT:
         raise ValueError(f"head dimension {d}: multiples of 8 up to {HEAD_DIM_LIMIT} are supported")
+    return n, t, d
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     """x (…, K), weight (M, K) and bias (M,) of one dtype and device."""
-    _check_floating("x", x, DTYPES)
+    check_dtype("x", x)
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; x of shape {tuple(x.shape)} needs "
@@ -71,8 +89,7 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         )
     if weight.shape[1] == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; (M, K) with K > 0 is needed")
-    if tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; ({weight.shape[0]},) is needed")
+    _check_channels("bias", bias, weight.shape[0])
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor.dtype != x.dtype or tensor.device != x.device:
             raise ValueError(
@@ -82,22 +99,27 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor) -> None:
 
 def check_images(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> None:
     """x is (N, C, H, W) in channels-last memory, weight and bias (C,)."""
-    _check_floating("x", x, DTYPES)
+    check_dtype("x", x)
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x has shape {tuple(x.shape)}; (N, C, H, W) with C, H, W > 0 is needed")
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError("x is not in torch.channels_last memory")
+    check_channels_last("x", x)
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups {groups} does not divide the {x.shape[1]} channels")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tuple(tensor.shape) != (x.shape[1],):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; ({x.shape[1]},) is needed")
-        if tensor.dtype not in (x.dtype, torch.float32) or tensor.device != x.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}; {x.dtype} or float32 on {x.device} "
-                "is needed"
-            )
-        _check_contiguous(name, tensor)
+        _check_channels(name, tensor, x.shape[1])
+        _check_like(name, tensor, x)
+        check_contiguous(name, tensor)
+
+
+def check_latents(z: Tensor, patch_size: int) -> tuple[int, int, int]:
+    """(N, C, S) of float32 latents z (N, C, S, S), whose side the patches divide."""
+    check_dtype("z", z, (torch.float32,))
+    if z.ndim != 4 or z.shape[2] != z.shape[3] or 0 in z.shape[1:]:
+        raise ValueError(f"z has shape {tuple(z.shape)}; (N, C, S, S) is needed")
+    check_contiguous("z", z)
+    if patch_size < 1 or z.shape[2] % patch_size:
+        raise ValueError(f"patch_size {patch_size} does not divide the latent side {z.shape[2]}")
+    return z.shape[0], z.shape[1], z.shape[2]
 
 
 def check_guided_step(
@@ -111,55 +133,77 @@ def check_guided_step(
     patch_size: int,
 ) -> None:
     """The shapes of `guided_step`; the latents are float32 and contiguous."""
-    _check_floating("z", z, (torch.float32,))
-    if z.ndim != 4 or z.shape[2] != z.shape[3] or 0 in z.shape[1:]:
-        raise ValueError(f"z has shape {tuple(z.shape)}; (N, C, S, S) is needed")
-    _check_contiguous("z", z)
-    n, c, s, _ = z.shape
+    n, c, s = check_latents(z, patch_size)
     check_same("x0_before", x0_before, z, "z")
     check_same("noise", noise, z, "z")
-    if patch_size < 1 or s % patch_size:
-        raise ValueError(f"patch_size {patch_size} does not divide the latent side {s}")
-    check_tokens("tokens", tokens)
-    rows, t, width = tokens.shape
+    rows, t, width = check_tokens("tokens", tokens)
     patch = patch_size * patch_size
     if rows not in (n, 2 * n) or t * patch != s * s or width not in (c * patch, 2 * c * patch):
         raise ValueError(
             f"tokens has shape {tuple(tokens.shape)}; latents {tuple(z.shape)} in patches of "
             f"{patch_size} need ({n} or {2 * n}, {s * s // patch}, {c * patch} or {2 * c * patch})"
         )
-    for name, tensor, size in (("guidance_scale", guidance_scale, n),
-                               ("coefficients", coefficients, 9)):  # fmt: skip
-        if tuple(tensor.shape) != (size,) or tensor.dtype != torch.float32:
-            raise ValueError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)}; float32 ({size},) is needed"
-            )
-        _check_contiguous(name, tensor)
+    check_exact("guidance_scale", guidance_scale, (n,))
+    check_exact("coefficients", coefficients, (9,))
     if any(v.device != z.device for v in (tokens, guidance_scale, coefficients)):
         raise ValueError(f"tokens, guidance_scale and coefficients must be on {z.device}, as z is")
     if not 1 <= guided_channels <= c:
         raise ValueError(f"guided_channels {guided_channels} is out of range: allowed is 1 to {c}")
 
 
-def check_rows(name: str, x: Tensor) -> None:
-    """x is (…, D) with D above 0, contiguous."""
-    _check_floating(name, x, DTYPES)
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; (…, D) with D > 0 is needed")
-    _check_contiguous(name, x)
+def check_codes(
+    dtype: torch.dtype, allowed: Sequence[torch.dtype] = (torch.int8, torch.float8_e4m3fn)
+) -> None:
+    """dtype is one that codes may have."""
+    if dtype not in allowed:
+        raise ValueError(f"dtype {dtype}: choose {' or '.join(map(str, allowed))}")
 
 
-def check_codes(dtype: torch.dtype) -> None:
-    if dtype not in (torch.int8, torch.float8_e4m3fn):
-        raise ValueError(f"dtype {dtype}: choose torch.int8 or torch.float8_e4m3fn")
-
-
-def _check_floating(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
+    """tensor has one of these dtypes."""
     if tensor.dtype not in dtypes:
-        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(f"{name} has dtype {tensor.dtype}; allowed: {allowed}")
+        raise ValueError(f"{name} has dtype {tensor.dtype}; allowed: {_listed(dtypes)}")
 
 
-def _check_contiguous(name: str, tensor: Tensor) -> None:
+def check_contiguous(name: str, tensor: Tensor) -> None:
+    """The tensor's numbers lie one after another in memory."""
     if not tensor.is_contiguous():
         raise ValueError(f"{name} of strides {tensor.stride()} is not contiguous")
+
+
+def check_channels_last(name: str, tensor: Tensor) -> None:
+    """The images' channels lie one after another in memory."""
+    if not tensor.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"{name} is not in torch.channels_last memory")
+
+
+def check_exact(
+    name: str,
+    tensor: Tensor,
+    shape: Sequence[int],
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+) -> None:
+    """tensor is contiguous and has this shape and one of these dtypes."""
+    if tuple(tensor.shape) != tuple(shape) or tensor.dtype not in dtypes:
+        raise ValueError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)}; {_listed(dtypes)} {tuple(shape)} is "
+            "needed"
+        )
+    check_contiguous(name, tensor)
+
+
+def _check_channels(name: str, tensor: Tensor, channels: int) -> None:
+    if tuple(tensor.shape) != (channels,):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; ({channels},) is needed")
+
+
+def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
+    """tensor has x's dtype or float32, and x's device."""
+    if tensor.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"{name} has dtype {tensor.dtype}; {x.dtype} or float32 is needed")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+
+
+def _listed(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

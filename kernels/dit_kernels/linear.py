@@ -1,8 +1,8 @@
 """Matrix products with weights packed once and with their epilogue fused.
 
-On CUDA they are cuBLASLt's, whose epilogue adds the bias and applies the tanh-GELU; on the CPU
-oneDNN's with weights in its blocked layout, or our own where those beat it (`native_product`).
-Letters: R rows, K inputs, M outputs.
+On CUDA cuBLASLt computes them, and its epilogue adds the bias and applies the tanh-GELU. On the CPU
+it is oneDNN, with weights in its blocked layout, or our own product where that beats oneDNN
+(`dit_kernels.cpu.product`). Letters: R rows, K inputs, M outputs.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_kernels import checks
+from dit_kernels import checks, reference
+from dit_kernels.checks import Unavailable
 from dit_kernels.cpu import product as native_product
-from dit_kernels.dispatch import Unavailable, implementation, wants_gradient, without_autocast
+from dit_kernels.dispatch import chosen, implementation, wants_gradient, without_autocast
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:
@@ -30,8 +31,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str = "auto") 
 def _product(x: Tensor, weight: Tensor, bias: Tensor, impl: str, gelu: bool) -> Tensor:
     checks.check_linear(x, weight, bias)
     if impl == "reference":
-        name = "linear_gelu" if gelu else "linear"
-        return implementation(name, impl, x.device)(x, weight, bias)
+        return (reference.linear_gelu if gelu else reference.linear)(x, weight, bias)
     if impl != "auto":
         raise Unavailable(
             f"impl {impl!r}: products of unpacked weights stay with the library (impl 'auto')"
@@ -52,34 +52,34 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor, impl: str, gelu: bool) -> 
 def gelu_(x: Tensor) -> Tensor:
     """tanh-GELU of a contiguous x, in place where there is a kernel for it.
 
-    By torch where the compiler looks on, or a gradient is wanted, which no kernel has.
+    torch computes it under torch.compile, which can fuse it, and where a gradient is wanted, for
+    which no kernel has a backward pass.
     """
     if not torch.compiler.is_compiling() and not wants_gradient(x):
-        run = implementation("gelu", "auto", x.device)
-        if not run.__module__.endswith("reference"):
-            return run(x, out=x)
+        kind = chosen("gelu", "auto", x.device)
+        if kind != "reference":
+            return implementation("gelu", kind, x.device)(x, out=x)
     return F.gelu(x, approximate="tanh")
 
 
 class PackedLinear:
-    """A linear layer whose weight is kept in the layout that the product reads, and only there.
+    """A linear layer that keeps its weight only in the layout that the product reads.
 
-    On the CPU that is the layout of our own product where it beats oneDNN's
-    (`native_product.why_not`), else oneDNN's.
-
-    There is no backward pass: an x that wants a gradient is refused.
+    On the CPU that is the layout of our own product where it beats oneDNN
+    (`dit_kernels.cpu.product.why_not`), else oneDNN's. There is no backward pass: an x that wants a
+    gradient is refused.
 
     Args:
         weight: (M, K) on its device, in the dtype of the product.
         bias: (M,), of the same dtype.
-        rows: how many rows x will have, where known: oneDNN's layout may depend on it.
+        rows: how many rows x will have, if that is known: oneDNN's layout may depend on it.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, rows: int | None = None) -> None:
         checks.check_linear(weight.new_empty(0, weight.shape[1]), weight, bias)
         self.out_features, self.in_features = weight.shape
         self.dtype, self.device = weight.dtype, weight.device
-        self.bias = bias.clone()  # no view that would keep a mapped file in memory
+        self.bias = bias.clone()  # a view could keep a whole mapped file in memory
         on_cpu = weight.device.type == "cpu"
         self.native = on_cpu and native_product.why_not(weight.dtype) is None
         self.onednn = on_cpu and not self.native and onednn_takes(weight.dtype)
@@ -98,7 +98,7 @@ class PackedLinear:
     def __call__(self, x: Tensor, gelu: bool = False, out: Tensor | None = None) -> Tensor:
         """x (…, K) → (…, M), with tanh-GELU if asked for.
 
-        out: contiguous memory of the result; it costs a copy but where the product is our own.
+        out: contiguous memory for the result. It costs a copy unless the product is our own.
         """
         if x.shape[-1:] != (self.in_features,) or x.dtype != self.dtype or x.device != self.device:
             raise ValueError(
@@ -109,10 +109,6 @@ class PackedLinear:
             raise Unavailable(
                 "PackedLinear has no backward pass; use linear, or torch.no_grad() where no "
                 "gradient is needed"
-            )
-        if self.native and torch.compiler.is_compiling():
-            return torch.ops.dit_kernels.packed_linear(
-                x, self.weight, self.bias, self.out_features, gelu
             )
         if self.native:
             return native_product.linear(x, self.weight, self.bias, self.out_features, gelu, out)
@@ -129,6 +125,7 @@ class PackedLinear:
 
 
 def onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has products of this dtype on this processor."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     if dtype == torch.bfloat16:

@@ -1,29 +1,65 @@
 """The public operators: each validates, chooses an implementation and calls it.
 
 Shape letters: N images, T tokens, D width, H heads, d = D/H. ``impl`` is "auto", "reference",
-"triton" or "native", for attention also "triton-tma"; a named one runs or raises `Unavailable`. Bad
-arguments are a ValueError of one line. Under torch.compile and torch.export each call is one node,
-``dit_kernels::<name>``.
+"triton" or "native", for attention also "triton-tma". An implementation that was asked for by name
+runs or raises `Unavailable`; bad arguments are a ValueError of one line.
+
+Each is also registered with torch.library, so that torch.compile and torch.export keep a call as
+one node, ``dit_kernels::<name>``. Eager calls do not go that way: torch's dispatcher costs more
+than some of the kernels.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from dit_kernels import checks
-from dit_kernels.dispatch import (
-    KERNELS,
-    Unavailable,
-    implementation,
-    wants_gradient,
-    without_autocast,
-)
+from dit_kernels.checks import Unavailable
+from dit_kernels.dispatch import KERNELS, Run, implementation, wants_gradient
+
+F = TypeVar("F", bound=Run)
 
 
+def _registered(like: Run) -> Callable[[F], F]:
+    """Register an operator under its function's name.
+
+    Args:
+        like: (the operator's arguments) → empty tensors like its results, for tracing.
+    """
+
+    def register(run: F) -> F:
+        operator = torch.library.custom_op(f"dit_kernels::{run.__name__}", run, mutates_args=())
+        operator.register_fake(like)
+        node = getattr(torch.ops.dit_kernels, run.__name__)
+
+        @functools.wraps(run)
+        def public(*arguments: Any, **options: Any) -> Any:
+            call = node if torch.compiler.is_compiling() else run
+            return call(*arguments, **options)
+
+        return cast(F, public)
+
+    return register
+
+
+def _like_first(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _like_first_twice(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+def _codes_like(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@_registered(_like_first)
 def layernorm_modulate(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, impl: str = "auto"
 ) -> Tensor:
@@ -32,14 +68,13 @@ def layernorm_modulate(
     x: (N, T, D) contiguous; shift, scale: (N, D), views of ``chunk(6)`` as they come, in x's
     dtype or float32. Returns (N, T, D).
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.dit_kernels.layernorm_modulate(x, shift, scale, eps, impl)
     checks.check_tokens("x", x)
     checks.check_modulation(x, shift=shift, scale=scale)
     checks.check_eps(eps)
     return _chosen("layernorm_modulate", impl, x, shift, scale)(x, shift, scale, eps)
 
 
+@_registered(_like_first_twice)
 def gate_residual_layernorm_modulate(
     x: Tensor,
     y: Tensor,
@@ -54,10 +89,6 @@ def gate_residual_layernorm_modulate(
 
     x, y: (N, T, D) contiguous; gate, shift, scale: (N, D). Returns (r, its modulated norm).
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.dit_kernels.gate_residual_layernorm_modulate(
-            x, y, gate, shift, scale, eps, impl
-        )
     checks.check_tokens("x", x)
     checks.check_same("y", y, x)
     checks.check_modulation(x, gate=gate, shift=shift, scale=scale)
@@ -66,27 +97,26 @@ def gate_residual_layernorm_modulate(
     return run(x, y, gate, shift, scale, eps)
 
 
+@_registered(_like_first)
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, impl: str = "auto") -> Tensor:
     """x + gate · y for x, y (N, T, D) contiguous and gate (N, D)."""
-    if torch.compiler.is_compiling():
-        return torch.ops.dit_kernels.gate_residual(x, y, gate, impl)
     checks.check_tokens("x", x)
     checks.check_same("y", y, x)
     checks.check_modulation(x, gate=gate)
     return _chosen("gate_residual", impl, x, y, gate)(x, y, gate)
 
 
+@_registered(lambda qkv, *_, **__: qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3))
 def attention(qkv: Tensor, num_heads: int, *, impl: str = "auto") -> Tensor:
     """Softmax(q kᵀ · d^-½) v straight from the packed projection (Dao et al. 2022's algorithm).
 
     qkv: (N, T, 3·H·d) contiguous, d a multiple of 8 up to 128. Returns (N, T, H·d).
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.dit_kernels.attention(qkv, num_heads, impl)
     checks.check_qkv(qkv, num_heads)
     return _chosen("attention", impl, qkv)(qkv, num_heads)
 
 
+@_registered(lambda x, *_, **__: torch.empty_like(x, memory_format=torch.channels_last))
 def groupnorm_silu(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, impl: str = "auto"
 ) -> Tensor:
@@ -94,13 +124,12 @@ def groupnorm_silu(
 
     weight, bias: (C,), in x's dtype or float32.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.dit_kernels.groupnorm_silu(x, groups, weight, bias, eps, impl)
     checks.check_images(x, groups, weight, bias)
     checks.check_eps(eps)
     return _chosen("groupnorm_silu", impl, x, weight, bias)(x, groups, weight, bias, eps)
 
 
+@_registered(lambda tokens, z, *_, **__: _like_first_twice(z))
 def guided_step(
     tokens: Tensor,
     z: Tensor,
@@ -125,20 +154,19 @@ def guided_step(
         z, x0_before, noise: (N, C, S, S) float32; what is in noise does not matter where σ = 0.
         guidance_scale: (N,) float32; an image at exactly 1 is left unguided.
         coefficients: (9,) float32, on the device.
-        guided_channels: the first so many latent channels are guided (3 as published).
+        guided_channels: how many latent channels, from the first on, are guided; 3 as published.
 
     Returns:
         (z′, x₀), each (N, C, S, S) float32.
     """
     arguments = (tokens, z, x0_before, noise, guidance_scale, coefficients, guided_channels,
                  patch_size)  # fmt: skip
-    if torch.compiler.is_compiling():
-        return torch.ops.dit_kernels.guided_step(*arguments, impl)
     checks.check_guided_step(*arguments)
     inputs = (z, tokens, x0_before, noise, guidance_scale, coefficients)
     return _chosen("guided_step", impl, *inputs)(*arguments)
 
 
+@_registered(lambda x, shift, scale, eps=1e-6, dtype=torch.int8, **_: _codes_like(x, dtype))
 def layernorm_modulate_quantize(
     x: Tensor,
     shift: Tensor,
@@ -148,13 +176,11 @@ def layernorm_modulate_quantize(
     *,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`layernorm_modulate`, quantised symmetrically with one scale a token.
+    """`layernorm_modulate`, quantised symmetrically with one scale per token.
 
     Returns codes (N, T, D) of ``dtype`` (int8 or float8_e4m3fn) and float32 scales (N, T):
     the modulated norm is about codes · scale.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.dit_kernels.layernorm_modulate_quantize(x, shift, scale, eps, dtype, impl)
     checks.check_tokens("x", x)
     checks.check_modulation(x, shift=shift, scale=scale)
     checks.check_eps(eps)
@@ -164,22 +190,21 @@ def layernorm_modulate_quantize(
     return run(x, shift, scale, eps, dtype)
 
 
+@_registered(lambda x, dtype=torch.int8, **_: _codes_like(x, dtype))
 def quantize_rows(
     x: Tensor, dtype: torch.dtype = torch.int8, *, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """x, quantised symmetrically with one scale a row.
+    """x, quantised symmetrically with one scale per row.
 
     x: (…, D) contiguous. Returns codes (…, D) of ``dtype`` (int8 or float8_e4m3fn) and float32
     scales (…): x is about codes · scale.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.dit_kernels.quantize_rows(x, dtype, impl)
     checks.check_rows("x", x)
     checks.check_codes(dtype)
     return _chosen("quantize_rows", _with_codes(impl, dtype, x.device), x)(x, dtype)
 
 
-def _chosen(operator: str, impl: str, *tensors: Tensor) -> Callable[..., Any]:
+def _chosen(operator: str, impl: str, *tensors: Tensor) -> Run:
     """The implementation for these tensors, the first of which gives the device.
 
     Only the reference has a backward pass: "auto" takes it where a gradient is wanted, and a named
@@ -193,8 +218,7 @@ def _chosen(operator: str, impl: str, *tensors: Tensor) -> Callable[..., Any]:
             )
         if impl == "auto":
             impl = "reference"
-    run = implementation(operator, impl, tensors[0].device)
-    return without_autocast(run) if run.__module__.endswith("reference") else run
+    return implementation(operator, impl, tensors[0].device)
 
 
 def _with_codes(impl: str, dtype: torch.dtype, device: torch.device) -> str:

@@ -1,9 +1,8 @@
 """Quantised matrix products, and what feeds them: int8 on the CPU, fp8 on CUDA.
 
-int8 is our own product where that beats oneDNN's (`native_product`), else oneDNN's.
-
-Weights have one scale an output channel, activations one scale a row; both are symmetric. Letters:
-R rows, K inputs, M outputs, N images, T tokens, D width.
+int8 is our own product where that beats oneDNN (`dit_kernels.cpu.product`), else oneDNN's. Weights
+have one scale per output channel, activations one scale per row; both are symmetric. Letters: R
+rows, K inputs, M outputs, N images, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -16,35 +15,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_kernels import checks, reference
+from dit_kernels.checks import Unavailable
+from dit_kernels.cpu import operators as native
 from dit_kernels.cpu import product as native_product
-from dit_kernels.dispatch import Unavailable, launcher
+from dit_kernels.dispatch import launcher
 from dit_kernels.linear import gelu_
 
 FP8 = torch.float8_e4m3fn
-# torch's fp8 product adds no bias to float32 results, and gives float16 ones with some of its
-# libraries alone.
+CODES = {"int8": (torch.int8, torch.uint8), "fp8": (FP8,)}
+# torch's fp8 product adds no bias to float32 results, and only some of its libraries give float16.
 RESULTS = {"int8": (torch.float32, torch.bfloat16), "fp8": (torch.bfloat16,)}
 FP8_MULTIPLE = 16
-"""Of the inputs and the outputs of an fp8 product."""
-CODES = {"int8": (torch.int8, torch.uint8), "fp8": (FP8,)}
+"""What the inputs and the outputs of an fp8 product are multiples of."""
+FAST_ACCUMULATION = False
+"""Whether the sums of an fp8 product stay in the tensor cores, which on Hopper keep about 14 bits
+(DeepSeek-V3, arXiv 2412.19437, section 3.3.2), or are added up in float32 every few steps."""
 
 Codes = tuple[Tensor, Tensor]  # codes (…, K) and float32 scales (…)
-
-FAST_ACCUMULATION = False
-"""Of products of fp8: whether sums stay in the tensor cores, with some 14 bits on Hopper
-(DeepSeek-V3, arXiv 2412.19437, section 3.3.2), or are added up in float32 now and then."""
 
 
 class QuantizedLinear:
     """A linear layer in int8 (CPUs with VNNI or AMX) or fp8 (Hopper and later).
 
-    Weights are quantised symmetrically with one scale an output channel, activations come with one
-    scale a row.
-
     Args:
-        weight: (M, K); bias: (M,).
+        weight: (M, K), which is quantised here; bias: (M,).
         kind: "int8" on the CPU, "fp8" on CUDA.
-        dtype: of the results: float32 or bfloat16, with "fp8" bfloat16 alone.
+        dtype: the results' dtype: float32 or bfloat16, for "fp8" only bfloat16.
 
     Raises:
         ValueError: an unknown kind, or a dtype or a shape that it does not have.
@@ -67,7 +63,7 @@ class QuantizedLinear:
         self.kind, self.dtype, self.device = kind, dtype, weight.device
         self.out_features, self.in_features = weight.shape
         self.bias = bias.to(dtype, copy=True)
-        # The libraries take a weight's rows to lie one after another, and do not ask.
+        # The libraries assume without a check that a weight's rows lie one after another.
         whole = weight.contiguous()
         codes, self.scale = reference.quantize_rows(whole, torch.int8 if kind == "int8" else FP8)
         self.native = kind == "int8" and native_product.why_not(torch.int8) is None
@@ -88,13 +84,9 @@ class QuantizedLinear:
         Codes and scales are what `layernorm_modulate_quantize` or a `Quantizer` gave: codes of
         float8_e4m3fn, or int8, which may come as uint8 with 128 added.
 
-        out: contiguous memory of the result; it costs a copy but where the product is our own.
+        out: contiguous memory for the result. It costs a copy unless the product is our own.
         """
         codes, scales = self._checked(codes, scales)
-        if self.native and torch.compiler.is_compiling():
-            return torch.ops.dit_kernels.packed_linear_int8(
-                _unsigned(codes), scales, self.weight, self.scale, self.bias, self.dtype, gelu
-            )
         if self.native:
             return native_product.linear_int8(
                 _unsigned(codes), scales, self.weight, self.scale, self.bias, self.dtype, gelu, out
@@ -116,7 +108,10 @@ class QuantizedLinear:
         return dequantize_rows_(made, scales, self.bias, gelu)
 
     def _checked(self, codes: Tensor, scales: Tensor) -> Codes:
-        """As (R, K) and (R,), contiguous. Raises ValueError for what is not this layer's."""
+        """Codes as (R, K) and scales as (R,), both contiguous.
+
+        Raises ValueError for codes or scales that do not fit this layer.
+        """
         if (
             codes.dtype not in CODES[self.kind]
             or codes.shape[-1:] != (self.in_features,)
@@ -144,9 +139,9 @@ def _unsigned(codes: Tensor) -> Tensor:
 
 
 class Quantizer(Protocol):
-    """Activations as `QuantizedLinear` takes them; out: memory for the codes and scales.
+    """Makes the codes that `QuantizedLinear` takes; ``out`` is memory for the codes and scales.
 
-    int8 codes come as uint8 with 128 added: oneDNN multiplies unsigned by signed bytes.
+    int8 codes come as uint8 with 128 added, because oneDNN multiplies unsigned by signed bytes.
     """
 
     def rows(self, x: Tensor, *, out: Codes | None = None) -> Codes:
@@ -156,7 +151,7 @@ class Quantizer(Protocol):
     def norm(
         self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Codes | None = None
     ) -> Codes:
-        """Those of `operators.layernorm_modulate`'s unrounded result."""
+        """The codes of `operators.layernorm_modulate`'s unrounded result."""
         ...
 
     def gated_norm(
@@ -169,28 +164,21 @@ class Quantizer(Protocol):
 
 def quantizer(kind: str, device: torch.device) -> Quantizer:
     """The quickest one for ``kind`` ("int8" or "fp8") on ``device``."""
-    from dit_kernels.cpu import operators as native
-
     if kind == "int8" and native.why_not() is None:
         return _Native()
     return _Separate(kind, device)
 
 
 class _Native:
-    """One pass over memory each."""
-
-    def __init__(self) -> None:
-        from dit_kernels.cpu import operators as native
-
-        self._native = native
+    """Each method is one pass over memory."""
 
     def rows(self, x: Tensor, *, out: Codes | None = None) -> Codes:
-        return self._native.quantize_rows(x, torch.uint8, out=out)
+        return native.quantize_rows(x, torch.uint8, out=out)
 
     def norm(
         self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Codes | None = None
     ) -> Codes:
-        return self._native.layernorm_modulate_quantize(x, shift, scale, eps, torch.uint8, out=out)
+        return native.layernorm_modulate_quantize(x, shift, scale, eps, torch.uint8, out=out)
 
     def gated_norm(
         self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float,
@@ -199,17 +187,17 @@ class _Native:
         if out is None:
             scales = y.new_empty(y.shape[:-1], dtype=torch.float32)
             out = y.new_empty(y.shape, dtype=torch.uint8), scales
-        self._native.gate_residual_layernorm_modulate_quantize(
+        native.gate_residual_layernorm_modulate_quantize(
             x, y, gate, shift, scale, eps, torch.uint8, out=(x, *out)
         )
         return out
 
 
 class _Separate:
-    """The gated residual apart from the norm, which is quantised as it is made.
+    """The gated residual as one operator, and the norm with its codes as another.
 
-    For Triton: residual (3 passes over x's bytes), then norm and codes (1½), less than the fused
-    norm (4) with its result quantised (1½).
+    In Triton the residual moves x's bytes 3 times and the norm with its codes 1½ times. The fused
+    norm (4 times) with its result quantised afterwards (1½ times) would move more.
     """
 
     def __init__(self, kind: str, device: torch.device) -> None:
@@ -235,8 +223,6 @@ class _Separate:
 
 def dequantize_rows_(x: Tensor, scales: Tensor, bias: Tensor, gelu: bool) -> Tensor:
     """x (R, M) · scales (R,) + bias (M,), with tanh-GELU if asked for, in place."""
-    from dit_kernels.cpu import operators as native
-
     if not torch.compiler.is_compiling() and native.why_not() is None:
         return native.dequantize_rows(x, scales, bias, gelu, out=x)
     wide = x.float() * scales[:, None] + bias.float()

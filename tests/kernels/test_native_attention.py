@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from native_levels import DTYPES
 from numerics import assert_close_to_reference, relative_error
 from torch import Tensor
 
 from dit_kernels import reference
 from dit_kernels.cpu import operators as native
-from dit_kernels.cpu.loader import DTYPES, ISAS, load
+from dit_kernels.cpu.loader import DTYPE_CODES, ISAS, load
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
 
@@ -104,7 +105,7 @@ def test_result_does_not_depend_on_threads(isa: str, dtype: torch.dtype) -> None
     results = []
     for threads in (1, 2, 3, 7, 64):
         out = torch.empty(n, t, HEADS * d, dtype=dtype)
-        call = (qkv.data_ptr(), out.data_ptr(), n, t, HEADS, d, DTYPES[dtype], threads)
+        call = (qkv.data_ptr(), out.data_ptr(), n, t, HEADS, d, DTYPE_CODES[dtype], threads)
         assert loaded().dit_attention(*call) == 0
         results.append(out)
     assert all(torch.equal(results[0], other) for other in results[1:])

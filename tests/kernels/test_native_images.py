@@ -166,5 +166,5 @@ def test_embed(isa: str, threads: int, dtype: torch.dtype, p: int, c: int, s: in
     assert native.embed(z, weight, bias, positions, p, out=out) is out
     step = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     assert ((out.double() - exact).abs() <= step * exact.abs() + 1e-4).all()
-    with pytest.raises(ValueError, match="positions has shape"):
+    with pytest.raises(ValueError, match="positions is"):
         native.embed(z, weight, bias, positions[1:], p)

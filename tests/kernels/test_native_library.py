@@ -22,6 +22,7 @@ from dit_kernels.dispatch import Unavailable
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 HEADER = KERNELS / "dit_kernels/cpu/interface.h"
+NATIVE = "from dit_kernels.cpu import operators as native"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 needs_compiler = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64" or COMPILER is None,
@@ -68,20 +69,23 @@ def test_levels_are_those_of_the_processor() -> None:
 @needs_library
 @pytest.mark.parametrize("isa", LEVELS)
 def test_a_lower_instruction_set_on_request(isa: str) -> None:
-    done = run("from dit_kernels import native; print(native.isa())", DIT_KERNELS_ISA=isa)
+    done = run(NATIVE + "; print(native.isa())", DIT_KERNELS_ISA=isa)
     assert done.stdout.strip() == isa, done.stderr
 
 
 @needs_library
 def test_an_unknown_instruction_set_is_refused() -> None:
-    done = run("from dit_kernels import native; native.why_not()", DIT_KERNELS_ISA="sse9")
+    done = run(NATIVE + "; native.why_not()", DIT_KERNELS_ISA="sse9")
     assert done.returncode != 0
     assert "ValueError: DIT_KERNELS_ISA 'sse9': this machine has avx2" in done.stderr
 
 
 def test_a_library_that_is_no_file_is_refused(tmp_path: Path) -> None:
     missing = str(tmp_path / "nothing.so")
-    done = run("from dit_kernels import native; native.why_not()", DIT_KERNELS_LIBRARY=missing)
+    done = run(
+        NATIVE + "; native.why_not()",
+        DIT_KERNELS_LIBRARY=missing,
+    )
     assert f"ValueError: DIT_KERNELS_LIBRARY {missing!r} is not a file" in done.stderr
 
 
@@ -152,7 +156,7 @@ def test_prototypes_are_read_from_the_interface() -> None:
 
 def test_a_library_that_does_not_tell_its_interface_is_refused(tmp_path: Path) -> None:
     library = compiled('extern "C" int dit_kernels_abi_version() { return 1; }', tmp_path)
-    code = "from dit_kernels import native; print(native.available()); print(native.why_not())"
+    code = NATIVE + "; print(native.available()); print(native.why_not())"
     done = run(code, DIT_KERNELS_LIBRARY=str(library))
     available, reason = done.stdout.splitlines()
     assert available == "False"
@@ -163,14 +167,14 @@ def test_a_library_that_lacks_functions_is_refused(tmp_path: Path) -> None:
     told = native_library.interface_hash()
     source = f'extern "C" const char* dit_interface() {{ return "{told}"; }}'
     library = compiled(source, tmp_path)
-    code = "from dit_kernels import native; print(native.why_not())"
+    code = NATIVE + "; print(native.why_not())"
     done = run(code, DIT_KERNELS_LIBRARY=str(library))
     assert "cannot be loaded" in done.stdout and "dit_isa" in done.stdout
 
 
 def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.so").write_text("not a library")
-    code = "from dit_kernels import native; print(native.why_not())"
+    code = NATIVE + "; print(native.why_not())"
     done = run(code, DIT_KERNELS_LIBRARY=str(tmp_path / "text.so"))
     assert "cannot be loaded" in done.stdout, done.stderr
 

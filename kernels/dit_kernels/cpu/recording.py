@@ -1,8 +1,9 @@
-"""Calls of the native library, recorded once and made again: to the CPU what a graph is to CUDA.
+"""Calls of the native library: made, recorded, and made again.
 
-A call of a native operator from Python costs some ten microseconds of checks and allocations, a
-small model's step makes sixty of them, and computes for a few milliseconds. Made again, they follow
-each other with nothing between them, so that the threads which wait for the next need not sleep.
+A recording is to the CPU what a graph is to CUDA. A call from Python costs about ten microseconds
+of checks and allocations, and one step of a small model makes sixty calls that compute for a few
+milliseconds in all. A replay makes them one after another in C++, so that the threads which wait
+for the next call need not go to sleep in between.
 """
 
 from __future__ import annotations
@@ -16,21 +17,48 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
-from dit_kernels.cpu.loader import load, prototypes
+from dit_kernels.cpu.loader import DTYPE_CODES, ERRORS, loaded, prototypes
 
 _thread = threading.local()
 
 
-class Recording:
-    """Calls on addresses: the tensors behind them are the caller's to keep, and to keep in place.
+def call(name: str, *arguments: Any) -> None:
+    """Call the library's function ``name`` on ``torch.get_num_threads()`` threads.
 
-    What was computed by anything but the native library is not in it.
+    Tensors are passed as their addresses, dtypes as interface.h's codes. The call is added to the
+    recording that is under way in this thread, if there is one.
+
+    Raises:
+        ValueError: the function refused its arguments.
+        Unavailable: there is no library.
+    """
+    function = getattr(loaded(), name)
+    passed = tuple(_passed(argument) for argument in arguments)
+    code = function(*passed, torch.get_num_threads())
+    if code != 0:
+        raise ValueError(f"{name} refused {ERRORS.get(code, f'its arguments (code {code})')}")
+    if (recording := current()) is not None:
+        recording.add(function, passed)
+
+
+def _passed(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return DTYPE_CODES[argument] if isinstance(argument, torch.dtype) else argument
+
+
+class Recording:
+    """Calls with their arguments, tensors as addresses.
+
+    The caller keeps those tensors alive and in place. Only calls of the native library are
+    recorded: what anything else computed in between is not repeated.
     """
 
     def __init__(self) -> None:
         self._calls = 0
-        self._words = array("Q")  # of dit_replay
+        self._words = array("Q")  # as dit_replay reads them
 
     def __len__(self) -> int:
         return self._calls
@@ -38,7 +66,7 @@ class Recording:
     def add(self, function: Callable[..., int], arguments: tuple[Any, ...]) -> None:
         kinds = prototypes()[function.__name__][1]
         self._words.append(ctypes.cast(cast(Any, function), ctypes.c_void_p).value or 0)
-        for kind, value in zip(kinds, arguments, strict=False):  # the threads come with `replay`
+        for kind, value in zip(kinds, arguments, strict=False):  # `replay` gives the threads
             if kind == "f":
                 self._words.append(int.from_bytes(struct.pack("<f", value), "little"))
             else:
@@ -48,19 +76,18 @@ class Recording:
     def replay(self) -> None:
         """Make the calls again, on ``torch.get_num_threads()`` threads.
 
-        Raises MemoryError where there is no memory for an operator's scratch.
+        Raises:
+            MemoryError: there is no memory for an operator's scratch.
         """
-        library = load()[0]
-        assert library is not None  # it made the calls
         address, _ = self._words.buffer_info()
-        # Arguments that were taken once are taken again: what may be missing is memory.
-        if library.dit_replay(address, self._calls, torch.get_num_threads()) != 0:
+        # The arguments were accepted before, so the only thing that can be missing is memory.
+        if loaded().dit_replay(address, self._calls, torch.get_num_threads()) != 0:
             raise MemoryError("a native operator found no memory")
 
 
 @contextmanager
 def record() -> Iterator[Recording]:
-    """Record the native calls that this thread makes; they are made as ever."""
+    """Record the native calls that this thread makes inside the with block; they also run."""
     if current() is not None:
         raise RuntimeError("a recording is under way in this thread")
     _thread.recording = made = Recording()
@@ -71,5 +98,5 @@ def record() -> Iterator[Recording]:
 
 
 def current() -> Recording | None:
-    """This thread's recording that is under way."""
+    """The recording that is under way in this thread."""
     return getattr(_thread, "recording", None)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_kernels.dispatch import Unavailable
+from dit_kernels.checks import Unavailable
 from dit_kernels.triton.attention import (
     attention_tiles,
     device_facts,

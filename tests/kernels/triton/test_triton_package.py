@@ -104,16 +104,13 @@ def test_the_descriptor_variant_is_attentions_alone_and_refused_on_the_cpu():
 
 @pytest.mark.usefixtures("installed")
 def test_auto_never_takes_a_variant():
-    named = []
+    device = torch.device("cuda")
     with (
         patch("torch.cuda.is_available", return_value=True),
         patch("torch.cuda.get_device_capability", return_value=(9, 0)),
-        patch.object(choose, "import_module", lambda name: named.append(name) or SimpleNamespace(
-            attention=None, attention_tma=None)),
-    ):  # fmt: skip
-        for impl in ("auto", "triton", "triton-tma"):
-            choose.implementation("attention", impl, torch.device("cuda"))
-    assert [name.rpartition(".")[2] for name in named] == ["attention"] * 2 + ["attention_tma"]
+    ):
+        for impl, taken in (("auto", "triton"), ("triton", "triton"), ("triton-tma",) * 2):
+            assert choose.chosen("attention", impl, device) == taken
 
 
 @pytest.mark.usefixtures("installed")

@@ -21,6 +21,7 @@ from dit_engine.console.output import (
     check_destination,
     destination,
     is_directory,
+    is_sheet,
     output_kind,
 )
 from dit_engine.console.parser import (
@@ -33,7 +34,6 @@ from dit_engine.console.parser import (
 )
 from dit_engine.console.run import entry, output_is_a_file, run_command
 from dit_engine.io.printable import printable, say
-from dit_engine.io.provenance import is_source
 from dit_engine.labels import shared_names
 
 if TYPE_CHECKING:
@@ -47,56 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if not arguments.list_labels and arguments.output != STDOUT:
         output_is_a_file()
-    if arguments.like is None:
-        return run_command(lambda: generate(arguments), arguments.quiet)
-    return run_command(lambda: generate(like(arguments.like, argv)), arguments.quiet)
 
+    def command() -> int:
+        if arguments.like is None:
+            return generate(arguments)
+        from dit_engine.cli.like import arguments_like
 
-def like(path: Path, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, with the options recorded in an image in place of the defaults."""
-    from dit_engine.cli.like import given_model, given_vae, recorded_options
+        return generate(arguments_like(arguments.like, argv, build_parser))
 
-    parser, options = build_parser(), recorded_options(path)
-    model, vae = options.pop("model"), options.pop("vae", None)
-    parser.set_defaults(**options, model=None)
-    arguments = parser.parse_args(argv)
-    parser.set_defaults(model=given_model(path, model, arguments.model))
-    # Recorded options of a model, a VAE, a sheet or a sampler do not apply to another one.
-    others: set[str] = set()
-    if another := arguments.model is not None and not is_source(arguments.model, model):
-        others |= {"numerics", "num_heads", "prediction", "diffusion"}
-    if not given_vae(path, vae, arguments.vae, another):
-        others |= {"vae_scaling_factor", "vae_shift_factor", "vae_groups"}
-    if arguments.prediction != options.get("prediction"):
-        others |= {"diffusion"}
-    if not is_sheet(arguments.output):
-        others |= {"columns"}
-    replaced: dict[str, Any] = dict.fromkeys(others & options.keys())
-    if another and any(options[name] for name in replaced):
-        warnings.warn(
-            f"{path} was made with another model, {model[:200]!r}: these settings of it are not "
-            f"used: {', '.join(sorted(replaced))}",
-            stacklevel=2,
-        )
-    if arguments.sampler != options.get("sampler"):  # the other one has its own usual values
-        replaced |= {"steps": None, "spacing": None, "eta": 0.0}
-    parser.set_defaults(**replaced)
-    arguments = parser.parse_args(argv)
-    given = build_parser().parse_args(argv)
-    if given.seed is not None or given.seeds is not None:
-        arguments.seed, arguments.seeds = given.seed, given.seeds
-    if given.all_labels:
-        arguments.labels = None
-    n = len(arguments.labels or ()) * arguments.repeat
-    if given.all_labels or given.labels or given.repeat != 1:
-        arguments.only = 0 if n == 1 else None
-        told = arguments.seeds if given.seeds is None else None
-        if isinstance(told, list) and (given.all_labels or len(told) != n):
-            raise ValueError(
-                f"--like {path} records {len(told)} seeds, which do not fit these labels: give "
-                "--seed, or --seeds"
-            )
-    return arguments
+    return run_command(command, arguments.quiet)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -105,67 +64,64 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add_loading_arguments(parser)
     add("--check-finite", action="store_true", help="look for NaN in every weight")
-    add(
-        "--record-paths",
-        action="store_true",
-        help="record the whole paths of the model and the VAE in the output, not only their names",
-    )
+    add("--record-paths", action="store_true", help="record the whole paths of the model and the "
+        "VAE in the output, not only their names")  # fmt: skip
     add("--like", type=Path, metavar="PNG",
         help="make an image or a sheet of dit-generate again, with the --model and --vae that are "
         "given; other options replace what is recorded in it")  # fmt: skip
-    add("--labels", nargs="+", metavar="LABEL", help="class names or numbers, one image each")
+    add("--labels", nargs="+", metavar="LABEL", help="class names or numbers, one per image")
     add("--all-labels", action="store_true", help="every class of the model")
     add("--repeat", type=int, default=1, metavar="COUNT", help="images of each label, in turn")
     add("--list-labels", action="store_true", help="print the model's classes and stop")
     add("-o", "--output", type=destination, default=Path("sheet.png"),
         help="a .png: all images on one sheet; -: the same, to standard output; "
         "a .npy: uint8 images (N, H, W, 3); a .safetensors: latents (N, C, S, S), not decoded; "
-        "any other name: a directory for one .png an image, where images that are there "
+        "any other name: a directory with one .png per image, where images that are there "
         "already are not made again")  # fmt: skip
     add("--overwrite", action="store_true",
-        help="of a directory: make all images again; of a file: replace it without a "
+        help="for a directory: make all images again; for a file: replace it without a "
         "note")  # fmt: skip
     add("--columns", type=int, help="of the sheet; about square unless given")
     add_sampling_arguments(parser)
     add("--seed", type=int, help="image i is made from seed + i; random unless given")
-    add("--seeds", type=int, nargs="+", metavar="SEED", help="one an image")
+    add("--seeds", type=int, nargs="+", metavar="SEED", help="one per image")
     add("--noise", default="per-image", help="per-image or official (as the reference draws)")
     add("--latents", type=Path, help=".safetensors, .npy: latents to start from (N, C, S, S)")
-    add("--step-noise", type=Path, help="likewise: the noise of every step (steps, N, C, S, S)")
+    add("--step-noise", type=Path, help="the same for the noise of every step (steps, N, C, S, S)")
     add("--device", help="cpu, cuda, …; CUDA where there is one unless given")
     add("--max-batch-size", type=int, default=32, help="more images are made in several batches")
     add("--threads", type=int, help="of the CPU; torch's own choice unless given")
     add("--quiet", action="store_true", help="no progress bar, no notes, nothing but errors")
-    parser.set_defaults(bare=False, diffusion=None, only=None)
+    parser.set_defaults(diffusion=None, only=None)  # what --like finds beside the options
     return parser
 
 
 def generate(arguments: argparse.Namespace) -> int:
     if arguments.list_labels:
         return list_labels(arguments)
+    output = arguments.output
     if bool(arguments.labels) == arguments.all_labels:
         raise ValueError(
             "give --labels, class names or numbers (see --list-labels), or --all-labels"
         )
-    if arguments.repeat < 1:
-        raise ValueError(f"repeat {arguments.repeat} is not a positive integer")
-    if arguments.columns is not None and arguments.columns < 1:
-        raise ValueError(f"columns {arguments.columns} is not a positive integer")
-    if arguments.columns is not None and not is_sheet(arguments.output):
-        raise ValueError(f"--columns is of a sheet, a .png, and {arguments.output} is none")
-    check_destination(arguments.output, arguments.overwrite)
+    for name in ("repeat", "columns"):
+        if (number := getattr(arguments, name)) is not None and number < 1:
+            raise ValueError(f"{name} {number} is not a positive integer")
+    if arguments.columns is not None and not is_sheet(output):
+        raise ValueError(f"--columns is of a sheet, a .png, and {output} is none")
+    check_destination(output, arguments.overwrite)
 
     from dit_engine.cli.pictures import save
     from dit_engine.cli.tensors import read_tensor
 
-    output = output_kind(arguments.output)
+    kind = output_kind(output)
     options = sampling_options(arguments) | {
         "seed": arguments.seed,
         "seeds": arguments.seeds,
         "noise": arguments.noise,
         "latents": read_tensor(arguments.latents),
         "step_noise": read_tensor(arguments.step_noise),
-        "output": output,
+        "output": kind,
     }
     engine = load_engine(arguments)
     told, found = arguments.diffusion, engine.config.diffusion.record()
@@ -174,33 +130,28 @@ def generate(arguments: argparse.Namespace) -> int:
             f"{arguments.like} was made with diffusion {told or 'as published'}, and "
             f"{arguments.model} has {found or 'the published one'}: it would be another image"
         )
-    quiet = arguments.quiet
-    if engine.vae is None and output != "latent":
+    if engine.vae is None and kind != "latent":
         raise ValueError(
-            f"this model has no VAE, so {arguments.output} cannot be made: "
+            f"this model has no VAE, so {output} cannot be made: "
             "use a .safetensors output for its latents, or give --vae"
         )
     labels = arguments.repeat * (arguments.labels or [*range(engine.config.num_classes)])
-    began = time.perf_counter()
-    with closing(SamplingBar(engine, quiet)) as bar:
-        if is_directory(arguments.output):
+    began, notes = time.perf_counter(), ""
+    with closing(SamplingBar(engine, arguments.quiet)) as bar:
+        if is_directory(output):
             made, notes = make_series(bar, labels, options, arguments)
         else:
             result = bar.generate(labels, **options)
-            save(result, arguments.output, arguments.columns, arguments.only)
-            made, notes = 1 if output == "pil" and arguments.only is not None else len(result), ""
+            save(result, output, arguments.columns, arguments.only)
+            made = 1 if kind == "pil" and arguments.only is not None else len(result)
     seconds = time.perf_counter() - began
-    if not quiet:
-        kind = "latents" if output == "latent" else "image" if made == 1 else "images"
+    if not arguments.quiet:
+        what = "latents" if kind == "latent" else "image" if made == 1 else "images"
         rate = f" in {seconds:.1f} s ({made / seconds:.2f} a second)" if made else ""
-        place = "standard output" if arguments.output == STDOUT else arguments.output
-        news = sys.stderr if arguments.output == STDOUT else sys.stdout
-        say(f"{made} {kind}{rate} → {printable(place)}{notes}", news)
+        place = "standard output" if output == STDOUT else output
+        news = sys.stderr if output == STDOUT else sys.stdout
+        say(f"{made} {what}{rate} → {printable(place)}{notes}", news)
     return 0
-
-
-def is_sheet(output: Path) -> bool:
-    return output == STDOUT or output.suffix.lower() == ".png"
 
 
 def make_series(
@@ -209,19 +160,19 @@ def make_series(
     options: dict[str, Any],
     arguments: argparse.Namespace,
 ) -> tuple[int, str]:
-    """A directory of images → how many were made, and what is to be said beside it."""
+    """Make a directory of images; returns how many were made, and what to print after it."""
     from dit_engine.cli.series import Series
 
-    series = Series.of(bar.engine, labels, options, arguments.output, arguments.overwrite)
+    series = Series(bar.engine, labels, options, arguments.output, arguments.overwrite)
     if series.others and series.missing:
         note = f"{series.directory} holds other PNGs ({series.others}), which stay"
         if arguments.seed is None and arguments.seeds is None:
             note += "; give the --seed of an earlier call to continue that call instead"
         warnings.warn(note, stacklevel=1)
     series.make(bar.generate)
-    made, notes = len(series.missing), ""
-    if made < len(series.whole):
-        notes = f"; {len(series.whole) - made} of {len(series.whole)} were there"
+    made, total, notes = len(series.missing), len(series.whole), ""
+    if made < total:
+        notes = f"; {total - made} of {total} were there"
     if series.others:
         notes += f"; the directory holds {series.others} other images"
     return made, notes
@@ -271,23 +222,19 @@ class SamplingBar:
         total: int | None = None,
         **options: Any,
     ) -> Generation:
-        """first, total: where the labels are a part of more, how many went before, of how many."""
+        """Generate images that are part of more: ``first`` of ``total`` were made before."""
 
         def advance(progress: Progress) -> None:
             done = (first + progress.first) * progress.steps + progress.step * progress.count
-            bar = self._shown((total or progress.total) * progress.steps, done)
-            bar.update(done - bar.n)  # back, when a batch is tried again in halves
+            if self._bar is None:  # made here, since an invalid option would leave an empty bar
+                from dit_engine.console.bars import Bar
+
+                all_steps = (total or progress.total) * progress.steps
+                self._bar = Bar(total=all_steps, initial=done, unit="image-step", desc="sampling",
+                                file=sys.stderr)  # fmt: skip
+            self._bar.update(done - self._bar.n)  # back, when a batch is tried again in halves
 
         return self.engine.generate(labels, callback=None if self.quiet else advance, **options)
-
-    def _shown(self, total: int, done: int) -> tqdm[Any]:
-        from dit_engine.console.bars import Bar
-
-        if self._bar is None:  # not earlier: an invalid option would leave an empty bar behind
-            self._bar = Bar(
-                total=total, initial=done, unit="image-step", desc="sampling", file=sys.stderr
-            )
-        return self._bar
 
     def close(self) -> None:
         if self._bar is not None:

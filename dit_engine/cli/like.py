@@ -1,58 +1,102 @@
-"""Read options of dit-generate from the record in a PNG."""
+"""``dit-generate --like``: take the settings of an image or a sheet from its own record."""
 
 from __future__ import annotations
 
+import argparse
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dit_engine.console.output import is_sheet
 from dit_engine.io.images import open_image
 from dit_engine.io.provenance import is_source
 
 _SHOWN = 200  # characters of a path in a message
-
 _CELL_PIXELS = 64 * 64  # of the smallest image on a sheet
+_TEXTS = (
+    "model", "vae", "numerics", "prediction", "sampler", "spacing", "noise", "precision", "backend",
+)  # fmt: skip
 _NUMBERS = ("num_heads", "vae_scaling_factor", "vae_shift_factor", "vae_groups", "columns")
-_SAME = (*_NUMBERS, "model", "vae", "numerics", "prediction", "sampler", "steps", "spacing", "eta",
-         "guidance_channels", "guidance_interval", "noise", "precision", "backend")  # fmt: skip
+# Recorded settings that are options of the same name, and those that are read in another way.
+_SAME = (*_TEXTS, *_NUMBERS, "steps", "eta", "guidance_channels", "guidance_interval")
 _TOLD = ("version", "diffusion", "label", "labels", "label_name", "label_names", "seed", "seeds",
          "index", "guidance_scale")  # fmt: skip
 
 
-def given_model(path: Path, recorded: str, given: str | None) -> str:
-    """The model with which ``path`` is made again.
+def arguments_like(
+    path: Path, argv: Sequence[str] | None, make_parser: Callable[[], argparse.ArgumentParser]
+) -> argparse.Namespace:
+    """The arguments of ``argv``, with what the image ``path`` records in place of the defaults.
 
     A picture must not choose what is read from this machine or fetched from a hub. So the user must
-    give every model except the built-in one; otherwise this raises a one-line ValueError.
+    give every model except the built-in one, and the VAE if it was another than the model's own.
+
+    Raises a one-line ValueError if they are missing, and as `recorded_options` does.
     """
-    if given is None and recorded != "builtin":
-        raise ValueError(
-            f"{path} was made with model {recorded[:_SHOWN]!r}: give it with --model, since a "
-            "picture does not choose what is loaded"
+    recorded, usual = recorded_options(path), vars(make_parser().parse_args([]))
+    parser = make_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # then the result holds only what is given
+    given = vars(parser.parse_args(argv))
+    for name in ("diffusion", "only"):  # of no option
+        del given[name]
+    model, vae = recorded.pop("model"), recorded.pop("vae", None)
+    another = "model" in given and not is_source(given["model"], model)
+    for name, source, needed in (
+        ("model", model, model != "builtin"),
+        ("vae", vae, vae is not None and not another),
+    ):
+        if needed and name not in given:
+            raise ValueError(
+                f"{path} was made with {name} {source[:_SHOWN]!r}: give it with --{name}, since a "
+                "picture does not choose what is loaded"
+            )
+    values = usual | recorded | given
+    # Recorded settings of a model, a VAE, a sheet or a sampler do not apply to another one.
+    unused: set[str] = set()
+    if another:
+        unused |= {"numerics", "num_heads", "prediction", "diffusion"}
+    same_vae = not another
+    if "vae" in given:
+        same_vae = vae is not None and is_source(given["vae"], vae)
+    if not same_vae:
+        unused |= {"vae_scaling_factor", "vae_shift_factor", "vae_groups"}
+    if values["prediction"] != recorded.get("prediction"):
+        unused |= {"diffusion"}
+    if not is_sheet(values["output"]):
+        unused |= {"columns"}
+    unused &= recorded.keys()
+    if another and any(recorded[name] for name in unused):
+        warnings.warn(
+            f"{path} was made with another model, {model[:_SHOWN]!r}: these settings of it are not "
+            f"used: {', '.join(sorted(unused))}",
+            stacklevel=2,
         )
-    return "builtin" if given is None else given
-
-
-def given_vae(path: Path, recorded: str | None, given: str | None, another: bool) -> bool:
-    """Whether the VAE is the one with which ``path`` was made.
-
-    another: the model is not the one with which ``path`` was made. Raises a one-line ValueError if
-    the user must give the VAE.
-    """
-    if given is not None:
-        return recorded is not None and is_source(given, recorded)
-    if recorded is not None and not another:
-        raise ValueError(
-            f"{path} was made with vae {recorded[:_SHOWN]!r}: give it with --vae, since a picture "
-            "does not choose what is loaded"
-        )
-    return not another
+    if values["sampler"] != recorded.get("sampler"):  # the other one has its own usual values
+        unused |= {"steps", "spacing", "eta"}
+    values |= {name: usual[name] for name in unused} | given
+    if {"seed", "seeds"} & given.keys():
+        values |= {name: given.get(name) for name in ("seed", "seeds")}
+    if "all_labels" in given:
+        values["labels"] = None
+    count = len(values["labels"] or ()) * values["repeat"]
+    if {"all_labels", "labels"} & given.keys() or values["repeat"] != 1:
+        values["only"] = 0 if count == 1 else None
+        told = None if "seeds" in given else values["seeds"]
+        if isinstance(told, list) and ("all_labels" in given or len(told) != count):
+            raise ValueError(
+                f"--like {path} records {len(told)} seeds, which do not fit these labels: give "
+                "--seed, or --seeds"
+            )
+    return argparse.Namespace(**values)
 
 
 def recorded_options(path: Path) -> dict[str, Any]:
-    """Defaults for the parser that make the image or the sheet ``path`` again.
+    """The recorded settings that make the image or the sheet ``path`` again, by option.
 
-    Raises ValueError, one line with the path, for a file that does not tell them, or
-    that tells what is unknown here.
+    Raises a one-line ValueError with the path for a file that does not hold them, or that holds
+    settings which are unknown here.
     """
     from dit_engine.metadata import record_in
 
@@ -66,40 +110,38 @@ def recorded_options(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} was made from given {given}, which it does not hold")
         if name not in (*_SAME, *_TOLD):
             raise ValueError(f"{path} was made with {name[:80]!r}, which is unknown here")
-    for name in ("model", "vae", "numerics", "prediction", "sampler", "spacing", "noise",
-                 "precision", "backend"):  # fmt: skip
-        if not isinstance(record.get(name, ""), str):
-            raise ValueError(f"{path}: {name} is no text")
-    for name in _NUMBERS:
-        if type(record.get(name, 0)) not in (int, float):
-            raise ValueError(f"{path}: {name} is no number")
-    if not isinstance(record.get("guidance_interval"), list | type(None)):
-        raise ValueError(f"{path}: guidance_interval is no pair")
+    for names, types, usual, wanted in (
+        (_TEXTS, (str,), "", "text"),
+        (_NUMBERS, (int, float), 0, "number"),
+        (("guidance_interval",), (list, type(None)), None, "pair"),
+    ):
+        for name in names:
+            if type(record.get(name, usual)) not in types:
+                raise ValueError(f"{path}: {name} is no {wanted}")
     if "://" in record.get("backend", ""):
         record["backend"] = "auto"  # no file says which server is asked
-    options: dict[str, Any] = {"diffusion": record.get("diffusion", {})}
-    options |= {name: record[name] for name in _SAME if name in record}
+    options = {name: record[name] for name in _SAME if name in record}
+    options["diffusion"] = record.get("diffusion", {})
     scale, seed = record.get("guidance_scale"), record.get("seed")
-    seeds = record.get("seeds", None if seed is None else [seed])
     options["guidance_scale"] = scale if isinstance(scale, list) else [scale]
+    seeds = record.get("seeds", None if seed is None else [seed])
+    numbers = isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)
     if record["noise"] == "official":
         options["seed"] = seeds[0] if isinstance(seeds, list) and seeds else None
+    elif numbers and seeds == [*range(seeds[0], seeds[0] + len(seeds))]:
+        options["seed"] = seeds[0]  # as --seed gave them: then they go on for more labels
     else:
         options["seeds"] = seeds
-        # As --seed gave them: then they go on for more labels.
-        numbers = isinstance(seeds, list) and all(type(seed) is int for seed in seeds)
-        if numbers and seeds and seeds == [*range(seeds[0], seeds[0] + len(seeds))]:
-            options["seed"] = options.pop("seeds")[0]
-    options["labels"] = record.get("labels", [record.get("label")])
-    if not isinstance(options["labels"], list) or not options["labels"]:
+    labels = record.get("labels", [record.get("label")])
+    if not isinstance(labels, list) or not labels:
         raise ValueError(f"{path}: labels is not a list")
-    many = len(options["labels"])
-    if "label" not in record and many * _CELL_PIXELS > width * height:
-        raise ValueError(f"{path}: no sheet of {width}×{height} pixels shows its {many} labels")
-    only = None
-    if "label" in record:
-        index = record.get("index")
-        only = index if "labels" in record else 0  # "labels": of an official batch
-        if type(only) is not int or not 0 <= only < len(options["labels"]):
-            raise ValueError(f"{path}: index is no place in its batch")
-    return options | {"only": only}
+    if "label" not in record:
+        if len(labels) * _CELL_PIXELS > width * height:
+            raise ValueError(
+                f"{path}: no sheet of {width}×{height} pixels shows its {len(labels)} labels"
+            )
+        return options | {"labels": labels, "only": None}
+    only = record.get("index") if "labels" in record else 0  # "labels": of an official batch
+    if type(only) is not int or not 0 <= only < len(labels):
+        raise ValueError(f"{path}: index is no place in its batch")
+    return options | {"labels": labels, "only": only}

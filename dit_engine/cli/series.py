@@ -1,9 +1,8 @@
-"""A directory of images, written batch by batch: what is there already is not made again."""
+"""A directory of images, written batch by batch: an image that is there is not made again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,122 +18,99 @@ from dit_engine.settings import resolve_seeds
 if TYPE_CHECKING:
     from dit_engine.engine import Engine, Generation
 
-Generate = Callable[..., "Generation"]
 
-
-@dataclass(frozen=True)
 class Series:
-    """The images of one call, and which of them are to be made.
+    """The images of one call, and which of them have to be made.
 
     Attributes:
-        seeds: one an image, also where none is used.
         whole: what the call would give, without images.
-        missing: places of the images that are not there.
+        missing: places of the images that are not in the directory.
+        others: how many other PNGs the directory holds.
     """
 
-    engine: Engine
-    directory: Path
-    options: dict[str, Any]
-    seeds: list[int]
-    whole: Generation
-    missing: list[int]
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         engine: Engine,
         labels: Sequence[int | str],
         options: dict[str, Any],
         directory: Path,
         overwrite: bool,
-    ) -> Series:
+    ) -> None:
         """Raises ValueError where a file of another call has the name of one of these images,
         unless ``overwrite``."""
+        self.engine, self.directory, self.options = engine, directory, options
         numbers = resolve_labels(labels, engine.config.num_classes, engine.label_names)
-        seeds = resolve_seeds(options["seed"], options["seeds"], len(numbers), options["noise"])
-        settings = {k: v for k, v in options.items() if k not in ("seed", "seeds")}
-        whole = engine.planned(numbers, seeds, **settings)
-        series = cls(engine, directory, options, seeds, whole, [])
-        missing = [i for i in range(len(numbers)) if overwrite or not series._is_there(i)]
-        return replace(series, missing=missing)
+        settings = dict(options)
+        seed, seeds = settings.pop("seed"), settings.pop("seeds")
+        self.seeds = resolve_seeds(seed, seeds, len(numbers), options["noise"])
+        self.whole = engine.planned(numbers, self.seeds, **settings)
+        self.paths = [self._path(i) for i in range(len(numbers))]
+        self.missing = [i for i in range(len(numbers)) if overwrite or not self._is_there(i)]
+        self.others = len({*directory.glob("*.png")} - {*self.paths})
 
-    @property
-    def as_a_whole(self) -> bool:
-        """Whether noise is drawn, or given, for all images at once."""
-        given = (self.options["latents"], self.options["step_noise"])
-        return self.options["noise"] == "official" or any(noise is not None for noise in given)
-
-    @property
-    def others(self) -> int:
-        """How many other PNGs the directory holds."""
-        names = {self._name(i) for i in range(len(self.whole))}
-        return sum(path.name not in names for path in self.directory.glob("*.png"))
-
-    def make(self, generate: Generate) -> None:
+    def make(self, generate: Callable[..., Generation]) -> None:
         """Make the missing images with ``generate(labels, first=…, total=…, **options)``, whose
         images are places first, first + 1, … of the total; each batch is written before the next
-        is begun."""
+        begins."""
         first, parts = 0, list(self._parts())
-        total = sum(map(len, parts))
-        for part in parts:
-            result = generate(
-                [self.whole.labels[i] for i in part], first=first, total=total, **self._of(part)
-            )
+        total = sum(len(places) for places, _ in parts)
+        for places, options in parts:
+            labels = [self.whole.labels[i] for i in places]
+            result = generate(labels, first=first, total=total, **options)
             self.directory.mkdir(parents=True, exist_ok=True)
-            for i, image in zip(part, result.images, strict=True):
+            for i, image in zip(places, result.images, strict=True):
                 info = png_text(image_record(self.whole, i))
-                with atomic_path(self.directory / self._name(i)) as partial:
+                with atomic_path(self.paths[i]) as partial:
                     image.save(partial, "PNG", pnginfo=info)
-            first += len(part)
+            first += len(places)
 
-    def _parts(self) -> Iterator[list[int]]:
-        if self.as_a_whole and self.missing:
-            yield list(range(len(self.whole)))
+    def _parts(self) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """The places of each batch, with the options of `Engine.generate` for it alone."""
+        given = (self.options["latents"], self.options["step_noise"])
+        if self.options["noise"] == "official" or any(noise is not None for noise in given):
+            # Noise is drawn or given for all images at once, so all are made again.
+            if self.missing:
+                yield list(range(len(self.whole))), self.options
             return
-        size = self.engine.max_batch_size
+        scale, size = self.options["guidance_scale"], self.engine.max_batch_size
+        each = isinstance(scale, Sequence) and len(scale) == len(self.whole)
         for first in range(0, len(self.missing), size):
-            yield self.missing[first : first + size]
+            places = self.missing[first : first + size]
+            own = {"seed": None, "seeds": [self.seeds[i] for i in places]}
+            if each:
+                own["guidance_scale"] = [scale[i] for i in places]
+            yield places, self.options | own
 
-    def _of(self, part: list[int]) -> dict[str, Any]:
-        """The options for images ``part`` alone."""
-        if self.as_a_whole:
-            return self.options
-        scale, n = self.options["guidance_scale"], len(self.whole)
-        if isinstance(scale, Sequence) and len(scale) == n:
-            scale = [scale[i] for i in part]
-        seeds = [self.seeds[i] for i in part]
-        return self.options | {"guidance_scale": scale, "seed": None, "seeds": seeds}
-
-    def _name(self, i: int) -> str:
-        names, whole = self.engine.label_names, self.whole
-        label = whole.labels[i]
-        seed = None if whole.seeds is None else whole.seeds[i]
-        return file_name(i, label, names[label] if names else None, seed)
+    def _path(self, i: int) -> Path:
+        names, label, seeds = self.engine.label_names, self.whole.labels[i], self.whole.seeds
+        name, seed = names and names[label], None if seeds is None else seeds[i]
+        return self.directory / file_name(i, label, name, seed)
 
     def _is_there(self, i: int) -> bool:
-        path = self.directory / self._name(i)
+        path = self.paths[i]
         if not path.exists():
             return False
-        expected = as_read(image_record(self.whole, i))
-        found = _record_of(path)
+        expected, found = as_read(image_record(self.whole, i)), _record_of(path)
+        if found is None:
+            raise ValueError(
+                f"{path} is no image of this engine: give another directory, or --overwrite"
+            )
         for name in expected.keys() & {"model", "vae"}:  # records may have a path or only its name
-            told = None if found is None else found.get(name)
+            told = found.get(name)
             if isinstance(told, str) and same_source(told, expected[name]):
                 expected[name] = told
         if found == expected:
             return True
-        if found is None:
-            difference = "is no image of this engine"
-        else:
-            names = [name for name in expected if found.get(name, ...) != expected[name]]
-            name = (names or sorted(found.keys() - expected.keys()))[0]
-            there = f"{shown(name)[1:-1]} {shown(found.get(name))}"
-            difference = f"has {there} and not {expected.get(name)!r}"
-        raise ValueError(f"{path} {difference}: give another directory, or --overwrite")
+        names = [name for name in expected if found.get(name, ...) != expected[name]]
+        name = (names or sorted(found.keys() - expected.keys()))[0]
+        raise ValueError(
+            f"{path} has {shown(name)[1:-1]} {shown(found.get(name))} and not "
+            f"{expected.get(name)!r}: give another directory, or --overwrite"
+        )
 
 
 def _record_of(path: Path) -> dict[str, Any] | None:
-    """What a PNG says of its making; None for anything that says nothing."""
+    """The settings in a PNG; None for a file that holds none or is not whole."""
     try:
         with open_image(path) as image:
             image.load()  # a file that breaks off is not there

@@ -16,21 +16,19 @@ from dit_engine.io.formats import NUMPY, check_format
 def read_tensor(path: Path | None) -> Tensor | None:
     """The one tensor in a .npy or .safetensors file as float32; None for None.
 
-    Raises ValueError or OSError, one line naming the file, for what is no such file.
+    Raises a one-line ValueError or OSError that names the file, for what is no such file.
     """
     if path is None:
         return None
-    readers = {".npy": _read_npy, ".safetensors": _read_safetensors}
-    if path.suffix.lower() not in readers:
+    suffix = path.suffix.lower()
+    if suffix not in (".npy", ".safetensors"):
         raise ValueError(f"{path}: use a .npy or a .safetensors file")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory; a file is needed")
-    return readers[path.suffix.lower()](path)
-
-
-def _read_npy(path: Path) -> Tensor:
+    if suffix == ".safetensors":
+        return _read_safetensors(path)
     check_format(path, NUMPY)
     array = map_npy(path)
     if array.dtype.kind not in "fiu":
@@ -49,7 +47,7 @@ def _read_safetensors(path: Path) -> Tensor:
         raise ValueError(f"{path} is not a .safetensors file: {error}") from None
     if len(tensors) != 1:
         raise ValueError(f"{path} holds {len(tensors)} tensors; one is needed")
-    tensor = next(iter(tensors.values()))
+    (tensor,) = tensors.values()
     if tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"{path} holds {tensor.dtype}; real numbers are needed")
     return tensor.float()

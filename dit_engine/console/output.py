@@ -38,6 +38,11 @@ def is_directory(path: Path) -> bool:
     return path != STDOUT and path.suffix.lower() not in OUTPUTS
 
 
+def is_sheet(path: Path) -> bool:
+    """Whether ``path`` asks for one picture of all images."""
+    return path == STDOUT or path.suffix.lower() == ".png"
+
+
 def check_destination(
     path: Path, overwrite: bool = False, suffixes: Collection[str] = tuple(OUTPUTS)
 ) -> None:

@@ -261,7 +261,7 @@ setup(
         "dit_engine.backends": [
             "onnxruntime=dit_export.backends.onnxruntime:OnnxRuntimeBackend",
             "tensorrt=dit_export.backends.tensorrt:TensorRTBackend",
-            "triton=dit_export.backends.triton_server:TritonBackend",
+            "triton=dit_export.backends.server:TritonBackend",
         ],
     },
     cmdclass=NATIVE if "dit_kernels" in PACKAGES else {},

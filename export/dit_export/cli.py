@@ -20,7 +20,7 @@ from dit_engine.console.run import entry, output_is_a_file, run_command
 _COMMANDS = {
     "onnx": ("dit_export.cli_onnx", "ONNX graphs of the transformer, a sampler step and the VAE"),
     "tensorrt": ("dit_export.cli_tensorrt", "TensorRT engines from an ONNX export"),
-    "triton": ("dit_export.cli_triton", "a model repository for Triton Inference Server"),
+    "triton": ("dit_export.server.command", "a model repository for Triton Inference Server"),
 }
 
 

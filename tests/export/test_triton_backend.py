@@ -21,8 +21,8 @@ from triton_requests import settled
 
 from dit_engine.engine import Engine
 from dit_engine.errors import BackendUnavailable
-from dit_export.backends import triton_server as triton_module
-from dit_export.backends.triton_server import TritonBackend
+from dit_export.backends import server as backend_module
+from dit_export.backends.server import TritonBackend
 from dit_export.server.remote import RemoteServer, is_loopback
 from dit_export.source import weights_hash
 
@@ -224,7 +224,7 @@ class FakeServer:
 
 
 def backend_of(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> TritonBackend:
-    monkeypatch.setattr(triton_module, "RemoteServer", lambda address: server)
+    monkeypatch.setattr(backend_module, "RemoteServer", lambda address: server)
     return TritonBackend(tiny_dit(), "fp32", torch.device("cpu"), server.address)
 
 

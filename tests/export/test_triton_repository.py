@@ -28,7 +28,8 @@ from dit_export.onnx.graphs import GuidedStep
 from dit_export.server import repository as model_repository
 from dit_export.server.configuration import Enum, ServingOptions, to_pbtxt
 from dit_export.server.pipeline import Facts, parse_rows
-from dit_export.server.repository import MARKER, SOURCES, write_repository
+from dit_export.server.repository import MARKER, write_repository
+from dit_export.server.sources import LOOP
 
 MODELS = ["dit", "dit_guided_step", "dit_transformer", "vae_decoder"]
 
@@ -117,7 +118,7 @@ def test_large_weights_keep_their_name(tmp_path: Path) -> None:
 def test_the_servers_loop_is_ours_and_needs_no_torch(tmp_path: Path, bundle: Bundle) -> None:
     path = write_repository(bundle, tmp_path / "repository")
     version = path / "dit" / "1"
-    for module in SOURCES:
+    for module in LOOP:
         spec = find_spec(module)
         assert spec is not None and spec.origin is not None
         copied = version / f"{module.replace('.', '/')}.py"

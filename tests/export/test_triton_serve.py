@@ -23,7 +23,7 @@ from dit_export.cli import main
 from dit_export.server import process as server_module
 from dit_export.server.binary import ServerBinary, assemble_backends, find_server
 from dit_export.server.process import choose_ports, running_server
-from dit_export.server.repository import source_of
+from dit_export.server.sources import source_of
 
 
 def answers(address: str) -> bool:

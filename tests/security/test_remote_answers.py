@@ -16,8 +16,8 @@ import torch
 from tiny import tiny_dit
 
 from dit_engine.errors import BackendUnavailable
-from dit_export.backends import triton_server as triton_module
-from dit_export.backends.triton_server import STEP, TRANSFORMER, TritonBackend
+from dit_export.backends import server as backend_module
+from dit_export.backends.server import STEP, TRANSFORMER, TritonBackend
 from dit_export.server import remote
 from dit_export.source import weights_hash
 
@@ -119,7 +119,7 @@ def running() -> Iterator[Server]:
 @pytest.fixture
 def server(running: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(triton_module, "weights_hash", lambda _: HASH)
+    monkeypatch.setattr(backend_module, "weights_hash", lambda _: HASH)
     running.answers.clear()
     return running
 

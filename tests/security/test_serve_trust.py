@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from fake_server import fake_server
 from dit_engine.io.caches import VARIABLE
 from dit_export.bundle import Bundle
 from dit_export.cli import main
-from dit_export.server import plans
+from dit_export.server import repository as repository_module
 from dit_export.server.binary import ServerBinary, find_server
 from dit_export.server.configuration import ServingOptions
 from dit_export.server.process import running_server
@@ -96,7 +95,7 @@ STRANGERS = {
     "unlisted weights": (add("dit_transformer/1/other.onnx.data"), "other.onnx.data", NONE),
     "the model": (append("dit/1/model.py", EVIL), "dit/1/model.py", DIFFERS),
     "the loop": (
-        append("dit/1/dit_export/server/pipeline.py", EVIL), "triton/pipeline.py", DIFFERS
+        append("dit/1/dit_export/server/pipeline.py", EVIL), "server/pipeline.py", DIFFERS
     ),
     "an __init__": (append("dit/1/dit_engine/__init__.py", EVIL), "dit_engine/__init__", DIFFERS),
     "a space": (append("dit/1/dit_engine/labels.py", " "), "dit/1/dit_engine/labels.py", DIFFERS),
@@ -230,8 +229,7 @@ def test_a_repository_of_engines(
     """Engines count as data: TensorRT runs code from an engine only with an option for it."""
     (tmp_path / "engine").write_bytes(b"engine")
     digest = hashlib.sha256(b"engine").hexdigest()
-    engine = SimpleNamespace(path=tmp_path / "engine", sha256=digest)
-    monkeypatch.setattr(plans, "find_plan", lambda *_: engine)
+    monkeypatch.setattr(repository_module, "find_plan", lambda *_: (tmp_path / "engine", digest))
     options = ServingOptions(platform="tensorrt")
     bundle = Bundle.open(made.parent / "onnx")
     path = write_repository(bundle, tmp_path / "plans", options, engines=tmp_path)

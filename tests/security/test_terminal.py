@@ -26,7 +26,7 @@ from dit_engine.console.bars import Bar
 from dit_engine.engine import Engine
 from dit_engine.io.printable import first_line, one_line, printable, say
 from dit_export.cli import main as export
-from dit_export.server import process as server
+from dit_export.server import command, process
 from dit_export.targets import TARGETS
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
@@ -293,14 +293,14 @@ def test_what_a_server_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     log.write_bytes(HOSTILE.replace("\r", "").encode() + b"\xff\n")
 
     def fails() -> None:
-        with server._log_unless(verbose=False) as path:
+        with command._last_lines(verbose=False) as path:
             assert path is not None
             path.write_bytes(log.read_bytes())
-            raise server.ServerFailed("ended", path)
+            raise process.ServerFailed("ended", path)
 
-    with pytest.raises(server.ServerFailed):
+    with pytest.raises(process.ServerFailed):
         fails()
-    with server._output(None) as descriptor:
+    with process._output(None) as descriptor:
         subprocess.run(["cat", str(log)], stdout=descriptor, check=True)
     told = capsys.readouterr().err
     assert told.count("owned") == told.count("\n") == 2

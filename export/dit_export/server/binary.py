@@ -1,4 +1,4 @@
-"""A Triton Inference Server that is installed here, and what it must be given to run."""
+"""Find a Triton Inference Server on this machine, and complete its backends."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dit_export.server.repository import packages, source_of, write_text
+from dit_export.server.sources import BACKEND, packages, source_of, write_text
 
 _PYTRITON = "pytriton/tritonserver"
-# The modules of ours that our backend "onnxruntime" imports.
-_BESIDE = ("dit_engine.arguments", "dit_engine.io.printable", "dit_export.server.origin")
 
 
 @dataclass(frozen=True)
 class ServerBinary:
-    """A tritonserver and what it must be given to run.
+    """A tritonserver and what it needs to run.
 
-    backends: its own backend directory. stub: the Python backend's helper, where it does not lie
-    beside the backend. environment: variables to set.
+    Attributes:
+        backends: the directory of its own backends.
+        stub: the helper program of the Python backend, if it does not lie beside that backend.
+        environment: variables that must be set.
     """
 
     path: Path
@@ -31,22 +31,17 @@ class ServerBinary:
 
 
 def find_server(given: Path | None = None) -> ServerBinary:
-    """``given`` (a tritonserver, or a virtual environment that holds nvidia-pytriton), else the one
-    on PATH, else this Python's own.
+    """The server ``given`` (a tritonserver, or a virtual environment with nvidia-pytriton). Without
+    it, the tritonserver on PATH, or else that of this Python's environment.
 
-    Raises FileNotFoundError, one line that says how to get one.
+    Raises FileNotFoundError, in one line that says how to get a server.
     """
-    if given is not None:
-        if given.is_dir():  # an absolute path, since the server runs in a directory of its own
-            return _of_environment(given.absolute() / "bin" / "python")
-        return _installed(given)
-    if (found := shutil.which("tritonserver")) is not None:
-        return _installed(Path(found))
-    return _of_environment(Path(sys.executable))
-
-
-def _installed(path: Path) -> ServerBinary:
-    path = path.resolve()
+    if given is not None and given.is_dir():
+        return _of_environment(given.absolute() / "bin" / "python")  # the server changes directory
+    found = given or shutil.which("tritonserver")
+    if found is None:
+        return _of_environment(Path(sys.executable))
+    path = Path(found).resolve()
     backends = path.parent.parent / "backends"  # as in NVIDIA's container
     if not path.is_file() or not (backends / "python").is_dir():
         raise FileNotFoundError(f"{path}: no tritonserver with its directory of backends beside it")
@@ -54,16 +49,14 @@ def _installed(path: Path) -> ServerBinary:
 
 
 def _of_environment(python: Path) -> ServerBinary:
-    """The server in the wheel nvidia-pytriton, of the environment that ``python`` belongs to."""
+    """The server of the package nvidia-pytriton in the environment of the interpreter ``python``"""
     probe = (
         "import sysconfig as s, sys; print(s.get_path('purelib'), s.get_config_var('LIBDIR'), "
         "'%d.%d' % sys.version_info[:2], sep='\\n')"
     )
-    where = python.parent.parent
+    where, command = python.parent.parent, [python, "-I", "-c", probe]
     try:
-        done = subprocess.run(
-            [python, "-I", "-c", probe], capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         raise FileNotFoundError(f"{where}: no virtual environment") from None
     site, libraries, version = done.stdout.splitlines()
@@ -75,28 +68,24 @@ def _of_environment(python: Path) -> ServerBinary:
             "tritonserver or a virtual environment with nvidia-pytriton, onnxruntime and numpy<2"
         )
     path = root / "bin" / "tritonserver"
-    if not os.access(path, os.X_OK):  # a wheel need not keep the permission
+    if not os.access(path, os.X_OK):  # installers may drop the permission
         path.chmod(path.stat().st_mode | 0o755)
+    shared = [f"{Path(site) / 'nvidia_pytriton.libs'}", libraries]
     environment = {
-        "LD_LIBRARY_PATH": ":".join(
-            filter(None, [f"{Path(site) / 'nvidia_pytriton.libs'}", libraries])
-        ),
-        # The Python inside the server heeds no PYTHONPATH: it takes the packages of the environment
-        # in which PATH has its first python3.
+        "LD_LIBRARY_PATH": ":".join(filter(None, shared)),
+        # The Python inside the server ignores PYTHONPATH. It takes the packages of the environment
+        # whose python3 comes first on PATH.
         "PATH": f"{python.parent.absolute()}:{os.environ.get('PATH', os.defpath)}",
     }
     return ServerBinary(path, root / "backends", stub, environment)
 
 
 def assemble_backends(server: ServerBinary, folder: Path) -> Path:
-    """A backend directory in which both platforms of our repositories can be found.
-
-    Where the server has no onnxruntime of its own, ours in Python takes its place.
-    """
-    complete = (server.backends / "onnxruntime").is_dir() and server.stub is None
-    if complete:
+    """A backend directory with every backend that our repositories need, made in ``folder`` if the
+    server's own is incomplete. Our onnxruntime backend in Python is used if the server has none."""
+    if (server.backends / "onnxruntime").is_dir() and server.stub is None:
         return server.backends
-    for backend in ("python", "tensorrt"):  # copies: the server refuses links that lead out
+    for backend in ("python", "tensorrt"):  # copied, because the server refuses links to elsewhere
         if (server.backends / backend).is_dir():
             shutil.copytree(server.backends / backend, folder / backend)
     if server.stub is not None:
@@ -104,6 +93,6 @@ def assemble_backends(server: ServerBinary, folder: Path) -> Path:
         shutil.copyfile(server.stub, stub)
         stub.chmod(0o755)
     source = source_of("dit_export.server.onnxruntime_backend.model")
-    for name, text in {"model.py": source, **packages(_BESIDE)}.items():
+    for name, text in {"model.py": source, **packages(BACKEND)}.items():
         write_text(folder / "onnxruntime" / name, text)
     return folder

@@ -1,10 +1,9 @@
-"""Start a Triton Inference Server for the user's own machine, wait for it, and stop it."""
+"""Start a Triton Inference Server on this machine, wait until it is ready, and stop it."""
 
 from __future__ import annotations
 
 import os
 import secrets
-import shlex
 import signal
 import socket
 import subprocess
@@ -21,21 +20,19 @@ from http.client import HTTPException
 from pathlib import Path
 
 from dit_engine.io.caches import private_cache
-from dit_engine.io.printable import printable, say
+from dit_engine.io.printable import say
 from dit_export.server import origin, supervisor
-from dit_export.server.binary import ServerBinary, assemble_backends, find_server
+from dit_export.server.binary import ServerBinary, assemble_backends
 from dit_export.server.configuration import ENGINE_CACHE
 from dit_export.server.remote import is_loopback
 from dit_export.server.repository import check_marker
 from dit_export.server.trust import check_repository, served_copy
 
 _STOP_SECONDS = supervisor.ASK_SECONDS + 5
-_LAST_LINES = 30
 _LONGEST_LINE = 1 << 16
-# Endpoints that none of our clients uses. Before 25.07, clients could read and overwrite memory of
-# the Python backend through the first.
+# No client of ours needs these endpoints. Before Triton 25.07, clients could read and overwrite the
+# memory of the Python backend through the first.
 _CLOSED = "shared-memory,model-repository,trace,logging"
-_RESTRICTIONS = ("http-restricted-api", "grpc-restricted-protocol")
 
 
 class ServerFailed(RuntimeError):
@@ -71,16 +68,16 @@ def running_server(
 ) -> Iterator[Running]:
     """Start a server of ``repository``, wait until it is ready, and stop it when the block ends.
 
-    If this process is killed, the server ends too (`supervisor`). The endpoints for shared memory,
-    loading of models, traces and logging are closed, and requests from web pages get no images
-    (`origin`). There is a warning if other machines can reach ``host``.
+    If this process is killed, the server ends too (see `supervisor`). The endpoints for shared
+    memory, loading of models, traces and logging are closed, and requests from web pages get no
+    images (see `origin`). A warning says if other machines can reach ``host``.
 
     Args:
         ports: for HTTP, gRPC and metrics; 0 means any free port.
-        ready_seconds: limit for loading, when graphs are read from disk and warmed up.
-        log: file for the server's output; None means standard error.
-        trust: run any code that the repository has. Otherwise its code must be what this version
-            writes (`trust.check_repository`).
+        ready_seconds: the time that loading and warming up may take.
+        log: the file for the server's output; None means standard error.
+        trust: run whatever code the repository has. Otherwise its code must be what this version
+            writes (see `trust.check_repository`).
 
     Raises:
         ValueError: ``repository`` is not a repository of ours or has other code, or a port is out
@@ -88,7 +85,7 @@ def running_server(
         ServerFailed: the server ended, or was not ready in time.
     """
     check_marker(repository)
-    texts = None if trust else check_repository(repository)
+    files = None if trust else check_repository(repository)
     chosen = choose_ports(host, ports)
     if not is_loopback(host):
         warnings.warn(
@@ -97,54 +94,36 @@ def running_server(
             stacklevel=3,
         )
     prefix = f"dit-{secrets.token_hex(8)}-"
-    with tempfile.TemporaryDirectory(prefix="triton-") as folder:
+    with tempfile.TemporaryDirectory(prefix="triton-") as folder, _output(log) as output:
         models, backends, here = (Path(folder) / name for name in ("models", "backends", "here"))
         for made in (models, backends, here):
             made.mkdir()
-        served = repository if texts is None else served_copy(repository, texts, models)
+        served = repository if files is None else served_copy(repository, files, models)
         if _keeps_engines(served):
-            with suppress(
-                OSError, ValueError
-            ):  # without a cache, the engines are lost when the server ends
+            with suppress(OSError, ValueError):  # without a private cache, nothing is kept
                 (here / ENGINE_CACHE).symlink_to(private_cache("triton"))
-        names = {origin.NAMES: ",".join(_names(host)), origin.FORWARDS: "1"}
-        environment = server.environment | names
         command = [
             *(sys.executable, "-I", "-S", supervisor.__file__, prefix),
-            # Set by env, because the supervisor's Python needs its own libraries.
-            *("env", *(f"{name}={value}" for name, value in environment.items())),
-            str(server.path),
-            f"--model-repository={served.resolve()}",
-            f"--backend-directory={assemble_backends(server, backends)}",
-            f"--backend-config=python,shm-region-prefix-name={prefix}",
-            f"--http-header-forward-pattern={origin.HTTP_HEADERS}",
-            f"--grpc-header-forward-pattern={origin.GRPC_HEADERS}",
-            # Requests to these need a header whose name is "for:nobody". No client can send such a
-            # header, because the name ends at the first colon. So it does not matter that other
-            # users of this machine can read its value among the arguments.
-            *(f"--{kind}={_CLOSED}:for:nobody={secrets.token_urlsafe()}" for kind in _RESTRICTIONS),
-            "--disable-auto-complete-config",
-            "--exit-timeout-secs=5",
+            *_command(server, served.resolve(), assemble_backends(server, backends), host, prefix),
         ]
         for name, port in zip(("http", "grpc", "metrics"), chosen, strict=True):
             command += [f"--{name}-address={host}", f"--{name}-port={port}"]
-        with _output(log) as output:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=here,  # where the Python backend looks for modules first
-                start_new_session=True,  # Ctrl-C reaches only us, and we stop the server
-            )
-            try:
-                http, grpc, metrics = (f"{host}:{port}" for port in chosen)
-                _wait_until_ready(process, http, ready_seconds, log)
-                supervisor.hide_regions(prefix)
-                yield Running(http, grpc, metrics, process)
-            finally:
-                _stop(process)
-                supervisor.remove_regions(prefix)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=here,  # where the Python backend looks for modules first
+            start_new_session=True,  # Ctrl-C reaches only this process, which stops the server
+        )
+        try:
+            http, grpc, metrics = (f"{host}:{port}" for port in chosen)
+            _wait_until_ready(process, http, ready_seconds, log)
+            supervisor.hide_regions(prefix)
+            yield Running(http, grpc, metrics, process)
+        finally:
+            _stop(process)
+            supervisor.remove_regions(prefix)
 
 
 def _keeps_engines(repository: Path) -> bool:
@@ -152,65 +131,34 @@ def _keeps_engines(repository: Path) -> bool:
     return config.is_file() and f'"{ENGINE_CACHE}"' in config.read_text("utf-8", "replace")
 
 
-def _names(host: str) -> set[str]:
-    """The names, beside IP addresses and localhost, of a server that listens at ``host``."""
+def _command(
+    server: ServerBinary, models: Path, backends: Path, host: str, prefix: str
+) -> list[str]:
+    """The server's command without its addresses; prefix: of its regions of shared memory."""
     names = {*os.environ.get(origin.NAMES, "").split(","), host}
-    return names if is_loopback(host) else names | {socket.gethostname(), socket.getfqdn()}
-
-
-def serve(
-    repository: Path,
-    given: Path | None,
-    host: str,
-    ports: tuple[int, int, int],
-    ready_seconds: float,
-    verbose: bool,
-    trust: bool,
-) -> int:  # pragma: no cover
-    """Run a server until Ctrl-C or SIGTERM; print its addresses when it is ready.
-
-    The server's own output goes to standard error: all of it if ``verbose``, else its last lines if
-    it fails.
-    """
-    check_marker(repository)
-    server = find_server(given)
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        with (
-            _log_unless(verbose) as log,
-            running_server(repository, server, host, ports, ready_seconds, log, trust) as running,
-        ):
-            say(f"ready: http {running.http}, gRPC {running.grpc}, metrics {running.metrics}")
-            client = printable(shlex.quote(str(repository / "client.py")))
-            say(f"python {client} {running.http} images.png 50 0; Ctrl-C ends it", flush=True)
-            raise ServerFailed(f"the server ended with code {running.process.wait()}", log)
-    except KeyboardInterrupt:
-        return 0
-    except ServerFailed as error:
-        raise OSError(error.what) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _log_unless(verbose: bool) -> Iterator[Path | None]:
-    """A log for a server, or None if ``verbose``; its last lines are shown if the server fails."""
-    if verbose:
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="triton-log-") as folder:
-        log = Path(folder) / "log"
-        try:
-            yield log
-        except ServerFailed:
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-            for line in lines[-_LAST_LINES:]:
-                say(line, sys.stderr)
-            raise
+    if not is_loopback(host):
+        names |= {socket.gethostname(), socket.getfqdn()}
+    environment = server.environment | {origin.NAMES: ",".join(names), origin.FORWARDS: "1"}
+    # Requests to closed endpoints need a header named "for:nobody". No client can send it, because
+    # a header's name ends at the first colon. So it does not matter that other users of this
+    # machine can read the header's value among the arguments.
+    closed = [
+        f"--{option}={_CLOSED}:for:nobody={secrets.token_urlsafe()}"
+        for option in ("http-restricted-api", "grpc-restricted-protocol")
+    ]
+    return [
+        # The program env sets the variables, because the supervisor's Python must not have them.
+        *("env", *(f"{name}={value}" for name, value in environment.items())),
+        str(server.path),
+        f"--model-repository={models}",
+        f"--backend-directory={backends}",
+        f"--backend-config=python,shm-region-prefix-name={prefix}",
+        f"--http-header-forward-pattern={origin.HTTP_HEADERS}",
+        f"--grpc-header-forward-pattern={origin.GRPC_HEADERS}",
+        *closed,
+        "--disable-auto-complete-config",
+        "--exit-timeout-secs=5",
+    ]
 
 
 @contextmanager
@@ -239,7 +187,7 @@ def _output(log: Path | None) -> Iterator[int]:
 def _wait_until_ready(
     process: subprocess.Popen[bytes], address: str, seconds: float, log: Path | None
 ) -> None:
-    # A proxy from the environment could not reach this machine's own addresses.
+    # No proxy, because a proxy cannot reach this machine's own addresses.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -2,7 +2,7 @@
 
 Standard input is a pipe that the starter holds open and never writes to. When the starter ends,
 even by SIGKILL, the system closes the pipe; the program then gets SIGINT, and later SIGKILL. When
-the program has ended for any reason, regions of shared memory whose names begin with PREFIX are
+the program has ended for any reason, the regions of shared memory whose names begin with PREFIX are
 removed. This file runs beside any server, so it imports only the standard library.
 """
 
@@ -27,20 +27,15 @@ def main(prefix: str, command: list[str]) -> int:
     while program.poll() is None:
         ready, _, _ = select.select([sys.stdin], [], [], _POLL_SECONDS)
         if ready and not os.read(sys.stdin.fileno(), 1):
-            end(program, prefix)
+            program.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                program.wait(ASK_SECONDS)
+            program.kill()
+            program.wait()  # from now on nobody makes regions, so they can be removed
+            remove_regions(prefix)
+            os.killpg(0, signal.SIGKILL)  # the program's helpers, and this process
     remove_regions(prefix)
     return program.returncode if program.returncode >= 0 else 128 - program.returncode
-
-
-def end(program: subprocess.Popen[bytes], prefix: str) -> None:
-    """End the program, then kill this process's group: the program's helpers and this process."""
-    program.send_signal(signal.SIGINT)
-    with suppress(subprocess.TimeoutExpired):
-        program.wait(ASK_SECONDS)
-    program.kill()  # no other process makes regions, so they can be removed now
-    program.wait()
-    remove_regions(prefix)
-    os.killpg(0, signal.SIGKILL)
 
 
 def hide_regions(prefix: str) -> None:
@@ -51,8 +46,8 @@ def hide_regions(prefix: str) -> None:
 
 
 def remove_regions(prefix: str) -> None:
-    """Remove shared memory whose name begins with ``prefix``, which a killed program leaves behind.
-    Processes that have it open can still use it."""
+    """Remove the regions, which a killed program leaves behind. Processes that have one open can
+    still use it."""
     for region in _REGIONS.glob(f"{prefix}*"):
         with suppress(OSError):
             region.unlink()

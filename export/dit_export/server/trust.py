@@ -1,8 +1,8 @@
 """Check that a model repository holds exactly what this version writes, and no other code.
 
 A server runs the files of its repository: Python, libraries, and whatever a configuration names. We
-generate all these files from the facts in repository.json (`model_repository.repository_texts`), so
-here they are generated again and compared. The remaining files are the graphs, which are data.
+generate all of them from the facts in repository.json (`repository.repository_texts`), so here they
+are generated again and compared. The other files are the graphs, which are data.
 
 The server gets the generated files, not those in the repository. So later changes to the repository
 have no effect, and neither have compiled Python files in it.
@@ -21,22 +21,25 @@ from dit_engine.io.json_files import check_schema
 from dit_engine.io.printable import one_line, printable
 from dit_export.bundle import SCHEMA, Bundle
 from dit_export.onnx.files import check_contained
-from dit_export.server.configuration import GRAPHS, PLATFORMS, ServingOptions
+from dit_export.server.configuration import ServingOptions
 from dit_export.server.repository import (
     MARKER,
+    ONNX_FILES,
+    PLANS,
     PRODUCER,
     TRUST,
-    data_names,
+    WEIGHTS,
     read_marker,
     repository_texts,
 )
 
 _MOVE = "move it elsewhere, or look at it and serve it with --trust"
-_UNCOMPARED = {MARKER, "README.md"}  # the first is the source of the facts, the second is not run
+_UNCOMPARED = {MARKER, "README.md"}  # the source of the facts, and a text that is not run
 
 
-def check_repository(path: Path) -> dict[str, bytes]:
-    """The generated files of the repository at ``path``: name → content.
+def check_repository(path: Path) -> dict[str, bytes | None]:
+    """The files that a server of the repository at ``path`` needs: name → the content, generated
+    again, or None for the files of graphs.
 
     Raises a one-line ValueError for the first file that is not what this version writes, or that
     has changed since it was written.
@@ -44,87 +47,85 @@ def check_repository(path: Path) -> dict[str, bytes]:
     marker = read_marker(path)
     if (producer := marker.get("producer")) != PRODUCER:
         raise ValueError(f"{path}: written by {printable(producer)}, not {PRODUCER}: {TRUST}")
-    texts, data = _expected(path, marker)
-    parents = {str(parent) for name in (*texts, *data) for parent in PurePosixPath(name).parents}
-    missing = {*texts, *data} - _UNCOMPARED
+    files, hashes = _expected(path, marker)
+    parents = {str(parent) for name in files for parent in PurePosixPath(name).parents}
+    missing = files.keys() - _UNCOMPARED
     for name, entry in _entries(path):
-        if reason := _difference(name, entry, texts, {*data, *_UNCOMPARED}, parents):
-            ours = name in {*texts, *data, *_UNCOMPARED, *parents}
+        if reason := _difference(name, entry, files, parents):
+            ours = name in {*files, *parents, MARKER}
             raise ValueError(f"{path / printable(name)}: {reason}: {TRUST if ours else _MOVE}")
         missing.discard(name)
     if missing:
         raise ValueError(
             f"{path / min(missing)}: is missing: write the repository again with --overwrite"
         )
-    for name, digest in data.items():
+    for name, digest in hashes.items():
         if file_hash(path / name) != digest:
             raise ValueError(f"{path / name}: has changed since {MARKER} was written: {TRUST}")
-    if find_spec("onnx") is not None:  # else onnxruntime alone decides which files a graph may read
-        for name, graph in GRAPHS.items():
-            if (file := path / name / "1" / "model.onnx").exists():
-                check_contained(file, f"{graph}.onnx.data")
-    return texts
+        # Without the package onnx, onnxruntime alone decides which files a graph may read.
+        if name in ONNX_FILES and find_spec("onnx") is not None:
+            check_contained(path / name, f"{ONNX_FILES[name]}.data")
+    return files
 
 
-def served_copy(path: Path, texts: dict[str, bytes], folder: Path) -> Path:
-    """A repository in ``folder`` with ``texts``, and links to the files of the graphs. The folders
-    are its own, so that what is added to those in ``path`` after the check is not in it."""
-    for name, text in texts.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(text)
-    for platform in PLATFORMS:
-        names, optional = data_names(platform)
-        for name in (*names, *optional):
-            if (path / name).is_file():
-                (folder / name).parent.mkdir(exist_ok=True)
-                try:  # without a hard link, onnxruntime may look for the weights elsewhere
-                    (folder / name).hardlink_to(path / name)
-                except OSError:  # another file system, or a file of another account
-                    (folder / name).symlink_to(path.resolve() / name)
+def served_copy(path: Path, files: dict[str, bytes | None], folder: Path) -> Path:
+    """A repository in ``folder`` of the files that `check_repository` gave. The files of graphs are
+    links; the folders are new, so that nothing added to ``path`` after the check is in them."""
+    for name, content in files.items():
+        copy = folder / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if content is not None:
+            copy.write_bytes(content)
+            continue
+        try:  # a hard link first: beside a symbolic one, onnxruntime may not find the weights
+            copy.hardlink_to(path / name)
+        except OSError:  # another file system, or a file of another account
+            copy.symlink_to(path.resolve() / name)
     return folder
 
 
-def _difference(
-    name: str, entry: os.DirEntry[str], texts: dict[str, bytes], others: set[str], parents: set[str]
-) -> str | None:
-    """Why the file or directory ``name`` does not belong there; None if it does.
-
-    others: files whose content is checked elsewhere.
-    """
-    if entry.is_symlink():
-        return "is a link (cp -RL copies what links point to)"
-    if name in parents and entry.is_dir():
-        return None
-    if name in others and entry.is_file():
-        return None
-    if name not in texts or not entry.is_file():
-        return "is not part of what this version writes"
-    same = entry.stat().st_size == len(texts[name]) and Path(entry).read_bytes() == texts[name]
-    return None if same else "differs from what this version writes"
-
-
-def _expected(path: Path, marker: dict[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Two dicts: name → content of the generated files, and name → SHA-256 of the graphs' files."""
+def _expected(path: Path, marker: dict[str, Any]) -> tuple[dict[str, bytes | None], dict[str, str]]:
+    """The result of `check_repository`, and the SHA-256 of each file of a graph."""
     check_schema(marker["export"], SCHEMA, f"{path / MARKER}: cannot be read", "export")
+    listed: dict[str, str] = marker["files"]
     try:
         bundle = Bundle.from_manifest(path, marker["export"])
         options = ServingOptions(**marker["options"]).checked()
         texts = {name: text.encode() for name, text in repository_texts(bundle, options).items()}
-        names, optional = data_names(options.platform)
-        wanted = [*names, *(name for name in optional if name in marker["files"])]
-        return texts, {name: marker["files"][name] for name in wanted}
+        graphs = PLANS if options.platform == "tensorrt" else ONNX_FILES
+        hashes = {name: listed[name] for name in graphs}
+        if graphs is ONNX_FILES:
+            hashes |= {name: listed[name] for name in WEIGHTS if name in listed}
     except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path / MARKER}: cannot be read: {one_line(repr(error))}") from None
+    return texts | dict.fromkeys(hashes), hashes
+
+
+def _difference(
+    name: str, entry: os.DirEntry[str], files: dict[str, bytes | None], parents: set[str]
+) -> str | None:
+    """Why the file or directory ``name`` does not belong there; None if it does."""
+    if entry.is_symlink():
+        return "is a link (cp -RL copies what links point to)"
+    if name in parents and entry.is_dir():
+        return None
+    if name not in {*files, MARKER} or not entry.is_file():
+        return "is not part of what this version writes"
+    content = None if name in _UNCOMPARED else files[name]
+    if content is None:  # not compared here
+        return None
+    same = entry.stat().st_size == len(content) and Path(entry).read_bytes() == content
+    return None if same else "differs from what this version writes"
 
 
 def _entries(folder: Path, parent: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """What is below ``folder``, as (path from there with "/", entry). Links are not entered. Hidden
-    names at the top (.git, .DS_Store) are left out, because they are never served."""
+    """All files and directories below ``folder``, as (path from there with "/", entry). Links are
+    not entered. Hidden names at the top (.git, .DS_Store) are left out: they are never served."""
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             name = f"{parent}{entry.name}"
             if entry.name == "__pycache__" and parent.startswith("dit/1/"):
-                continue  # a server that was started by hand on this repository made it
+                continue  # made by a server that was started by hand on this repository
             if not parent and name.startswith("."):
                 continue
             yield name, entry

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from dit_engine.io.directories import scratch_beside
 from dit_engine.io.printable import printable, say
 from dit_export.bundle import Bundle
 from dit_export.server.configuration import ACCELERATORS, PLATFORMS
-from dit_export.source import add_source_arguments, refuse
+from dit_export.source import add_source_arguments, given_export, load_source, refuse
 from dit_export.targets import DTYPES
 
-READY_SECONDS = 300.0
 _SERVE_ALONE = (
     "server", "host", "http_port", "grpc_port", "metrics_port", "ready_timeout", "verbose",
     "trust",
 )  # fmt: skip
+_LAST_LINES = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address that --serve listens on")
     for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
         add(f"--{name}-port", type=int, default=port, help="of --serve; 0 is any free one")
-    add("--ready-timeout", type=float, default=READY_SECONDS, metavar="SECONDS",
+    add("--ready-timeout", type=float, default=300.0, metavar="SECONDS",
         help="of --serve: that loading and warming up may take")  # fmt: skip
     add("--trust", action="store_true",
         help="of --serve: also run code that this version did not write")  # fmt: skip
@@ -61,25 +64,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output is None:
         raise ValueError("-o is missing: name the directory to make, or serve one with --serve")
     return _write(arguments)
-
-
-def _serve(arguments: argparse.Namespace) -> int:
-    others = arguments.given.keys() - {"serve", *_SERVE_ALONE}
-    refuse(arguments, sorted(others), "is not for --serve, whose repository is as it was written")
-    if not 0 < arguments.ready_timeout < float("inf"):
-        raise ValueError(f"--ready-timeout {arguments.ready_timeout}: seconds above 0 are needed")
-    from dit_export.server.process import serve
-
-    ports = (arguments.http_port, arguments.grpc_port, arguments.metrics_port)
-    return serve(
-        arguments.serve,
-        arguments.server,
-        arguments.host,
-        ports,
-        arguments.ready_timeout,
-        arguments.verbose,
-        arguments.trust,
-    )
 
 
 def _write(arguments: argparse.Namespace) -> int:
@@ -102,31 +86,33 @@ def _write(arguments: argparse.Namespace) -> int:
         refuse(arguments, ["accelerator"], "is for --platform onnxruntime")
     else:
         refuse(arguments, ["engines"], "are for --platform tensorrt")
-    check_free(arguments.output, arguments.overwrite)
-    more: dict[str, Any] = {"engines": arguments.engines, "overwrite": arguments.overwrite}
+    path: Path = arguments.output
+    check_free(path, arguments.overwrite)
+    write = partial(
+        write_repository,
+        directory=path,
+        options=options,
+        engines=arguments.engines,
+        overwrite=arguments.overwrite,
+    )
     if arguments.onnx is not None:
-        from dit_export.source import given_export
-
-        path = write_repository(given_export(arguments), arguments.output, options, **more)
+        write(given_export(arguments))
     else:
         check_dtypes([arguments.dtype], options)
         export = _own_export(arguments)
-        with scratch_beside(arguments.output) as folder:
-            path = write_repository(
-                export(folder / "onnx"), arguments.output, options, **more, move=True
-            )
-    files = [file for file in path.rglob("*") if file.is_file()]
-    size = sum(file.stat().st_size for file in files)
+        with scratch_beside(path) as folder:
+            write(export(folder / "onnx"), move=True)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     command = f"dit-export triton --serve {shlex.quote(str(path))}"
     say(printable(f"4 models, {size / 2**20:.1f} MiB → {path} ({command})"))
     return 0
 
 
 def _own_export(arguments: argparse.Namespace) -> Callable[[Path], Bundle]:
-    """What exports --model into a directory. Bad options and a bad model are refused before."""
+    """A function that exports --model into a directory. Invalid options and models are refused
+    before it is called."""
     from dit_export.onnx.export import ExportOptions, export_onnx
     from dit_export.server.configuration import GRAPHS
-    from dit_export.source import load_source
 
     options = ExportOptions(
         dtype=arguments.dtype,
@@ -145,3 +131,68 @@ def _own_export(arguments: argparse.Namespace) -> Callable[[Path], Bundle]:
         label_names=source.label_names,
         report=say,
     )
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    """Run a server until Ctrl-C or SIGTERM; print its addresses when it is ready.
+
+    The server's own output goes to standard error: all of it with --verbose, else its last lines if
+    it fails.
+    """
+    others = arguments.given.keys() - {"serve", *_SERVE_ALONE}
+    refuse(arguments, sorted(others), "is not for --serve, whose repository is as it was written")
+    if not 0 < arguments.ready_timeout < float("inf"):
+        raise ValueError(f"--ready-timeout {arguments.ready_timeout}: seconds above 0 are needed")
+    from dit_export.server.binary import find_server
+    from dit_export.server.process import ServerFailed, running_server
+    from dit_export.server.repository import check_marker
+
+    check_marker(arguments.serve)
+    server = find_server(arguments.server)
+    ports = (arguments.http_port, arguments.grpc_port, arguments.metrics_port)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        with (
+            _last_lines(arguments.verbose) as log,
+            running_server(
+                arguments.serve,
+                server,
+                arguments.host,
+                ports,
+                arguments.ready_timeout,
+                log,
+                arguments.trust,
+            ) as running,
+        ):
+            say(f"ready: http {running.http}, gRPC {running.grpc}, metrics {running.metrics}")
+            client = printable(shlex.quote(str(arguments.serve / "client.py")))
+            say(f"python {client} {running.http} images.png 50 0; Ctrl-C ends it", flush=True)
+            raise ServerFailed(f"the server ended with code {running.process.wait()}", log)
+    except KeyboardInterrupt:
+        return 0
+    except ServerFailed as error:
+        raise OSError(error.what) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _last_lines(verbose: bool) -> Iterator[Path | None]:
+    """A log for a server, of which the last lines are printed if the block fails; None if
+    ``verbose``, because all lines are printed then."""
+    if verbose:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="triton-log-") as folder:
+        log = Path(folder) / "log"
+        try:
+            yield log
+        except RuntimeError:
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            for line in lines[-_LAST_LINES:]:
+                say(line, sys.stderr)
+            raise

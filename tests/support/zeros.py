@@ -1,4 +1,4 @@
-"""Make small files that inflate to many zeros, without making the zeros."""
+"""Make small files by hand: PNGs, and archives that inflate to zeros which are never made."""
 
 from __future__ import annotations
 
@@ -41,3 +41,15 @@ def zipped(members: list[tuple[str, bytes, int]], method: int = 8, flags: int = 
     count = len(members)
     end = struct.pack("<HHHHIIH", 0, 0, count, count, len(directory), len(body), 0)
     return body + directory + b"PK\5\6" + end
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A part of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(side: int, bits: int, colour: int, packed: bytes, *more: bytes) -> bytes:
+    """A PNG of ``packed``, the rows that zlib compressed; more: chunks before them."""
+    header = struct.pack(">IIBBBBB", side, side, bits, colour, 0, 0, 0)
+    return b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), *more,
+                     chunk(b"IDAT", packed), chunk(b"IEND", b"")])  # fmt: skip

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,7 @@ from safetensors.torch import save_file
 from tiny import tiny_dit, tiny_vae
 from vectors import Vectors
 
-from dit_engine.checkpoint import (
-    load_checkpoint,
-    load_model,
-    save_pretrained,
-)
+from dit_engine.checkpoint import load_checkpoint, load_model, save_pretrained
 from dit_engine.checkpoint.hub import locate
 from dit_engine.checkpoint.infer import infer_config, infer_heads
 from dit_engine.config import ModelConfig
@@ -32,34 +29,32 @@ from dit_engine.model import DiT
 def test_official_files_in_float64(vectors: Vectors, form: str, tmp_path: Path) -> None:
     """The reference's weights through every kind of file give the reference's outputs.
 
-    Bit for bit those of the module that the weights were put into directly; that module against
-    the vectors is test_model.py's subject (in float64 they are 1e-7 apart on some machines).
+    Bit for bit those of the module that the weights were put into directly. test_model.py compares
+    that module with the vectors (in float64 they are 1e-7 apart on some machines).
     """
     state = vectors.model().state_dict()
-    other = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
     path = tmp_path / form
     if form == "file.safetensors":
         save_file(state, path)
     elif form == "training.pt":  # what the published training script writes
         args = argparse.Namespace(model="DiT-XL/2", image_size=256, global_batch_size=256)
         optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]).state_dict()
+        other = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
         torch.save({"model": other, "ema": state, "opt": optimizer, "args": args}, path)
-    elif form == "legacy.pth":
-        torch.save(state, path, _use_new_zipfile_serialization=False)
     else:
-        wrapped = {"plain": state, "ema": {"ema": state}, "state_dict": {"state_dict": state}}
-        torch.save(wrapped[path.stem], path)
+        wrapped = {"ema": {"ema": state}, "state_dict": {"state_dict": state}}
+        legacy = path.stem == "legacy"
+        content = wrapped.get(path.stem, state)
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     # Widths 48 and 144 tell no number of heads (144 is 2 × 72).
     model = load_model(path, num_heads=2)
-    assert model.config == vectors.config
-    assert not model.training
+    assert model.config == vectors.config and not model.training
+    x, t, y = vectors["forward.x"].double(), vectors["forward.t"], vectors["forward.y"]
     with torch.no_grad():
-        x, t, y = vectors["forward.x"].double(), vectors["forward.t"], vectors["forward.y"]
         out = model(x, t, y)
         assert torch.equal(out, vectors.model()(x, t, y))
         assert_close_to_reference(out, vectors["forward.out"], tolerance=1e-5)
-        single = load_model(path, num_heads=2, dtype=torch.float32)
-        out = single(x.float(), t, y)
+        out = load_model(path, num_heads=2, dtype=torch.float32)(x.float(), t, y)
         assert out.dtype == torch.float32
         assert_close_to_reference(out, vectors["forward.out"], tolerance=1e-4)
 
@@ -89,29 +84,28 @@ def test_config_from_tensors(config: ModelConfig) -> None:
     assert bool(caught) is (config.hidden_size in (256, 144))
 
 
-@pytest.mark.parametrize(
-    ("width", "heads"), [(384, 6), (768, 12), (1024, 16), (1152, 16), (512, 8), (216, 3)]
-)
 @pytest.mark.filterwarnings("ignore:hidden size")
-def test_heads_from_width(width: int, heads: int) -> None:
-    assert infer_heads(width) == heads
+def test_heads_from_the_width() -> None:
+    heads = {384: 6, 768: 12, 1024: 16, 1152: 16, 512: 8, 216: 3}
+    assert {width: infer_heads(width) for width in heads} == heads
+    for width, why in ((576, "both 64 and 72"), (100, "neither 64 and 72")):
+        with pytest.raises(ValueError, match=f"hidden size {width} does not tell .*{why}"):
+            infer_heads(width)
 
 
-@pytest.mark.parametrize(("width", "why"), [(576, "both 64 and 72"), (100, "neither 64 and 72")])
-def test_heads_that_the_width_leaves_open(width: int, why: str) -> None:
-    with pytest.raises(ValueError, match=f"hidden size {width} does not tell .*{why}"):
-        infer_heads(width)
-
-
-def test_positions_come_from_the_file(tmp_path: Path) -> None:
+def test_positions_and_dtype_come_from_the_file(tmp_path: Path) -> None:
     model = tiny_dit()
     model.pos_embed.data.fill_(0.5)
     save_pretrained(tmp_path / "m", model)
     assert (load_model(tmp_path / "m").pos_embed == 0.5).all()
+    state = tiny_dit().half().state_dict()
+    torch.save(state | {"pos_embed": state["pos_embed"].float()}, tmp_path / "mixed.pt")
+    model = load_model(tmp_path / "mixed.pt", num_heads=2)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
 
 
 def test_building_does_not_load_the_compiler(tmp_path: Path) -> None:
-    """A module without storage draws no random numbers, which torch does there by way of sympy."""
+    """torch would import sympy to draw random numbers for a module without storage."""
     save_pretrained(tmp_path / "m", tiny_dit(), tiny_vae())
     code = (
         "import sys; from dit_engine.checkpoint import *; c = load_checkpoint(sys.argv[1]); "
@@ -120,42 +114,32 @@ def test_building_does_not_load_the_compiler(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], check=True)
 
 
-def test_mixed_dtypes_take_the_first_weights(tmp_path: Path) -> None:
-    state = tiny_dit().half().state_dict()
-    torch.save(state | {"pos_embed": state["pos_embed"].float()}, tmp_path / "mixed.pt")
-    model = load_model(tmp_path / "mixed.pt", num_heads=2)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
-
-
 def test_numerics_by_name(tmp_path: Path) -> None:
     save_pretrained(tmp_path / "m", tiny_dit())
-    assert load_model(tmp_path / "m").config.numerics == "official"
-    config = load_model(tmp_path / "m", numerics="diffusers").config
-    assert (config.numerics, config.mlp_norm_eps) == ("diffusers", 1e-5)
     save_pretrained(tmp_path / "d", tiny_dit(numerics="diffusers", mlp_norm_eps=1e-3))
-    assert load_model(tmp_path / "d", numerics="diffusers").config.mlp_norm_eps == 1e-3
-    assert load_model(tmp_path / "d", numerics="official").config.mlp_norm_eps == 1e-6
+    for name, numerics, expected in (
+        ("m", None, ("official", 1e-6)), ("m", "diffusers", ("diffusers", 1e-5)),
+        ("d", "diffusers", ("diffusers", 1e-3)), ("d", "official", ("official", 1e-6)),
+    ):  # fmt: skip
+        config = load_model(tmp_path / name, numerics=numerics).config
+        assert (config.numerics, config.mlp_norm_eps) == expected
     with pytest.raises(ValueError, match="numerics 'exact': choose one of official, diffusers"):
         load_model(tmp_path / "m", numerics="exact")
 
 
 def test_vae_of_another_directory(tmp_path: Path) -> None:
     save_pretrained(tmp_path / "with", tiny_dit(), tiny_vae(seed=1))
+    save_pretrained(tmp_path / "own", tiny_dit(), tiny_vae(seed=2))
     torch.save(tiny_dit().state_dict(), tmp_path / "official.pt")
     plain = load_checkpoint(tmp_path / "official.pt", num_heads=2)
-    assert plain.vae_config is None
-    assert plain.label_names is None
-    expected = tiny_vae(seed=1).state_dict()
-    for vae in (tmp_path / "with", tmp_path / "with" / "vae",
-                tmp_path / "with" / "vae" / "diffusion_pytorch_model.safetensors"):  # fmt: skip
-        checkpoint = load_checkpoint(tmp_path / "official.pt", vae=vae, num_heads=2)
+    assert plain.vae_config is None and plain.label_names is None
+    file = "with/vae/diffusion_pytorch_model.safetensors"
+    for source, vae in (("official.pt", "with"), ("official.pt", "with/vae"),
+                        ("official.pt", file), ("own", "with")):  # fmt: skip
+        checkpoint = load_checkpoint(tmp_path / source, vae=tmp_path / vae, num_heads=2)
         assert checkpoint.vae_config == tiny_vae().config
-        assert checkpoint.vae_state_dict is not None
-        torch.testing.assert_close(checkpoint.vae_state_dict, expected, rtol=0, atol=0)
-    save_pretrained(tmp_path / "own", tiny_dit(), tiny_vae(seed=2))
-    replaced = load_checkpoint(tmp_path / "own", vae=tmp_path / "with")
-    assert replaced.vae_state_dict is not None
-    torch.testing.assert_close(replaced.vae_state_dict, expected, rtol=0, atol=0)
+        state = tiny_vae(seed=1).state_dict()
+        torch.testing.assert_close(checkpoint.vae_state_dict, state, rtol=0, atol=0)
 
 
 def test_source_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,34 +157,34 @@ def test_source_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert locate("builtin") == tmp_path / "package"
 
 
-@pytest.mark.parametrize("name", ["DiT-XL/2", "XL/2", "S/8", "DiT-B-4"])
-def test_a_size_is_no_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_size_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub")
     )
-    with pytest.raises(ValueError, match=f"^model '{name}' is a size, for which there are no"):
-        locate(name)
-    Path(name).mkdir(parents=True)
-    assert locate(name) == Path(name)
+    for name in ("DiT-XL/2", "XL/2", "S/8", "DiT-B-4"):
+        with pytest.raises(ValueError, match=f"^model '{name}' is a size, for which there are no"):
+            locate(name)
+        Path(name).mkdir(parents=True)
+        assert locate(name) == Path(name)
 
 
 def test_hub_id_takes_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Safetensors are asked for first; pickles only where a component has none."""
-    from fnmatch import fnmatch
-
-    remote = {
-        "model_index.json", "README.md", "scheduler/scheduler_config.json",
-        "transformer/config.json", "transformer/diffusion_pytorch_model.bin",
-        "transformer/diffusion_pytorch_model.fp16.bin",
-        "vae/config.json", "vae/diffusion_pytorch_model.bin",
-        "vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors",
+    needed = {
+        "model_index.json", "scheduler/scheduler_config.json", "transformer/config.json",
+        "transformer/diffusion_pytorch_model.bin", "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    }  # fmt: skip
+    others = {
+        "README.md", "transformer/diffusion_pytorch_model.fp16.bin",
+        "vae/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.safetensors",
     }  # fmt: skip
     fetched: list[str] = []
 
     def snapshot(repo_id: str, allow_patterns: list[str]) -> str:
         assert repo_id == "facebook/DiT-XL-2-256"
-        for name in remote:
+        for name in needed | others:
             if any(fnmatch(name, pattern) for pattern in allow_patterns):
                 (tmp_path / name).parent.mkdir(exist_ok=True)
                 (tmp_path / name).touch()
@@ -209,11 +193,7 @@ def test_hub_id_takes_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert locate("facebook/DiT-XL-2-256") == tmp_path
-    assert sorted(fetched) == [
-        "model_index.json", "scheduler/scheduler_config.json", "transformer/config.json",
-        "transformer/diffusion_pytorch_model.bin", "vae/config.json",
-        "vae/diffusion_pytorch_model.safetensors",
-    ]  # fmt: skip
+    assert sorted(fetched) == sorted(needed)
 
 
 # getrusage's ru_maxrss would start at the parent's peak; VmHWM belongs to the new program alone.
@@ -236,9 +216,8 @@ print(peak() - before, sum(p.numel() * p.element_size() for p in model.parameter
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_loading_holds_one_copy(suffix: str, tmp_path: Path) -> None:
     """Peak memory of loading and reading every weight of a DiT-B/2 (0.5 GB) is one copy."""
-    model = DiT(ModelConfig.named("B/2"))
+    state = DiT(ModelConfig.named("B/2")).state_dict()
     path = tmp_path / f"DiT-B-2-256x256{suffix}"
-    state = model.state_dict()
     torch.save({"ema": state}, path) if suffix == ".pt" else save_file(state, path)
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, str(path)],
@@ -247,5 +226,4 @@ def test_loading_holds_one_copy(suffix: str, tmp_path: Path) -> None:
     grown, size, total = map(float, run.stdout.split())
     expected = sum(tensor.sum(dtype=torch.float64).item() for tensor in state.values())
     assert total == pytest.approx(expected, rel=1e-9)
-    assert size > 5e8
-    assert 0.9 * size < grown < 1.2 * size  # measured: 1.06 to 1.10
+    assert size > 5e8 and 0.9 * size < grown < 1.2 * size  # measured: 1.06 to 1.10

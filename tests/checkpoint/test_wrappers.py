@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from numerics import assert_close_to_reference
+from pipelines import autoencoder, transformer
 from safetensors.torch import save_file
 from tiny import tiny_dit, tiny_vae
 from torch import Tensor
 
 from dit_engine.checkpoint import build_vae, load_checkpoint, load_model, save_pretrained
-from dit_engine.vae import AutoencoderKL
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 
 STATE = tiny_dit().state_dict()
 OTHER = {name: torch.zeros_like(tensor) for name, tensor in STATE.items()}
@@ -58,6 +57,7 @@ CASES = {
     "model. and model.ema.": {**prefixed("model.", state=OTHER), **prefixed("model.ema.")},
     "dict in dict": {"state_dict": {"ema": STATE, "model": OTHER}},
     "three deep": {"model": {"state_dict": {"module": prefixed("module.")}}},
+    "a training's": {"ema": STATE, "model": OTHER},
     "ema False": {"ema": {"module": STATE, "updates": 7}, "model": OTHER},
 }  # fmt: skip
 
@@ -86,10 +86,7 @@ def test_prefixes_of_a_sharded_file(tmp_path: Path) -> None:
 
 
 def test_prefixes_of_a_diffusers_transformer(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    theirs = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=24, num_layers=1, sample_size=8
-    )
+    theirs = transformer(num_layers=1)
     theirs.save_pretrained(tmp_path)
     expected = load_model(tmp_path).state_dict()
     path = tmp_path / "diffusion_pytorch_model.safetensors"
@@ -180,14 +177,8 @@ def original_names(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor
 def test_the_original_stable_diffusion_autoencoder(form: str, tmp_path: Path) -> None:
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    torch.manual_seed(0)
     widths = (32, 64, 64)
-    theirs = diffusers.AutoencoderKL(
-        block_out_channels=widths,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=2,
-    ).double().eval()  # fmt: skip
+    theirs = autoencoder(*widths, layers_per_block=2).double()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 or 0.1)
     state = original_names(theirs.state_dict(), len(widths))
@@ -197,20 +188,18 @@ def test_the_original_stable_diffusion_autoencoder(form: str, tmp_path: Path) ->
     assert back.keys() == theirs.state_dict().keys()  # diffusers reads these names alike
 
     save_pretrained(tmp_path / "dit", tiny_dit())
-    if form == "vae.safetensors":
-        save_file(state, tmp_path / form)
-    elif form == "training.ckpt":
-        loss = {"loss.discriminator.main.0.weight": torch.ones(2), "loss.logvar": torch.ones(())}
-        torch.save({"state_dict": state | loss, "global_step": 4}, tmp_path / form)
-    elif form == "whole.ckpt":
-        others = {
-            "model.diffusion_model.input_blocks.0.0.weight": torch.ones(4, 4),
-            "cond_stage_model.transformer.embeddings.position_ids": torch.arange(77)[None],
-        }
-        whole = {"state_dict": others | prefixed("first_stage_model.", state=state)}
-        torch.save(whole, tmp_path / form)
-    else:
-        torch.save({"model": prefixed("module.", state=state)}, tmp_path / form)
+    loss = {"loss.discriminator.main.0.weight": torch.ones(2), "loss.logvar": torch.ones(())}
+    others = {
+        "model.diffusion_model.input_blocks.0.0.weight": torch.ones(4, 4),
+        "cond_stage_model.transformer.embeddings.position_ids": torch.arange(77)[None],
+    }
+    contents: dict[str, Any] = {
+        "vae.safetensors": state,
+        "training.ckpt": {"state_dict": state | loss, "global_step": 4},
+        "whole.ckpt": {"state_dict": others | prefixed("first_stage_model.", state=state)},
+        "ddp.pt": {"model": prefixed("module.", state=state)},
+    }
+    (save_file if form == "vae.safetensors" else torch.save)(contents[form], tmp_path / form)
     ours = build_vae(load_checkpoint(tmp_path / "dit", vae=tmp_path / form))
     assert ours is not None
     z = torch.randn(1, 4, 3, 3, dtype=torch.float64)
@@ -221,18 +210,11 @@ def test_the_original_stable_diffusion_autoencoder(form: str, tmp_path: Path) ->
         assert_close_to_reference(ours.encode(images)[0], mean, tolerance=1e-10)
 
 
-@pytest.mark.parametrize("wrap", ["module.", "_orig_mod.module.", "vae."])
 @pytest.mark.filterwarnings("ignore:.*no config.json")
-def test_a_wrapped_vae(wrap: str, tmp_path: Path) -> None:
-    vae: AutoencoderKL = tiny_vae()
+def test_a_wrapped_vae(tmp_path: Path) -> None:
+    state = tiny_vae().state_dict()
     save_pretrained(tmp_path / "dit", tiny_dit())
-    save_file(prefixed(wrap, state=vae.state_dict()), tmp_path / "vae.safetensors")
-    loaded = load_checkpoint(tmp_path / "dit", vae=tmp_path / "vae.safetensors").vae_state_dict
-    torch.testing.assert_close(loaded, vae.state_dict(), rtol=0, atol=0)
-
-
-def test_plain_files_load_without_a_word(tmp_path: Path) -> None:
-    torch.save({"ema": STATE, "model": OTHER}, tmp_path / "m.pt")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert_loads(tmp_path / "m.pt")
+    for wrap in ("module.", "_orig_mod.module.", "vae."):
+        save_file(prefixed(wrap, state=state), tmp_path / "vae.safetensors")
+        loaded = load_checkpoint(tmp_path / "dit", vae=tmp_path / "vae.safetensors").vae_state_dict
+        torch.testing.assert_close(loaded, state, rtol=0, atol=0)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile, ImageOps
+from zeros import chunk, png
 
 from dit_bench.quality.image_sets import open_set
 from dit_engine.io import images
@@ -32,26 +33,21 @@ def saved(path: Path, pixels: np.ndarray | None = None, **options: object) -> Pa
     return path
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(side: int, bits: int, colour: int, data: bytes, *more: bytes) -> bytes:
-    header = struct.pack(">IIBBBBB", side, side, bits, colour, 0, 0, 0)
-    return b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), *more,
-                     chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")])  # fmt: skip
+def handmade(path: Path, side: int, bits: int, colour: int, rows: bytes, *more: bytes) -> Path:
+    path.write_bytes(png(side, bits, colour, zlib.compress(rows), *more))
+    return path
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_stand_as_a_viewer_shows_them(tmp_path: Path, orientation: int, suffix: str) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path = saved(tmp_path / f"x.{suffix}", random_rgb(shape=(6, 10, 3)), exif=exif)
-    with Image.open(path) as image:
-        expected = np.asarray(ImageOps.exif_transpose(image))
-    np.testing.assert_array_equal(np.asarray(read_rgb(path)), expected)
-    assert expected.shape[:2] == ((10, 6) if orientation > 4 else (6, 10))
+def test_images_stand_as_a_viewer_shows_them(tmp_path: Path, suffix: str) -> None:
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = saved(tmp_path / f"x.{suffix}", random_rgb(shape=(6, 10, 3)), exif=exif)
+        with Image.open(path) as image:
+            expected = np.asarray(ImageOps.exif_transpose(image))
+        np.testing.assert_array_equal(np.asarray(read_rgb(path)), expected)
+        assert expected.shape[:2] == ((10, 6) if orientation > 4 else (6, 10))
 
 
 def test_damaged_exif_data_cost_the_orientation_alone(tmp_path: Path) -> None:
@@ -60,33 +56,33 @@ def test_damaged_exif_data_cost_the_orientation_alone(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(read_rgb(path)), pixels)
 
 
-def sixteen_bit(folder: Path, kind: str, values: np.ndarray) -> Path:
-    """Grey of 16 bits in a file that Pillow opens in a mode of this kind."""
-    big, path = values.astype(">u2"), folder / f"x.{kind}"
-    if kind == "pgm":  # mode I
-        path.write_bytes(b"P5 %d %d 65535\n" % values.shape[::-1] + big.tobytes())
-    elif kind == "png":  # mode I;16
-        rows = b"".join(b"\0" + row.tobytes() for row in big)
-        path.write_bytes(png(len(values), 16, 0, rows))
-    else:  # a TIFF of this byte order: mode I;16 or I;16B
-        order, mark = ("<", b"II*\0") if kind == "little.tif" else (">", b"MM\0*")
-        tags = [(256, len(values)), (257, len(values)), (258, 16), (262, 1), (273, 8 + 2 + 84 + 4),
-                (278, len(values)), (279, 2 * values.size)]  # fmt: skip
-        entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
-        head = mark + struct.pack(f"{order}IH", 8, len(tags)) + entries + bytes(4)
-        path.write_bytes(head + values.astype(f"{order}u2").tobytes())
+def tiff(
+    path: Path, order: str, side: int, bits: int, white: int, data: bytes, signed: bool = False
+) -> Path:
+    """A grey picture. white: 1 where the greatest value is white, 0 where 0 is."""
+    numbers = {256: side, 257: side, 258: bits, 262: white, 278: side, 279: len(data),
+               273: 8 + 2 + 12 * 8 + 4, 339: 1 + signed}  # fmt: skip
+    entries = (struct.pack(f"{order}HHII", tag, 4, 1, n) for tag, n in sorted(numbers.items()))
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    head = mark + struct.pack(f"{order}IH", 8, len(numbers)) + b"".join(entries) + bytes(4)
+    path.write_bytes(head + data)
     return path
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode"), [("png", "I;16"), ("pgm", "I"), ("little.tif", "I;16"), ("big.tif", "I;16B")]
+    ("kind", "mode"), [("png", "I;16"), ("pgm", "I"), ("<.tif", "I;16"), (">.tif", "I;16B")]
 )
 def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, kind: str, mode: str) -> None:
-    values = np.linspace(0, 65535, 64).round().reshape(8, 8).astype(np.uint16)
-    path = sixteen_bit(tmp_path, kind, values)
+    values, path = np.linspace(0, 65535, 64).round().reshape(8, 8).astype(">u2"), tmp_path / kind
+    if kind == "pgm":
+        path.write_bytes(b"P5 8 8 65535\n" + values.tobytes())
+    elif kind == "png":
+        handmade(path, 8, 16, 0, b"".join(b"\0" + row.tobytes() for row in values))
+    else:
+        tiff(path, kind[0], 8, 16, 1, values.astype(f"{kind[0]}u2").tobytes())
     with Image.open(path) as image:
         assert image.mode == mode
-    expected = np.round(values / 65535 * 255).astype(np.uint8)
+    expected = np.round(values.astype(int) / 65535 * 255).astype(np.uint8)
     got = np.asarray(read_rgb(path))
     assert all((got[..., c] == expected).all() for c in range(3))
 
@@ -101,15 +97,6 @@ def test_pixels_without_a_known_range_are_refused(tmp_path: Path, values: np.nda
         read_rgb(path)
 
 
-def grey_tiff(path: Path, bits: int, white: int, data: bytes, signed: bool = False) -> Path:
-    """2×2, little-endian. white: 1 where the greatest value is white, 0 where 0 is."""
-    tags = [(256, 2), (257, 2), (258, bits), (262, white), (273, 8 + 2 + 96 + 4), (278, 2),
-            (279, len(data)), (339, 1 + signed)]  # fmt: skip
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data)
-    return path
-
-
 @pytest.mark.parametrize("white", [0, 1])
 @pytest.mark.parametrize("bits", [8, 12, 16])
 def test_grey_tiffs_of_every_depth_with_white_at_either_end(
@@ -119,9 +106,8 @@ def test_grey_tiffs_of_every_depth_with_white_at_either_end(
     values = [0, most, most // 3, most // 5]
     data = struct.pack(f"<4{'B' if bits == 8 else 'H'}", *values)
     if bits == 12:  # two values in three bytes, each row for itself
-        pairs = [(a << 12 | b).to_bytes(3, "big") for a, b in (values[:2], values[2:])]
-        data = b"".join(pairs)
-    path = grey_tiff(tmp_path / "x.tif", bits, white, data)
+        data = b"".join((a << 12 | b).to_bytes(3, "big") for a, b in (values[:2], values[2:]))
+    path = tiff(tmp_path / "x.tif", "<", 2, bits, white, data)
     if (bits, white) == (12, 0):  # Pillow has no reader for it
         with pytest.raises(ValueError, match=r"x\.tif is not a readable image"):
             read_rgb(path)
@@ -130,11 +116,11 @@ def test_grey_tiffs_of_every_depth_with_white_at_either_end(
     assert np.asarray(read_rgb(path))[..., 0].reshape(-1).tolist() == expected
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-def test_signed_pixels_are_refused(tmp_path: Path, bits: int) -> None:
-    path = grey_tiff(tmp_path / "x.tif", bits, 1, bytes(bits // 2), signed=True)
-    with pytest.raises(ValueError, match="signed, 32-bit and floating-point pixels have no known"):
-        read_rgb(path)
+def test_signed_pixels_are_refused(tmp_path: Path) -> None:
+    for bits in (8, 16):
+        path = tiff(tmp_path / "x.tif", "<", 2, bits, 1, bytes(bits // 2), signed=True)
+        with pytest.raises(ValueError, match="signed, 32-bit and floating-point pixels have no"):
+            read_rgb(path)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
@@ -143,16 +129,19 @@ def test_a_transparent_grey_of_every_depth(tmp_path: Path, bits: int) -> None:
     for clear, other in ((0, 1), (1, 0)):
         row = (clear << bits | other) << (8 - 2 * bits if bits < 8 else 0)
         rows = 2 * (b"\0" + row.to_bytes(max(1, bits // 4), "big"))
-        path = tmp_path / "x.png"
-        path.write_bytes(png(2, bits, 0, rows, chunk(b"tRNS", struct.pack(">H", clear))))
+        key = chunk(b"tRNS", struct.pack(">H", clear))
+        path = handmade(tmp_path / "x.png", 2, bits, 0, rows, key)
         shown = round(255 * other / (2**bits - 1))
         assert np.asarray(read_rgb(path))[..., 0].tolist() == 2 * [[255, shown]]
 
 
-def test_a_transparent_colour_of_sixteen_bits_is_refused(tmp_path: Path) -> None:
-    key = struct.pack(">3H", 1000, 2000, 3000)
-    path = tmp_path / "x.png"
-    path.write_bytes(png(1, 16, 2, b"\0" + key, chunk(b"tRNS", key)))
+def test_transparent_values_of_sixteen_bits(tmp_path: Path) -> None:
+    values = np.array([[0x0909, 0xFFFF], [0x8080, 0x0908]], ">u2")
+    rows, key = b"".join(b"\0" + row.tobytes() for row in values), values[0, :1].tobytes()
+    path = handmade(tmp_path / "x.png", 2, 16, 0, rows, chunk(b"tRNS", key))
+    assert np.asarray(read_rgb(path))[..., 1].tolist() == [[255, 255], [128, 9]]
+    key = struct.pack(">3H", 1000, 2000, 3000)  # of a colour
+    handmade(path, 1, 16, 2, b"\0" + key, chunk(b"tRNS", key))
     with pytest.raises(ValueError, match=r"x\.png is .* \(a transparent colour of 16 bits"):
         read_rgb(path)
 
@@ -190,39 +179,21 @@ def test_what_is_transparent_lies_on_white(tmp_path: Path, kind: str) -> None:
     assert not (expected == random_rgb()).all()
 
 
-def test_a_transparent_value_of_sixteen_bits(tmp_path: Path) -> None:
-    values = np.array([[0x0909, 0xFFFF], [0x8080, 0x0908]], ">u2")
-    rows = b"".join(b"\0" + row.tobytes() for row in values)
-    path = tmp_path / "x.png"
-    path.write_bytes(png(2, 16, 0, rows, chunk(b"tRNS", values[0, :1].tobytes())))
-    assert np.asarray(read_rgb(path))[..., 1].tolist() == [[255, 255], [128, 9]]
-
-
 def test_lab_and_cmyk_are_converted(tmp_path: Path) -> None:
-    colour = (200, 30, 60)
-    to_lab = ImageCms.buildTransform(
-        ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
-    )
-    rgb = Image.new("RGB", (4, 4), colour)
-    for name, image in (
-        ("lab", ImageCms.applyTransform(rgb, to_lab)),
-        ("cmyk", rgb.convert("CMYK")),
-    ):
-        image.save(tmp_path / f"{name}.tif")
-        got = np.asarray(read_rgb(tmp_path / f"{name}.tif"))[1, 1]
-        assert np.abs(got.astype(int) - colour).max() <= 1, name
+    profiles = [ImageCms.createProfile(kind) for kind in ("sRGB", "LAB")]
+    rgb = Image.new("RGB", (4, 4), (200, 30, 60))
+    lab = ImageCms.applyTransform(rgb, ImageCms.buildTransform(*profiles, "RGB", "LAB"))
+    for image in (lab, rgb.convert("CMYK")):
+        image.save(tmp_path / "x.tif")
+        got = np.asarray(read_rgb(tmp_path / "x.tif"))[1, 1]
+        assert np.abs(got.astype(int) - (200, 30, 60)).max() <= 1, image.mode
 
 
 def test_the_first_frame_of_what_moves(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (4, 4), c) for c in ("red", "lime")]
+    red, lime = (Image.new("RGB", (4, 4), c) for c in ("red", "lime"))
     for suffix in ("webp", "png", "tif"):
-        path = tmp_path / f"x.{suffix}"
-        frames[0].save(
-            path,
-            save_all=True,
-            append_images=frames[1:],
-            **({"lossless": True} if suffix == "webp" else {}),
-        )
+        path, more = tmp_path / f"x.{suffix}", {"lossless": True} if suffix == "webp" else {}
+        red.save(path, save_all=True, append_images=[lime], **more)
         assert read_rgb(path).getpixel((1, 1)) == (255, 0, 0)
 
 
@@ -276,19 +247,16 @@ def test_training_and_fid_find_the_same_and_count_the_rest_once(tmp_path: Path) 
     assert len(told) == 1
 
 
-def test_a_plain_folder_has_no_note(tmp_path: Path) -> None:
-    saved(tmp_path / "a" / "x.png")
+def test_folders_with_one_kind_of_file(tmp_path: Path) -> None:
+    saved(tmp_path / "plain" / "a" / "x.png")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_image_folder(tmp_path, SIDE)
-        open_set(tmp_path)
-
-
-def test_a_class_with_other_files_alone_names_them(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.gif").write_bytes(b"GIF89a")
+        load_image_folder(tmp_path / "plain", SIDE)
+        open_set(tmp_path / "plain")
+    (tmp_path / "other" / "a").mkdir(parents=True)
+    (tmp_path / "other" / "a" / "x.gif").write_bytes(b"GIF89a")
     with pytest.raises(ValueError, match=r"class 'a' holds no images \(.png, .*\), but 1 .gif"):
-        load_image_folder(tmp_path, SIDE)
+        load_image_folder(tmp_path / "other", SIDE)
 
 
 def test_fid_reads_the_published_tools_pixels_and_tells_what_they_ignore(tmp_path: Path) -> None:
@@ -305,39 +273,30 @@ def test_fid_reads_the_published_tools_pixels_and_tells_what_they_ignore(tmp_pat
     np.testing.assert_array_equal(next(source.batches(2)), [random_rgb(), pixels[..., :3]])
 
 
-BOMB = png(14000, 1, 0, bytes(14000 * (14000 // 8 + 1)))
-TEXT = png(64, 8, 0, bytes(64 * 65), chunk(b"zTXt", b"c\0\0" + zlib.compress(bytes(2**21))))
-
-
-@pytest.mark.parametrize(
-    ("name", "data"),
-    [
-        ("bomb.png", BOMB),
-        ("text.png", TEXT),
-        ("short.png", png(8, 8, 0, bytes(72))[:40]),
-        ("header.png", png(8, 8, 0, b"")[:20]),
-        ("broken.tif", b"II*\0\x08\0\0\0\x01\0"),
-        ("program.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"),
-        ("empty.webp", b""),
-        ("number.ppm", b"P6 4 x 255\n" + bytes(48)),
-    ],
-)
-def test_whatever_pillow_raises_is_one_line_with_the_path(
-    tmp_path: Path, name: str, data: bytes
-) -> None:
-    path = tmp_path / "set" / "a" / name
-    path.parent.mkdir(parents=True)
-    path.write_bytes(data)
-    readers = (
-        lambda: load_image_folder(tmp_path / "set", SIDE),
-        lambda: list(open_set(tmp_path / "set").images.batches(1)),
-    )
-    for read in readers:
-        with pytest.raises(
-            ValueError, match=f"{name} (is not a readable image|is damaged) \\(.+\\)"
-        ) as e:
-            read()
-        assert "\n" not in str(e.value)
+def test_whatever_pillow_raises_is_one_line_with_the_path(tmp_path: Path) -> None:
+    text = chunk(b"zTXt", b"c\0\0" + zlib.compress(bytes(2**21)))
+    bad = {
+        "bomb.png": png(14000, 1, 0, zlib.compress(bytes(14000 * (14000 // 8 + 1)))),
+        "text.png": png(64, 8, 0, zlib.compress(bytes(64 * 65)), text),
+        "short.png": png(8, 8, 0, zlib.compress(bytes(72)))[:40],
+        "header.png": png(8, 8, 0, b"")[:20],
+        "broken.tif": b"II*\0\x08\0\0\0\x01\0",
+        "program.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+        "empty.webp": b"",
+        "number.ppm": b"P6 4 x 255\n" + bytes(48),
+    }
+    for name, data in bad.items():
+        path = tmp_path / name / "a" / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(data)
+        for read in (
+            lambda folder: load_image_folder(folder, SIDE),
+            lambda folder: list(open_set(folder).images.batches(1)),
+        ):
+            said = rf"{name} (is not a readable image|is damaged) \(.+\)"
+            with pytest.raises(ValueError, match=said) as refused:
+                read(tmp_path / name)
+            assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("error", [SyntaxError("s"), struct.error("b"), EOFError(), IndexError(),

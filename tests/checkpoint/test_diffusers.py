@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from numerics import assert_close_to_reference, relative_error
+from pipelines import pipeline, transformer
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dit_engine.checkpoint import load_checkpoint, load_model
@@ -22,28 +24,9 @@ from dit_engine.model import position_embedding
 
 diffusers = pytest.importorskip("diffusers")
 
-TINY = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 24,
-    "num_layers": 3,
-    "sample_size": 8,
-    "patch_size": 2,
-    "out_channels": 8,
-    "num_embeds_ada_norm": 10,
-}
-
 
 def reference(**overrides: Any) -> Any:
-    """A small DiTTransformer2DModel with random weights, its embedders equal in every block."""
-    torch.manual_seed(0)
-    model = diffusers.DiTTransformer2DModel(**(TINY | overrides)).eval()
-    for parameter in model.parameters():
-        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
-        torch.nn.init.normal_(parameter, std=scale)
-    embedder = model.transformer_blocks[0].norm1.emb.state_dict()
-    for block in model.transformer_blocks:
-        block.norm1.emb.load_state_dict(embedder)
-    return model
+    return transformer(**{"num_embeds_ada_norm": 10} | overrides)
 
 
 def inputs(side: int = 8, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,7 +39,6 @@ def inputs(side: int = 8, dtype: torch.dtype = torch.float64) -> tuple[Tensor, T
     "overrides",
     [
         {"norm_eps": 1e-6},
-        {"norm_eps": 1e-5},
         {"norm_eps": 1e-2},  # large enough to show in which norm it acts
         {"out_channels": None, "patch_size": 4, "sample_size": 16},
         {"attention_head_dim": 72, "num_layers": 1},
@@ -78,21 +60,13 @@ def test_transformer_directory_gives_the_same_outputs(
         assert_close_to_reference(ours(x, t, y), expected, tolerance=1e-10)
 
 
-def test_norm_eps_reaches_the_mlp_norm_alone() -> None:
-    config = config_from_diffusers({**TINY, "norm_eps": 1e-2})
-    assert config.mlp_norm_eps == 1e-2
-    assert config_from_diffusers(TINY).mlp_norm_eps == 1e-5  # their default
-    block = reference(norm_eps=1e-2).transformer_blocks[0]
-    assert (block.norm1.norm.eps, block.norm3.eps) == (1e-6, 1e-2)
-    assert reference(norm_eps=1e-2).norm_out.eps == 1e-6
-
-
 def test_official_numerics_are_another_function(tmp_path: Path) -> None:
     reference(norm_eps=1e-5).double().save_pretrained(tmp_path)
-    official = load_model(tmp_path, numerics="official")
-    assert official.config.numerics == "official"
-    assert official.config.mlp_norm_eps == 1e-6
-    kept = load_model(tmp_path)
+    official, kept = load_model(tmp_path, numerics="official"), load_model(tmp_path)
+    assert (official.config.numerics, official.config.mlp_norm_eps) == ("official", 1e-6)
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["norm_eps"]
+    assert config_from_diffusers(values).mlp_norm_eps == 1e-5  # their default
     x, t, y = inputs()
     with torch.no_grad():
         at_zero = relative_error(official(x, t * 0, y), kept(x, t * 0, y))
@@ -101,18 +75,13 @@ def test_official_numerics_are_another_function(tmp_path: Path) -> None:
     assert elsewhere > 1e-2
 
 
-def test_positions_are_those_of_diffusers() -> None:
+def test_positions(tmp_path: Path) -> None:
     for side in (4, 16):
         theirs = reference(sample_size=2 * side).pos_embed.pos_embed
         assert (position_embedding(48, side) - theirs).abs().max() <= 6e-8  # half an ulp at 1
-
-
-def test_stored_positions_are_taken_from_the_file(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     reference().save_pretrained(tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
-    stored = torch.full((1, 16, 48), 0.25)
+    stored = torch.full((1, 16, 48), 0.25)  # as older versions stored them
     save_file(load_file(path) | {"pos_embed.pos_embed": stored}, path)
     assert torch.equal(load_model(tmp_path).pos_embed, stored)
 
@@ -122,8 +91,7 @@ def test_other_weight_files(form: str, tmp_path: Path) -> None:
     model = reference()
     shards = {"max_shard_size": "200KB"} if "sharded" in form else {}
     model.save_pretrained(tmp_path, safe_serialization="bin" not in form, **shards)
-    suffix = "bin" if "bin" in form else "safetensors"
-    assert len(list(tmp_path.glob(f"*.{suffix}"))) == 1 or "sharded" in form
+    assert list(tmp_path.glob("*.bin" if "bin" in form else "*.safetensors"))
     assert bool(list(tmp_path.glob("*.index.json"))) is ("sharded" in form)
     x, t, y = inputs(dtype=torch.float32)
     with torch.no_grad():
@@ -173,54 +141,40 @@ def test_configs_of_other_networks(change: dict[str, Any], message: str, tmp_pat
     assert "\n" not in str(caught.value)
 
 
-def pipeline() -> Any:
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-    ).eval()
-    scheduler = diffusers.DDIMScheduler(clip_sample=False)
-    # DiTPipeline's null class is 1000, whatever the model's number of classes.
-    transformer = reference(num_embeds_ada_norm=1000)
-    pipe = diffusers.DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def test_pipeline_directory(tmp_path: Path) -> None:
     pipe = pipeline()
     pipe.save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    index["id2label"] = {str(i): f"class {i}, alias {i}" for i in range(1000)}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    path = tmp_path / "model_index.json"
+    index = json.loads(path.read_text())
+    names = {str(i): f"class {i}, alias {i}" for i in range(1000)}
+    path.write_text(json.dumps(index | {"id2label": names}))
     checkpoint = load_checkpoint(tmp_path)
-    assert checkpoint.label_names is not None
-    assert checkpoint.label_names[999] == "class 999, alias 999"
-    assert checkpoint.vae_config is not None
+    assert checkpoint.label_names == tuple(names.values())
+    assert checkpoint.vae_config is not None and checkpoint.vae_state_dict is not None
     assert checkpoint.vae_config.block_out_channels == (8, 16)
-    assert checkpoint.vae_state_dict is not None
     assert checkpoint.vae_state_dict.keys() == pipe.vae.state_dict().keys()
-
-    del index["id2label"]["17"]
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="id2label does not name the classes"):
-        load_checkpoint(tmp_path)
-    index["id2label"] = {"0": "ant", "1": "bee"}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="2 label names, 1000 classes"):
-        load_checkpoint(tmp_path)
-    del index["id2label"]
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for wrong, message in (
+        ({k: v for k, v in names.items() if k != "17"}, "id2label does not name the classes"),
+        ({"0": "ant", "1": "bee"}, "2 label names, 1000 classes"),
+    ):
+        path.write_text(json.dumps(index | {"id2label": wrong}))
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint(tmp_path)
+    path.write_text(json.dumps(index))
     shutil.rmtree(tmp_path / "vae")
     without = load_checkpoint(tmp_path)
-    assert without.vae_config is None
-    assert without.vae_state_dict is None
-    assert without.label_names is None
+    assert (without.vae_config, without.vae_state_dict, without.label_names) == (None, None, None)
     shutil.rmtree(tmp_path / "transformer")
     with pytest.raises(ValueError, match="a DiTPipeline without transformer/"):
         load_checkpoint(tmp_path)
+
+
+def images_of(pipe: Any, steps: int, guidance_scale: float = 4.0) -> Any:
+    """(N, H, W, 3) in [0, 1]."""
+    return pipe(
+        [3, 77], guidance_scale=guidance_scale, generator=torch.Generator().manual_seed(5),
+        num_inference_steps=steps, output_type="np",
+    ).images  # fmt: skip
 
 
 def test_the_engine_makes_the_pipelines_images(tmp_path: Path) -> None:
@@ -230,13 +184,7 @@ def test_the_engine_makes_the_pipelines_images(tmp_path: Path) -> None:
     latents: list[Tensor] = []
     decode = pipe.vae.decode
     pipe.vae.decode = lambda z: latents.append(z) or decode(z)
-    images = pipe(
-        [3, 77],
-        guidance_scale=4.0,
-        generator=torch.Generator().manual_seed(5),
-        num_inference_steps=steps,
-        output_type="np",
-    ).images  # (N, H, W, 3) in [0, 1]
+    images = images_of(pipe, steps)
 
     engine = Engine.from_pretrained(tmp_path, device="cpu")
     assert engine.config.numerics == "diffusers"
@@ -266,16 +214,7 @@ def test_accelerated_pipeline_gives_the_same_images(
     """Measured: bit-equal, in these dtypes and in float16."""
     pipe = pipeline().to(dtype)
 
-    def run() -> Any:
-        return pipe(
-            [3, 77],
-            guidance_scale=guidance_scale,
-            generator=torch.Generator().manual_seed(5),
-            num_inference_steps=4,
-            output_type="np",
-        ).images
-
-    before, original = run(), pipe.transformer
+    before, original = images_of(pipe, 4, guidance_scale), pipe.transformer
     assert accelerate(pipe) is pipe
     assert isinstance(pipe.transformer, DiTAdapter)
     assert pipe.transformer.dtype == dtype
@@ -283,7 +222,8 @@ def test_accelerated_pipeline_gives_the_same_images(
     assert pipe.transformer.config.sample_size == 8
     assert before.shape == (2, 16, 16, 3)
     assert before.std() > 0.05
-    assert_close_to_reference(run(), before, tolerance=tolerance)
+    again = images_of(pipe, 4, guidance_scale)
+    assert_close_to_reference(again, before, tolerance=tolerance)
     adapter = pipe.transformer
     shared = adapter.model.blocks[0].mlp.fc1.weight.data_ptr()
     assert shared == original.transformer_blocks[0].ff.net[0].proj.weight.data_ptr()
@@ -291,8 +231,7 @@ def test_accelerated_pipeline_gives_the_same_images(
     assert pipe.to(torch.float64).transformer.dtype == torch.float64
 
 
-@pytest.mark.parametrize("safe", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("safe", "dtype"), [(True, torch.float32), (False, torch.float16)])
 def test_an_accelerated_pipeline_is_saved(safe: bool, dtype: torch.dtype, tmp_path: Path) -> None:
     """The files are those that the pipeline writes as it was, so diffusers and we read the same."""
     pipe = pipeline().to(dtype)

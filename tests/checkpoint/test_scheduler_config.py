@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from numerics import relative_error
+from pipelines import pipeline
 from torch import Tensor
 
 from dit_engine.checkpoint import load_checkpoint, load_model, save_pretrained
@@ -25,47 +27,22 @@ LABELS, SEED = [3, 77], 5
 SHAPE = (2, 4, 8, 8)
 
 
-def transformer(out_channels: int) -> Any:
-    torch.manual_seed(0)
-    # DiTPipeline's null class is 1000, whatever the model's number of classes.
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=24, num_layers=1, sample_size=8, patch_size=2,
-        out_channels=out_channels, num_embeds_ada_norm=1000,
-    ).eval()  # fmt: skip
-    for parameter in model.parameters():
-        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
-        torch.nn.init.normal_(parameter, std=scale)
-    return model
-
-
-def pipeline(out_channels: int) -> Any:
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-    ).eval()
-    made = diffusers.DiTPipeline(transformer(out_channels), vae, diffusers.DDIMScheduler())
-    made.set_progress_bar_config(disable=True)
-    return made
+@pytest.fixture(scope="module")
+def pipelines() -> dict[str, Any]:
+    return {"learned": pipeline(num_layers=1), "unlearned": pipeline(num_layers=1, out_channels=4)}
 
 
 @pytest.fixture(scope="module")
-def learned() -> Any:
-    return pipeline(out_channels=8)
-
-
-@pytest.fixture(scope="module")
-def unlearned() -> Any:
-    return pipeline(out_channels=4)
+def saved(pipelines: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pipeline")
+    pipelines["learned"].scheduler = diffusers.DDIMScheduler()
+    pipelines["learned"].save_pretrained(path)
+    return path
 
 
 @pytest.fixture
-def directory(learned: Any, tmp_path: Path) -> Path:
-    learned.scheduler = diffusers.DDIMScheduler()
-    learned.save_pretrained(tmp_path)
-    return tmp_path
+def directory(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "pipeline")
 
 
 def theirs(pipe: Any, steps: int) -> tuple[Tensor, np.ndarray, Tensor]:
@@ -155,31 +132,22 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "values", "steps"), CASES, ids=lambda value: str(value)[:90])
-def test_the_pipelines_own_images(
-    learned: Any, kind: str, values: dict[str, Any], steps: int, tmp_path: Path
-) -> None:
-    check_equal(learned, kind, values, steps, tmp_path)
-
-
 @pytest.mark.parametrize(
-    ("kind", "values", "steps"),
-    [case for case in CASES if case[0] == DDPM or case[1] == V],
+    ("variance", "kind", "values", "steps"),
+    [("learned", *case) for case in CASES]
+    + [("unlearned", *case) for case in CASES if case[0] == DDPM or case[1] == V],
     ids=lambda value: str(value)[:90],
 )
-def test_the_pipelines_own_images_without_a_learned_variance(
-    unlearned: Any, kind: str, values: dict[str, Any], steps: int, tmp_path: Path
-) -> None:
-    check_equal(unlearned, kind, values, steps, tmp_path)
-
-
-def check_equal(pipe: Any, kind: str, values: dict[str, Any], steps: int, directory: Path) -> None:
-    scheduler = getattr(diffusers, kind)
+def test_the_pipelines_own_images(
+    pipelines: dict[str, Any], variance: str, kind: str, values: dict[str, Any], steps: int,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    pipe, scheduler = pipelines[variance], getattr(diffusers, kind)
     known = set(scheduler.__init__.__wrapped__.__annotations__)
     pipe.scheduler = scheduler(**{key: v for key, v in values.items() if key in known})
-    pipe.save_pretrained(directory)
+    pipe.save_pretrained(tmp_path)
     expected, images, draws = theirs(pipe, steps)
-    engine = Engine.from_pretrained(directory, device="cpu")
+    engine = Engine.from_pretrained(tmp_path, device="cpu")
     spacing = pipe.scheduler.config.timestep_spacing
     for backend in ("lean", "eager"):
         z = ours(engine, SAMPLERS[kind], spacing, steps, draws, backend=backend, output="latent")
@@ -194,86 +162,68 @@ def change(directory: Path, **values: Any) -> Path:
     return directory
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name 'FlowMatchEulerDiscrete"),
-        ({"_class_name": None}, "_class_name None is not of a diffusion"),
-        ({"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction': choose one"),
-        ({"prediction_type": None}, "prediction_type None: choose one of epsilon, v_pred"),
-        ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid': choose one of linear, scaled"),
-        ({"beta_schedule": ["linear"]}, r"beta_schedule \['linear'\]: choose"),
-        ({"num_train_timesteps": "1000"}, "num_train_timesteps '1000' is not a whole number"),
-        ({"num_train_timesteps": True}, "num_train_timesteps True is not a whole number"),
-        ({"num_train_timesteps": 10**12}, "num_train_timesteps 1000000000000 is not a whole"),
-        ({"num_train_timesteps": 0}, "num_train_timesteps 0 is not a whole number from 1"),
-        ({"beta_start": math.nan}, "beta_start nan is not between 0 and 1"),
-        ({"beta_end": math.inf}, "beta_end inf is not between 0 and 1"),
-        ({"beta_start": -1e-4}, "beta_start -0.0001 is not between 0 and 1"),
-        ({"beta_start": "0.1"}, "beta_start '0.1' is not between 0 and 1"),
-        ({"beta_start": 0.1}, "beta_start 0.1 is above beta_end 0.02"),
-        ({"beta_end": 0.9}, "the betas leave ᾱ = .* after the last step"),
-        ({"trained_betas": [0.1] * 5}, "trained_betas holds 5 numbers for 1000 steps"),
-        ({"trained_betas": 0.1}, "trained_betas 0.1 is not a list"),
-        ({"trained_betas": [1e-3] * 999 + [2]}, r"trained_betas\[999\] 2 is not between 0 and 1"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True needs prediction_type 'v_"),
-        ({"rescale_betas_zero_snr": 1}, "rescale_betas_zero_snr 1 is neither true nor false"),
-        ({"clip_sample": "yes"}, "clip_sample 'yes' is neither true nor false"),
-        ({"clip_sample_range": -1}, "clip_sample_range -1 is not a finite number above 0"),
-        ({"clip_sample": True, "clip_sample_range": None}, "clip_sample_range None is not a fin"),
-        (
-            {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"},
-            "timestep_type 'continuous' is not what the samplers do: 'discrete' is",
-        ),
-        ({"thresholding": True}, "thresholding True is not what the samplers do: False is"),
-        ({"set_alpha_to_one": 0}, "set_alpha_to_one 0 is neither"),
-        ({"steps_offset": -1}, "steps_offset -1 is not a whole number from 0 to 999"),
-        ({"timestep_spacing": "karras"}, "timestep_spacing 'karras' is not what"),
-        (
-            {"_class_name": DDPM, "variance_type": "fixed_large_log"},
-            "variance_type 'fixed_large_log",
-        ),
-        ({"_class_name": DDPM, "variance_type": "learned"}, "variance_type 'learned' is not"),
-        (
-            {"_class_name": DDPM, "variance_type": "fixed_large", "steps_offset": 1},
-            "variance_type 'fixed_large': DDPMScheduler adds noise at its last step",
-        ),
-        (
-            {"_class_name": SOLVER, "solver_order": 3},
-            "solver_order 3 is not what the samplers do: 2",
-        ),
-        ({"_class_name": SOLVER, "algorithm_type": "sde-dpmsolver++"}, "algorithm_type 'sde-dpm"),
-        ({"_class_name": SOLVER, "solver_type": "heun"}, "solver_type 'heun' is not what"),
-        ({"_class_name": SOLVER, "use_karras_sigmas": True}, "use_karras_sigmas True is not"),
-        ({"_class_name": SOLVER, "use_flow_sigmas": True}, "use_flow_sigmas True is not"),
-        (
-            {"_class_name": SOLVER, "final_sigmas_type": "sigma_min"},
-            "final_sigmas_type 'sigma_min'",
-        ),
-        ({"_class_name": SOLVER, "lambda_min_clipped": -5.1}, "lambda_min_clipped -5.1 is not"),
-    ],
-    ids=lambda value: str(value)[:60],
-)
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name 'FlowMatchEulerDiscrete"),
+    ({"_class_name": None}, "_class_name None is not of a diffusion"),
+    ({"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction': choose one"),
+    ({"prediction_type": None}, "prediction_type None: choose one of epsilon, v_pred"),
+    ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid': choose one of linear, scaled"),
+    ({"beta_schedule": ["linear"]}, r"beta_schedule \['linear'\]: choose"),
+    ({"num_train_timesteps": "1000"}, "num_train_timesteps '1000' is not a whole number"),
+    ({"num_train_timesteps": True}, "num_train_timesteps True is not a whole number"),
+    ({"num_train_timesteps": 10**12}, "num_train_timesteps 1000000000000 is not a whole"),
+    ({"num_train_timesteps": 0}, "num_train_timesteps 0 is not a whole number from 1"),
+    ({"beta_start": math.nan}, "beta_start nan is not between 0 and 1"),
+    ({"beta_end": math.inf}, "beta_end inf is not between 0 and 1"),
+    ({"beta_start": -1e-4}, "beta_start -0.0001 is not between 0 and 1"),
+    ({"beta_start": "0.1"}, "beta_start '0.1' is not between 0 and 1"),
+    ({"beta_start": 0.1}, "beta_start 0.1 is above beta_end 0.02"),
+    ({"beta_end": 0.9}, "the betas leave ᾱ = .* after the last step"),
+    ({"trained_betas": [0.1] * 5}, "trained_betas holds 5 numbers for 1000 steps"),
+    ({"trained_betas": 0.1}, "trained_betas 0.1 is not a list"),
+    ({"trained_betas": [1e-3] * 999 + [2]}, r"trained_betas\[999\] 2 is not between 0 and 1"),
+    ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True needs prediction_type 'v_"),
+    ({"rescale_betas_zero_snr": 1}, "rescale_betas_zero_snr 1 is neither true nor false"),
+    ({"clip_sample": "yes"}, "clip_sample 'yes' is neither true nor false"),
+    ({"clip_sample_range": -1}, "clip_sample_range -1 is not a finite number above 0"),
+    ({"clip_sample": True, "clip_sample_range": None}, "clip_sample_range None is not a fin"),
+    ({"thresholding": True}, "thresholding True is not what the samplers do: False is"),
+    ({"set_alpha_to_one": 0}, "set_alpha_to_one 0 is neither"),
+    ({"steps_offset": -1}, "steps_offset -1 is not a whole number from 0 to 999"),
+    ({"timestep_spacing": "karras"}, "timestep_spacing 'karras' is not what"),
+    *(({"_class_name": kind, key: value}, re.escape(f"{key} {value!r} is not"))
+      for kind, key, value in (
+        ("EulerDiscreteScheduler", "timestep_type", "continuous"),
+        (DDPM, "variance_type", "fixed_large_log"), (DDPM, "variance_type", "learned"),
+        (SOLVER, "solver_order", 3), (SOLVER, "algorithm_type", "sde-dpmsolver++"),
+        (SOLVER, "solver_type", "heun"), (SOLVER, "use_karras_sigmas", True),
+        (SOLVER, "use_flow_sigmas", True), (SOLVER, "final_sigmas_type", "sigma_min"),
+        (SOLVER, "lambda_min_clipped", -5.1))),
+    ({"_class_name": DDPM, "variance_type": "fixed_large", "steps_offset": 1},
+     "variance_type 'fixed_large': DDPMScheduler adds noise at its last step"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "message"), REFUSED, ids=lambda value: str(value)[:60])
 def test_what_cannot_be_done_is_refused(
     values: dict[str, Any], message: str, directory: Path
 ) -> None:
     expected = rf"scheduler.scheduler_config\.json: {message}"
     with pytest.raises(ValueError, match=expected) as caught:
-        Engine.from_pretrained(change(directory, **values), device="cpu")
+        load_checkpoint(change(directory, **values))
     assert "\n" not in str(caught.value)
 
 
 def test_a_learned_range_needs_a_learned_variance(
-    learned: Any, unlearned: Any, tmp_path: Path
+    pipelines: dict[str, Any], tmp_path: Path
 ) -> None:
-    for pipe in (learned, unlearned):
+    for pipe in pipelines.values():
         pipe.scheduler = diffusers.DDPMScheduler(variance_type="learned_range")
-        pipe.save_pretrained(tmp_path)
-        if pipe is learned:
-            assert load_checkpoint(tmp_path).config.diffusion.variance == "model"
-        else:
-            with pytest.raises(ValueError, match="variance_type 'learned_range': the transformer"):
-                load_checkpoint(tmp_path)
+    pipelines["learned"].save_pretrained(tmp_path)
+    assert load_checkpoint(tmp_path).config.diffusion.variance == "model"
+    pipelines["unlearned"].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="variance_type 'learned_range': the transformer"):
+        load_checkpoint(tmp_path)
 
 
 def test_other_schedulers_give_the_models_part_alone(directory: Path) -> None:
@@ -296,30 +246,18 @@ def test_the_published_pipelines_scheduler_changes_nothing(directory: Path) -> N
         assert load_model(directory).config.diffusion == PUBLISHED_DIFFUSION
 
 
-def test_the_transformer_alone_is_still_the_pipelines(directory: Path) -> None:
-    change(directory, prediction_type="v_prediction")
-    weights = directory / "transformer" / "diffusion_pytorch_model.safetensors"
-    for source in (directory, directory / "transformer", weights):
-        assert load_model(source).config.diffusion == Diffusion(prediction="v_prediction", clip=1.0)
-
-
-@pytest.mark.parametrize("source", [".", "diffusion_pytorch_model.safetensors"])
-def test_the_pipeline_is_found_from_within(
-    directory: Path, source: str, monkeypatch: pytest.MonkeyPatch
+def test_the_pipeline_is_found_from_its_transformer(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change(directory, prediction_type="v_prediction")
-    monkeypatch.chdir(directory / "transformer")
-    assert load_model(source).config.diffusion == Diffusion(prediction="v_prediction", clip=1.0)
-
-
-def test_the_pipeline_is_found_through_links(directory: Path, tmp_path_factory: Any) -> None:
-    change(directory, prediction_type="v_prediction")
     expected = Diffusion(prediction="v_prediction", clip=1.0)
-    link = tmp_path_factory.mktemp("links") / "link"
+    name, link = "diffusion_pytorch_model.safetensors", tmp_path / "link"
+    weights = directory / "transformer" / name
     link.symlink_to(directory / "transformer")
-    assert load_model(link).config.diffusion == expected
-    weights = directory / "transformer" / "diffusion_pytorch_model.safetensors"
-    blob = weights.rename(link.with_name("blob"))  # as in the hub's cache
+    monkeypatch.chdir(directory / "transformer")
+    for source in (directory, directory / "transformer", weights, ".", name, link):
+        assert load_model(source).config.diffusion == expected
+    blob = weights.rename(tmp_path / "blob")  # as in the hub's cache
     weights.symlink_to(blob)
     assert load_model(directory).config.diffusion == expected
     (directory / "model_index.json").unlink()
@@ -327,18 +265,15 @@ def test_the_pipeline_is_found_through_links(directory: Path, tmp_path_factory: 
         assert load_model(link).config.diffusion == expected
 
 
-@pytest.mark.parametrize("kind", [SOLVER, "EulerDiscreteScheduler"])
-def test_clip_sample_is_of_schedulers_that_have_it(directory: Path, kind: str) -> None:
-    with pytest.warns(UserWarning, match=r"unknown, without effect: clip_sample$"):
-        model = load_model(change(directory, _class_name=kind, clip_sample=True))
-    assert model.config.diffusion.clip is None
-
-
-def test_an_unknown_key_is_named(directory: Path) -> None:
-    with pytest.warns(
-        UserWarning, match=r"scheduler_config\.json: unknown, without .*: zeta, eta$"
-    ):
+def test_keys_without_effect_are_named(directory: Path) -> None:
+    unknown = r"scheduler_config\.json: unknown, without effect: "
+    with pytest.warns(UserWarning, match=rf"{unknown}zeta, eta$"):
         load_model(change(directory, zeta=1, _private=2, eta=0.5))
+    change(directory, zeta=None, eta=None)
+    for kind in (SOLVER, "EulerDiscreteScheduler"):  # which do not clip
+        with pytest.warns(UserWarning, match=rf"{unknown}.*clip_sample$"):
+            model = load_model(change(directory, _class_name=kind, clip_sample=True))
+        assert model.config.diffusion.clip is None
 
 
 def test_the_diffusion_is_saved_and_recorded(directory: Path, tmp_path_factory: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +20,35 @@ from dit_engine.checkpoint import (
 
 
 def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("names", [NAMES, None])
-@pytest.mark.parametrize("with_vae", [True, False])
+def contents(directory: Path) -> dict[str, bytes]:
+    files = [p for p in directory.rglob("*") if p.is_file()]
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in files}
+
+
+@pytest.mark.parametrize(("with_vae", "names"), [(True, NAMES), (False, None), (False, NAMES)])
 def test_native_directory_round_trip(
     names: tuple[str, ...] | None, with_vae: bool, tmp_path: Path
 ) -> None:
     model = tiny_dit(numerics="diffusers", mlp_norm_eps=1e-5, learn_sigma=False)
-    vae = tiny_vae() if with_vae else None
-    save_pretrained(tmp_path / "deep" / "model", model, vae, names)
-    written = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
-    expected = {"config.json", "model.safetensors"}
-    expected |= {"labels.json"} if names else set()
+    vae, path = tiny_vae() if with_vae else None, tmp_path / "deep" / "model"
+    save_pretrained(path, model, vae, names)
+    expected = {"config.json", "model.safetensors"} | ({"labels.json"} if names else set())
     expected |= {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"} if vae else set()
-    assert written == {f"deep/model/{name}" for name in expected}
+    assert contents(path).keys() == expected
 
-    checkpoint = load_checkpoint(tmp_path / "deep" / "model")
-    assert checkpoint.config == model.config
-    assert checkpoint.label_names == names
-    assert checkpoint.source == str(tmp_path / "deep" / "model")
+    checkpoint = load_checkpoint(path)
+    assert (checkpoint.config, checkpoint.label_names) == (model.config, names)
+    assert checkpoint.source == str(path)
     assert_same(build_model(checkpoint).state_dict(), model.state_dict())
     rebuilt = build_vae(checkpoint)
-    if vae is None:
-        assert rebuilt is None
-    else:
-        assert rebuilt is not None
+    assert (rebuilt is None) is (vae is None)
+    if rebuilt is not None and vae is not None:
         assert rebuilt.config == vae.config
         assert_same(rebuilt.state_dict(), vae.state_dict())
-    from_file = load_model(tmp_path / "deep" / "model" / "model.safetensors")
-    assert from_file.config == model.config
+    assert load_model(path / "model.safetensors").config == model.config
 
 
 def test_half_precision_files(tmp_path: Path) -> None:
@@ -62,11 +57,8 @@ def test_half_precision_files(tmp_path: Path) -> None:
     for path in (tmp_path / "m").rglob("*.safetensors"):
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.bfloat16}
     assert load_model(tmp_path / "m").pos_embed.dtype == torch.bfloat16
-    wide = load_model(tmp_path / "m", dtype=torch.float32)
-    assert_same(
-        wide.state_dict(),
-        {key: tensor.bfloat16().float() for key, tensor in model.state_dict().items()},
-    )
+    wide = load_model(tmp_path / "m", dtype=torch.float32).state_dict()
+    assert_same(wide, {key: t.bfloat16().float() for key, t in model.state_dict().items()})
 
 
 def test_saving_over_an_earlier_model_keeps_its_card(tmp_path: Path) -> None:
@@ -76,89 +68,71 @@ def test_saving_over_an_earlier_model_keeps_its_card(tmp_path: Path) -> None:
     (target / "README.md").write_text("card")
     mapped = load_model(target)
     save_pretrained(target, tiny_dit(1))
-    names = sorted(entry.name for entry in target.iterdir())
-    assert names == ["README.md", "config.json", "model.safetensors"]
+    assert contents(target).keys() == {"README.md", "config.json", "model.safetensors"}
     assert (target / "README.md").read_text() == "card"
     assert_same(load_model(target).state_dict(), tiny_dit(1).state_dict())
     assert_same(mapped.state_dict(), tiny_dit(0).state_dict())  # its file's map outlives the name
     assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
+    save_pretrained(target, load_model(target), dtype=torch.float64)  # a model onto itself
+    assert load_model(target).pos_embed.dtype == torch.float64
 
 
-def test_saving_a_model_onto_itself(tmp_path: Path) -> None:
-    save_pretrained(tmp_path / "m", tiny_dit())
-    save_pretrained(tmp_path / "m", load_model(tmp_path / "m"), dtype=torch.float64)
-    assert load_model(tmp_path / "m").pos_embed.dtype == torch.float64
+def test_saving_refuses_to_replace_something_else(tmp_path: Path) -> None:
+    for name in ("other files", "a model and more", "other config"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years of work")
+    (tmp_path / "a file").write_text("thesis")
+    save_pretrained(tmp_path / "model", tiny_dit())
+    for name in ("a model and more", "other config"):
+        for path in (tmp_path / "model").iterdir():
+            (tmp_path / name / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "other config" / "config.json").write_text('{"_class_name": "BertModel"}')
+    (tmp_path / "other config" / "thesis.txt").unlink()
+    before = contents(tmp_path)
+    for name in ("other files", "a model and more", "other config", "a file"):
+        with pytest.raises(ValueError, match=rf"{name}.*nothing was written"):
+            save_pretrained(tmp_path / name, tiny_dit(1))
+        assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("kind", ["other files", "a model and more", "other config", "a file"])
-def test_saving_refuses_to_replace_something_else(kind: str, tmp_path: Path) -> None:
-    target = tmp_path / "m"
-    if kind == "a file":
-        target.write_text("thesis")
-    else:
-        target.mkdir()
-        if kind != "other files":
-            save_pretrained(target, tiny_dit())
-        if kind == "other config":
-            (target / "config.json").write_text(json.dumps({"_class_name": "BertModel"}))
-        else:
-            (target / "thesis.txt").write_text("years of work")
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(ValueError, match="nothing was written") as caught:
-        save_pretrained(target, tiny_dit(1))
-    assert str(target) in str(caught.value)
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    files = [p for p in directory.rglob("*") if p.is_file()]
-    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in files}
-
-
-@pytest.mark.parametrize(
-    ("broken", "earlier"),
-    [("write", True), ("write", False), ("rename of the old", True), ("rename of the new", True),
-     ("rename of the new", False)],
-)  # fmt: skip
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("broken", ["write", "rename of the old", "rename of the new"])
+@pytest.mark.parametrize("earlier", [True, False])
 def test_a_failed_save_leaves_what_was_there(
-    broken: str,
-    earlier: bool,
-    error: BaseException,
-    tmp_path: Path,
+    broken: str, earlier: bool, error: BaseException, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    target = tmp_path / "m"
+) -> None:  # fmt: skip
+    target, rename = tmp_path / "m", Path.rename
     if earlier:
         save_pretrained(target, tiny_dit(0), tiny_vae())
-    before, rename = contents(tmp_path), Path.rename
+    elif broken == "rename of the old":
+        return  # there is none
+    before = contents(tmp_path)
 
     def fail(*_: Any, **__: Any) -> None:
         raise error
+
+    def renamed(self: Path, to: Path) -> Path:
+        suffix = "" if broken == "rename of the old" else ".partial"
+        return fail() if self.suffix == suffix else rename(self, to)
 
     with monkeypatch.context() as patch:
         if broken == "write":
             patch.setattr("safetensors.torch.save_file", fail)
         else:
-            suffix = "" if broken == "rename of the old" else ".partial"
-            patch.setattr(
-                Path,
-                "rename",
-                lambda self, to: (fail if self.suffix == suffix else rename)(self, to),
-            )
+            patch.setattr(Path, "rename", renamed)
         with pytest.raises(type(error)):
             save_pretrained(target, tiny_dit(1))
-    assert contents(tmp_path) == before
-    assert target.exists() is earlier
+    assert contents(tmp_path) == before and target.exists() is earlier
     assert not list(tmp_path.glob(".*"))
 
 
 def test_an_earlier_model_that_cannot_be_put_back_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = tmp_path / "m"
+    target, rename = tmp_path / "m", Path.rename
     save_pretrained(target, tiny_dit(0))
-    before, rename = contents(target), Path.rename
+    before = contents(target)
 
     def away_only(self: Path, to: Path) -> Path:
         if self != target:
@@ -170,8 +144,7 @@ def test_an_earlier_model_that_cannot_be_put_back_is_kept(
         with pytest.raises(OSError, match=r"the earlier model is now .*\.old \(read-only\)$"):
             save_pretrained(target, tiny_dit(1))
     (kept,) = tmp_path.iterdir()
-    assert kept.name.endswith(".old")
-    assert contents(kept) == before
+    assert kept.name.endswith(".old") and contents(kept) == before
 
 
 def test_an_interrupt_after_the_new_model_is_there(

@@ -14,7 +14,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 # An installation is stale when the metadata, the pins, the set of import packages or the sources of
 # the native kernels changed.
 INPUTS := setup.py constraints.txt dit_engine/_version.py CMakeLists.txt \
-	$(wildcard kernels/csrc/cpu/*.cpp kernels/csrc/cpu/*.h kernels/dit_kernels/cpu/*.h) \
+	$(wildcard kernels/csrc/cpu/*.h kernels/csrc/cpu/*/*.cpp kernels/csrc/cpu/*/*.h) \
+	$(wildcard kernels/dit_kernels/cpu/*.h) \
 	$(wildcard kernels/dit_kernels/__init__.py export/dit_export/__init__.py \
 	benchmarks/dit_bench/__init__.py)
 

@@ -3,8 +3,8 @@
 
 #include <cstdlib>
 
-#include "../../kernels/csrc/cpu/attention_amx.cpp"
-#include "../../kernels/csrc/cpu/pool.cpp"
+#include "../../kernels/csrc/cpu/attention/attention_amx.cpp"
+#include "../../kernels/csrc/cpu/pool/pool.cpp"
 
 namespace dit {
 

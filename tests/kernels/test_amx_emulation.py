@@ -27,7 +27,7 @@ FLAGS = [
     *("-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno"),
     *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
     *("-mavx512vnni", "-mavx512bf16", "-DDIT_EMULATED_TILES"),
-    *("-I", str(KERNELS / "dit_kernels/cpu")),
+    *("-I", str(KERNELS / "dit_kernels/cpu"), "-I", str(KERNELS / "csrc/cpu")),
 ]
 
 

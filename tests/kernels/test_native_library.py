@@ -136,9 +136,9 @@ def test_definitions_that_differ_from_the_interface_do_not_compile(
 ) -> None:
     assert COMPILER is not None
     edited(tmp_path, *(CHANGES[change] if change else ("", "")))
-    source = KERNELS / "csrc/cpu/gelu.cpp"
+    source = KERNELS / "csrc/cpu/rows/gelu.cpp"
     flags = ["-std=c++17", "-fsyntax-only", "-Werror=missing-declarations"]
-    command = [COMPILER, *flags, "-I", str(tmp_path), str(source)]
+    command = [COMPILER, *flags, "-I", str(tmp_path), "-I", str(KERNELS / "csrc/cpu"), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode == 0) == (change is None), done.stderr
     assert change is None or "dit_gelu" in done.stderr

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-POOL = ROOT / "kernels" / "csrc" / "cpu" / "pool.cpp"
+POOL = ROOT / "kernels" / "csrc" / "cpu" / "pool" / "pool.cpp"
 CASES = {
     "jobs": "every piece once, in order of the calls",
     "helpers": "helpers take part",

@@ -1,6 +1,6 @@
-#include "vector_avx512.h"
+#include "simd/vector_avx512.h"
 
-#include "vector_math.h"
+#include "simd/vector_math.h"
 
 #include "product_kernels.h"
 

@@ -6,7 +6,7 @@
 
 #include "checks.h"
 #include "kernels.h"
-#include "parallel.h"
+#include "pool/parallel.h"
 
 namespace dit {
 namespace {

@@ -2,7 +2,7 @@
 
 #include "checks.h"
 #include "kernels.h"
-#include "parallel.h"
+#include "pool/parallel.h"
 
 using namespace dit;
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "vector_math.h"
+#include "simd/vector_math.h"
 
 #include "elementwise_kernels.h"
 #include "embed_kernels.h"

@@ -1,4 +1,4 @@
-#include "vector_avx2.h"
+#include "simd/vector_avx2.h"
 
 #include "kernels_table.h"
 

@@ -2,7 +2,7 @@
 
 #include "checks.h"
 #include "kernels.h"
-#include "parallel.h"
+#include "pool/parallel.h"
 
 // z (n, c, s, s), weight (c·p·p, d), bias (d,), positions (T, d) with T = (s/p)², all float32 → out
 // (n, T, d).

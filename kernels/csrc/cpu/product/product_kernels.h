@@ -9,7 +9,7 @@
 #include <cstring>
 
 #include "interface.h"
-#include "parallel.h"
+#include "pool/parallel.h"
 #include "product.h"
 
 namespace dit {

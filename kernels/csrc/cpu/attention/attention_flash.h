@@ -29,7 +29,7 @@
 #include "attention_pack.h"
 #include "attention_product.h"
 #include "interface.h"
-#include "parallel.h"
+#include "pool/parallel.h"
 
 namespace dit {
 namespace {

@@ -1,4 +1,4 @@
-#include "vector_avx512.h"
+#include "simd/vector_avx512.h"
 
 #include "kernels_table.h"
 

@@ -5,8 +5,8 @@
 #include <cstring>
 
 #include "checks.h"
-#include "isa.h"
-#include "parallel.h"
+#include "simd/isa.h"
+#include "pool/parallel.h"
 
 namespace dit {
 namespace {

@@ -3,7 +3,7 @@
 #include <cstdlib>
 
 #include "checks.h"
-#include "isa.h"
+#include "simd/isa.h"
 
 namespace dit {
 namespace {

@@ -26,10 +26,10 @@ from dit_engine.sampling.samplers import SAMPLERS
 from dit_engine.sampling.schedule import make_schedule
 from dit_export.bundle import Bundle
 from dit_export.onnx import verify
-from dit_export.onnx.calibration import calibrate
 from dit_export.onnx.export import ExportOptions, export_onnx
 from dit_export.onnx.graphs import GuidedStep
-from dit_export.onnx.upcast import upcast_file
+from dit_export.onnx.quantization import calibrate
+from dit_export.onnx.verify import upcast_file
 from dit_export.source import weights_hash
 
 X = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""ONNX graphs of a DiT and its VAE, written, checked and run before they get their final name."""
+"""ONNX graphs of a DiT and its VAE: written, checked and run before they get their final name."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from dit_engine.model import DiT
 from dit_engine.runtime import neutral
 from dit_engine.sampling.guidance import OFFICIAL_CHANNELS, check_channels
 from dit_engine.vae import AutoencoderKL
-from dit_export.bundle import LABELS, Bundle, Graph, TensorSpec, replaceable, write_manifest
+from dit_export.bundle import LABELS, Bundle, Graph, replaceable, write_manifest
 from dit_export.onnx.exporter import to_onnx
 from dit_export.onnx.files import require_onnx, save
 from dit_export.onnx.graphs import (
+    MakeLayer,
+    MatMulLinear,
     VAEDecoder,
     exportable,
     signature,
@@ -53,17 +55,17 @@ class ExportOptions:
     """What to write.
 
     Attributes:
-        dtype: "fp32", "fp16", "bf16", or "int8" or "fp8", which quantise the blocks' linears.
+        dtype: "fp32", "fp16", "bf16", or "int8" or "fp8", which quantise the blocks' linear layers.
         target: the runtime, which decides the opset and what surrounds quantised products.
         opset: None is the best for dtype and target.
-        graphs: some of `GRAPHS`; None is all, the VAE's where there is a VAE.
-        guided_channels: latent channels that ``guided_step`` guides.
+        graphs: some of `GRAPHS`; None is all that the model has.
+        guided_channels: the number of latent channels that ``guided_step`` guides.
         vae_dtype: None is "bf16" with bf16, else "fp32" (see `targets.vae_dtype`).
-        calibration_images, calibration_steps: of the trajectories that int8 and fp8 take the
-            ranges of their activations from.
-        external_data_mib: a graph above this size has its weights in a file of its own. protobuf
-            ends at 2 GiB, and writing one takes five times its size in memory, while a file of
-            weights is written one by one.
+        external_data_mib: a larger graph has its weights in a file of its own. A protobuf file may
+            have at most 2 GiB, and writing it takes five times its size in memory, while weights
+            are written one by one.
+        calibration_images, calibration_steps: the size of the trajectories from which int8 and fp8
+            take the ranges of their activations.
     """
 
     dtype: str = "fp16"
@@ -126,47 +128,53 @@ def export_onnx(
     """
     require_onnx()
     options = (options or ExportOptions()).checked()
-    check_channels(options.guided_channels, model.config.in_channels)
-    if options.graphs is not None and VAE_GRAPH in options.graphs and vae is None:
-        raise ValueError(f"graph {VAE_GRAPH!r}: this model has no VAE; give one with --vae")
+    names = _graphs(options, model, vae)
     classes = model.config.num_classes
     if label_names is not None and len(label_names) != classes:
         raise ValueError(f"{len(label_names)} label names for {classes} classes")
-    names = tuple(g for g in GRAPHS if g in (options.graphs or GRAPHS))
-    names = tuple(g for g in names if g != VAE_GRAPH or vae is not None)
-    if not model.config.has_null_class:
-        if "guided_step" in (options.graphs or ()):
-            raise ValueError("graph 'guided_step': this model has no null class to guide with")
-        names = tuple(g for g in names if g != "guided_step")
     target, may_replace = Path(directory), replaceable(overwrite)
     check_destination(target, may_replace)
-    opset = choose_opset(options.dtype, options.target, options.opset)
-    facts = {
+    facts: dict[str, Any] = {
         "model": model.config.to_dict(),
         "vae": None if vae is None else json.loads(vae.config.to_json()),
         "checkpoint": weights_hash(model),
         "vae_checkpoint": None if vae is None else weights_hash(vae),
         "dtype": options.dtype,
         "float_dtype": float_dtype(options.dtype, options.target),
-        "opset": opset,
+        "opset": choose_opset(options.dtype, options.target, options.opset),
         "target": options.target,
         "guided_channels": options.guided_channels,
         "label_names": None if label_names is None else list(label_names),
     }
     with new_directory(target, may_replace) as partial:
-        writer = _Writer(partial, model, vae, options, opset, facts, report)
+        writer = _Writer(partial, model, vae, options, facts, report)
         graphs = writer.write(names)
         if label_names is not None:
             text = json.dumps(list(label_names), indent=2, ensure_ascii=False)
             (partial / LABELS).write_text(text + "\n", encoding="utf-8")
         if writer.quantization is not None:
-            facts["quantization"] = writer.quantization.record()
+            facts["quantization"] = writer.quantization.record
         write_manifest(partial, facts, graphs)
     return Bundle.open(target, verify=False)
 
 
+def _graphs(options: ExportOptions, model: DiT, vae: AutoencoderKL | None) -> tuple[str, ...]:
+    """The graphs to write, in the order of `GRAPHS`. Raises ValueError for one that was asked for
+    and cannot be made."""
+    check_channels(options.guided_channels, model.config.in_channels)
+    asked, impossible = options.graphs or (), {}
+    if vae is None:
+        impossible[VAE_GRAPH] = "this model has no VAE; give one with --vae"
+    if not model.config.has_null_class:
+        impossible["guided_step"] = "this model has no null class to guide with"
+    for name, reason in impossible.items():
+        if name in asked:
+            raise ValueError(f"graph {name!r}: {reason}")
+    return tuple(g for g in GRAPHS if g in (asked or GRAPHS) and g not in impossible)
+
+
 class _Writer:
-    """One graph after the other, so that the memory of one is free before the next."""
+    """Writes one graph after the other, so that the memory of one is free before the next."""
 
     def __init__(
         self,
@@ -174,45 +182,53 @@ class _Writer:
         model: DiT,
         vae: AutoencoderKL | None,
         options: ExportOptions,
-        opset: int,
         facts: dict[str, Any],
         report: Report,
     ) -> None:
         self.directory, self.model, self.vae = directory, model, vae
-        self.options, self.opset, self.facts, self.report = options, opset, facts, report
-        self.float_dtype = float_dtype(options.dtype, options.target)
+        self.options, self.facts, self.report = options, facts, report
         self.quantization: Quantization | None = None
 
     def write(self, names: tuple[str, ...]) -> list[Graph]:
-        if self.options.dtype in QUANTIZED and set(names) & set(QUANTIZED_GRAPHS):
-            self.quantization = Quantization.of(self.model, self.options, self.float_dtype)
+        options, dtype = self.options, FLOATS[self.facts["float_dtype"]]
+        if options.dtype in QUANTIZED and set(names) & set(QUANTIZED_GRAPHS):
+            self.quantization = Quantization.calibrated(
+                self.model, options.dtype, dtype, options.target != "tensorrt",
+                options.calibration_images, options.calibration_steps,
+            )  # fmt: skip
             self.report(str(self.quantization))
-        transformer = [name for name in names if name in TRANSFORMER_GRAPHS]
-        if transformer:
-            twin = exportable(self.model, FLOATS[self.float_dtype])
+        if transformer := [name for name in names if name in TRANSFORMER_GRAPHS]:
+            layer = MatMulLinear if self.quantization is None else self.quantization.layer
+            twin = exportable(self.model, dtype, layer)
             for name in transformer:
-                self._export(name, transformer_graph(name, twin, self.options.guided_channels))
+                self._export(name, transformer_graph(name, twin, options.guided_channels))
             del twin
         if VAE_GRAPH in names:
-            assert self.vae is not None
-            self._export(VAE_GRAPH, VAEDecoder(self.vae, FLOATS[self._dtype(VAE_GRAPH)]).eval())
+            self._export(VAE_GRAPH, self._vae_decoder(FLOATS[self._dtype(VAE_GRAPH)]))
         return [self._verified(name) for name in names]
 
     def _dtype(self, name: str) -> str:
         if name == VAE_GRAPH:
-            usual = vae_dtype(self.options.dtype, self.options.target)
-            return self.options.vae_dtype or usual
-        return self.options.dtype if name in QUANTIZED_GRAPHS else self.float_dtype
+            return self.options.vae_dtype or vae_dtype(self.options.dtype, self.options.target)
+        return self.options.dtype if name in QUANTIZED_GRAPHS else self.facts["float_dtype"]
 
-    def _signature(self, name: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-        return signature(name, self.model.config, None if self.vae is None else self.vae.config)
+    def _vae_decoder(self, dtype: torch.dtype) -> nn.Module:
+        assert self.vae is not None
+        return VAEDecoder(self.vae, dtype).eval()
+
+    def _graph(self, name: str) -> Graph:
+        vae = None if self.vae is None else self.vae.config
+        tensors = signature(name, self.model.config, vae)
+        return Graph(name, f"{name}.onnx", self._dtype(name), *tensors)
 
     def _export(self, name: str, module: nn.Module) -> None:
-        # Of each graph its own: TensorRT takes no Attention in float32, which a VAE is beside fp16.
+        # Each graph has an opset of its own: TensorRT takes no Attention operator in float32, in
+        # which a VAE is beside an fp16 transformer.
         opset = choose_opset(self._dtype(name), self.options.target, self.options.opset)
-        model = to_onnx(module, name, *self._signature(name), opset)
+        graph = self._graph(name)
+        model = to_onnx(module, name, graph.inputs, graph.outputs, opset)
         if self.quantization is not None and name in QUANTIZED_GRAPHS:
-            self.quantization.apply(model)
+            self.quantization.check(model, name)
         model.producer_name, model.producer_version = "dit-engine", __version__
         model.metadata_props.update(
             {
@@ -227,35 +243,35 @@ class _Writer:
 
     def _verified(self, name: str) -> Graph:
         gc.collect()
-        graph = Graph(name, f"{name}.onnx", self._dtype(name), *self._signature(name))
         exact = None
         if name == VAE_GRAPH:
-            assert self.vae is not None
-            module = VAEDecoder(self.vae, torch.float32).eval()
+            module = self._vae_decoder(torch.float32)
         else:
-            # In float32, over the weights as they were before any rounding to the graph's dtype.
-            channels = self.options.guided_channels
-            module = transformer_graph(name, exportable(self.model, torch.float32), channels)
+            # In float32, with the weights as they were before any rounding to the graph's dtype.
+            def reference(layer: MakeLayer) -> nn.Module:
+                twin = exportable(self.model, torch.float32, layer)
+                return transformer_graph(name, twin, self.options.guided_channels)
+
+            module = reference(MatMulLinear)
             if self.quantization is not None and name in QUANTIZED_GRAPHS:
-                exact = module
-                module = transformer_graph(name, self.quantization.twin(self.model), channels)
-        graph = verify_graph(self.directory, graph, module, exact)
+                exact, module = module, reference(self.quantization.layer)
+        graph = verify_graph(self.directory, self._graph(name), module, exact)
         self.report(_summary(graph, self.directory))
         return graph
 
 
 def _summary(graph: Graph, directory: Path) -> str:
     size = sum(file.stat().st_size for file in directory.glob(f"{graph.file}*"))
-    head = f"{graph.name:12s} {graph.dtype:5s} {size / 2**20:8.1f} MiB  "
-    error = graph.error
+    error, accuracy = graph.error, graph.accuracy
     assert error is not None
-    line = head + (
+    line = (
+        f"{graph.name:12s} {graph.dtype:5s} {size / 2**20:8.1f} MiB  "
         f"error {error['relative']:.1e} (bound {error['bound']:.0e}) against {error['against']}, "
         f"by {graph.verified_by[-1]}"
     )
-    if graph.accuracy is not None:
+    if accuracy is not None:
         line += (
-            f"; {graph.accuracy['relative']:.1e} at most and {graph.accuracy['rms']:.1e} rms "
-            f"against {graph.accuracy['against']}"
+            f"; {accuracy['relative']:.1e} at most and {accuracy['rms']:.1e} rms "
+            f"against {accuracy['against']}"
         )
     return line

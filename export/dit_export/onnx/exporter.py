@@ -1,9 +1,16 @@
-"""One module as one ONNX graph, by torch's exporter."""
+"""One module as one ONNX graph, written by torch's exporter, with names that a person can read.
+
+torch numbers everything ("val_40") and writes the call stack of the exporting machine beside each
+node. Here the product of a layer is "blocks.3.attn.qkv/MatMul", its result has the same name, and
+weights have the names of the checkpoint.
+"""
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from dit_export.bundle import ExportFailed, TensorSpec
-from dit_export.onnx.naming import make_readable
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_ROOTS = ("dit", "vae")
+_SHOWN = 8  # at most so many values of a constant are part of its name
 
 
 def to_onnx(
@@ -22,18 +32,16 @@ def to_onnx(
     outputs: tuple[TensorSpec, ...],
     opset: int,
 ) -> Any:
-    """``module`` as an onnx_ir Model of standard operators of ``opset``, with readable names.
+    """``module`` as an onnx_ir Model of standard operators of ``opset``.
 
     Every dimension that has a name in inputs and outputs is dynamic.
 
-    Raises ExportFailed where torch wrote another opset or fixed a dimension: it does either with
-    no more than a log.
+    Raises ExportFailed if torch wrote another opset or fixed a dimension, which it only logs.
     """
-    example = tuple(random_input(spec, torch.Generator().manual_seed(0)) for spec in inputs)
-    symbols: dict[str, Any] = {}
+    dims: dict[str, Any] = {}
     dynamic = tuple(
         {
-            i: symbols.setdefault(size, torch.export.Dim(size))
+            i: dims.setdefault(size, torch.export.Dim(size))
             for i, size in enumerate(spec.shape)
             if isinstance(size, str)
         }
@@ -42,7 +50,7 @@ def to_onnx(
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module,
-            example,
+            tuple(random_input(spec, torch.Generator().manual_seed(0)) for spec in inputs),
             dynamo=True,
             verbose=False,
             opset_version=opset,
@@ -67,7 +75,7 @@ def to_onnx(
 
 
 def random_input(spec: TensorSpec, generator: torch.Generator, **sizes: int) -> Tensor:
-    """A tensor for ``spec``; dynamic sizes are those given, else small and all different."""
+    """A tensor for ``spec``. Dynamic sizes are those given, or else small and all different."""
     sizes = {"batch": 2, "height": 6, "width": 5} | sizes
     shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
     if spec.dtype == "int64":
@@ -77,7 +85,7 @@ def random_input(spec: TensorSpec, generator: torch.Generator, **sizes: int) -> 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's notes about packages and interfaces that are not used here."""
+    """Hide the exporter's notes about packages and interfaces that are not used here."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -87,3 +95,59 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def make_readable(model: Any) -> None:
+    """Rename the nodes, values and constants of an onnx_ir Model, and drop what torch noted.
+
+    Inputs, outputs and weights keep their names, weights without the module's root ("dit.").
+    """
+    graph = model.graph
+    fixed = {value.name for value in (*graph.inputs, *graph.outputs)}
+    taken: Counter[str] = Counter(fixed)
+
+    def free(name: str) -> str:
+        taken[name] += 1
+        return name if taken[name] == 1 else f"{name}.{taken[name] - 1}"
+
+    initializers = {value: value.name for value in graph.initializers.values()}
+    for i, value in enumerate(initializers):  # torch's names could be equal to new ones
+        value.name = f"\0{i}"
+    for value, name in initializers.items():
+        value.name = free(_rooted(name) or _constant_name(value.const_value))
+    for node in graph:
+        name = node.name = free(_module(node) + node.op_type)
+        for i, value in enumerate(node.outputs):
+            if value.name not in fixed:
+                value.name = name if len(node.outputs) == 1 else f"{name}:{i}"
+        node.doc_string = None
+    made = [value for node in graph for value in node.outputs]
+    for noted in (*initializers, *graph, *made, *graph.inputs, graph, model):
+        noted.metadata_props.clear()
+
+
+def _module(node: Any) -> str:
+    """ "blocks.3.attn.qkv/" of a node, or nothing if torch did not note its module."""
+    if _SCOPES not in node.metadata_props:  # a Split of what the node before it made
+        before = node.inputs[0].name if node.inputs and node.inputs[0] is not None else ""
+        return before.rpartition("/")[0] + "/" if "/" in before else ""
+    scopes = ast.literal_eval(node.metadata_props[_SCOPES])
+    # The sizes of inputs are read outside of any module; torch then writes another kind of name.
+    name = _rooted(scopes[-2]) if len(scopes) > 1 else ""
+    return f"{name}/" if name else ""
+
+
+def _rooted(name: str) -> str:
+    """The name without the module's root; nothing for a name that has none."""
+    root, _, rest = name.partition(".")
+    return rest if root in _ROOTS else ""
+
+
+def _constant_name(tensor: Any) -> str:
+    kind = tensor.dtype.name.lower()
+    if tensor.size <= _SHOWN:
+        values = tensor.numpy().ravel()
+        whole = values.dtype.kind in "iub"
+        shown = "_".join(str(int(v)) if whole else f"{float(v):g}" for v in values)
+        return f"{kind}_{shown}"
+    return f"{kind}_{'x'.join(map(str, tensor.shape))}"

@@ -17,14 +17,17 @@ from dit_engine.vae import AutoencoderKL, VAEConfig
 from dit_export.bundle import TensorSpec
 from dit_export.targets import VAE_GRAPH
 
+LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+"""The names of a block's four linear layers, which hold nearly all of the arithmetic."""
+
 MakeLayer = Callable[[str, nn.Linear], nn.Module]
 
 
 class MatMulLinear(nn.Module):
     """A linear layer over tokens whose weight is kept as MatMul reads it, (in, out).
 
-    torch's own form would put a Transpose before every MatMul, or, where an optimiser has folded
-    it away, a nameless copy of the weight.
+    torch's own form would put a Transpose before every MatMul, or a nameless copy of the weight
+    after an optimiser has folded the Transpose away.
     """
 
     def __init__(self, _: str, linear: nn.Linear) -> None:
@@ -57,47 +60,45 @@ class ConstantFrequencies(nn.Module):
 
 
 def exportable(model: DiT, dtype: torch.dtype, layer: MakeLayer = MatMulLinear) -> DiT:
-    """A twin on the CPU in ``dtype`` with `MatMulLinear` over its tokens.
+    """A twin on the CPU in ``dtype``, whose layers over tokens are `MatMulLinear`.
 
-    Weights that have the dtype already are shared, others are converted one by one.
+    Weights that have the dtype already are shared; others are converted one by one.
 
-    Args:
-        layer: made of the name and the linear layer for the four of each block.
+    layer: makes each block's four linear layers of their name and the layer in ``dtype``.
     """
     with torch.device("meta"):
         twin = DiT(model.config).requires_grad_(False)  # weights may be inference tensors
     state = {name: value.to("cpu", dtype) for name, value in model.state_dict().items()}
     twin.load_state_dict(state, assign=True)
-    replace_linears(twin, lambda name: name.endswith(LINEARS), layer)
-    replace_linears(twin, lambda name: name == FINAL_LINEAR, MatMulLinear)
+    replace_linears(twin, LINEARS, layer)
+    replace_linears(twin, ("final_layer.linear",), MatMulLinear)
     twin.register_module("t_embedder", ConstantFrequencies(twin.t_embedder))
     return twin.eval().requires_grad_(False)
 
 
-def replace_linears(model: nn.Module, chosen: Callable[[str], bool], made: MakeLayer) -> None:
-    """Put ``made(name, linear)`` in the place of every linear layer whose name is chosen."""
+def replace_linears(model: nn.Module, ends: tuple[str, ...], made: MakeLayer) -> None:
+    """Put ``made(name, linear)`` in the place of each linear layer whose name has such an end."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and chosen(name):
+        if isinstance(module, nn.Linear) and name.endswith(ends):
             parent, _, child = name.rpartition(".")
             model.get_submodule(parent).register_module(child, made(name, module))
 
 
-LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-"""A block's four linear layers, which hold nearly all of the arithmetic."""
-FINAL_LINEAR = "final_layer.linear"
+class Graph(nn.Module):
+    """A graph over a DiT from `exportable`, whose dtype is that of its arithmetic."""
 
-
-class Transformer(nn.Module):
     def __init__(self, model: DiT) -> None:
         super().__init__()
         self.dit = model
 
+
+class Transformer(Graph):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.dit(x.to(self.dit.pos_embed.dtype), t, y).float()
 
 
-class GuidedStep(nn.Module):
-    """One whole step of any sampler; see `dit_kernels.guided_step`, here with a step for each row.
+class GuidedStep(Graph):
+    """One whole step of any sampler, as `dit_kernels.guided_step`, but with a step for each row.
 
     Every image is computed with and without its label; one whose scale is exactly 1 is not guided.
     With ε the guided prediction, an image's row of coefficients (N, 9), float32, is, in this order,
@@ -109,15 +110,14 @@ class GuidedStep(nn.Module):
     8     s           z_next = mean + s·exp((low + (v + 1)/2·(high − low)) / 2)·noise
     ====  ==========  ==========================================================
 
-    and at s = 0 noise is not read. A model without a learned variance has s·noise alone. The rows
-    of a sampler's schedule are those of `dit_engine.sampling.coefficients.step_coefficients`; an
-    image's row
-    is its own, so that requests at different steps can share a batch.
+    At s = 0 the noise is not read. A model without a learned variance adds s·noise. The rows of a
+    schedule come from `dit_engine.sampling.coefficients.step_coefficients`. Requests at different
+    steps can share a batch, because each image has its own row.
     """
 
     def __init__(self, model: DiT, guided_channels: int) -> None:
-        super().__init__()
-        self.dit, self.guided_channels = model, guided_channels
+        super().__init__(model)
+        self.guided_channels = guided_channels
 
     def forward(
         self,
@@ -148,16 +148,12 @@ class GuidedStep(nn.Module):
         return torch.where(std == 0, mean, mean + std * noise), x0
 
 
-class Conditioner(nn.Module):
+class Conditioner(Graph):
     """All modulations of (t, y): 6·D for each block in its own order, then 2·D of the last layer.
 
-    With `Denoiser` it is the transformer in two parts, of which this one, a third of the weights,
-    does not depend on the latents and can leave the sampling loop.
+    `Conditioner` and `Denoiser` are the two parts of the transformer. The conditioner has a third
+    of the weights, does not depend on the latents, and can run before the sampling loop.
     """
-
-    def __init__(self, model: DiT) -> None:
-        super().__init__()
-        self.dit = model
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:  # (N,), (N,) → (N, 6·D·depth + 2·D)
         c = self.dit.condition(t, y)  # (N, D)
@@ -165,11 +161,7 @@ class Conditioner(nn.Module):
         return torch.cat([layer.adaLN_modulation(c) for layer in layers], dim=1).float()  # pyright: ignore[reportCallIssue]
 
 
-class Denoiser(nn.Module):
-    def __init__(self, model: DiT) -> None:
-        super().__init__()
-        self.dit = model
-
+class Denoiser(Graph):
     def forward(self, x: Tensor, modulations: Tensor) -> Tensor:  # → (N, C_out, S, S)
         dit, dtype = self.dit, self.dit.pos_embed.dtype
         depth, d = dit.config.depth, dit.config.hidden_size
@@ -196,7 +188,7 @@ class VAEDecoder(nn.Module):
             self.vae = AutoencoderKL(vae.config)
         state = {name: value.to("cpu", dtype) for name, value in vae.state_dict().items()}
         self.vae.load_state_dict(state, assign=True)
-        replace_linears(self.vae, lambda _: True, MatMulLinear)  # of the mid block's attention
+        replace_linears(self.vae, ("",), MatMulLinear)  # all of them: the mid block's attention
         self.vae.eval().requires_grad_(False)
         self.dtype = dtype
 
@@ -226,23 +218,20 @@ def signature(
     def real(tensor: str, *shape: int | str) -> TensorSpec:
         return TensorSpec(tensor, "float32", ("batch", *shape))
 
-    t, y = TensorSpec("t", "int64", ("batch",)), TensorSpec("y", "int64", ("batch",))
-    modulations = real("modulations", modulation_width(config))
+    if name == VAE_GRAPH:
+        assert vae is not None
+        f = vae.downsampling
+        sizes = (f"{f}*height", f"{f}*width") if f > 1 else ("height", "width")
+        z = real("z", vae.latent_channels, "height", "width")
+        return (z,), (real("images", vae.out_channels, *sizes),)
+    condition = (TensorSpec("t", "int64", ("batch",)), TensorSpec("y", "int64", ("batch",)))
+    x, modulations = real("x", c, s, s), real("modulations", modulation_width(config))
     output = real("output", config.out_channels, s, s)
-    if name == "transformer":
-        return (real("x", c, s, s), t, y), (output,)
-    if name == "guided_step":
-        latents = tuple(real(tensor, c, s, s) for tensor in ("z", "x0_before", "noise"))
-        return (
-            (*latents, t, y, real("guidance_scale"), real("coefficients", 9)),
-            (real("z_next", c, s, s), real("x0", c, s, s)),
-        )
-    if name == "conditioner":
-        return (t, y), (modulations,)
-    if name == "denoiser":
-        return (real("x", c, s, s), modulations), (output,)
-    assert name == VAE_GRAPH and vae is not None
-    f = vae.downsampling
-    sizes = (f"{f}*height", f"{f}*width") if f > 1 else ("height", "width")
-    z = real("z", vae.latent_channels, "height", "width")
-    return (z,), (real("images", vae.out_channels, *sizes),)
+    latents = tuple(real(tensor, c, s, s) for tensor in ("z", "x0_before", "noise"))
+    step = (*latents, *condition, real("guidance_scale"), real("coefficients", 9))
+    return {
+        "transformer": ((x, *condition), (output,)),
+        "guided_step": (step, (real("z_next", c, s, s), real("x0", c, s, s))),
+        "conditioner": (condition, (modulations,)),
+        "denoiser": ((x, modulations), (output,)),
+    }[name]

@@ -1,17 +1,17 @@
-"""What looks at a graph after its export: onnx's checker, and a run beside torch."""
+"""What checks a graph after its export: onnx's checker, and a run beside torch."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,57 +23,54 @@ from dit_engine.sampling.schedule import make_schedule
 from dit_export.bundle import ExportFailed, Graph
 from dit_export.onnx.files import check_contained
 from dit_export.onnx.graphs import Conditioner, Denoiser
-from dit_export.onnx.upcast import upcast_file
 from dit_export.targets import VAE_GRAPH
 
 BOUNDS = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2, "int8": 5e-2, "fp8": 5e-2}
-"""Of max |graph − torch| / max |torch|, torch in float32 with the weights as they came. A value at
-the edge between two codes may be rounded either way, which is a whole step of the grid."""
+"""Of max |graph − torch| / max |torch|, with torch in float32 and weights that are not rounded. A
+value at the edge between two codes may be rounded either way, which is a whole step of the grid."""
 
 LARGE_BYTES = 512 * 2**20
-"""Graphs above are run without onnxruntime's optimisations, in less memory."""
+"""Larger graphs are run without onnxruntime's optimisations, which takes less memory."""
 
 Runner = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
-
-T = TypeVar("T")
 
 
 def verify_graph(
     directory: Path, graph: Graph, module: nn.Module, exact: nn.Module | None = None
 ) -> Graph:
-    """``graph`` with its errors and with what looked at it.
+    """``graph`` with its errors and with what checked it.
 
     Args:
         module: the same function in torch, in float32.
-        exact: for a quantised graph the function without the rounding, in float32.
+        exact: for a quantised graph, the function without rounding, in float32.
 
-    Raises ExportFailed where it is no valid ONNX, cannot be run, or its error is too large.
+    Raises ExportFailed if it is not valid ONNX, cannot be run, or its error is too large.
     """
     path = directory / graph.file
     check_contained(path)
-    verified = check(path, graph.name)
-    relative, accuracy = 0.0, [0.0, 0.0]
-    with _runner(path, graph) as (runner, runs_with):
-        for batch in (1, 3):  # 3 is no batch that the export has seen
+    checker = check(path, graph.name)
+    relative, accuracy = 0.0, {"relative": 0.0, "rms": 0.0}
+    with _running(path, graph) as (run, runner):
+        for batch in (1, 3):  # the exporter has not seen a batch of 3
             inputs = random_inputs(graph, module, batch)
-            actual = runner({name: value.numpy() for name, value in inputs.items()})
+            actual = run({name: value.numpy() for name, value in inputs.items()})
             for a, b in zip(actual, _call(module, inputs), strict=True):
                 relative = max(relative, relative_error(a, b))
             for a, b in zip(actual, _call(exact, inputs) if exact else (), strict=False):
-                errors = relative_error(a, b), rms_error(a, b)
-                accuracy = [max(pair) for pair in zip(accuracy, errors, strict=True)]
+                accuracy["relative"] = max(accuracy["relative"], relative_error(a, b))
+                accuracy["rms"] = max(accuracy["rms"], rms_error(a, b))
     bound = BOUNDS[graph.dtype]
     if not relative <= bound:
         raise ExportFailed(
-            f"{graph.name}: {runs_with} and torch differ by {relative:.2e}, above {bound:.0e}"
+            f"{graph.name}: {runner} and torch differ by {relative:.2e}, above {bound:.0e}"
         )
-    rounding = ", rounded alike" if exact is not None else ""
-    error = {"against": f"torch in float32{rounding}", "relative": relative, "bound": bound}
-    graph = replace(graph, error=error, verified_by=(verified, runs_with))
-    if exact is None:
-        return graph
-    measured = dict(zip(("relative", "rms"), accuracy, strict=True))
-    return replace(graph, accuracy={"against": "torch in float32, not quantised", **measured})
+    against = "torch in float32" + (", rounded alike" if exact else "")
+    return replace(
+        graph,
+        error={"against": against, "relative": relative, "bound": bound},
+        accuracy={"against": "torch in float32, not quantised"} | accuracy if exact else None,
+        verified_by=(checker, runner),
+    )
 
 
 def _call(module: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -83,7 +80,7 @@ def _call(module: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
 
 
 def check(path: Path, name: str) -> str:
-    """onnx's checker with strict shape inference; returns what it is called in the manifest."""
+    """Run onnx's checker with strict shape inference; returns its name for the manifest."""
     onnx = import_module("onnx")
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -109,9 +106,9 @@ def rms_error(actual: Any, expected: Tensor) -> float:
 def random_inputs(graph: Graph, module: nn.Module, batch: int) -> dict[str, Tensor]:
     """Inputs as sampling would give them: steps and labels of every kind, and their modulations."""
     generator = torch.Generator().manual_seed(batch)
+    sizes = {"batch": batch, "height": 8 + batch, "width": 8}
     inputs: dict[str, Tensor] = {}
     for spec in graph.inputs:
-        sizes = {"batch": batch, "height": 8 + batch, "width": 8}
         shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
         inputs[spec.name] = torch.randn(shape, generator=generator, dtype=torch.float32)
     if graph.name == VAE_GRAPH:
@@ -122,12 +119,10 @@ def random_inputs(graph: Graph, module: nn.Module, batch: int) -> dict[str, Tens
     if "t" in inputs:
         inputs |= {"t": t, "y": y}
     if "guidance_scale" in inputs:
-        inputs["guidance_scale"] = torch.tensor([1.5, 1.0, 4.0], dtype=torch.float32)[
-            torch.arange(batch) % 3
-        ]
-        steps = torch.arange(batch) * 5 + 8
+        rows = torch.arange(batch)
+        inputs["guidance_scale"] = torch.tensor([1.5, 1.0, 4.0], dtype=torch.float32)[rows % 3]
         table = step_coefficients("ddpm", make_schedule(20, "official"), dit.config.learn_sigma)
-        inputs["coefficients"] = torch.from_numpy(table).float()[steps]
+        inputs["coefficients"] = torch.from_numpy(table).float()[rows * 5 + 8]
     if isinstance(module, Denoiser):
         with torch.inference_mode():
             inputs["modulations"] = Conditioner(dit)(t, y)
@@ -135,27 +130,24 @@ def random_inputs(graph: Graph, module: nn.Module, batch: int) -> dict[str, Tens
 
 
 @contextmanager
-def _runner(path: Path, graph: Graph) -> Iterator[tuple[Runner, str]]:
-    """What runs the graph here, and its name.
+def _running(path: Path, graph: Graph) -> Iterator[tuple[Runner, str]]:
+    """A function that runs the graph on this machine, and its name.
 
-    onnxruntime has hardly a bfloat16 operator for the CPU. OpenVINO, an optional package, has;
-    without it, the graph is run in float32 with the weights that it has.
+    onnxruntime has very few bfloat16 operators for the CPU. OpenVINO, an optional package, has
+    them. Without it, the graph is run in float32 with the weights that it has.
     """
-    with ExitStack() as stack:
-        make, suffix = _onnxruntime, ""
-        if graph.dtype == "bf16" and find_spec("openvino") is not None:
-            make = _openvino
-        elif graph.dtype == "bf16":
-            folder = stack.enter_context(TemporaryDirectory(dir=path.parent))
-            wide = Path(folder) / path.name
-            upcast_file(path, wide)
-            path, suffix = wide, " in float32"
-        runner, name = _guarded(graph.name, make, path)
-        yield partial(_guarded, graph.name, runner), name + suffix
+    openvino = graph.dtype == "bf16" and find_spec("openvino") is not None
+    wide = graph.dtype == "bf16" and not openvino
+    with TemporaryDirectory(dir=path.parent) if wide else nullcontext() as folder:
+        if folder is not None:
+            upcast_file(path, Path(folder) / path.name)
+            path = Path(folder) / path.name
+        run, name = _guarded(graph.name, _openvino if openvino else _onnxruntime, path)
+        yield partial(_guarded, graph.name, run), name + (" in float32" if wide else "")
 
 
-def _guarded(graph: str, call: Callable[..., T], *arguments: Any) -> T:
-    """``call`` of a runtime, whose exceptions share no base class but Exception."""
+def _guarded(graph: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a runtime, whose exceptions share no base class but Exception."""
     try:
         return call(*arguments)
     except (MemoryError, OSError):
@@ -168,8 +160,8 @@ def _onnxruntime(path: Path) -> tuple[Runner, str]:
     ort = import_module("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # One run each: packed weights would be one more copy of all of them, for nothing, and so would
-    # float32 copies of half-precision ones, which an optimised graph keeps (XL/2: 4.3 GB, not 3.1).
+    # The graph runs only twice. Packed weights would be one more copy of all of them, and so would
+    # the float32 copies that an optimised half-precision graph keeps (XL/2: 4.3 GB and not 3.1).
     options.add_session_config_entry("session.disable_prepacking", "1")
     if sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) > LARGE_BYTES:
         options.enable_cpu_mem_arena = False
@@ -181,19 +173,48 @@ def _onnxruntime(path: Path) -> tuple[Runner, str]:
 
 @functools.cache
 def _openvino_core() -> Any:
-    """The one of this process: plugins of several that go in another order than they came leave the
-    thread without a stack for signals, and the process dies of the next one."""
+    """One per process: if several are freed in another order than they were made, the thread loses
+    its stack for signals, and the next signal ends the process."""
     return import_module("openvino").Core()
 
 
 def _openvino(path: Path) -> tuple[Runner, str]:
-    openvino, core = import_module("openvino"), _openvino_core()
-    # By itself it would compute the float32 parts in bfloat16 too, and among them the time
+    # Unless told, it would compute the float32 parts in bfloat16 too, and with them the time
     # embedding's angles of up to 1000 radians.
-    compiled = core.compile_model(str(path), "CPU", {"EXECUTION_MODE_HINT": "ACCURACY"})
+    hint = {"EXECUTION_MODE_HINT": "ACCURACY"}
+    compiled = _openvino_core().compile_model(str(path), "CPU", hint)
 
     def run(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         results = compiled(inputs)
         return [results[output] for output in compiled.outputs]
 
-    return run, f"OpenVINO {openvino.__version__.split('-')[0]}"
+    return run, f"OpenVINO {import_module('openvino').__version__.split('-')[0]}"
+
+
+def upcast_file(source: Path, target: Path) -> None:
+    """Write the ONNX file ``source`` with float32 in the place of bfloat16; its weights go beside
+    it. Every bfloat16 number is a float32 number, so the nodes and weights stay the same."""
+    onnx = import_module("onnx")
+    kinds = onnx.TensorProto
+    model = onnx.load(str(source))
+    graph = model.graph
+    del graph.value_info[:]  # the types of intermediate values, which inference finds again
+    tensors = list(graph.initializer)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                tensors.append(attribute.t)
+            elif attribute.type == onnx.AttributeProto.INT and attribute.i == kinds.BFLOAT16:
+                names = ("to", "dtype", "output_dtype", "softmax_precision")
+                attribute.i = kinds.FLOAT if attribute.name in names else attribute.i
+    for tensor in tensors:
+        if tensor.data_type == kinds.BFLOAT16:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type == kinds.BFLOAT16:
+            value.type.tensor_type.elem_type = kinds.FLOAT
+    onnx.save(
+        model, str(target), save_as_external_data=True, location=f"{target.name}.data",
+        size_threshold=1024,
+    )  # fmt: skip

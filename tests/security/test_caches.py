@@ -1,17 +1,26 @@
-"""A cache that others could write to is refused, and a hit is compared with the model."""
+"""Caches that others could write to are not used, and a hit is compared with the model."""
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny import tiny_dit
+from torch._inductor import codecache
+from torch._inductor.runtime import cache_dir_utils, runtime_utils
 
+from dit_engine.backends import compiler_cache
+from dit_engine.backends.compiler_cache import VARIABLE as COMPILED
+from dit_engine.backends.compiler_cache import use_private_cache
 from dit_engine.io.caches import VARIABLE, cache_directory, private_cache, private_directory
 from dit_engine.model import DiT
 from dit_export import cache as cache_module
@@ -30,86 +39,73 @@ from dit_export.tensorrt.engine_files import (
 from dit_export.tensorrt.profiles import parse_profiles
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners and modes here")
-ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 STRANGER = 12345
 
 
-def mode(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
+def mode(path: str | Path) -> int:
+    return stat.S_IMODE(Path(path).stat().st_mode)
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o002, 0])
+def made(path: Path, mode: int = 0o700) -> Path:
+    path.mkdir(parents=True)
+    path.chmod(mode)
+    return path
+
+
+@pytest.mark.parametrize("umask", [0o022, 0])
 def test_what_is_made_is_for_this_user_alone(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
-        made = private_directory(tmp_path / "a" / "b" / "c")
+        path = private_directory(tmp_path / "a" / "b" / "c")
     finally:
         os.umask(before)
-    assert [mode(place) for place in (made, *made.parents[:2])] == [0o700] * 3
+    assert [mode(place) for place in (path, *path.parents[:2])] == [0o700] * 3
 
 
-@pytest.mark.parametrize("wrong", [0o770, 0o702, 0o1777])
-def test_a_directory_that_others_may_write_in_is_refused(tmp_path: Path, wrong: int) -> None:
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache").chmod(wrong)
-    with pytest.raises(ValueError, match=rf"^{tmp_path}/cache: .* write in .*mode {wrong:o}"):
-        private_directory(tmp_path / "cache")
-
-
-def test_a_directory_that_others_may_only_read_is_taken(tmp_path: Path) -> None:
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache").chmod(0o755)
-    assert private_directory(tmp_path / "cache") == tmp_path / "cache"
-    assert mode(tmp_path / "cache") == 0o755
-
-
-def test_a_directory_below_one_that_anyone_may_rename_in(tmp_path: Path) -> None:
-    shared = tmp_path / "shared"
-    shared.mkdir()
-    shared.chmod(0o777)
-    with pytest.raises(ValueError, match=r"anyone may write in .*shared"):
-        private_directory(shared / "cache")
-    shared.chmod(0o1777)  # as /tmp
-    assert mode(private_directory(shared / "cache")) == 0o700
-
-
-@pytest.mark.skipif(not ROOT, reason="only root can give files away")
-def test_what_belongs_to_others_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "theirs").mkdir(mode=0o700)
-    os.chown(tmp_path / "theirs", STRANGER, -1)
-    with pytest.raises(
-        ValueError, match=rf"theirs: .* user {STRANGER}, .*; set {VARIABLE} to another"
-    ):
-        private_directory(tmp_path / "theirs")
-    (tmp_path / "ours").mkdir(mode=0o700)
-    for link in ("leaf", "folder"):
-        (tmp_path / link).symlink_to("ours" if link == "leaf" else ".")
-        os.chown(tmp_path / link, STRANGER, -1, follow_symlinks=False)
-    for path in (tmp_path / "leaf", tmp_path / "folder" / "ours"):
-        with pytest.raises(ValueError, match=f"user {STRANGER} made the link"):
+def test_a_directory_that_others_may_write_in_is_refused(tmp_path: Path) -> None:
+    path = made(tmp_path / "cache")
+    for wrong in (0o770, 0o702, 0o1777):
+        path.chmod(wrong)
+        with pytest.raises(ValueError, match=rf"^{path}: .* write in .*mode {wrong:o}"):
             private_directory(path)
+    path.chmod(0o755)  # others may read
+    assert private_directory(path) == path and mode(path) == 0o755
+    path.chmod(0o777)
+    with pytest.raises(ValueError, match=r"anyone may write in .*cache"):
+        private_directory(path / "below")
+    path.chmod(0o1777)  # as /tmp
+    assert mode(private_directory(path / "below")) == 0o700
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root gives files away")
+def test_what_belongs_to_others_is_refused(tmp_path: Path) -> None:
+    os.chown(made(tmp_path / "theirs"), STRANGER, -1)
+    said = rf"theirs: .* user {STRANGER}, .*; set {VARIABLE} to another"
+    with pytest.raises(ValueError, match=said):
+        private_directory(tmp_path / "theirs")
+    made(tmp_path / "ours")
+    for link, target, path in (("leaf", "ours", "leaf"), ("folder", ".", "folder/ours")):
+        (tmp_path / link).symlink_to(target)
+        os.chown(tmp_path / link, STRANGER, -1, follow_symlinks=False)
+        with pytest.raises(ValueError, match=f"user {STRANGER} made the link"):
+            private_directory(tmp_path / path)
 
 
 def test_links_of_the_user_are_followed(tmp_path: Path) -> None:
-    (tmp_path / "disk" / "big").mkdir(parents=True)
+    big = made(tmp_path / "disk" / "big")
     (tmp_path / "home").symlink_to("disk/../disk")
-    (tmp_path / "disk" / "cache").symlink_to(tmp_path / "disk" / "big")
+    (tmp_path / "disk" / "cache").symlink_to(big)
     assert private_directory(tmp_path / "home" / "cache" / "onnx").is_dir()
-    assert (tmp_path / "disk" / "big" / "onnx").is_dir()
-    (tmp_path / "disk" / "big").chmod(0o777)  # where the links lead counts
+    assert (big / "onnx").is_dir()
+    big.chmod(0o777)  # where the links lead counts
     with pytest.raises(ValueError, match=r"anyone may write in .*disk/big"):
         private_directory(tmp_path / "home" / "cache" / "onnx")
-
-
-@pytest.mark.parametrize("kind", ["file", "dangling link", "loop"])
-def test_anything_but_a_directory_is_refused(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "cache"
-    if kind == "file":
-        path.touch()
-    else:
-        path.symlink_to("cache" if kind == "loop" else "nowhere")
-    with pytest.raises(ValueError, match="is not a directory"):
-        private_directory(path)
+    (tmp_path / "file").touch()
+    for name in ("loop", "dangling"):
+        (tmp_path / name).symlink_to("loop" if name == "loop" else "nowhere")
+    for name in ("file", "loop", "dangling"):
+        with pytest.raises(ValueError, match="is not a directory"):
+            private_directory(tmp_path / name)
 
 
 def test_every_directory_of_the_cache_is_looked_at(
@@ -117,46 +113,40 @@ def test_every_directory_of_the_cache_is_looked_at(
 ) -> None:
     monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
     assert private_cache("onnx") == cache_directory() / "onnx" == tmp_path / "cache" / "onnx"
-    assert mode(tmp_path / "cache") == mode(tmp_path / "cache" / "onnx") == 0o700
     for place in (tmp_path / "cache" / "onnx", tmp_path / "cache"):
+        assert mode(place) == 0o700
         place.chmod(0o770)
-        with pytest.raises(
-            ValueError, match=rf"^{place}: .*; run chmod go-w {place}, or set {VARIABLE} "
-        ):
+        said = rf"^{place}: .*; run chmod go-w {place}, or set {VARIABLE} "
+        with pytest.raises(ValueError, match=said):
             private_cache("onnx")
         place.chmod(0o700)
 
 
-def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "home" / "cache"))
+def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")  # relative, and so ignored
+    assert cache_directory() == Path.home() / ".cache" / "dit-engine"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / "dit-engine"
 
     def refuse(self: Path, *_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    message = f"^{tmp_path}/home: Permission denied; set {VARIABLE} to a directory of yours$"
+    message = f"^{tmp_path}/dit-engine: Permission denied; set {VARIABLE} to a directory of yours$"
     with pytest.raises(PermissionError, match=message):
         private_cache("onnx")
 
-
-def test_a_relative_cache_home_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
-    assert cache_directory() == Path.home() / ".cache" / "dit-engine"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_directory() == tmp_path / "dit-engine"
-
-
-def test_without_a_home_the_message_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", no_home)
-    for name in (VARIABLE, "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME")
     with pytest.raises(ValueError, match=f"Could not determine home directory. Set {VARIABLE}"):
         cache_directory()
 
+
+# ---- exports and engines
 
 OPTIONS = ExportOptions("fp32", graphs=("conditioner",))
 
@@ -174,13 +164,16 @@ def test_a_hit_is_compared_with_the_model(
     mine, theirs = (cached_export(m, OPTIONS).path for m in (model, other))
     assert mode(cache) == mode(mine) == mode(theirs) == 0o700
     shutil.copytree(mine, tmp_path / "kept")
-    made = []
+    exported = []
 
     def export(_: DiT, path: Path, *__: object, **___: object) -> Bundle:
-        made.append(path)
+        exported.append(path)
         return Bundle.open(shutil.copytree(tmp_path / "kept", path))
 
     monkeypatch.setattr(cache_module, "export_onnx", export)  # which takes a second
+
+    def manifest_of(path: Path) -> dict:
+        return json.loads((path / "manifest.json").read_text())
 
     def swapped() -> None:  # a whole export of another model
         shutil.rmtree(mine)
@@ -188,15 +181,13 @@ def test_a_hit_is_compared_with_the_model(
 
     def graph_alone() -> None:  # and the manifest is made to fit
         shutil.copy(theirs / "conditioner.onnx", mine)
-        manifest = json.loads((mine / "manifest.json").read_text())
-        other_files = json.loads((theirs / "manifest.json").read_text())["files"]
-        manifest["files"]["conditioner.onnx"] = other_files["conditioner.onnx"]
+        manifest, listed = manifest_of(mine), manifest_of(theirs)["files"]
+        manifest["files"]["conditioner.onnx"] = listed["conditioner.onnx"]
         (mine / "manifest.json").write_text(json.dumps(manifest))
 
     def config_alone() -> None:
-        manifest = json.loads((mine / "manifest.json").read_text())
+        manifest = manifest_of(mine) | {"label_names": None}
         manifest["model"]["num_classes"] -= 1
-        manifest["label_names"] = None
         (mine / "manifest.json").write_text(json.dumps(manifest))
 
     def writable() -> None:
@@ -211,25 +202,20 @@ def test_a_hit_is_compared_with_the_model(
         for _ in range(2):
             assert cached_export(model, OPTIONS).checkpoint == weights_hash(model), change.__name__
             assert cached_export(other, OPTIONS).checkpoint == weights_hash(other)
-        assert made.pop() == mine and not made, change.__name__
+        assert exported.pop() == mine and not exported, change.__name__
         assert mode(mine) == 0o700
 
 
-def test_a_lock_that_is_a_link(cache: Path, tmp_path: Path) -> None:
+def test_no_export_is_kept_where_others_could_put_one(cache: Path, tmp_path: Path) -> None:
     model, victim = tiny_dit(), tmp_path / "victim"
     private_cache("onnx")
-    name = cache_module._key(model, OPTIONS)
-    (cache / f"{name}.lock").symlink_to(victim)
+    (cache / f"{cache_module._key(model, OPTIONS)}.lock").symlink_to(victim)
     with pytest.raises(OSError, match="link"):
         cached_export(model, OPTIONS)
     assert not victim.exists()
-
-
-def test_no_export_is_kept_where_others_may_write(cache: Path) -> None:
-    cache.mkdir(parents=True, mode=0o700)
     cache.parent.chmod(0o777)
     with pytest.raises(ValueError, match=rf"^{cache.parent}: .* write in .*{VARIABLE}"):
-        cached_export(tiny_dit(), OPTIONS)
+        cached_export(model, OPTIONS)
 
 
 def test_an_engine_of_another_model(tmp_path: Path) -> None:
@@ -239,13 +225,102 @@ def test_an_engine_of_another_model(tmp_path: Path) -> None:
     model = tiny_dit().config.to_dict()
     path = engine_path(tmp_path, "denoiser", key)
 
-    def found(claimed: dict[str, object], graph: Graph = graph) -> EngineFile | None:
-        made = EngineFile(path, "denoiser", "a" * 64, "fp16", key, {}, {}, "", 0, model)
-        write_engine(replace(made, **claimed), b"an engine")
+    def found(**claimed: object) -> EngineFile | None:
+        engine = EngineFile(path, "denoiser", "a" * 64, "fp16", key, {}, {}, "", 0, model)
+        write_engine(replace(engine, **claimed), b"an engine")
         return existing(tmp_path, graph, "a" * 64, model, key)
 
-    assert found({}) is not None
-    assert found({"model": model | {"num_classes": 9}}) is None  # and is built for this config
+    assert found() is not None
+    assert found(model=model | {"num_classes": 9}) is None  # and is built for this config
     for claimed in ({"checkpoint": "b" * 64}, {"dtype": "fp32"}, {"graph": "conditioner"}):
         with pytest.raises(EngineRefused, match="describes another engine; build it again"):
-            found(claimed)
+            found(**claimed)
+
+
+# ---- torch's compiler
+
+COMPILING = """
+import os, sys
+seen = []
+usual = os.path.join(os.environ["TMPDIR"], "torchinductor_")
+def watch(event, arguments):
+    if event != "import" and any(str(a).startswith(usual) for a in arguments):
+        seen.append((event, arguments))
+sys.addaudithook(watch)
+
+import torch
+from dit_engine.backends.compile import compile_graph
+run = compile_graph(lambda x, y: x @ y)  # which takes no C++ compiler
+assert torch.equal(run(torch.eye(2), torch.eye(2)), torch.eye(2))
+print(seen)
+"""
+
+
+def test_a_compilation_uses_only_our_cache(tmp_path: Path) -> None:
+    hostile = made(tmp_path / "tmp" / f"torchinductor_{getpass.getuser()}", 0o777)
+    kept = {k: v for k, v in os.environ.items() if k not in (COMPILED, "TRITON_CACHE_DIR")}
+    given = {"TMPDIR": str(hostile.parent), "DIT_ENGINE_CACHE": str(tmp_path / "cache"),
+             "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", COMPILING], env=kept | given, timeout=100,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+    assert not list(hostile.iterdir())
+    ours = tmp_path / "cache" / "inductor"
+    assert mode(ours) == mode(ours.parent) == 0o700
+    assert {"fxgraph", "aotautograd"} <= {p.name for p in ours.iterdir()}
+
+
+@pytest.fixture
+def usual(cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """torch's default cache directory, with no other one chosen."""
+    usual = str(cache.parents[1] / "torchinductor_user")
+    for module in (cache_dir_utils, runtime_utils, codecache):
+        monkeypatch.setattr(module, "default_cache_dir", lambda: usual)
+    monkeypatch.setattr(codecache, "_HEADER_DIR", f"{usual}/precompiled_headers")
+    monkeypatch.setattr(codecache, "_HEADER_LOCK_DIR", f"{usual}/precompiled_headers/locks")
+    monkeypatch.setenv(COMPILED, usual)  # torch writes it there as soon as it is imported
+    return usual
+
+
+def places() -> list[str]:
+    """The chosen directory, and what torch falls back to."""
+    modules: list[Callable[[], str]] = [
+        m.default_cache_dir for m in (cache_dir_utils, runtime_utils, codecache)
+    ]
+    headers = str(Path(codecache._HEADER_LOCK_DIR).parents[1])
+    return [cache_dir_utils.cache_dir(), headers, *(default() for default in modules)]
+
+
+def test_the_default_of_torch_is_replaced(
+    tmp_path: Path, usual: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = str(tmp_path / "cache" / "inductor")
+    for _ in range(2):
+        use_private_cache()
+        assert {*places(), os.environ[COMPILED]} == {ours}
+    monkeypatch.setenv(COMPILED, str(tmp_path / "chosen"))  # by the user
+    use_private_cache()
+    assert places() == [str(tmp_path / "chosen"), *[ours] * 4]
+    assert os.environ[COMPILED] == str(tmp_path / "chosen") and usual not in os.environ.values()
+
+
+@pytest.mark.usefixtures("usual")
+def test_without_a_private_place_a_temporary_one_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(tmp_path / "cache", 0o777)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="kept only for this process: .*write in"):
+            use_private_cache()
+    temporary = Path(os.environ[COMPILED])
+    assert temporary.is_dir() and mode(temporary) == 0o700 and tmp_path not in temporary.parents
+    assert {*places()} == {str(temporary)} == {compiler_cache._temporary()}
+    for error in (PermissionError(13, "Permission denied"), ValueError("no home")):
+
+        def refuse(*_: str, error: Exception = error) -> Path:
+            raise error
+
+        monkeypatch.setattr(compiler_cache, "private_cache", refuse)
+        with pytest.warns(UserWarning, match=str(error.args[-1])):
+            use_private_cache()
+        assert mode(os.environ[COMPILED]) == 0o700

@@ -11,22 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from onnx import helper
+from bundles import write_bundle
 from PIL import Image
 from tiny import NAMES, tiny_dit, tiny_vae
 
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.cli.generate import main as generate
 from dit_engine.cli.train import main as train
-from dit_engine.io.directories import check_destination, new_directory, scratch_beside
-from dit_export.bundle import MANIFEST, Bundle, Graph, write_manifest
+from dit_engine.io.directories import Known, check_destination, new_directory, scratch_beside
+from dit_export.bundle import MANIFEST, Bundle
 from dit_export.bundle import replaceable as replaceable_export
 from dit_export.cli import main as export
-from dit_export.onnx.graphs import signature
 from dit_export.server.repository import MARKER, write_repository
 from dit_export.server.repository import replaceable as replaceable_repository
-from dit_export.source import weights_hash
-from dit_export.targets import GRAPHS
 
 THESIS = b"years of work"
 MODEL, VAE = tiny_dit(), tiny_vae()
@@ -38,23 +35,7 @@ def native(path: Path) -> Path:
 
 
 def exported(path: Path) -> Path:
-    facts = {
-        "model": MODEL.config.to_dict(), "vae": json.loads(VAE.config.to_json()),
-        "checkpoint": weights_hash(MODEL), "vae_checkpoint": weights_hash(VAE), "dtype": "fp32",
-        "opset": 23, "target": "onnxruntime", "guided_channels": 3, "label_names": [*NAMES],
-    }  # fmt: skip
-    graphs = [
-        Graph(n, f"{n}.onnx", "fp32", *signature(n, MODEL.config, VAE.config)) for n in GRAPHS
-    ]
-    with new_directory(path) as partial:
-        for graph in graphs:
-            model = helper.make_model(helper.make_graph([], graph.name, [], []))
-            owner = "vae_checkpoint" if graph.name == "vae_decoder" else "checkpoint"
-            said = {"graph": graph.name, "checkpoint": facts[owner], "dtype": "fp32"}
-            helper.set_model_props(model, said)
-            (partial / graph.file).write_bytes(model.SerializeToString())
-        write_manifest(partial, facts, graphs)
-    return path
+    return write_bundle(path).path
 
 
 def repository(path: Path) -> Path:
@@ -65,20 +46,20 @@ def save_again(path: Path) -> None:
     save_pretrained(path, tiny_dit(1))
 
 
-def export_again(path: Path) -> None:
-    with new_directory(path, replaceable_export(True)) as partial:
-        (partial / "new").touch()
+def write_again(replaceable: Callable[[bool], Known]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        with new_directory(path, replaceable(True)) as partial:
+            (partial / "new").touch()
+
+    return write
 
 
-def write_again(path: Path) -> None:
-    with new_directory(path, replaceable_repository(True)) as partial:
-        (partial / "new").touch()
-
-
+export_again, repository_again = map(write_again, (replaceable_export, replaceable_repository))
+# Kind → how it is written, how it is replaced, and the file that lists what belongs to it.
 KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None], str | None]] = {
     "model": (native, save_again, None),
     "export": (exported, export_again, MANIFEST),
-    "repository": (repository, write_again, MARKER),
+    "repository": (repository, repository_again, MARKER),
 }
 
 FOREIGN = {
@@ -109,29 +90,31 @@ def list_it(path: Path, marker: str, name: str, data: bytes) -> None:
     (path / marker).write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize("listed", [False, True])
+def unchanged(path: Path, again: Callable[[Path], None], message: str) -> None:
+    """Replacing is refused in one line, and nothing is written or removed."""
+    before = contents(path)
+    with pytest.raises(ValueError, match=f"{message}.*nothing was written") as caught:
+        again(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert contents(path) == before and not list(path.parent.glob(".*"))
+
+
 @pytest.mark.parametrize(
     ("kind", "name"), [(kind, name) for kind, names in FOREIGN.items() for name in names]
 )
-def test_files_of_others_are_never_removed(
-    tmp_path: Path, kind: str, name: str, listed: bool
-) -> None:
+def test_files_of_others_are_never_removed(tmp_path: Path, kind: str, name: str) -> None:
     make, again, marker = KINDS[kind]
     path = make(tmp_path / "out")
     if (parent := (path / name).parent).is_file():
         parent.unlink()
     parent.mkdir(parents=True, exist_ok=True)
     (path / name).write_bytes(THESIS)
-    if listed and marker is not None:
+    unchanged(path, again, name)
+    if marker is not None:
         # A known name with its own hash is what was written, as far as anybody can tell.
         data = THESIS if Path(name).name.startswith(("thesis", "other")) else b"another"
         list_it(path, marker, name, data)
-    before = contents(path)
-    with pytest.raises(ValueError, match="nothing was written") as caught:
-        again(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    assert name in str(caught.value)
-    assert contents(path) == before and not list(tmp_path.glob(".*"))
+        unchanged(path, again, name)
 
 
 @pytest.mark.parametrize("kind", ["export", "repository"])
@@ -140,21 +123,20 @@ def test_changed_files_are_not_removed(tmp_path: Path, kind: str) -> None:
     path = make(tmp_path / "out")
     changed = next(p for p in path.rglob("*.*") if p.is_file() and p.name != marker)
     changed.write_bytes(THESIS)
-    with pytest.raises(ValueError, match=f"{changed.name} has changed since it was written"):
-        again(path)
-    assert changed.read_bytes() == THESIS
+    unchanged(path, again, f"{changed.name} has changed since it was written")
+    values = json.loads((path / str(marker)).read_text())
+    (path / str(marker)).write_text(json.dumps(values | {"format": 0, "files": []}))
+    unchanged(path, again, "of another version: remove it, or choose another -o")
 
 
-@pytest.mark.parametrize("kind", ["export", "repository"])
-def test_an_output_of_another_version_is_called_so(tmp_path: Path, kind: str) -> None:
-    make, again, marker = KINDS[kind]
-    path = make(tmp_path / "out")
-    assert marker is not None
-    values = json.loads((path / marker).read_text())
-    (path / marker).write_text(json.dumps(values | {"format": 0, "files": []}))
-    with pytest.raises(ValueError, match=r"of another version: remove it, or choose another -o; n"):
-        again(path)
-    assert len(contents(path)) > 3
+def test_a_file_of_another_format_is_not_removed(tmp_path: Path) -> None:
+    path = native(tmp_path / "out")
+    for file in [p for p in path.rglob("*.*") if p.is_file()]:
+        before = file.read_bytes()
+        for data in (THESIS, b'{"_class_name": "BertModel"}'):
+            file.write_bytes(data)
+            unchanged(path, save_again, "")
+        file.write_bytes(before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -177,19 +159,6 @@ def test_the_current_directory_is_not_replaced(
     assert contents(path) == before and not any((tmp_path / "here").iterdir())
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "labels.json", "model.safetensors", "vae/config.json",
-             "vae/diffusion_pytorch_model.safetensors"],
-)  # fmt: skip
-@pytest.mark.parametrize("data", [THESIS, b'{"_class_name": "BertModel"}'])
-def test_a_file_of_another_format_is_not_removed(tmp_path: Path, name: str, data: bytes) -> None:
-    path = native(tmp_path / "out")
-    (path / name).write_bytes(data)
-    with pytest.raises(ValueError, match="nothing was written"):
-        save_again(path)
-    assert (path / name).read_bytes() == data
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("linked", ["file", "directory"])
 def test_links_are_refused_and_not_followed(tmp_path: Path, kind: str, linked: str) -> None:
@@ -202,10 +171,8 @@ def test_links_are_refused_and_not_followed(tmp_path: Path, kind: str, linked: s
     wanted[0].rename(elsewhere)
     wanted[0].symlink_to(elsewhere)
     there = elsewhere.read_bytes() if linked == "file" else contents(elsewhere)
-    with pytest.raises(ValueError, match="nothing was written"):
-        again(path)
+    unchanged(path, again, "")
     assert (elsewhere.read_bytes() if linked == "file" else contents(elsewhere)) == there
-    assert wanted[0].is_symlink()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links")
@@ -253,25 +220,23 @@ def test_what_python_compiled_is_removed_with_its_source(tmp_path: Path) -> None
     compiled.mkdir()
     (compiled / "model.cpython-311.pyc").touch()
     (compiled / "thesis.cpython-311.pyc").write_bytes(THESIS)
-    with pytest.raises(ValueError, match=r"made with it \(dit/1/__pycache__/thesis\.[^,]*pyc\)"):
-        write_again(path)
+    unchanged(path, repository_again, r"made with it \(dit/1/__pycache__/thesis\.[^,]*pyc\)")
     (compiled / "thesis.cpython-311.pyc").unlink()
-    write_again(path)
+    repository_again(path)
     assert contents(path).keys() == {"new"}
 
 
 def test_messages_say_how_many_files_and_which_are_links(tmp_path: Path) -> None:
     path = native(tmp_path / "out")
-    for i in range(14):
-        (path / f"{i:02}").touch()
-    with pytest.raises(ValueError, match=r"\(00, 01, 02, 03 and 10 more\): move"):
-        save_again(path)
-    for i in range(14):
-        (path / f"{i:02}").unlink()
+    more = [path / f"{i:02}" for i in range(14)]
+    for file in more:
+        file.touch()
+    unchanged(path, save_again, r"\(00, 01, 02, 03 and 10 more\): move")
+    for file in more:
+        file.unlink()
     (path / "config.json").rename(tmp_path / "blob")
     (path / "config.json").symlink_to(tmp_path / "blob")
-    with pytest.raises(ValueError, match=r"holds links \(config\.json\), and only regular files"):
-        save_again(path)
+    unchanged(path, save_again, r"holds links \(config\.json\), and only regular files")
 
 
 def test_what_a_killed_process_left_is_named(tmp_path: Path) -> None:
@@ -307,14 +272,6 @@ def test_files_added_during_a_replacement_are_kept(
     assert contents(old) == expected and "thesis.tex" not in contents(path)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_was_written_here_is_replaced(tmp_path: Path, kind: str) -> None:
-    make, again, _ = KINDS[kind]
-    path = make(tmp_path / "out")
-    again(path)
-    assert not list(tmp_path.glob(".*")) and len(contents(path)) < 3
-
-
 def test_a_directory_that_cannot_be_read_is_not_taken_for_empty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,14 +290,6 @@ def test_a_directory_that_cannot_be_read_is_not_taken_for_empty(
 
 # ---- nothing is made before the inputs are known to be right
 
-
-def images(path: Path) -> Path:
-    for name in ("a", "b"):
-        (path / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(path / name / "0.png")
-    return path
-
-
 BAD_GENERATE = (["--labels", "nobody"], ["--labels", "99"], ["--steps", "0"], ["--sampler", "x"],
                 ["--seeds", "1", "2"], ["--model", "nowhere"], ["--device", "x"])  # fmt: skip
 BAD_EXPORT = {
@@ -357,19 +306,22 @@ BAD_TRAIN = (["--data", "nowhere"], ["--flip", "x"], ["--learning-rate", "-1"],
 def test_bad_inputs_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, data, empty = native(tmp_path / "m"), images(tmp_path / "images"), tmp_path / "empty"
+    empty, data, common = tmp_path / "empty", tmp_path / "images", ["--model", str(tmp_path / "m")]
+    native(tmp_path / "m")
     empty.mkdir()
+    for name in ("a", "b"):
+        (data / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(data / name / "0.png")
     monkeypatch.chdir(empty)
-    common = ["--model", str(model)]
-    calls = [(generate, [*common, "--labels", "1", *bad, "-o", out])
-             for bad in BAD_GENERATE for out in ("deep/out", "sheet.png")]  # fmt: skip
-    calls += [(export, [command, *([] if "--onnx" in bad else common), *bad, "-o", "deep/out"])
-              for command, all_bad in BAD_EXPORT.items() for bad in all_bad]  # fmt: skip
-    calls += [
-        (train, ["--data", str(data), "--size", "8", "--dit-steps", "1", *bad, "-o", "deep/out"])
-        for bad in BAD_TRAIN
-    ]
-    calls.append((train, ["--flip", "nobody", "-o", "deep/out"]))  # before avatars are rendered
+    training = ["--data", str(data), "--size", "8", "--dit-steps", "1"]
+    calls = [
+        *((generate, [*common, "--labels", "1", *bad, "-o", out])
+          for bad in BAD_GENERATE for out in ("deep/out", "sheet.png")),
+        *((export, [command, *([] if "--onnx" in bad else common), *bad, "-o", "deep/out"])
+          for command, all_bad in BAD_EXPORT.items() for bad in all_bad),
+        *((train, [*training, *bad, "-o", "deep/out"]) for bad in BAD_TRAIN),
+        (train, ["--flip", "nobody", "-o", "deep/out"]),  # before avatars are rendered
+    ]  # fmt: skip
     for main, arguments in calls:
         assert main(arguments) == 2, arguments
         assert not list(empty.iterdir()), arguments

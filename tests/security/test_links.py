@@ -12,17 +12,14 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from bundles import write_bundle
 from onnx import TensorProto, helper
-from tiny import NAMES, tiny_dit, tiny_vae
+from tiny import tiny_dit
 
-from dit_engine.io.directories import new_directory
 from dit_export.backends.onnxruntime import OnnxRuntimeBackend
-from dit_export.bundle import MANIFEST, Bundle, Graph, write_manifest
+from dit_export.bundle import MANIFEST, Bundle
 from dit_export.onnx.files import check_contained
-from dit_export.onnx.graphs import signature
 from dit_export.server.repository import write_repository
-from dit_export.source import weights_hash
-from dit_export.targets import GRAPHS
 from dit_export.tensorrt.build import BuildOptions, build_bundle
 from dit_export.tensorrt.engine_files import (
     EngineFile,
@@ -34,7 +31,7 @@ from dit_export.tensorrt.engine_files import (
 from dit_export.tensorrt.profiles import parse_profiles
 
 SECRET = "root:secret"
-MODEL, VAE = tiny_dit(), tiny_vae()
+MODEL = tiny_dit()
 
 
 @pytest.fixture
@@ -44,38 +41,20 @@ def secret(tmp_path: Path) -> Path:
     return path
 
 
-def model_of(name: str, change: Callable[[Any], None] = lambda _: None) -> bytes:
-    """An ONNX file with the metadata of an export's graph and without nodes."""
-    model = helper.make_model(helper.make_graph([], name, [], []))
-    weights = weights_hash(VAE if name == "vae_decoder" else MODEL)
-    helper.set_model_props(model, {"graph": name, "checkpoint": weights, "dtype": "fp32"})
-    change(model)
-    return model.SerializeToString()
+def write(path: Path, lay: Callable[[Path], object] = lambda _: None) -> Path:
+    """An export; lay: puts files into it before the manifest lists them."""
+    return write_bundle(path, model=MODEL, dtype="fp32", target="tensorrt", lay=lay).path
 
 
-def write(
-    path: Path, files: dict[str, bytes] | None = None, lay: Callable[[Path], None] = lambda _: None
-) -> Path:
-    """An export; files: beside or in place of its graphs; lay: what comes before the manifest."""
-    facts = {
-        "model": MODEL.config.to_dict(), "vae": json.loads(VAE.config.to_json()),
-        "checkpoint": weights_hash(MODEL), "vae_checkpoint": weights_hash(VAE), "dtype": "fp32",
-        "opset": 23, "target": "tensorrt", "guided_channels": 3, "label_names": [*NAMES],
-    }  # fmt: skip
-    content = {f"{name}.onnx": model_of(name) for name in GRAPHS} | (files or {})
-    graphs = [
-        Graph(n, f"{n}.onnx", "fp32", *signature(n, MODEL.config, VAE.config)) for n in GRAPHS
-    ]
-    with new_directory(path) as partial:
-        for name, data in content.items():
-            (partial / name).write_bytes(data)
-        lay(partial)
-        write_manifest(partial, facts, graphs)
-    return path
+def changed(name: str, change: Callable[[Any], object]) -> Callable[[Path], None]:
+    """Change the graph ``name``, and list it as it is then."""
 
+    def lay(partial: Path) -> None:
+        model = onnx.load_model(partial / f"{name}.onnx", load_external_data=False)
+        change(model)
+        (partial / f"{name}.onnx").write_bytes(model.SerializeToString())
 
-def held(repository: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in repository.rglob("*") if p.is_file()}
+    return lay
 
 
 def test_a_link_that_no_manifest_lists_is_not_copied(tmp_path: Path, secret: Path) -> None:
@@ -84,8 +63,10 @@ def test_a_link_that_no_manifest_lists_is_not_copied(tmp_path: Path, secret: Pat
         (path / name).symlink_to(secret)
     (path / "vae_decoder.onnx.data").write_text(SECRET)  # nor what was put there by hand
     repository = write_repository(Bundle.open(path), tmp_path / "repository")
-    assert not [name for name, data in held(repository).items() if SECRET.encode() in data]
-    assert not list(repository.rglob("*.data"))
+    files = [p for p in repository.rglob("*") if p.is_file()]
+    assert files and not [
+        p for p in files if p.suffix == ".data" or SECRET.encode() in p.read_bytes()
+    ]
 
 
 @pytest.mark.parametrize("name", ["transformer.onnx", "transformer.onnx.data", "labels.json"])
@@ -96,9 +77,9 @@ def test_a_link_that_the_manifest_lists_is_refused(tmp_path: Path, secret: Path,
         (partial / name).unlink(missing_ok=True)
         (partial / name).symlink_to(secret)
 
-    path = write(tmp_path / "onnx", lay=lay)
+    path = tmp_path / "onnx"
     with pytest.raises(ValueError, match=f"{name}: is a link, and only regular files are accepted"):
-        Bundle.open(path)
+        write(path, lay)
     (path / name).unlink()
     (path / name).mkdir()
     with pytest.raises(ValueError, match=f"{name}: is not a regular file"):
@@ -121,19 +102,22 @@ def test_a_file_that_becomes_a_link_is_not_copied(
     assert not (tmp_path / "repository").exists()
 
 
-@pytest.mark.parametrize("name", ["../transformer.onnx", "docs/thesis.tex", "thesis.tex", ".", ""])
-def test_names_that_no_export_has_are_refused(tmp_path: Path, name: str) -> None:
+def test_names_that_no_export_has_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "onnx")
-    manifest = json.loads((path / MANIFEST).read_text())
-    sha256 = hashlib.sha256(b"").hexdigest()
-    changed = manifest["files"] | {name: {"bytes": 0, "sha256": sha256}}
-    (path / MANIFEST).write_text(json.dumps(manifest | {"files": changed}))
-    with pytest.raises(ValueError, match=r"not a file name|not a file of an export"):
-        Bundle.open(path)
-    manifest["graphs"]["denoiser"]["file"] = name
-    (path / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"not file name|of graph 'denoiser'"):
-        Bundle.open(path)
+    before, empty = (path / MANIFEST).read_text(), hashlib.sha256(b"").hexdigest()
+    for name in ("../transformer.onnx", "docs/thesis.tex", "thesis.tex", ".", ""):
+        for place, entry, said in (
+            ("files", {name: {"bytes": 0, "sha256": empty}}, "not a file( name| of an export)"),
+            ("graphs", None, "not file name|of graph 'denoiser'"),
+        ):
+            manifest = json.loads(before)
+            if entry is None:
+                manifest["graphs"]["denoiser"]["file"] = name
+            else:
+                manifest[place] |= entry
+            (path / MANIFEST).write_text(json.dumps(manifest))
+            with pytest.raises(ValueError, match=said):
+                Bundle.open(path)
 
 
 def tensor(*places: str, marked: bool = True) -> TensorProto:
@@ -156,45 +140,45 @@ def sparse(made: TensorProto) -> onnx.SparseTensorProto:
     return onnx.SparseTensorProto(values=made, dims=[1])
 
 
+def weights(*places: str, marked: bool = True) -> Callable[[Any], object]:
+    return lambda m: m.graph.initializer.append(tensor(*places, marked=marked))
+
+
+def node(*arguments: Any, **attributes: Any) -> Callable[[Any], object]:
+    return lambda m: m.graph.node.append(helper.make_node(*arguments, **attributes))
+
+
+SHADOW = tensor("/etc/shadow")
 HOSTILE: dict[str, Callable[[Any], object]] = {
-    "absolute": lambda m: m.graph.initializer.append(tensor("/etc/shadow")),
-    "upwards": lambda m: m.graph.initializer.append(tensor("../shadow")),
-    "another file": lambda m: m.graph.initializer.append(tensor("vae_decoder.onnx")),
-    "memory": lambda m: m.graph.initializer.append(tensor("*/_ORT_MEM_ADDR_/*")),
-    "its own weights, which nothing lists": lambda m: m.graph.initializer.append(
-        tensor("transformer.onnx.data")
-    ),
-    "two places": lambda m: m.graph.initializer.append(tensor("transformer.onnx.data", "/etc/x")),
-    "no place": lambda m: m.graph.initializer.append(tensor()),
-    "not marked": lambda m: m.graph.initializer.append(tensor("/etc/shadow", marked=False)),
-    "sparse": lambda m: m.graph.sparse_initializer.append(sparse(tensor("/etc/shadow"))),
-    "attribute": lambda m: m.graph.node.append(
-        helper.make_node("Constant", [], ["c"], value=tensor("/etc/shadow"))
-    ),
-    "sparse attribute": lambda m: m.graph.node.append(
-        helper.make_node("Constant", [], ["c"], sparse_value=sparse(tensor("/etc/shadow")))
-    ),
-    "subgraphs": lambda m: m.graph.node.add(op_type="Loop").attribute.append(
-        nested(tensor("/etc/shadow"))
-    ),
+    "absolute": weights("/etc/shadow"),
+    "upwards": weights("../shadow"),
+    "another file": weights("vae_decoder.onnx"),
+    "memory": weights("*/_ORT_MEM_ADDR_/*"),
+    "its own weights, which nothing lists": weights("transformer.onnx.data"),
+    "two places": weights("transformer.onnx.data", "/etc/x"),
+    "no place": weights(),
+    "not marked": weights("/etc/shadow", marked=False),
+    "sparse": lambda m: m.graph.sparse_initializer.append(sparse(SHADOW)),
+    "attribute": node("Constant", [], ["c"], value=SHADOW),
+    "sparse attribute": node("Constant", [], ["c"], sparse_value=sparse(SHADOW)),
+    "subgraphs": lambda m: m.graph.node.add(op_type="Loop").attribute.append(nested(SHADOW)),
     "function": lambda m: m.functions.add(name="f", domain="x").node.append(
-        helper.make_node("Constant", [], ["c"], value=tensor("/etc/shadow"))
+        helper.make_node("Constant", [], ["c"], value=SHADOW)
     ),
-    "training": lambda m: m.training_info.add().algorithm.initializer.append(tensor("/etc/x")),
-    "a runtime's operator": lambda m: m.graph.node.append(
-        helper.make_node("EPContext", [], ["c"], domain="com.microsoft", ep_cache_context="/a.so")
-    ),
-    "a plugin": lambda m: m.graph.node.append(helper.make_node("x", [], ["c"], domain="dit")),
-}
+    "training": lambda m: m.training_info.add().algorithm.initializer.append(SHADOW),
+    "a runtime's operator": node("EPContext", [], ["c"], domain="com.microsoft",
+                                 ep_cache_context="/a.so"),
+    "a plugin": node("x", [], ["c"], domain="dit"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_graph_that_reads_other_files_is_refused(tmp_path: Path, secret: Path, kind: str) -> None:
-    def change(model: Any) -> None:
-        HOSTILE[kind](model)
+    def lay(partial: Path) -> None:
+        for name in ("transformer", "denoiser"):
+            changed(name, HOSTILE[kind])(partial)
 
-    names = ("transformer", "denoiser")
-    path = write(tmp_path / "onnx", {f"{n}.onnx": model_of(n, change) for n in names})
+    path = write(tmp_path / "onnx", lay)
     (path / "transformer.onnx.data").symlink_to(secret)
     bundle, cpu = Bundle.open(path), torch.device("cpu")
     message = r"onnx: (tensor|operator|holds functions|transformer\.onnx\.data)"
@@ -212,13 +196,11 @@ def test_a_graph_that_reads_other_files_is_refused(tmp_path: Path, secret: Path,
 
 
 def test_weights_beside_a_graph_are_a_regular_file(tmp_path: Path, secret: Path) -> None:
-    def change(model: Any) -> None:
-        model.graph.initializer.append(tensor("denoiser.onnx.data"))
+    def lay(partial: Path) -> None:
+        changed("denoiser", weights("denoiser.onnx.data"))(partial)
+        (partial / "denoiser.onnx.data").write_bytes(b"1234")
 
-    path = write(
-        tmp_path / "onnx",
-        {"denoiser.onnx": model_of("denoiser", change), "denoiser.onnx.data": b"1234"},
-    )
+    path = write(tmp_path / "onnx", lay)
     check_contained(path / "denoiser.onnx")
     (path / "denoiser.onnx.data").unlink()
     with pytest.raises(ValueError, match=r"denoiser\.onnx\.data: is missing"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ def metadata_graph(**metadata: str) -> bytes:
 def write_bundle(path: Path, vae: bool = True, data: bool = False, **changes: Any) -> Bundle:
     """An export whose graphs are empty: here only their names and shapes matter.
 
-    changes: of the manifest; model: a `DiT`; graphs: of the metadata of a graph, by its name.
+    changes: of the manifest; model: a `DiT`; graphs: of the metadata of a graph, by its name;
+    lay: puts files into the directory before the manifest lists them.
     """
     model, decoder = changes.pop("model", tiny_dit()), tiny_vae() if vae else None
     inside = changes.pop("graphs", {})
+    lay: Callable[[Path], object] = changes.pop("lay", lambda _: None)
     names = [name for name in GRAPHS if decoder or name != "vae_decoder"]
     facts: dict[str, Any] = {
         "model": model.config.to_dict(), "vae": decoder and json.loads(decoder.config.to_json()),
@@ -48,5 +51,6 @@ def write_bundle(path: Path, vae: bool = True, data: bool = False, **changes: An
             (partial / graph.file).write_bytes(content)
             if data:
                 (partial / f"{graph.file}.data").write_bytes(b"weights")
+        lay(partial)
         write_manifest(partial, facts, graphs)
     return Bundle.open(path)

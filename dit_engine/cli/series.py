@@ -83,8 +83,8 @@ class Series:
 
     def _path(self, i: int) -> Path:
         names, label, seeds = self.engine.label_names, self.whole.labels[i], self.whole.seeds
-        name, seed = names and names[label], None if seeds is None else seeds[i]
-        return self.directory / file_name(i, label, name, seed)
+        name = names[label] if names else None
+        return self.directory / file_name(i, label, name, None if seeds is None else seeds[i])
 
     def _is_there(self, i: int) -> bool:
         path = self.paths[i]

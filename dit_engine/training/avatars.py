@@ -1,7 +1,7 @@
-"""The avatar data set: DiceBear styles under CC0, one class a style, rendered from seeds.
+"""The avatar data set: pictures in DiceBear styles under CC0, rendered from seeds.
 
-Rendering is deterministic and unlimited, so the data set is a rule and not a download. Seeds of
-the two splits never meet: training takes 0, 1, 2, … and held-out images HELD_OUT_SEED onwards.
+Each style is a class. Rendering is deterministic, so the data set needs no download. The two splits
+share no seed: training takes 0, 1, 2, … and held-out images HELD_OUT_SEED, HELD_OUT_SEED + 1, …
 """
 
 from __future__ import annotations
@@ -37,13 +37,9 @@ _STYLE = {
 
 
 def load_avatars(cache: Path, split: str, per_class: int, size: int = 64) -> ImageSet:
-    """Render ``per_class`` images of every class, or read them from ``cache``.
+    """Render ``per_class`` images of every class, or read them from the directory ``cache``.
 
-    Args:
-        cache: directory for the rendered arrays; made when missing.
-        split: "train" or "held-out".
-        per_class: images of each class.
-        size: pixels along a side.
+    split: "train" or "held-out". size: pixels along a side.
     """
     first = {"train": 0, "held-out": HELD_OUT_SEED}.get(split)
     if first is None:
@@ -71,8 +67,8 @@ def _render_all(first: int, per_class: int, size: int, description: str) -> np.n
         for name in CLASSES
         for start in range(0, per_class, _CHUNK)
     ]
-    # Spawned, not forked: torch's threads do not survive a fork. Ctrl-C, which a terminal sends to
-    # all of them, is for the parent.
+    # Spawned, not forked: torch's threads do not survive a fork. A terminal sends Ctrl-C to all
+    # processes, but only the parent answers it.
     pool = ProcessPoolExecutor(
         mp_context=get_context("spawn"),
         initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN),
@@ -81,7 +77,7 @@ def _render_all(first: int, per_class: int, size: int, description: str) -> np.n
         with left_out_of_children():
             parts = list(Bar(pool.map(render, *zip(*jobs, strict=True)), description, len(jobs)))
     except BaseException:
-        for process in list((pool._processes or {}).values()):  # what they render is not kept
+        for process in list((pool._processes or {}).values()):  # their images are not needed
             process.terminate()
         raise
     finally:
@@ -92,7 +88,7 @@ def _render_all(first: int, per_class: int, size: int, description: str) -> np.n
 def render(style_name: str, seeds: range, size: int) -> np.ndarray:
     """Images of one style on white, uint8 (len(seeds), size, size, 3).
 
-    Raises ImportError without the ``train`` extra, ValueError for a style that is not CC0.
+    Raises ImportError without the extra ``train``, ValueError for a style that is not CC0.
     """
     try:
         import resvg_py

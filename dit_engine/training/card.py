@@ -1,13 +1,12 @@
-"""What became of a training: whether the model is plainly not trained, and the README.md beside it.
+"""The README.md beside a trained model, and how to see that a model is not trained.
 
-A short training ends like any other, and its model draws noise. Three things show that plainly:
+A training that is too short ends without an error, and its model draws noise. Three things show it:
 
-- fewer steps than the exponential average of the weights reaches back, 1 / (1 - decay): what is
-  kept is then an average from the first steps on;
-- a transformer whose error is no smaller than that of a guess which knows nothing of the images.
-  The best such guess of the noise from x_t, with latents of mean 0 and variance 1, is
-  sqrt(1 - ᾱ_t) x_t, whose mean square error is ᾱ_t; over all t that is 0.276;
-- an autoencoder that is no nearer to the images than their mean colour is.
+- There were fewer steps than the exponential average of the weights reaches back, 1 / (1 - decay).
+- The transformer's error is no smaller than that of a guess which knows nothing about the images.
+  With latents of mean 0 and variance 1, the best such guess of the noise in x_t is
+  sqrt(1 - ᾱ_t) x_t. Its mean square error is ᾱ_t, which is 0.276 on average over t.
+- The autoencoder is no nearer to the images than their mean colour is.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _TITLE = "# Made by dit-train"
 
 @dataclass(frozen=True)
 class Outcome:
-    """The stages by name, and in sentences why the model is plainly not trained."""
+    """The stages by name, and sentences that say why the model is not trained, if it is not."""
 
     stages: dict[str, Stage]
     shortcomings: tuple[str, ...]
@@ -41,7 +40,8 @@ def judge(
     transformer_decay: float,
     autoencoder_decay: float,
 ) -> Outcome:
-    """Uses what there is: a stage may have no checkpoint, and an old checkpoint has no losses."""
+    """The outcome of a training. A stage without a checkpoint is None, and an old checkpoint has no
+    losses: what is unknown is not judged."""
     shortcomings = []
     if transformer is not None:
         shortcomings += _few_steps("transformer", transformer, transformer_decay)
@@ -64,13 +64,13 @@ def judge(
 
 
 def describe(stage: Stage) -> str:
-    """ "1234 steps in 56.7 min, loss 0.0389"; without a loss where none is known."""
+    """Text like "1234 steps in 56.7 min, loss 0.0389", without the loss if it is unknown."""
     loss = f", loss {stage.losses['loss']:.3g}" if "loss" in stage.losses else ""
     return f"{stage.step} steps in {stage.seconds / 60:.1f} min{loss}"
 
 
 def write_card(directory: Path, data: ImageSet, outcome: Outcome) -> None:
-    """README.md of the model in ``directory``, unless somebody else wrote the one that is there."""
+    """Write README.md for the model in ``directory``, but do not replace one by somebody else."""
     path = directory / "README.md"
     if path.exists() and not path.read_text("utf-8", "replace").startswith(_TITLE):
         return
@@ -95,7 +95,7 @@ def _few_steps(name: str, stage: Stage, decay: float) -> list[str]:
 
 
 def _spread(data: ImageSet, images: int = 512) -> float:
-    """Mean distance of pixels, in [-1, 1], from the mean colour of all images."""
+    """The mean distance of pixels, in [-1, 1], from the mean colour of all images."""
     chosen = np.linspace(0, len(data) - 1, min(images, len(data))).astype(int)
     pixels = data.tensor(chosen)
     return float((pixels - pixels.mean(dim=(0, 2, 3), keepdim=True)).abs().mean())

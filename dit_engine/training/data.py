@@ -1,4 +1,4 @@
-"""Labelled images in memory (or memory-mapped), and folders of them."""
+"""Labelled images in memory or in a mapped file, and folders of images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dit_engine.labels import class_order, same_name
 class ImageSet:
     """N images with their classes.
 
-    images: uint8 (N, S, S, 3); labels: int64 (N,); class_names: one name a class.
+    images: uint8 (N, S, S, 3); labels: int64 (N,); class_names: one per class.
     """
 
     images: np.ndarray
@@ -47,13 +47,14 @@ class ImageSet:
 
 
 def load_image_folder(root: Path, size: int, earlier: Sequence[str] = ()) -> ImageSet:
-    """Read one directory a class, each image (`read_rgb`) cropped to its centre square and resized.
+    """Read a folder with one directory per class. Each image is cropped to its centre square and
+    resized to ``size`` pixels.
 
-    Classes are numbered by `class_order`, or, if they are those of an ``earlier`` reading, as then.
-    Which files are images is `find_images`'s choice; a warning counts the others.
+    Classes are numbered by `class_order`, or in the order of ``earlier`` if it has the same names.
+    `find_images` decides which files are images; a warning counts the others.
 
-    Raises ValueError for a folder without classes, an empty class, two directories whose names are
-    one to `resolve_labels`, or a file that is no image.
+    Raises ValueError for a folder without classes, a class without images, a file that is no image,
+    and two directories whose names are the same to `resolve_labels`.
     """
     from PIL import Image, ImageOps
 

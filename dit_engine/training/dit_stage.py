@@ -1,4 +1,4 @@
-"""Stage two: train a DiT on the latents of a trained autoencoder."""
+"""Train a DiT on the latents of a trained autoencoder."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def train_dit(
     sheet: Callable[[nn.Module, Path], None] | None = None,
     device: torch.device | str = "cpu",
 ) -> DiT:
-    """Train on ``latents`` = (means, deviations), each (N, C, S, S); returns the EMA model.
+    """Train on ``latents`` = (means, deviations), each (N, C, S, S), and return the EMA model.
 
-    Labels (N,) are replaced by the null class with probability 0.1, which makes the model its own
-    unconditional half for classifier-free guidance (Ho & Salimans 2022).
+    Labels (N,) are replaced by the null class with probability 0.1, so that the model also learns
+    the unconditional half of classifier-free guidance (Ho & Salimans 2022).
 
     Raises ValueError for a config with another diffusion than the published one.
     """
@@ -81,10 +81,10 @@ def train_denoiser(
 
 
 def forward_bf16(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """The model computed in bfloat16 throughout, from its float32 weights, which get the gradients.
+    """The model's output, computed in bfloat16; the gradients reach its float32 weights.
 
-    Autocast spends its time on converting activations, and the fused attention's backward pass is
-    slow on the CPU for so few tokens: there it is computed as plain products.
+    This is faster than autocast, which converts activations again and again. On the CPU, attention
+    is computed as plain products, because the fused one's backward pass is slow for few tokens.
     """
     rounded = {name: weight.to(torch.bfloat16) for name, weight in model.named_parameters()}
     on_cpu = x.device.type == "cpu"

@@ -1,54 +1,22 @@
-"""What a training tells while it runs: a progress line, a log of its losses, and their curves."""
+"""The files that show how a training goes: log.csv, loss.png and sheets of images."""
 
 from __future__ import annotations
 
 import csv
 import math
-import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from dit_engine.console.bars import Bar
+import torch
+from torch import Tensor
+
 from dit_engine.io.files import atomic_path, no_links
 from dit_engine.io.printable import show_plainly
-
-if TYPE_CHECKING:
-    from dit_engine.training.loop import Budget
-
 
 _MOST_COLUMNS = 16  # in a log; a training writes at most seven
 
 
-class ProgressLine:
-    """One line: the steps done, the time left and the loss."""
-
-    def __init__(self, description: str, budget: Budget) -> None:
-        self._description, self._budget = description, budget
-        # In a file every update is a new line, so there are few of them.
-        self._interval = 0.2 if sys.stderr.isatty() else 30.0
-        self._shown = -math.inf
-        self._bar = Bar(total=1.0, bar_format="{desc} |{bar}| {percentage:.0f}%", leave=True)
-        self._bar.set_description_str(description)
-
-    def show(self, step: int, seconds: float, loss: float) -> None:
-        budget = self._budget
-        self._bar.n = budget.progress(step, seconds)
-        if time.monotonic() - self._shown < self._interval and self._bar.n < 1.0:
-            return
-        self._shown = time.monotonic()
-        of_all = f" of {budget.steps}" if budget.steps is not None else ""
-        left = Bar.format_interval(budget.seconds_left(step, seconds))
-        self._bar.set_description_str(
-            f"{self._description}: step {step}{of_all}, {left} left, loss {loss:.4f}"
-        )
-
-    def close(self) -> None:
-        self._bar.close()
-
-
 def add_row(path: Path, row: dict[str, float]) -> None:
-    """Append to a .csv file; the first row writes the names above it."""
+    """Append a row to a .csv file; the first row writes the names above it."""
     new = not path.exists() or not path.stat().st_size  # a full disk leaves an empty file
     with open(path, "a", encoding="utf-8", newline="", opener=no_links) as file:
         writer = csv.DictWriter(file, row.keys())
@@ -58,10 +26,9 @@ def add_row(path: Path, row: dict[str, float]) -> None:
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Forget what was logged after the checkpoint: those steps will be taken again. So are rows
-    that were not written whole.
+    """Remove the rows after ``step``, whose steps will be taken again, and incomplete rows.
 
-    Raises ValueError if the file is not a log: each of its columns would become a panel.
+    Raises ValueError if the file is not a log: `plot_losses` would draw a panel for each column.
     """
     if not path.exists():
         return
@@ -80,10 +47,10 @@ def drop_rows_after(path: Path, step: int) -> None:
 def _step(row: str) -> float:
     """The first number of a row; infinity if anything in the row is not a number."""
     try:
-        numbers = [float(text) for text in row.split(",")]
+        first, *_ = [float(text) for text in row.split(",")]
     except ValueError:
         return math.inf
-    return numbers[0]
+    return first
 
 
 def plot_losses(log: Path, picture: Path) -> None:
@@ -109,3 +76,17 @@ def plot_losses(log: Path, picture: Path) -> None:
     with atomic_path(picture) as partial:
         figure.savefig(partial, dpi=100, format="png")
     plt.close(figure)
+
+
+def save_sheet(images: Tensor, path: Path, columns: int) -> None:
+    """Write images (N, 3, S, S) in [-1, 1] as one PNG, row by row."""
+    from PIL import Image
+
+    n, channels, height, width = images.shape
+    rows = -(-n // columns)
+    grid = torch.ones(rows * columns, channels, height, width)
+    grid[:n] = images.detach().float().cpu().clamp(-1, 1)
+    grid = grid.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    pixels = (grid.reshape(rows * height, columns * width, channels) + 1) * 127.5
+    with atomic_path(path) as partial:
+        Image.fromarray(pixels.round().byte().numpy()).save(partial, "PNG")

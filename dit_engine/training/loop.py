@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import pickle
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from dit_engine.checkpoint.pickles import check_pickle
+from dit_engine.console.bars import Bar
 from dit_engine.io.files import atomic_path, save_tensors
-from dit_engine.training.log import ProgressLine, add_row, drop_rows_after, plot_losses
+from dit_engine.training.log import add_row, drop_rows_after, plot_losses
 from dit_engine.training.stopping import Stopped, signals_noted
 from dit_engine.training.threads import ThreadsByLoad
 
 CHECKPOINT = "last.pt"
-LOG_STEPS = 50  # of which one row of the log, and the losses that are shown, are the means
+LOG_STEPS = 50  # a row of the log, and the losses that are shown, are the means of so many steps
+_SHEET_SECONDS = 600.0
 
 
 def kept_path(directory: Path, step: int) -> Path:
@@ -32,9 +35,9 @@ def kept_path(directory: Path, step: int) -> Path:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to train: a number of steps, or minutes of training time (resumptions counted in).
+    """How long to train: a number of steps, or minutes of training over all resumptions.
 
-    The learning rate falls linearly to zero over the budget, whichever kind it is.
+    The learning rate falls linearly to zero over the budget.
     """
 
     steps: int | None = None
@@ -48,14 +51,14 @@ class Budget:
             raise ValueError(f"a training budget of {value} is not above 0")
 
     def progress(self, step: int, seconds: float) -> float:
-        """Fraction of the budget that is spent, 0 to 1."""
+        """The fraction of the budget that is spent, 0 to 1."""
         if self.steps is not None:
             return min(step / self.steps, 1.0)
         assert self.minutes is not None
         return min(seconds / (60.0 * self.minutes), 1.0)
 
     def seconds_left(self, step: int, seconds: float) -> float:
-        """Until the budget is spent, at the pace up to now; NaN before the first step."""
+        """The time until the budget is spent at the pace so far; NaN before the first step."""
         if self.minutes is not None:
             return max(0.0, 60.0 * self.minutes - seconds)
         assert self.steps is not None
@@ -64,21 +67,48 @@ class Budget:
 
 @dataclass(frozen=True)
 class LoopSettings:
+    """keep_steps: steps after which the EMA weights are kept in a file of their own; follow_load:
+    on the CPU, `ThreadsByLoad` sets the number of torch's threads."""
+
     budget: Budget
     learning_rate: float
     warmup_steps: int = 100
-    weight_decay: float = 0.0
-    gradient_clip: float = 1.0
     ema_decay: float = 0.999
     save_seconds: float = 120.0
-    sheet_seconds: float = 600.0
     seed: int = 0
-    keep_steps: tuple[int, ...] = ()  # after which the EMA weights are kept in a file of their own
-    follow_load: bool = False  # torch's threads by `ThreadsByLoad`, on the CPU
+    keep_steps: tuple[int, ...] = ()
+    follow_load: bool = False
+
+
+class ProgressLine:
+    """One line: the steps done, the time left and the loss."""
+
+    def __init__(self, description: str, budget: Budget) -> None:
+        self._description, self._budget = description, budget
+        # In a file every update is a new line, so there are few of them.
+        self._interval = 0.2 if sys.stderr.isatty() else 30.0
+        self._shown = -math.inf
+        self._bar = Bar(total=1.0, bar_format="{desc} |{bar}| {percentage:.0f}%", leave=True)
+        self._bar.set_description_str(description)
+
+    def show(self, step: int, seconds: float, loss: float) -> None:
+        budget = self._budget
+        self._bar.n = budget.progress(step, seconds)
+        if time.monotonic() - self._shown < self._interval and self._bar.n < 1.0:
+            return
+        self._shown = time.monotonic()
+        of_all = f" of {budget.steps}" if budget.steps is not None else ""
+        left = Bar.format_interval(budget.seconds_left(step, seconds))
+        self._bar.set_description_str(
+            f"{self._description}: step {step}{of_all}, {left} left, loss {loss:.4f}"
+        )
+
+    def close(self) -> None:
+        self._bar.close()
 
 
 class Trainer:
-    """AdamW on ``model`` with an EMA copy; everything that a resumption needs is in one file.
+    """AdamW on ``model`` with an EMA copy; one file holds everything that a resumption needs.
 
     Args:
         model: the float32 module to train.
@@ -105,8 +135,8 @@ class Trainer:
             self.trainable,
             settings.learning_rate,
             betas=(0.9, 0.99),
-            weight_decay=settings.weight_decay,
-            fused=True,  # one pass over the weights; half of a small model's step otherwise
+            weight_decay=0.0,
+            fused=True,  # one pass over the weights; otherwise half of a small model's step
         )
         self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.step, self.seconds = 0, 0.0
@@ -117,8 +147,8 @@ class Trainer:
     def run(self, description: str) -> nn.Module:
         """Train until the budget is spent; returns the model with its EMA weights.
 
-        Ctrl-C and SIGTERM end it after the step that is being taken: the checkpoint is written, and
-        `Stopped` raised.
+        Ctrl-C and SIGTERM end it after the current step: the checkpoint is written, and `Stopped`
+        is raised.
         """
         on_cpu = all(parameter.device.type == "cpu" for parameter in self.trainable)
         by_load = ThreadsByLoad() if self.settings.follow_load and on_cpu else None
@@ -142,7 +172,7 @@ class Trainer:
     def _train(
         self, line: ProgressLine, by_load: ThreadsByLoad | None, signal_noted: Callable[[], int]
     ) -> None:
-        """Steps until the budget is spent or a signal was noted."""
+        """Take steps until the budget is spent or a signal was noted."""
         settings, budget = self.settings, self.settings.budget
         saved = sheet_made = time.monotonic()
         window: deque[dict[str, float]] = deque(maxlen=LOG_STEPS)
@@ -159,7 +189,7 @@ class Trainer:
             losses = self.loss(self.model, generator)
             self.optimizer.zero_grad(set_to_none=True)
             losses["loss"].backward()
-            nn.utils.clip_grad_norm_(self.trainable, settings.gradient_clip)
+            nn.utils.clip_grad_norm_(self.trainable, 1.0)
             self.optimizer.step()
             self.step += 1
             self._update_ema()
@@ -168,14 +198,15 @@ class Trainer:
             now = time.monotonic()
             self.seconds += now - began
             window.append({k: float(v.detach()) for k, v in losses.items()})
-            self.losses = _mean(window)
+            self.losses = {k: sum(row[k] for row in window) / len(window) for k in losses}
             line.show(self.step, self.seconds, self.losses["loss"])
             if self.step % LOG_STEPS == 0:
-                self._log(rate)
+                row = {"step": self.step, "seconds": round(self.seconds, 1), "lr": rate}
+                add_row(self.directory / "log.csv", row | self.losses)
             if now - saved > settings.save_seconds:
                 self.save()
                 saved = now
-            if self.sheet and now - sheet_made > settings.sheet_seconds:
+            if self.sheet and now - sheet_made > _SHEET_SECONDS:
                 self._make_sheet()
                 sheet_made = time.monotonic()
 
@@ -205,7 +236,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update_ema(self) -> None:
-        # The short horizon at the start keeps the random initial weights out of the average.
+        # The small decay at the start keeps the random initial weights out of the average.
         decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
         averages, current = list(self.ema.values()), list(self.model.state_dict().values())
         torch._foreach_lerp_(averages, current, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
@@ -220,16 +251,13 @@ class Trainer:
         self.model.train()
         self.model.load_state_dict(trained)
 
-    def _log(self, rate: float) -> None:
-        row = {"step": self.step, "seconds": round(self.seconds, 1), "lr": rate, **self.losses}
-        add_row(self.directory / "log.csv", row)
-
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage's checkpoint tells of it.
+    """What a stage's checkpoint says about it.
 
-    seconds: of the steps alone; losses: the means of the last steps, empty in old checkpoints.
+    seconds: the time of the steps alone; losses: the means of the last steps, which old checkpoints
+    do not hold.
     """
 
     step: int
@@ -238,7 +266,7 @@ class Stage:
 
 
 def read_stage(directory: Path) -> Stage | None:
-    """Of the training in ``directory``; None where there is no checkpoint."""
+    """What is known about the training in ``directory``; None if it has no checkpoint."""
     path = directory / CHECKPOINT
     if not path.exists():
         return None
@@ -252,7 +280,3 @@ def _read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"{path} is damaged: remove it to begin again") from error
-
-
-def _mean(window: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {k: sum(row[k] for row in window) / len(window) for k in window[0]}

@@ -1,7 +1,7 @@
-"""The reference's training loss: mean squared error of epsilon plus the learned variance's bound.
+"""The training loss of facebookresearch/DiT: the mean squared error of epsilon plus a bound.
 
-Nichol & Dhariwal 2021 ("Improved DDPM", equations 14 to 16), as facebookresearch/DiT configures
-it: the two terms are added with weight 1, and the bound's gradient reaches the variance only.
+The variational bound teaches the learned variance (Nichol & Dhariwal 2021, "Improved DDPM",
+equations 14 to 16). Both terms have weight 1, and the bound's gradient reaches the variance only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dit_engine.sampling.schedule import make_schedule
 
 
 class DiffusionLoss:
-    """L = MSE(epsilon) + bound in bits, over the 1000 steps of the linear schedule."""
+    """MSE(epsilon) + bound in bits, over the 1000 steps of the linear schedule."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         schedule = make_schedule(1000)  # arrays from the noisiest step down
@@ -34,7 +34,7 @@ class DiffusionLoss:
         self.xt_coefficient = table(schedule.posterior_mean_coef2)
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """q(x_t | x_0): (N, C, S, S) at steps t (N,)."""
+        """A sample of q(x_t | x_0): (N, C, S, S) at steps t (N,)."""
         return _at(self.sqrt_bar, t) * x0 + _at(self.sqrt_one_minus_bar, t) * noise
 
     def __call__(
@@ -55,7 +55,7 @@ class DiffusionLoss:
         return {"loss": mse + bound, "mse": mse, "bound": bound}
 
     def bound(self, epsilon: Tensor, v: Tensor, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-        """One term of the variational bound a sample, in bits a dimension, averaged."""
+        """The bound's term at step t of each sample, in bits per dimension, averaged."""
         true_mean = _at(self.x0_coefficient, t) * x0 + _at(self.xt_coefficient, t) * xt
         guess = (xt - _at(self.sqrt_one_minus_bar, t) * epsilon) / _at(self.sqrt_bar, t)
         mean = _at(self.x0_coefficient, t) * guess + _at(self.xt_coefficient, t) * xt

@@ -1,4 +1,7 @@
-"""Both stages of training one after the other, each step kept on disk once it is done."""
+"""A whole training: the autoencoder, the transformer, and perhaps the decoder again.
+
+Each finished stage is kept on disk, so that the same call again goes on from there.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +31,10 @@ from dit_engine.runtime import limited_threads
 from dit_engine.training.avatars import CLASSES, load_avatars
 from dit_engine.training.card import Outcome, judge, write_card
 from dit_engine.training.data import ImageSet, load_image_folder
-from dit_engine.training.decoder_stage import train_decoder
 from dit_engine.training.dit_stage import train_dit
+from dit_engine.training.log import save_sheet
 from dit_engine.training.loop import Budget, LoopSettings, read_stage
-from dit_engine.training.sheets import save_sheet
-from dit_engine.training.vae_stage import encode_all, read_latents, train_vae
+from dit_engine.training.vae_stage import encode_all, read_latents, train_decoder, train_vae
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 VAE_EMA_DECAY = 0.998
@@ -41,11 +43,11 @@ _LARGEST_SEED = 2**42  # each step's seed is about a million times this, and mus
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What a training is, but for its budgets: a resumed one must have the same.
+    """Everything about a training except its budgets. A resumed training must have the same.
 
-    data: "avatars" or an image folder, one directory a class; vae_channels: the widths of the
-    autoencoder, which downsamples by 2 between them; the other fields are `ModelConfig`'s and
-    the optimiser's.
+    data: "avatars", or a folder with one directory of images per class; vae_channels: the widths of
+    the autoencoder's levels, between which it downsamples by 2; the other fields are those of
+    `ModelConfig` and of the optimiser.
     """
 
     data: str = "avatars"
@@ -80,7 +82,7 @@ class TrainSettings:
             raise ValueError(f"seed {self.seed}: allowed is {-_LARGEST_SEED} to {_LARGEST_SEED}")
 
     def vae_config(self) -> VAEConfig:
-        # Small networks: one block a level, groups of four channels or more, no attention.
+        # A small network: one block per level, no attention.
         return VAEConfig(
             block_out_channels=self.vae_channels, layers_per_block=1, norm_num_groups=8,
             mid_block_add_attention=False, scaling_factor=1.0,
@@ -105,83 +107,57 @@ def train(
     decoder_budget: Budget | None = None,
     threads: int | None = None,
 ) -> tuple[Path, Outcome]:
-    """Train a VAE, then a DiT; returns the directory for `Engine.from_pretrained`, and what became
-    of the training.
+    """Train a VAE, then a DiT, and write them into ``directory``.
 
-    Called again with the same settings it goes on from where it was stopped: by Ctrl-C or SIGTERM
-    too, which raise `Stopped` or KeyboardInterrupt once a checkpoint is written. With
-    ``decoder_budget`` the VAE's decoder is trained on at the end; the latents stay as they are.
-
-    A model that is plainly not trained (`judge`) is told by a warning, and by README.md beside it.
+    Called again with the same settings, it goes on from where it was stopped. Ctrl-C and SIGTERM
+    raise `Stopped` or KeyboardInterrupt once a checkpoint is written. A warning, and README.md
+    beside the model, say if the model is plainly not trained (`judge`).
 
     Args:
-        threads: of the CPU. None takes what others leave free, looked at every five seconds, but at
-            most torch's own number; where the environment has OMP_NUM_THREADS, that number.
+        decoder_budget: trains the VAE's decoder again at the end; the latents stay as they are.
+        threads: of the CPU. None takes what other programs leave free, but at most torch's own
+            number; if the environment has OMP_NUM_THREADS, it takes that number.
+
+    Returns:
+        The directory for `Engine.from_pretrained`, and the outcome.
     """
+    follow_load = threads is None and "OMP_NUM_THREADS" not in os.environ
+
+    def loop(budget: Budget, learning_rate: float, ema_decay: float, **more: int) -> LoopSettings:
+        options: dict[str, Any] = {"seed": settings.seed} | more
+        return LoopSettings(
+            budget, learning_rate, ema_decay=ema_decay, follow_load=follow_load, **options
+        )
+
     with limited_threads(threads):
-        return _train(
-            settings, vae_budget, dit_budget, directory, device, decoder_budget,
-            follow_load=threads is None and "OMP_NUM_THREADS" not in os.environ,
+        data, flip = _begin(settings, directory)
+        settings = replace(settings, flip=flip)
+        vae_loop = loop(vae_budget, settings.vae_learning_rate, VAE_EMA_DECAY)
+        vae = _stage_one(settings, vae_loop, data, directory / "vae", device)
+        means, deviations, labels = _latents(settings, vae, data, directory / "latents.safetensors")
+        model = train_dit(
+            (means, deviations), labels, settings.model_config(len(data.class_names)),
+            loop(dit_budget, settings.learning_rate, settings.ema_decay, warmup_steps=200),
+            directory / "dit", settings.batch_size, _SheetOf(vae, data.class_names), device,
         )  # fmt: skip
-
-
-def _train(
-    settings: TrainSettings,
-    vae_budget: Budget,
-    dit_budget: Budget,
-    directory: Path,
-    device: torch.device | str,
-    decoder_budget: Budget | None,
-    follow_load: bool,
-) -> tuple[Path, Outcome]:
-    _require_matplotlib()
-    begun = directory / "settings.json"
-    told = asdict(settings) | {"data": recorded(settings.data)}
-    _check_same(told, begun)  # before images are rendered or read
-    if settings.data == "avatars":
-        _flipped(settings.flip, CLASSES)
-    data = _load_data(settings, directory)
-    flip = _flipped(settings.flip, data.class_names)
-    now = told | {"class_names": data.class_names, "images": len(data)}
-    _check_same(now, begun)
-    if not begun.exists():
-        begun.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(begun) as partial:
-            partial.write_text(json.dumps(now, indent=2) + "\n")
-    settings = replace(settings, flip=flip)
-    vae = _stage_one(settings, vae_budget, data, directory / "vae", device, follow_load)
-    means, deviations, labels = _latents(settings, vae, data, directory / "latents.safetensors")
-    config = settings.model_config(len(data.class_names))
-    loop = LoopSettings(
-        dit_budget, settings.learning_rate, warmup_steps=200, ema_decay=settings.ema_decay,
-        seed=settings.seed, follow_load=follow_load,
-    )  # fmt: skip
-    model = train_dit(
-        (means, deviations), labels, config, loop, directory / "dit", settings.batch_size,
-        _sheet_maker(vae, data.class_names), device,
-    )  # fmt: skip
-    if decoder_budget is not None:
-        loop = LoopSettings(
-            decoder_budget, settings.vae_learning_rate, ema_decay=VAE_EMA_DECAY,
-            seed=settings.seed + 1, follow_load=follow_load,
-        )  # fmt: skip
-        n = len(data)
-        vae = train_decoder(
-            vae, data, (means[:n], deviations[:n]), loop, directory / "decoder",
-            settings.vae_batch_size,
-        )  # fmt: skip
-    finished = directory / "model"
-    save_pretrained(finished, model, vae, data.class_names, dtype=torch.float16)
-    outcome = judge(
-        data, read_stage(directory / "dit"), read_stage(directory / "vae"),
-        settings.ema_decay, VAE_EMA_DECAY,
-    )  # fmt: skip
+        if decoder_budget is not None:
+            n = len(data)  # the latents of mirrored images follow
+            vae = train_decoder(
+                vae, data, (means[:n], deviations[:n]),
+                loop(decoder_budget, settings.vae_learning_rate, VAE_EMA_DECAY,
+                     seed=settings.seed + 1),
+                directory / "decoder", settings.vae_batch_size,
+            )  # fmt: skip
+        finished = directory / "model"
+        save_pretrained(finished, model, vae, data.class_names, dtype=torch.float16)
+    transformer, autoencoder = (read_stage(directory / name) for name in ("dit", "vae"))
+    outcome = judge(data, transformer, autoencoder, settings.ema_decay, VAE_EMA_DECAY)
     write_card(finished, data, outcome)
     if outcome.shortcomings:
         warnings.warn(
             f"{finished} is not trained: {'; '.join(outcome.shortcomings)}. With a larger budget "
             "the transformer goes on; for the autoencoder, begin again in another directory",
-            stacklevel=3,
+            stacklevel=2,
         )
     return finished, outcome
 
@@ -191,15 +167,37 @@ def is_begun(directory: Path) -> bool:
     return (directory / "settings.json").exists() or any(directory.glob("data/*.npy"))
 
 
-def _require_matplotlib() -> None:
+def _begin(settings: TrainSettings, directory: Path) -> tuple[ImageSet, tuple[str, ...]]:
+    """The images, and the full names of the classes to flip. Writes settings.json, or checks that
+    an earlier one is the same."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError(f"{error}: pip install 'dit-engine[train]'") from error
+    begun = directory / "settings.json"
+    told = asdict(settings) | {"data": recorded(settings.data)}
+    _check_same(told, begun)  # before images are rendered or read
+    if settings.data == "avatars":
+        _flipped(settings.flip, CLASSES)
+        data = load_avatars(
+            directory / "data", "train", settings.images_per_class, settings.size
+        )  # fmt: skip
+    else:
+        # A run that was begun with classes in another order goes on with it.
+        earlier = _begun(begun)["class_names"] if begun.is_file() else ()
+        data = load_image_folder(Path(settings.data), settings.size, earlier)
+    flip = _flipped(settings.flip, data.class_names)
+    now = told | {"class_names": data.class_names, "images": len(data)}
+    _check_same(now, begun)
+    if not begun.exists():
+        begun.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(begun) as partial:
+            partial.write_text(json.dumps(now, indent=2) + "\n")
+    return data, flip
 
 
 def _check_same(now: dict[str, Any], path: Path) -> None:
-    """If the run was begun earlier, check that it has the same settings."""
+    """If the run was begun earlier, raise ValueError if it had other settings."""
     if not path.exists():
         return
     before, text = _begun(path), json.dumps(now)
@@ -214,7 +212,7 @@ def _check_same(now: dict[str, Any], path: Path) -> None:
 
 
 def _begun(path: Path) -> dict[str, Any]:
-    """The settings with which the run was begun; ValueError if the file holds something else."""
+    """The settings with which the run was begun. Raises ValueError for a file of something else."""
     settings = read_json(path, lenient=True)  # the path of the images may not be valid UTF-8
     names = settings.get("class_names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -222,19 +220,8 @@ def _begun(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _load_data(settings: TrainSettings, directory: Path) -> ImageSet:
-    if settings.data == "avatars":
-        return load_avatars(
-            directory / "data", "train", settings.images_per_class, settings.size
-        )  # fmt: skip
-    # A run that was begun with classes in another order goes on with it.
-    begun = directory / "settings.json"
-    earlier = _begun(begun)["class_names"] if begun.is_file() else ()
-    return load_image_folder(Path(settings.data), settings.size, earlier)
-
-
 def _flipped(flip: Sequence[str], names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of the classes that ``flip`` tells, each as `resolve_labels` reads it."""
+    """The full names of the classes in ``flip``, which `resolve_labels` reads."""
     try:
         return tuple(names[i] for i in resolve_labels(flip, len(names), names)) if flip else ()
     except ValueError as error:
@@ -243,21 +230,17 @@ def _flipped(flip: Sequence[str], names: tuple[str, ...]) -> tuple[str, ...]:
 
 def _stage_one(
     settings: TrainSettings,
-    budget: Budget,
+    loop: LoopSettings,
     data: ImageSet,
     directory: Path,
     device: torch.device | str,
-    follow_load: bool,
 ) -> AutoencoderKL:
+    """The autoencoder: the finished one in ``directory``, or one that is trained now."""
     path = directory / "vae.safetensors"
     if path.exists():
         vae = AutoencoderKL(settings.vae_config())
         load_into(vae, path)
         return vae.to(device).to(memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
-    loop = LoopSettings(
-        budget, settings.vae_learning_rate, ema_decay=VAE_EMA_DECAY, seed=settings.seed,
-        follow_load=follow_load,
-    )  # fmt: skip
     vae = train_vae(
         data, settings.vae_config(), loop, directory, settings.vae_batch_size,
         settings.kl_weight, settings.flip, device,
@@ -269,7 +252,7 @@ def _stage_one(
 def _latents(
     settings: TrainSettings, vae: AutoencoderKL, data: ImageSet, path: Path
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Means, deviations and labels of all images, and of the mirrored ones where classes allow."""
+    """Means, deviations and labels of all images, and then of the mirrored ones."""
     if not path.exists():
         means, deviations = encode_all(vae, data)
         labels = torch.from_numpy(data.labels)
@@ -283,18 +266,17 @@ def _latents(
     return read_latents(path, len(data.class_names))
 
 
-def _sheet_maker(
-    vae: AutoencoderKL, names: tuple[str, ...]
-) -> Callable[[nn.Module, Path], None]:  # fmt: skip
-    shown = [i % len(names) for i in range(max(16, 2 * len(names)))][:64]
+class _SheetOf:
+    """Draws a sheet of images that a transformer makes with ``vae``."""
 
-    def sheet(model: nn.Module, path: Path) -> None:
+    def __init__(self, vae: AutoencoderKL, names: tuple[str, ...]) -> None:
+        self.vae, self.names = vae, names
+        self.labels = [i % len(names) for i in range(max(16, 2 * len(names)))][:64]
+
+    def __call__(self, model: nn.Module, path: Path) -> None:
         assert isinstance(model, DiT)
-        engine = Engine(model, vae, names, next(model.parameters()).device)
+        engine = Engine(model, self.vae, self.names, next(model.parameters()).device)
         images = engine.generate(
-            shown, steps=20, sampler="dpm++", guidance_scale=2.0, seed=0, output="pt"
+            self.labels, steps=20, sampler="dpm++", guidance_scale=2.0, seed=0, output="pt"
         ).images
         save_sheet(images * 2 - 1, path, columns=8)
-        model.train()
-
-    return sheet

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while training: what was learnt is saved first."""
+"""Ctrl-C and SIGTERM during a training, which end it only after a checkpoint is written."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the work, at a point where nothing is lost.
+    """A signal ended the work at a point where nothing is lost.
 
-    exit_code: what a shell says of a program that this signal ended.
+    exit_code: the one that a shell gives to a program which this signal ended.
     """
 
     def __init__(self, message: str, number: int) -> None:
@@ -26,11 +26,11 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def signals_noted(announcement: str) -> Iterator[Callable[[], int]]:
-    """In this block the first Ctrl-C or SIGTERM prints a line and is noted, and the next one ends
+    """In this block the first Ctrl-C or SIGTERM only prints a line and is noted. The next one ends
     the program at once.
 
-    Yields a function that gives the number of the signal, or 0 while there was none. In threads
-    other than the main one, and for signals that the program ignores, nothing is changed.
+    Yields a function that returns the number of the signal, or 0 while there was none. Nothing
+    changes for signals that the program ignores, and in threads other than the main one.
     """
     noted = 0
 
@@ -45,10 +45,10 @@ def signals_noted(announcement: str) -> Iterator[Callable[[], int]]:
 
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        ours = [each for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
-        before.update({each: signal.getsignal(each) for each in ours})
-        for each in ours:
-            signal.signal(each, note)
+        handlers = {each: signal.getsignal(each) for each in SIGNALS}
+        before = {each: old for each, old in handlers.items() if old != signal.SIG_IGN}
+    for each in before:
+        signal.signal(each, note)
     try:
         yield lambda: noted
     finally:
@@ -58,8 +58,8 @@ def signals_noted(announcement: str) -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def termination_as_interrupt() -> Iterator[None]:
-    """In this block SIGTERM raises `Stopped`, as Ctrl-C raises KeyboardInterrupt. For the main
-    thread of a command."""
+    """In this block SIGTERM raises `Stopped`, as Ctrl-C raises KeyboardInterrupt. It works in the
+    main thread only."""
 
     def stop(number: int, _: object) -> None:
         raise Stopped("", number)

@@ -1,6 +1,7 @@
-"""As many threads as there are free processors, as torch's wait for each other at each operator.
+"""Use as many threads as there are free processors.
 
-Two threads on two processors that a third program shares take longer than one alone would.
+torch's threads wait for each other at every operator: two threads on two processors that another
+program also uses take longer than one thread alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ EVERY_S = 5.0
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of processor time used by all programs and by this one, up to one moment."""
+    """At one moment: a clock, and the processor time that all programs and this one have used.
+
+    All are in seconds.
+    """
 
     wall: float
     busy: float
@@ -28,7 +32,7 @@ class Sample:
 
     @classmethod
     def now(cls) -> Sample | None:
-        """Of the processors that this program may use; None where the system does not tell."""
+        """For the processors that this program may use; None where the system does not say."""
         if not hasattr(os, "sched_getaffinity"):
             return None
         busy = busy_seconds(os.sched_getaffinity(0))
@@ -36,10 +40,10 @@ class Sample:
 
 
 class ThreadsByLoad:
-    """Sets torch's number of threads to the processors that others leave free.
+    """Sets torch's number of threads to the number of processors that other programs leave free,
+    but at most to the number that torch had at the beginning.
 
-    The number that torch has at the beginning is the most. Others' work is what the processors do
-    beside this program's own, looked at once at the beginning and then every ``EVERY_S`` seconds.
+    It measures the work of others at the beginning, and again every ``EVERY_S`` seconds.
     """
 
     def __init__(self) -> None:
@@ -50,7 +54,7 @@ class ThreadsByLoad:
             self._look()
 
     def update(self) -> None:
-        """To be called now and then; looks where it is time to."""
+        """Measure again if it is time to. Call this often."""
         if self._before is not None and time.monotonic() - self._before.wall > EVERY_S:
             self._look()
 
@@ -69,16 +73,16 @@ class ThreadsByLoad:
 
 
 def threads_for(free: float, quota: float | None = None) -> int:
-    """The number of threads for ``free`` processors of which a quota allows ``quota``; at least 1.
+    """The number of threads for ``free`` processors under a quota of processors; at least 1.
 
-    Half a free processor or more counts as one. A quota is rounded down, because the system stops
-    all threads once it is used up.
+    Half a free processor counts as one. The quota is rounded down, because the system stops all
+    threads once it is used up.
     """
     threads = math.floor(free + 0.5)
     return max(1, threads if quota is None else min(threads, math.floor(quota)))
 
 
 def free_processors(before: Sample, after: Sample, usable: int) -> float:
-    """Of ``usable`` processors, what others did not use between two samples."""
+    """How many of ``usable`` processors other programs did not use between two samples."""
     others = (after.busy - before.busy) - (after.own - before.own)
     return usable - max(0.0, others) / (after.wall - before.wall)

@@ -1,8 +1,8 @@
-"""Stage one: train an AutoencoderKL, then make its latents zero-mean and unit-variance."""
+"""Train an AutoencoderKL whose latents have mean 0 and variance 1, and later its decoder alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,8 @@ from dit_engine.arguments import shown
 from dit_engine.checkpoint.weights import read_weights
 from dit_engine.console.bars import Bar
 from dit_engine.training.data import ImageSet
+from dit_engine.training.log import save_sheet
 from dit_engine.training.loop import LoopSettings, Trainer
-from dit_engine.training.sheets import save_sheet
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 
@@ -30,7 +30,7 @@ def train_vae(
 ) -> AutoencoderKL:
     """Train on ``data`` and return the normalised EMA model (float32, eval mode).
 
-    flip: classes of which half of the images are mirrored.
+    flip: classes whose images are mirrored half of the time.
     """
     torch.manual_seed(settings.seed)
     vae = AutoencoderKL(config).to(device)
@@ -46,26 +46,76 @@ def train_vae(
         images[mirrored] = images[mirrored].flip(-1)
         return vae_loss(model, images.to(device), generator, kl_weight)
 
-    examples = data.tensor(np.linspace(0, len(data) - 1, 32).astype(int)).to(device)
-
-    def sheet(model: nn.Module, path: Path) -> None:
-        assert isinstance(model, AutoencoderKL)
-        with torch.no_grad():
-            rebuilt = model.decode(model.encode(examples)[0])
-        rows = [t for pair in zip(examples.split(8), rebuilt.split(8), strict=True) for t in pair]
-        save_sheet(torch.cat(rows), path, columns=8)
-
+    sheet = _sheet_maker(data, lambda model, images, _: model.encode(images.to(device))[0])
     trained = Trainer(vae, loss, settings, directory, sheet).run("autoencoder")
     assert isinstance(trained, AutoencoderKL)
     normalise_latents(trained, data)
     return trained
 
 
+def train_decoder(
+    vae: AutoencoderKL,
+    data: ImageSet,
+    latents: tuple[Tensor, Tensor],
+    settings: LoopSettings,
+    directory: Path,
+    batch_size: int,
+) -> AutoencoderKL:
+    """Train ``vae``'s decoder alone and return the EMA model (float32, eval mode).
+
+    The latents stay as they are, so a transformer that was trained on them keeps its worth, as with
+    the fine-tuned decoders of Stable Diffusion (stabilityai/sd-vae-ft-mse).
+
+    latents: means and deviations (N, c, h, w) of the encoder on ``data``'s images, in order.
+    """
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    means, deviations = latents
+    device = vae.quant_conv.weight.device
+
+    def loss(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        assert isinstance(model, AutoencoderKL)
+        chosen = torch.randint(len(data), (batch_size,), generator=generator)
+        images = _channels_last(data.tensor(chosen.numpy()).to(device))
+        noise = torch.randn(batch_size, *means.shape[1:], generator=generator)
+        z = means[chosen].float() + deviations[chosen].float() * noise
+        with torch.autocast(device.type, torch.bfloat16):
+            rebuilt = model.decode(z.to(device)).float()
+        return reconstruction_losses(rebuilt, images)
+
+    sheet = _sheet_maker(data, lambda _model, _images, shown: means[shown].float().to(device))
+    trained = Trainer(vae.train(), loss, settings, directory, sheet).run("decoder")
+    assert isinstance(trained, AutoencoderKL)
+    return trained
+
+
+def _sheet_maker(
+    data: ImageSet, encode: Callable[[AutoencoderKL, Tensor, np.ndarray], Tensor]
+) -> Callable[[nn.Module, Path], None]:
+    """A function (model, path) that draws 32 images of ``data``, and below each row what the model
+    makes of it. encode: (model, images, their numbers) → latents."""
+    shown = np.linspace(0, len(data) - 1, 32).astype(int)
+    examples = data.tensor(shown)
+
+    def sheet(model: nn.Module, path: Path) -> None:
+        assert isinstance(model, AutoencoderKL)
+        with torch.no_grad():
+            rebuilt = model.decode(encode(model, examples, shown)).cpu()
+        rows = [t for pair in zip(examples.split(8), rebuilt.split(8), strict=True) for t in pair]
+        save_sheet(torch.cat(rows), path, columns=8)
+
+    return sheet
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last)
+
+
 def vae_loss(
     vae: AutoencoderKL, images: Tensor, generator: torch.Generator, kl_weight: float
 ) -> dict[str, Tensor]:
     """`reconstruction_losses` and the weighted KL to N(0, 1); images (N, 3, S, S) in [-1, 1]."""
-    images = images.contiguous(memory_format=torch.channels_last)
+    images = _channels_last(images)
     with torch.autocast(images.device.type, torch.bfloat16):
         mean, log_variance = (t.float() for t in vae.encode(images))
         noise = torch.randn(mean.shape, generator=generator).to(mean.device)
@@ -76,10 +126,8 @@ def vae_loss(
 
 
 def reconstruction_losses(rebuilt: Tensor, images: Tensor) -> dict[str, Tensor]:
-    """Absolute error of pixels, plus half of that of their differences.
-
-    The differences sharpen edges, which absolute error alone leaves soft.
-    """
+    """The absolute error of pixels, plus half the absolute error of the differences between
+    neighbours, without which edges stay soft."""
     error = rebuilt - images
     pixel = error.abs().mean()
     edge = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
@@ -92,8 +140,8 @@ def encode_all(vae: AutoencoderKL, data: ImageSet, batch_size: int = 128) -> tup
     device = next(vae.parameters()).device
     means, deviations = [], []
     for start in Bar(range(0, len(data), batch_size), "encoding"):
-        images = data.tensor(np.arange(start, min(start + batch_size, len(data)))).to(device)
-        images = images.contiguous(memory_format=torch.channels_last)
+        chosen = np.arange(start, min(start + batch_size, len(data)))
+        images = _channels_last(data.tensor(chosen).to(device))
         with torch.autocast(device.type, torch.bfloat16):
             mean, log_variance = vae.encode(images)
         means.append(mean.half().cpu())
@@ -104,8 +152,8 @@ def encode_all(vae: AutoencoderKL, data: ImageSet, batch_size: int = 128) -> tup
 def read_latents(path: Path, classes: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Means and deviations (N, c, s, s) and int64 labels (N,) from a file that a training wrote.
 
-    Raises a one-line ValueError with the path for any other file, and for labels outside 0 to
-    ``classes`` - 1 (to N - 1 if ``classes`` is None).
+    Raises a one-line ValueError that names the path for any other file, and for labels outside 0 to
+    ``classes`` - 1 (or N - 1 if ``classes`` is None).
     """
     tensors = read_weights(path)
     try:
@@ -130,8 +178,8 @@ def read_latents(path: Path, classes: int | None = None) -> tuple[Tensor, Tensor
 def normalise_latents(vae: AutoencoderKL, data: ImageSet, images: int = 2048) -> None:
     """Fold each latent channel's mean and deviation into the two 1×1 convolutions.
 
-    Afterwards latents have mean 0 and variance 1 a channel on ``data`` (so ``scaling_factor`` is
-    1), and images decode as before.
+    Afterwards each channel of the latents of ``data`` has mean 0 and variance 1 (so
+    ``scaling_factor`` is 1), and images decode as before.
     """
     chosen = np.linspace(0, len(data) - 1, min(images, len(data))).astype(int)
     device = vae.quant_conv.weight.device

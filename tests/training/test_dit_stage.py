@@ -12,10 +12,9 @@ from tiny import tiny_dit
 from torch import Tensor, nn
 
 from dit_engine.training.data import ImageSet
-from dit_engine.training.decoder_stage import train_decoder
 from dit_engine.training.dit_stage import forward_bf16, train_denoiser
 from dit_engine.training.loop import Budget, LoopSettings
-from dit_engine.training.vae_stage import vae_loss
+from dit_engine.training.vae_stage import train_decoder, vae_loss
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 BAR = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))

@@ -12,8 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dit_engine.training.log import ProgressLine, add_row, drop_rows_after
-from dit_engine.training.loop import CHECKPOINT, Budget, LoopSettings, Trainer, read_stage
+from dit_engine.training.log import add_row, drop_rows_after
+from dit_engine.training.loop import (
+    CHECKPOINT,
+    Budget,
+    LoopSettings,
+    ProgressLine,
+    Trainer,
+    read_stage,
+)
 from dit_engine.training.stopping import Stopped, signals_noted
 
 

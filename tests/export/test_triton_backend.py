@@ -99,7 +99,7 @@ def test_another_model_or_precision_is_refused(served: Served) -> None:
         match=r"its dit_transformer is of another model: .* \w{12}…",
     ):
         tiny_engine().generate(1, steps=2, backend=backend)
-    with pytest.raises(BackendUnavailable, match=r"precision 'fp16': .* is in 'fp32'"):
+    with pytest.raises(BackendUnavailable, match=r"'fp32': ask for that precision, not for 'fp16'"):
         served.engine.generate(1, steps=2, backend=backend, precision="fp16")
     other = Engine.from_pretrained(
         served.repository.with_name("model"), device="cpu", numerics="diffusers"
@@ -218,6 +218,8 @@ class FakeServer:
         parameters = {name: {"string_value": value} for name, value in said.items()}
         return {"max_batch_size": 4, "parameters": parameters}
 
+    error = RemoteServer.error
+
     def infer(self, model: str, *_: object) -> list[np.ndarray]:
         self.asked.append(model)
         return []
@@ -232,7 +234,7 @@ def backend_of(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> TritonBac
     ("changes", "message"),
     [
         ({"checkpoint": "0" * 64}, r"its dit_guided_step is of another model: its weights are 000"),
-        ({"dtype": "fp16"}, r"precision 'fp32': far:8000: its dit_guided_step is in 'fp16'; ask"),
+        ({"dtype": "fp16"}, r"its dit_guided_step is in 'fp16': ask for that precision"),
         ({"model": "{}"}, r"its dit_guided_step has these weights with another config$"),
     ],
 )

@@ -137,7 +137,7 @@ column = lambda *v: numpy.array(v)[:, None]
 rows = parse_rows({{"label_names": column(b"cat", b"9"), "seeds": column(1, 2)}}, facts)
 assert [(r.label, r.steps, r.scale, r.spacing) for r in rows] == [(2, 250, 4.0, "official"),
                                                                    (9, 250, 4.0, "official")]
-z = sample(rows[:1], facts.shape, facts.learn_sigma, lambda i: (i["z"] + 1, i["z"]))
+z, _ = sample(rows[:1], facts.shape, facts.learn_sigma, lambda i: (i["z"] + 1, i["z"]))
 print(model.TritonPythonModel.__name__, z.shape)
 """
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True,
@@ -201,7 +201,7 @@ def test_a_model_without_vae(tmp_path: Path) -> None:
         ({"platform": "openvino"}, "platform 'openvino': choose one of onnxruntime, tensorrt"),
         ({"accelerator": "rocm"}, "accelerator 'rocm': choose one of cuda, tensorrt, none"),
         ({"max_batch_size": 0}, "max_batch_size 0 is not a positive integer"),
-        ({"queue_delay_us": -1}, "queue_delay_us -1 is negative"),
+        ({"queue_delay_us": -1}, "queue_delay_us -1 is not a whole number"),
     ],
 )
 def test_options_out_of_range(changes: dict[str, Any], message: str) -> None:
@@ -235,7 +235,7 @@ def test_rows_of_a_request() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": np.array(3)}, r"labels has shape \(\); \(N, 1\) is needed, one row an image"),
+        ({"labels": np.array(3)}, r"labels has shape \(\); \(N, 1\) is needed, one row per image"),
         ({"labels": np.zeros((1, 2), np.int64)}, r"labels has shape \(1, 2\); \(N, 1\) is"),
         ({"labels": np.zeros((0, 1), np.int64)}, "labels is empty"),
         ({"labels": np.array([True])}, "labels holds bool; whole numbers are needed"),
@@ -248,9 +248,12 @@ def test_rows_of_a_request() -> None:
         ({"seeds": np.array([-1])}, "seed -1 is not a whole number from 0 to 9223372036854775807"),
         ({"seeds": np.array([2**63], np.uint64)}, "seed 9223372036854775808 is not"),
         ({"seeds": np.array([True])}, "seeds holds bool; whole numbers are needed"),
-        ({"guidance_scale": np.array([np.nan])}, "guidance_scale nan is not a finite number"),
+        (
+            {"guidance_scale": np.array([np.nan])},
+            "guidance_scale nan is not a finite number",
+        ),
         ({"guidance_scale": np.array([True])}, "guidance_scale holds bool; real numbers are"),
-        ({"guidance_scale": np.array([-1.0])}, "guidance_scale -1.0 is negative"),
+        ({"guidance_scale": np.array([-1.0])}, "guidance_scale -1.0 is not a finite number"),
         ({"sampler": np.array([b"\xff"], object)}, r"sampler: text b'\\xff' is not UTF-8"),
         ({"sampler": np.array([3], object)}, "sampler holds 3; text is needed"),
         ({"sampler": np.array([3])}, "sampler holds int64; texts are needed"),

@@ -161,7 +161,7 @@ def test_our_onnxruntime_where_the_server_has_none(tmp_path: Path) -> None:
     backends = assemble_backends(find_server(path), tmp_path / "made")
     assert (backends / "python" / "libtriton_python.so").read_bytes() == b"library"
     written = (backends / "onnxruntime" / "model.py").read_text()
-    assert written == source_of("dit_export.server.onnxruntime_backend.model")
+    assert written == source_of("dit_export.server.onnxruntime_backend")
 
 
 def test_a_server_that_ends_or_never_gets_ready(repository: Path, tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_the_backend_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     import onnx
     from onnx import TensorProto, helper
 
-    from dit_export.server.onnxruntime_backend.model import TritonPythonModel
+    from dit_export.server.onnxruntime_backend import TritonPythonModel
 
     table = helper.make_tensor("table", TensorProto.FLOAT, [3], [10.0, 20.0, 30.0])
     graph = helper.make_graph(

@@ -167,7 +167,7 @@ REFUSED = {
     "too many steps": ("dit", {"steps": numbers(1001)}, "steps 1001 is out of range"),
     "NaN": ("dit", {"guidance_scale": scales(np.nan)}, "guidance_scale nan is not a finite"),
     "infinity": ("dit", {"guidance_scale": scales(np.inf)}, "guidance_scale inf is not a finite"),
-    "negative": ("dit", {"guidance_scale": scales(-0.5)}, "guidance_scale -0.5 is negative"),
+    "negative": ("dit", {"guidance_scale": scales(-0.5)}, "guidance_scale -0.5 is not a finite"),
     "overflow": ("dit", {"guidance_scale": scales(3e38)},
                  "latents of image 0 of 1 are not finite, first at step . of 2 with guidance"),
     "no image": ("dit", {name: numbers() for name in GOOD}, "input byte size mismatch"),

@@ -1,7 +1,7 @@
 """Backend "triton://host:port": the transformer runs on a Triton Inference Server.
 
-The sampling loop stays here; each step is one request, to "dit_guided_step" where the step is
-guided as that graph guides, else to "dit_transformer".
+The sampling loop stays here. Each step is one request: to "dit_guided_step" if that graph guides
+the channels that are asked for, else to "dit_transformer", and the step is then taken here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dit_engine.arguments import shown
 from dit_engine.backends import Backend
-from dit_engine.errors import BackendUnavailable
 from dit_engine.io.json_files import check_schema, parse_json
 from dit_engine.model import DiT
 from dit_export.server.remote import RemoteServer
@@ -34,13 +33,14 @@ class TritonBackend(Backend):
 
     Args:
         model: must be the one that the server has; it is not run here.
-        precision: of the graphs on the server.
+        precision: must be that of the graphs on the server.
         device: where the results go.
         address: "host:port" for HTTP, "grpc+host:port" for gRPC.
 
     Raises:
-        ValueError: no address, or one that cannot be.
-        BackendUnavailable: no server there, the model not loaded, or another model or precision.
+        ValueError: the address is missing or invalid.
+        BackendUnavailable: no server answers there, the model is not loaded there, or the server
+            has another model or precision.
     """
 
     def __init__(self, model: DiT, precision: str, device: torch.device, address: str = "") -> None:
@@ -50,40 +50,35 @@ class TritonBackend(Backend):
         checkpoint = weights_hash(model)
         served = {name: self.server.config(name) for name in (TRANSFORMER, STEP)}
         for name, config in served.items():
-            self._check(name, config, checkpoint, precision)
+            if (reason := self._difference(config, checkpoint, precision)) is not None:
+                raise self.server.error(f"its {name} {reason}")
         self.largest = min(config["max_batch_size"] for config in served.values())
-        guided = _parameter(served[STEP], "guided_channels") or "0"
-        if guided not in map(str, range(self.config.in_channels + 1)):
-            raise BackendUnavailable(
-                f"{self.server.address}: its {STEP} has guided_channels {shown(guided)} of "
-                f"{self.config.in_channels}"
-            )
+        guided, most = _parameter(served[STEP], "guided_channels") or "0", model.config.in_channels
+        if guided not in map(str, range(most + 1)):
+            raise self.server.error(f"its {STEP} has guided_channels {shown(guided)} of {most}")
         self.guided_channels = int(guided)
 
-    def _check(self, name: str, config: dict[str, Any], checkpoint: str, precision: str) -> None:
-        there = f"{self.server.address}: its {name}"
+    def _difference(self, config: dict[str, Any], checkpoint: str, precision: str) -> str | None:
+        """Why a served model, with this configuration, cannot be used here; None if it can."""
         try:
-            check_schema(config, _CONFIG, there)
-            model = parse_json(_parameter(config, "model") or "null", f"{there}: model")
+            check_schema(config, _CONFIG, "config")
+            model = parse_json(_parameter(config, "model") or "null", "its parameter 'model'")
         except ValueError as error:
-            raise BackendUnavailable(str(error)) from None
-        if config["max_batch_size"] < 1:
-            raise BackendUnavailable(f"{there} takes no batches (max_batch_size 0)")
+            return f"cannot be used: {error}"
         served, dtype = _parameter(config, "checkpoint"), _parameter(config, "dtype")
+        if config["max_batch_size"] < 1:
+            return "takes no batches (max_batch_size 0)"
         if served != checkpoint:
-            raise BackendUnavailable(
-                f"{there} is of another model: its weights are {str(served)[:12]}…, "
-                f"this one's {checkpoint[:12]}…"
-            )
+            hashes = f"its weights are {str(served)[:12]}…, this one's {checkpoint[:12]}…"
+            return f"is of another model: {hashes}"
         if model != self.config.to_dict():
-            raise BackendUnavailable(f"{there} has these weights with another config")
+            return "has these weights with another config"
         if dtype != precision:
-            raise BackendUnavailable(
-                f"precision {precision!r}: {there} is in {dtype!r}; ask for that"
-            )
+            return f"is in {dtype!r}: ask for that precision, not for {precision!r}"
+        return None
 
-    def prepare(self, labels: Tensor, timesteps: Tensor) -> TritonDenoiser:
-        return TritonDenoiser(self, labels, timesteps)
+    def prepare(self, labels: Tensor, timesteps: Tensor) -> RemoteDenoiser:
+        return RemoteDenoiser(self, labels, timesteps)
 
     def fuse(
         self,
@@ -92,14 +87,13 @@ class TritonBackend(Backend):
         coefficients: np.ndarray,
         scales: Tensor,
         guided_channels: int,
-    ) -> FusedTritonDenoiser:
-        denoiser = self.prepare(labels, timesteps)
-        return FusedTritonDenoiser(denoiser, coefficients, scales, guided_channels)
+    ) -> FusedRemoteDenoiser:
+        return FusedRemoteDenoiser(self, labels, timesteps, coefficients, scales, guided_channels)
 
     def infer(
         self, model: str, inputs: dict[str, np.ndarray], outputs: list[str], channels: int
     ) -> list[Tensor]:
-        """In as many requests as the server's largest batch asks for.
+        """Outputs of a model on the server, in as many requests as its largest batch needs.
 
         Raises `BackendUnavailable` unless every output is float32 of (N, channels, S, S).
         """
@@ -108,83 +102,75 @@ class TritonBackend(Backend):
         for i in range(0, n, self.largest):
             part = {name: value[i : i + self.largest] for name, value in inputs.items()}
             shape = (min(self.largest, n - i), channels, side, side)
-            answer = self.server.infer(model, part, outputs)
-            for name, value in zip(outputs, answer, strict=True):
+            parts.append(self.server.infer(model, part, outputs))
+            for name, value in zip(outputs, parts[-1], strict=True):
                 if not isinstance(value, np.ndarray):
-                    raise BackendUnavailable(f"{self.server.address}: {model} gave no {name}")
+                    raise self.server.error(f"{model} gave no {name}")
                 if value.dtype != np.float32 or value.shape != shape:
-                    raise BackendUnavailable(
-                        f"{self.server.address}: {model} gave {name} as {value.dtype} "
-                        f"{value.shape}; float32 {shape} is needed"
-                    )
-            parts.append(answer)
+                    found = f"{value.dtype} {value.shape}; float32 {shape} is needed"
+                    raise self.server.error(f"{model} gave {name} as {found}")
         columns = (np.concatenate(column) for column in zip(*parts, strict=True))
         return [torch.from_numpy(column).to(self.device) for column in columns]
 
 
-class TritonDenoiser:
+class RemoteDenoiser:
+    """See `dit_engine.backends.Denoiser`."""
+
     def __init__(self, backend: TritonBackend, labels: Tensor, timesteps: Tensor) -> None:
         self.backend = backend
-        self.labels = labels.cpu().numpy().astype(np.int64)  # (N,) or, guided, (2N,)
+        self.labels = labels.cpu().numpy().astype(np.int64)  # (N,), or (2N,) with guidance
         self.timesteps = timesteps.cpu().numpy().astype(np.int64)  # (steps,)
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
-        if len(x) == 0:  # no request holds it
-            return x.new_empty(0, self.backend.config.out_channels, *x.shape[2:])
-        inputs = {"x": _array(x), **self.conditions(len(x), step)}
         channels = self.backend.config.out_channels
+        if len(x) == 0:  # a request cannot be empty
+            return x.new_empty(0, channels, *x.shape[2:])
+        inputs = {"x": _array(x), **self._conditions(len(x), step)}
         (output,) = self.backend.infer(TRANSFORMER, inputs, ["output"], channels)
         return output.to(x.dtype)
 
-    def conditions(self, rows: int, step: int) -> dict[str, np.ndarray]:
-        t = np.full((rows, 1), self.timesteps[step])
-        return {"t": t, "y": self.labels[:rows, None]}
+    def _conditions(self, rows: int, step: int) -> dict[str, np.ndarray]:
+        return {"t": np.full((rows, 1), self.timesteps[step]), "y": self.labels[:rows, None]}
 
 
-class FusedTritonDenoiser:
+class FusedRemoteDenoiser(RemoteDenoiser):
     """See `dit_engine.backends.FusedDenoiser`."""
 
     def __init__(
-        self, denoiser: TritonDenoiser, coefficients: np.ndarray, scales: Tensor, channels: int
+        self,
+        backend: TritonBackend,
+        labels: Tensor,
+        timesteps: Tensor,
+        coefficients: np.ndarray,
+        scales: Tensor,
+        channels: int,
     ) -> None:
-        self.denoiser, self.channels = denoiser, channels
+        super().__init__(backend, labels, timesteps)
         self.coefficients = coefficients.astype(np.float32)
-        self.scales = scales.float().cpu()
+        self.scales, self.channels = scales.float().cpu(), channels
 
     def guided_step(
         self, z: Tensor, x0_before: Tensor, noise: Tensor, step: int, guide: bool
     ) -> tuple[Tensor, Tensor]:
-        if len(z) == 0:
+        n, backend, row = len(z), self.backend, self.coefficients[step]
+        if n == 0:
             return z, z
-        if guide and self.channels == self.denoiser.backend.guided_channels:
-            return self._there(z, x0_before, noise, step)
-        return self._here(z, x0_before, noise, step, guide)
-
-    def _there(
-        self, z: Tensor, x0_before: Tensor, noise: Tensor, step: int
-    ) -> tuple[Tensor, Tensor]:
-        n = len(z)
-        inputs = {
-            "z": _array(z),
-            "x0_before": _array(x0_before),
-            "noise": _array(noise),
-            **self.denoiser.conditions(n, step),
-            "guidance_scale": self.scales.numpy()[:, None],
-            "coefficients": np.tile(self.coefficients[step], (n, 1)),
-        }
-        backend = self.denoiser.backend
-        after, x0 = backend.infer(STEP, inputs, ["z_next", "x0"], backend.config.in_channels)
-        return after, x0
-
-    def _here(
-        self, z: Tensor, x0_before: Tensor, noise: Tensor, step: int, guide: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Unguided, or guided on other channels than the server's graph guides."""
-        output = self.denoiser(torch.cat([z, z]) if guide else z, step)  # (M, C_out, S, S)
-        tokens = output.flatten(2).transpose(1, 2)  # one a latent pixel, (M, S·S, C_out)
+        if guide and self.channels == backend.guided_channels:
+            inputs = {
+                "z": _array(z),
+                "x0_before": _array(x0_before),
+                "noise": _array(noise),
+                **self._conditions(n, step),
+                "guidance_scale": self.scales.numpy()[:, None],
+                "coefficients": np.tile(row, (n, 1)),
+            }
+            after, x0 = backend.infer(STEP, inputs, ["z_next", "x0"], backend.config.in_channels)
+            return after, x0
+        output = self(torch.cat([z, z]) if guide else z, step)  # (M, C_out, S, S)
+        tokens = output.flatten(2).transpose(1, 2)  # one per latent pixel, (M, S·S, C_out)
         return guided_step(
-            tokens, z, x0_before, noise, self.scales.to(z.device),
-            torch.from_numpy(self.coefficients[step]), self.channels, patch_size=1,
+            tokens, z, x0_before, noise, self.scales.to(z.device), torch.from_numpy(row),
+            self.channels, patch_size=1,
         )  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def assemble_backends(server: ServerBinary, folder: Path) -> Path:
         stub = folder / "python" / server.stub.name
         shutil.copyfile(server.stub, stub)
         stub.chmod(0o755)
-    source = source_of("dit_export.server.onnxruntime_backend.model")
+    source = source_of("dit_export.server.onnxruntime_backend")
     for name, text in {"model.py": source, **packages(BACKEND)}.items():
         write_text(folder / "onnxruntime" / name, text)
     return folder

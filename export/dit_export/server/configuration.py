@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dit_engine.arguments import positive, shown, whole_number
+from dit_engine.arguments import choice, positive, shown, whole_number
 from dit_export.bundle import Bundle, TensorSpec
 from dit_export.server.origin import HEADER_INPUTS
 
@@ -27,8 +27,9 @@ ENGINE_CACHE = "trt-cache"
 server runs in. In /tmp, others could put engines there beforehand."""
 
 _TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64"}
-_MIB = 1 << 20
-_MOST = 2**31 - 1  # of any number that is set here
+_MOST = 2**31 - 1  # the limit of every number in a configuration
+
+Fields = Sequence[tuple[str, Any]] | Mapping[str, Any]
 
 
 class Enum(str):
@@ -41,13 +42,13 @@ class ServingOptions:
 
     Attributes:
         platform: "onnxruntime" or "tensorrt".
-        accelerator: of onnxruntime on a GPU: its CUDA provider, its TensorRT provider, or "none",
-            the server's own choice. On a CPU it has no effect.
+        accelerator: what onnxruntime uses on a GPU: its CUDA provider, its TensorRT provider, or
+            "none" for the server's own choice. On a CPU it has no effect.
         max_batch_size: images in one batch; guided_step computes twice as many.
         instances: copies of each graph's model on every device.
         pipelines: sampling loops that "dit" runs at once; their steps share batches.
-        queue_delay_us: how long a request may wait for others to share a batch with.
-        queue_size: requests that may wait for "dit"; more are refused at once.
+        queue_delay_us: how long a request may wait for others, to share a batch with them.
+        queue_size: requests that may wait for "dit"; further ones are refused at once.
     """
 
     platform: str = "onnxruntime"
@@ -60,24 +61,22 @@ class ServingOptions:
 
     def checked(self) -> ServingOptions:
         """The same options; ValueError that names the first option out of its range."""
-        for name, value, allowed in (
-            ("platform", self.platform, PLATFORMS),
-            ("accelerator", self.accelerator, ACCELERATORS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} {shown(value)}: choose one of {', '.join(allowed)}")
+        choice("platform", self.platform, PLATFORMS)
+        choice("accelerator", self.accelerator, ACCELERATORS)
         counts = {
             name: positive(name, getattr(self, name))
             for name in ("max_batch_size", "instances", "pipelines", "queue_size")
         }
         delay = whole_number(self.queue_delay_us)
         if delay is None or delay < 0:
-            why = "is no whole number" if delay is None else "is negative"
-            raise ValueError(f"queue_delay_us {shown(self.queue_delay_us)} {why}")
-        for name, value in (*counts.items(), ("queue_delay_us", delay)):
+            raise ValueError(
+                f"queue_delay_us {shown(self.queue_delay_us)} is not a whole number of 0 or more"
+            )
+        counts["queue_delay_us"] = delay
+        for name, value in counts.items():
             if value > _MOST:
                 raise ValueError(f"{name} {shown(value)} is above {_MOST}")
-        return replace(self, queue_delay_us=delay, **counts)
+        return replace(self, **counts)
 
 
 def graph_config(name: str, bundle: Bundle, options: ServingOptions) -> str:
@@ -117,25 +116,22 @@ def pipeline_config(bundle: Bundle, options: ServingOptions) -> str:
     """config.pbtxt of "dit". It has no warm-up: the models that it asks may load after it."""
     assert bundle.vae is not None
     side = bundle.config.input_size * bundle.vae.downsampling
-
-    def column(name: str, kind: str, optional: bool = True) -> tuple[str, Any]:
-        value = {"name": name, "data_type": Enum(kind), "dims": [1]}
-        return "input", value | ({"optional": True} if optional else {})
-
-    images = {"name": "images", "data_type": Enum("TYPE_UINT8"),
-              "dims": [side, side, bundle.vae.out_channels]}  # fmt: skip
+    kinds = {
+        "labels": "TYPE_INT64", "label_names": "TYPE_STRING", "seeds": "TYPE_INT64",
+        "steps": "TYPE_INT64", "guidance_scale": "TYPE_FP32", "sampler": "TYPE_STRING",
+    } | dict.fromkeys(HEADER_INPUTS, "TYPE_STRING")  # fmt: skip
+    columns = [
+        {"name": name, "data_type": Enum(kind), "dims": [1]}
+        | ({} if name == "seeds" else {"optional": True})
+        for name, kind in kinds.items()
+    ]
     fields: list[tuple[str, Any]] = [
         ("name", "dit"),
         ("backend", "python"),
         ("max_batch_size", options.max_batch_size),
-        column("labels", "TYPE_INT64"),
-        column("label_names", "TYPE_STRING"),
-        column("seeds", "TYPE_INT64", optional=False),
-        column("steps", "TYPE_INT64"),
-        column("guidance_scale", "TYPE_FP32"),
-        column("sampler", "TYPE_STRING"),
-        *(column(name, "TYPE_STRING") for name in HEADER_INPUTS),
-        ("output", images),
+        ("input", columns),
+        ("output", {"name": "images", "data_type": Enum("TYPE_UINT8"),
+                    "dims": [side, side, bundle.vae.out_channels]}),
         ("version_policy", {"latest": {"num_versions": 1}}),
         ("dynamic_batching", {
             "max_queue_delay_microseconds": 5 * options.queue_delay_us,
@@ -148,28 +144,31 @@ def pipeline_config(bundle: Bundle, options: ServingOptions) -> str:
 
 
 def _tensor(spec: TensorSpec, side: int) -> dict[str, Any]:
-    """An input or output. Sizes that the graph leaves open, as the decoder's are, become ``side``:
-    with open sizes, a request of 1 MiB could take gigabytes."""
-    dims = [size if isinstance(size, int) else side for size in spec.shape[1:]]
-    value: dict[str, Any] = {"name": _name(spec), "data_type": Enum(_TYPES[spec.dtype])}
-    if dims:
+    """An input or output; side: what stands for its free dimensions."""
+    value = {"name": _name(spec), "data_type": Enum(_TYPES[spec.dtype])}
+    if dims := _dims(spec, side):
         return value | {"dims": dims}
-    # One number a row: a client sends (N, 1), the graph reads (N,).
+    # One number per row: a client sends (N, 1), the graph reads (N,).
     return value | {"dims": [1], "reshape": {"shape": []}}
 
 
 def _warmup(inputs: Sequence[TensorSpec], batch: int, side: int) -> dict[str, Any]:
-    def entry(spec: TensorSpec) -> dict[str, Any]:
-        dims = [size if isinstance(size, int) else side for size in spec.shape[1:]] or [1]
-        # Zeros, since they are a valid label and time step.
-        value = {"data_type": Enum(_TYPES[spec.dtype]), "dims": dims, "zero_data": True}
-        return {"key": _name(spec), "value": value}
+    """A first batch of zeros, which are a valid label and time step too."""
 
-    return {
-        "name": f"{batch} at once",
-        "batch_size": batch,
-        "inputs": [entry(spec) for spec in inputs],
-    }
+    def entry(spec: TensorSpec) -> dict[str, Any]:
+        kind, dims = Enum(_TYPES[spec.dtype]), _dims(spec, side) or [1]
+        return {
+            "key": _name(spec),
+            "value": {"data_type": kind, "dims": dims, "zero_data": True},
+        }
+
+    entries = [entry(spec) for spec in inputs]
+    return {"name": f"{batch} at once", "batch_size": batch, "inputs": entries}
+
+
+def _dims(spec: TensorSpec, side: int) -> list[int]:
+    """The dimensions without the batch's."""
+    return [size if isinstance(size, int) else side for size in spec.shape[1:]]
 
 
 def _optimization(dtype: str, options: ServingOptions) -> dict[str, Any]:
@@ -182,8 +181,8 @@ def _optimization(dtype: str, options: ServingOptions) -> dict[str, Any]:
     if options.accelerator == "tensorrt":
         parameters = {
             "precision_mode": "FP32" if dtype == "fp32" else "FP16",
-            "max_workspace_size_bytes": str(4096 * _MIB),
-            "trt_engine_cache_enable": "1",  # the first start builds engines, for minutes
+            "max_workspace_size_bytes": str(2**32),
+            "trt_engine_cache_enable": "1",  # the first start builds engines for some minutes
             "trt_engine_cache_path": ENGINE_CACHE,
             "trt_timing_cache_enable": "1",
         }
@@ -192,16 +191,15 @@ def _optimization(dtype: str, options: ServingOptions) -> dict[str, Any]:
     return value | {"execution_accelerators": {"gpu_execution_accelerator": [accelerator]}}
 
 
-def to_pbtxt(fields: Sequence[tuple[str, Any]] | Mapping[str, Any], indent: str = "") -> str:
-    """Protocol buffers' text format. A list of messages is a field that repeats; one of numbers
-    stands in brackets.
+def to_pbtxt(fields: Fields, indent: str = "") -> str:
+    """Protocol buffers' text format. A list of messages becomes a field that repeats; a list of
+    numbers is written in brackets.
 
     Raises ValueError for a value of any other type. So everything that is written here is a number,
     one of our own words, or a string whose quotation marks are escaped.
     """
     lines: list[str] = []
-    pairs = fields.items() if isinstance(fields, Mapping) else fields
-    for key, value in pairs:
+    for key, value in fields.items() if isinstance(fields, Mapping) else fields:
         messages = isinstance(value, list) and value and isinstance(value[0], Mapping)
         for item in value if messages else [value]:
             if isinstance(item, Mapping):
@@ -212,12 +210,10 @@ def to_pbtxt(fields: Sequence[tuple[str, Any]] | Mapping[str, Any], indent: str 
 
 
 def _scalar(value: Any) -> str:
-    if isinstance(value, Enum):
+    if isinstance(value, Enum) or type(value) is int:
         return str(value)
     if isinstance(value, bool):
         return "true" if value else "false"
-    if type(value) is int:
-        return str(value)
     if type(value) is str:
         return f'"{_quoted(value)}"'
     if isinstance(value, list) and all(type(each) is int for each in value):

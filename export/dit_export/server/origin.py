@@ -1,6 +1,6 @@
 """Refuse requests that other people's web pages make a browser send.
 
-Browsers let any page send a request to any address, also to this machine's own. They put the
+Browsers let any page send a request to any address, including this machine's own. They put the
 page's address into the header ``Origin``, and the name by which they found the server into
 ``Host``. ``Host`` matters because a page can make its own name point to this machine ("DNS
 rebinding"), and could then read the answers too. The server forwards both headers as parameters of
@@ -35,20 +35,18 @@ def refusal(request: Any, named: bool = False) -> str | None:
     `FORWARDS` them. The server forwards none for requests to /generate. Requests from its own
     model "dit" have none either, so the models that "dit" asks do not set this.
     """
-    said = (
-        request.parameters() if hasattr(request, "parameters") else "{}"
-    )  # some versions of Triton lack it
+    # Some versions of Triton have no parameters.
+    said = request.parameters() if hasattr(request, "parameters") else "{}"
     # A list keeps both values where a client gives a parameter the name of a header.
     given = json.loads(said, object_pairs_hook=list)
-    pairs = [(name.lower(), value) for name, value in given]
-    hosts = [value for name, value in pairs if name == "host"]
+    hosts = [value for name, value in given if name.lower() == "host"]
     for host in hosts:
         if not _is_ours(str(host)):
             return (
                 f"Host {shown(host)} is not a name of this server: use its address or localhost, "
                 f"or start the server with {NAMES}=NAME in its environment"
             )
-    for origin in (value for name, value in pairs if name == "origin"):
+    for origin in (value for name, value in given if name.lower() == "origin"):
         if not hosts or any(origin not in (f"http://{host}", f"https://{host}") for host in hosts):
             return f"Origin {shown(origin)}: requests from web pages are refused"
     headers = {name for name, _ in given}

@@ -19,28 +19,23 @@ _TEXT = """\
 | `dit_transformer` | the transformer alone | `x`, `t`, `y` → `output` |
 | `vae_decoder` | latents to images | `z` → `images` (N, 3, {pixels}, {pixels}), about −1 to 1 |
 
-The graphs are {platform}, {dtype}; guidance acts on {guided} latent channels.
-A request may have at most {batch} images. Inputs with one number per image, such as `t`, have the
-shape (N, 1).
+The graphs are {platform}, {dtype}; guidance acts on {guided} latent channels. A request may ask for
+at most {batch} images. Inputs with one number per image have the shape (N, 1).
 
-Inputs of `dit`, each (N, 1) with one row per image:
-
-| input | type | |
+| input of `dit` | type | |
 |---|---|---|
-| `labels` | INT64 | class numbers 0 to {last}; alternatively: |
+| `labels` | INT64 | class numbers 0 to {last}; or give |
 | `label_names` | BYTES | {names} |
-| `seeds` | INT64 | 0 or above; an image depends only on its own row |
+| `seeds` | INT64 | 0 or more; an image depends only on its own row |
 | `steps` | INT64 | optional, 1 to {train_steps}; the sampler's usual number by default |
 | `guidance_scale` | FP32 | optional, 4.0 by default; 1 is no guidance |
 | `sampler` | BYTES | optional: ddpm (the default), ddim, dpm++ |
 
 With the same seeds the images are those of `Engine.generate`, within the precision of {dtype}.
-Requests that wait at the same time share batches, also with different samplers and numbers of
-steps; all of them are answered when the longest one is done.
-
-An invalid request (an unknown label, steps 0) gets one line that names the value and what is
-allowed, as 400 over HTTP or INVALID_ARGUMENT over gRPC. 500 or INTERNAL is an error in the server,
-or means that the images are not finite, as with a huge `guidance_scale`.
+Requests that wait at the same time share batches, whatever their samplers and numbers of steps;
+they are all answered when the longest one is done. A client's mistake is answered with 400 (over
+gRPC INVALID_ARGUMENT) and one line that names the value and what is allowed. 500 (INTERNAL) is an
+error in the server, or says that the images are not finite.
 
 ## Start a server
 
@@ -58,19 +53,15 @@ docker run --rm --gpus all --shm-size 1g -p 127.0.0.1:8000:8000 -p 127.0.0.1:800
     --grpc-header-forward-pattern='(?i)user-agent'
 ```
 
-Take release 26.07 or later: NVIDIA's security bulletins list vulnerabilities of all earlier ones,
-such as requests that end the server (CVE-2025-23310), keep it busy (CVE-2026-16497) or run code in
-it (CVE-2025-23319).
+Take release 26.07 or later: earlier ones have vulnerabilities with which a request can end the
+server (CVE-2025-23310) or run code in it (CVE-2025-23319). {needs}
+
 The options close endpoints that no client needs, and let `dit` refuse requests from web pages and
-all requests to /generate; `dit` has inputs with names of headers for this, which no client sets. A
-page can still have the other models run. A server that is addressed by a name needs
-`-e DIT_SERVER_NAMES=<name>`. Anyone who can reach the
-ports can ask for images.
+all requests to /generate. A page can still have the other models run. If clients address the server
+by a name, add `-e DIT_SERVER_NAMES=<name>`. Whoever can reach the ports can ask for images.
 
-{needs}
-
-Without a container, to try things out: `dit-export triton --serve .` takes the `tritonserver` on
-PATH. The option `--server` takes the one of a virtual environment, which is made with
+Without a container, to try it on your own machine (Linux on x86-64, Python 3.10 to 3.12; the graphs
+run on the CPU):
 
 ```
 python -m venv .venv-server
@@ -79,14 +70,12 @@ python -m venv .venv-server
 dit-export triton --serve . --server .venv-server
 ```
 
-(Linux, x86-64, Python 3.10 to 3.12). That server runs the graphs on the CPU. It is Triton 2.51,
-which anyone who can reach it can end with one request (CVE-2025-23310), so use it only on your own
-machine.
+That server is Triton 2.51, which anyone who can reach it can end with one request. Without
+`--server`, the `tritonserver` on PATH is taken.
 
 `--serve` refuses a repository with other code than its version of DiT Engine writes. A server that
-you start yourself, and `client.py`, run the code that is here. If the repository comes from people
-whom you do not know, read `client.py`, `dit/1` and every `config.pbtxt` first, or write the
-repository again from the export.
+you start yourself, and `client.py`, run the code that is here: if you do not trust its source, read
+`client.py`, `dit/1` and every `config.pbtxt` first, or write the repository again from the export.
 
 ## Ask it
 
@@ -95,18 +84,16 @@ pip install 'tritonclient[http]' pillow
 python client.py localhost:8000 images.png 50 {example}     # 50 steps, seeds 0, 1, …
 ```
 
-`Engine.generate(..., backend="triton://localhost:8000", precision="{precision}")` runs the
-sampling loop in your process and the transformer on the server; `triton://grpc+localhost:8001` does
-the same over gRPC.
-
-State: `curl localhost:8000/v2/health/ready`, `localhost:8000/v2/models/dit/stats`, and
+`Engine.generate(..., backend="triton://localhost:8000", precision="{dtype}")` runs the sampling
+loop in your process and the transformer on the server; `triton://grpc+localhost:8001` uses gRPC.
+The server's state: `localhost:8000/v2/health/ready`, `localhost:8000/v2/models/dit/stats`, and
 `localhost:8002/metrics`.
 
 ## Your own sampling loop
 
-`dit_guided_step` takes the latents `z`, the `x0` from the step before (zeros at first) and
-`noise`, each (N, {channels}, {side}, {side}); `t`, `y` and `guidance_scale`; and `coefficients`
-(N, 9), which define the sampler:
+`dit_guided_step` takes the latents `z`, the `x0` of the step before (zeros at first) and `noise`,
+each (N, {channels}, {side}, {side}); `t`, `y` and `guidance_scale`; and `coefficients` (N, 9),
+which define the sampler:
 
 | number | name | what it does |
 |---|---|---|
@@ -115,12 +102,25 @@ State: `curl localhost:8000/v2/health/ready`, `localhost:8000/v2/models/dit/stat
 | 6, 7 | low, high | logarithms of the variance, between which the model's v in [−1, 1] chooses |
 | 8 | s | `z_next` = mean + s·exp((low + (v + 1)/2·(high − low)) / 2)·`noise` |
 
-If s = 0, as in every sampler's last step, `noise` has no effect. {variance} The rows of a
+If s is 0, as in the last step of every sampler, `noise` has no effect. {variance} The rows of a
 schedule are `step_coefficients("ddpm", make_schedule({schedule}), learned={learned})` of
-`dit_engine.sampling.coefficients` and `dit_engine.sampling.schedule`, which need only numpy;
-copies are in `dit/1`.
+`dit_engine.sampling.coefficients` and `dit_engine.sampling.schedule`, which need only numpy and
+are in `dit/1` too.
 {diffusion}`vae_decoder` makes the images from the last `z_next`.
 """
+_DIFFUSION = """\
+`diffusion` is `Diffusion.from_dict` (`dit_engine.sampling.diffusion`) of the entry "diffusion" in
+`dit/1/pipeline.json`: this model has {changed}. ε above is what the model predicts. If it has a
+`clip`, `clipping` tells how much of the clamped `x0` is added to `z_next` afterwards.
+"""
+_LEARNED = "This model learns its variance."
+_FIXED = "This model learns no variance: only s·`noise` is added."
+_ONNX_NEEDS = """\
+Its onnxruntime must know ONNX opset {opset} (1.23 knows 23; the release notes name the version).
+Up to 1.24 it computes opset 23's Attention on the CPU even if there is a GPU:
+`dit-export triton --opset 22` writes graphs without it."""
+_PLAN_NEEDS = """\
+Engines load only in the TensorRT version that built them: take the release whose notes name it."""
 
 
 def readme(bundle: Bundle, options: ServingOptions) -> str:
@@ -133,7 +133,6 @@ def readme(bundle: Bundle, options: ServingOptions) -> str:
         pixels=config.input_size * vae.downsampling,
         platform="ONNX" if onnx else "TensorRT engines",
         dtype=bundle.dtype,
-        precision=bundle.dtype,
         guided=f"the first {bundle.guided_channels} of {config.in_channels}",
         channels=config.in_channels,
         side=config.input_size,
@@ -151,28 +150,13 @@ def readme(bundle: Bundle, options: ServingOptions) -> str:
     )
 
 
-_DIFFUSION = """\
-`diffusion` is `Diffusion.from_dict` (`dit_engine.sampling.diffusion`) of the entry "diffusion" in
-`dit/1/pipeline.json`: this model has {changed}. ε above is what it predicts, and where it has a
-`clip`, what `clipping` gives says how much of the clamped `x0` is added to `z_next` afterwards.
-"""
-_LEARNED = "This model learns its variance."
-_FIXED = "This model learns no variance: only s·`noise` is added."
-_ONNX_NEEDS = """\
-The graphs are of ONNX opset {opset}: the release's onnxruntime must know it (1.23 knows 23; the
-release notes name the version). 1.24 and earlier compute 23's Attention on the CPU, also where
-there is a GPU. `dit-export triton --opset 22` writes graphs without it."""
-_PLAN_NEEDS = """\
-Engines load only in the TensorRT version that built them: take the release whose notes name it."""
-
-
 def _some(names: tuple[str, ...]) -> str:
     first = ", ".join(markdown_text(name.split(",")[0]) for name in names[:4])
     return first + (f" … ({len(names)} in all)" if len(names) > 4 else "")
 
 
 def _argument(number: int, name: str) -> str:
-    """A label as an argument in a shell command: quoted, or its number where a name could end the
+    """A label as an argument in a shell command: quoted, or as its number if its name could end the
     block of code or be taken for an option."""
     plain = name == printable(name) and name.strip() and "`" not in name and name[0] != "-"
     return shlex.quote(name) if plain else str(number)

@@ -17,18 +17,20 @@ from dit_engine.errors import BackendUnavailable
 from dit_engine.io.printable import one_line
 
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 600.0
-TOTAL_SECONDS = 1200.0  # of a request over HTTP, where ANSWER_SECONDS are between two packets
-# An answer has the tensors of a step, as the request has. As text they take five times more bytes.
+TOTAL_SECONDS = 1200.0  # for a request over HTTP; ANSWER_SECONDS are between two packets
+# An answer may have some times as many bytes as its request: it has about as many numbers, but as
+# text they take five times the space.
 _TIMES_THE_QUESTION, _LEAST_BYTES = 16, 16 * 2**20
 _ERROR_BYTES, _BLOCK_BYTES = 64 * 2**10, 2**16
 _TYPES = {"float32": "FP32", "int64": "INT64"}
 _GRPC = "grpc+"
-# Repeats tritonclient's own options, because given ones replace them, and ignores proxies.
+# The first two are tritonclient's own, which would be lost otherwise. The last: use no proxy.
 _DIRECT = [
     ("grpc.max_send_message_length", 2**31 - 1),
     ("grpc.max_receive_message_length", 2**31 - 1),
     ("grpc.enable_http_proxy", 0),
 ]
+_MISTAKES = ("400", "StatusCode.INVALID_ARGUMENT")  # the codes for a client's mistake
 
 T = TypeVar("T")
 
@@ -36,14 +38,14 @@ T = TypeVar("T")
 class RemoteServer:
     """The server at "host:port" (HTTP) or "grpc+host:port". Threads may share it.
 
-    Raises ValueError for an invalid address, ImportError without tritonclient. Every request raises
-    one line with the address and the reason: ValueError if the server calls the request's arguments
-    invalid, else `BackendUnavailable`, also for an answer that cannot be read or is far too large.
+    The constructor raises ValueError for an invalid address and ImportError without tritonclient.
+    Every request raises one line with the address and the reason: ValueError if the server calls
+    the arguments invalid, else `BackendUnavailable`, also for an answer that is far too large or
+    cannot be read.
     """
 
     def __init__(self, address: str) -> None:
-        self.address = address
-        self.url = address.removeprefix(_GRPC)
+        self.address, self.url = address, address.removeprefix(_GRPC)
         host, _, port = self.url.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ValueError(
@@ -52,20 +54,19 @@ class RemoteServer:
         self.protocol = "grpc" if address.startswith(_GRPC) else "http"
         try:
             self.module: Any = import_module(f"tritonclient.{self.protocol}")
-            utils = import_module("tritonclient.utils")
+            self.refused: Any = import_module("tritonclient.utils").InferenceServerException
         except ImportError:
             raise ImportError(
                 "tritonclient is not installed: pip install 'dit-engine[triton-client]'"
             ) from None
-        self.refused: Any = utils.InferenceServerException
-        self._own = threading.local()  # the HTTP client belongs to the thread that made it
+        self._own = threading.local()  # an HTTP client belongs to the thread that made it
 
     def config(self, model: str) -> dict[str, Any]:
         """The configuration of a model that is loaded."""
         if not self._ask(lambda client: client.is_server_live()):
-            raise BackendUnavailable(f"{self.address}: the server is not live")
+            raise self.error("the server is not live")
         if not self._ask(lambda client: client.is_model_ready(model)):
-            raise BackendUnavailable(f"{self.address}: model {model!r} is not loaded there")
+            raise self.error(f"model {model!r} is not loaded there")
         if self.protocol == "grpc":
             return self._ask(lambda client: client.get_model_config(model, as_json=True))["config"]
         return self._ask(lambda client: client.get_model_config(model))
@@ -83,53 +84,49 @@ class RemoteServer:
         result = self._ask(lambda client: client.infer(model, tensors, outputs=wanted, **limit))
         return [self._ask(lambda _, name=name: result.as_numpy(name)) for name in outputs]
 
+    def error(self, reason: str) -> BackendUnavailable:
+        return BackendUnavailable(f"{self.address}: {reason}")
+
     def _ask(self, question: Callable[[Any], T]) -> T:
         try:
             return question(self._client())
         except self.refused as error:
-            status = "" if error.status() is None else f"[{error.status()}] "
-            text = one_line(f"{status}{error.message()}")  # the message may be any JSON value
-            # The codes of HTTP and gRPC for a client's mistake.
-            if error.status() in ("400", "StatusCode.INVALID_ARGUMENT"):
-                raise ValueError(f"{self.address}: {one_line(error.message())}") from None
-            if "UNAVAILABLE" in text:  # gRPC's code for a failed connection
-                raise self._nobody(text) from None
-            raise BackendUnavailable(f"{self.address}: {text}") from None
+            message, status = one_line(error.message()), error.status()
+            if status in _MISTAKES:
+                raise ValueError(f"{self.address}: {message}") from None
+            told = message if status is None else one_line(f"[{status}] {message}")
+            if "UNAVAILABLE" in told:  # gRPC's code for a failed connection
+                told = f"no Triton Inference Server answers there: {told}"
+            raise self.error(told) from None
         except (OSError, HTTPException) as error:  # timeouts too
-            raise self._nobody(one_line(getattr(error, "strerror", None) or error)) from None
+            reason = one_line(getattr(error, "strerror", None) or error)
+            raise self.error(f"no Triton Inference Server answers there: {reason}") from None
         except (BackendUnavailable, ImportError, MemoryError):
             raise
         except Exception as error:  # tritonclient does not check the structure of an answer
             reason = f"{type(error).__name__}: {one_line(error)}"
-            raise BackendUnavailable(
-                f"{self.address}: its answer cannot be read ({reason})"
-            ) from None
-
-    def _nobody(self, reason: str) -> BackendUnavailable:
-        return BackendUnavailable(
-            f"{self.address}: no Triton Inference Server answers there: {reason}"
-        )
+            raise self.error(f"its answer cannot be read ({reason})") from None
 
     def _client(self) -> Any:
         if not hasattr(self._own, "client"):
             limits: dict[str, Any] = {}
-            if self.protocol == "http":  # which ignores proxies
+            if self.protocol == "http":  # this client ignores proxies
                 limits = {"connection_timeout": CONNECT_SECONDS, "network_timeout": ANSWER_SECONDS}
             elif is_loopback(self.url.rpartition(":")[0]):
                 limits = {"channel_args": _DIRECT}
             client = self.module.InferenceServerClient(self.url, **limits)
             if self.protocol == "http":
-                client._client_stub = _Bounded(client._client_stub, self.address)
+                client._client_stub = _Bounded(client._client_stub, self.error)
             self._own.client = client
         return self._own.client
 
 
 class _Bounded:
-    """tritonclient's HTTP connection with limits for the size and the time of answers, which it
-    lacks."""
+    """tritonclient's HTTP connection with the limits that it lacks, for the size and the time of
+    answers; error: makes the exception to raise from a reason."""
 
-    def __init__(self, connection: Any, address: str) -> None:
-        self._connection, self._address = connection, address
+    def __init__(self, connection: Any, error: Callable[[str], Exception]) -> None:
+        self._connection, self._error = connection, error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._connection, name)
@@ -145,31 +142,25 @@ class _Bounded:
 
     @contextmanager
     def _in_time(self) -> Iterator[None]:
-        from gevent import Timeout  # which tritonclient's HTTP client brings
+        from gevent import Timeout  # installed with tritonclient's HTTP client
 
         try:
             with Timeout(TOTAL_SECONDS):
                 yield
         except Timeout:
-            raise BackendUnavailable(
-                f"{self._address}: its answer took more than {TOTAL_SECONDS:g} seconds"
-            ) from None
+            raise self._error(f"its answer took more than {TOTAL_SECONDS:g} seconds") from None
 
     def _read(self, response: Any, limit: int) -> _Answer:
         failed = response.status_code != 200
         if not failed and response.get("Content-Encoding") is not None:
-            raise BackendUnavailable(
-                f"{self._address}: its answer is compressed, though we did not ask for that"
-            )
+            raise self._error("its answer is compressed, though we did not ask for that")
         body = bytearray()
         while block := response.read(_BLOCK_BYTES):
             body += block
             if failed and len(body) > _ERROR_BYTES:
                 break  # the beginning is enough for a message
             if len(body) > limit:
-                raise BackendUnavailable(
-                    f"{self._address}: its answer has more than {limit >> 20} MiB"
-                )
+                raise self._error(f"its answer has more than {limit >> 20} MiB")
         return _Answer(response, bytes(body))
 
 

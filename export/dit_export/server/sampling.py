@@ -1,7 +1,7 @@
-"""The sampling loop in numpy: rows of any sampler and number of steps, side by side in one batch.
+"""The sampling loop in numpy: rows of any sampler and number of steps side by side in one batch.
 
-It runs where there is no torch, beside the server's Python backend. Shape letters: N rows, C latent
-channels, S latent side.
+It runs in the Python backend of a server, without torch. Shape letters: N rows, C latent channels,
+S latent side.
 """
 
 from __future__ import annotations
@@ -46,22 +46,23 @@ class _Run:
         self.clip = clipping(row.sampler, schedule)
         self.generator = TorchGenerator(row.seed)
         self.z = self.generator.randn(shape)  # (C, S, S)
-        self.x0 = self.silence = np.zeros(shape, dtype=np.float32)
+        self.x0 = self.zeros = np.zeros(shape, dtype=np.float32)
 
-    def inputs(self, step: int) -> dict[str, np.ndarray | float | int]:
-        drawn = self.coefficients[step, 8] != 0  # as Engine.generate: only where it is added
+    def inputs(self, step: int) -> dict[str, np.ndarray]:
+        # As in `Engine.generate`, noise is drawn only for the steps that add it.
+        drawn = self.coefficients[step, 8] != 0
         return {
             "z": self.z,
             "x0_before": self.x0,
-            "noise": self.generator.randn(self.shape) if drawn else self.silence,
-            "t": self.timesteps[step],
-            "y": self.row.label,
-            "guidance_scale": self.row.scale,
-            "coefficients": self.coefficients[step],
+            "noise": self.generator.randn(self.shape) if drawn else self.zeros,
+            "t": np.int64(self.timesteps[step]),
+            "y": np.int64(self.row.label),
+            "guidance_scale": np.float32(self.row.scale),
+            "coefficients": self.coefficients[step].astype(np.float32),
         }
 
     def take(self, step: int, z: np.ndarray, x0: np.ndarray) -> None:
-        """The answer to these inputs."""
+        """Take over the result of a step."""
         if self.clip is not None:
             limit, weights = self.clip
             within = np.where(np.abs(x0) < LARGEST, np.clip(x0, -limit, limit), np.float32("nan"))
@@ -76,42 +77,33 @@ def sample(
     step: Step,
     stop: Callable[[], bool] = lambda: False,
     diffusion: Diffusion = PUBLISHED_DIFFUSION,
-    lost: dict[int, int] | None = None,
-) -> np.ndarray:
-    """Latents (N, C, S, S) float32, equal to `Engine.generate`'s for the same rows.
+) -> tuple[np.ndarray, dict[int, int]]:
+    """Latents (N, C, S, S) float32, as `Engine.generate` makes them from the same rows; and for
+    each row that is not finite, its number → the first step that was not finite.
 
-    A row that is through its steps leaves the batch, and so does one that is no longer finite.
+    A row leaves the batch after its last step, or when it is no longer finite.
 
     Args:
-        shape: (C, S, S). learned: whether the model predicts a variance.
-        stop: asked before every step; once it is true, the latents are given back as they are.
+        shape: (C, S, S).
+        learned: whether the model predicts a variance.
+        stop: is called before every step. Once it returns True, the latents are returned as they
+            are.
         diffusion: the model's.
-        lost: is given, for each row that is not finite, the first step that was not.
 
-    Raises:
-        ValueError: a row's steps, or a spacing that cannot make them.
+    Raises ValueError for a number of steps that a row's spacing cannot make.
     """
-    runs = [_Run(row, shape, learned, diffusion) for row in rows]
-    lost = {} if lost is None else lost
+    runs, lost = [_Run(row, shape, learned, diffusion) for row in rows], dict[int, int]()
     for k in range(max((row.steps for row in rows), default=0)):
-        if stop():
-            break
         active = {i: run for i, run in enumerate(runs) if k < run.row.steps and i not in lost}
-        if not active:
+        if stop() or not active:
             break
-        columns = [run.inputs(k) for run in active.values()]
-        batch = {
-            name: np.stack([np.asarray(column[name]) for column in columns])
-            for name in columns[0]
-        }  # fmt: skip
-        integers = {name: batch[name].astype(np.int64) for name in ("t", "y")}
-        reals = {name: v.astype(np.float32) for name, v in batch.items() if name not in integers}
-        z, x0 = step(reals | integers)
+        inputs = [run.inputs(k) for run in active.values()]
+        z, x0 = step({name: np.stack([row[name] for row in inputs]) for name in inputs[0]})
         for (i, run), z_row, x0_row in zip(active.items(), z, x0, strict=True):
             run.take(k, z_row, x0_row)
             if not (np.abs(run.z) < LARGEST).all():
                 lost[i] = k
-    return np.stack([run.z for run in runs])
+    return np.stack([run.z for run in runs]), lost
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -121,4 +113,4 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 _schedule = lru_cache(maxsize=64)(make_schedule)
-_coefficients = lru_cache(maxsize=64)(step_coefficients)  # a schedule is equal to itself alone
+_coefficients = lru_cache(maxsize=64)(step_coefficients)  # a schedule is equal only to itself

@@ -1,7 +1,7 @@
 """torch's random numbers on the CPU, without torch.
 
-The generator is the Mersenne Twister of Matsumoto & Nishimura 1998; normal numbers are made by the
-transform of Box & Muller 1958, from the generator's outputs in torch's own order, which differs
+The generator is the Mersenne Twister (Matsumoto & Nishimura 1998). Normal numbers are made by the
+transform of Box & Muller 1958 from the generator's outputs in torch's order, which is another one
 for tensors of fewer than 16 numbers.
 """
 
@@ -16,7 +16,7 @@ _BLOCK = 16
 
 
 class TorchGenerator:
-    """``torch.Generator().manual_seed(seed)``: of the seed the lower 32 bits count, as there."""
+    """``torch.Generator().manual_seed(seed)``, which uses only the lower 32 bits of the seed."""
 
     def __init__(self, seed: int) -> None:
         self._bits = np.random.MT19937(0)
@@ -27,8 +27,8 @@ class TorchGenerator:
     def randn(self, shape: tuple[int, ...]) -> np.ndarray:
         """``torch.randn(shape, generator=…)``, float32.
 
-        Equal to torch's within float32's rounding: its vectorised logarithm and sine are not the
-        last bit's.
+        The numbers are equal to torch's within the rounding of float32, because torch's vectorised
+        logarithm and sine are not exact in the last bit.
         """
         size = math.prod(shape)
         return (self._few(size) if size < _BLOCK else self._many(size)).reshape(shape)
@@ -42,7 +42,7 @@ class TorchGenerator:
         return numbers
 
     def _few(self, size: int) -> np.ndarray:
-        """One by one in double precision; every pair's second number is kept for the next."""
+        """One by one in double precision; the second number of each pair is kept for the next."""
         numbers = np.empty(size, dtype=np.float32)
         for i in range(size):
             if self._spare is None:
@@ -55,7 +55,7 @@ class TorchGenerator:
         return numbers
 
     def _uniform(self, size: int) -> np.ndarray:
-        """In [0, 1), float32, from the lower 24 bits."""
+        """Numbers in [0, 1), float32, from the lower 24 bits of each word."""
         words = self._bits.random_raw(size) & 0xFFFFFF
         return words.astype(np.float32) * np.float32(2.0**-24)
 
@@ -69,8 +69,7 @@ def _box_muller(uniform: np.ndarray) -> np.ndarray:
     first, second = np.moveaxis(uniform.reshape(-1, 2, _BLOCK // 2), 1, 0)
     radius = np.sqrt(np.float32(-2.0) * np.log(np.float32(1.0) - first))
     angle = np.float32(2.0 * math.pi) * second
-    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-    return pairs.reshape(-1)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
 
 
 def _initial_words(seed: int) -> np.ndarray:

@@ -1,11 +1,13 @@
-"""The zip archive of a PyTorch file: torch must find what was checked, and no more than that.
+"""Check a PyTorch file before torch reads it: its memory must be bounded by its own size.
 
-torch's reader takes the directory from where the archive's last record says it is, and Python's
-from where the directory must be if it ends there. An archive can have one at both places.
+In a zip archive, torch must find what was checked here, and nothing else. Its reader takes the list
+of members from where the archive's last record says it is, and Python's reader from where the list
+must be if it ends there. An archive can have a list at both places.
 """
 
 from __future__ import annotations
 
+import mmap
 import struct
 import zipfile
 from collections import Counter
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+
+from dit_engine.checkpoint.pickles import Pickle, Refused
 
 DATA = "data.pkl"
 # What a compressed archive may hold: this many times its own size, and this much besides. Weights
@@ -23,13 +27,41 @@ MOST_INFLATED, INFLATED_SLACK_BYTES = 4, 16 * 2**20
 # and that one.
 _END, _LOCATOR = struct.Struct("<4s4H2IH"), struct.Struct("<4sIQI")
 _END64 = struct.Struct("<4sQ2H2I4Q")
+# A file from before torch 1.6 has five pickles: magic number, version, sizes of C types, content,
+# and keys of the storages. The data of the storages follows.
+_OLD_PICKLES = 5
 
 
-class Refused(Exception):
-    """The reason why an intact file is refused."""
+def check_file(path: Path) -> bool:
+    """Raise a one-line ValueError if the file is damaged or asks for more memory than it has bytes.
+
+    Returns whether it can be mapped into memory: it is a zip archive, the format since torch 1.6,
+    and nothing in it is compressed. Raises OSError if the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            zipped = file.read(4) == b"PK\x03\x04"
+            if zipped:
+                data, records = _read_archive(path)
+                Pickle(data, size, min(size, len(data)), records)
+                return records is None
+            # Mapped, because read() of a file allocates whatever length the pickle states.
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                for _ in range(_OLD_PICKLES):
+                    if mapped.tell() < size:
+                        Pickle(mapped, size, size)
+            return False
+    except Refused as error:
+        raise ValueError(f"{path}: refused, {error}") from None
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # damage can raise almost anything
+        reason = (str(error).splitlines() or [""])[0][:160] or type(error).__name__
+        raise ValueError(f"{path}: damaged or not a PyTorch file ({reason})") from None
 
 
-def read_archive(path: Path) -> tuple[bytes, dict[str, int] | None]:
+def _read_archive(path: Path) -> tuple[bytes, dict[str, int] | None]:
     """The pickle of an archive and, if something in it is compressed, the bytes of each storage.
 
     Raises `Refused` if it would take much more memory than the file has, or if another reader

@@ -67,15 +67,13 @@ def config_from_diffusers(values: Mapping[str, Any]) -> ModelConfig:
     for key, value in needed.items():
         if values.get(key, value) != value:
             raise ValueError(f"{key} is {values[key]!r}; a DiT has {value!r}")
-    heads = values.get("num_attention_heads", 16)
-    head_dim = values.get("attention_head_dim", 72)
-    in_channels = values.get("in_channels", 4)
-    out_channels = values.get("out_channels") or in_channels
-    numbers = {"num_attention_heads": heads, "attention_head_dim": head_dim,
-               "in_channels": in_channels, "out_channels": out_channels}  # fmt: skip
+    usual = {"num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4}
+    numbers = {key: values.get(key, default) for key, default in usual.items()}
+    numbers["out_channels"] = values.get("out_channels") or numbers["in_channels"]
     for key, value in numbers.items():
         if not isinstance(value, int):
             raise ValueError(f"{key} {value!r} is not a positive integer")
+    heads, head_dim, in_channels, out_channels = numbers.values()
     if out_channels not in (in_channels, 2 * in_channels):
         raise ValueError(
             f"out_channels {out_channels} is neither in_channels {in_channels} nor twice that"
@@ -128,8 +126,8 @@ def shapes_of(build: Callable[[Any], nn.Module], config: object) -> dict[str, to
 def state_from_diffusers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Official state dict of a diffusers one. Only q, k and v are copied (into one tensor).
 
-    diffusers keeps the time and label embedders once per block; they must be equal bit for bit,
-    since a DiT has one of each. ``pos_embed`` is computed, as diffusers does, unless it is there.
+    diffusers keeps the time and label embedders once per block. They must be equal bit for bit,
+    because a DiT has one of each. ``pos_embed`` is computed unless the file has it.
 
     Raises:
         ValueError: missing or unknown keys, wrong shapes, embedders that differ between blocks.
@@ -178,11 +176,11 @@ def state_to_diffusers(state: Mapping[str, Tensor], depth: int) -> dict[str, Ten
     """What `state_from_diffusers` reads back, in tensors that share no memory with one another."""
     theirs: dict[str, Tensor] = {}
     for official, names in official_to_diffusers(depth):
-        parts = state[official].chunk(len(names)) if len(names) > 1 else (state[official],)
-        theirs |= {
-            name: part.clone() if len(names) > 1 else part
-            for name, part in zip(names, parts, strict=True)
-        }
+        if len(names) == 1:
+            theirs[names[0]] = state[official]
+        else:
+            parts = state[official].chunk(len(names))
+            theirs |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
     for i in range(1, depth):
         for official, name in _EMBEDDERS.items():
             theirs[_embedder(i, name)] = state[official].clone()
@@ -207,9 +205,6 @@ def _embedder(block: int, name: str) -> str:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equality that holds for NaN too, which are reported as such elsewhere."""
-    return a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
+    """Whether all bits are equal, also those of NaN (which are reported elsewhere)."""
+    a_bits, b_bits = (tensor.contiguous().view(torch.uint8) for tensor in (a, b))
+    return a.dtype == b.dtype and torch.equal(a_bits, b_bits)

@@ -1,4 +1,4 @@
-"""What a file's tensors tell of the network that they belong to, where no config does."""
+"""Read a network's config from the shapes of its tensors, where there is no config.json."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dit_engine.checkpoint.options import Options
 from dit_engine.checkpoint.training_args import classes, model_heads, trained_diffusion
 from dit_engine.checkpoint.weights import some_of
 from dit_engine.config import FAMILIES, ModelConfig
@@ -19,20 +19,18 @@ from dit_engine.config import FAMILIES, ModelConfig
 def infer_config(
     state: Mapping[str, Tensor],
     num_heads: int | None = None,
-    args: Mapping[str, Any] | None = None,
+    args: Options | None = None,
 ) -> ModelConfig:
     """The config of an official state dict, from its shapes and the options of its training.
 
-    The number of heads leaves no trace in the shapes: it is ``num_heads`` where given, what
-    ``args`` tell (see `dit_engine.checkpoint.training_args`), the published one for a published
-    width (384, 768, 1024, 1152), else a head dimension of 64 or, where D is no multiple of 64, 72
-    (a warning says which was taken).
+    The shapes do not tell the number of heads. It is ``num_heads`` if given, or what ``args`` say,
+    or the published one of a published width (384, 768, 1024, 1152). Else the heads have 64
+    numbers or, where 64 does not divide the width, 72, and a warning says which was taken.
 
-    Raises:
-        ValueError: keys that the config is read from are missing or of an unknown shape, the
-            width leaves the heads open, or ``args`` are those of another model.
+    Raises ValueError where a needed key is missing or has an unknown shape, the width leaves the
+    heads open, or ``args`` are those of another model.
     """
-    args = args or {}
+    args = args or Options()
 
     def shape(key: str, dimensions: int) -> torch.Size:
         if key not in state:

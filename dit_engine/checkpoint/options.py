@@ -1,7 +1,7 @@
-"""Where a checkpoint has the options of its training, and those by which a flow model is known.
+"""Find the options of a training in its checkpoint, and refuse flow models by them.
 
-Flow models (willisma/SiT and what was made of it) have exactly DiT's keys: nothing but these
-options and the name of the file tells them from a DiT.
+Flow models (willisma/SiT and its descendants) have exactly DiT's keys. Only these options and the
+name of the file tell them from a DiT.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dit_engine.arguments import shown
+from dit_engine.arguments import positive, scalar, shown
 from dit_engine.checkpoint.wrappers import levels
 from dit_engine.sampling.diffusion import PREDICTIONS
 
@@ -22,8 +22,8 @@ PLACES = (
     "opts", "options", "training_args", "train_args", "training_config", "train_config",
     "model_args", "model_config", "model_kwargs",
 )  # fmt: skip
-# Options that are read wherever they stand. The names of what is predicted are those of SiT,
-# diffusers' training scripts, denoising-diffusion-pytorch and latent-diffusion.
+# Options that say what is predicted, by the names in SiT, diffusers' training scripts,
+# denoising-diffusion-pytorch and latent-diffusion.
 PREDICTION_NAMES = (
     "prediction_type", "prediction", "objective", "parameterization", "pred_type", "predict_type",
     "prediction_target", "model_output", "mean_type", "model_mean_type",
@@ -42,15 +42,15 @@ _READ = {
     "beta_end", "rescale_betas_zero_snr", "rescale_timesteps", "sigma_small",
 }  # fmt: skip
 MODEL_NAMES = ("model", "model_name", "model_type", "arch", "architecture", "network", "name")
-# Parts of the options that are of other networks, or of the optimizer.
+# Groups of options that belong to other networks, or to the optimizer.
 _OTHERS = re.compile(r"vae|autoencoder|first_stage|text|clip|optim|(^|_)lr(_|$)|discriminator")
 # Options whose values people choose freely.
 _FREE = re.compile(r"(dir|path|root|file|folder|ckpt|checkpoint|resume|project|entity|dataset|"
                    r"tags?|notes?)$|^(exp|run|wandb|comment|desc)")  # fmt: skip
 _NAMES = "SiT|REPA|LightningDiT|MeanFlow|JiT"
 _SIZE = r"[-_/](?:XS|S|B|L|XL|XXL|H|G)"
-# Models of DiT's build that predict along a flow. Only in their own spelling are they known
-# without a size: "jit" and "repa" may be anything.
+# Models with DiT's layers that predict along a flow. In another spelling than their own they need
+# a size behind the name, because "jit" and "repa" may be anything.
 _FLOW_MODEL = re.compile(
     rf"(?<![A-Za-z0-9])(?:({_NAMES})(?![a-z])|(?i:({_NAMES}){_SIZE}(?![a-z])))"
 )
@@ -67,11 +67,35 @@ _DEEPEST = 6
 
 
 class Options(dict[str, Any]):
-    """The options that are read, by name; ``places`` tells where in the file each of them is."""
+    """The options that are read, by name. ``places`` says where in the file each of them is."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.places: dict[str, str] = {}
+    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+        super().__init__(values or {})
+        self.places = {name: f"args.{name}" for name in self}
+
+    def place(self, name: str) -> str:
+        return self.places.get(name, f"args.{name}")
+
+    def told(self, name: str) -> str:
+        """An option and its value, for a message."""
+        return f"{self.place(name)} {shown(self[name])}"
+
+    def positive(self, name: str) -> int:
+        return positive(self.place(name), self[name])
+
+    def is_true(self, name: str) -> bool:
+        """A switch as scripts write one: True, 1 or "true", or their opposites; off if missing."""
+        value = scalar(self.get(name, False))
+        text = str(value).lower() if isinstance(value, (str, int)) else ""
+        if text not in ("true", "false", "1", "0"):
+            raise ValueError(f"{self.told(name)} is neither True nor False")
+        return text in ("true", "1")
+
+    def check_same(self, name: str, value: Any, other: str) -> None:
+        """Raise ValueError if the option ``other`` is there and is not ``value``."""
+        theirs = self.get(other)
+        if isinstance(theirs, (int, str)) and theirs != value:
+            raise ValueError(f"{self.told(name)} and {self.told(other)} contradict each other")
 
 
 @dataclass(frozen=True)
@@ -90,9 +114,9 @@ def options_of(
     prediction: str | None = None,
     num_heads: int | None = None,
 ) -> Options:
-    """The options in what a weight file holds, None left out; empty where there are none.
+    """The options in what a weight file holds, without those that are None.
 
-    prediction, num_heads: what the user says, which replaces what the options say.
+    prediction, num_heads: what the user gives, which replaces what the options say.
 
     Raises:
         ValueError: the options, or the name of the file alone, are those of a flow model, or two
@@ -128,14 +152,8 @@ def options_of(
     return read
 
 
-def place_of(options: Mapping[str, Any], name: str) -> str:
-    """Where in the file an option is, for a message."""
-    places = options.places if isinstance(options, Options) else {}
-    return places.get(name, f"args.{name}")
-
-
 def _refuse_flow_models(options: list[_Option], trusted: bool) -> None:
-    """trusted: the user says what is predicted, which leaves the names of models and paths."""
+    """trusted: the user says what is predicted, so only the names of models and paths count."""
     found, kind, certain = [], "flow model", False
     for option in options:
         name, value = option.name, option.value
@@ -167,7 +185,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _all_options(content: Mapping[Any, Any]) -> Iterator[_Option]:
-    """Those in `PLACES` and the plain values at every level that may hold the weights."""
+    """All options in `PLACES`, and the plain values in every dict that may hold the weights."""
     seen: set[int] = set()
     for level in levels(content):
         for name, value in level.items():
@@ -180,7 +198,7 @@ def _all_options(content: Mapping[Any, Any]) -> Iterator[_Option]:
 
 
 def _options_in(value: Any, place: str, name: str, seen: set[int]) -> Iterator[_Option]:
-    """``value`` itself, if it is none of many, and what it holds."""
+    """``value`` itself unless it holds others, and the options that it holds."""
     if isinstance(value, argparse.Namespace):
         value = vars(value)
     inner: Iterator[tuple[str, str, Any]] | None = None

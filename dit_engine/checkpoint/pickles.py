@@ -1,25 +1,17 @@
-"""Check a PyTorch file before torch reads it: its memory must be bounded by its own size.
+"""Execute a pickle's instructions on sizes only, to know what torch would make of them.
 
 torch's reader (``weights_only``) runs no code from the file, but it executes the instructions of a
 pickle, and a few bytes of these can ask for gigabytes or for hours: text that is encoded again and
 again, a thousand copies of one list, a key that takes forever to hash, tensors of any stated size.
-Here the same instructions are executed on sizes only, without the data.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
 import pickletools
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-from dit_engine.checkpoint.archives import Refused, read_archive
-
-# A file from before torch 1.6 has five pickles: magic number, version, sizes of C types, content,
-# and keys of the storages. The data of the storages follows.
-_OLD_PICKLES = 5
 # Lists, tuples, calls and so on, each of which takes a hundred times the memory of its instruction.
 # A file of DiT-XL/2 has 4,000; a training checkpoint with averages and optimizer has 20,000. More
 # are allowed if each has the bytes of a long log's entries.
@@ -56,33 +48,8 @@ _TORCH = {
 _USUAL = ("torch", "collections", "builtins", "__builtin__", "_codecs", "argparse")
 
 
-def check_pickle(path: Path) -> bool:
-    """Raise a one-line ValueError if the file is damaged or asks for more memory than it has bytes.
-
-    Returns whether it can be mapped into memory: it is a zip archive, the format since torch 1.6,
-    and nothing in it is compressed. Raises OSError if the file cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            zipped = file.read(4) == b"PK\x03\x04"
-            if zipped:
-                data, records = read_archive(path)
-                _Pickle(data, size, min(size, len(data)), records)
-                return records is None
-            # Mapped, because read() of a file allocates whatever length the pickle states.
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                for _ in range(_OLD_PICKLES):
-                    if mapped.tell() < size:
-                        _Pickle(mapped, size, size)
-            return False
-    except Refused as error:
-        raise ValueError(f"{path}: refused, {error}") from None
-    except (MemoryError, OSError):
-        raise
-    except Exception as error:  # damage can raise almost anything
-        reason = (str(error).splitlines() or [""])[0][:160] or type(error).__name__
-        raise ValueError(f"{path}: damaged or not a PyTorch file ({reason})") from None
+class Refused(Exception):
+    """The reason why an intact file is refused."""
 
 
 class _Name(str):
@@ -106,7 +73,7 @@ class _Elements(int):
     """A storage or a tensor: the number of elements that it claims."""
 
 
-class _Pickle:
+class Pickle:
     """Executes one pickle, of at most ``pickle_bytes`` bytes, on sizes only.
 
     records: the bytes of each storage, if torch inflates them as wholes.

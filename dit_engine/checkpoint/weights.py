@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dit_engine.arguments import shown
-from dit_engine.checkpoint.pickles import check_pickle
+from dit_engine.checkpoint.archives import check_file
 from dit_engine.io.formats import PYTORCH, SAFETENSORS, check_format, format_of
 from dit_engine.io.json_files import is_file_name, read_json
 from dit_engine.io.printable import first_line
@@ -116,7 +116,7 @@ def check_header(path: Path) -> None:
 def read_pickle(path: Path) -> Any:
     """What ``torch.save`` wrote to a file of any name. Raises as `read_weights` does."""
     check_format(path, PYTORCH)
-    mapped = check_pickle(path)
+    mapped = check_file(path)
     try:
         # A Namespace is attributes and nothing else; the published training script stores one.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():

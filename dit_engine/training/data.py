@@ -11,14 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_engine.io.images import (
-    SUFFIXES,
-    count_of,
-    find_folders,
-    find_images,
-    read_rgb,
-    tell_left_out,
-)
+from dit_engine.io.folders import SUFFIXES, count_of, find_folders, find_images, tell_left_out
+from dit_engine.io.images import read_rgb
 from dit_engine.labels import class_order, same_name
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_engine.checkpoint.pickles import check_pickle
+from dit_engine.checkpoint.archives import check_file
 from dit_engine.console.bars import Bar
 from dit_engine.io.files import atomic_path, save_tensors
 from dit_engine.training.log import add_row, drop_rows_after, plot_losses
@@ -276,7 +276,7 @@ def read_stage(directory: Path) -> Stage | None:
 
 def _read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     try:
-        mmap = check_pickle(path) and mmap
+        mmap = check_file(path) and mmap
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"{path} is damaged: remove it to begin again") from error

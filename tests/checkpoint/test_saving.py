@@ -109,7 +109,7 @@ def test_a_failed_save_leaves_what_was_there(
         return  # there is none
     before = contents(tmp_path)
 
-    def fail(*_: Any, **__: Any) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
         raise error
 
     def renamed(self: Path, to: Path) -> Path:

@@ -17,6 +17,7 @@ from torch import Tensor
 from dit_engine import Engine
 from dit_engine.checkpoint import load_checkpoint, load_model, save_pretrained
 from dit_engine.checkpoint.infer import infer_config
+from dit_engine.checkpoint.options import Options
 from dit_engine.config import ModelConfig
 from dit_engine.model import DiT
 
@@ -88,12 +89,12 @@ def test_a_published_name_tells_the_heads() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in ("DiT-B/4", "B/4", "DiT-B-4", "my-model", {"width": 3}, 7):
-            assert infer_config(state, args={"model": name}).num_heads == 12
+            assert infer_config(state, args=Options({"model": name})).num_heads == 12
     for name, has in (("DiT-B/2", "patch_size 2"), ("DiT-L/4", "depth 24, hidden_size 1024")):
         said = rf"^args.model '{name}' has .*{has}.*; the weights ha"
         with pytest.raises(ValueError, match=said):
-            infer_config(state, args={"model": name})
-        assert infer_config(state, num_heads=6, args={"model": name}).num_heads == 6
+            infer_config(state, args=Options({"model": name}))
+        assert infer_config(state, num_heads=6, args=Options({"model": name})).num_heads == 6
 
 
 @pytest.mark.parametrize("steps", [100, 1000, 4000])

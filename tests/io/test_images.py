@@ -17,7 +17,8 @@ from zeros import chunk, png
 
 from dit_bench.quality.image_sets import open_set
 from dit_engine.io import images
-from dit_engine.io.images import find_images, read_rgb
+from dit_engine.io.folders import find_images
+from dit_engine.io.images import read_rgb
 from dit_engine.training.data import load_image_folder
 
 SIDE = 8

@@ -1,4 +1,4 @@
-"""Values that callers give, read whatever their type, or refused by name."""
+"""Read the values that callers give, of whatever numeric type, and name them in messages."""
 
 from __future__ import annotations
 
@@ -61,18 +61,15 @@ def _pieces(value: Any) -> Iterator[str]:
 
 
 def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
-    """``value`` if it is one of the strings ``allowed``.
-
-    Raises ValueError, which tells the argument's name, its value and what is allowed.
-    """
+    """``value`` if it is one of the strings ``allowed``; else ValueError, which names them."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} {shown(value)}: choose one of {', '.join(allowed)}")
     return str(value)
 
 
 def sequence(value: Any) -> list[Any] | None:
-    """What a list, an array or the like holds, in order; None for text, sets, iterators (which may
-    never end), and whatever else has no order and no length."""
+    """The entries of a list, an array or another value with an order and a length; None for other
+    values, such as text, sets and iterators (which may never end)."""
     if isinstance(value, str | bytes | bytearray | Mapping | Set | Iterator | type):
         return None
     if dimensions(value) == 0:
@@ -84,8 +81,8 @@ def sequence(value: Any) -> list[Any] | None:
 
 
 def scalar(value: Any) -> Any:
-    """An array or a tensor without dimensions as the Python value that it holds, None if that is
-    masked; all else as is."""
+    """The Python value in an array or a tensor without dimensions, None if it is masked; any other
+    value unchanged."""
     if dimensions(value) == 0 and hasattr(value, "item"):
         try:
             return None if getattr(value, "mask", False) else value.item()
@@ -95,8 +92,8 @@ def scalar(value: Any) -> Any:
 
 
 def whole_number(value: Any) -> int | None:
-    """A whole number of whatever type, NumPy's and torch's too; None for all else: booleans,
-    floats, arrays with dimensions."""
+    """A whole number of any type, also NumPy's and torch's; None for anything else, such as
+    booleans, floats and arrays with dimensions."""
     value = scalar(value)
     if isinstance(value, bool | type) or dimensions(value) or not hasattr(value, "__index__"):
         return None
@@ -107,8 +104,8 @@ def whole_number(value: Any) -> int | None:
 
 
 def real_number(value: Any) -> float | None:
-    """A real number of whatever type, NumPy's and torch's too; None for all else: booleans, text,
-    arrays with dimensions, what a masked array hides."""
+    """A real number of any type, also NumPy's and torch's; None for other values, such as booleans,
+    text, arrays with dimensions and masked values."""
     value = scalar(value)
     if isinstance(value, bool | str | bytes | bytearray | type) or dimensions(value):
         return None
@@ -119,7 +116,7 @@ def real_number(value: Any) -> float | None:
 
 
 def positive(name: str, value: Any) -> int:
-    """``value`` as an int of 1 or more; else ValueError, which tells the argument's name."""
+    """``value`` as an int of 1 or more; else ValueError, which names the argument and the value."""
     number = whole_number(value)
     if number is None or number < 1:
         raise ValueError(f"{name} {shown(value)} is not a positive integer")

@@ -10,9 +10,9 @@ from typing import Any
 from dit_engine.checkpoint.convert import DIFFUSERS_CLASSES
 from dit_engine.checkpoint.save import NATIVE_CLASS
 from dit_engine.checkpoint.scheduler import CONFIG
-from dit_engine.checkpoint.weights import SUFFIXES, some_of
+from dit_engine.checkpoint.weights import SUFFIXES
 from dit_engine.io.json_files import read_json, read_json_value
-from dit_engine.io.printable import first_line, one_line
+from dit_engine.io.printable import first_line, one_line, some_of
 
 BUILTIN = "builtin"
 BUILTIN_DIRECTORY = Path(__file__).parents[1] / BUILTIN

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dit_engine.checkpoint.options import Options
 from dit_engine.checkpoint.training_args import classes, model_heads, trained_diffusion
-from dit_engine.checkpoint.weights import some_of
 from dit_engine.config import FAMILIES, ModelConfig
+from dit_engine.io.printable import some_of
 
 
 def infer_config(

@@ -1,6 +1,6 @@
-"""Any source of a model → its config and official state dict → the module.
+"""Read a model from any source: its config and official state dict, and the module made of them.
 
-Weights are mapped from their file and assigned to a module that was built without storage, so a
+Weights are mapped from their file and assigned to a module that was built without storage, so the
 model is never in memory twice.
 """
 
@@ -35,8 +35,8 @@ from dit_engine.model import DiT
 from dit_engine.runtime import neutral
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
-# Along a side of an image. Each level of a VAE doubles the side, and needs only a few kilobytes of
-# its file.
+# Along each side of an image. A small file can ask for huge images, because each level of a VAE
+# doubles the side and takes only a few kilobytes.
 MOST_PIXELS = 16_384
 
 
@@ -44,8 +44,8 @@ MOST_PIXELS = 16_384
 class Checkpoint:
     """Everything that a source holds.
 
-    state_dict has the official keys; vae_state_dict has diffusers' with to_q, to_k, to_v and
-    to_out.0. The tensors may be maps of the file; modules that are built from this share them.
+    state_dict has the official keys; vae_state_dict has diffusers' keys with to_q, to_k, to_v and
+    to_out.0. The tensors may be mapped from the file; modules that are built from this share them.
     """
 
     config: ModelConfig
@@ -72,20 +72,20 @@ def load_checkpoint(
     """Read a model.
 
     Args:
-        source: an official ``.pt`` (weights alone, or a training checkpoint, of which the EMA is
-            taken), a ``.safetensors`` file, a native directory, a diffusers pipeline or
+        source: an official ``.pt`` file (weights alone, or a training checkpoint, whose EMA weights
+            are used), a ``.safetensors`` file, a native directory, a diffusers pipeline or
             transformer directory, a hub id (owner/name) of one of these, or "builtin".
-        vae: AutoencoderKL to use, in place of the source's own if it has one: a file, a
-            directory (or a pipeline's, with ``vae/`` in it), or a hub id.
-        numerics: "official" or "diffusers" (see `ModelConfig`); None keeps the source's, which
+        vae: the AutoencoderKL to use in place of the source's own: a file, a directory (also of a
+            pipeline, with ``vae/`` in it), or a hub id.
+        numerics: "official" or "diffusers" (see `ModelConfig`). None keeps the source's, which
             is "diffusers" for diffusers directories.
-        num_heads: for files whose width does not tell it, nor the options of their training.
-        prediction: "epsilon", "v_prediction" or "sample" (see `Diffusion`), for files that do not
-            tell it, or in place of what they tell; None is epsilon where nothing tells.
-        check_finite: look through every weight for NaN and infinity.
+        num_heads: needed if neither the width nor the options of the training tell it.
+        prediction: "epsilon", "v_prediction" or "sample" (see `Diffusion`), in place of what the
+            files say. None takes theirs, or epsilon if they say nothing.
+        check_finite: look for NaN and infinity in every weight.
         vae_scaling_factor, vae_shift_factor, vae_groups: what the VAE's config.json calls
-            scaling_factor, shift_factor and norm_num_groups; for a VAE file without a config, of
-            which nothing tells them, or in place of what the config says.
+            scaling_factor, shift_factor and norm_num_groups, in place of what it says. For a VAE
+            file without a config.
 
     Raises:
         ValueError: one line that names the file and what is wrong with it.
@@ -125,9 +125,9 @@ def load_model(
     prediction: str | None = None,
     check_finite: bool = False,
 ) -> DiT:
-    """The reference module of any `load_checkpoint` source, in eval mode; dtype None: the file's.
+    """The reference module of any `load_checkpoint` source, in eval mode.
 
-    Raises ValueError and OSError as `load_checkpoint` does.
+    dtype None keeps the file's. Raises ValueError and OSError as `load_checkpoint` does.
     """
     checkpoint = load_checkpoint(
         source,
@@ -147,7 +147,7 @@ def build_model(
 ) -> DiT:
     """The module, in eval mode; it shares the checkpoint's tensors unless dtype or device differ.
 
-    dtype None is that of the file's first weight, for all.
+    If dtype is None, all weights get that of the file's first weight.
     """
     with without_storage():
         model = DiT(checkpoint.config)
@@ -162,7 +162,7 @@ def build_vae(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> AutoencoderKL | None:
-    """As `build_model`; None where the checkpoint has no VAE."""
+    """The same for the VAE; None if the checkpoint has none."""
     if checkpoint.vae_config is None or checkpoint.vae_state_dict is None:
         return None
     with without_storage():
@@ -231,7 +231,7 @@ def _read_transformer(
 
 
 def _check_depth(config: ModelConfig, state: dict[str, Tensor], pattern: str) -> None:
-    # Before anything of the config's size is built: the file's own size bounds what it may say.
+    # Checked before anything of the config's size is built, so that the file's size is the limit.
     blocks = count_blocks(state, pattern)
     if blocks != config.depth:
         raise ValueError(f"the config's depth is {config.depth}, the file holds {blocks} blocks")

@@ -1,9 +1,9 @@
-"""A diffusers pipeline's ``scheduler_config.json`` → `Diffusion`.
+"""Read the `Diffusion` from a diffusers pipeline's ``scheduler_config.json``.
 
-What concerns the model (betas, prediction) is taken from every scheduler of a noise-predicting
-diffusion. What concerns sampling is taken so that ddim, ddpm and dpm++ give the images that
+Betas and prediction belong to the model, and are read from every scheduler of a noise-predicting
+diffusion. Settings of sampling are read so that ddim, ddpm and dpm++ give the images that
 DiTPipeline gives with its DDIM, DDPM and DPMSolverMultistep schedulers; what they cannot give is
-refused. Other solvers' own settings are not looked at: nothing here samples with them.
+refused. The settings of other solvers are ignored, because nothing here samples with them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _SAMPLERS = {
     "DPMSolverMultistepScheduler": "dpm++",
 }
 _SPACINGS = ("leading", "linspace", "trailing")
-# The same diffusion, with solvers that are not here. Those of the second line have other betas
-# where their files name none.
+# Schedulers of the same diffusion with solvers that are not here. The second group has other betas
+# where its files name none.
 _OTHERS = (
     "DEISMultistepScheduler", "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler",
@@ -44,7 +44,7 @@ _CLIPPING = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMPar
              "HeunDiscreteScheduler")  # fmt: skip
 CLASSES = (*_SAMPLERS, *_OTHERS, *_LATENT_BETAS)
 
-# Key → the matching field of `Diffusion`, where the names differ.
+# Key → field of `Diffusion`, where the names differ.
 _FIELDS = {
     "num_train_timesteps": "num_train_steps",
     "prediction_type": "prediction",

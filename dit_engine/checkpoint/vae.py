@@ -16,9 +16,10 @@ from dit_engine.arguments import positive, real_number, shown
 from dit_engine.checkpoint.convert import shapes_of
 from dit_engine.checkpoint.hub import find_weights, listing
 from dit_engine.checkpoint.infer import count_blocks
-from dit_engine.checkpoint.weights import check_shapes, some_of
+from dit_engine.checkpoint.weights import check_shapes
 from dit_engine.checkpoint.wrappers import VAE_MARKS, latent_scale, read_state
 from dit_engine.io.json_files import read_json
+from dit_engine.io.printable import some_of
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 VAE_CLASS = "AutoencoderKL"

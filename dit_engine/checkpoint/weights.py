@@ -1,4 +1,4 @@
-"""Files of tensors: read without running anything that they hold, and checked by name and shape."""
+"""Read files of tensors without running anything in them, and put the tensors into modules."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from dit_engine.arguments import shown
 from dit_engine.checkpoint.archives import check_file
 from dit_engine.io.formats import PYTORCH, SAFETENSORS, check_format, format_of
 from dit_engine.io.json_files import is_file_name, read_json
-from dit_engine.io.printable import first_line
+from dit_engine.io.printable import first_line, some_of
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# Of a safetensors file. A tensor takes about a hundred bytes in it, but a thousand in memory.
+# In the header of a safetensors file a tensor takes about 100 bytes, but in memory 1,000.
 MOST_HEADER_BYTES = 4 * 2**20
 # Tied weights have one storage, but backends copy each of them. So tensors may claim at most
 # MOST_TIED times the bytes of their storages, plus the slack.
@@ -31,12 +31,11 @@ MOST_TIED, TIED_SLACK_BYTES = 4, 64 * 2**20
 
 
 def read_weights(path: Path) -> dict[Any, Any]:
-    """What a ``.pt``, ``.bin`` or ``.safetensors`` file or a shard index holds, as it is there.
+    """What a ``.pt``, ``.bin`` or ``.safetensors`` file or a shard index holds, unchanged.
 
-    Tensors are mapped from the file, not copied, unless it is compressed: they take memory as they
-    are first used. Only tensors are read from pickles (``weights_only``); beside them a training
-    checkpoint may hold plain containers, numbers, strings and the ``argparse.Namespace`` of its
-    options.
+    Tensors are mapped from the file, unless it is compressed, and take memory when they are first
+    used. Pickles are read with ``weights_only``: beside tensors they may hold plain containers,
+    numbers, strings and the ``argparse.Namespace`` of a training's options.
 
     Raises:
         ValueError: the file is damaged, is something else, asks to run code, or holds no dict.
@@ -91,7 +90,7 @@ def check_tensors(state: Mapping[Any, Any], source: object) -> dict[str, Tensor]
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    # Here, so that models which come from no file need no such package.
+    # Imported here, because a model that does not come from a file needs no such package.
     import safetensors
     import safetensors.torch
 
@@ -130,7 +129,7 @@ def read_pickle(path: Path) -> Any:
             raise ValueError(
                 f"{path}: refused, the pickle asks for {wanted[1]!r}; only tensors are loaded"
             ) from None
-        # torch's first line is advice to load without the guard: give the line that says why.
+        # torch's first line advises to load without the guard; another line says what is wrong.
         why = re.search(r"Unsupported .*$", str(error), re.MULTILINE)
         reason = why[0] if why else first_line(error)
         raise ValueError(f"{path}: damaged or not a PyTorch file ({reason})") from None
@@ -219,10 +218,3 @@ def check_all_finite(state: Mapping[str, Tensor], source: object) -> None:
             raise ValueError(
                 f"{source}: tensor {name!r} holds {nan} NaN and {infinite} infinite values"
             )
-
-
-def some_of(names: Iterable[str], quote: bool = True) -> str:
-    """For messages: the first three names and how many more there are, or "nothing"."""
-    every = list(names)
-    first = ", ".join(repr(name) if quote else name for name in every[:3])
-    return (first or "nothing") + (f" and {len(every) - 3} more" if len(every) > 3 else "")

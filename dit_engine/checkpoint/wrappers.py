@@ -1,4 +1,4 @@
-"""What training code puts around the weights: dicts, prefixes of names, counters beside them."""
+"""Find the state dict in a file: behind dicts, prefixes of names and counters of a training."""
 
 from __future__ import annotations
 
@@ -11,13 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dit_engine.checkpoint.weights import (
-    check_all_finite,
-    check_tensors,
-    read_weights,
-    some_of,
-)
+from dit_engine.checkpoint.weights import check_all_finite, check_tensors, read_weights
 from dit_engine.io.json_files import read_json
+from dit_engine.io.printable import some_of
 
 # Names under which a training checkpoint holds weights; those to sample with come first.
 AVERAGED = (
@@ -31,18 +27,16 @@ AVERAGED = (
 )
 _AVERAGE_WORDS = {"ema", "averaged", "average", "swa", "polyak"}
 WRAPPERS = (*AVERAGED, "model", "model_state_dict", "state_dict", "module", "net", "network")
-# Modules that torch puts around another one, at any depth of a model, when it is compiled, cut
-# into shards, or computed again in the backward pass.
+# torch puts these modules around others, at any depth of a model, when it compiles them, cuts them
+# into shards, or computes them again in the backward pass.
 _AROUND = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
-# One name of each kind of state dict that is read; what stands before it is a prefix.
+# Each kind of state dict has one of these names; what stands before it in a file is a prefix.
 MODEL_MARKS = ("x_embedder.proj.weight", "transformer_blocks.0.norm1.linear.weight")
 VAE_MARKS = ("encoder.conv_in.weight", "decoder.conv_in.weight")
 
-
-_MOST_COPIES = 100  # of a model in one file; the time grows with their number, for each tensor
-
+_MOST_COPIES = 100  # of a model in one file, because each tensor is compared with each copy's name
 SCALE = "scale_factor"  # of the latents, in latent-diffusion's checkpoints
 
 
@@ -69,14 +63,14 @@ def read_state(
 def unwrapped(content: Mapping[Any, Any], marks: tuple[str, ...], path: Path) -> dict[Any, Any]:
     """The state dict in what a file holds, under its own names.
 
-    Dicts of `WRAPPERS` are opened, in each other too, and averages of whatever name. Then the
-    prefix before ``marks`` is dropped if all names have it, or, for an autoencoder, taken out of a
-    larger model. Of an averaged and a plain copy side by side the averaged one is taken. Single
-    numbers beside the weights, such as ``n_averaged``, are left out with a warning, and so is an
-    average that holds no weights.
+    Dicts with names in `WRAPPERS`, and averages by any name, are opened, also inside one another.
+    Then the prefix before ``marks`` is dropped if all names have it; an autoencoder is also taken
+    out of a larger model. If there are an averaged and a plain copy, the averaged one is used.
+    Single numbers beside the weights, such as ``n_averaged``, and averages without weights are left
+    out with a warning.
 
     Raises:
-        ValueError: several copies of a model, of which not exactly one is an averaged one.
+        ValueError: there are several copies of a model, and not exactly one is an average.
     """
     found = _opened(content, marks, path)
     state = {
@@ -112,7 +106,7 @@ def unwrapped(content: Mapping[Any, Any], marks: tuple[str, ...], path: Path) ->
 
 
 def latent_scale(content: Mapping[Any, Any]) -> Any:
-    """What a latent-diffusion checkpoint multiplies latents by; None where it does not tell."""
+    """What a latent-diffusion checkpoint multiplies latents by; None if it does not say."""
     for level in levels(content):
         for name, value in level.items():
             if isinstance(name, str) and _is_scale(name) and _is_single(name, value):
@@ -121,7 +115,7 @@ def latent_scale(content: Mapping[Any, Any]) -> Any:
 
 
 def levels(content: Mapping[Any, Any]) -> Iterator[Mapping[Any, Any]]:
-    """Every dict of a file that may hold the weights, or what is beside them."""
+    """Every dict in a file that may hold the weights or the options beside them."""
     seen: set[int] = set()
     waiting = deque([content])
     while waiting:
@@ -144,11 +138,11 @@ def _opened(
     depth: int = 0,
     seen: set[tuple[int, int]] | None = None,
 ) -> Mapping[Any, Any]:
-    """The first dict with tensors in it, behind the names of `WRAPPERS`; else ``content``.
+    """The first dict with tensors that is found under the names of `WRAPPERS`; else ``content``.
 
-    An average of another name goes before all that are not averages, if it is of this model.
-    seen: dicts without tensors that were searched before, with their depth. A pickle may hold the
-    same dict under a thousand names, and each would be searched again.
+    An average with a name of its own is preferred to what is no average, if it is of this model.
+    seen: dicts that were searched before, with their depth. A pickle may hold the same dict under
+    a thousand names.
     """
     seen = set() if seen is None else seen
     averages = [name for name in content if is_averaged(str(name)) and name not in WRAPPERS]
@@ -186,7 +180,7 @@ def _prefixes(state: Mapping[Any, Any], marks: tuple[str, ...]) -> set[str]:
 
 
 def _chosen(prefixes: set[str], path: Path) -> str:
-    """The one of the averaged copy, or the only one."""
+    """The prefix of the averaged copy, or the only prefix."""
     averaged = {prefix for prefix in prefixes if any(map(is_averaged, prefix.split(".")))}
     if len(prefixes) > _MOST_COPIES or (len(prefixes) > 1 and len(averaged) != 1):
         raise ValueError(
@@ -196,7 +190,7 @@ def _chosen(prefixes: set[str], path: Path) -> str:
 
 
 def _module(name: str, prefix: str) -> str:
-    """The first part of a name in the model; "" for what is in no module of it."""
+    """The first part of a name in the model; "" if it is not in one of its modules."""
     return name.removeprefix(prefix).rpartition(".")[0].partition(".")[0]
 
 
@@ -205,7 +199,7 @@ def _is_scale(name: str) -> bool:
 
 
 def _is_single(name: Any, value: Any) -> bool:
-    """Whether this is a single number, or a setting."""
+    """Whether a value is a single number or a setting, and not a weight."""
     if not isinstance(name, str):
         return False
     if isinstance(value, Tensor):

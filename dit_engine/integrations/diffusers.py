@@ -1,4 +1,4 @@
-"""An existing diffusers ``DiTPipeline`` with its transformer replaced by ours.
+"""Replace the transformer of an existing diffusers ``DiTPipeline`` by ours.
 
 Example:
     pipe = accelerate(DiTPipeline.from_pretrained("facebook/DiT-XL-2-256"))

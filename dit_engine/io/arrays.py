@@ -27,11 +27,8 @@ T = TypeVar("T")
 
 _KINDS = "biufcU"  # of dtypes: numbers and text, which hold no pointers to other objects
 _DIMENSIONS = 8
-_PACKED = (
-    zipfile.ZIP_STORED,
-    zipfile.ZIP_DEFLATED,
-)  # NumPy's; other methods have no bound like the next
-_INFLATED = 1040  # the most bytes that Deflate can store in one
+# NumPy uses only these two. Deflate stores at most 1040 bytes in one; others have no such bound.
+_PACKED, _INFLATED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED), 1040
 
 
 @dataclass(frozen=True)
@@ -82,9 +79,7 @@ def array_in(file: IO[bytes], size: int, source: str) -> StoredArray:
             shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
     except (OSError, zipfile.BadZipFile, zlib.error):
         raise
-    except (
-        Exception
-    ) as error:  # the header is a Python literal, whose parser can raise almost anything
+    except Exception as error:  # the parser of its Python literal can raise almost anything
         raise ValueError(f"{source} is not an array ({first_line(error)})") from None
     stored = StoredArray(file, source, shape, dtype, fortran)
     if dtype.kind not in _KINDS:

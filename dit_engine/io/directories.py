@@ -7,13 +7,13 @@ import os
 import stat
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from dit_engine.io.files import NAME_SHOWN, file_hash, hidden_directory, told_as
-from dit_engine.io.printable import printable
+from dit_engine.io.printable import some_of
 
 Known = Callable[[Path], Mapping[str, "str | None"]]
 """A function that is given a directory with files in it and returns those that may be removed:
@@ -22,13 +22,12 @@ ValueError with the reason.
 
 The paths must come from a fixed list of names that we write: a stranger's manifest may list any."""
 
-_NAMED = 4  # files that a message names, at most
 _LEFT_SECONDS = 60.0  # after which a directory counts as left by a killed process
 
 
 def nothing_known(directory: Path) -> NoReturn:
     """A `Known` for a destination that must be missing or empty."""
-    raise ValueError(f"holds something else ({_some([p.name for p in directory.iterdir()])})")
+    raise ValueError(f"holds something else ({_some(p.name for p in directory.iterdir())})")
 
 
 def check_destination(target: Path, known: Known = nothing_known) -> dict[str, os.stat_result]:
@@ -199,10 +198,8 @@ def _source(name: str) -> str | None:
     return str(path.parent.with_name(f"{path.name.partition('.')[0]}.py"))
 
 
-def _some(names: Collection[str]) -> str:
-    shown = ", ".join(map(printable, sorted(names)[:_NAMED]))
-    more = len(names) - _NAMED
-    return shown if more <= 0 else f"{shown} and {more} more"
+def _some(names: Iterable[str]) -> str:
+    return some_of(sorted(names), quote=False)
 
 
 def _exchange(target: Path, new: Path, old: Path, removable: dict[str, os.stat_result]) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-NAME_SHOWN = 48  # characters, at most 4 bytes each, which leaves room for the rest of 255
+NAME_SHOWN = 48  # characters of 4 bytes at most; a whole file name may have 255 bytes
 _PART_BYTES = 1 << 20
 _NO_LINKS: int = getattr(os, "O_NOFOLLOW", 0)  # Windows has none of these
 _DIRECTORY: int = getattr(os, "O_DIRECTORY", 0)
@@ -47,8 +47,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def told_as(inside: Path, path: Path) -> Iterator[None]:
-    """What is raised in the block names ``path`` in the place of ``inside``, a temporary one."""
-    # /proc/self/fd/7 is not meant where /proc/self/fd/70 stands.
+    """Errors that are raised in the block name ``path`` and not ``inside``, the temporary path."""
+    # (?!\w), because /proc/self/fd/7 is also the beginning of /proc/self/fd/70.
     temporary = re.escape(str(inside)) + r"(?!\w)"
 
     def told(text: object) -> str:
@@ -198,7 +198,7 @@ def save_tensors(
 
 
 class NotRegular(ValueError):
-    """A directory, or a pipe or device, of which reading might wait or continue for ever."""
+    """A path is not a regular file: reading a pipe or a device might never end."""
 
 
 def regular_size(path: Path) -> int:

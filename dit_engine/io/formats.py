@@ -1,4 +1,4 @@
-"""What a file is, whatever its name says: told by its first bytes, for messages."""
+"""Recognise what a file is by its first bytes, for messages."""
 
 from __future__ import annotations
 
@@ -51,10 +51,9 @@ _TENSORFLOW_END = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"  # of a table, as in model
 
 
 def check_format(path: Path, wanted: str) -> None:
-    """Raise a ValueError that says what a file is, if that is known and is not ``wanted``.
+    """Raise a ValueError that says what a file is, if it is recognised and is not ``wanted``.
 
-    A file whose kind is not known passes: its reader says what is wrong. OSError: it cannot be
-    read.
+    Other files pass, and their reader says what is wrong. Raises OSError if it cannot be read.
     """
     found = format_of(path)
     if found is None or found == wanted or (found, wanted) == (_ZIP, PYTORCH):
@@ -64,7 +63,7 @@ def check_format(path: Path, wanted: str) -> None:
 
 
 def format_of(path: Path) -> str | None:
-    """ "a safetensors file", "a web page", …; None for what is not recognised.
+    """What a file is, such as "a safetensors file" or "a web page"; None if it is not recognised.
 
     Raises `NotRegular` for a directory, a pipe or a device, OSError if it cannot be read.
     """
@@ -100,7 +99,7 @@ def format_of(path: Path) -> str | None:
 
 
 def _zip_format(path: Path) -> str | None:
-    """The kind of a zip file; None if it is cut off, because the list of contents is at its end."""
+    """The kind of a zip file; None if its end, where the list of contents is, is cut off."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

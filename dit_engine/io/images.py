@@ -105,7 +105,7 @@ def read_rgb(path: Path) -> Image:
 
 
 def has_orientation(image: Image) -> bool:
-    """Whether the file says that its pixels are to be turned. They are not read for it."""
+    """Whether the file says that its pixels are to be turned; the pixels are not read for this."""
     return "exif" in image.info and _orientation(image) != 1
 
 
@@ -165,7 +165,7 @@ def _flattened(image: Image) -> Image:
 
 
 def _tag(image: Image, tag: int, default: int) -> tuple[int, ...]:
-    """The numbers of a TIFF's tag; the default of all other files."""
+    """The numbers of a TIFF's tag; the default if there is no such tag."""
     value = getattr(image, "tag_v2", {}).get(tag, default)
     return value if isinstance(value, tuple) else (value,)
 
@@ -207,7 +207,7 @@ def _orientation(image: Image) -> int:
     """1 to 8, as EXIF numbers them; 1 (upright) where the EXIF data cannot be read."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # of damaged EXIF data; the pixels are none the worse
+    except Exception:  # damaged EXIF data; the pixels may still be good
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -224,6 +224,6 @@ def _upright(image: Image, orientation: int) -> Image:
 
 
 def _reason(error: Exception) -> str:
-    """Pillow says "cannot identify image file 'path'"; the path has been told."""
+    """Pillow's message without the path, as in "cannot identify image file 'path'"."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split(" '")[0].split()) or type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -48,6 +49,13 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception's message, at most 160 characters of it, printable."""
     lines = str(error).strip().splitlines()
     return printable((lines[0] if lines else type(error).__name__)[:160])
+
+
+def some_of(names: Iterable[str], quote: bool = True) -> str:
+    """For messages: the first three names and how many more there are, or "nothing"."""
+    every = list(names)
+    first = ", ".join(repr(name) if quote else printable(name) for name in every[:3])
+    return (first or "nothing") + (f" and {len(every) - 3} more" if len(every) > 3 else "")
 
 
 def say(text: object = "", file: TextIO | None = None, flush: bool = False) -> None:

@@ -17,7 +17,7 @@ _DIRECTORIES = re.compile(
 
 
 def recorded(source: str | Path) -> str:
-    """What is recorded of ``source``: the last part of a path, or the whole of a hub id."""
+    """The name that is recorded for ``source``: the last part of a path, or a whole hub id."""
     text = str(source)
     if not (_is_path(text) or isinstance(source, Path) or _exists(text)):
         return text
@@ -26,12 +26,12 @@ def recorded(source: str | Path) -> str:
 
 
 def same_source(one: str, other: str) -> bool:
-    """Whether two recorded sources may be the same, where each may be a path or only its name."""
+    """Whether two recorded sources may be the same; each may be a path or only its last part."""
     return one == other or _last(one) == _last(other)
 
 
 def is_source(source: str | Path, record: str) -> bool:
-    """Whether ``record``, a name or an older record's path, may stand for ``source``."""
+    """Whether ``source`` may be what ``record`` names, a name or, in older records, a path."""
     return same_source(recorded(source), record)
 
 

@@ -231,7 +231,7 @@ def test_messages_say_how_many_files_and_which_are_links(tmp_path: Path) -> None
     more = [path / f"{i:02}" for i in range(14)]
     for file in more:
         file.touch()
-    unchanged(path, save_again, r"\(00, 01, 02, 03 and 10 more\): move")
+    unchanged(path, save_again, r"\(00, 01, 02 and 11 more\): move")
     for file in more:
         file.unlink()
     (path / "config.json").rename(tmp_path / "blob")

@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_bench.quality.frechet import Statistics
-from dit_engine.checkpoint.weights import some_of
 from dit_engine.io.arrays import StoredArray, open_member, open_npz
 from dit_engine.io.files import regular_size
 from dit_engine.io.folders import SUFFIXES, count_of, find_images, tell_left_out
 from dit_engine.io.images import Unreadable, check_pixels, has_orientation, open_image
+from dit_engine.io.printable import some_of
 
 Images = NDArray[np.uint8]
 # Pillow turns these into 8-bit RGB without losing range; 16-bit modes would be cut off.

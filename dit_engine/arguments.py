@@ -1,14 +1,35 @@
-"""Read the values that callers give, of whatever numeric type, and name them in messages."""
+"""Read the values that callers give, of whatever numeric type, and name them in messages; a
+mistyped or foreign keyword gets a hint."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Set
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from difflib import get_close_matches
+from typing import Any, TypeVar
 
 from dit_engine.io.printable import printable
 
 _LIMIT = 80  # characters of a value in a message
+# Names in diffusers and in the official DiT → our names.
+_ELSEWHERE = {
+    "num_inference_steps": "steps",
+    "num_sampling_steps": "steps",
+    "num_steps": "steps",
+    "class_labels": "labels",
+    "classes": "labels",
+    "cfg_scale": "guidance_scale",
+    "cfg": "guidance_scale",
+    "scheduler": "sampler",
+    "generator": "seed",
+    "output_type": "output",
+    "callback_on_step_end": "callback",
+    "dtype": "precision",
+    "torch_dtype": "precision",
+}
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def dimensions(value: Any) -> int | None:
@@ -121,3 +142,26 @@ def positive(name: str, value: Any) -> int:
     if number is None or number < 1:
         raise ValueError(f"{name} {shown(value)} is not a positive integer")
     return number
+
+
+def our_name(name: str, known: Iterable[str]) -> str | None:
+    """The name among ``known`` that ``name`` probably means; None if none is like it."""
+    known = list(known)
+    elsewhere = _ELSEWHERE.get(name)
+    return elsewhere if elsewhere in known else next(iter(get_close_matches(name, known, 1)), None)
+
+
+def names_ours(function: F) -> F:
+    """Decorate ``function``: its TypeError for an unknown keyword suggests the right one."""
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def named(*values: Any, **options: Any) -> Any:
+        for name in options:
+            if name not in known:
+                ours = our_name(name, known)
+                hint = f"it is called {ours!r} here" if ours else f"choose from {', '.join(known)}"
+                raise TypeError(f"{function.__name__}() has no keyword {name!r}; {hint}")
+        return function(*values, **options)
+
+    return named  # pyright: ignore[reportReturnType]

@@ -1,4 +1,4 @@
-"""Latents to pixels to pictures."""
+"""Latents to pixels to pictures, and the checks that nothing on the way is NaN or infinite."""
 
 from __future__ import annotations
 
@@ -6,23 +6,30 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dit_engine.backends import Decode
-from dit_engine.finite import check_pixels
-from dit_engine.memory import is_out_of_memory
+from dit_engine.errors import NotFinite
+from dit_engine.runtime import is_out_of_memory
+from dit_engine.sampling.coefficients import LARGEST
 from dit_engine.vae import AutoencoderKL
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from dit_engine.plan import Plan
 
 MakeDecoder = Callable[[AutoencoderKL, torch.dtype, torch.device], Decode | None]
 """`dit_engine.backends.Backend.decoder`."""
+_SHOWN = 4
+_HELP = (
+    "what helps is precision 'bf16' or 'fp32', a smaller guidance_scale, or other weights "
+    "(check_finite=True looks for NaN in them)"
+)
 
 
 class LatentDecoder:
@@ -33,6 +40,23 @@ class LatentDecoder:
         self._plain: dict[torch.dtype, AutoencoderKL] = {}
         self._made: dict[tuple[MakeDecoder, torch.dtype], Decode | None] = {}
         self._lock = threading.Lock()
+
+    def images(self, z: Tensor, plan: Plan, make: MakeDecoder, at_once: int) -> Any:
+        """The latents of all images of ``plan`` (N, C, S, S) as pictures, in the form that its
+        ``output`` says; ``at_once`` images in each batch. Raises `NotFinite`."""
+        parts = []
+        for first in range(0, len(z), at_once):
+            part = slice(first, first + at_once)
+            decoded = self(z[part], plan.precision, make)
+            if plan.output == "pt":
+                check_pixels(decoded, plan.names[part])
+                parts.append(decoded.cpu())
+            else:
+                parts.append(to_uint8(decoded, plan.names[part]))
+        if plan.output == "pt":
+            return (torch.cat(parts).clamp(-1, 1) + 1) / 2
+        pixels = np.concatenate(parts)
+        return pixels if plan.output == "np" else to_pil(pixels)
 
     def __call__(self, z: Tensor, precision: str, make: MakeDecoder | None = None) -> Tensor:
         """Sampler latents z (N, c, h, w) → float32 images (N, 3, H, W), about [-1, 1].
@@ -94,3 +118,54 @@ def to_pil(pixels: np.ndarray) -> list[Image.Image]:
     from PIL import Image
 
     return [Image.fromarray(image) for image in pixels]
+
+
+def check_pixels(images: Tensor, names: Sequence[str] | None = None) -> None:
+    """Raise `NotFinite` for NaN or infinity in decoded images (N, 3, H, W).
+
+    names: what to call each image; None is by number.
+    """
+    if not _finite(images):
+        raise NotFinite(f"{_which(images, names)} not finite after the VAE's decoding: {_HELP}")
+
+
+def check_latents(
+    z: Tensor,
+    again: Callable[[Callable[[int, Tensor], None]], Tensor],
+    steps: int,
+    names: Sequence[str],
+) -> None:
+    """Raise `NotFinite` for NaN or infinity in the final latents z (N, C, S, S) of so many steps.
+
+    Only then are they sampled ``again``, by a loop that calls the function that it is given with
+    every step and its latents, so that the message tells the first step that is not finite.
+    """
+    if _finite(z):
+        return
+
+    class Found(Exception):
+        """Ends the sampling."""
+
+    def look(step: int, z: Tensor) -> None:
+        if not _finite(z):
+            raise Found(step + 1)
+
+    where = "at the end"
+    try:
+        again(look)
+    except Found as found:
+        where = f"from step {found.args[0]} of {steps} on"
+    raise NotFinite(f"{_which(z, names)} not finite {where}: {_HELP}")
+
+
+def _finite(images: Tensor) -> bool:
+    """Whether every value is below `LARGEST`, which NaN is not."""
+    return bool((images.abs() < LARGEST).all())
+
+
+def _which(images: Tensor, names: Sequence[str] | None) -> str:
+    """The images that are not finite, as the subject of a sentence."""
+    bad = [i for i, finite in enumerate(map(_finite, images)) if not finite]
+    told = [f"image {i}" if names is None else names[i] for i in bad[:_SHOWN]]
+    more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    return f"{', '.join(told)}{more} {'is' if len(bad) == 1 else 'are'}"

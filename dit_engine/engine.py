@@ -3,43 +3,33 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dit_engine._version import __version__
-from dit_engine.arguments import positive, shown
-from dit_engine.backends import Backend, create_backend, resolve_backend
+from dit_engine.arguments import names_ours, positive, shown
+from dit_engine.backends import Backend, create_backend
 from dit_engine.checkpoint import build_model, build_vae, load_checkpoint
-from dit_engine.config import NO_NULL_CLASS
-from dit_engine.console.parser import names_ours
-from dit_engine.decode import LatentDecoder, to_pil, to_uint8
-from dit_engine.finite import check_latents, check_pixels
+from dit_engine.decode import LatentDecoder, check_latents
 from dit_engine.io.provenance import recorded
-from dit_engine.labels import check_names, resolve_labels
-from dit_engine.memory import in_halves
+from dit_engine.labels import check_names
 from dit_engine.model import DiT
+from dit_engine.plan import Plan, make_plan
 from dit_engine.results import Generation, Progress
-from dit_engine.runtime import limited_threads, neutral, parse_device, survive_forks
-from dit_engine.sampling.coefficients import clipping, step_coefficients, uses_noise
-from dit_engine.sampling.fused import sample_fused
-from dit_engine.sampling.guidance import guided, guided_steps, parse_scales
-from dit_engine.sampling.noise import (
-    GivenNoise,
-    NoiseSource,
-    OfficialNoise,
-    PerImageNoise,
-    given_noise,
+from dit_engine.runtime import (
+    in_halves,
+    limited_threads,
+    neutral,
+    parse_device,
+    survive_forks,
 )
-from dit_engine.sampling.samplers import SAMPLERS
-from dit_engine.sampling.schedule import make_schedule
-from dit_engine.settings import GenerateSettings, resolve_seeds
+from dit_engine.sampling.loop import sample
 from dit_engine.vae import AutoencoderKL
 
 
@@ -89,10 +79,13 @@ class Engine:
         self._decode = None if self.vae is None else LatentDecoder(self.vae, self.device)
         self._backends: dict[tuple[str, str], Backend] = {}
         self._lock = threading.Lock()
+        self._facts: dict[str, Any] = {"numerics": self.config.numerics, "version": __version__}
+        if diffusion := self.config.diffusion.record():  # what is not the published one's
+            self._facts["diffusion"] = diffusion
         survive_forks()
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = ("_decode", "_backends", "_lock")
+        made_again = ("_decode", "_backends", "_lock", "_facts")
         return {name: value for name, value in vars(self).items() if name not in made_again}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -141,16 +134,15 @@ class Engine:
         Raises:
             ValueError, OSError: one line that says what is wrong with the source.
         """
+        loading: dict[str, Any] = {
+            "num_heads": num_heads,
+            "prediction": prediction,
+            "vae_scaling_factor": vae_scaling_factor,
+            "vae_shift_factor": vae_shift_factor,
+            "vae_groups": vae_groups,
+        }
         checkpoint = load_checkpoint(
-            source,
-            vae=vae,
-            numerics=numerics,
-            num_heads=num_heads,
-            prediction=prediction,
-            check_finite=check_finite,
-            vae_scaling_factor=vae_scaling_factor,
-            vae_shift_factor=vae_shift_factor,
-            vae_groups=vae_groups,
+            source, vae=vae, numerics=numerics, check_finite=check_finite, **loading
         )
         told = str if record_paths else recorded
         sources = {"model": told(source)} | ({} if vae is None else {"vae": told(vae)})
@@ -163,13 +155,6 @@ class Engine:
             threads,
             sources,
         )
-        loading = {
-            "num_heads": num_heads,
-            "prediction": prediction,
-            "vae_scaling_factor": vae_scaling_factor,
-            "vae_shift_factor": vae_shift_factor,
-            "vae_groups": vae_groups,
-        }  # recorded as the sources are
         engine.loading = {name: value for name, value in loading.items() if value is not None}
         return engine
 
@@ -240,206 +225,66 @@ class Engine:
             ValueError: an argument out of its range; the message names it and what is allowed.
             BackendUnavailable: a backend that cannot run here.
         """
-        numbers = resolve_labels(labels, self.config.num_classes, self.label_names)
-        n = len(numbers)
-        settings, scales = self._settings(
-            n,
-            guidance_scale,
-            output=("latent" if self.vae is None else "pil") if output is None else output,
-            sampler=sampler,
+        plan = self.plan(
+            labels,
             steps=steps,
+            sampler=sampler,
             spacing=spacing,
             eta=eta,
+            guidance_scale=guidance_scale,
             guidance_channels=guidance_channels,
             guidance_interval=guidance_interval,
+            seed=seed,
+            seeds=seeds,
             noise=noise,
-            precision=precision,
+            latents=latents,
+            step_noise=step_noise,
             backend=backend,
+            precision=precision,
+            output=output,
         )
-        image_seeds = resolve_seeds(seed, seeds, n, settings.noise)
-        shape = (self.config.in_channels, self.config.input_size, self.config.input_size)
-        latents = given_noise("latents", latents, (n, *shape))
-        step_noise = given_noise("step_noise", step_noise, (settings.steps, n, *shape))
         if callback is not None and not callable(callback):
             raise ValueError(f"callback {shown(callback)} is not callable")
-        as_a_whole = settings.noise == "official"
-        if as_a_whole and n > self.max_batch_size:
+        if not plan.splittable and len(plan) > self.max_batch_size:
             raise ValueError(
-                f"noise 'official' draws for the batch as a whole: {n} labels exceed "
+                f"noise {plan.noise!r} draws for the batch as a whole: {len(plan)} labels exceed "
                 f"max_batch_size {self.max_batch_size}"
             )
-        names = self._names(numbers, image_seeds)
         gradients = torch.is_grad_enabled()
 
         def run(first: int, count: int) -> Tensor:
-            part = slice(first, first + count)
-
-            def draws() -> NoiseSource:
-                drawn: NoiseSource
-                if as_a_whole:
-                    guides = bool((scales != 1).any())
-                    drawn = OfficialNoise(image_seeds[0], count, guides, shape, self.device)
-                else:
-                    drawn = PerImageNoise(image_seeds[part], shape, self.device)
-                if latents is not None or step_noise is not None:
-                    drawn = GivenNoise(
-                        None if latents is None else latents[part],
-                        None if step_noise is None else step_noise[:, part],
-                        drawn,
-                    )
-                return drawn
+            part = plan.part(first, count)
 
             def report(step: int, z: Tensor) -> None:
                 if callback is None:
                     return
                 with torch.inference_mode(False), torch.set_grad_enabled(gradients):
                     own = z.clone()  # an ordinary tensor, and none that the next step reads
-                    callback(Progress(step + 1, settings.steps, first, count, n, own))
+                    k, steps = step + 1, len(plan.schedule)
+                    callback(Progress(k, steps, first, count, len(plan), own))
 
-            def sample(report: Callable[[int, Tensor], None]) -> Tensor:
-                return self._sample(runner, numbers[part], scales[part], settings, draws(), report)
-
-            z = sample(report)
-            check_latents(z, sample, settings.steps, names[part])
+            z = sample(runner, part, self.device, report)
+            again = partial(sample, runner, part, self.device)
+            check_latents(z, again, len(plan.schedule), part.names)
             return z
 
         with neutral(self.device), limited_threads(self.threads):
-            runner = self._backend(settings.backend, settings.precision)
+            runner = self._backend(plan.backend, plan.precision)
             with torch.inference_mode():
-                z = torch.cat(in_halves(run, n, self.max_batch_size, splittable=not as_a_whole))
-                images = self._present(z, settings, names, runner)
+                z = torch.cat(in_halves(run, len(plan), self.max_batch_size, plan.splittable))
+                if plan.output == "latent":
+                    images = z.cpu()
+                else:
+                    assert self._decode is not None
+                    images = self._decode.images(z, plan, runner.decoder, self.max_batch_size)
             if isinstance(images, Tensor):
                 images = images.clone()  # an ordinary tensor: it can be changed, and learnt from
-        result = self._outcome(images, numbers, image_seeds, settings, scales, latents, step_noise)
-        if settings.output == "pil":
-            from dit_engine.metadata import sign
+        return plan.result(images)
 
-            sign(result)
-        return result
-
-    def planned(
-        self,
-        labels: list[int],
-        seeds: list[int],
-        *,
-        guidance_scale: float | Sequence[float] | Tensor = 4.0,
-        latents: Tensor | None = None,
-        step_noise: Tensor | None = None,
-        **options: Any,
-    ) -> Generation:
-        """What `generate` of class numbers, seeds and its other options would return, with None for
-        images: nothing is computed."""
-        settings, scales = self._settings(len(labels), guidance_scale, **options)
-        return self._outcome(None, labels, seeds, settings, scales, latents, step_noise)
-
-    def _settings(
-        self, n: int, guidance_scale: float | Sequence[float] | Tensor, backend: str, **options: Any
-    ) -> tuple[GenerateSettings, Tensor]:
-        settings = GenerateSettings.of(
-            backend=resolve_backend(backend),
-            diffusion=self.config.diffusion,
-            **options,
-        )
-        checked = settings.checked(self.config, has_vae=self.vae is not None)
-        scales = parse_scales(guidance_scale, n).expand(n)
-        if not self.config.has_null_class and (scales != 1).any():
-            other = scales[scales != 1][0].item()
-            raise ValueError(f"guidance_scale {other:g}: {NO_NULL_CLASS}; give guidance_scale 1")
-        return checked, scales
-
-    def _outcome(
-        self,
-        images: Any,
-        labels: list[int],
-        seeds: list[int],
-        settings: GenerateSettings,
-        scales: Tensor,  # (N,)
-        latents: Tensor | None,
-        step_noise: Tensor | None,
-    ) -> Generation:
-        record: dict[str, Any] = (
-            self.sources
-            | self.loading
-            | {
-                "numerics": self.config.numerics,
-                "version": __version__,
-            }
-        )
-        if diffusion := self.config.diffusion.record():  # what is not the published one's
-            record["diffusion"] = diffusion
-        record |= settings.record(scales) | _digests(latents=latents, step_noise=step_noise)
-        drew = latents is None or (settings.uses_step_noise and step_noise is None)
-        names = None if self.label_names is None else [self.label_names[i] for i in labels]
-        return Generation(images, labels, seeds if drew else None, record, names)
-
-    def _sample(
-        self,
-        backend: Backend,
-        labels: list[int],
-        scales: Tensor,
-        settings: GenerateSettings,
-        noise: NoiseSource,
-        report: Callable[[int, Tensor], None],
-    ) -> Tensor:
-        """Noise to latents for one batch, (N, C, S, S) float32."""
-        schedule = make_schedule(settings.steps, settings.spacing, self.config.diffusion)
-        z = noise.start()  # (N, C, S, S)
-        n = len(labels)
-        guides = guided_steps(scales, len(schedule), settings.guidance_interval, schedule.sigmas)
-        if guides.any():
-            labels = labels + [self.config.null_class] * n
-        conditions = (
-            torch.tensor(labels, device=self.device),
-            torch.tensor(schedule.timesteps, device=self.device),
-        )
-        table = step_coefficients(settings.sampler, schedule, self.config.learn_sigma, settings.eta)
-        channels = settings.guidance_channels or self.config.in_channels
-        fused = backend.fuse(*conditions, table, scales, channels)
-        if fused is not None:
-            clip = clipping(settings.sampler, schedule)
-            return sample_fused(fused, z, uses_noise(table), guides, noise, report, clip)
-        denoiser = backend.prepare(*conditions)
-        denoise = guided(
-            denoiser,
-            n,
-            scales.to(self.device),
-            settings.guidance_channels,
-            settings.guidance_interval,
-            schedule.sigmas,
-            self.config.in_channels,
-        )
-        options = {"eta": settings.eta} if settings.sampler == "ddim" else {}
-        sampler = SAMPLERS[settings.sampler].function
-        return sampler(denoise, z, schedule, noise, report, **options)
-
-    def _present(
-        self, z: Tensor, settings: GenerateSettings, names: Sequence[str], backend: Backend
-    ) -> Any:
-        """Latents z (N, C, S, S) in the form that was asked for. Raises `NotFinite`."""
-        if settings.output == "latent":
-            return z.cpu()
-        assert self._decode is not None
-        parts = []
-        for first in range(0, len(z), self.max_batch_size):
-            part = slice(first, first + self.max_batch_size)
-            decoded = self._decode(z[part], settings.precision, backend.decoder)
-            if settings.output == "pt":
-                check_pixels(decoded, names[part])
-                parts.append(decoded.cpu())
-            else:
-                parts.append(to_uint8(decoded, names[part]))
-        if settings.output == "pt":
-            return (torch.cat(parts).clamp(-1, 1) + 1) / 2
-        pixels = np.concatenate(parts)
-        return pixels if settings.output == "np" else to_pil(pixels)
-
-    def _names(self, labels: list[int], seeds: list[int]) -> list[str]:
-        """What messages call the images of a call."""
-        classes = self.label_names
-        return [
-            f"image {i} (label {label}{f' {classes[label]!r}' if classes else ''}, seed {seed})"
-            for i, (label, seed) in enumerate(zip(labels, seeds, strict=True))
-        ]
+    def plan(self, labels: int | str | Iterable[int | str], **options: Any) -> Plan:
+        """What `generate` would do with these arguments (all but ``callback``): nothing is run."""
+        origin, has_vae = self.sources | self.loading | self._facts, self.vae is not None
+        return make_plan(labels, self.config, self.label_names, origin, has_vae, **options)
 
     def _backend(self, name: str, precision: str) -> Backend:
         with self._lock:
@@ -455,12 +300,3 @@ def _texts(name: str, value: Any) -> dict[str, str]:
     if not all(isinstance(text, str) for item in items for text in item):
         raise ValueError(f"{name} {shown(value)} is not a dict of strings")
     return dict(value)
-
-
-def _digests(**tensors: Tensor | None) -> dict[str, str]:
-    """SHA-256 of given tensors as float32, so that a record tells which ones were used."""
-    return {
-        f"{name}_sha256": hashlib.sha256(tensor.float().cpu().numpy().tobytes()).hexdigest()
-        for name, tensor in tensors.items()
-        if tensor is not None
-    }

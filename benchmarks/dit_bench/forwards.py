@@ -25,8 +25,8 @@ from dit_engine.backends.lean.vae import LeanDecoder
 from dit_engine.engine import Engine, Generation, Progress
 from dit_engine.model import DiT
 from dit_engine.sampling.coefficients import clipping, step_coefficients, uses_noise
-from dit_engine.sampling.fused import sample_fused
 from dit_engine.sampling.guidance import guided
+from dit_engine.sampling.loop import sample_fused
 from dit_engine.sampling.samplers import ddpm
 from dit_engine.sampling.schedule import Schedule, make_schedule
 
@@ -141,8 +141,7 @@ class Work:
             always, draws, clip = np.ones(1, dtype=bool), uses_noise(table), clipping("ddpm", one)
             return lambda: sample_fused(fused, self.x, draws, always, noise, _ignore, clip)
         denoiser = backend.prepare(*conditions)
-        denoise = guided(denoiser, self.images, scales.to(device), channels,
-                         in_channels=config.in_channels)  # fmt: skip
+        denoise = guided(denoiser, scales.to(device), channels)
         return lambda: ddpm(denoise, self.x, one, noise)
 
     def generation(

@@ -20,7 +20,7 @@ from torch import Tensor
 from dit_bench.forwards import CHANNELS, SCALE, Work, decoder_dtype
 from dit_bench.peers import FP32_BOUND, allowed_error, relative_error
 from dit_engine.engine import Generation, Progress
-from dit_engine.memory import in_halves
+from dit_engine.runtime import in_halves
 from dit_engine.sampling.guidance import guided
 from dit_engine.sampling.noise import PerImageNoise
 from dit_engine.sampling.samplers import SAMPLERS
@@ -127,8 +127,8 @@ class GenerationCheck:
             rows = torch.cat([labels[part], null])
             scales = torch.full((count,), SCALE, dtype=torch.float64, device=device)
             denoise = guided(
-                lambda x, k: model(x, timesteps[k].expand(len(x)), rows[: len(x)]), count, scales,
-                min(CHANNELS, config.in_channels), in_channels=config.in_channels,
+                lambda x, k: model(x, timesteps[k].expand(len(x)), rows[: len(x)]), scales,
+                min(CHANNELS, config.in_channels),
             )  # fmt: skip
             noise = PerImageNoise(self.work.seeds[part], shape, device)
             taken: list[Tensor] = []

@@ -33,7 +33,7 @@ from dit_engine.backends import Backend
 from dit_engine.config import ModelConfig
 from dit_engine.engine import Engine
 from dit_engine.errors import BackendUnavailable
-from dit_engine.memory import is_out_of_memory
+from dit_engine.runtime import is_out_of_memory
 from dit_engine.vae import VAEConfig
 from dit_kernels import Unavailable
 

@@ -18,7 +18,7 @@ from dit_bench.operator_checks import check_device, relative_error
 from dit_bench.timing import interleave
 from dit_engine.backends.compile import compile_graph
 from dit_engine.backends.lean.vae import LeanDecoder
-from dit_engine.memory import is_out_of_memory
+from dit_engine.runtime import is_out_of_memory
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 ERROR_RATIO = 2.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dit_engine.cli.pictures import make_sheet
 from dit_engine.engine import Engine
+from dit_engine.results import make_sheet
 
 if TYPE_CHECKING:
     from PIL import Image

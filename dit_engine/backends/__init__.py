@@ -38,7 +38,7 @@ ALIASES = {"auto": "lean", "trt": "tensorrt"}
 class Denoiser(Protocol):
     """The model with its labels and time steps fixed."""
 
-    def __call__(self, x: Tensor, step: int) -> Tensor:
+    def __call__(self, x: Tensor, step: int, /) -> Tensor:
         """Latents x (M, C, S, S) at the ``step``-th time step → (M, C_out, S, S) in x's dtype.
 
         M may be less than the number of labels prepared; the first M labels are then used.

@@ -111,8 +111,8 @@ def generate(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--columns is of a sheet, a .png, and {output} is none")
     check_destination(output, arguments.overwrite)
 
-    from dit_engine.cli.pictures import save
     from dit_engine.cli.tensors import read_tensor
+    from dit_engine.results import save
 
     kind = output_kind(output)
     options = sampling_options(arguments) | {

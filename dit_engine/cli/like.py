@@ -98,7 +98,7 @@ def recorded_options(path: Path) -> dict[str, Any]:
     Raises a one-line ValueError with the path for a file that does not hold them, or that holds
     settings which are unknown here.
     """
-    from dit_engine.metadata import record_in
+    from dit_engine.results import record_in
 
     with open_image(path) as image:
         record, (width, height) = record_in(image), image.size

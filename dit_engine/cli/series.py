@@ -11,9 +11,7 @@ from dit_engine.console.output import file_name
 from dit_engine.io.files import atomic_path
 from dit_engine.io.images import open_image
 from dit_engine.io.provenance import same_source
-from dit_engine.labels import resolve_labels
-from dit_engine.metadata import as_read, image_record, png_text, record_in
-from dit_engine.settings import resolve_seeds
+from dit_engine.results import as_read, image_record, png_text, record_in
 
 if TYPE_CHECKING:
     from dit_engine.engine import Engine, Generation
@@ -39,13 +37,10 @@ class Series:
         """Raises ValueError where a file of another call has the name of one of these images,
         unless ``overwrite``."""
         self.engine, self.directory, self.options = engine, directory, options
-        numbers = resolve_labels(labels, engine.config.num_classes, engine.label_names)
-        settings = dict(options)
-        seed, seeds = settings.pop("seed"), settings.pop("seeds")
-        self.seeds = resolve_seeds(seed, seeds, len(numbers), options["noise"])
-        self.whole = engine.planned(numbers, self.seeds, **settings)
-        self.paths = [self._path(i) for i in range(len(numbers))]
-        self.missing = [i for i in range(len(numbers)) if overwrite or not self._is_there(i)]
+        plan = engine.plan(labels, **options)
+        self.seeds, self.whole = plan.seeds, plan.result(None)
+        self.paths = [self._path(i) for i in range(len(plan))]
+        self.missing = [i for i in range(len(plan)) if overwrite or not self._is_there(i)]
         self.others = len({*directory.glob("*.png")} - {*self.paths})
 
     def make(self, generate: Callable[..., Generation]) -> None:

@@ -96,7 +96,7 @@ def run_command(command: Callable[[], int], quiet: bool = False) -> int:
     except (ValueError, OSError, ImportError, MemoryError, BackendUnavailable) as error:
         return _fail(error)
     except RuntimeError as error:
-        from dit_engine.memory import is_out_of_memory  # imports torch, so only when it matters
+        from dit_engine.runtime import is_out_of_memory  # imports torch, so only when it matters
 
         if not is_out_of_memory(error):
             raise

@@ -21,12 +21,9 @@ Interval = tuple[float, float]
 
 def guided(
     denoiser: Callable[[Tensor, int], Tensor],
-    n: int,
-    guidance_scale: float | Sequence[float] | Tensor,
+    scales: Tensor,
     channels: int | None = OFFICIAL_CHANNELS,
-    interval: Interval | None = None,
-    sigmas: np.ndarray | None = None,
-    in_channels: int = 4,
+    guides: np.ndarray | None = None,
 ) -> Denoise:
     """A denoiser of N rows that guides: eps = uncond + scale · (cond − uncond).
 
@@ -35,36 +32,24 @@ def guided(
 
     Args:
         denoiser: ``denoiser(x, k)``, x with M rows, uses the first M of its prepared labels. It was
-            prepared with 2N labels, [labels, null], or, where no step is guided
-            (``guided_steps``), with N.
-        n: N.
-        guidance_scale: one number, or one for each image. An image at exactly 1.0 is the
-            conditional prediction, unguided; if all are, the unconditional half is never computed.
-        channels: 1 … in_channels; None means all.
-        interval: (low, high): guide only where low < σ ≤ high, σ = √((1−ᾱ)/ᾱ) being the noise
-            level (Kynkäänniemi et al. 2024, arXiv 2404.07724); elsewhere the unconditional half
-            is not computed. high may be infinite.
-        sigmas: (steps,) ``schedule.sigmas``; needed with an interval.
-        in_channels: C of the latents.
-
-    Raises:
-        ValueError: a scale that is no finite number, a wrong number of scales, channels out of
-            range, or an interval that is upside down, negative or NaN.
+            prepared with 2N labels, [labels, null], or, where no step is guided, with N.
+        scales: (N,) one per image. An image at exactly 1.0 is the conditional prediction, unguided;
+            if all are, the unconditional half is never computed.
+        channels: 1 … C; None means all.
+        guides: (steps,) bool, at which steps the unconditional half is computed; None is at all.
     """
-    scales = parse_scales(guidance_scale, n)
-    check_channels(channels, in_channels)
-    active = _active_steps(interval, sigmas)
     if (scales == 1).all():
         return denoiser
+    n = len(scales)
     unguided = (scales == 1).view(-1, 1, 1, 1)  # (N, 1, 1, 1)
     scales = scales.view(-1, 1, 1, 1)
-    guided_channels = in_channels if channels is None else channels
 
     def denoise(z: Tensor, k: int) -> Tensor:  # (N, C, S, S) → (N, C_out, S, S)
         nonlocal scales, unguided
-        if active is not None and not active[k]:
+        if guides is not None and not guides[k]:
             return denoiser(z, k)
         scales, unguided = scales.to(z), unguided.to(z.device)  # a copy at the first call only
+        guided_channels = z.shape[1] if channels is None else channels
         # In z's dtype: the scaled difference of two half-precision numbers is no place to round.
         output = denoiser(torch.cat([z, z]), k).to(z.dtype)  # (2N, C_out, S, S)
         cond, uncond = output[:n], output[n:]
@@ -77,24 +62,20 @@ def guided(
     return denoise
 
 
-def guided_steps(
-    guidance_scale: float | Sequence[float] | Tensor,
-    steps: int,
-    interval: Interval | None = None,
-    sigmas: np.ndarray | None = None,
-) -> np.ndarray:
-    """(steps,) bool: the steps at which ``guided`` computes the unconditional half.
+def in_interval(interval: Interval | None, sigmas: np.ndarray) -> np.ndarray:
+    """(steps,) bool: at which steps guidance is on, namely where low < σ ≤ high.
 
-    Raises:
-        ValueError: see ``guided``.
+    sigmas: (steps,) noise levels σ = √((1−ᾱ)/ᾱ), `Schedule.sigmas` (Kynkäänniemi et al. 2024,
+    arXiv 2404.07724). high may be infinite. None is at every step.
     """
-    active = _active_steps(interval, sigmas)
-    guides = bool((parse_scales(guidance_scale) != 1).any())
-    return np.full(steps, guides) if active is None else active & guides
+    if interval is None:
+        return np.ones(len(sigmas), dtype=bool)
+    low, high = interval
+    return (sigmas > low) & (sigmas <= high)
 
 
-def parse_scales(guidance_scale: float | Sequence[float] | Tensor, n: int | None = None) -> Tensor:
-    """One scale, or one per image, as a float64 tensor (1,) or (N,).
+def parse_scales(guidance_scale: float | Sequence[float] | Tensor, n: int) -> Tensor:
+    """One scale, or one per image, as a float64 tensor (N,).
 
     Raises:
         ValueError: not finite, negative, or neither 1 nor ``n`` of them.
@@ -106,11 +87,10 @@ def parse_scales(guidance_scale: float | Sequence[float] | Tensor, n: int | None
         raise ValueError(
             f"guidance_scale {shown(guidance_scale)} is neither a number nor one number per image"
         )
-    if not flat or (many is not None and n is not None and len(numbers) != n):
+    if not flat or (many is not None and len(numbers) != n):
         shape = tuple(getattr(guidance_scale, "shape", (len(numbers),)))
-        images = "the images" if n is None else f"{n} images"
         raise ValueError(
-            f"guidance_scale of shape {shape} for {images}: give one number, or one per image"
+            f"guidance_scale of shape {shape} for {n} images: give one number, or one per image"
         )
     for number in numbers:
         if number is None or not math.isfinite(number):
@@ -119,7 +99,7 @@ def parse_scales(guidance_scale: float | Sequence[float] | Tensor, n: int | None
             raise ValueError(
                 f"guidance_scale {number} is negative: 0 and above are allowed, 1 is none"
             )
-    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu").expand(n)
 
 
 def check_channels(channels: int | None, in_channels: int) -> int | None:
@@ -153,13 +133,3 @@ def parse_interval(interval: Interval) -> Interval:
             f"guidance_interval ({low}, {high}) is upside down: low must be below high"
         )
     return low, high
-
-
-def _active_steps(interval: Interval | None, sigmas: np.ndarray | None) -> np.ndarray | None:
-    """(steps,) bool: whether step k guides; None for "all"."""
-    if interval is None:
-        return None
-    low, high = parse_interval(interval)
-    if sigmas is None:
-        raise ValueError("guidance_interval needs the schedule's sigmas")
-    return (sigmas > low) & (sigmas <= high)

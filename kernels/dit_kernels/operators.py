@@ -147,7 +147,7 @@ def guided_step(
     With ε the guided prediction and (a, b, c₁ … c₄, low, high, s) the ``coefficients``:
     x₀ = a·z + b·ε and z′ = c₁·x₀ + c₂·z + c₃·ε + c₄·x₀_before + σ·noise, where σ = s, or with a
     learned variance v s·exp(½(low + ½(v + 1)(high − low))) (Nichol & Dhariwal 2021, equation 15).
-    s = 0 leaves the noise out. ``dit_engine.sampling.fused`` has each sampler's coefficients.
+    s = 0 leaves the noise out. ``dit_engine.sampling.loop`` has each sampler's coefficients.
 
     Args:
         tokens: (2N, T, p·p·C_out), the conditional rows first, or (N, …) for no guidance.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +14,10 @@ from torch import Tensor
 from dit_bench.forwards import Networks, Work
 from dit_bench.generation_check import AGAIN_BOUND, BF16_TIMES_EAGER, GenerationCheck
 from dit_bench.peers import relative_error
-from dit_engine.backends import Backend
+from dit_engine.backends import Backend, Denoiser
 from dit_engine.engine import Engine
 
 STEPS = 6
-Denoiser = Callable[[Tensor, int], Tensor]
 
 
 @pytest.fixture(scope="module")

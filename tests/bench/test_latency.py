@@ -122,7 +122,7 @@ def test_a_guided_step_is_ddpms_mean(work: Work) -> None:
     def denoiser(x: Tensor, k: int) -> Tensor:
         return model(x, work.timesteps[STEP].expand(len(x)), labels)
 
-    eps = guided(denoiser, 3, SCALE, CHANNELS)(work.x, 0)[:, :4].double()
+    eps = guided(denoiser, torch.full((3,), SCALE), CHANNELS)(work.x, 0)[:, :4].double()
     z, a = work.x.double(), schedule.alphas_cumprod[STEP]
     x0 = (z - (1 - a) ** 0.5 * eps) / a**0.5
     expected = schedule.posterior_mean_coef1[STEP] * x0 + schedule.posterior_mean_coef2[STEP] * z

@@ -323,7 +323,8 @@ def test_what_is_printed_is_short(engine: Engine) -> None:
     settings = z.settings | {"output": "latent"}
     for key in ("model", "numerics", "version"):
         del settings[key]
-    planned = engine.planned([1], [3], **settings)
+    given = dict.fromkeys(("seed", "latents", "step_noise"))
+    planned = engine.plan([1], seeds=[3], **settings, **given).result(None)
     assert repr(planned).startswith("Generation(images=None, labels=[1], seeds=[3], ")
     assert repr(engine) == (
         "Engine(model='memory', depth=2, hidden_size=48, patch_size=2, num_classes=10, "
@@ -417,12 +418,12 @@ BAD = [
     ({"seed": "7"}, "seed '7' is not a whole number"),
     ({"seed": 1.0}, "seed 1.0 is not a whole number"),
     ({"seed": True}, "seed True is not a whole number"),
-    ({"seed": [1, 2]}, "seed holds 2 numbers: give them as seeds, one an image"),
+    ({"seed": [1, 2]}, "seed holds 2 numbers: give them as seeds, one per image"),
     ({"seed": np.arange(2)}, "seed holds 2 numbers: give them as seeds"),
     ({"seed": 1, "seeds": [1, 2]}, "give one of the two"),
-    ({"seeds": [1]}, "seeds holds 1 number for 2 labels; one a label is needed"),
-    ({"labels": 1, "seeds": [1, 2]}, "seeds holds 2 numbers for 1 label; one a label"),
-    ({"seeds": 1}, "seeds 1 is not one number a label: give seed, or a list"),
+    ({"seeds": [1]}, "seeds holds 1 number for 2 labels; one per label is needed"),
+    ({"labels": 1, "seeds": [1, 2]}, "seeds holds 2 numbers for 1 label; one per label"),
+    ({"seeds": 1}, "seeds 1 is not one number per label: give seed, or a list"),
     ({"noise": "pink"}, "noise 'pink': choose one of per-image, official"),
     ({"latents": torch.zeros(1, 4, 8, 8)}, "latents has shape (1, 4, 8, 8); (2, 4, 8, 8)"),
     ({"latents": torch.full((2, 4, 8, 8), torch.nan)}, "latents holds NaN"),

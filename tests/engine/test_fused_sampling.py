@@ -9,8 +9,8 @@ from numerics import relative_error
 from torch import Tensor
 
 from dit_engine.sampling.coefficients import step_coefficients, uses_noise
-from dit_engine.sampling.fused import sample_fused
-from dit_engine.sampling.guidance import guided, guided_steps
+from dit_engine.sampling.guidance import guided, in_interval
+from dit_engine.sampling.loop import sample_fused
 from dit_engine.sampling.samplers import SAMPLERS
 from dit_engine.sampling.schedule import make_schedule
 from dit_kernels import guided_step
@@ -74,12 +74,12 @@ def test_equals_the_plain_samplers(
 ) -> None:
     schedule = make_schedule(steps, "linspace")
     model, noise = Model(learned), Draws()
-    denoise = guided(model.images, N, SCALES, channels, interval, schedule.sigmas, C)
+    guides = in_interval(interval, schedule.sigmas)
+    denoise = guided(model.images, SCALES, channels, guides)
     options = {"eta": eta} if name == "ddim" else {}
     # In float64 the samplers themselves are exact but for their float32 coefficients.
     expected = SAMPLERS[name].function(denoise, noise.start().double(), schedule, noise, **options)
     table = step_coefficients(name, schedule, learned, eta)
-    guides = guided_steps(SCALES, steps, interval, schedule.sigmas)
     seen: list[int] = []
     z = sample_fused(Fused(model, table, channels), noise.start(), uses_noise(table), guides, noise,
                      lambda k, z: seen.append(k))  # fmt: skip

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_engine
 from torch import Tensor
 
-from dit_engine.sampling.guidance import check_channels, guided, guided_steps, parse_scales
+from dit_engine.sampling.guidance import (
+    check_channels,
+    guided,
+    in_interval,
+    parse_scales,
+)
+from dit_engine.sampling.samplers import Denoise
 from dit_engine.sampling.schedule import make_schedule
 
 N, C, S = 3, 4, 2
+ENGINE = tiny_engine()
 
 
 class Recorder:
@@ -34,10 +43,19 @@ def z() -> Tensor:
     return torch.randn(N, C, S, S, generator=torch.Generator().manual_seed(1)).double()
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, None])
+def guide(
+    model: Recorder,
+    scale: float | list[float] = 4.0,
+    channels: int | None = 3,
+    guides: np.ndarray | None = None,
+) -> Denoise:
+    return guided(model, parse_scales(scale, N), channels, guides)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, None])
 def test_guided_channels_and_the_rest(channels: int | None) -> None:
     model = Recorder()
-    out = guided(model, N, 2.5, channels)(z(), 0)
+    out = guide(model, 2.5, channels)(z(), 0)
     cond, uncond = model.output[:N].numpy(), model.output[N:].numpy()
     count = C if channels is None else channels
     expected = cond.copy()
@@ -50,58 +68,48 @@ def test_guided_channels_and_the_rest(channels: int | None) -> None:
 
 
 def test_the_default_is_the_published_three_channels() -> None:
-    assert torch.equal(guided(Recorder(), N, 4.0)(z(), 0), guided(Recorder(), N, 4.0, 3)(z(), 0))
-    assert not torch.equal(
-        guided(Recorder(), N, 4.0)(z(), 0), guided(Recorder(), N, 4.0, None)(z(), 0)
-    )
+    scales = parse_scales(4.0, N)
+    assert torch.equal(guided(Recorder(), scales)(z(), 0), guide(Recorder(), 4.0, 3)(z(), 0))
 
 
 def test_one_scale_per_image_equals_each_alone() -> None:
     scales = [1.0, 1.5, 4.0]
-    together = guided(Recorder(), N, torch.tensor(scales))(z(), 0)
-    assert torch.equal(guided(Recorder(), N, scales)(z(), 0), together)
+    together = guide(Recorder(), scales)(z(), 0)
     for i, scale in enumerate(scales):
-        assert torch.equal(together[i], guided(Recorder(), N, scale)(z(), 0)[i])
+        assert torch.equal(together[i], guide(Recorder(), scale)(z(), 0)[i])
     # Scale 1 is the conditional prediction to the bit, though its batch was guided.
     assert torch.equal(together[0], Recorder().output[0])
 
 
 @pytest.mark.parametrize("scale", [1.0, 1, torch.ones(N), [1.0] * N])
-def test_scale_one_never_computes_the_unconditional_half(scale: object) -> None:
+def test_scale_one_never_computes_the_unconditional_half(scale: Any) -> None:
     model = Recorder()
-    out = guided(model, N, scale)(z(), 0)
+    out = guide(model, scale)(z(), 0)
     assert model.rows == [N]
     assert torch.equal(out, model.output[:N])
-    assert not guided_steps(scale, 5).any()
 
 
 def test_interval_computes_the_unconditional_half_only_inside() -> None:
     sigmas = make_schedule(10).sigmas
-    low, high = float(sigmas[6]), float(sigmas[3])  # falling: 6 is excluded, 3 is included
+    interval = float(sigmas[6]), float(sigmas[3])  # falling: 6 is excluded, 3 is included
+    inside = in_interval(interval, sigmas)
+    assert inside.tolist() == [k in (3, 4, 5) for k in range(10)]
     model = Recorder()
-    denoise = guided(model, N, 4.0, 3, (low, high), sigmas)
-    full = guided(Recorder(), N, 4.0)(z(), 0)
+    denoise, full = guide(model, guides=inside), guide(Recorder())(z(), 0)
     for k in range(10):
         out = denoise(z(), k)
-        inside = k in (3, 4, 5)
-        assert model.rows[-1] == (2 * N if inside else N)
-        assert torch.equal(out, full if inside else model.output[:N])
+        assert model.rows[-1] == (2 * N if inside[k] else N)
+        assert torch.equal(out, full if inside[k] else model.output[:N])
 
 
-def test_guided_steps() -> None:
+def test_intervals_of_all_and_of_no_steps() -> None:
     sigmas = make_schedule(10).sigmas
-    assert guided_steps(4.0, 10).all()
-    assert guided_steps([1.0, 1.0, 1.5], 10).all()
-    assert guided_steps(0.0, 10).all()
-    assert guided_steps(4.0, 10, (0.0, math.inf), sigmas).all()
-    assert not guided_steps(4.0, 10, (200.0, 300.0), sigmas).any()
-    assert not guided_steps(1.0, 10, (0.0, math.inf), sigmas).any()
-    inside = guided_steps(4.0, 10, (float(sigmas[6]), float(sigmas[3])), sigmas)
-    assert inside.tolist() == [k in (3, 4, 5) for k in range(10)]
+    assert in_interval(None, sigmas).all() and in_interval((0.0, math.inf), sigmas).all()
+    assert not in_interval((200.0, 300.0), sigmas).any()
 
 
 def test_half_precision_predictions_are_combined_in_the_latents_dtype() -> None:
-    out = guided(Recorder(torch.bfloat16), N, 4.0)(z().float(), 0)
+    out = guide(Recorder(torch.bfloat16))(z().float(), 0)
     halves = Recorder(torch.bfloat16).output.to(torch.bfloat16).float()
     expected = halves[N:, :3] + 4.0 * (halves[:N, :3] - halves[N:, :3])
     assert out.dtype == torch.float32
@@ -121,18 +129,16 @@ def test_half_precision_predictions_are_combined_in_the_latents_dtype() -> None:
         ([[1.0], [1.0, 2.0]], r"^guidance_scale .* is neither"),
     ],
 )
-def test_bad_scales(scale: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        guided(Recorder(), N, scale)
+def test_bad_scales(scale: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_scales(scale, N)
 
 
 @pytest.mark.parametrize("channels", [0, -1, 5, 2.0, "3", True])
-def test_bad_channels(channels: object) -> None:
+def test_bad_channels(channels: Any) -> None:
     with pytest.raises(ValueError, match=r"^guidance_channels .* 1 to 4$"):
-        guided(Recorder(), N, 4.0, channels)
-    check_channels(5, 5)
+        check_channels(channels, 4)
+    assert check_channels(5, 5) == 5
 
 
 @pytest.mark.parametrize(
@@ -148,10 +154,7 @@ def test_bad_channels(channels: object) -> None:
         (("a", "b"), r"is not a pair"),
     ],
 )
-def test_bad_intervals_even_at_scale_one(interval: object, message: str) -> None:
-    sigmas = make_schedule(5).sigmas
+def test_bad_intervals_even_at_scale_one(interval: Any, message: str) -> None:
     for scale in (4.0, 1.0):
         with pytest.raises(ValueError, match=message):
-            guided(Recorder(), N, scale, 3, interval, sigmas)
-    with pytest.raises(ValueError, match="needs the schedule's sigmas"):
-        guided(Recorder(), N, 4.0, 3, (0.0, 1.0))
+            ENGINE.generate([1], guidance_scale=scale, guidance_interval=interval)

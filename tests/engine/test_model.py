@@ -17,7 +17,7 @@ from vectors import Vectors
 
 from dit_engine.config import PUBLISHED, ModelConfig
 from dit_engine.model import DiT, position_embedding, timestep_embedding
-from dit_engine.sampling.guidance import guided
+from dit_engine.sampling.guidance import guided, parse_scales
 
 
 def fit(vectors: Vectors, model: DiT) -> Tensor:
@@ -51,7 +51,8 @@ def test_guidance_is_the_originals_with_nothing_fitted_to_it(vectors: Vectors) -
     c = fit(vectors, model).repeat(2, 1) + model.y_embedder(y)  # (2N, D)
     both = model.forward_conditioned(x.repeat(2, 1, 1, 1), c)
     denoise = guided(
-        lambda z, k: model.forward_conditioned(z, c[: len(z)]), len(x), vectors.guidance_scale
+        lambda z, k: model.forward_conditioned(z, c[: len(z)]),
+        parse_scales(vectors.guidance_scale, len(x)),
     )
     expected = vectors["cfg.out"]  # (2N, 8, S, S); rows N … are the unconditional half's
     assert_close_to_reference(denoise(x, 0), expected[: len(x)], tolerance=1e-10)

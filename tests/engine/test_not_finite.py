@@ -11,7 +11,7 @@ import torch
 from tiny import NAMES, tiny_dit, tiny_engine, tiny_vae
 
 from dit_bench.quality.fd_lite0 import reconstruct
-from dit_engine import Engine, finite
+from dit_engine import Engine, decode
 from dit_engine.backends import Backend, create_backend
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.cli.generate import main
@@ -151,9 +151,9 @@ def test_pixels_that_are_not_finite_never_become_bytes() -> None:
 @pytest.mark.parametrize("output", ["pil", "np", "pt"])
 def test_pixels_are_looked_through_once(monkeypatch: pytest.MonkeyPatch, output: str) -> None:
     looked: list[torch.Size] = []
-    all_finite = finite.all_finite
+    all_finite = decode._finite
     monkeypatch.setattr(
-        finite, "all_finite", lambda tensor: looked.append(tensor.shape) or all_finite(tensor)
+        decode, "_finite", lambda tensor: looked.append(tensor.shape) or all_finite(tensor)
     )
     tiny_engine().generate([1, 2], seed=0, steps=1, output=output)
     assert looked == [(2, 4, 8, 8), (2, 3, 16, 16)]  # latents, pixels

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dit_engine.sampling.coefficients import clipping, step_coefficients, uses_noise
 from dit_engine.sampling.diffusion import Diffusion
-from dit_engine.sampling.fused import sample_fused
 from dit_engine.sampling.guidance import guided
+from dit_engine.sampling.loop import sample_fused
 from dit_engine.sampling.samplers import SAMPLERS
 from dit_engine.sampling.schedule import Schedule, make_schedule
 from dit_kernels.reference import guided_step
@@ -72,7 +72,7 @@ def test_the_prediction_changes_nothing(
     for prediction in ("epsilon", "v_prediction", "sample"):
         diffusion = Diffusion(prediction=prediction, variance=variance, clip=clip)  # pyright: ignore[reportArgumentType]
         schedule = make_schedule(12, "leading", diffusion)
-        denoise = guided(told(schedule, learned), N, SCALES, CHANNELS, in_channels=C)
+        denoise = guided(told(schedule, learned), SCALES, CHANNELS)
         z = noise.start().double()
         results.append(SAMPLERS[name].function(denoise, z, schedule, noise, **eta))
         table = step_coefficients(name, schedule, learned, *eta.values())

@@ -16,7 +16,7 @@ from vectors import Vectors
 
 import dit_engine.model
 from dit_engine.model import DiT
-from dit_engine.sampling.guidance import guided
+from dit_engine.sampling.guidance import guided, parse_scales
 from dit_engine.sampling.samplers import SAMPLERS, ddim, ddpm, dpm_solver_pp
 from dit_engine.sampling.schedule import Schedule, make_schedule
 
@@ -46,7 +46,7 @@ def sample(vectors: Vectors, run: str, dtype: torch.dtype) -> Tensor:
     draws = vectors[f"{run}.noise"]  # (steps, 2N or N, 4, S, S)
     denoise = denoiser_of(model, schedule, torch.cat([y, vectors.null]))
     if guides:
-        denoise = guided(denoise, len(x), vectors.guidance_scale)
+        denoise = guided(denoise, parse_scales(vectors.guidance_scale, len(x)))
     return sampler(denoise, x, schedule, lambda k: draws[k, : len(x)], **options)
 
 

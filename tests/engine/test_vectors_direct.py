@@ -26,7 +26,7 @@ from test_sampler import RUNS, sample
 from vectors import Vectors
 
 import dit_engine.sampling.samplers
-from dit_engine.sampling.guidance import guided
+from dit_engine.sampling.guidance import guided, parse_scales
 
 # MKL's frequencies on Intel's processors with AVX-512, of which the first moves the vectors.
 THEIRS = frequencies_off() == [(13, 1), (44, 1), (119, 1)]
@@ -45,7 +45,8 @@ def test_guidance(vectors: Vectors) -> None:
     x, t = vectors["forward.x"].double(), vectors["forward.t"]
     y = torch.cat([vectors["forward.y"], vectors.null])
     denoise = guided(
-        lambda z, _: model(z, t.repeat(2)[: len(z)], y[: len(z)]), len(x), vectors.guidance_scale
+        lambda z, _: model(z, t.repeat(2)[: len(z)], y[: len(z)]),
+        parse_scales(vectors.guidance_scale, len(x)),
     )
     assert_close_to_reference(denoise(x, 0), vectors["cfg.out"][: len(x)], tolerance=1e-10)
 

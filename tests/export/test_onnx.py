@@ -122,7 +122,7 @@ def test_guided_step_in_a_loop_is_the_sampler(fp32: Bundle, sampler: str, eta: f
     given = GivenNoise(start.double(), draws.double(), noise)
     with torch.inference_mode():
         expected = SAMPLERS[sampler].function(
-            guided(denoiser, n, scales), start.double(), schedule, given, **options
+            guided(denoiser, scales), start.double(), schedule, given, **options
         )
     table = step_coefficients(sampler, schedule, learned=True, eta=eta).astype("float32")
     z, x0 = start, torch.zeros_like(start)

@@ -24,7 +24,7 @@ from dit_engine.cli.like import recorded_options
 from dit_engine.cli.tensors import read_tensor
 from dit_engine.config import ModelConfig
 from dit_engine.labels import check_names, resolve_labels
-from dit_engine.metadata import png_text
+from dit_engine.results import png_text
 
 pytestmark = linux
 State = dict[str, Tensor]

@@ -53,7 +53,7 @@ from dit_engine.console.run import entry, run_command
 from dit_engine.decode import to_uint8
 from dit_engine.errors import NotFinite
 from dit_engine.io.printable import say
-from dit_engine.settings import resolve_seeds
+from dit_engine.plan import resolve_seeds
 
 if TYPE_CHECKING:
     from dit_engine.engine import Engine

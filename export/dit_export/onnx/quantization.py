@@ -188,7 +188,8 @@ def trajectory(model: DiT, images: int, steps: int, first_seed: int = 0) -> Tens
 
     shape = (config.in_channels, config.input_size, config.input_size)
     noise = PerImageNoise(range(first_seed, first_seed + images), shape, cpu)
-    denoise = guided(denoiser, images, scale, in_channels=config.in_channels)
+    scales = torch.full((images,), scale, dtype=torch.float64)
+    denoise = guided(denoiser, scales)
     with torch.inference_mode():
         return SAMPLERS["dpm++"].function(denoise, noise.start(), schedule, noise)
 

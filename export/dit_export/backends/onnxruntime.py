@@ -1,26 +1,28 @@
-"""The onnxruntime backend: the conditioner graph before the loop, the denoiser graph inside."""
+"""The onnxruntime backend. Its sessions read and write torch tensors where they are."""
 
 from __future__ import annotations
 
 import threading
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dit_engine.backends import Backend, Denoiser
-from dit_engine.backends.lean.conditioning import TABLE_BYTES
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
+from dit_export.backends.pair import GRAPHS, GraphPair
 from dit_export.bundle import Bundle
 from dit_export.cache import cached_export
 from dit_export.onnx.export import ExportOptions
 from dit_export.onnx.files import check_metadata, require_onnx
-from dit_export.onnx.graphs import modulation_width
-from dit_export.onnx.sessions import Session, check_device
 from dit_export.source import weights_hash
 
-GRAPHS = ("conditioner", "denoiser")
+_NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class OnnxRuntimeBackend(Backend):
@@ -31,7 +33,7 @@ class OnnxRuntimeBackend(Backend):
 
     Raises:
         BackendUnavailable: a device or precision that onnxruntime cannot run.
-        ValueError: ``address`` is no export, is damaged, or is one of another model.
+        ValueError: ``address`` is not an export, is damaged, or is one of another model.
         ImportError: a package of the extra "onnx" is missing.
     """
 
@@ -50,66 +52,37 @@ class OnnxRuntimeBackend(Backend):
             self.bundle = cached_export(model, ExportOptions(precision, graphs=GRAPHS))
         else:
             self.bundle = _opened(address, model, precision)
-        self._sessions: tuple[int, dict[str, Session]] | None = None
+        self._pair: tuple[int, GraphPair] | None = None
         self._lock = threading.Lock()
 
     def prepare(self, labels: Tensor, timesteps: Tensor) -> Denoiser:
-        return OnnxDenoiser(self, self._of_threads(torch.get_num_threads()), labels, timesteps)
+        return self._pair_for(torch.get_num_threads()).prepare(labels, timesteps)
 
-    def _of_threads(self, threads: int) -> dict[str, Session]:
+    def _pair_for(self, threads: int) -> GraphPair:
         """Sessions with torch's number of threads, which the engine sets while it generates."""
         with self._lock:
-            if self._sessions is None or self._sessions[0] != threads:
-                made = {g: Session(self.bundle.file(g), self.device, threads) for g in GRAPHS}
-                self._sessions = (threads, made)
-            return self._sessions[1]
+            if self._pair is None or self._pair[0] != threads:
+                self._pair = threads, self._make_pair(threads)
+            return self._pair[1]
 
+    def _make_pair(self, threads: int) -> GraphPair:
+        conditioner, denoiser = (
+            Session(self.bundle.file(graph), self.device, threads) for graph in GRAPHS
+        )
 
-class OnnxDenoiser:
-    """The denoiser graph with its conditions fixed."""
+        def condition(t: Tensor, y: Tensor) -> Tensor:
+            output = torch.empty(len(t), pair.width, dtype=torch.float32, device=self.device)
+            conditioner.run({"t": t, "y": y}, {"modulations": output})
+            return output
 
-    def __init__(
-        self,
-        backend: OnnxRuntimeBackend,
-        sessions: dict[str, Session],
-        labels: Tensor,
-        timesteps: Tensor,
-    ) -> None:
-        self.config, self.device, self.sessions = backend.config, backend.device, sessions
-        self.labels = labels.to(self.device)  # (N,)
-        self.timesteps = timesteps.to(self.device)
-        self.width = modulation_width(backend.config)
-        row = 4 * self.width * max(1, len(labels))
-        self.chunk = max(1, min(len(timesteps), TABLE_BYTES // row))
-        self._first = -1
-        self._table = torch.empty(0)
+        def denoise(x: Tensor, modulations: Tensor) -> Tensor:
+            shape = (len(x), self.config.out_channels, *x.shape[2:])
+            output = torch.empty(shape, dtype=torch.float32, device=self.device)
+            denoiser.run({"x": x, "modulations": modulations}, {"output": output})
+            return output
 
-    def __call__(self, x: Tensor, step: int) -> Tensor:
-        """Latents (M, C, S, S) → (M, C_out, S, S) in x's dtype, memory of the caller's own."""
-        m, s = len(x), self.config.input_size
-        shape = (m, self.config.out_channels, s, s)
-        output = torch.empty(shape, dtype=torch.float32, device=self.device)
-        if m > 0:
-            inputs = {"x": x.float().contiguous(), "modulations": self._modulations(step)[:m]}
-            self.sessions["denoiser"].run(inputs, {"output": output})
-        return output.to(x.dtype)
-
-    def _modulations(self, step: int) -> Tensor:
-        """Of every row at ``step``, (N, width); some steps are computed at a time.
-
-        Equal labels are computed more than once, at 0.2 % of the denoiser's cost, so that each
-        step's rows lie as they are bound, and the table is all the memory that it takes.
-        """
-        first = step - step % self.chunk
-        if first != self._first:
-            self._table = torch.empty(0)  # freed before the next one is made
-            t = self.timesteps[first : first + self.chunk]  # (K,)
-            k, n = len(t), len(self.labels)
-            rows = torch.empty(k * n, self.width, dtype=torch.float32, device=self.device)
-            inputs = {"t": t.repeat_interleave(n), "y": self.labels.repeat(k)}
-            self.sessions["conditioner"].run(inputs, {"modulations": rows})
-            self._table, self._first = rows.view(k, n, self.width), first
-        return self._table[step - first]
+        pair = GraphPair(self.config, self.device, condition, denoise)
+        return pair
 
 
 def _opened(address: str, model: DiT, precision: str) -> Bundle:
@@ -125,3 +98,60 @@ def _opened(address: str, model: DiT, precision: str) -> Bundle:
     for graph in GRAPHS:
         check_metadata(bundle, graph)
     return bundle
+
+
+def check_device(device: torch.device) -> None:
+    """Raises BackendUnavailable, which says what is missing, if onnxruntime cannot use it."""
+    ort = import_module("onnxruntime")
+    provider = _PROVIDERS.get(device.type)
+    if provider is None:
+        raise BackendUnavailable(
+            f"backend 'onnxruntime' runs on {' and '.join(_PROVIDERS)}, not on {device.type!r}"
+        )
+    if provider not in ort.get_available_providers():
+        raise BackendUnavailable(
+            f"onnxruntime {ort.__version__} is a build without {provider}: "
+            "pip uninstall onnxruntime, then pip install 'dit-engine[onnx-gpu]'"
+        )
+
+
+class Session:
+    """One graph, ready to run on ``device`` with ``threads`` CPU threads. Threads may share it."""
+
+    def __init__(self, path: Path, device: torch.device, threads: int) -> None:
+        ort = import_module("onnxruntime")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        # Threads spin during a run and sleep between two, when torch's own threads need the cores.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        provider = _PROVIDERS[device.type]
+        asked: list[Any] = [provider]
+        if device.type == "cuda":
+            asked = [(provider, {"device_id": str(device.index or 0)})]
+        self.session = ort.InferenceSession(str(path), options, providers=asked)
+        if self.session.get_providers()[0] != provider:  # onnxruntime would go on without
+            raise BackendUnavailable(
+                f"onnxruntime could not load {provider}; CUDA's or cuDNN's libraries are missing"
+            )
+        self.device = device
+
+    def run(self, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+        """Fill ``outputs`` from ``inputs``: contiguous float32 or int64 tensors on the device."""
+        binding = self.session.io_binding()
+        for tensors, bind in ((inputs, binding.bind_input), (outputs, binding.bind_output)):
+            for name, tensor in tensors.items():
+                assert tensor.is_contiguous() and tensor.device.type == self.device.type
+                bind(
+                    name, self.device.type, self.device.index or 0, _NUMPY[tensor.dtype],
+                    tuple(tensor.shape), tensor.data_ptr(),
+                )  # fmt: skip
+        if self.device.type == "cuda":  # onnxruntime has a stream of its own
+            torch.cuda.current_stream(self.device).synchronize()
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:
+            if "allocate memory" in str(error):  # its exceptions share no base class but Exception
+                raise MemoryError(f"onnxruntime: {error}") from None
+            raise
+        binding.synchronize_outputs()

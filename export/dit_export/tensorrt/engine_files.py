@@ -1,8 +1,8 @@
 """Engine files: a TensorRT engine with a JSON file beside it that says what it was built from.
 
-An engine runs only where its key fits: the same flavour and version of TensorRT, and a device that
-it was built for. The key's digest is part of the file's name, so that engines of several versions
-lie side by side.
+An engine runs only where its key fits: with the same flavour and version of TensorRT, and on a
+device that it was built for. The key's digest is part of the file's name, so that engines of
+several versions can be in one directory.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from dit_engine.arguments import shown
 from dit_engine.io.files import atomic_path, check_regular, locked
 from dit_engine.io.json_files import check_schema, read_json
+from dit_export.tensorrt.installed import CudaDevice
 from dit_export.tensorrt.profiles import Profile, Profiles
 
 FORMAT = 2
@@ -35,6 +36,7 @@ _SCHEMA = {
     "outputs": {"<line>": "integer[]"},
     "engine": {"bytes": "count", "sha256": "line"},
 }  # fmt: skip
+REBUILD = "; build it again with dit-export tensorrt --rebuild, or with DIT_TENSORRT_REBUILD=1"
 
 
 class EngineRefused(ValueError):
@@ -50,8 +52,8 @@ class EngineKey:
         flavour, version: of TensorRT (`Flavour`).
         target: the devices it runs on: "NVIDIA H200 (9.0)", compute capabilities such as
             "8.9 12.0", or "any" for every one that TensorRT for RTX knows.
-        profiles: in the order in which they stand in the engine.
-        workspace_bytes: what its layers may use beside inputs, outputs and weights; 0 is no limit.
+        profiles: in the order in which they are in the engine.
+        workspace_bytes: what layers may use beside inputs, outputs and weights; 0 is no limit.
         plugins: always empty. An earlier release could put an operator of its own into engines.
     """
 
@@ -64,11 +66,7 @@ class EngineKey:
     plugins: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        values = asdict(self)
-        return values | {
-            "profiles": [profile.to_dict() for profile in self.profiles],
-            "plugins": list(self.plugins),
-        }
+        return asdict(self) | {"profiles": [profile.to_dict() for profile in self.profiles]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EngineKey:
@@ -78,8 +76,7 @@ class EngineKey:
         profiles = tuple(Profile.from_dict(profile) for profile in values["profiles"])
         if not profiles:
             raise ValueError("profiles [] is empty")
-        changed = {"profiles": profiles, "plugins": tuple(values["plugins"])}
-        return cls(**(values | changed))
+        return cls(**values | {"profiles": profiles, "plugins": tuple(values["plugins"])})
 
     @property
     def digest(self) -> str:
@@ -93,10 +90,11 @@ class EngineFile:
 
     Attributes:
         graph: which graph of an export it is, such as "denoiser".
-        checkpoint: SHA-256 of the weights that the export was made of; dtype: of the graph.
-        inputs, outputs: name → shape, -1 where it is free.
+        checkpoint: SHA-256 of the weights from which the export was made.
+        dtype: of the graph.
+        inputs, outputs: name → shape, with -1 for free dimensions.
         sha256, bytes: of the engine.
-        model: the transformer's config; the same weights may be meant for another.
+        model: the transformer's config, because the same weights may be used with another.
     """
 
     path: Path
@@ -114,15 +112,15 @@ class EngineFile:
     def description(self) -> Path:
         return description_path(self.path)
 
-    def check(self, flavour: str, version: str, device: Any = None) -> None:
-        """Raise `EngineRefused` unless this TensorRT can run it; device: a `CudaDevice`."""
+    def check(self, flavour: str, version: str, device: CudaDevice | None = None) -> None:
+        """Raise `EngineRefused` unless this TensorRT can run it (on ``device``)."""
         built, here = f"{self.key.flavour} {self.key.version}", f"{flavour} {version}"
         if built != here:
             raise EngineRefused(f"{self.path}: built by TensorRT {built}, this is {here}{REBUILD}")
-        if device is not None and not runs_on(self.key.target, device):
-            raise EngineRefused(
-                f"{self.path}: built for {self.key.target}, this is {device}{REBUILD}"
-            )
+        target = self.key.target
+        if device is None or target in ("any", str(device)) or device.capability in target.split():
+            return
+        raise EngineRefused(f"{self.path}: built for {target}, this is {device}{REBUILD}")
 
     def read(self) -> bytes:
         """The engine itself; raises `EngineRefused` for a file that is not what was written."""
@@ -142,9 +140,6 @@ class EngineFile:
         return data
 
 
-REBUILD = "; build it again with dit-export tensorrt --rebuild, or with DIT_TENSORRT_REBUILD=1"
-
-
 def description_path(engine: Path) -> Path:
     return engine.with_name(engine.name + ".json")
 
@@ -153,32 +148,24 @@ def engine_path(directory: Path, graph: str, key: EngineKey) -> Path:
     return directory / f"{graph}-{key.digest}{SUFFIX}"
 
 
-def runs_on(target: str, device: Any) -> bool:
-    """Whether an engine for ``target`` runs on a `CudaDevice`."""
-    return target in ("any", str(device)) or device.capability in target.split()
-
-
 def write_engine(engine: EngineFile, data: Any) -> EngineFile:
     """Write the engine (a buffer) and then its description, each whole or not at all.
 
-    Two that are built at once are never the same: the lock keeps one's description off the other.
+    Two builds of one engine differ, so a lock keeps each engine with its own description.
     """
     engine.path.parent.mkdir(parents=True, exist_ok=True)
     view = memoryview(data)
     written = replace(engine, sha256=hashlib.sha256(view).hexdigest(), bytes=view.nbytes)
     values = {
         "format": FORMAT,
-        "graph": written.graph,
-        "checkpoint": written.checkpoint,
-        "dtype": written.dtype,
-        "model": written.model,
+        **{name: getattr(written, name) for name in ("graph", "checkpoint", "dtype", "model")},
         "key": written.key.to_dict(),
         "inputs": written.inputs,
         "outputs": written.outputs,
         "engine": {"file": written.path.name, "bytes": written.bytes, "sha256": written.sha256},
     }
     with locked(engine.path.parent):
-        # An engine without a description is none: nothing is found that is not complete.
+        # An engine without a description does not count, so only complete engines are found.
         engine.description.unlink(missing_ok=True)
         with atomic_path(engine.path) as partial:
             partial.write_bytes(view)
@@ -188,7 +175,8 @@ def write_engine(engine: EngineFile, data: Any) -> EngineFile:
 
 
 def read_description(engine: Path) -> EngineFile:
-    """What lies beside an engine file; raises `EngineRefused` for none or another format."""
+    """The description beside an engine file; raises `EngineRefused` if it is missing or has another
+    format."""
     path = description_path(engine)
     try:
         for file in filter(os.path.lexists, (path, engine)):
@@ -197,29 +185,23 @@ def read_description(engine: Path) -> EngineFile:
         raise EngineRefused(str(error)) from None
     try:
         values = read_json(path)
-    except FileNotFoundError:
-        raise EngineRefused(f"{engine}: no engine of ours, {path.name} is missing") from None
-    except ValueError as error:
-        reason = str(error).removeprefix(f"{path}: ")
-        raise EngineRefused(f"{path}: cannot be read: {reason}{REBUILD}") from None
-    try:
         if values.get("format") != FORMAT:
             raise ValueError(f"format {shown(values.get('format'))}; {FORMAT} is what is read")
         check_schema(values, _SCHEMA, "the description")
         key = EngineKey.from_dict(values["key"])
-    except (ValueError, TypeError) as error:  # TypeError: of a range that has not three numbers
-        raise EngineRefused(f"{path}: cannot be read: {error}{REBUILD}") from None
+    except FileNotFoundError:
+        raise EngineRefused(f"{engine}: no engine of ours, {path.name} is missing") from None
+    except (ValueError, TypeError) as error:  # TypeError: of a range without three numbers
+        reason = str(error).removeprefix(f"{path}: ")
+        raise EngineRefused(f"{path}: cannot be read: {reason}{REBUILD}") from None
     return EngineFile(
         path=engine,
-        graph=values["graph"],
-        checkpoint=values["checkpoint"],
-        dtype=values["dtype"],
         key=key,
         inputs={name: tuple(shape) for name, shape in values["inputs"].items()},
         outputs={name: tuple(shape) for name, shape in values["outputs"].items()},
         sha256=values["engine"]["sha256"],
         bytes=values["engine"]["bytes"],
-        model=values["model"],
+        **{name: values[name] for name in ("graph", "checkpoint", "dtype", "model")},
     )
 
 
@@ -233,12 +215,12 @@ def find_engines(
     """The engines of ``graph`` in a directory, newest first; of these weights, this config and this
     precision if given.
 
-    Raises `EngineRefused` where there is none, or only others.
+    Raises `EngineRefused` if there is no such engine.
     """
     paths = sorted(directory.glob(f"{graph}-*{SUFFIX}"), key=lambda p: -p.lstat().st_mtime_ns)
-    # One without its description is still being written, or was left so by a kill.
     found, refused = [], []
     for path in paths:
+        # Without a description, it is still being written, or its writer was killed.
         if description_path(path).exists():
             try:
                 found.append(read_description(path))

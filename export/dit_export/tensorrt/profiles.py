@@ -1,20 +1,20 @@
 """Optimisation profiles: the batches and sizes that an engine takes, for builder and runtime alike.
 
-A profile is written "1,2,8" (smallest, best and largest batch), with a latent side where a graph's
-size is free: "1,2,8" and "32,64,96".
+A profile is written "1,2,8" (smallest, best and largest batch). Graphs whose size is free also need
+the sides of the latents, such as "32,64,96".
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Range:
-    """Smallest, best and largest; all are positive and in this order."""
+    """Smallest, best and largest: positive, and in this order."""
 
     smallest: int
     best: int
@@ -34,12 +34,10 @@ class Range:
             numbers = [int(part) for part in text.split(",")]
         except ValueError:
             numbers = []
-        if len(numbers) == 1:
-            numbers *= 3
-        if len(numbers) != 3:
+        if len(numbers) not in (1, 3):
             raise ValueError(f"{name} {text!r}: give one number or three, as in 1,2,8")
         try:
-            return cls(*numbers)
+            return cls(*numbers if len(numbers) == 3 else numbers * 3)
         except ValueError as error:
             raise ValueError(f"{name} {text!r}: {error}") from None
 
@@ -61,34 +59,26 @@ class Profile:
 
     def holds(self, batch: int, size: Sequence[int] = ()) -> bool:
         """size: the free sides of an input, none for a graph whose size is fixed."""
-        if batch not in self.batch:
-            return False
-        return self.size is None or all(side in self.size for side in size)
+        sides_fit = self.size is None or all(side in self.size for side in size)
+        return batch in self.batch and sides_fit
 
     def shapes(self, shape: Shape) -> tuple[Shape, Shape, Shape]:
-        """An input's shape, -1 where it is free (the batch first) → smallest, best, largest.
-
-        Raises ValueError where a side is free and this profile has no size.
-        """
+        """An input's shape, with -1 for free dimensions (the batch first) → the smallest, the best
+        and the largest shape. Raises ValueError if a side is free and this profile has no size."""
         if -1 in shape[1:] and self.size is None:
             raise ValueError("a graph whose size is free needs a profile with a size")
+        sides = (0, 0, 0) if self.size is None else astuple(self.size)
 
-        def at(kind: str) -> Shape:
-            batch = getattr(self.batch, kind)
-            side = 0 if self.size is None else getattr(self.size, kind)
+        def at(batch: int, side: int) -> Shape:
             free = [batch] + [side] * (len(shape) - 1)
             return tuple(f if n == -1 else n for n, f in zip(shape, free, strict=True))
 
-        return at("smallest"), at("best"), at("largest")
+        smallest, best, largest = map(at, astuple(self.batch), sides)
+        return smallest, best, largest
 
     def to_dict(self) -> dict[str, list[int] | None]:
-        def numbers(r: Range) -> list[int]:
-            return [r.smallest, r.best, r.largest]
-
-        return {
-            "batch": numbers(self.batch),
-            "size": None if self.size is None else numbers(self.size),
-        }
+        size = None if self.size is None else list(astuple(self.size))
+        return {"batch": list(astuple(self.batch)), "size": size}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Sequence[int] | None]) -> Profile:
@@ -108,7 +98,7 @@ Profiles = tuple[Profile, ...]
 def parse_profiles(batches: Sequence[str], size: str | None = None) -> Profiles:
     """One profile for every batch range; all have the same sizes.
 
-    Raises ValueError for a range that is none, and for one that is given twice.
+    Raises ValueError for what is not a range, and for a range that is given twice.
     """
     if not batches:
         raise ValueError("batch: give at least one range, as in 1,2,8")
@@ -120,9 +110,9 @@ def parse_profiles(batches: Sequence[str], size: str | None = None) -> Profiles:
 
 
 def choose_profile(profiles: Profiles, batch: int, size: Sequence[int] = ()) -> int:
-    """The place of the narrowest profile that holds a batch of that many rows.
+    """The index of the narrowest profile that holds a batch of that many rows.
 
-    Raises ValueError, which names the profiles, where none does.
+    Raises ValueError, which names the profiles, if none does.
     """
     fitting = [i for i, profile in enumerate(profiles) if profile.holds(batch, size)]
     if not fitting:

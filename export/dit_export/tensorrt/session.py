@@ -1,7 +1,10 @@
-"""Running an engine: contexts, static buffers and CUDA graphs, whoever gives the memory.
+"""Running an engine: contexts, static buffers and CUDA graphs.
 
-Nothing here needs torch: memory, streams and capture come from a `Memory`, of which there is one
-for torch, one for cuda-core and one for pycuda.
+Nothing here needs torch. Memory, streams and capture come from a `Memory`; `dit_export.tensorrt.
+memory` has one for torch, one for cuda-core and one for pycuda.
+
+>>> engine = TensorRTEngine("engines/transformer-0123456789abcdef.engine")
+>>> engine.run(x=x, t=t, y=y)["output"]
 """
 
 from __future__ import annotations
@@ -11,16 +14,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from dit_export.tensorrt.cuda_devices import CudaDevice
-from dit_export.tensorrt.engine_files import EngineFile, EngineRefused
-from dit_export.tensorrt.flavour import Flavour
+from dit_export.tensorrt.engine_files import EngineFile, EngineRefused, read_description
+from dit_export.tensorrt.installed import CudaDevice, Flavour, choose_flavour, require_device
+from dit_export.tensorrt.memory import make_memory
+from dit_export.tensorrt.network import last_error, process_logger
 from dit_export.tensorrt.profiles import choose_profile
-from dit_export.tensorrt.reports import last_error, process_logger
 
 CONTEXT_LIMIT = 4
-"""Shapes that a session is prepared for at once; the one unused for longest is dropped."""
+"""A session is prepared for so many sets of shapes; beyond, it drops the one unused for longest."""
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64"}
 
@@ -28,13 +32,13 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 class Memory(Protocol):
-    """Device memory on one stream. Arrays are the caller's: torch tensors or numpy arrays."""
+    """Device memory on one stream. The caller's arrays are torch tensors or numpy arrays."""
 
     stream: int  # the CUDA stream's handle
     captures: bool  # whether `capture` works
 
     def current(self) -> AbstractContextManager[None]:
-        """The device is current in the calling thread, and its work so far comes first."""
+        """Inside, the device is current in this thread, and its earlier work comes first."""
         ...
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
@@ -44,11 +48,11 @@ class Memory(Protocol):
     def pointer(self, buffer: Any) -> int: ...
 
     def write(self, buffer: Any, value: Any) -> None:
-        """The caller's array into a buffer of its shape."""
+        """Copy the caller's array into a buffer of its shape."""
         ...
 
     def read(self, buffer: Any) -> Any:
-        """A buffer's contents as an array of the caller's own."""
+        """A buffer's contents as a new array of the caller's."""
         ...
 
     def capture(self, work: Callable[[int], None]) -> Callable[[], None]:
@@ -115,21 +119,15 @@ class LoadedEngine:
         rows, sides = set(), set()
         for name, shape in shapes.items():
             wanted = self.file.inputs[name]
-            if not fits(shape, wanted):
+            pairs = list(zip(shape, wanted, strict=False))
+            if len(shape) != len(wanted) or any(w not in (n, -1) for n, w in pairs):
                 raise ValueError(f"input {name} has shape {shape}; {wanted} is needed (-1 is free)")
             rows.add(shape[0])
-            sides.add(tuple(n for n, w in zip(shape[1:], wanted[1:], strict=True) if w == -1))
+            sides.add(tuple(n for n, w in pairs[1:] if w == -1))
         if len(rows) > 1:
             raise ValueError(f"inputs have different batches: {sorted(rows)}")
         free = next((s for s in sides if s), ())
         return choose_profile(self.file.key.profiles, rows.pop(), free)
-
-
-def fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether ``shape`` is ``wanted``, where -1 stands for any size."""
-    return len(shape) == len(wanted) and all(
-        w in (n, -1) for n, w in zip(shape, wanted, strict=True)
-    )
 
 
 @dataclass
@@ -232,3 +230,42 @@ class SessionPool:
             return session.run(inputs)
         finally:
             self._free.put(session)
+
+
+class TensorRTEngine:
+    """An engine file, ready to run on numpy arrays, without torch. Threads may share it; ``streams`` of them run at once.
+
+    Args:
+        path: of an engine that `dit-export tensorrt` built.
+        memory: "cuda-core" or "pycuda", which captures no CUDA graphs.
+        graphs: run each set of shapes as one CUDA graph; None is yes if ``memory`` can do that.
+
+    Raises:
+        EngineRefused (a ValueError): a file of another version or device, or one that has changed.
+        BackendUnavailable: no GPU or no driver. ImportError: a package is missing.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        memory: str = "cuda-core",
+        device: int = 0,
+        streams: int = 1,
+        graphs: bool | None = None,
+    ) -> None:
+        file = read_description(Path(path))
+        gpu = require_device(device)
+        flavour = choose_flavour(file.key.flavour)
+        first = make_memory(memory, device)
+        with first.current():  # the engine is loaded onto the current device
+            loaded = LoadedEngine(file, flavour, gpu)
+        graphs = first.captures if graphs is None else graphs
+        self._pool = SessionPool(loaded, lambda: make_memory(memory, device), streams, graphs)
+
+    def run(self, **inputs: Any) -> dict[str, Any]:
+        """numpy arrays by input name → numpy arrays by output name.
+
+        Raises ValueError for a batch outside the engine's profile, which it names.
+        """
+        return self._pool.run(inputs)

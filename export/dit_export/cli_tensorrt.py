@@ -11,7 +11,7 @@ from dit_engine.io.printable import say
 from dit_export.bundle import Bundle
 from dit_export.source import Source, add_source_arguments, given_export, load_source, refuse
 from dit_export.targets import DTYPES, GRAPHS, VAE_GRAPH, check_choice
-from dit_export.tensorrt.flavour import FLAVOURS, choose_flavour
+from dit_export.tensorrt.installed import FLAVOURS, choose_flavour
 from dit_export.tensorrt.profiles import parse_profiles
 
 DEFAULT_BATCH = "1,2,8"

@@ -24,7 +24,7 @@ from dit_engine.backends.compiler_cache import use_private_cache
 from dit_engine.io.caches import VARIABLE, cache_directory, private_cache, private_directory
 from dit_engine.model import DiT
 from dit_export import cache as cache_module
-from dit_export.bundle import Bundle, Graph
+from dit_export.bundle import Bundle
 from dit_export.cache import cached_export
 from dit_export.onnx.export import ExportOptions
 from dit_export.source import weights_hash
@@ -220,7 +220,6 @@ def test_no_export_is_kept_where_others_could_put_one(cache: Path, tmp_path: Pat
 
 def test_an_engine_of_another_model(tmp_path: Path) -> None:
     """The claims of the description are checked, although name and key fit."""
-    graph = Graph("denoiser", "denoiser.onnx", "fp16", (), ())
     key = EngineKey("0" * 64, "rtx", "1.7", "any", parse_profiles(["1,2,8"]))
     model = tiny_dit().config.to_dict()
     path = engine_path(tmp_path, "denoiser", key)
@@ -228,7 +227,7 @@ def test_an_engine_of_another_model(tmp_path: Path) -> None:
     def found(**claimed: object) -> EngineFile | None:
         engine = EngineFile(path, "denoiser", "a" * 64, "fp16", key, {}, {}, "", 0, model)
         write_engine(replace(engine, **claimed), b"an engine")
-        return existing(tmp_path, graph, "a" * 64, model, key)
+        return existing(engine)
 
     assert found() is not None
     assert found(model=model | {"num_classes": 9}) is None  # and is built for this config

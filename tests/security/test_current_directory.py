@@ -32,7 +32,7 @@ from dit_engine.current_directory import (
 )
 from dit_engine.training import avatars
 from dit_export.server import binary as server_binary
-from dit_export.tensorrt.flavour import run_probe
+from dit_export.tensorrt.installed import run_probe
 
 MODULES = (  # Python itself imports none of them before a module that `python -m` names
     "_winapi", "argparse", "ctypes", "dataclasses", "dit_engine", "dit_kernels", "gettext",

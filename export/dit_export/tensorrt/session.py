@@ -233,7 +233,9 @@ class SessionPool:
 
 
 class TensorRTEngine:
-    """An engine file, ready to run on numpy arrays, without torch. Threads may share it; ``streams`` of them run at once.
+    """An engine file, ready to run on numpy arrays, without torch.
+
+    Threads may share it; ``streams`` of them run at once.
 
     Args:
         path: of an engine that `dit-export tensorrt` built.

@@ -23,7 +23,10 @@ from dit_engine.io.printable import say
 # word → (module with add_arguments(parser) and run(arguments), what it does)
 COMMANDS = {
     "gflops": ("dit_bench.gflops", "The paper's table of twelve models beside ours."),
-    "fid": ("dit_bench.quality.fid", "FID and its kin of two sets of images."),
+    "fid": ("dit_bench.quality.fid", "FID and other distances between sets of images."),
+    "parity": ("dit_bench.quality.parity", "Backends against eager float32, noise equal."),
+    "quality": ("dit_bench.quality.fd_lite0", "FD-Lite0 of a model against held-out avatars."),
+    "documents": ("dit_bench.show.markdown", "Write the tables of reports into documents."),
 }
 ABOUT = "Measure a Diffusion Transformer: cost, latency, peers. Other commands: "
 

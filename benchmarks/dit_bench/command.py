@@ -56,11 +56,11 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     else:
         report = read_report(arguments.load)
     if STDOUT not in outputs:
-        from dit_bench.tables import require_rich
+        from dit_bench.show.tables import require_rich
 
         require_rich()
     if arguments.plot or arguments.html:
-        from dit_bench.drawing import require_matplotlib
+        from dit_bench.show.drawing import require_matplotlib
 
         require_matplotlib()
     sheets: list[Any] = []
@@ -190,8 +190,8 @@ def _write(
         partial_path(arguments.json).unlink(missing_ok=True)
     write_text(csv_text(report), arguments.csv)
     if arguments.plot or arguments.html:
-        from dit_bench.drawing import save_figures
-        from dit_bench.plots import all_figures
+        from dit_bench.show.drawing import save_figures
+        from dit_bench.show.plots import all_figures
 
         figures = all_figures(report, scaling)
         if arguments.plot is not None and figures:
@@ -201,12 +201,12 @@ def _write(
                 "forwards or guided steps, no --operators and no --scaling",
                 file=sys.stderr)  # fmt: skip
         if arguments.html is not None:
-            from dit_bench.page import page
+            from dit_bench.show.page import page
 
             write_text(page(report, figures, sheets), arguments.html)
     if STDOUT not in (arguments.json, arguments.csv, arguments.html):
         from dit_bench.show.reports import report_tables
-        from dit_bench.tables import show
+        from dit_bench.show.tables import show
 
         show(report_tables(report), wide=arguments.wide)
 

@@ -41,7 +41,7 @@ from dit_bench.cpu_sections import (
 )
 from dit_bench.hardware import cpu_model, load_average, settle
 from dit_bench.load import NO_VERDICT, OtherLoad, not_quoted, warning
-from dit_bench.tables import fold, narrower_than
+from dit_bench.show.tables import fold, narrower_than
 from dit_engine.console.output import check_file
 from dit_engine.console.parser import Parser
 from dit_engine.console.run import entry, run_command

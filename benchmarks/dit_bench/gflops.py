@@ -8,7 +8,7 @@ from typing import Any
 
 from dit_bench.counted import decoder_record, model_record
 from dit_bench.published import GFLOPS_256, GFLOPS_512, MILLION_PARAMETERS, SOURCE
-from dit_bench.tables import Table
+from dit_bench.show.tables import Table
 from dit_engine.config import PUBLISHED, ModelConfig
 from dit_engine.vae import VAEConfig
 
@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from dit_bench.outputs import check_outputs, write_json
-    from dit_bench.tables import show
+    from dit_bench.show.tables import show
 
     check_outputs([arguments.json])
     report = gflops_report(tuple(dict.fromkeys(arguments.size)))

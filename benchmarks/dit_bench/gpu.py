@@ -48,7 +48,7 @@ from dit_bench.gpu_vae import DecodeBenchmark
 from dit_bench.operator_cases import Case, all_cases
 from dit_bench.operator_checks import DeviceLost
 from dit_bench.operators import OperatorBenchmark
-from dit_bench.tables import fold, narrower_than
+from dit_bench.show.tables import fold, narrower_than
 from dit_engine.config import ModelConfig
 from dit_engine.console.parser import Parser
 from dit_engine.console.run import entry, run_command

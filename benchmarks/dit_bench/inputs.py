@@ -5,17 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dit_bench.report import read
 from dit_bench.schema import check_operators, validate
-from dit_engine.io.json_files import check_schema, read_json, read_json_value
-
-# Schema of a report of dit_bench.scaling: the values that the page shows.
-SCALING = {
-    "": {"metric": "text", "points": "list"},
-    "points[]": {
-        "network": "text", "gmacs": "positive", "steps": "number", "distance": "number",
-        "n": "number",
-    },
-}  # fmt: skip
+from dit_engine.io.json_files import read_json, read_json_value
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -29,10 +21,8 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def read_scaling(path: Path) -> dict[str, Any]:
-    """{"metric": text, "points": [{network, gmacs, steps, distance, n}, …]}. Raises ValueError."""
-    found = read_json(path, pipe=True)
-    check_schema(found, SCALING, path)
-    return found
+    """A report of the scaling study. Raises ValueError."""
+    return read(path, "scaling")
 
 
 def read_operators(path: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from dit_engine.model import DiT
 from dit_engine.runtime import limited_threads
 
 if TYPE_CHECKING:
-    from dit_bench.quality.paired_sets import SetComparison
+    from dit_bench.quality.paired import SetComparison
 
 
 Report = dict[str, Any]
@@ -87,7 +87,7 @@ def measure(
     with limited_threads(plan.threads), progress.run(plan.stages):
         if plan.sets is not None:
             progress.stage("reference set")
-            sets = plan.sets.with_reference(progress.quiet, progress.check)
+            sets = plan.sets.with_moments(progress.quiet, progress.check)
             plan = replace(plan, sets=sets)
             progress.done()
         progress.stage("ceilings")
@@ -232,10 +232,9 @@ class _Model:
         options: dict[str, Any] = {"steps": self.plan.steps, "sampler": self.plan.sampler}
         options |= {"sets": self.plan.sets, "quiet": self.progress.quiet}
         check = self.progress.check
-        found = compare(engine, labels, [self.plan.subject], seed=0, check=check, **options)
-        if self.plan.sets is not None:
-            found["features"] = self.plan.sets.network.record
-        self.report["parity"].append({"model": name, **found})
+        rows = compare(engine, labels, [self.plan.subject], seed=0, check=check, **options)
+        same = {key: rows[0][key] for key in ("n", "settings", "interrupted")}
+        self.report["parity"].append({"model": name, "subjects": rows, **same})
         self.keep()
         self.progress.check()
 

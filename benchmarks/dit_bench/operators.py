@@ -230,7 +230,7 @@ def build_parser() -> argparse.ArgumentParser:
 @entry
 def main(argv: Sequence[str] | None = None) -> int:
     from dit_bench.gpu_table import WIDTH, failure_lines, operator_lines
-    from dit_bench.tables import fold, narrower_than
+    from dit_bench.show.tables import fold, narrower_than
 
     arguments = build_parser().parse_args(argv)
 

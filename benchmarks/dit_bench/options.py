@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dit_bench.outputs import STDOUT
 from dit_bench.progress import LEAST_ROUNDS, LONGEST
-from dit_bench.quality.set_arguments import SET_OPTIONS, add_set_arguments, refuse_given
+from dit_bench.quality.paired import SET_OPTIONS, add_set_arguments, refuse_given
 from dit_bench.schema import KINDS
 from dit_engine.console.output import destination
 from dit_engine.console.parser import Parser, add_backend_argument
@@ -75,7 +75,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     """Every option checked, before any work. Raises ValueError, BackendUnavailable, ImportError."""
     from dit_bench.contenders import check_backend, parse_peers
     from dit_bench.measure import Plan
-    from dit_bench.quality.parity import set_comparison
+    from dit_bench.quality.paired import set_comparison
     from dit_bench.subjects import check_name, is_size
     from dit_engine.backends import PRECISIONS, resolve_backend
     from dit_engine.runtime import parse_device

@@ -183,7 +183,12 @@ SECTIONS: Mapping[str, Schema] = {
     },
     # Distances between sets of images.
     "distance": {
-        "": {"metric": "text", "n": "count", "n_reference": "number?", "distance": "number"},
+        "": {"metric": "text", "n": "count?", "n_reference?": "number?", "distance": "number"},
+    },
+    # The fraction of images that lie nearest to their own class, in all and by class.
+    "recognised": {
+        "": {"n": "count", "fraction": "number", "by_class": "object"},
+        "by_class": {"<text>": "number"},
     },
     # What a network costs per image: one row per network and size.
     "cost": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from dit_bench.drawing import (
+from dit_bench.show.drawing import (
     MARKERS,
     Row,
     colour,

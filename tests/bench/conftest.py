@@ -17,6 +17,12 @@ from dit_bench.operator_cases import block_cases
 from dit_engine.checkpoint import save_pretrained
 
 
+@pytest.fixture(autouse=True)
+def lines_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of pytest-xdist set COLUMNS, in which tables would be folded."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture(scope="module")
 def small_ceilings() -> Iterator[None]:
     """Measured, on less."""

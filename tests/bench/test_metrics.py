@@ -6,13 +6,8 @@ import numpy as np
 import pytest
 
 from dit_bench.quality.frechet import Statistics, frechet_distance, moments_of
-from dit_bench.quality.metrics import (
-    DistanceTo,
-    InceptionScore,
-    paired_bootstrap,
-    precision_recall,
-    resampled,
-)
+from dit_bench.quality.metrics import InceptionScore, precision_recall
+from dit_bench.quality.paired import DistanceTo, paired_bootstrap, resampled
 
 
 def score(probabilities: np.ndarray, split: int = 5000, parts: int = 1) -> float:

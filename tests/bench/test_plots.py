@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_bench.drawing import png, save_figures
 from dit_bench.load import withdraw_verdicts
-from dit_bench.plots import (
+from dit_bench.roofline import roofline_figure
+from dit_bench.show.drawing import png, save_figures
+from dit_bench.show.plots import (
     CAPTIONS,
     all_figures,
     distance_figure,
     latency_figure,
     throughput_figure,
 )
-from dit_bench.roofline import roofline_figure
 
 pytest.importorskip("matplotlib", reason="no matplotlib")
 
@@ -92,7 +92,8 @@ def test_distance_has_a_series_for_each_length_of_training() -> None:
     figure = distance_figure(made_up.scaling())
     assert figure is not None
     lines = lines_of(figure.axes[0])
-    assert lines["3000 training steps"] == ([0.5, 2.0, 4.0], [170.0, 20.0, -5.0])
+    assert lines["DiT, 3000 steps"] == ([0.5, 2.0], [170.0, 20.0])
+    assert lines["U-Net, 3000 steps"] == ([4.0], [-5.0])
     assert "N = 2400" in figure.axes[0].get_ylabel()
 
 
@@ -136,5 +137,5 @@ def test_a_single_point_is_no_figure() -> None:
     report = made_up.report()
     report["measurements"] = report["measurements"][:1]
     one = made_up.scaling()
-    one["points"] = one["points"][:1]
+    one["rows"] = one["rows"][:1]
     assert all_figures(report, one) == {}

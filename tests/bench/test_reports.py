@@ -17,11 +17,11 @@ from PIL import Image
 from dit_bench.comparing import compare_reports, exit_code, regressions
 from dit_bench.load import withdraw_verdicts
 from dit_bench.outputs import csv_text, finite
-from dit_bench.page import page
-from dit_bench.plots import all_figures
 from dit_bench.schema import validate
+from dit_bench.show.page import page
+from dit_bench.show.plots import all_figures
 from dit_bench.show.reports import report_tables
-from dit_bench.tables import Table, fold, output_width, show
+from dit_bench.show.tables import Table, fold, output_width, show
 
 CHROMIUM = shutil.which("chromium")
 

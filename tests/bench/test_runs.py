@@ -22,7 +22,7 @@ from dit_bench.inputs import read_report
 from dit_bench.options import build_parser, plan_of
 from dit_bench.outputs import write_json
 from dit_bench.progress import Progress
-from dit_bench.quality import paired_sets, parity
+from dit_bench.quality import features
 from dit_bench.quality.features import Extracted, FeatureNetwork
 from dit_bench.quality.frechet import frechet_distance, moments_of
 from dit_bench.subjects import in_numerics
@@ -46,7 +46,7 @@ def run(model: str, *options: str, path: Path, code: int = 0) -> dict[str, Any]:
 def test_parity_gives_distances_with_n_and_their_interval(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(parity, "load_network", lambda *_: NETWORK)
+    monkeypatch.setattr(features, "load_network", lambda *_: NETWORK)
     images = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 3)).astype(np.uint8)
     np.savez(tmp_path / "set.npz", images)
     options = ["--only", "forward", "--precision", "bf16", "--parity", "--samples", "6",
@@ -59,7 +59,7 @@ def test_parity_gives_distances_with_n_and_their_interval(
     assert (sets["metric"], sets["n"], sets["n_reference"], sets["resamples"]) == (
         "FD-Lite0", 6, 9, 20,
     )  # fmt: skip
-    assert found["features"] == {"features": "lite0"}
+    assert sets["features"] == {"features": "lite0"}
     made = Engine.from_pretrained(model, device="cpu").generate(
         list(range(6)), seed=0, steps=2, backend="eager", output="np"
     )
@@ -144,20 +144,20 @@ def test_a_reference_is_read_within_the_run(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under its limit of threads, as quiet as it is, and before anything is measured."""
-    monkeypatch.setattr(parity, "load_network", lambda *_: NETWORK)
+    monkeypatch.setattr(features, "load_network", lambda *_: NETWORK)
     np.savez(tmp_path / "set.npz", np.zeros((9, 4, 4, 3), np.uint8))
     arguments = ["--model", model, "--parity", "--samples", "6", "--features", "lite0",
                  "--reference-set", str(tmp_path / "set.npz"), "--quiet", *QUICK]  # fmt: skip
     seen = []
 
-    def read(*_: Any, quiet: bool, check: Any) -> Any:
+    def read(*_: Any, quiet: bool, check: Any, **__: Any) -> Any:
         seen.append((quiet, torch.get_num_threads(), check.__self__.__class__))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(paired_sets, "read_reference", read)
+    monkeypatch.setattr(features.SetFeatures, "read", read)
     monkeypatch.setattr(measure, "measure_ceilings", lambda *_, **__: pytest.fail("measured"))
     plan = plan_of(build_parser("").parse_args(arguments))
-    assert seen == [] and plan.sets is not None and plan.sets.unread is not None
+    assert seen == [] and plan.sets is not None and plan.sets.reference is not None
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -282,7 +282,7 @@ def test_json_has_neither_nan_nor_infinity(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "content", "said"),
     [
-        ("--scaling", {"metric": "FD", "points": [1]}, "points[0] is not an object"),
+        ("--scaling", {"metric": "FD", "points": [1]}, "is not a report of dit-bench"),
         ("--operators", {"operators": {}, "ceilings": {}}, "'operators' is dict, not list"),
         ("--operators", {"operators": [{"status": "ok", "rate": 1}], "ceilings": {}},
          "operators[0] has no 'operator'"),

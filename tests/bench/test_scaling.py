@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
-from dit_bench import scaling, scaling_measure
 from dit_bench.cost import dit_cost, total
-from dit_bench.scaling import folder, main, networks
-from dit_bench.scaling_measure import macs_of, orders, plot, sample
+from dit_bench.report import new_report
 from dit_engine.io.files import save_tensors
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks" / "studies"))
+scaling = import_module("scaling")
+folder, networks, sample = scaling.folder, scaling.networks, scaling.sample
 
 
 def test_the_networks_cost_what_they_are_compared_for() -> None:
     made = {name: make() for name, make in networks(4, 16, 16).items()}
-    macs = {name: macs_of(network, 16) for name, network in made.items()}
+    macs = {name: scaling.macs_of(network, 16) for name, network in made.items()}
     for name in ("DiT small/4", "DiT small/2", "DiT large/4", "DiT large/2"):
         # The formula leaves out nothing that is counted.
         assert macs[name] == pytest.approx(total(dit_cost(made[name].config)).macs, rel=1e-3)
@@ -52,70 +55,43 @@ def test_training_is_the_same_for_all_and_resumes(
     tensors = {"means": latents, "deviations": torch.ones_like(latents), "labels": labels}
     save_tensors(tensors, run / "latents.safetensors")
     arguments = ["train", "--run", str(run), "-o", str(out), "--steps", "2"]
-    assert main([*arguments, "--only", "DiT small/4", "U-Net"]) == 0
+    assert scaling.main([*arguments, "--only", "DiT small/4", "U-Net"]) == 0
     for name in ("DiT small/4", "U-Net"):
         half, whole = (load_file(out / folder(name) / f"ema-00000{k}.safetensors") for k in (1, 2))
         assert any(not torch.equal(half[key], whole[key]) for key in half)
     assert not (out / "dit-large-2").exists()
-    assert main([*arguments, "--only", "DiT huge/2"]) == 2
+    assert scaling.main([*arguments, "--only", "DiT huge/2"]) == 2
     assert "network 'DiT huge/2' is unknown; choose among DiT small/4" in capsys.readouterr().err
-    assert main(["train", "--run", "nowhere", "-o", str(out)]) == 2
+    assert scaling.main(["train", "--run", "nowhere", "-o", str(out)]) == 2
     assert "--run is a directory of dit-train" in capsys.readouterr().err
 
 
-def rows() -> list[dict]:
-    values = {("DiT small/4", 10): (1e7, 90.0), ("DiT large/2", 10): (2e8, 60.0),
-              ("DiT small/2", 10): (5e7, 70.0), ("U-Net", 10): (2e8, 65.0)}  # fmt: skip
+def rows(distances: tuple[float, ...] = (90.0, 70.0, 60.0, 65.0)) -> list[dict[str, Any]]:
+    costs = {"DiT small/4": 0.01, "DiT small/2": 0.05, "DiT large/2": 0.2, "U-Net": 0.2}
     return [
-        {
-            "network": n,
-            "steps": s,
-            "gmacs": m / 1e9,
-            "distance": d,
-            "n": 4,
-            "n_reference": 4,
-        }
-        for (n, s), (m, d) in values.items()
-    ]
-
-
-def test_orders_are_by_cost_and_leave_out_the_unet() -> None:
-    assert orders(rows(), 10) == [
-        ("DiT small/4", 0.01, 90.0), ("DiT small/2", 0.05, 70.0), ("DiT large/2", 0.2, 60.0),
+        {"section": "scaling", "case": name, "contender": "10 steps", "status": "ok",
+         "steps": 10, "gmacs": gmacs, "distance": distance, "n": 4}
+        for (name, gmacs), distance in zip(costs.items(), distances, strict=True)
     ]  # fmt: skip
-    assert orders(rows(), 5) == []
 
 
-def test_the_figure_shows_every_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib import axes
-
-    drawn: list[tuple[list[float], list[float]]] = []
-    plain = axes.Axes.plot
-
-    def keep(self, x, y, *more, **options):
-        drawn.append((np.atleast_1d(x).tolist(), np.atleast_1d(y).tolist()))
-        return plain(self, x, y, *more, **options)
-
-    monkeypatch.setattr(axes.Axes, "plot", keep)
-    plot({"metric": "FD-Lite0", "points": rows()}, tmp_path / "figure.png")
-    assert drawn == [([0.01, 0.05, 0.2], [90.0, 70.0, 60.0]), ([0.2], [65.0])]
-    with Image.open(tmp_path / "figure.png") as picture:
-        assert picture.size[0] > 400 and np.asarray(picture.convert("L")).std() > 10
+def test_the_claim_is_of_the_dits_in_the_order_of_their_cost() -> None:
+    assert scaling.falls(rows()[::-1], 10)
+    assert not scaling.falls(rows((90.0, 50.0, 60.0, 10.0)), 10)
 
 
 def test_what_was_measured_is_not_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = tmp_path / "measured.json"
-    kept.write_text(json.dumps(rows()))
+    report = new_report("scaling", scaling.describe(torch.device("cpu")), {}) | {"rows": rows()}
+    (tmp_path / "measured.json").write_text(json.dumps(report))
     made = {"DiT small/4": networks(4, 16, 16)["DiT small/4"]}
     (tmp_path / "dit-small-4").mkdir()
-    folders = {"DiT small/4": tmp_path / "dit-small-4"}
-    monkeypatch.setattr(scaling_measure, "load_lite0", lambda: None)
-    vae = torch.nn.Identity()
+    monkeypatch.setattr(scaling, "load_network", lambda _: None)
+    monkeypatch.setattr(scaling, "LatentDecoder", lambda *_: None)
+    arguments = (made, tmp_path, [10], torch.nn.Identity(), tmp_path, 4, 16, 16)
     with pytest.raises(ValueError, match=r"ema-000010\.safetensors does not exist: train"):
-        scaling_measure.measure(made, folders, [10], vae, tmp_path, 4, kept, 16)
+        scaling.measure_all(*arguments)
     (tmp_path / "dit-small-4" / "ema-000010.safetensors").touch()
-    monkeypatch.setattr(scaling_measure, "LatentDecoder", lambda *_: None)
-    report = scaling_measure.measure(made, folders, [10], vae, tmp_path, 4, kept, 16)
-    assert report["points"] == rows() and report["sampling"]["guidance_scale"] == 1.0
+    found = scaling.measure_all(*arguments)
+    assert found["rows"] == rows() and found["settings"]["guidance_scale"] == 1.0

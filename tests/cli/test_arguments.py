@@ -47,7 +47,7 @@ def test_no_command_says_none(words: list[str], capsys: pytest.CaptureFixture[st
         ("dit_export.cli", ["triton", "-o", "x", "--max-batch", "8"], "--max-batch 8"),
         ("dit_bench.cli", ["--model", "S/2", "--batc=2"], "--batc=2"),
         ("dit_bench.cli", ["fid", "a", "b", "--feature=lite0"], "--feature=lite0"),
-        ("dit_bench.quality.parity", ["--sample=2"], "--sample=2"),
+        ("dit_bench.cli", ["parity", "--sample=2"], "--sample=2"),
     ],
 )
 def test_an_option_is_written_in_full(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dit_bench.quality import fd_lite0 as quality
+from dit_bench.cli import main as bench_main
 from dit_engine.cli import generate
 from dit_engine.console.run import run_command
 from dit_engine.engine import Engine
@@ -235,7 +235,7 @@ import sys
 from dit_engine.console.run import run_command
 def command():
     if "show" in sys.argv[1]:
-        from dit_bench.tables import Table, show
+        from dit_bench.show.tables import Table, show
     exec(sys.argv[1])
     return 0
 sys.exit(run_command(command))
@@ -290,7 +290,7 @@ def test_the_installed_command_prints_one_line(model: Path, tmp_path: Path) -> N
     [
         (
             ["--steps", "ten"],
-            "invalid int value: 'ten' (see python -m dit_bench.quality.fd_lite0 --help)",
+            "invalid int value: 'ten' (see dit-bench quality --help)",
         ),
         (["--guidance-channels", "foo"], "'foo' is neither a number of latent channels"),
         (["--samples", "30"], "samples 30 is not a positive multiple of 16 classes"),
@@ -306,7 +306,7 @@ def test_the_quality_command_likewise(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     try:
-        code: object = quality.main(["--model", "nowhere", *arguments])
+        code: object = bench_main(["quality", "--model", "nowhere", *arguments])
     except SystemExit as stopped:
         code = stopped.code
     line = only_line(capsys)

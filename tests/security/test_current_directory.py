@@ -218,7 +218,7 @@ def test_every_module_run_by_name_begins_alike() -> None:
                 "from dit_engine.first import leave_out_of_path", "leave_out_of_path()",
             ], path  # fmt: skip
             found.append(path.stem)
-    assert {"cpu", "generate", "train"} <= set(found) and len(found) >= 13
+    assert {"cpu", "generate", "train"} <= set(found)
 
 
 def is_header(node: ast.stmt) -> bool:

@@ -21,7 +21,7 @@ from limited import outcome
 from safetensors.torch import save_file
 from zeros import npy_header, raw_deflate, zipped
 
-from dit_bench.quality.held_out import cached_features
+from dit_bench.quality.fd_lite0 import cached_features
 from dit_bench.quality.image_sets import open_set
 from dit_bench.quality.lite0 import WEIGHTS_SHA256
 from dit_engine.cli.tensors import read_tensor

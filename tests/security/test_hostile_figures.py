@@ -36,8 +36,8 @@ def report(name: str) -> dict[str, Any]:
 def test_names_are_not_formulas(name: str) -> None:
     from matplotlib.text import Text
 
-    from dit_bench.drawing import svg
-    from dit_bench.plots import latency_figure, ratio_figure, throughput_figure
+    from dit_bench.show.drawing import svg
+    from dit_bench.show.plots import latency_figure, ratio_figure, throughput_figure
 
     for make in (ratio_figure, latency_figure, throughput_figure):
         figure = make(report(name))

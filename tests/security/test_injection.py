@@ -19,8 +19,9 @@ import pytest
 from tiny import tiny_vae
 
 from dit_bench.cli import main as bench
-from dit_bench.documents import block_and_table, update_document
 from dit_bench.outputs import csv_text
+from dit_bench.show.markdown import report_markdown, update_document
+from dit_bench.show.older_documents import block_and_table
 from dit_engine.config import ModelConfig
 from dit_engine.io.printable import markdown_text
 from dit_export.bundle import Bundle, Graph, TensorSpec
@@ -133,25 +134,31 @@ def test_markdown_is_text() -> None:
 
 REPORTS = {
     "cpu-amd-epyc.json": ("sections", 0, "workload"),
-    "builtin-quality.json": ("metric",),
+    "builtin-quality.json": ("rows", 0, "metric"),
     "operators-cpu-amd-epyc.json": ("environment", "cpu"),
     "paper-models-cpu.json": ("environment", "hardware", "cpu"),
-    "parity-builtin.json": ("model",),
-    "scaling.json": ("metric",),
+    "parity-builtin.json": ("rows", 0, "model"),
+    "scaling.json": ("settings", "metric"),
 }
+
+
+def table_of(report: dict[str, Any]) -> tuple[str, str]:
+    if "kind" in report:
+        return report["kind"], report_markdown(report)
+    return block_and_table(report)
 
 
 @pytest.mark.parametrize("name", REPORTS)
 def test_tables_of_documents(name: str) -> None:
     """A hostile report changes only the text of cells: tables and blocks stay complete."""
     report = json.loads((RESULTS / name).read_text(encoding="utf-8"))
-    block, before = block_and_table(report)
+    block, before = table_of(report)
     *places, last = REPORTS[name]
     at = report
     for place in places:
         at = at[place]
     at[last] = f"{BREAKS}\n<!-- /{block} -->\n| a | b |\n```"
-    _, after = block_and_table(report)
+    _, after = table_of(report)
     assert "onerror" in after and after.count("\n") == before.count("\n")
     assert "<" not in after and not re.search(r"\]\(|(?<!\\)```", after)
     for one, other in zip(before.split("\n"), after.split("\n"), strict=True):

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from tiny import NAMES, tiny_dit, tiny_vae
 
 from dit_bench.inputs import read_operators, read_report, read_scaling
-from dit_bench.scaling_measure import read_rows
+from dit_bench.report import new_report
 from dit_bench.schema import VERSION
 from dit_engine.checkpoint import load_checkpoint, save_pretrained
 from dit_engine.checkpoint.convert import config_from_diffusers
@@ -235,10 +235,11 @@ def test_pictures_and_runs(tmp_path: Path) -> None:
 
 def test_measurements(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    point = {"network": "DiT", "gmacs": 1.0, "steps": 5, "distance": 3.0, "n": 10,
-             "n_reference": 10}  # fmt: skip
-    survives({"metric": "FD", "points": [point]}, written(path, lambda: read_scaling(path)))
-    survives([point], written(path, lambda: read_rows(path)))
+    point = {"section": "scaling", "case": "DiT", "contender": "5 steps", "status": "ok",
+             "gmacs": 1.0, "steps": 5, "distance": 3.0, "n": 10}  # fmt: skip
+    machine = {"cpu": "x", "device": "cpu", "threads": 1, "instruction_sets": [], "versions": {}}
+    scaling = new_report("scaling", machine, {}) | {"rows": [point]}
+    survives(scaling, written(path, lambda: read_scaling(path)))
     row = {"operator": "linear", "shape": "N=2", "dtype": "bf16", "impl": "native", "status": "ok",
            "ms": {"median": 1.0}, "rate": 1.0, "unit": "GB/s", "bytes": 8, "flops": 0,
            "percent_of_ceiling": None}  # fmt: skip

@@ -1,78 +1,164 @@
 """``dit-bench fid``: how far one set of images is from another.
 
 ``dit-bench fid SAMPLES REFERENCE`` compares folders, .npz files in ADM's format, or, with
-``--model`` in the place of SAMPLES, the images of a model made on the way. It prints FID, sFID,
-Inception Score, precision and recall, N beside each. The reference may be statistics alone; there
-is then no precision or recall. With ``--features lite0`` it prints FD-Lite0, never FID.
+``--model`` instead of SAMPLES, images that a model makes on the way. It prints FID, sFID, Inception
+Score, precision and recall, each with its N. The reference may be statistics alone; precision and
+recall are then left out. With ``--features lite0`` it prints FD-Lite0, never FID.
 """
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before torch is imported
-    from dit_engine.first import leave_out_of_path
-
-    leave_out_of_path()
-    from dit_engine.console.run import wait_briefly
-
-    wait_briefly()
-
 import argparse
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from dit_bench.outputs import STDOUT, check_outputs, write_json
-from dit_bench.quality.features import load_network
-from dit_bench.quality.image_sets import ComparedSet, GeneratedImages, open_set
-from dit_bench.quality.probe import try_step
-from dit_bench.quality.set_arguments import NETWORKS
-from dit_bench.quality.set_distances import evaluate
-from dit_bench.tables import fold
-from dit_engine.console.parser import Parser, add_sampling_arguments, sampling_options
-from dit_engine.console.run import entry, run_command
-from dit_engine.io.printable import say
-
-INTERRUPTED = 130  # exit code: what is printed is what was finished
-
-
-def format_report(report: dict[str, Any]) -> str:
-    """A line a figure, its N behind it."""
-    samples, reference = report["samples"], report["reference"]
-    lines = [f"{samples['name']} against {reference['name']}"]
-    if report.get("settings"):
-        lines.append(", ".join(f"{key} {value}" for key, value in report["settings"].items()))
-    sizes = [s["size"] for s in (samples, reference)]
-    if None not in sizes and sizes[0] != sizes[1]:
-        shown = [f"{width}×{height}" for height, width in sizes]
-        lines.append(f"note: images of {shown[0]} and of {shown[1]} pixels are compared")
-    for name, m in report["metrics"].items():
-        counts = f"N = {_count(m['n'])}"
-        if "n_reference" in m:
-            counts += f" against {_count(m['n_reference'])}"
-        if "splits" in m:
-            counts += f", {m['splits']} split{'s' * (m['splits'] > 1)} of up to {m['split']}"
-        if "k" in m:
-            counts += f", k = {m['k']}"
-        value = "–" if m["value"] is None else _figure(m["value"])
-        why = f" ({m['why']})" if "why" in m else ""
-        if (width := m.get("fewer_than_features")) is not None:
-            why += f"; CAUTION: fewer images than the {width} features: compares with no other N"
-        lines.append(f"{name:<26} {value:>12}    {counts}{why}")
-    if report["interrupted"]:
-        lines.append(f"interrupted {report['interrupted']}; the figures are of what was finished")
-    return "\n".join(lines)
+from dit_bench.machine import describe
+from dit_bench.outputs import check_outputs
+from dit_bench.quality import NETWORKS
+from dit_bench.quality.features import FeatureNetwork, SetFeatures, load_network
+from dit_bench.quality.frechet import Gaussian, frechet_distance
+from dit_bench.quality.image_sets import ComparedSet, GeneratedImages, open_set, try_step
+from dit_bench.quality.metrics import NEIGHBOURS, SPLIT, precision_recall
+from dit_bench.report import Report, Row, new_report, write
+from dit_bench.show.reports import report_tables
+from dit_bench.show.tables import show
+from dit_engine.console.output import STDOUT
+from dit_engine.console.parser import add_sampling_arguments, sampling_options
+from dit_engine.console.run import INTERRUPTED
 
 
-def _figure(value: float) -> str:
-    """Four digits, three below 1: more differ from one set of samples to the next."""
-    return f"{value:.3g}" if abs(value) < 1 else f"{value:.4g}"
+@dataclass
+class Measured:
+    """One side after its images were read. Its distances are taken of the statistics in its file,
+    or else of its images."""
+
+    of: ComparedSet
+    found: SetFeatures | None
+    distances: tuple[Gaussian, Gaussian | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.of.statistics is not None:
+            self.distances = self.of.statistics
+        else:
+            assert self.found is not None
+            self.distances = (self.found.pooled, self.found.spatial)
+
+    @property
+    def images(self) -> int | None:
+        """The N of precision and recall; None without images."""
+        return None if self.found is None else self.found.count
+
+    def describe(self) -> dict[str, Any]:
+        """Its name, the N of its distances (None if the file does not say) and of its images."""
+        size = None if self.of.images is None else list(self.of.images.size)
+        count = self.distances[0].count
+        return {"name": self.of.name, "n": count, "images": self.images, "size": size}
+
+    def too_few(self) -> str | None:
+        """Why precision and recall cannot be computed, if they cannot."""
+        if self.found is None:
+            return f"{self.of.name} holds statistics, no images"
+        if self.found.count <= NEIGHBOURS:
+            return (
+                f"{self.of.name} has {self.found.count} images; more than {NEIGHBOURS} are needed"
+            )
+        return None
 
 
-def _count(n: int | None) -> str:
-    return "unknown, statistics only" if n is None else str(n)
+def evaluate(
+    samples: ComparedSet,
+    reference: ComparedSet,
+    network: FeatureNetwork,
+    batch_size: int = 32,
+    allow_few: bool = False,
+) -> Report:
+    """A report of every figure with its N. After Ctrl-C its "failure" says where, and the figures
+    are of the images that were read until then.
+
+    Raises ValueError for sets that cannot be compared, before any image is read.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size} is not a positive integer")
+    samples, reference = (network.accept(of, allow_few) for of in (samples, reference))
+    report = new_report("fid", describe(torch.device("cpu")), {})
+    with ExitStack() as stack:
+        sides = []
+        for of in (reference, samples):
+            found = None
+            if of.images is not None:
+                found = stack.enter_context(SetFeatures(network))
+                if "failure" not in report and not found.read(of.images, batch_size):
+                    report["failure"] = (
+                        f"interrupted after {found.count} of {len(of.images)} images of {of.name}"
+                    )
+            sides.append(Measured(of, found))
+        report["settings"] = {**network.record, "reference": reference.name,
+                              "sets": [sides[1].describe(), sides[0].describe()]}  # fmt: skip
+        try:
+            for row in _rows(sides[1], sides[0], network, allow_few, "failure" in report):
+                report["rows"].append(row | {"case": samples.name, "contender": network.name})
+        except KeyboardInterrupt:
+            report.setdefault("failure", "interrupted while comparing")
+    report["complete"] = "failure" not in report
+    return report
+
+
+def _rows(
+    samples: Measured,
+    reference: Measured,
+    network: FeatureNetwork,
+    allow_few: bool,
+    interrupted: bool,
+) -> Iterator[Row]:
+    """The figures, quick ones first. What cannot be computed has a reason."""
+
+    def row(metric: str, value: float | None, **more: Any) -> Row:
+        status = "ok" if value is not None else "skipped"
+        return {
+            "section": "distance",
+            "metric": metric,
+            "distance": value,
+            "status": status,
+            **more,
+        }
+
+    score = None if samples.found is None else samples.found.score
+    if score is not None and score.count:
+        remark = f"{score.splits} split{'s' * (score.splits > 1)} of up to {SPLIT}"
+        yield row("Inception Score", score.value(), n=score.count, remark=remark)
+    counts: dict[str, Any] = {
+        "n": samples.distances[0].count, "n_reference": reference.distances[0].count
+    }  # fmt: skip
+    names = (network.metric, f"s{network.metric}")
+    for name, a, b in zip(names, samples.distances, reference.distances, strict=True):
+        if a is None or b is None:
+            continue
+        try:
+            found = row(name, frechet_distance(a, b, allow_few=allow_few, title=name), **counts)
+        except ValueError as error:
+            if not interrupted:
+                raise
+            found = row(name, None, reason=str(error), **counts)
+        if any(count is not None and count <= a.width for count in counts.values()):
+            found["fewer_than_features"] = a.width
+        yield found
+    if interrupted:
+        return
+    of = "" if network.name == "inception" else f" ({network.name} features)"
+    counts = {"n": samples.images, "n_reference": reference.images}
+    if reason := reference.too_few() or samples.too_few():
+        counts["reason"], values = reason, (None, None)
+    else:
+        assert reference.found is not None and samples.found is not None
+        values = precision_recall(reference.found.vectors(), samples.found.vectors())
+    for name, value in zip(("precision", "recall"), values, strict=True):
+        yield row(name + of, value, remark=f"k = {NEIGHBOURS}", **counts)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,60 +170,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--inception-weights", type=Path, help="file; DIT_INCEPTION_WEIGHTS unless given")
     add("--batch-size", type=int, default=32, help="images at a time")
     add("--allow-few", action="store_true", help="accept fewer images than features")
-    add("--device", help="of the features and the model; CUDA unless given, where there is one")
+    add("--device", help="of the features and the model; CUDA if there is one unless given")
     add("--json", type=_json_file, nargs="?", const=STDOUT, metavar="FILE",
-        help="every figure and setting, to a .json file or in place of the text")  # fmt: skip
+        help="every figure and setting, to a .json file or instead of the text")  # fmt: skip
     add("--model", help="file, directory, hub id, or 'builtin': its images are the samples")
     add("--samples", type=int, default=2400, help="images of --model, of all classes in turn")
     add("--first-seed", type=int, default=0, help="image i of --model is made from first seed + i")
     add_sampling_arguments(parser, one_scale=True)
-    parser.set_defaults(guidance_scale=[1.5])  # of the published FIDs
+    parser.set_defaults(guidance_scale=[1.5])  # as in the published FIDs
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command: 0, 2 for a user's error, 130 for what was interrupted."""
+    """The command. Returns 0, or 130 if it was interrupted: then what was finished is printed."""
+    from dit_engine.runtime import parse_device
 
-    def command() -> int:
-        from dit_engine.runtime import parse_device
-
-        device = parse_device(arguments.device)
-        check_outputs([arguments.json])
-        _check_count(arguments)
-        reference = open_set(Path(arguments.sets[-1]))
-        given = None if arguments.model is not None else open_set(Path(arguments.sets[0]))
-        network = load_network(arguments.features, arguments.inception_weights, device)
-        settings: dict[str, Any] = {}
-        samples = given or _live_set(arguments, device, settings)
-        report = evaluate(samples, reference, network, arguments.batch_size, arguments.allow_few)
-        report |= {"settings": settings or None, **_surroundings()}
-        if arguments.json != STDOUT:
-            say(fold(format_report(report)))
-        write_json(report, arguments.json)
-        return INTERRUPTED if report["interrupted"] else 0
-
-    return run_command(command)
+    device = parse_device(arguments.device)
+    check_outputs([arguments.json])
+    sets, model = arguments.sets, arguments.model
+    if len(sets) != (2 if model is None else 1):
+        need = "SAMPLES and REFERENCE" if model is None else "the REFERENCE alone beside --model"
+        raise ValueError(f"{len(sets)} sets ({', '.join(sets)}) are given; {need} must be")
+    reference = open_set(Path(sets[-1]))
+    given = None if model is not None else open_set(Path(sets[0]))
+    network = load_network(arguments.features, arguments.inception_weights, device)
+    settings: dict[str, Any] = {}
+    samples = given or _live_set(arguments, device, settings)
+    report = evaluate(samples, reference, network, arguments.batch_size, arguments.allow_few)
+    report["settings"] |= settings
+    report["machine"] = describe(device)
+    if arguments.json != STDOUT:
+        show(report_tables(report))
+    write(report, arguments.json)
+    return 0 if report["complete"] else INTERRUPTED
 
 
 def _json_file(text: str) -> Path:
-    """A name without the suffix is likelier one of the sets, which must not be written over."""
+    """Without its suffix, a name is probably one of the sets, which must not be overwritten."""
     if text != str(STDOUT) and not text.endswith(".json"):
         raise argparse.ArgumentTypeError(f"{text!r} is no .json file; alone, --json comes last")
     return Path(text)
 
 
-def _check_count(arguments: argparse.Namespace) -> None:
-    sets, model = arguments.sets, arguments.model
-    wanted = 2 if model is None else 1
-    if len(sets) != wanted:
-        need = "SAMPLES and REFERENCE" if model is None else "the REFERENCE alone beside --model"
-        raise ValueError(f"{len(sets)} sets ({', '.join(sets)}) are given; {need} must be")
-
-
-def _live_set(arguments: argparse.Namespace, device: Any, record: dict[str, Any]) -> ComparedSet:
+def _live_set(
+    arguments: argparse.Namespace, device: torch.device, record: dict[str, Any]
+) -> ComparedSet:
     """The images of --model; ``record`` gets the settings that they are made with."""
     from dit_engine.engine import Engine
 
-    model = arguments.model
+    model, seed = str(arguments.model), arguments.first_seed
     engine = Engine.from_pretrained(model, device=device)
     if engine.image_size is None:
         raise ValueError(f"model {model!r} has no VAE; distances are of images")
@@ -148,34 +228,8 @@ def _live_set(arguments: argparse.Namespace, device: Any, record: dict[str, Any]
         record.update(made.settings)
         return np.asarray(made.images)
 
-    images = GeneratedImages(
-        str(model),
-        generate,
-        arguments.samples,
-        engine.config.num_classes,
-        engine.image_size,
-        arguments.first_seed,
-    )
-    count = min(max(arguments.batch_size, 1), len(images))
-    try_step(engine, count, seed=arguments.first_seed, **settings)
-    record |= {"samples": arguments.samples, "first_seed": arguments.first_seed}
-    return ComparedSet(str(model), images)
-
-
-def _surroundings() -> dict[str, Any]:
-    from dit_bench.hardware import describe_hardware
-
-    return {"hardware": describe_hardware()}
-
-
-@entry
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        "python -m dit_bench.quality.fid", "FID and other distances between sets of images."
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    classes, side = engine.config.num_classes, engine.image_size
+    images = GeneratedImages(model, generate, arguments.samples, classes, side, seed)
+    try_step(engine, min(max(arguments.batch_size, 1), len(images)), seed=seed, **settings)
+    record |= {"samples": arguments.samples, "first_seed": seed}
+    return ComparedSet(model, images)

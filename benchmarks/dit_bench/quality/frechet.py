@@ -12,46 +12,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
-# Both are relative to the largest eigenvalue. float64 leaves about 1e-13 at D = 1280.
+# Errors relative to the largest eigenvalue. float64 leaves about 1e-13 at D = 1280.
 _NEGATIVE_LIMIT = 1e-9
 _ROOT_LIMIT = 1e-9
-STEPS = 3  # long parts of a distance
-_SINGLE_LIMIT = 1e-5  # of covariances stored in float32
-
-
-class Gaussian(Protocol):
-    """What a Fréchet distance is taken of: `Moments`, or `Statistics` that a file holds."""
-
-    @property
-    def count(self) -> int | None:
-        """Vectors seen; None where that is unknown."""
-        ...
-
-    @property
-    def width(self) -> int: ...
-
-    @property
-    def mean(self) -> Array: ...
-
-    @property
-    def covariance(self) -> Array: ...
+_SINGLE_LIMIT = 1e-5  # for covariances that were stored in float32
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """A mean (D,) and a covariance (D, D) from elsewhere.
+    """A mean (D,) and a covariance (D, D) that were computed elsewhere.
 
-    count: of how many vectors; None where a file does not tell.
+    count: how many vectors they were computed from; None if the file does not say.
 
     Raises ValueError for other shapes, numbers that are not finite, or a covariance that is not
-    symmetric. One in float32 may have eigenvalues a rounding error below 0, which become 0.
+    symmetric. Rounding to float32 can leave eigenvalues slightly below 0; these become 0.
     """
 
     mean: Array
@@ -87,14 +67,14 @@ class Statistics:
 
 
 class Moments:
-    """Count, mean and covariance of a stream of vectors, float64, in memory that N never enters.
+    """Count, mean and covariance of a stream of vectors, in float64; N does not affect the memory.
 
-    Partial sums are combined as Chan, Golub & LeVeque (1979) do: the scatter is always about the
-    mean so far, so nothing is lost to cancellation as in E[x²] - E[x]².
+    Partial sums are combined as by Chan, Golub & LeVeque (1979): the scatter is always taken about
+    the current mean, so nothing is lost to cancellation as it would be in E[x²] - E[x]².
     """
 
     def __init__(self, width: int) -> None:
-        """width: D, features of one vector."""
+        """width: D, the features of one vector."""
         if width < 1:
             raise ValueError(f"width {width} is not a positive number of features")
         self.count = 0
@@ -103,7 +83,7 @@ class Moments:
 
     @property
     def width(self) -> int:
-        """D, features of one vector."""
+        """D, the features of one vector."""
         return len(self.mean)
 
     def update(self, features: ArrayLike) -> None:
@@ -116,31 +96,26 @@ class Moments:
             raise ValueError(f"features have shape {rows.shape}; (n, {self.width}) is needed")
         if not np.isfinite(rows).all():
             raise ValueError("features hold a NaN or an infinity; finite numbers are needed")
-        if len(rows):
-            mean = rows.mean(axis=0)
-            centred = rows - mean
-            self._combine(len(rows), mean, centred.T @ centred)
-
-    def merge(self, other: Moments) -> None:
-        """Add the vectors that ``other`` has seen. Raises ValueError where the widths differ."""
-        if other.width != self.width:
-            raise ValueError(f"width {other.width} cannot be merged into width {self.width}")
-        if other.count:
-            self._combine(other.count, other.mean, other._scatter)
-
-    def _combine(self, count: int, mean: Array, scatter: Array) -> None:
-        total = self.count + count
-        delta = mean - self.mean
-        self._scatter += scatter + np.outer(delta, delta) * (self.count * count / total)
-        self.mean = self.mean + delta * (count / total)
+        if not len(rows):
+            return
+        mean = rows.mean(axis=0)
+        centred, delta = rows - mean, mean - self.mean
+        total = self.count + len(rows)
+        between = np.outer(delta, delta) * (self.count * len(rows) / total)
+        self._scatter += centred.T @ centred + between
+        self.mean = self.mean + delta * (len(rows) / total)
         self.count = total
 
     @property
     def covariance(self) -> Array:
-        """(D, D), divided by N - 1 as FID's reference code does. ValueError below two vectors."""
+        """(D, D), divided by N - 1 as in FID's reference code. ValueError below two vectors."""
         if self.count < 2:
             raise ValueError(f"covariance of {self.count} vectors; at least 2 are needed")
         return self._scatter / (self.count - 1)
+
+
+Gaussian = Moments | Statistics
+"""What a Fréchet distance is taken of."""
 
 
 def moments_of(features: ArrayLike) -> Moments:
@@ -154,18 +129,19 @@ def moments_of(features: ArrayLike) -> Moments:
 
 
 def frechet_distance(
-    a: Gaussian, b: Gaussian, *, allow_few: bool = False, step: Callable[[], object] = lambda: None
+    a: Gaussian, b: Gaussian, *, allow_few: bool = False, title: str | None = None
 ) -> float:
     """The Fréchet distance of two sets (a squared distance, as FID is), at least 0.
 
     Args:
         allow_few: accept N ≤ D. The covariance is then singular and the distance says more about
             N than about the images, so without this it is an error.
-        step: called `STEPS` times, after each long part: seconds at D = 2048.
+        title: of a progress bar, since the roots take seconds at D = 2048; None shows no bar.
 
-    Raises:
-        ValueError: the widths differ, a set is too small, or a covariance is not positive.
+    Raises ValueError if the widths differ, a set is too small, or a covariance is not positive.
     """
+    from dit_engine.console.bars import Bar
+
     if a.width != b.width:
         raise ValueError(f"features of width {a.width} and {b.width} cannot be compared")
     for moments in (a, b):
@@ -176,16 +152,25 @@ def frechet_distance(
             )
     shift = a.mean - b.mean
     covariance_a, covariance_b = a.covariance, b.covariance
-    overlap = trace_sqrt_product(covariance_a, covariance_b, step)
+    with Bar(total=3, desc=f"{title}: matrix square root", unit="part", leave=False,
+             delay=bar_delay(a.width), disable=title is None) as bar:  # fmt: skip
+        overlap = trace_sqrt_product(covariance_a, covariance_b, bar.update)
     distance = float(shift @ shift + np.trace(covariance_a) + np.trace(covariance_b) - 2 * overlap)
-    return max(distance, 0.0)  # equal sets leave a rounding error of either sign
+    return max(distance, 0.0)  # for equal sets, rounding can leave a value below 0
+
+
+def bar_delay(width: int) -> float:
+    """Seconds until a bar over work on (width, width) matrices is drawn: 0 if it is slow anyway."""
+    return 0.0 if width >= 512 else 2.0
 
 
 def trace_sqrt_product(a: Array, b: Array, step: Callable[[], object] = lambda: None) -> float:
     """tr((a^½ b a^½)^½) of two symmetric positive semi-definite matrices (D, D).
 
-    It is the sum of the singular values of a^½ b^½. Taking those, and not the square roots of the
-    product's eigenvalues, keeps the rounding errors of near-zero eigenvalues from being rooted.
+    This is the sum of the singular values of a^½ b^½. The square roots of the product's eigenvalues
+    give the same sum, but would enlarge the rounding errors of eigenvalues near zero.
+
+    step: called after each of the three long parts.
     """
     roots = []
     for matrix in (a, b):
@@ -199,8 +184,8 @@ def trace_sqrt_product(a: Array, b: Array, step: Callable[[], object] = lambda: 
 def symmetric_sqrt(matrix: Array) -> Array:
     """The symmetric square root (D, D) of a symmetric positive semi-definite matrix, checked.
 
-    Raises ValueError where an eigenvalue is negative beyond rounding, or where the root squared
-    does not give the matrix back.
+    Raises ValueError if an eigenvalue is negative by more than rounding, or if the square of the
+    root is not the matrix.
     """
     values, vectors = np.linalg.eigh(matrix)
     largest = max(float(np.abs(values).max()), np.finfo(np.float64).tiny)

@@ -1,8 +1,8 @@
-"""Sets of images as they are compared: a folder, an .npz, or a model's own; read in batches.
+"""Sets of images to compare, from a folder, an .npz or a model, read in batches.
 
 An .npz is in ADM's format: ``arr_0``, uint8 (N, H, W, 3), and in reference files the moments of
-Inception features, ``mu``, ``sigma`` (pooled) and ``mu_s``, ``sigma_s`` (spatial). Nothing holds
-more than a batch of images in memory.
+Inception features, ``mu``, ``sigma`` (pooled) and ``mu_s``, ``sigma_s`` (spatial). No more than one
+batch of images is held in memory.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,14 +26,17 @@ from dit_engine.io.folders import SUFFIXES, count_of, find_images, tell_left_out
 from dit_engine.io.images import Unreadable, check_pixels, has_orientation, open_image
 from dit_engine.io.printable import some_of
 
+if TYPE_CHECKING:
+    from dit_engine.engine import Engine
+
 Images = NDArray[np.uint8]
-# Pillow turns these into 8-bit RGB without losing range; 16-bit modes would be cut off.
+# Pillow converts these to 8-bit RGB without losing range; the values of 16-bit modes would be cut.
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _ARRAY = "arr_0"
-_NAME_SHOWN = 80  # characters; the names that we look for are shorter
+_NAME_SHOWN = 80  # characters of an array's name in a message
 _WIDEST = 2048  # features of Inception; other networks have fewer
 _BATCH_PIXELS = 2**25  # 32 images of 1024×1024, which networks convert to float32
-_POOLED, _SPATIAL = ("mu", "sigma"), ("mu_s", "sigma_s")
+_STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 
 
 class ImageSource(Protocol):
@@ -49,8 +52,8 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def batches(self, batch_size: int) -> Iterator[Images]:
-        """uint8 (n, H, W, 3), where n is batch_size, or smaller for large images and in the last
-        batch. ValueError for a bad image."""
+        """uint8 (n, H, W, 3). n is batch_size, but smaller for large images and in the last batch.
+        ValueError for a bad image."""
         ...
 
 
@@ -58,7 +61,7 @@ class ImageSource(Protocol):
 class ComparedSet:
     """One side of a comparison: images, or moments of Inception features, or both.
 
-    statistics: of pooled and of spatial features; None where the file has none.
+    statistics: those of the pooled and of the spatial features; None if the file has none.
     """
 
     name: str
@@ -67,11 +70,10 @@ class ComparedSet:
 
 
 def open_set(path: Path) -> ComparedSet:
-    """A folder of images or an .npz.
+    """The set in a folder of images or an .npz.
 
-    Raises:
-        ValueError: neither, no images, images of several sizes, or an .npz with other arrays; what
-            is wrong with which file. OSError: the path cannot be read.
+    Raises ValueError for anything else, for no images, images of several sizes, or an .npz with
+    other arrays; it names the file and what is wrong. OSError if the path cannot be read.
     """
     if path.is_dir():
         return ComparedSet(str(path), ImageFolder(path))
@@ -79,25 +81,30 @@ def open_set(path: Path) -> ComparedSet:
         raise FileNotFoundError(f"{path} does not exist; a folder of images or an .npz is needed")
     if path.suffix.lower() != ".npz":
         raise ValueError(f"{path} is neither a folder of images nor an .npz")
-    names = _names(path)
-    statistics = None
-    if any(name in names for name in (*_POOLED, *_SPATIAL)):
-        statistics = _read_statistics(path, names)
-    if statistics is None and _ARRAY not in names:
+    with open_npz(path) as archive:
+        names = [name.removesuffix(".npy")[:_NAME_SHOWN] for name in archive.namelist()]
+    held = some_of(names, quote=False) or "nothing"
+    absent = [name for name in _STATISTICS if name not in names]
+    if 0 < len(absent) < len(_STATISTICS):
+        raise ValueError(f"{path} holds {held}; a statistics file also has {', '.join(absent)}")
+    if absent and _ARRAY not in names:
         raise ValueError(
-            f"{path} holds {some_of(names, quote=False) or 'nothing'}; {_ARRAY} (images) or "
-            f"{', '.join((*_POOLED, *_SPATIAL))} (statistics) are needed"
+            f"{path} holds {held}; {_ARRAY} (images) or {', '.join(_STATISTICS)} (statistics) "
+            "are needed"
         )
     images = ImageArray(path) if _ARRAY in names else None
-    return ComparedSet(str(path), images, statistics)
+    if absent:
+        return ComparedSet(str(path), images)
+    return ComparedSet(str(path), images, (_stored(path, *_STATISTICS[:2]),
+                                           _stored(path, *_STATISTICS[2:])))  # fmt: skip
 
 
 class ImageFolder:
     """The images in a folder and the folders below it (`find_images`), in the order of their paths.
 
-    All headers are read at once, so that a wrong size is told before any long work. Pixels are
-    those that the published tools read: EXIF orientation is not applied and alpha is dropped, as a
-    warning tells where it matters.
+    All headers are read first, so that a wrong size is reported before any long work. Pixels are
+    those that the published tools read: EXIF orientation is not applied and alpha is dropped; a
+    warning says so if it matters.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -112,13 +119,13 @@ class ImageFolder:
                 + (f", but {count_of(left_out)}" if left_out else "")
             )
         ignored: Counter[str] = Counter()
-        self._size = _header(self.paths[0], ignored)
+        self.size = _header(self.paths[0], ignored)
         with Bar(self.paths[1:], f"{folder.name}: sizes", unit="img", delay=2.0) as bar:
             for path in bar:
-                if (size := _header(path, ignored)) != self._size:
+                if (size := _header(path, ignored)) != self.size:
                     raise ValueError(
                         f"{path} is {_pixels(size)} and {self.paths[0].name} is "
-                        f"{_pixels(self._size)}; all images of a set must have one size"
+                        f"{_pixels(self.size)}; all images of a set must have one size"
                     )
         tell_left_out(folder, left_out)
         if ignored.total():
@@ -126,10 +133,6 @@ class ImageFolder:
                 f"{folder}: {count_of(+ignored)}, which is ignored, as by the published tools",
                 stacklevel=3,
             )
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self._size
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -146,14 +149,11 @@ class ImageArray:
     def __init__(self, path: Path) -> None:
         self.name, self.path = str(path), path
         with self._open() as stored:
-            self.shape = stored.shape
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.shape[1], self.shape[2]
+            self._count, height, width, _ = stored.shape
+            self.size = (height, width)
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return self._count
 
     def batches(self, batch_size: int) -> Iterator[Images]:
         count, most = len(self), _at_once(batch_size, self.size)
@@ -195,12 +195,8 @@ class GeneratedImages:
     ) -> None:
         if count < 1:
             raise ValueError(f"samples {count} is not a positive integer")
-        self.name, self._generate, self._count = name, generate, count
-        self._classes, self._side, self._first_seed = classes, side, first_seed
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self._side, self._side
+        self.name, self.size, self._generate, self._count = name, (side, side), generate, count
+        self._classes, self._first_seed = classes, first_seed
 
     def __len__(self) -> int:
         return self._count
@@ -212,14 +208,22 @@ class GeneratedImages:
             yield self._generate(labels, [self._first_seed + i for i in indices])
 
 
-def _read_statistics(path: Path, names: Sequence[str]) -> tuple[Statistics, Statistics]:
-    absent = [name for name in (*_POOLED, *_SPATIAL) if name not in names]
-    if absent:
-        raise ValueError(
-            f"{path} holds {some_of(names, quote=False)}; "
-            f"a statistics file also has {', '.join(absent)}"
-        )
-    return _stored(path, *_POOLED), _stored(path, *_SPATIAL)
+class _Ran(Exception):
+    """A step was taken."""
+
+
+def try_step(engine: Engine, count: int, **settings: Any) -> None:
+    """Take one denoising step of ``count`` images, or raise what `Engine.generate` raises.
+
+    This finds out before any long work whether the model runs with these settings. The count should
+    be that of the real batches, for which a backend may compile or allocate.
+    """
+
+    def stop(_: object) -> None:
+        raise _Ran
+
+    with suppress(_Ran):
+        engine.generate([0] * count, callback=stop, output="latent", **settings)
 
 
 def _stored(path: Path, *names: str) -> Statistics:
@@ -238,18 +242,13 @@ def _stored(path: Path, *names: str) -> Statistics:
         raise ValueError(f"{path}: {', '.join(names)}: {error}") from None
 
 
-def _names(path: Path) -> list[str]:
-    with open_npz(path) as archive:
-        return [name.removesuffix(".npy")[:_NAME_SHOWN] for name in archive.namelist()]
-
-
 def _at_once(batch_size: int, size: tuple[int, int]) -> int:
-    """Images in one batch: ``batch_size``, or fewer if they are large."""
+    """Images in one batch: ``batch_size``, or fewer if the images are large."""
     return max(min(batch_size, _BATCH_PIXELS // math.prod(size)), 1)
 
 
 def _header(path: Path, ignored: Counter[str]) -> tuple[int, int]:
-    """Height and width by the file's header; counts what it says that `_decode` ignores."""
+    """Height and width from the file's header. Counts in ``ignored`` what `_decode` ignores."""
     with open_image(path) as image:
         if image.mode not in _MODES:
             raise Unreadable(f"mode {image.mode}; 8-bit {', '.join(_MODES)} are known")

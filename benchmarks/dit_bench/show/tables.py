@@ -1,4 +1,4 @@
-"""Tables as data, and how they are shown: on a terminal by rich, and in a page as HTML."""
+"""Tables as data, and how they are written: on a terminal (by rich), in Markdown and in HTML."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from dit_engine.io.printable import printable
+from dit_engine.io.printable import markdown_text, printable
 
 DASH = "–"
 """A cell without a value."""
-_BETWEEN = 3  # columns from one cell to the next, in rich's SIMPLE_HEAD
-_UNFOLDED = 100_000  # columns; tables are no wider than they need be
+_BETWEEN = 3  # columns between two cells, in rich's SIMPLE_HEAD
+_UNFOLDED = 100_000  # columns; tables are only as wide as they need to be
 
 
 @dataclass
 class Table:
-    """The first ``left`` columns and the last ``right`` ones are words, the others numbers.
+    """The first ``left`` columns and the last ``right`` ones hold words, the others numbers.
 
-    Cells are text. short: the columns that remain where not all of them fit.
+    Cells are text. short: the columns that remain if not all of them fit.
     """
 
     title: str
@@ -34,7 +34,7 @@ class Table:
     short: Sequence[str] = ()
 
     def add(self, *cells: object) -> None:
-        """A row; missing cells at its end are empty."""
+        """Add a row. None is an empty cell, and so are those that are missing at the end."""
         texts = ["" if cell is None else printable(cell) for cell in cells]
         self.rows.append(texts + [""] * (len(self.columns) - len(texts)))
 
@@ -43,20 +43,22 @@ class Table:
         return column < self.left or column >= len(self.columns) - self.right
 
     def filled(self) -> Table:
-        """Without the columns that are empty, or a dash, in every row."""
-        return self._only(
-            i for i in range(len(self.columns))
+        """A copy without the columns that are empty or a dash in every row, all text printable."""
+        kept = [
+            i
+            for i in range(len(self.columns))
             if not self.rows or any(row[i] not in ("", DASH) for row in self.rows)
-        )  # fmt: skip
+        ]
+        return self._only(kept)
 
     def fitting(self, width: int) -> Table:
-        """Itself where a row is no wider than ``width``, else with the ``short`` columns alone."""
+        """This table if its rows fit into ``width``, else one with the ``short`` columns alone."""
         if not self.short or self._width(len) <= width:
             return self
         kept = [i for i, name in enumerate(self.columns) if name in self.short]
         narrow = self._only(kept)
         if (left_out := len(self.columns) - len(kept)) > 0:
-            narrow.notes = [*self.notes, f"--wide shows the other columns, {left_out} of them"]
+            narrow.notes.append(f"--wide shows the other columns, {left_out} of them")
         return narrow
 
     def folds_into(self, width: int) -> bool:
@@ -64,7 +66,7 @@ class Table:
         return self._width(_longest_word) <= width
 
     def widths(self, width: int) -> list[int]:
-        """Of each column, in a table that `folds_into` ``width``: what has most room gives way."""
+        """Column widths of a table that `folds_into` ``width``; the widest ones give way first."""
         least = [self._column(i, _longest_word) for i in range(len(self.columns))]
         found = [max(self._column(i, len), len(self.columns[i])) for i in range(len(least))]
         while sum(found) + _BETWEEN * len(found) > width:
@@ -73,25 +75,27 @@ class Table:
         return found
 
     def _column(self, column: int, words: Callable[[str], int]) -> int:
-        """words: the width that a text in a column of words needs."""
+        """The column's width. words: the width that a text needs in a column of words."""
         needs = words if self.words(column) else len
-        cells = [needs(row[column]) for row in self.rows]
-        return max([_longest_word(self.columns[column]), *cells])
+        return max(
+            [_longest_word(self.columns[column]), *(needs(row[column]) for row in self.rows)]
+        )
 
     def _width(self, words: Callable[[str], int]) -> int:
         return sum(self._column(i, words) + _BETWEEN for i in range(len(self.columns)))
 
     def _only(self, kept: Iterable[int]) -> Table:
         kept = list(kept)
-        words = [i for i in kept if self.words(i)]
         left = sum(i < self.left for i in kept)
+        right = sum(self.words(i) for i in kept) - left
         return Table(
-            self.title, [self.columns[i] for i in kept], left, len(words) - left,
-            [[row[i] for i in kept] for row in self.rows], self.notes, self.short,
+            printable(self.title), [printable(self.columns[i]) for i in kept], left, right,
+            [[row[i] for i in kept] for row in self.rows], [*map(printable, self.notes)],
+            self.short,
         )  # fmt: skip
 
     def listed(self) -> list[str]:
-        """A row as a sentence; a first cell that is empty is that of the row above."""
+        """Each row as a sentence; an empty first cell stands for that of the row above."""
         lines, first = [], ""
         for row in self.rows:
             first = row[0] or first
@@ -99,31 +103,34 @@ class Table:
             lines.append(f"{first}: " + ", ".join(f"{h} {c}".strip() for h, c in cells if c))
         return lines
 
-    def shown(self) -> Table:
-        """A copy without empty columns; its title, column names and notes are `printable`."""
-        table = self.filled()
-        table.title, table.columns = printable(table.title), [*map(printable, table.columns)]
-        table.notes = [*map(printable, table.notes)]
-        return table
-
     def html(self) -> str:
-        return self.shown()._html()
+        """The table in HTML, with all of its text escaped."""
+        table = self.filled()
 
-    def _html(self) -> str:
         def cells(tag: str, texts: list[str]) -> str:
             return "".join(
-                f"<{tag}{'' if self.words(i) else ' class=number'}>{html.escape(t)}</{tag}>"
+                f"<{tag}{'' if table.words(i) else ' class=number'}>{html.escape(t)}</{tag}>"
                 for i, t in enumerate(texts)
             )
 
-        head = f"<thead><tr>{cells('th', self.columns)}</tr></thead>\n" if any(self.columns) else ""
-        body = "".join(f"<tr>{cells('td', row)}</tr>\n" for row in self.rows)
-        notes = "".join(f"<p class=note>{html.escape(note)}</p>\n" for note in self.notes)
+        names = table.columns
+        head = f"<thead><tr>{cells('th', names)}</tr></thead>\n" if any(names) else ""
+        body = "".join(f"<tr>{cells('td', row)}</tr>\n" for row in table.rows)
+        notes = "".join(f"<p class=note>{html.escape(note)}</p>\n" for note in table.notes)
         return (
-            f"<h2>{html.escape(self.title)}</h2>\n<div class=scroll><table>\n"
-            f"{head}<tbody>\n{body}</tbody>\n"
-            f"</table></div>\n{notes}"
+            f"<h2>{html.escape(table.title)}</h2>\n<div class=scroll><table>\n"
+            f"{head}<tbody>\n{body}</tbody>\n</table></div>\n{notes}"
         )
+
+    def markdown(self) -> str:
+        """The table in Markdown, with all of its text escaped: title, rows, and notes as a list."""
+        table = self.filled()
+        rules = ["---" if table.words(i) else "---:" for i in range(len(table.columns))]
+        lines = ["| " + " | ".join(map(markdown_text, row)) + " |" for row in table.rows]
+        head = ["| " + " | ".join(map(markdown_text, table.columns)) + " |", f"|{'|'.join(rules)}|"]
+        notes = [f"- {markdown_text(note)}" for note in table.notes]
+        title = f"**{markdown_text(table.title)}**"
+        return "\n".join([title, "", *head, *lines, "", *notes, *[""] * bool(notes)])
 
 
 def _longest_word(text: str) -> int:
@@ -131,7 +138,7 @@ def _longest_word(text: str) -> int:
 
 
 def require_rich() -> None:
-    """Raise a one-line ImportError where the tables could not be shown."""
+    """Raise a one-line ImportError if the tables could not be shown."""
     try:
         import rich  # noqa: F401
     except ImportError:
@@ -139,8 +146,8 @@ def require_rich() -> None:
 
 
 def output_width() -> int | None:
-    """Columns of the output: COLUMNS if it is set, else the terminal's; None where there is no
-    terminal, and a line may be as long as it need be."""
+    """Columns of the output: COLUMNS if it is set, else the terminal's. None if it is no terminal:
+    lines may then be of any length."""
     asked = os.environ.get("COLUMNS", "")
     if asked.isdecimal() and int(asked) > 0:
         return int(asked)
@@ -158,7 +165,7 @@ def narrower_than(columns: int) -> bool:
 
 
 def fold(text: str, width: int | None = None) -> str:
-    """Lines that are wider than the output are continued on the next one, between words."""
+    """``text`` with lines that are wider than the output continued on the next one, at a space."""
     width = width or output_width()
     if width is None:
         return text
@@ -171,44 +178,40 @@ def fold(text: str, width: int | None = None) -> str:
 
 
 def show(tables: Sequence[Table], width: int | None = None, wide: bool = False) -> None:
-    """Print the tables; ``width`` in columns is `output_width` unless given.
+    """Print the tables in ``width`` columns, or in those of the output (`output_width`).
 
-    A table that is wider is shown without all but its ``short`` columns, words on several lines;
-    one that is too wide even so becomes a list. wide: everything, each row one line. No number is
-    ever broken in two.
+    A table that is wider is shown with its ``short`` columns only and with words on several lines;
+    one that is still too wide becomes a list. No number is ever broken in two. wide: show every
+    column, and each row on one line.
     """
     require_rich()
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    if wide:
-        width = _UNFOLDED
-    elif width is None:
-        width = output_width() or _UNFOLDED
+    width = _UNFOLDED if wide else width or output_width() or _UNFOLDED
 
     class Pipeable(Console):
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError(errno.EPIPE, "standard output is closed")  # rich would exit
 
     console = Pipeable(width=width, highlight=False, markup=False, emoji=False)
-    for whole in map(Table.shown, tables):
-        table = whole.fitting(width)
+    for whole in tables:
+        table = whole.filled().fitting(width)
+        notes = [f"  {note}" for note in table.notes]
         if not table.folds_into(width):
-            notes = [f"  {note}" for note in table.notes]
             lines = ["", table.title, *table.listed(), *notes, ""]
             console.print(fold("\n".join(lines), width), soft_wrap=True)
             continue
-        widths = table.widths(width)
         shown = RichTable(title=table.title, title_justify="left", box=SIMPLE_HEAD,
                           title_style="bold", pad_edge=False,
                           show_header=any(table.columns))  # fmt: skip
-        for i, column in enumerate(table.columns):
+        for i, (column, columns) in enumerate(zip(table.columns, table.widths(width), strict=True)):
             shown.add_column(column, justify="left" if table.words(i) else "right",
-                             overflow="fold", width=widths[i])  # fmt: skip
+                             overflow="fold", width=columns)  # fmt: skip
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
-        for note in table.notes:
-            console.print(f"  {note}")
+        for note in notes:
+            console.print(note)
         console.print()

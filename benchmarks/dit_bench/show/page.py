@@ -8,9 +8,9 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dit_bench.drawing import svg
 from dit_bench.load import warning
-from dit_bench.plots import CAPTIONS
+from dit_bench.show.drawing import svg
+from dit_bench.show.plots import CAPTIONS
 from dit_bench.show.reports import report_tables
 
 if TYPE_CHECKING:

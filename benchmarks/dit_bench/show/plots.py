@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dit_bench.drawing import (
+from dit_bench.load import NO_VERDICT
+from dit_bench.roofline import roofline_figure
+from dit_bench.show.drawing import (
     MARKERS,
     Row,
     colour,
@@ -16,8 +18,6 @@ from dit_bench.drawing import (
     ok_rows,
     subtitle,
 )
-from dit_bench.load import NO_VERDICT
-from dit_bench.roofline import roofline_figure
 from dit_engine.io.printable import printable
 
 if TYPE_CHECKING:
@@ -143,23 +143,27 @@ def throughput_figure(report: dict[str, Any]) -> Figure | None:
 
 
 def distance_figure(scaling: dict[str, Any]) -> Figure | None:
-    """Distance against Gflops, one line a number of training steps (`read_scaling`)."""
-    points = scaling["points"]
-    if len(points) < 2:
+    """Distance against Gflops: a line for the DiTs of each number of training steps, and a point
+    for each other network. ``scaling`` is a report of that kind."""
+    rows = [row for row in scaling["rows"] if row["section"] == "scaling"]
+    if len(rows) < 2:
         return None
-    figure, axes = new_figure(f"{scaling['metric']} against Gflops")
-    for i, steps in enumerate(sorted({point["steps"] for point in points})):
-        chosen = sorted((p for p in points if p["steps"] == steps), key=lambda p: p["gmacs"])
-        axes.plot([p["gmacs"] for p in chosen], [p["distance"] for p in chosen],
-                  MARKERS[i % len(MARKERS)], color=colour(i), ms=7,
-                  label=f"{steps} training steps")  # fmt: skip
-        for p in chosen:
-            axes.annotate(p["network"], (p["gmacs"], p["distance"]), fontsize=8,
+    metric = scaling["settings"].get("metric", "distance")
+    figure, axes = new_figure(f"{metric} against Gflops")
+    for i, steps in enumerate(sorted({row["steps"] for row in rows})):
+        chosen = sorted((r for r in rows if r["steps"] == steps), key=lambda r: r["gmacs"])
+        dits = [row for row in chosen if row["case"].startswith("DiT")]
+        for series, form in [(dits, "-"), *(([row], "") for row in chosen if row not in dits)]:
+            name = "DiT" if form else series[0]["case"]
+            axes.plot([r["gmacs"] for r in series], [r["distance"] for r in series],
+                      MARKERS[i % len(MARKERS)] + form, color=colour(i), ms=7,
+                      mfc=None if form else "none", label=f"{name}, {steps} steps")  # fmt: skip
+        for row in dits:
+            axes.annotate(row["case"], (row["gmacs"], row["distance"]), fontsize=8,
                           textcoords="offset points", xytext=(6, 4))  # fmt: skip
-    counts = sorted({point["n"] for point in points})
     log_axes(axes, "x")
     axes.set_xlabel("multiply-adds of one forward, 10⁹ (the paper's Gflops)")
-    axes.set_ylabel(f"{scaling['metric']}, N = {', '.join(map(str, counts))}")
+    axes.set_ylabel(f"{metric}, N = {', '.join(str(n) for n in sorted({r['n'] for r in rows}))}")
     axes.margins(x=0.15)
     legend(axes)
     return figure

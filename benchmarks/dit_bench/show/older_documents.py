@@ -1,6 +1,6 @@
 """Writes measured figures into documents, so that none is ever typed.
 
-``python -m dit_bench.documents results.json README.md …`` replaces what stands between
+``python -m dit_bench.show.markdown results.json README.md …`` replaces what stands between
 ``<!-- quality -->`` and ``<!-- /quality -->`` in each file by the table of a
 `dit_bench.quality.fd_lite0`
 report; so with ``cpu`` (``profile`` with its ``--profile``), ``gpu``, ``operators``, ``parity`` and
@@ -10,15 +10,6 @@ report; so with ``cpu`` (``profile`` with its ``--profile``), ``gpu``, ``operato
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before anything else is imported
-    from dit_engine.first import leave_out_of_path
-
-    leave_out_of_path()
-
-import re
-import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dit_bench.escaped import of_escaped
@@ -28,45 +19,8 @@ from dit_bench.result_tables import (
     bounds_table,
     operators_table,
     paper_models_table,
-    parity_table,
     profile_table,
-    scaling_table,
 )
-from dit_engine.console.parser import Parser
-from dit_engine.console.run import entry, run_command
-from dit_engine.io.files import atomic_path
-from dit_engine.io.json_files import read_json
-
-_NAMES = {
-    "generated": "generated images",
-    "vae_reconstruction": "held-out images through the VAE (the best a DiT could do)",
-    "floor": "held-out images, the other half (the floor of this N)",
-}
-
-
-@of_escaped
-def quality_table(report: dict[str, Any]) -> str:
-    """Markdown of a `dit_bench.quality.fd_lite0` report: distances with their N, recognition,
-    settings."""
-    settings, hardware = report["settings"], report["hardware"]
-    lines = [f"| {report['metric']} to held-out images | N | distance |", "|---|---|---|"]
-    for key, name in _NAMES.items():
-        d = report["distances"][key]
-        lines.append(f"| {name} | {d['n']} against {d['n_reference']} | {d['value']:.1f} |")
-    made, real = (report["recognised"][key] for key in ("generated", "held_out"))
-    speed = made["n"] / report["seconds"]["generated"]
-    interval = settings["guidance_interval"]
-    between = f" for σ in {interval[0]:g} to {interval[1]:g}" if interval else ""
-    summary = (
-        f"{made['fraction']:.1%} of the generated images lie nearest to their own class's mean "
-        f"feature, {real['fraction']:.1%} of the held-out ones do. {settings['sampler']}, "
-        f"{settings['steps']} steps, guidance {settings['guidance_scale']:g}{between} on "
-        f"{settings['guidance_channels'] or 'all'} channels, {settings['precision']}, backend "
-        f"{settings['backend']}; {speed:.1f} images a second, features included, on "
-        f"{hardware['cpu']} with {_threads(hardware)}."
-    )
-    lines += ["", summary]
-    return "\n".join(lines) + "\n"
 
 
 def _threads(hardware: dict[str, Any]) -> str:
@@ -160,14 +114,6 @@ def _goal(row: dict[str, Any]) -> str:
     return "" if row["bar"] is None else f" (goal: {row['bar']:.2f})"
 
 
-def update_document(text: str, block: str, table: str) -> str:
-    """``text`` with ``table`` in its ``block``. Raises ValueError where there is none."""
-    pattern = re.compile(f"(<!-- {block} -->\n).*?(<!-- /{block} -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"no '<!-- {block} -->' … '<!-- /{block} -->' block")
-    return pattern.sub(lambda match: match[1] + table + match[2], text)
-
-
 def block_and_table(
     report: dict[str, Any], operators: dict[str, Any] | None = None
 ) -> tuple[str, str]:
@@ -177,46 +123,10 @@ def block_and_table(
     for key, block, table in (
         ("gpu_state", "gpu", gpu_table),
         ("operators", "operators", operators_table),
-        ("points", "scaling", scaling_table),
-        ("subjects", "parity", parity_table),
         ("measurements", "paper-models", paper_models_table),
-        ("distances", "quality", quality_table),
     ):
         if key in report:
             return block, table(report)
     if "profile" in report["sections"][0]:
         return "profile", profile_table(report)
     return "cpu", cpu_table(report)
-
-
-@entry
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m dit_bench.documents", description="Write figures into files.")
-    parser.add_argument(
-        "results", type=Path, help="JSON of dit_bench.quality.fd_lite0, .cpu, .gpu, …"
-    )
-    parser.add_argument("documents", type=Path, nargs="+")
-    parser.add_argument("--operators", type=Path, help="JSON of dit_bench.operators: for bounds")
-    arguments = parser.parse_args(argv)
-
-    def command() -> int:
-        report = read_json(arguments.results, pipe=True)
-        operators = None if arguments.operators is None else read_json(arguments.operators)
-        try:
-            block, table = block_and_table(report, operators)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{arguments.results} is no such report: {error!r}") from error
-        for path in arguments.documents:
-            try:
-                text = update_document(path.read_text(encoding="utf-8"), block, table)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
-            with atomic_path(path) as partial:
-                partial.write_text(text, encoding="utf-8")
-        return 0
-
-    return run_command(command)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

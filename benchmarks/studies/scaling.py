@@ -1,0 +1,310 @@
+"""The DiT paper's two claims in miniature: more Gflops give a lower distance; DiT beside a U-Net.
+
+``python benchmarks/studies/scaling.py train --run runs/own -o runs/scaling`` trains DiTs of two
+sizes at two patch sizes, and a U-Net that costs 2.5 % more than the largest of them, on the latents
+of a finished ``dit-train`` run. All have the same images, steps, batch, optimiser and seed. A
+training that was killed resumes. ``python benchmarks/studies/scaling.py measure …`` then samples
+each network from the same noise, compares their images with held-out ones and draws the figure.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before torch is imported
+    from dit_engine.console.run import wait_briefly
+
+    wait_briefly()
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dit_bench.machine import describe
+from dit_bench.quality.fd_lite0 import METRIC, Features, Halves, load_halves, recognised
+from dit_bench.quality.features import FeatureNetwork, load_network
+from dit_bench.quality.frechet import frechet_distance, moments_of
+from dit_bench.report import Report, Row, new_report, read, write
+from dit_bench.show.drawing import png
+from dit_bench.show.plots import distance_figure
+from dit_bench.show.reports import report_tables
+from dit_bench.show.tables import show
+from dit_engine.backends.lean.vae import LeanDecoder
+from dit_engine.checkpoint.weights import load_into
+from dit_engine.config import ModelConfig
+from dit_engine.console.bars import Bar
+from dit_engine.console.output import check_file
+from dit_engine.console.parser import Parser
+from dit_engine.console.run import entry, run_command
+from dit_engine.decode import LatentDecoder, to_uint8
+from dit_engine.io.files import atomic_path
+from dit_engine.io.printable import say
+from dit_engine.model import DiT
+from dit_engine.sampling.noise import PerImageNoise
+from dit_engine.sampling.samplers import SAMPLERS
+from dit_engine.sampling.schedule import make_schedule
+from dit_engine.training.dit_stage import train_denoiser
+from dit_engine.training.loop import Budget, LoopSettings, kept_path
+from dit_engine.training.vae_stage import read_latents
+from dit_engine.vae import AutoencoderKL
+
+STEPS, BATCH, LEARNING_RATE = 3000, 64, 8e-4
+SIZES = {"small": (4, 128, 2), "large": (6, 192, 3)}  # depth, width, heads
+PATCHES = (4, 2)
+UNET_CHANNELS = (40, 96)
+SAMPLER, SAMPLING_STEPS, SPACING = "dpm++", 25, "linspace"
+CHUNK = 64  # images sampled at once
+SETTINGS = {"metric": METRIC, "sampler": SAMPLER, "steps": SAMPLING_STEPS, "spacing": SPACING,
+            "guidance_scale": 1.0, "precision": "bf16", "training_seeds": 1,
+            "batch": BATCH, "learning_rate": LEARNING_RATE}  # fmt: skip
+
+Networks = dict[str, Callable[[], nn.Module]]
+
+
+class ClassUNet(nn.Module):
+    """diffusers' UNet2DModel as (x, t, y) → (N, 2C, S, S). It is ADM's kind of network: residual
+    blocks at two resolutions, with attention at the lower one."""
+
+    def __init__(self, channels: int, size: int, num_classes: int) -> None:
+        super().__init__()
+        try:
+            from diffusers.models.unets.unet_2d import UNet2DModel
+        except ImportError as error:
+            raise ImportError(f"{error}: pip install 'dit-engine[diffusers]'") from error
+        self.unet = UNet2DModel(
+            sample_size=size,
+            in_channels=channels,
+            out_channels=2 * channels,
+            block_out_channels=UNET_CHANNELS,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=32,
+            norm_num_groups=8,
+            layers_per_block=2,
+            num_class_embeds=num_classes + 1,
+        )
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.unet(x, t, class_labels=y).sample
+
+
+def networks(channels: int, size: int, num_classes: int) -> Networks:
+    """Name → a function that makes the network with fresh weights."""
+
+    def dit(depth: int, width: int, heads: int, patch: int) -> DiT:
+        model = DiT(
+            ModelConfig(
+                depth=depth, hidden_size=width, num_heads=heads, patch_size=patch,
+                input_size=size, in_channels=channels, num_classes=num_classes,
+            )
+        )  # fmt: skip
+        model.initialize_weights()
+        return model
+
+    found: Networks = {
+        f"DiT {name}/{patch}": lambda shape=shape, patch=patch: dit(*shape, patch)
+        for name, shape in SIZES.items()
+        for patch in PATCHES
+    }
+    return found | {"U-Net": lambda: ClassUNet(channels, size, num_classes)}
+
+
+def folder(name: str) -> str:
+    """The name of a network's directory: "DiT small/4" → "dit-small-4"."""
+    return name.lower().replace(" ", "-").replace("/", "-")
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Train every network in turn, the cheapest first."""
+    path = arguments.run / "latents.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: --run is a directory of dit-train")
+    if arguments.steps < 2:
+        raise ValueError(f"steps {arguments.steps} is below 2")
+    means, deviations, labels = read_latents(path)
+    classes = int(labels.max()) + 1
+    made = networks(means.shape[1], means.shape[2], classes)
+    chosen = arguments.only or list(made)
+    for name in chosen:
+        if name not in made:
+            raise ValueError(f"network {name!r} is unknown; choose among {', '.join(made)}")
+    settings = LoopSettings(
+        Budget(steps=arguments.steps), LEARNING_RATE, warmup_steps=200, ema_decay=0.999,
+        keep_steps=(arguments.steps // 2, arguments.steps),
+    )  # fmt: skip
+    for name in chosen:
+        torch.manual_seed(settings.seed)
+        target = arguments.output / folder(name)
+        train_denoiser(made[name](), classes, (means, deviations), labels, settings, target, BATCH)
+    return 0
+
+
+def sample(network: nn.Module, labels: Sequence[int], seeds: Sequence[int], size: int) -> Tensor:
+    """Latents (N, 4, size, size) without guidance, as for the paper's figures. Image i starts from
+    the noise of ``seeds[i]`` whatever the network."""
+    schedule = make_schedule(SAMPLING_STEPS, SPACING)
+    y = torch.tensor(labels)
+    timesteps = torch.tensor(schedule.timesteps.copy())
+    noise = PerImageNoise(seeds, (4, size, size), torch.device("cpu"))
+
+    def denoise(z: Tensor, k: int) -> Tensor:
+        x = z.to(torch.bfloat16)
+        return network(x, timesteps[k].expand(len(z)), y).to(z.dtype)
+
+    with torch.inference_mode():
+        z = noise.start()
+        return SAMPLERS[SAMPLER].function(denoise, z, schedule, noise, lambda *_: None)
+
+
+def features_of(
+    network: nn.Module,
+    labels: Sequence[int],
+    size: int,
+    decode: LatentDecoder,
+    extractor: FeatureNetwork,
+) -> Features:
+    """(N, 1280) of one image per label, from seeds 0, 1, …"""
+    parts = []
+    for start in Bar(range(0, len(labels), CHUNK), "sampling"):
+        part = labels[start : start + CHUNK]
+        z = sample(network, part, range(start, start + len(part)), size)
+        parts.append(extractor.extract(to_uint8(decode(z, "bf16", LeanDecoder))).pooled)
+    return np.concatenate(parts)
+
+
+def macs_of(network: nn.Module, size: int) -> int:
+    """Multiply-adds of one forward of one image, by torch's operator counting."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    # The fused attention for CPUs is not among the operators that are counted.
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.inference_mode():
+        network(torch.zeros(1, 4, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    return counter.get_total_flops() // 2
+
+
+def measure_all(
+    made: Networks,
+    output: Path,
+    steps: Sequence[int],
+    vae: AutoencoderKL,
+    data: Path,
+    samples: int,
+    classes: int,
+    size: int,
+) -> Report:
+    """One row per network and number of steps. ``output`` holds a directory for each network, with
+    `kept_path`'s files, and "measured.json" with finished rows, which are not measured again.
+
+    Args:
+        samples: of each row, a multiple of the number of classes.
+        size: side of the latents.
+    """
+    kept = output / "measured.json"
+    report = new_report("scaling", describe(torch.device("cpu")), SETTINGS)
+    if kept.is_file():
+        report["rows"] = read(kept, "scaling")["rows"]
+    done = {(row["case"], row["steps"], row["n"]) for row in report["rows"]}
+    extractor = load_network("lite0")
+    decode = LatentDecoder(vae, torch.device("cpu"))
+    halves: Halves | None = None
+    for name, make in made.items():
+        for step in steps:
+            path = kept_path(output / folder(name), step)
+            if not path.is_file():
+                raise ValueError(f"{path} does not exist: train {name!r} for {max(steps)} steps")
+            if (name, step, samples) in done:
+                continue
+            if halves is None:
+                pixels = size * vae.config.downsampling
+                halves = load_halves(data, samples // classes, pixels, extractor)
+            network = make()
+            macs = macs_of(network, size)
+            load_into(network, path)
+            network.to(torch.bfloat16).eval().requires_grad_(False)
+            features = features_of(network, halves.labels.tolist(), size, decode, extractor)
+            reference = moments_of(halves.features_b)
+            hits = recognised(features, halves.labels, halves.features_a, halves.labels)
+            report["rows"].append({
+                "section": "scaling", "case": name, "contender": f"{step} steps", "status": "ok",
+                "steps": step, "gmacs": macs / 1e9,
+                "parameters": sum(p.numel() for p in network.parameters()),
+                "distance": frechet_distance(moments_of(features), reference),
+                "n": len(features), "n_reference": reference.count,
+                "recognised": float(hits.mean()),
+            })  # fmt: skip
+            write(report, kept)
+    report["complete"] = True
+    return report
+
+
+def falls(rows: Sequence[Row], steps: int) -> bool:
+    """Whether, among the DiTs after so many steps, more Gflops always give a lower distance."""
+    chosen = [r for r in rows if r["steps"] == steps and r["case"].startswith("DiT")]
+    ordered = sorted(chosen, key=lambda row: row["gmacs"])
+    return all(a["distance"] > b["distance"] for a, b in pairwise(ordered))
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """The distances of all networks, printed, written as JSON and drawn."""
+    from dit_engine.engine import Engine
+
+    for path in (arguments.json, arguments.plot):
+        check_file(path)  # before the long run
+    engine = Engine.from_pretrained(arguments.run / "model")
+    if engine.vae is None:
+        raise ValueError(f"{arguments.run / 'model'} has no VAE")
+    config, samples = engine.config, arguments.samples
+    classes, size = config.num_classes, config.input_size
+    if samples < 1 or samples % classes:
+        raise ValueError(f"samples {samples} is no positive multiple of {classes} classes")
+    made = networks(config.in_channels, size, classes)
+    steps = (arguments.steps // 2, arguments.steps)
+    report = measure_all(made, arguments.output, steps, engine.vae, arguments.run / "data",
+                         samples, classes, size)  # fmt: skip
+    write(report, arguments.json)
+    if (figure := distance_figure(report)) is not None:
+        with atomic_path(arguments.plot) as partial:
+            partial.write_bytes(png(figure))
+    show(report_tables(report))
+    for step in steps:
+        always = "always" if falls(report["rows"], step) else "NOT always"
+        say(f"{step} steps: more Gflops {always} a lower distance")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser("scaling.py", "More Gflops, a lower distance: in miniature.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for function, about in (
+        (train, "train every network, or go on"),
+        (measure, "sample every network, at half its steps and at all, and compare"),
+    ):
+        one = commands.add_parser(function.__name__, help=about, description=about)
+        one.add_argument("--run", type=Path, required=True, help="a finished run of dit-train")
+        one.add_argument("-o", "--output", type=Path, required=True, help="the networks' folder")
+        one.add_argument("--steps", type=int, default=STEPS, help="of the training")
+        one.set_defaults(function=function)
+        if function is train:
+            one.add_argument("--only", nargs="+", help="networks by name")
+        else:
+            one.add_argument("--samples", type=int, default=2400, help="of each network")
+            one.add_argument("--json", type=Path, required=True)
+            one.add_argument("--plot", type=Path, required=True, help="PNG")
+    return parser
+
+
+@entry
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments: Any = build_parser().parse_args(argv)
+    return run_command(lambda: arguments.function(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,10 +1,14 @@
-"""The Triton Inference Server that runs for the tests, and the model that it serves."""
+"""The Triton Inference Server that runs for the tests, its model, and requests to it."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tiny import tiny_dit
 
 from dit_engine.engine import Engine
@@ -12,6 +16,7 @@ from dit_engine.model import DiT
 from dit_export.server.process import Running
 
 MAX_BATCH_SIZE = 8
+KINDS = {"int64": "INT64", "float32": "FP32", "object": "BYTES", "bool": "BOOL"}
 
 
 @dataclass(frozen=True)
@@ -22,9 +27,61 @@ class Served:
     running: Running
     engine: Engine
 
+    def address(self, protocol: str) -> str:
+        """As `dit_export.server.remote.RemoteServer` takes it; protocol: "http" or "grpc"."""
+        return self.running.http if protocol == "http" else f"grpc+{self.running.grpc}"
+
 
 def served_model() -> DiT:
     """`tiny_dit` with larger label vectors, so that label and guidance change the image clearly."""
     model = tiny_dit()
     model.y_embedder.embedding_table.weight.data *= 10.0
     return model
+
+
+def names(*labels: str | bytes) -> np.ndarray:
+    """(N, 1), one row per image, as `numbers` and `scales`."""
+    values = [label.encode() if isinstance(label, str) else label for label in labels]
+    return np.array(values, dtype=object)[:, None]
+
+
+def numbers(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)[:, None]
+
+
+def scales(*values: float) -> np.ndarray:
+    return np.array(values, dtype=np.float32)[:, None]
+
+
+def infer(
+    address: str,
+    inputs: dict[str, np.ndarray],
+    protocol: str = "http",
+    model: str = "dit",
+    output: str = "images",
+) -> np.ndarray:
+    """Raises tritonclient's InferenceServerException for what the server refuses."""
+    module: Any = import_module(f"tritonclient.{protocol}")
+    tensors = []
+    for name, value in inputs.items():
+        tensors.append(module.InferInput(name, list(value.shape), KINDS[value.dtype.name]))
+        tensors[-1].set_data_from_numpy(value)
+    with module.InferenceServerClient(address) as client:
+        return client.infer(model, tensors).as_numpy(output)
+
+
+def executions(address: str, model: str) -> tuple[int, int]:
+    """Rows and batches that a model has computed since the server started."""
+    module: Any = import_module("tritonclient.http")
+    with module.InferenceServerClient(address) as client:
+        (stats,) = client.get_inference_statistics(model)["model_stats"]
+    return int(stats["inference_count"]), int(stats["execution_count"])
+
+
+def settled(address: str, *models: str) -> dict[str, tuple[int, int]]:
+    """`executions` of each once they stand still: the server counts after it has answered."""
+    found, before = {model: executions(address, model) for model in models}, None
+    while found != before:
+        time.sleep(0.3)
+        found, before = {model: executions(address, model) for model in models}, found
+    return found

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +25,21 @@ from dit_engine.cli.generate import build_parser, main
 
 SETTINGS = ("steps", "sampler", "spacing", "eta", "guidance_scale", "precision",
             "guidance_channels", "guidance_interval", "noise")  # fmt: skip
+Record = Callable[[Path], dict]
+Told = Callable[[], str]
 
 
-def run(model: Path, *arguments: str) -> int:
-    return main(["--model", str(model), "--steps", "3", "--device", "cpu", *arguments])
+def run(model: Path, *arguments: str) -> object:
+    """Exit code, argparse's too."""
+    try:
+        return main(["--model", str(model), "--steps", "3", "--device", "cpu", *arguments])
+    except SystemExit as stopped:
+        return stopped.code
 
 
-def record_of(path: Path) -> dict:
-    with Image.open(path) as image:
-        return json.loads(image.text["dit_engine"])
-
-
-def test_files_hold_the_engines_images_and_how_to_make_them(model: Path, tmp_path: Path) -> None:
+def test_files_hold_the_engines_images_and_how_to_make_them(
+    model: Path, tmp_path: Path, record_of: Record
+) -> None:
     out = tmp_path / "images"
     options = ("--sampler", "ddim", "--eta", "0.5", "--guidance-scale", "2.5", "1.5")
     options += ("--spacing", "trailing", "--guidance-interval", "0.1", "5", "--seed", "40")
@@ -57,7 +65,7 @@ def test_files_hold_the_engines_images_and_how_to_make_them(model: Path, tmp_pat
 
 
 def test_an_image_of_an_official_batch_tells_how_to_make_the_batch(
-    model: Path, tmp_path: Path
+    model: Path, tmp_path: Path, record_of: Record
 ) -> None:
     """Its noise depends on the batch, and whether that is doubled, on every scale."""
     options = ("--noise", "official", "--guidance-scale", "1", "3", "2", "--seed", "5")
@@ -72,62 +80,58 @@ def test_an_image_of_an_official_batch_tells_how_to_make_the_batch(
             assert np.array_equal(np.asarray(image), again.images[record["index"]])
 
 
-def test_a_sheet_is_one_captioned_picture(model: Path, tmp_path: Path) -> None:
-    sheet = tmp_path / "sheet.png"
-    labels = ["ant", "bee", "cat"]
-    assert run(model, "--labels", *labels, "-o", str(sheet), "--columns", "3", "--seed", "1") == 0
-    expected = Engine.from_pretrained(model, device="cpu").generate(labels, steps=3, seed=1)
+def test_a_sheet_is_one_captioned_picture_also_on_standard_output(
+    model: Path, tmp_path: Path, record_of: Record, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    sheet, labels = tmp_path / "sheet.png", ["ant", "bee", "cat"]
+    arguments = ("--labels", *labels, "--columns", "3", "--seed", "1")
+    assert run(model, *arguments, "-o", str(sheet)) == 0
+    engine = Engine.from_pretrained(model, device="cpu")
+    expected = engine.generate(labels, steps=3, seed=1)
     with Image.open(sheet) as image:
         assert image.width > 3 * 128 and 128 < image.height < 2 * 128
-        record = json.loads(image.text["dit_engine"])
         assert image.text["sampler"] == "ddpm" and json.loads(image.text["seeds"]) == [1, 2, 3]
         for i in range(3):  # 16 pixels, shown 8 times as large, 4 apart
             shown = np.asarray(image)[4:132:8, 4 + 132 * i : 132 + 132 * i : 8]
             assert np.array_equal(shown, np.asarray(expected.images[i]))
+    record = record_of(sheet)
     assert record["labels"] == [0, 1, 2] and record["label_names"] == labels
-    again = Engine.from_pretrained(model, device="cpu").generate(
-        record["label_names"], seeds=record["seeds"], **{name: record[name] for name in SETTINGS}
-    )
-    assert again.images == expected.images
+    capfdbinary.readouterr()
+    for more in ([], ["--quiet"]):
+        assert run(model, *arguments, "-o", "-", *more) == 0
+        out, err = capfdbinary.readouterr()
+        assert out == sheet.read_bytes()
+        assert bool(more) == (err == b"") and (more or "→ standard output" in err.decode())
     assert [p.name for p in tmp_path.iterdir()] == ["sheet.png"]
 
 
-@pytest.mark.parametrize("which", ["model", "bare_model"])
-def test_safetensors_are_latents_with_or_without_a_vae(
-    which: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    model = request.getfixturevalue(which)
-    path = tmp_path / "z.safetensors"
-    assert run(model, "--labels", "1", "4", "-o", str(path), "--seed", "2") == 0
+def test_arrays_and_latents(model: Path, bare_model: Path, tmp_path: Path) -> None:
     engine = Engine.from_pretrained(model, device="cpu")
-    expected = engine.generate([1, 4], seed=2, steps=3, output="latent")
-    assert torch.equal(load_file(path)["latents"], expected.images)
+    path = tmp_path / "images.npy"
+    assert run(model, "--labels", "1", "4", "-o", str(path), "--seed", "2") == 0
+    images = np.load(path)
+    assert images.dtype == np.uint8 and images.shape == (2, 16, 16, 3)
+    assert np.array_equal(images, engine.generate([1, 4], seed=2, steps=3, output="np").images)
+    path = tmp_path / "z.safetensors"
+    for source in (model, bare_model):  # with a VAE or without
+        engine = Engine.from_pretrained(source, device="cpu")
+        assert run(source, "--labels", "1", "4", "-o", str(path), "--seed", "2", "--quiet") == 0
+        expected = engine.generate([1, 4], seed=2, steps=3, output="latent")
+        assert torch.equal(load_file(path)["latents"], expected.images)
     with safe_open(path, "pt") as file:
         record = json.loads(file.metadata()["dit_engine"])
     assert record["labels"] == [1, 4] and record["seeds"] == [2, 3] and record["steps"] == 3
-    assert [p.name for p in tmp_path.iterdir()] == ["z.safetensors"]
-
-
-def test_npy_holds_all_images(model: Path, tmp_path: Path) -> None:
-    path = tmp_path / "images.npy"
-    assert run(model, "--labels", "1", "4", "-o", str(path), "--seed", "2") == 0
-    engine = Engine.from_pretrained(model, device="cpu")
-    expected = engine.generate([1, 4], seed=2, steps=3, output="np").images
-    images = np.load(path)
-    assert images.dtype == np.uint8 and images.shape == (2, 16, 16, 3)
-    assert np.array_equal(images, expected)
-    assert [p.name for p in tmp_path.iterdir()] == ["images.npy"]
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
-def test_given_noise(model: Path, tmp_path: Path, suffix: str) -> None:
+def test_given_noise(model: Path, tmp_path: Path, suffix: str, record_of: Record) -> None:
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
     start = tmp_path / f"z{suffix}"
     if suffix == ".npy":
         np.save(start, z.double().numpy())
     else:
         save_file({"latents": z}, start)
-    out = tmp_path / "v1.5"
+    out = tmp_path / "v1.5"  # no suffix of a file: a directory
     arguments = ("--labels", "3", "--sampler", "dpm++", "--latents", str(start))
     assert run(model, *arguments, "-o", str(out)) == 0
     engine = Engine.from_pretrained(model, device="cpu")
@@ -139,12 +143,13 @@ def test_given_noise(model: Path, tmp_path: Path, suffix: str) -> None:
     assert record_of(file)["seed"] is None
 
 
-def test_odd_class_names_make_plain_file_names(tmp_path: Path) -> None:
-    names = ("tench, Tinca tinca", "../a/b", "ré sumé", "x" * 400, "…", *NAMES[5:])
+def test_odd_class_names_make_plain_file_names_and_shared_ones_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("tench, Tinca tinca", "../a/b", "ré sumé", "x" * 400, "…", "tench, fish", *NAMES[6:])
     save_pretrained(tmp_path / "model", tiny_dit(), tiny_vae(), names)
     out = tmp_path / "out"
-    numbers = ("0", "1", "2", "3", "4")
-    assert run(tmp_path / "model", "--labels", *numbers, "-o", str(out), "--seed", "0") == 0
+    assert run(tmp_path / "model", "--labels", *"01234", "-o", str(out), "--seed", "0") == 0
     assert sorted(p.name for p in out.iterdir()) == [
         "00000-tench-seed0.png",
         "00001-a-b-seed1.png",
@@ -152,6 +157,13 @@ def test_odd_class_names_make_plain_file_names(tmp_path: Path) -> None:
         f"00003-{'x' * 48}-seed3.png",
         "00004-4-seed4.png",
     ]
+    capsys.readouterr()
+    assert run(tmp_path / "model", "--list-labels") == 0
+    said = capsys.readouterr()
+    assert [line.split(maxsplit=1) for line in said.out.splitlines()] == [
+        [str(i), name] for i, name in enumerate(names)
+    ]
+    assert "so give numbers: tench (0, 5)" in said.err
 
 
 def test_tensor_files_are_as_readable_as_others(model: Path) -> None:
@@ -159,23 +171,16 @@ def test_tensor_files_are_as_readable_as_others(model: Path) -> None:
     assert len(modes) == 1, [oct(mode) for mode in modes]
 
 
-def test_list_labels(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(model, "--list-labels") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines] == [[str(i), n] for i, n in enumerate(NAMES)]
-
-
 def test_every_option_of_generate_has_a_flag() -> None:
     options = set(inspect.signature(Engine.generate).parameters) - {"self", "callback"}
     options |= set(inspect.signature(Engine.from_pretrained).parameters) - {"source"}
-    flags = vars(build_parser().parse_args([]))
-    assert options <= set(flags)
+    assert options <= set(vars(build_parser().parse_args([])))
 
 
-def test_the_bar_counts_image_steps(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_bar_counts_image_steps_and_is_wiped_away_on_errors(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("--labels", "1", "2", "3", "--max-batch-size", "2", "-o", str(tmp_path))
+    arguments = ("--max-batch-size", "2", "-o", str(tmp_path), "--labels", "1", "2", "3")
     assert run(model, *arguments) == 0
     captured = capsys.readouterr()
     last = captured.err.split("\r")[-1]
@@ -183,14 +188,191 @@ def test_the_bar_counts_image_steps(
     assert captured.out.startswith("3 images in ")
     assert run(model, *arguments, "--quiet") == 0
     assert capsys.readouterr() == ("", "")
+    generate = Engine.generate
+
+    def fails(engine: Engine, labels: list[int], **options: object) -> object:
+        if 3 in labels:
+            raise ValueError("no threes")
+        return generate(engine, labels, **options)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(Engine, "generate", fails)
+    assert run(model, *arguments, "--overwrite") == 2
+    said = capsys.readouterr().err
+    assert "image-step" in said and said.endswith("\rerror: no threes\n")
 
 
-def test_list_labels_tells_of_names_that_classes_share(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+# What is given beside --labels 1 → what the one line names.
+BAD = [
+    (["--labels", "unicorn"], "label 'unicorn' is unknown"),
+    (["--labels", "10"], "label 10 is out of range; allowed are 0 to 9"),
+    (["--all-labels"], "give --labels, class names or numbers (see --list-labels), or --all-"),
+    (["--repeat", "0"], "repeat 0 is not a positive integer"),
+    (["--steps", "0"], "steps 0"),
+    (["--steps", "1001"], "steps 1001"),
+    (["--steps", "ten"], "--steps: invalid int value: 'ten' (see dit-generate --help)"),
+    (["--num-inference-steps", "10"], "(see dit-generate --help); did you mean --steps?"),
+    (["--guidence-scale=3"], "(see dit-generate --help); did you mean --guidance-scale?"),
+    (["--guidance-scale", "-1"], "guidance_scale -1.0 is negative: 0 and above are allowed"),
+    (["--backend", "onnx"], "backend 'onnx' is unknown; did you mean 'onnxruntime'? choose one of"),
+    (["--sampler", "euler"], "sampler 'euler'"),
+    (["--spacing", "odd"], "spacing 'odd'"),
+    (["--guidance-channels", "foo"], "'foo' is neither a number of latent channels (1, 2, …)"),
+    (["--guidance-channels", "5"], "guidance_channels 5 is out of range: allowed is 1 to 4"),
+    (["--guidance-interval", "5", "1"], "upside down"),
+    (["--device", "foo"], "device 'foo' is not available; allowed: cpu"),
+    (["--device", "cuda:99"], "device 'cuda:99' is not available; allowed: cpu"),
+    (["--latents", "nowhere.npy"], "nowhere.npy does not exist"),
+    (["--latents", "z.pt"], "z.pt: use a .npy or a .safetensors file"),
+    (["--model", "nowhere.pt"], "nowhere.pt"),
+    (["--columns", "0"], "columns 0 is not a positive integer"),
+    (["--columns", "3", "-o", "images"], "--columns is of a sheet, a .png, and images is none"),
+    (["-o", "missing/sheet.png"], "missing/sheet.png: the directory missing does not exist"),
+    (["-o", "sheet.jpg"], "sheet.jpg: .jpg files are not written; use .png, .npy, .safetensors"),
+    (["-o", "/proc/sheet.png"], "/proc/sheet.png cannot be written: "),
+    (["-o", "/proc/new/images"], "/proc/new/images cannot be written: "),
+    (["-o", "x" * 250 + ".png"], "cannot be written: File name too long"),
+    (["-o", "x" * 300], "File name too long"),
+]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Told
 ) -> None:
-    names = ("crane, bird", "maillot", "crane, machine", "maillot", *NAMES[4:])
-    save_pretrained(tmp_path / "model", tiny_dit(), tiny_vae(), names)
-    assert run(tmp_path / "model", "--list-labels") == 0
-    told = capsys.readouterr()
-    assert len(told.out.splitlines()) == 10
-    assert "so give numbers: crane (0, 2); maillot (1, 3)" in told.err
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in BAD:
+        assert run(model, "--labels", "1", *arguments) == 2, arguments
+        line = told()
+        assert line.startswith("error: ") and message in line, line
+        assert list(tmp_path.iterdir()) == [], arguments
+    assert run(model) == 2 and "give --labels, class names or numbers" in told()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run(Path("nowhere"), "--labels", "1", "-o", "-") == 2
+    assert "standard output, which is a terminal here" in told()
+
+
+def test_a_model_without_vae_makes_no_images(bare_model: Path, tmp_path: Path, told: Told) -> None:
+    for name in ("sheet.png", "images.npy", "images"):
+        assert run(bare_model, "--labels", "1", "-o", str(tmp_path / name)) == 2
+        line = told()
+        assert "this model has no VAE" in line and ".safetensors" in line and "--vae" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_in_the_way(model: Path, tmp_path: Path, told: Told) -> None:
+    (tmp_path / "file").write_text("here first")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.iterdir())
+    for name, message in (
+        ("file", "it is a file; a directory is needed"),
+        ("file/deeper", f"{tmp_path / 'file'} is a file; a directory is needed"),
+        ("file/sheet.png", f"{tmp_path / 'file'} is a file and no directory"),
+        ("folder.png", "is a directory; a file name is needed"),
+        ("link", "a directory is needed"),
+    ):
+        assert run(model, "--labels", "1", "-o", str(tmp_path / name)) == 2
+        assert message in told()
+    assert (tmp_path / "file").read_text() == "here first"
+    assert sorted(tmp_path.iterdir()) == before and not any((tmp_path / "folder.png").iterdir())
+
+
+def test_damaged_tensors_are_named(model: Path, tmp_path: Path, told: Told) -> None:
+    z, given = torch.zeros(1, 4, 8, 8), tmp_path / "given"
+    given.mkdir()
+    save_file({"a": z, "b": z + 1}, given / "two.safetensors")
+    save_file({"z": z.bool()}, given / "bool.safetensors")
+    whole = (given / "two.safetensors").read_bytes()
+    (given / "cut.safetensors").write_bytes(whole[:-100])
+    (given / "noise.safetensors").write_bytes(bytes(range(256)))
+    (given / "empty.safetensors").touch()
+    (given / "empty.npy").touch()
+    np.save(given / "words.npy", np.array(["cat", "dog"]))
+    np.save(given / "objects.npy", np.array([{}, []], object), allow_pickle=True)
+    np.save(given / "complex.npy", np.zeros((1, 4, 8, 8), complex))
+    np.save(given / "cut.npy", z.numpy())
+    (given / "cut.npy").write_bytes((given / "cut.npy").read_bytes()[:-8])
+    with (given / "archive.npy").open("wb") as file:
+        np.savez(file, z=z.numpy())
+    (given / "zip.npy").write_bytes((given / "archive.npy").read_bytes()[:40])
+    (given / "folder.npy").mkdir()
+    np.save(given / "shape.npy", np.zeros((2, 4, 8, 8), np.float32))
+    np.save(given / "nan.npy", np.full((1, 4, 8, 8), np.nan, np.float32))
+    for path in given.iterdir():
+        for option in ("--latents", "--step-noise"):
+            arguments = (option, str(path), "-o", str(tmp_path / "out.png"))
+            assert run(model, "--labels", "1", *arguments) == 2, path.name
+            line = told()
+            read = path.name not in ("shape.npy", "nan.npy")  # those the engine refuses
+            assert (str(path) if read else option[2:].replace("-", "_")) in line, line
+    assert list(tmp_path.iterdir()) == [given]
+
+
+def test_notes_come_before_the_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a file that is replaced, of other images in a directory, and of warnings."""
+    said, generate, load = [], Engine.generate, Engine.from_pretrained
+
+    def listened(*values: object, **options: object) -> object:
+        said.append(capsys.readouterr().err)
+        return generate(*values, **options)
+
+    def notes(*arguments: str) -> list[str]:
+        said.clear()
+        assert run(model, "--labels", "1", "2", *arguments) == 0
+        capsys.readouterr()
+        return [line for line in said[0].splitlines() if line.startswith("note: ")]
+
+    monkeypatch.setattr(Engine, "generate", listened)
+    monkeypatch.chdir(tmp_path)
+    for name in ("images.npy", "latents.safetensors", None):
+        arguments = ["-o", name] if name else []
+        path = tmp_path / (name or "sheet.png")  # the usual name
+        assert notes(*arguments, "--seed", "1") == []
+        first = path.read_bytes()
+        note = f"note: {path.name} exists and will be replaced"
+        assert notes(*arguments, "--seed", "2") == [note]
+        assert path.read_bytes() != first
+    for silent in ("--quiet", "--overwrite"):
+        assert notes(silent) == []
+    for seed, expected in (([], None), ([], 2), (["--seed", "1"], 4)):
+        note = f"note: ./- holds other PNGs ({expected}), which stay".replace("./", f"{tmp_path}/")
+        hint = "; give the --seed of an earlier call to continue that call instead"
+        found = notes("-o", "./-", *seed)  # a directory of this name, and no standard output
+        assert found == ([] if expected is None else [note + ("" if seed else hint)])
+    assert len(list((tmp_path / "-").glob("*.png"))) == 6
+
+    def loud_load(*args: object, **options: object) -> Engine:
+        warnings.warn("guessed\nthe heads", stacklevel=1)
+        return load(*args, **options)
+
+    monkeypatch.setattr(Engine, "from_pretrained", loud_load)
+    assert "note: guessed the heads" in notes()
+    assert notes("--quiet") == []
+
+
+@pytest.mark.slow
+def test_the_installed_command_in_a_pipe(model: Path, tmp_path: Path) -> None:
+    """The picture is whole, whatever the terminal's encoding; an error is one line."""
+    command = [sys.executable, "-m", "dit_engine.cli.generate", "--model", str(model), "--steps",
+               "2", "--quiet", "-o", "-", "--labels"]  # fmt: skip
+    for labels, code, told in (
+        (["1"], 0, b""),
+        (["99"], 2, b"error: label 99 is out of range; allowed are 0 to 9\n"),
+    ):
+        done = subprocess.run([*command, *labels], capture_output=True, cwd=tmp_path,
+                              env={"PYTHONIOENCODING": "ascii"})  # fmt: skip
+        assert (done.returncode, done.stderr) == (code, told)
+        if code == 0:
+            Image.open(io.BytesIO(done.stdout)).load()
+
+
+def test_a_closed_standard_output_is_told_before_the_work() -> None:
+    program = (
+        "import sys\nfrom dit_engine.cli.generate import main\n"
+        "sys.exit(main(['--labels', '3', '--model', 'not-there', '-o', '-']))"
+    )
+    command = ["bash", "-c", 'exec "$0" -c "$1" >&-', sys.executable, program]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "standard output is closed" in done.stderr

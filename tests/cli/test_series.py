@@ -73,70 +73,48 @@ def test_an_interrupted_series_goes_on(
     assert capsys.readouterr().out == f"0 images → {tmp_path / 'out'}; 5 of 5 were there\n"
 
 
-def test_overwrite_makes_all_again(model: Path, tmp_path: Path, calls: Calls) -> None:
-    assert run(model, tmp_path, "--seed", "3") == 0
-    before = contents(tmp_path)
-    first = next(iter(sorted(tmp_path.iterdir())))
-    first.write_bytes(b"")
-    assert run(model, tmp_path, "--seed", "3", "--overwrite") == 0
-    assert contents(tmp_path) == before and len(calls.labels) == 6
-
-
-def test_a_file_that_breaks_off_is_told_of(
+def test_files_that_are_there(
     model: Path, tmp_path: Path, calls: Calls, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(model, tmp_path, "--seed", "3") == 0
-    path = sorted(tmp_path.iterdir())[2]
-    path.write_bytes(path.read_bytes()[:200])
+    """Those of other settings, or that break off, are told of and left alone."""
+    assert run(model, tmp_path / "none", "--steps", "0") == 2
+    assert not (tmp_path / "none").exists()
+    out = tmp_path / "out"
+    assert run(model, out, "--seed", "3") == 0
+    before = contents(out)
     calls.labels.clear()
     capsys.readouterr()
-    assert run(model, tmp_path, "--seed", "3") == 2
-    assert not calls.labels
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert f"{path} is no image of this engine: give another directory, or --overwrite" in error
-
-
-@pytest.mark.parametrize(
-    ("options", "difference"),
-    [
+    for options, difference in (
         (("--steps", "4"), "has steps 3 and not 4"),
         (("--guidance-scale", "2"), "has guidance_scale 4.0 and not 2.0"),
         (("--precision", "bf16"), "has precision 'fp32' and not 'bf16'"),
         (("--guidance-interval", "0.1", "5"), "has guidance_interval None and not [0.1, 5.0]"),
-    ],
-)
-def test_images_of_other_settings_are_not_mixed_in(
-    options: tuple[str, ...], difference: str, model: Path, tmp_path: Path, calls: Calls,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    assert run(model, tmp_path, "--seed", "3") == 0
-    before = contents(tmp_path)
-    calls.labels.clear()
-    capsys.readouterr()
-    assert run(model, tmp_path, "--seed", "3", *options) == 2
-    assert difference in capsys.readouterr().err
-    assert contents(tmp_path) == before and not calls.labels
-
-
-def test_other_images_of_the_directory_are_told_of(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(model, tmp_path, "--seed", "3") == 0
-    assert run(model, tmp_path, "--seed", "4") == 0
+    ):
+        assert run(model, out, "--seed", "3", *options) == 2
+        assert difference in capsys.readouterr().err
+    path = sorted(out.iterdir())[2]
+    path.write_bytes(path.read_bytes()[:200])
+    assert run(model, out, "--seed", "3") == 2
+    error = capsys.readouterr().err
+    assert f"{path} is no image of this engine: give another directory, or --overwrite" in error
+    assert error.count("\n") == 1 and not calls.labels
+    assert run(model, out, "--seed", "3", "--overwrite") == 0
+    assert contents(out) == before and len(calls.labels) == 3
+    assert run(model, out, "--seed", "4") == 0
     assert "; the directory holds 5 other images\n" in capsys.readouterr().out
 
 
-def test_an_official_batch_is_made_as_a_whole(model: Path, tmp_path: Path, calls: Calls) -> None:
+def test_noise_of_all_images_at_once_is_taken_as_a_whole(
+    model: Path, tmp_path: Path, calls: Calls
+) -> None:
     options = ("--noise", "official", "--seed", "3", "--max-batch-size", "5")
-    assert run(model, tmp_path, *options) == 0
-    before = contents(tmp_path)
-    sorted(tmp_path.iterdir())[1].unlink()
-    assert run(model, tmp_path, *options) == 0
-    assert contents(tmp_path) == before and [len(labels) for labels in calls.labels] == [5, 5]
-
-
-def test_given_latents_are_taken_as_a_whole(model: Path, tmp_path: Path, calls: Calls) -> None:
+    out = tmp_path / "official"
+    assert run(model, out, *options) == 0
+    before = contents(out)
+    sorted(out.iterdir())[1].unlink()
+    assert run(model, out, *options) == 0
+    assert contents(out) == before and [len(labels) for labels in calls.labels] == [5, 5]
+    calls.labels.clear()
     generator = torch.Generator().manual_seed(9)
     given, other = (torch.randn(5, 4, 8, 8, generator=generator) for _ in range(2))
     out, path = tmp_path / "out", tmp_path / "z.safetensors"
@@ -152,31 +130,8 @@ def test_given_latents_are_taken_as_a_whole(model: Path, tmp_path: Path, calls: 
         assert json.loads(image.text["dit_engine"])["index"] == 4
 
 
-def test_nothing_is_left_of_a_series_that_cannot_begin(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(model, tmp_path / "out", "--steps", "0") == 2
-    assert "steps 0" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 def test_all_labels_in_turn(model: Path, tmp_path: Path, calls: Calls) -> None:
     options = ["--model", str(model), "--steps", "1", "--device", "cpu", "-o", str(tmp_path)]
     assert main([*options, "--all-labels", "--repeat", "2", "--seed", "0"]) == 0
     assert calls.labels == [[*range(10), *range(10)]]
     assert len(contents(tmp_path)) == 20
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--all-labels",), "give --labels, class names or numbers (see --list-labels), or --all-"),
-        (("--repeat", "0"), "repeat 0 is not a positive integer"),
-    ],
-)
-def test_labels_are_given_once(
-    options: tuple[str, ...], message: str, model: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    assert run(model, tmp_path, *options) == 2
-    assert message in capsys.readouterr().err

@@ -1,0 +1,279 @@
+"""What all commands share: their help, streams, progress bars, waiting threads and exit codes."""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from tqdm import tqdm
+
+import dit_bench
+import dit_engine.cli
+import dit_export
+from dit_engine.console.bars import Bar
+from dit_engine.console.parser import Parser
+from dit_engine.console.run import SPINS, entry, run_command
+
+ROOT = Path(dit_engine.cli.__file__).parents[2]
+PLAIN = {"client.py", "supervisor.py"}  # of the standard library alone; they run elsewhere
+LIGHT = {"cli", "documents"}  # the first imports torch late, the second computes nothing
+
+
+def on_screen(written: str) -> list[str]:
+    """The lines that a terminal shows."""
+    lines = []
+    for line in written.split("\n"):
+        shown = ""
+        for part in line.split("\r"):
+            shown = part + shown[len(part) :]
+        lines.append(shown.rstrip())
+    return [line for line in lines if line]
+
+
+def test_help_shows_defaults_that_say_something() -> None:
+    parser = Parser("command", "About.")
+    add = parser.add_argument
+    add("--absent", help="an absent one")
+    add("--flag", action="store_true", help="a flag")
+    add("--empty", default="", help="an empty one")
+    add("--many", nargs="+", type=int, default=[1, 2], help="many")
+    add("--share", default="5%", help="a share of 100%%")
+    add("--zero", type=int, default=0, help="a number")
+    add("sets", nargs="*", help="places")
+    text = " ".join(parser.format_help().split())
+    for said in ("many (default: 1 2)", "share of 100% (default: 5%)", "a number (default: 0)"):
+        assert said in text
+    assert text.count("(default: ") == 3
+
+
+@pytest.mark.parametrize("module", ["dit_engine.cli.generate", "dit_bench.cli"])
+def test_the_help_names_all_backends(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        import_module(module).main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "auto, eager, compile, lean, onnxruntime, tensorrt, triton" in text
+    assert "None" not in text and "(default: )" not in text and "(default: False)" not in text
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "refused"),
+    [
+        ("dit_engine.cli.generate", ["--label", "3"], "--label 3"),
+        ("dit_engine.cli.train", ["-o", "x", "--quie"], "--quie"),
+        ("dit_export.cli", ["onnx", "-o", "x", "--overw"], "--overw"),
+        ("dit_bench.cli", ["--model", "S/2", "--batc=2"], "--batc=2"),
+    ],
+)
+def test_an_option_is_written_in_full(
+    module: str, words: list[str], refused: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A new option could take the abbreviation of an old one in a script."""
+    with pytest.raises(SystemExit) as left:
+        import_module(module).main(words)
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: unrecognized arguments: {refused} (see ")
+
+
+def test_only_the_users_errors_are_caught(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(error: BaseException) -> int:
+        raise error
+
+    for error, told in (
+        (ValueError("two\nlines"), "two lines"),
+        (torch.OutOfMemoryError("two\nlines"), "two lines"),
+        (MemoryError(), "MemoryError"),
+    ):
+        assert run_command(lambda error=error: fail(error)) == 2
+        assert capsys.readouterr() == ("", f"error: {told}\n")
+    for ours in (RuntimeError("shapes differ"), TypeError("a bug"), AssertionError("a bug")):
+        with pytest.raises(type(ours)):
+            run_command(lambda ours=ours: fail(ours))
+
+    @entry
+    def interrupted_import() -> int:
+        raise KeyboardInterrupt
+
+    assert interrupted_import() == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("a fault"), KeyboardInterrupt()])
+@pytest.mark.parametrize("looped", [True, False])
+def test_a_bar_is_wiped_away_when_the_command_fails(
+    error: BaseException, looped: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> int:
+        if looped:
+            for i in Bar(range(4), "encoding", mininterval=0):
+                if i == 2:
+                    raise error
+        with Bar(total=4, desc="sampling", mininterval=0) as bar:
+            bar.update(2)
+            raise error
+
+    assert run_command(command) in (2, 130)
+    told = capsys.readouterr().err
+    assert "2/4" in told or "1/4" in told  # there was one
+    assert on_screen(told) == [f"error: {error}" if str(error) else "interrupted"]
+    assert not list(getattr(tqdm, "_instances", ()))
+
+
+def test_a_bar_at_its_end_stays() -> None:
+    file = io.StringIO()
+    for _ in Bar(range(3), "encoding", file=file):
+        pass
+    (line,) = on_screen(file.getvalue())
+    assert "3/3" in line
+
+
+SCRIPT = """
+import os, sys
+from contextlib import suppress
+from dit_engine.console.output import write_stdout
+from dit_engine.console.parser import Parser
+from dit_engine.console.run import entry, output_is_a_file, run_command
+
+def work(path, code):
+    file = open(path, "wb")
+    with suppress(OSError):
+        os.write(1, b"from a library; ")  # lands in the file, if the file got the number 1
+    file.write(b"the work")
+    print("noise → image", file=sys.stderr)
+    print("done →")
+    exec(code)
+    return 0
+
+@entry
+def main(argv=None):
+    parser = Parser("made-up", "labels → images")
+    parser.add_argument("path")
+    parser.add_argument("--news", action="store_true")
+    parser.add_argument("--code", default="")
+    arguments = parser.parse_args(argv)
+    if arguments.news:
+        output_is_a_file()
+    return run_command(lambda: work(arguments.path, arguments.code))
+
+sys.exit(main())
+"""
+
+
+def shell(tmp_path: Path, redirected: str, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and error of SCRIPT with the shell's ``redirected``."""
+    (tmp_path / "command.py").write_text(SCRIPT, encoding="utf-8")
+    line = f'exec "$0" "$@" {redirected}'
+    command = ["bash", "-c", line, sys.executable, str(tmp_path / "command.py"), *arguments]
+    path = os.pathsep.join(str(ROOT / name) for name in ("", "benchmarks", "kernels"))
+    env = {"PYTHONPATH": path, "LC_ALL": "C.UTF-8"}
+    if redirected.startswith("encoding "):
+        command, env = command[3:], env | {"PYTHONIOENCODING": redirected.split()[1]}
+    done = subprocess.run(command, capture_output=True, env=env, timeout=60)
+    told = done.stderr.decode("latin-1")
+    assert "Traceback" not in told and "Exception ignored" not in told
+    return done.returncode, done.stdout.decode("latin-1"), told
+
+
+# What the streams are → the exit code where standard output is what was asked for.
+STREAMS = {
+    "encoding ascii": 0, "encoding cp1252": 0, ">&-": 0, "2>&-": 0, "<&- >&- 2>&-": 0,
+    "> /dev/full": 2, "2> /dev/full": 0, "> /dev/full 2> /dev/full": 2, "> >(exec <&-; exit)": 141,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("redirected", STREAMS)
+def test_closed_full_and_unread_streams(tmp_path: Path, redirected: str) -> None:
+    made, expected = tmp_path / "made", (STREAMS[redirected], 0 if "exit" in redirected else None)
+    code, out, err = shell(tmp_path, redirected, str(made), "--news")
+    assert code == 0 and made.read_bytes() == b"the work"
+    if redirected == "encoding ascii":
+        assert (out, err) == ("from a library; done ?\n", "noise ? image\n")
+    made.unlink()
+    code, _, err = shell(tmp_path, redirected, str(made))
+    assert code in expected and made.read_bytes() == b"the work"  # 0: the reader left too late
+    if redirected == "> /dev/full":
+        assert err.endswith("error: [Errno 28] No space left on device\n")
+    assert shell(tmp_path, redirected, "--help")[0] in expected
+    assert shell(tmp_path, redirected, "--unknown")[0] == 2
+
+
+SHOW = "from dit_bench.tables import Table, show; show([Table('x', ['x'], rows=[['x']])])"
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code", "expected", "told"),
+    [
+        ("", "raise BrokenPipeError(32, 'Broken pipe')", 2, "error: [Errno 32] Broken pipe\n"),
+        ("> /dev/full", "write_stdout(b'PNG')", 2,
+         "error: standard output cannot be written: No space left on device\n"),
+        ("no reader", "print('x' * 100_000)", 141, ""),
+        ("no reader", "print('x')", 141, ""),
+        ("no reader", "sys.stdout.reconfigure(write_through=True); print('x')", 141, ""),
+        ("no reader", "write_stdout(b'PNG')", 141, ""),
+        ("no reader", SHOW, 141, ""),
+    ],
+)  # fmt: skip
+def test_output_that_nobody_takes(
+    tmp_path: Path, redirected: str, code: str, expected: int, told: str
+) -> None:
+    if redirected == "no reader":  # a pipe whose reader is gone for certain
+        redirected = "> >(exec <&- true); sleep 0.2"
+        code = f"import time; time.sleep(0.5); {code}"
+    arguments = (str(tmp_path / "made"), "--code", code)
+    found, _, err = shell(tmp_path, redirected.replace("; sleep 0.2", ""), *arguments)
+    assert (found, err) == (expected, f"noise → image\n{told}".encode().decode("latin-1"))
+
+
+def modules_that_run() -> list[Path]:
+    packages = (Path(str(p.__file__)).parent for p in (dit_engine.cli, dit_export, dit_bench))
+    files = [path for folder in packages for path in folder.rglob("*.py")]
+    found = [p for p in files if '\nif __name__ == "__main__":' in p.read_text(encoding="utf-8")]
+    assert len(found) >= 5
+    return [path for path in found if path.name not in PLAIN]
+
+
+def test_every_command_is_decorated_and_waits_briefly_before_it_imports_torch() -> None:
+    for path in modules_that_run():
+        source = path.read_text(encoding="utf-8")
+        if "def main(" in source:
+            assert re.search(r"^@entry\ndef main\(", source, re.MULTILINE), path
+        if "dit_bench" not in path.parts or path.stem in LIGHT or "def main(" not in source:
+            continue
+        header = (ast.Expr, ast.ImportFrom)  # the docstring, and the import of annotations
+        first = next(node for node in ast.parse(source).body if not isinstance(node, header))
+        assert isinstance(first, ast.If), f"{path} imports before it waits briefly"
+        assert ast.unparse(first.body[-1]) == "wait_briefly()", path
+
+
+def test_commands_start_without_torch_and_let_threads_sleep() -> None:
+    """Unless the environment says how threads wait."""
+    code = """
+import contextlib, io, os, sys
+from importlib import import_module
+spins = []
+for name, words in (("dit_engine.cli.generate", "--help"), ("dit_bench.cli", "no-such-word"),
+                    ("dit_export.cli", "--version"), ("dit_engine.cli.train", "--help")):
+    main = import_module(name).main
+    assert "torch" not in sys.modules, name
+    for given in ({}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}):
+        for variable in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+            os.environ.pop(variable, None)
+        os.environ.update(given)
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+            main([words])
+        spins.append(os.environ.get("GOMP_SPINCOUNT"))
+        if "train" in name:
+            break
+print(*spins)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == 3 * [SPINS, "7", "None"] + [SPINS]

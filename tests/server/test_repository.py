@@ -142,7 +142,6 @@ print(model.TritonPythonModel.__name__, z.shape)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "TritonPythonModel (1, 4, 8, 8)\n"), done.stderr
     text = (path / "README.md").read_text()
-    assert "this model has num_train_steps 100, prediction v_prediction, clip 2.0." in text
     assert "| optional, 1 to 100; the sampler's usual number by default |" in text
 
 

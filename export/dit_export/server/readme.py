@@ -89,32 +89,9 @@ loop in your process and the transformer on the server; `triton://grpc+localhost
 The server's state: `localhost:8000/v2/health/ready`, `localhost:8000/v2/models/dit/stats`, and
 `localhost:8002/metrics`.
 
-## Your own sampling loop
-
-`dit_guided_step` takes the latents `z`, the `x0` of the step before (zeros at first) and `noise`,
-each (N, {channels}, {side}, {side}); `t`, `y` and `guidance_scale`; and `coefficients` (N, 9),
-which define the sampler:
-
-| number | name | what it does |
-|---|---|---|
-| 0, 1 | a, b | `x0` = a·`z` + b·ε, where ε is the guided prediction |
-| 2 to 5 | c1 to c4 | mean = c1·`x0` + c2·`z` + c3·ε + c4·`x0_before` |
-| 6, 7 | low, high | logarithms of the variance, between which the model's v in [−1, 1] chooses |
-| 8 | s | `z_next` = mean + s·exp((low + (v + 1)/2·(high − low)) / 2)·`noise` |
-
-If s is 0, as in the last step of every sampler, `noise` has no effect. {variance} The rows of a
-schedule are `step_coefficients("ddpm", make_schedule({schedule}), learned={learned})` of
-`dit_engine.sampling.coefficients` and `dit_engine.sampling.schedule`, which need only numpy and
-are in `dit/1` too.
-{diffusion}`vae_decoder` makes the images from the last `z_next`.
+`dit_guided_step` takes one step of any sampler, for sampling loops of your own: docs/serving.md of
+DiT Engine says how.
 """
-_DIFFUSION = """\
-`diffusion` is `Diffusion.from_dict` (`dit_engine.sampling.diffusion`) of the entry "diffusion" in
-`dit/1/pipeline.json`: this model has {changed}. ε above is what the model predicts. If it has a
-`clip`, `clipping` tells how much of the clamped `x0` is added to `z_next` afterwards.
-"""
-_LEARNED = "This model learns its variance."
-_FIXED = "This model learns no variance: only s·`noise` is added."
 _ONNX_NEEDS = """\
 Its onnxruntime must know ONNX opset {opset} (1.23 knows 23; the release notes name the version).
 Up to 1.24 it computes opset 23's Attention on the CPU even if there is a GPU:
@@ -127,19 +104,12 @@ def readme(bundle: Bundle, options: ServingOptions) -> str:
     config, vae, names = bundle.config, bundle.vae, bundle.label_names
     assert vae is not None
     onnx = options.platform == "onnxruntime"
-    changed = ", ".join(f"{key} {value}" for key, value in config.diffusion.record().items())
     return _TEXT.format(
         model=model_name(config),
         pixels=config.input_size * vae.downsampling,
         platform="ONNX" if onnx else "TensorRT engines",
         dtype=bundle.dtype,
         guided=f"the first {bundle.guided_channels} of {config.in_channels}",
-        channels=config.in_channels,
-        side=config.input_size,
-        learned=config.learn_sigma,
-        schedule='50, "official"' + (", diffusion" if changed else ""),
-        diffusion=_DIFFUSION.format(changed=changed) if changed else "",
-        variance=_LEARNED if config.learn_sigma else _FIXED,
         batch=options.max_batch_size,
         last=config.num_classes - 1,
         train_steps=config.diffusion.num_train_steps,

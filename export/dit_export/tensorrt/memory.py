@@ -1,14 +1,12 @@
-"""Device memory for TensorRT sessions: cuda-core, pycuda or torch, imported when asked for.
-
-Each class is a `dit_export.tensorrt.session.Memory`.
-"""
+"""Device memory for TensorRT sessions through cuda-core, pycuda or torch, imported when used."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -19,7 +17,40 @@ from dit_engine.backends.capture import capture_graph, one_capture
 MEMORIES = ("cuda-core", "pycuda")
 
 
-def make_memory(name: str, device: int = 0) -> Any:
+class Memory:
+    """Device memory on one stream. The caller's arrays are torch tensors or numpy arrays."""
+
+    stream: int  # the CUDA stream's handle
+    captures = True  # whether `capture` works
+
+    def current(self) -> AbstractContextManager[None]:
+        """Inside, the device is current in this thread, and its earlier work comes first."""
+        raise NotImplementedError
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """A buffer that stays where it is."""
+        raise NotImplementedError
+
+    def pointer(self, buffer: Any) -> int:
+        raise NotImplementedError
+
+    def write(self, buffer: Any, value: Any) -> None:
+        """Copy the caller's array into a buffer of its shape."""
+        raise NotImplementedError
+
+    def read(self, buffer: Any) -> Any:
+        """A buffer's contents as a new array of the caller's."""
+        raise NotImplementedError
+
+    def capture(self, work: Callable[[int], None]) -> Callable[[], None]:
+        """``work``, given a stream's handle, as a CUDA graph; calling the result launches it."""
+        raise NotImplementedError
+
+    def synchronize(self) -> None:
+        raise NotImplementedError
+
+
+def make_memory(name: str, device: int = 0) -> Memory:
     """A new stream with its memory, for numpy arrays.
 
     Raises ValueError for an unknown name and ImportError, which names the extra.
@@ -31,29 +62,43 @@ def make_memory(name: str, device: int = 0) -> Any:
 
 @dataclass
 class Staged:
-    """A device buffer with its page-locked twin, which ``array`` shows."""
+    """A device buffer with page-locked host memory, which ``array`` shows; up and down copy."""
 
     array: np.ndarray
-    pinned: Any
-    device: Any
+    pointer: int
+    up: Callable[[], Any]
+    down: Callable[[], Any]
 
 
-class CudaCoreMemory:
-    """numpy arrays through cuda-core."""
-
-    captures = True
-
-    def __init__(self, device: int = 0) -> None:
+class NumpyMemory(Memory):
+    def __init__(self, module: str, package: str, extra: str) -> None:
         try:
-            core: Any = import_module("cuda.core")
+            self.cuda: Any = import_module(module)
         except ImportError as error:
             raise ImportError(
-                f"cuda-core cannot be imported ({error}): pip install 'dit-engine[tensorrt]'"
+                f"{package} cannot be imported ({error}): pip install 'dit-engine[{extra}]'"
             ) from None
-        self.device = core.Device(device)
+
+    def pointer(self, buffer: Staged) -> int:
+        return buffer.pointer
+
+    def write(self, buffer: Staged, value: np.ndarray) -> None:
+        np.copyto(buffer.array, value)
+        buffer.up()
+
+    def read(self, buffer: Staged) -> np.ndarray:
+        buffer.down()
+        self.synchronize()
+        return buffer.array.copy()
+
+
+class CudaCoreMemory(NumpyMemory):
+    def __init__(self, device: int = 0) -> None:
+        super().__init__("cuda.core", "cuda-core", "tensorrt")
+        self.device = self.cuda.Device(device)
         self.device.set_current()
         self._stream = self.device.create_stream()
-        self._pinned = core.LegacyPinnedMemoryResource()
+        self._pinned = self.cuda.LegacyPinnedMemoryResource()
         self.stream = int(self._stream.handle)
 
     @contextmanager
@@ -62,24 +107,15 @@ class CudaCoreMemory:
         yield
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Staged:
-        size = max(int(np.prod(shape)) * np.dtype(dtype).itemsize, 1)
+        count = int(np.prod(shape))
+        size = max(count * np.dtype(dtype).itemsize, 1)
         pinned = self._pinned.allocate(size)
         raw: Any = (ctypes.c_char * size).from_address(int(pinned.handle))
-        count = int(np.prod(shape))
         array = np.frombuffer(raw, np.dtype(dtype), count).reshape(shape)
-        return Staged(array, pinned, self.device.allocate(size, stream=self._stream))
-
-    def pointer(self, buffer: Staged) -> int:
-        return int(buffer.device.handle)
-
-    def write(self, buffer: Staged, value: np.ndarray) -> None:
-        np.copyto(buffer.array, value)
-        buffer.device.copy_from(buffer.pinned, stream=self._stream)
-
-    def read(self, buffer: Staged) -> np.ndarray:
-        buffer.device.copy_to(buffer.pinned, stream=self._stream)
-        self._stream.sync()
-        return buffer.array.copy()
+        buffer = self.device.allocate(size, stream=self._stream)
+        up = partial(buffer.copy_from, pinned, stream=self._stream)
+        down = partial(buffer.copy_to, pinned, stream=self._stream)
+        return Staged(array, int(buffer.handle), up, down)
 
     def capture(self, work: Callable[[int], None]) -> Callable[[], None]:
         with one_capture():
@@ -93,23 +129,15 @@ class CudaCoreMemory:
         self._stream.sync()
 
 
-class PycudaMemory:
-    """numpy arrays through pycuda, which captures no CUDA graphs."""
-
+class PycudaMemory(NumpyMemory):
     captures = False
 
     def __init__(self, device: int = 0) -> None:
-        try:
-            cuda: Any = import_module("pycuda.driver")
-        except ImportError as error:
-            raise ImportError(
-                f"pycuda cannot be imported ({error}): pip install 'dit-engine[pycuda]'"
-            ) from None
-        cuda.init()
-        self._cuda = cuda
-        self._context = cuda.Device(device).retain_primary_context()
+        super().__init__("pycuda.driver", "pycuda", "pycuda")
+        self.cuda.init()
+        self._context = self.cuda.Device(device).retain_primary_context()
         with self.current():
-            self._stream = cuda.Stream()
+            self._stream = self.cuda.Stream()
         self.stream = int(self._stream.handle)
 
     @contextmanager
@@ -118,38 +146,22 @@ class PycudaMemory:
         try:
             yield
         finally:
-            self._cuda.Context.pop()
+            self.cuda.Context.pop()
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Staged:
-        array = self._cuda.pagelocked_empty(shape, np.dtype(dtype))
-        return Staged(array, array, self._cuda.mem_alloc(max(array.nbytes, 1)))
-
-    def pointer(self, buffer: Staged) -> int:
-        return int(buffer.device)
-
-    def write(self, buffer: Staged, value: np.ndarray) -> None:
-        np.copyto(buffer.array, value)
-        self._cuda.memcpy_htod_async(buffer.device, buffer.array, self._stream)
-
-    def read(self, buffer: Staged) -> np.ndarray:
-        self._cuda.memcpy_dtoh_async(buffer.array, buffer.device, self._stream)
-        self._stream.synchronize()
-        return buffer.array.copy()
-
-    def capture(self, work: Callable[[int], None]) -> Callable[[], None]:
-        raise NotImplementedError("pycuda captures no CUDA graphs")
+        array = self.cuda.pagelocked_empty(shape, np.dtype(dtype))
+        buffer = self.cuda.mem_alloc(max(array.nbytes, 1))
+        up = partial(self.cuda.memcpy_htod_async, buffer, array, self._stream)
+        down = partial(self.cuda.memcpy_dtoh_async, array, buffer, self._stream)
+        return Staged(array, int(buffer), up, down)
 
     def synchronize(self) -> None:
         self._stream.synchronize()
 
 
-class TorchMemory:
-    """torch tensors on their own device, on a stream that waits for the caller's and is waited for.
-
-    What is read belongs to the caller's current stream.
-    """
-
-    captures = True
+class TorchMemory(Memory):
+    """torch tensors on their own device. The stream waits for the caller's current stream, and what
+    is read belongs to that stream."""
 
     def __init__(self, device: Any) -> None:
         import torch
@@ -177,7 +189,7 @@ class TorchMemory:
             buffer.copy_(value)
 
     def read(self, buffer: Any) -> Any:
-        # The copy is made where the next run is queued too, so that it comes before that.
+        # Copied on the stream on which the next run is queued too, so that the copy comes first.
         with self._torch.cuda.stream(self._stream):
             copy = buffer.clone()
         current = self._torch.cuda.current_stream(self.device)

@@ -12,14 +12,13 @@ from __future__ import annotations
 import queue
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dit_export.tensorrt.engine_files import EngineFile, EngineRefused, read_description
 from dit_export.tensorrt.installed import CudaDevice, Flavour, choose_flavour, require_device
-from dit_export.tensorrt.memory import make_memory
+from dit_export.tensorrt.memory import Memory, make_memory
 from dit_export.tensorrt.network import last_error, process_logger
 from dit_export.tensorrt.profiles import choose_profile
 
@@ -29,37 +28,6 @@ CONTEXT_LIMIT = 4
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64"}
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
-
-
-class Memory(Protocol):
-    """Device memory on one stream. The caller's arrays are torch tensors or numpy arrays."""
-
-    stream: int  # the CUDA stream's handle
-    captures: bool  # whether `capture` works
-
-    def current(self) -> AbstractContextManager[None]:
-        """Inside, the device is current in this thread, and its earlier work comes first."""
-        ...
-
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """A buffer that stays where it is."""
-        ...
-
-    def pointer(self, buffer: Any) -> int: ...
-
-    def write(self, buffer: Any, value: Any) -> None:
-        """Copy the caller's array into a buffer of its shape."""
-        ...
-
-    def read(self, buffer: Any) -> Any:
-        """A buffer's contents as a new array of the caller's."""
-        ...
-
-    def capture(self, work: Callable[[int], None]) -> Callable[[], None]:
-        """``work``, given a stream's handle, as a CUDA graph; calling the result launches it."""
-        ...
-
-    def synchronize(self) -> None: ...
 
 
 class LoadedEngine:
@@ -90,23 +58,25 @@ class LoadedEngine:
 
     @property
     def captures_itself(self) -> bool:
-        """TensorRT for RTX compiles kernels as it meets shapes, and knows when a graph is due."""
+        """TensorRT for RTX compiles kernels as it meets shapes, and knows when to capture them."""
         return hasattr(self.trt, "CudaGraphStrategy")
 
     def create_context(self, profile: int, stream: int, graphs: bool) -> Any:
-        """An execution context of that profile; graphs: for those that capture by themselves."""
+        """An execution context of that profile; graphs: let it capture, if it can by itself."""
+        configs = []
         if self.captures_itself and graphs:
-            config = self.engine.create_runtime_config()
-            config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            context = self.engine.create_execution_context(config)
-        else:
-            context = self.engine.create_execution_context()
+            configs = [self.engine.create_runtime_config()]
+            configs[0].cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        context = self.engine.create_execution_context(*configs)
         if context is None:
             reason = last_error(self.logger)
             raise MemoryError(f"{self.file.path}: out of memory for a context: {reason}")
-        if not context.set_optimization_profile_async(profile, stream):
-            raise RuntimeError(f"{self.file.path}: {last_error(self.logger)}")
+        self.check(context.set_optimization_profile_async(profile, stream))
         return context
+
+    def check(self, succeeded: bool) -> None:
+        if not succeeded:
+            raise RuntimeError(f"{self.file.path}: {last_error(self.logger)}")
 
     def choose_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """The profile for inputs of these shapes.
@@ -132,9 +102,8 @@ class LoadedEngine:
 
 @dataclass
 class _Prepared:
-    """What one set of input shapes needs; the graph, if there is one, is tied to the context."""
+    """The buffers of one set of input shapes, and what runs the engine on them."""
 
-    context: Any
     inputs: dict[str, Any]
     outputs: dict[str, Any]
     launch: Callable[[], None]
@@ -177,8 +146,7 @@ class Session:
         engine, memory = self.engine, self.memory
         context = engine.create_context(profile, memory.stream, self.graphs)
         for name, shape in shapes.items():
-            if not context.set_input_shape(name, shape):
-                raise RuntimeError(f"{engine.file.path}: {last_error(engine.logger)}")
+            engine.check(context.set_input_shape(name, shape))
         buffers = {}
         for name in (*engine.inputs, *engine.outputs):
             shape = tuple(context.get_tensor_shape(name))
@@ -186,11 +154,9 @@ class Session:
             context.set_tensor_address(name, memory.pointer(buffers[name]))
 
         def execute(stream: int) -> None:
-            if not context.execute_async_v3(stream):
-                raise RuntimeError(f"{engine.file.path}: {last_error(engine.logger)}")
+            engine.check(context.execute_async_v3(stream))
 
         prepared = _Prepared(
-            context,
             {name: buffers[name] for name in engine.inputs},
             {name: buffers[name] for name in engine.outputs},
             lambda: execute(memory.stream),

@@ -280,7 +280,7 @@ def test_ctrl_c_keeps_what_was_read(
 def test_an_interrupt_never_splits_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal in the middle of it is raised after it, and N is that of the moments."""
     before = signal.getsignal(signal.SIGINT)  # a shell's background job ignores it
-    with SetFeatures(COLOURS) as found:
+    with SetFeatures(COLOURS, set_of(pixels(600, 13))) as found:
         update = found.pooled.update
 
         def pressed(rows: np.ndarray) -> None:

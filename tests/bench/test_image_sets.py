@@ -6,6 +6,8 @@ import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,18 +93,24 @@ def test_statistics_are_read_with_or_without_images(tmp_path: Path) -> None:
         np.testing.assert_allclose(spatial.covariance, stored["sigma_s"], rtol=1e-12)
 
 
-def test_generated_images_take_labels_in_turn_and_seeds_in_order() -> None:
+def test_generated_images_take_labels_and_seeds_in_order() -> None:
     asked: list[tuple[list[int], list[int]]] = []
 
-    def generate(labels: list[int], seeds: list[int]) -> np.ndarray:
-        asked.append((list(labels), list(seeds)))
-        return pixels(len(labels))
+    class Engine:
+        image_size = 6
 
-    images = GeneratedImages("model", generate, 7, 3, 6, first_seed=10)
+        def generate(self, labels: list[int], *, seeds: list[int], **more: Any) -> Any:
+            assert more == {"output": "np", "steps": 2}
+            asked.append((labels, seeds))
+            return SimpleNamespace(images=pixels(len(labels)), settings=more)
+
+    engine: Any = Engine()
+    images = GeneratedImages(engine, "model", [0, 1, 2, 0, 1, 2, 0], 10, steps=2)
     assert [len(batch) for batch in images.batches(4)] == [4, 3] and len(images) == 7
     assert asked == [([0, 1, 2, 0], [10, 11, 12, 13]), ([1, 2, 0], [14, 15, 16])]
+    assert images.size == (6, 6) and images.record["steps"] == 2
     with pytest.raises(ValueError, match="samples 0 is not a positive integer"):
-        GeneratedImages("model", generate, 0, 3, 6)
+        GeneratedImages(engine, "model", [], 0)
 
 
 def refused(path: Path, message: str, error: type[Exception] = ValueError) -> None:

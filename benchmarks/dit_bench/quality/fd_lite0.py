@@ -27,8 +27,9 @@ import torch
 from numpy.typing import NDArray
 
 from dit_bench.machine import describe
-from dit_bench.quality.features import FeatureNetwork, Images, load_network
+from dit_bench.quality.features import FeatureNetwork, Images, SetFeatures, load_network
 from dit_bench.quality.frechet import frechet_distance, moments_of
+from dit_bench.quality.image_sets import ComparedSet, GeneratedImages
 from dit_bench.quality.lite0 import FEATURES, WEIGHTS_SHA256
 from dit_bench.report import Row, new_report, write
 from dit_bench.show.reports import report_tables
@@ -44,11 +45,10 @@ from dit_engine.io.files import atomic_path
 from dit_engine.training.data import ImageSet
 
 if TYPE_CHECKING:
-    from dit_engine.engine import Engine
     from dit_engine.vae import AutoencoderKL
 
 METRIC = "FD-Lite0"
-_CHUNK = 64  # images between two updates of the progress bar
+_BATCH = 64  # images between two updates of the progress bar
 
 Features = NDArray[np.float32]  # (N, 1280)
 
@@ -190,32 +190,6 @@ def reconstruct(images: Images, vae: AutoencoderKL, batch_size: int = 16) -> Ima
     return made
 
 
-def generate_features(
-    engine: Engine,
-    labels: NDArray[np.int64],
-    first_seed: int,
-    network: FeatureNetwork,
-    **settings: Any,
-) -> tuple[Features, dict[str, Any]]:
-    """Features (N, 1280) of one generated image per label, and the engine's record of settings.
-
-    Image i has seed ``first_seed + i``; ``settings`` go to `Engine.generate`.
-    """
-    from dit_engine.console.bars import Bar
-
-    parts, record = [], {}
-    # The delay keeps an empty bar from being drawn above the error for an invalid setting.
-    with Bar(total=len(labels), desc="generating", unit="img", delay=0.5) as bar:
-        for start in range(0, len(labels), _CHUNK):
-            part = [int(label) for label in labels[start : start + _CHUNK]]
-            seeds = list(range(first_seed + start, first_seed + start + len(part)))
-            result = engine.generate(part, seeds=seeds, output="np", **settings)
-            parts.append(network.extract(np.asarray(result.images)).pooled)
-            record = result.settings
-            bar.update(len(part))
-    return np.concatenate(parts), record
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `run` reads."""
     add_model_argument(parser)
@@ -247,14 +221,18 @@ def run(arguments: argparse.Namespace) -> int:
     if engine.label_names != CLASSES:
         raise ValueError(f"labels of {model!r} are {engine.label_names}; {CLASSES} are needed")
     network = load_network("lite0")
-    seed, clock = arguments.first_seed, time.perf_counter()
+    seed, options, clock = arguments.first_seed, sampling_options(arguments), time.perf_counter()
     halves = load_halves(arguments.data, samples // len(CLASSES), size, network)
-    generated, settings = generate_features(
-        engine, halves.labels, seed, network, **sampling_options(arguments)
-    )
+    images = GeneratedImages(engine, "generating", halves.labels.tolist(), seed, **options)
+    with SetFeatures(network, ComparedSet("generated", images)) as found:
+        if not found.read(_BATCH):
+            raise KeyboardInterrupt
+        generated = np.array(found.vectors())
     reconstructions = network.pooled(reconstruct(halves.images_a, vae), "their features")
-    settings |= network.record | {"model": str(model), "image_size": size, "first_seed": seed,
-                                  "reference": "held-out avatars (half B)"}  # fmt: skip
+    settings = images.record | network.record | {
+        "model": str(model), "image_size": size, "first_seed": seed,
+        "reference": "held-out avatars (half B)",
+    }  # fmt: skip
     report = new_report("quality", describe(engine.device), settings)
     report["rows"] = compare(halves, reconstructions, generated, allow_few=few)
     report |= {"seconds": round(time.perf_counter() - clock, 1), "complete": True}

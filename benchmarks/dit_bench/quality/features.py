@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from dit_bench.quality import NETWORKS, inception, lite0
-from dit_bench.quality.frechet import Moments
-from dit_bench.quality.image_sets import ComparedSet, ImageSource
+from dit_bench.quality.frechet import Gaussian, Moments
+from dit_bench.quality.image_sets import ComparedSet
 from dit_bench.quality.metrics import InceptionScore
 from dit_engine.io.files import file_hash
 
@@ -175,27 +175,34 @@ class SetFeatures:
     does not give them. Pooled features are also kept, on disk, for precision and recall.
     """
 
-    def __init__(self, network: FeatureNetwork) -> None:
-        self.network, self.count = network, 0
+    def __init__(self, network: FeatureNetwork, of: ComparedSet) -> None:
+        self.network, self.of, self.count = network, of, 0
         self.pooled = Moments(network.width)
         self.spatial = Moments(network.spatial_width) if network.spatial_width else None
         self.score = InceptionScore() if network.spatial_width else None
         self._kept = tempfile.TemporaryFile(prefix="dit-bench-features-")  # noqa: SIM115
         self._waiting: list[Extracted] = []
 
+    @property
+    def moments(self) -> tuple[Gaussian, Gaussian | None]:
+        """What distances are taken of: the statistics in the set's file, or else `pooled` and
+        `spatial`."""
+        return self.of.statistics or (self.pooled, self.spatial)
+
     def read(
         self,
-        images: ImageSource,
         batch_size: int = 32,
         quiet: bool = False,
         check: Callable[[], object] = lambda: None,
     ) -> bool:
-        """Add all images of a source. Returns False if Ctrl-C stopped it before the last one.
+        """Add all images of the set. Returns False if Ctrl-C stopped it before the last one.
 
         quiet: no progress bar. check: called after every batch; it may raise KeyboardInterrupt.
         """
         from dit_engine.console.bars import Bar
 
+        if (images := self.of.images) is None:
+            return True
         name = Path(images.name).name or images.name
         with Bar(total=len(images), desc=name, unit="img", delay=2.0, disable=quiet) as bar:
             try:

@@ -9,20 +9,17 @@ recall are then left out. With ``--features lite0`` it prints FD-Lite0, never FI
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dit_bench.machine import describe
 from dit_bench.outputs import check_outputs
 from dit_bench.quality import NETWORKS
 from dit_bench.quality.features import FeatureNetwork, SetFeatures, load_network
-from dit_bench.quality.frechet import Gaussian, frechet_distance
+from dit_bench.quality.frechet import frechet_distance
 from dit_bench.quality.image_sets import ComparedSet, GeneratedImages, open_set, try_step
 from dit_bench.quality.metrics import NEIGHBOURS, SPLIT, precision_recall
 from dit_bench.report import Report, Row, new_report, write
@@ -31,44 +28,6 @@ from dit_bench.show.tables import show
 from dit_engine.console.output import STDOUT
 from dit_engine.console.parser import add_sampling_arguments, sampling_options
 from dit_engine.console.run import INTERRUPTED
-
-
-@dataclass
-class Measured:
-    """One side after its images were read. Its distances are taken of the statistics in its file,
-    or else of its images."""
-
-    of: ComparedSet
-    found: SetFeatures | None
-    distances: tuple[Gaussian, Gaussian | None] = field(init=False)
-
-    def __post_init__(self) -> None:
-        if self.of.statistics is not None:
-            self.distances = self.of.statistics
-        else:
-            assert self.found is not None
-            self.distances = (self.found.pooled, self.found.spatial)
-
-    @property
-    def images(self) -> int | None:
-        """The N of precision and recall; None without images."""
-        return None if self.found is None else self.found.count
-
-    def describe(self) -> dict[str, Any]:
-        """Its name, the N of its distances (None if the file does not say) and of its images."""
-        size = None if self.of.images is None else list(self.of.images.size)
-        count = self.distances[0].count
-        return {"name": self.of.name, "n": count, "images": self.images, "size": size}
-
-    def too_few(self) -> str | None:
-        """Why precision and recall cannot be computed, if they cannot."""
-        if self.found is None:
-            return f"{self.of.name} holds statistics, no images"
-        if self.found.count <= NEIGHBOURS:
-            return (
-                f"{self.of.name} has {self.found.count} images; more than {NEIGHBOURS} are needed"
-            )
-        return None
 
 
 def evaluate(
@@ -87,21 +46,17 @@ def evaluate(
         raise ValueError(f"batch size {batch_size} is not a positive integer")
     samples, reference = (network.accept(of, allow_few) for of in (samples, reference))
     report = new_report("fid", describe(torch.device("cpu")), {})
-    with ExitStack() as stack:
-        sides = []
-        for of in (reference, samples):
-            found = None
-            if of.images is not None:
-                found = stack.enter_context(SetFeatures(network))
-                if "failure" not in report and not found.read(of.images, batch_size):
-                    report["failure"] = (
-                        f"interrupted after {found.count} of {len(of.images)} images of {of.name}"
-                    )
-            sides.append(Measured(of, found))
-        report["settings"] = {**network.record, "reference": reference.name,
-                              "sets": [sides[1].describe(), sides[0].describe()]}  # fmt: skip
+    with SetFeatures(network, samples) as found, SetFeatures(network, reference) as real:
+        for side in (real, found):
+            if "failure" not in report and not side.read(batch_size):
+                total, name = len(side.of.images or ()), side.of.name
+                report["failure"] = f"interrupted after {side.count} of {total} images of {name}"
+        sets = [{"name": side.of.name, "n": side.moments[0].count, "images": side.count,
+                 "size": None if side.of.images is None else list(side.of.images.size)}
+                for side in (found, real)]  # fmt: skip
+        report["settings"] = {**network.record, "reference": reference.name, "sets": sets}
         try:
-            for row in _rows(sides[1], sides[0], network, allow_few, "failure" in report):
+            for row in _rows(found, real, allow_few, "failure" in report):
                 report["rows"].append(row | {"case": samples.name, "contender": network.name})
         except KeyboardInterrupt:
             report.setdefault("failure", "interrupted while comparing")
@@ -110,33 +65,23 @@ def evaluate(
 
 
 def _rows(
-    samples: Measured,
-    reference: Measured,
-    network: FeatureNetwork,
-    allow_few: bool,
-    interrupted: bool,
+    samples: SetFeatures, reference: SetFeatures, allow_few: bool, interrupted: bool
 ) -> Iterator[Row]:
     """The figures, quick ones first. What cannot be computed has a reason."""
 
     def row(metric: str, value: float | None, **more: Any) -> Row:
-        status = "ok" if value is not None else "skipped"
-        return {
-            "section": "distance",
-            "metric": metric,
-            "distance": value,
-            "status": status,
-            **more,
-        }
+        status = {"distance": value, "status": "skipped" if value is None else "ok"}
+        return {"section": "distance", "metric": metric, **status, **more}
 
-    score = None if samples.found is None else samples.found.score
+    network, score = samples.network, samples.score
     if score is not None and score.count:
         remark = f"{score.splits} split{'s' * (score.splits > 1)} of up to {SPLIT}"
         yield row("Inception Score", score.value(), n=score.count, remark=remark)
     counts: dict[str, Any] = {
-        "n": samples.distances[0].count, "n_reference": reference.distances[0].count
+        "n": samples.moments[0].count, "n_reference": reference.moments[0].count
     }  # fmt: skip
     names = (network.metric, f"s{network.metric}")
-    for name, a, b in zip(names, samples.distances, reference.distances, strict=True):
+    for name, a, b in zip(names, samples.moments, reference.moments, strict=True):
         if a is None or b is None:
             continue
         try:
@@ -150,13 +95,20 @@ def _rows(
         yield found
     if interrupted:
         return
+    counts = {
+        key: None if side.of.images is None else side.count
+        for key, side in (("n", samples), ("n_reference", reference))
+    }
+    values = (None, None)
+    for side in (reference, samples):
+        if side.of.images is None:
+            counts["reason"] = f"{side.of.name} holds statistics, no images"
+        elif side.count <= NEIGHBOURS:
+            need = f"more than {NEIGHBOURS} are needed"
+            counts["reason"] = f"{side.of.name} has {side.count} images; {need}"
+    if "reason" not in counts:
+        values = precision_recall(reference.vectors(), samples.vectors())
     of = "" if network.name == "inception" else f" ({network.name} features)"
-    counts = {"n": samples.images, "n_reference": reference.images}
-    if reason := reference.too_few() or samples.too_few():
-        counts["reason"], values = reason, (None, None)
-    else:
-        assert reference.found is not None and samples.found is not None
-        values = precision_recall(reference.found.vectors(), samples.found.vectors())
     for name, value in zip(("precision", "recall"), values, strict=True):
         yield row(name + of, value, remark=f"k = {NEIGHBOURS}", **counts)
 
@@ -193,10 +145,12 @@ def run(arguments: argparse.Namespace) -> int:
     reference = open_set(Path(sets[-1]))
     given = None if model is not None else open_set(Path(sets[0]))
     network = load_network(arguments.features, arguments.inception_weights, device)
-    settings: dict[str, Any] = {}
-    samples = given or _live_set(arguments, device, settings)
+    samples = given or _live_set(arguments, device)
     report = evaluate(samples, reference, network, arguments.batch_size, arguments.allow_few)
-    report["settings"] |= settings
+    if isinstance(samples.images, GeneratedImages):
+        report["settings"] |= samples.images.record | {
+            "samples": arguments.samples, "first_seed": arguments.first_seed
+        }  # fmt: skip
     report["machine"] = describe(device)
     if arguments.json != STDOUT:
         show(report_tables(report))
@@ -211,25 +165,14 @@ def _json_file(text: str) -> Path:
     return Path(text)
 
 
-def _live_set(
-    arguments: argparse.Namespace, device: torch.device, record: dict[str, Any]
-) -> ComparedSet:
-    """The images of --model; ``record`` gets the settings that they are made with."""
+def _live_set(arguments: argparse.Namespace, device: torch.device) -> ComparedSet:
+    """The images of --model, with which one step has been tried."""
     from dit_engine.engine import Engine
 
     model, seed = str(arguments.model), arguments.first_seed
     engine = Engine.from_pretrained(model, device=device)
-    if engine.image_size is None:
-        raise ValueError(f"model {model!r} has no VAE; distances are of images")
     settings = sampling_options(arguments)
-
-    def generate(labels: Sequence[int], seeds: Sequence[int]) -> Any:
-        made = engine.generate(list(labels), seeds=list(seeds), output="np", **settings)
-        record.update(made.settings)
-        return np.asarray(made.images)
-
-    classes, side = engine.config.num_classes, engine.image_size
-    images = GeneratedImages(model, generate, arguments.samples, classes, side, seed)
+    labels = [i % engine.config.num_classes for i in range(arguments.samples)]
+    images = GeneratedImages(engine, model, labels, seed, **settings)
     try_step(engine, min(max(arguments.batch_size, 1), len(images)), seed=seed, **settings)
-    record |= {"samples": arguments.samples, "first_seed": seed}
     return ComparedSet(model, images)

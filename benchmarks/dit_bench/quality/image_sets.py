@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,35 +177,35 @@ class ImageArray:
 
 
 class GeneratedImages:
-    """A model's images, made as they are read: image i has label i modulo classes, seed + i.
+    """Images that an engine makes as they are read: image i has labels[i] and first_seed + i.
 
-    Args:
-        generate: (labels, seeds) → uint8 (n, S, S, 3).
-        side: S in pixels.
+    record: the settings that the engine records, once it has made an image.
+
+    Raises ValueError if the engine makes no images or there are no labels.
     """
 
     def __init__(
-        self,
-        name: str,
-        generate: Callable[[Sequence[int], Sequence[int]], Images],
-        count: int,
-        classes: int,
-        side: int,
-        first_seed: int = 0,
+        self, engine: Engine, name: str, labels: Sequence[int], first_seed: int, **settings: Any
     ) -> None:
-        if count < 1:
-            raise ValueError(f"samples {count} is not a positive integer")
-        self.name, self.size, self._generate, self._count = name, (side, side), generate, count
-        self._classes, self._first_seed = classes, first_seed
+        if engine.image_size is None:
+            raise ValueError(f"model {name!r} has no VAE; distances are of images")
+        if not len(labels):
+            raise ValueError("samples 0 is not a positive integer")
+        self.name, self.size = name, (engine.image_size, engine.image_size)
+        self.record: dict[str, Any] = {}
+        self._engine, self._labels, self._settings = engine, labels, settings
+        self._first_seed = first_seed
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._labels)
 
     def batches(self, batch_size: int) -> Iterator[Images]:
-        for start in range(0, self._count, batch_size):
-            indices = range(start, min(start + batch_size, self._count))
-            labels = [i % self._classes for i in indices]
-            yield self._generate(labels, [self._first_seed + i for i in indices])
+        for start in range(0, len(self), batch_size):
+            labels = [int(label) for label in self._labels[start : start + batch_size]]
+            seeds = [self._first_seed + start + i for i in range(len(labels))]
+            made = self._engine.generate(labels, seeds=seeds, output="np", **self._settings)
+            self.record = made.settings
+            yield np.asarray(made.images)
 
 
 class _Ran(Exception):

@@ -60,7 +60,8 @@ class SetComparison:
     allow_few: bool = False
 
     def __post_init__(self) -> None:
-        check_resamples(self.resamples)
+        if self.resamples < LEAST_RESAMPLES:
+            raise ValueError(f"resamples {self.resamples} is not at least {LEAST_RESAMPLES}")
 
     def with_moments(
         self, quiet: bool = False, check: Callable[[], object] = lambda: None
@@ -75,11 +76,10 @@ class SetComparison:
 
         if self.reference is None or self.moments is not None:
             return self
-        if self.reference.statistics is not None:
+        if self.reference.statistics is not None:  # a part of the images may be there as well
             return replace(self, moments=self.reference.statistics[0])
-        assert self.reference.images is not None
-        with SetFeatures(self.network) as found:
-            if not found.read(self.reference.images, quiet=quiet, check=check):
+        with SetFeatures(self.network, self.reference) as found:
+            if not found.read(quiet=quiet, check=check):
                 raise KeyboardInterrupt
             return replace(self, moments=found.pooled)
 
@@ -178,11 +178,6 @@ def resampled(features: Array, counts: NDArray[np.integer]) -> Statistics:
     return Statistics(mean, scaled.T @ scaled, n)
 
 
-def check_resamples(resamples: int) -> None:
-    if resamples < LEAST_RESAMPLES:
-        raise ValueError(f"resamples {resamples} is not at least {LEAST_RESAMPLES}")
-
-
 def paired_bootstrap(
     a: Features,
     b: Features,
@@ -199,7 +194,6 @@ def paired_bootstrap(
     """
     if a.shape != b.shape:
         raise ValueError(f"features {a.shape} and {b.shape} are not paired")
-    check_resamples(resamples)
     generator = np.random.default_rng(seed)
     n = len(a)
     distance = DistanceTo(reference)

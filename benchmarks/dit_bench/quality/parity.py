@@ -16,7 +16,7 @@ import argparse
 import contextlib
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,32 +81,13 @@ def psnr(found: Tensor, reference: Tensor) -> np.ndarray:
         return 10 * np.log10(PEAK**2 / squared)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Found:
-    """What is gathered about one backend, batch by batch."""
+    """What one run of one batch gave: errors (steps, n), PSNR (n,) in dB, features (n, D)."""
 
-    errors: list[np.ndarray] = field(default_factory=list)  # (steps, n)
-    ratios: list[np.ndarray] = field(default_factory=list)  # (n,), dB
-    features: list[np.ndarray] = field(default_factory=list)  # (n, D)
-
-    def row(self, backend: str, precision: str) -> Row:
-        """The errors of a subject, without those of the sets."""
-        errors = np.concatenate(self.errors, axis=1)  # (steps, N)
-        final = errors[-1]
-        row: Row = {
-            "section": "parity", "contender": f"{backend} {precision}", "role": "subject",
-            "status": "ok", "backend": backend, "precision": precision, "n": errors.shape[1],
-            "latent_error_by_step": errors.mean(axis=1).tolist(),
-            "final_latent_error": {"mean": float(final.mean()), "max": float(final.max())},
-        }  # fmt: skip
-        if self.ratios:
-            ratio = np.concatenate(self.ratios)
-            row["psnr_db"] = {
-                "median": float(np.median(ratio)),
-                "min": float(ratio.min()),
-                "not_finite": int(np.isnan(ratio).sum()),  # images; equal ones have infinity
-            }
-        return row
+    errors: np.ndarray
+    ratios: np.ndarray | None = None
+    features: np.ndarray | None = None
 
 
 def compare(
@@ -149,7 +130,7 @@ def compare(
     seeds = resolve_seeds(seed, None, len(labels), "per-image")
     decode = _decoder(engine)
     runs = [REFERENCE, *subjects]
-    gathered = [_Found() for _ in runs]
+    gathered: list[list[_Found]] = []  # of each batch, one for each run
     record: dict[str, Any] = {}
     finished, interrupted = 0, False
     with Bar(total=len(labels) * len(runs), desc="sampling", unit="img", delay=2.0,
@@ -159,25 +140,47 @@ def compare(
                 part = slice(finished, finished + engine.max_batch_size)
                 options = {**settings, "seeds": seeds[part], "check": check}
                 found, record = _batch(engine, labels[part], runs, decode, sets, options, bar)
-                for total, own in zip(gathered, found, strict=True):
-                    total.errors += own.errors
-                    total.ratios += own.ratios
-                    total.features += own.features
+                gathered.append(found)
                 finished = min(part.stop, len(labels))
         except KeyboardInterrupt:
             if not finished:
                 raise
             interrupted = True
-    rows = [found.row(*subject) for subject, found in zip(subjects, gathered[1:], strict=True)]
+    common = {"model": model, "case": model, "n": finished, "settings": record}
+    reference, *others = zip(*gathered, strict=True)
+    rows = [
+        _errors(*subject, found) | common for subject, found in zip(subjects, others, strict=True)
+    ]
     if sets is not None and sets.suffices(finished):  # after an interruption there may be too few
-        eager = np.concatenate(gathered[0].features)
-        for row, found in zip(rows, gathered[1:], strict=True):
-            row["sets"] = sets.compare(np.concatenate(found.features), eager, quiet, check)
+        for row, found in zip(rows, others, strict=True):
+            row["sets"] = sets.compare(_features(found), _features(reference), quiet, check)
             row["sets"]["features"] = sets.network.record
             # Ctrl-C in a bootstrap leaves fewer resamples.
             interrupted |= row["sets"].get("resamples", sets.resamples) < sets.resamples
-    common = {"model": model, "case": model, "settings": record, "interrupted": interrupted}
-    return [row | common for row in rows]
+    return [row | {"interrupted": interrupted} for row in rows]
+
+
+def _errors(backend: str, precision: str, found: Sequence[_Found]) -> Row:
+    """The row of a subject, without its sets and without what all rows have in common."""
+    errors = np.concatenate([each.errors for each in found], axis=1)  # (steps, N)
+    row: Row = {
+        "section": "parity", "contender": f"{backend} {precision}", "role": "subject",
+        "status": "ok", "backend": backend, "precision": precision,
+        "latent_error_by_step": errors.mean(axis=1).tolist(),
+        "final_latent_error": {"mean": float(errors[-1].mean()), "max": float(errors[-1].max())},
+    }  # fmt: skip
+    if ratios := [each.ratios for each in found if each.ratios is not None]:
+        ratio = np.concatenate(ratios)
+        row["psnr_db"] = {
+            "median": float(np.median(ratio)),
+            "min": float(ratio.min()),
+            "not_finite": int(np.isnan(ratio).sum()),  # images; equal ones have infinity
+        }
+    return row
+
+
+def _features(found: Sequence[_Found]) -> np.ndarray:
+    return np.concatenate([each.features for each in found if each.features is not None])
 
 
 def _batch(
@@ -199,15 +202,14 @@ def _batch(
             if not settings:
                 raise NotFinite(f"the reference, {backend} {precision}, is not finite")
             reference, record = latents, settings
-        found = _Found()
-        found.errors.append(relative_errors(latents, reference))
+        errors, ratios, features = relative_errors(latents, reference), None, None
         if decode is not None:
             decoded = decode(latents[-1])
             images = decoded if images is None else images
-            found.ratios.append(psnr(decoded, images))
+            ratios = psnr(decoded, images)
             if sets is not None:
-                found.features.append(sets.network.extract(to_uint8(decoded * 2 - 1)).pooled)
-        every.append(found)
+                features = sets.network.extract(to_uint8(decoded * 2 - 1)).pooled
+        every.append(_Found(errors, ratios, features))
         bar.update(len(labels))
     return every, record
 

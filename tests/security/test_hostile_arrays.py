@@ -9,7 +9,6 @@ import json
 import os
 import re
 import struct
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from limited import outcome
+from limits import linux, outcome
+from PIL import Image
 from safetensors.torch import save_file
 from zeros import npy_header, raw_deflate, zipped
 
+from dit_bench.quality import image_sets
 from dit_bench.quality.fd_lite0 import cached_features
 from dit_bench.quality.image_sets import open_set
 from dit_bench.quality.lite0 import WEIGHTS_SHA256
@@ -30,7 +31,6 @@ from dit_engine.training.data import ImageSet
 from dit_engine.training.vae_stage import read_latents
 
 GB = 2**30
-linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are those of Linux")
 SHAPES = {"mu": "(4,)", "sigma": "(4, 4)", "mu_s": "(4,)", "sigma_s": "(4, 4)"}
 
 
@@ -99,7 +99,7 @@ def test_a_small_npz_takes_little_memory(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "set.npz"
     path.write_bytes(make())
     assert path.stat().st_size < 2.5e6
-    found = outcome(200, read_set, path)
+    found = outcome(read_set, path, mib=200)
     assert found.startswith(f"ValueError: {path}") and re.search(told, found), found
     assert "\n" not in found and len(found) < 4000
 
@@ -116,16 +116,12 @@ def test_large_images_come_one_by_one(tmp_path: Path) -> None:
         batches = images.batches(32)
         assert next(batches).shape == next(batches).shape == (1, 5700, 5700, 3)
 
-    assert outcome(400, first) == "ok"
+    assert outcome(first, mib=400) == "ok"
 
 
 def test_pictures_of_a_folder_come_in_batches_of_bounded_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from PIL import Image
-
-    from dit_bench.quality import image_sets
-
     for i in range(5):
         Image.new("RGB", (20, 10)).save(tmp_path / f"{i}.png")
     images = open_set(tmp_path).images
@@ -149,19 +145,16 @@ def test_cached_features_are_those_of_the_images(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"features is float32 \(1, 2\); float32 \(2, 1280\) is"):
         cached_features(held_out, cache, None)  # pyright: ignore[reportArgumentType]
     cache.write_bytes(zipped(member("key", "()", 2 * GB, "'<U500000000'")))
-    found = outcome(200, cached_features, held_out, cache, None)
+    found = outcome(cached_features, held_out, cache, None, mib=200)
     assert "key is <U500000000" in found and found.startswith("ValueError")
 
 
-def with_header(header: bytes) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        path.write_bytes(header + bytes(64))
-
-    return write
+def with_header(header: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(header + bytes(64))
 
 
 CLAIM = json.dumps({"z": {"dtype": "F32", "shape": [2**20, 2**12], "data_offsets": [0, 2**34]}})
-TENSORS: dict[str, tuple[str, Callable[[Path], None], str]] = {
+TENSORS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "claim": ("z.npy", with_header(npy_header("(99999, 4, 64, 64)", "'<f4'")), "cannot hold"),
     "product": ("z.npy", with_header(npy_header("(99, 99, 99, 99)", "'<f4'")), "ends early"),
     "empty": ("z.npy", with_header(npy_header("(0, 4611686018427387904)", "'<f4'")), "cannot hold"),
@@ -182,7 +175,7 @@ def test_given_tensors_take_what_their_files_have(kind: str, tmp_path: Path) -> 
     """--latents and --step-noise."""
     name, make, told = TENSORS[kind]
     make(tmp_path / name)
-    found = outcome(200, read_tensor, tmp_path / name)
+    found = outcome(read_tensor, tmp_path / name, mib=200)
     kind, _, message = found.partition(": ")
     assert kind in ("ValueError", "NotRegular") and name in message and told in message, found
     assert "\n" not in found and len(found) < 400

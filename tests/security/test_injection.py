@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from tiny import tiny_vae
@@ -23,7 +24,8 @@ from dit_bench.outputs import csv_text
 from dit_bench.show.markdown import report_markdown, update_document
 from dit_bench.show.older_documents import block_and_table
 from dit_engine.config import ModelConfig
-from dit_engine.io.printable import markdown_text
+from dit_engine.io.printable import markdown_text, show_plainly
+from dit_engine.training.log import drop_rows_after, plot_losses
 from dit_export.bundle import Bundle, Graph, TensorSpec
 from dit_export.server.configuration import (
     ServingOptions,
@@ -54,14 +56,13 @@ def bundle(names: tuple[str, ...] | None = None, **changes: Any) -> Bundle:
                   graphs, producer)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name",
-    [BREAKS, "a b", "", "é", "x\n", {"x": 1}, ["x"], {"name: 1 }\nbackend": 'python"'}, 3, None,
-     "x" * 100],
-)  # fmt: skip
-def test_names_of_tensors_are_names(name: Any) -> None:
-    with pytest.raises(ValueError, match=r"^tensor name .*: letters, digits and _ are allowed$"):
-        graph_config("dit_transformer", bundle(name=name), ServingOptions())
+def test_names_of_tensors_are_names() -> None:
+    names = (BREAKS, "a b", "", "é", "x\n", {"x": 1}, ["x"], {"name: 1 }\nbackend": 'python"'}, 3,
+             None, "x" * 100)  # fmt: skip
+    for name in names:
+        said = r"^tensor name .*: letters, digits and _ are allowed$"
+        with pytest.raises(ValueError, match=said):
+            graph_config("dit_transformer", bundle(name=name), ServingOptions())
 
 
 def test_sizes_of_tensors_are_numbers() -> None:
@@ -92,22 +93,19 @@ def test_text_cannot_end_its_quotation_marks() -> None:
     assert read.parameters["checkpoint"].string_value == BREAKS and read.backend == ""
 
 
-@pytest.mark.parametrize("value", [{"a"}, None, 0.5, b"x", [1, "a"], ["a"], [True], object()])
-def test_other_values_are_refused(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"is not a value of a config\.pbtxt$"):
-        to_pbtxt({"a": value})
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("instances", "1\n}"), ("instances", 1.5), ("instances", True), ("pipelines", 0),
-     ("max_batch_size", 2**31), ("queue_delay_us", "0 }"), ("queue_delay_us", -1),
-     ("queue_size", None), ("platform", ["onnxruntime"]), ("accelerator", 'cuda" }')],
-)  # fmt: skip
-def test_options_of_serving_are_checked(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} ") as raised:
-        ServingOptions(**{name: value}).checked()
-    assert "\n" not in str(raised.value)
+def test_other_values_are_refused() -> None:
+    for value in ({"a"}, None, 0.5, b"x", [1, "a"], ["a"], [True], object()):
+        with pytest.raises(ValueError, match=r"is not a value of a config\.pbtxt$"):
+            to_pbtxt({"a": value})
+    options: Any = (
+        ("instances", "1\n}"), ("instances", 1.5), ("instances", True), ("pipelines", 0),
+        ("max_batch_size", 2**31), ("queue_delay_us", "0 }"), ("queue_delay_us", -1),
+        ("queue_size", None), ("platform", ["onnxruntime"]), ("accelerator", 'cuda" }'),
+    )  # fmt: skip
+    for name, value in options:
+        with pytest.raises(ValueError, match=rf"^{name} ") as raised:
+            ServingOptions(**{name: value}).checked()
+        assert "\n" not in str(raised.value)
 
 
 def test_the_readme_of_a_repository() -> None:
@@ -170,17 +168,16 @@ def test_tables_of_documents(name: str) -> None:
 FORMULAS = ("=1+1", "+1", "-cmd|' /C calc'!A0", "@SUM(1)", "\t=1", "\r=1", " =1", "\n=1", "\uff1d1")
 
 
-@pytest.mark.parametrize("formula", FORMULAS)
-def test_cells_are_not_formulas(formula: str) -> None:
-    report = made_up.report()
-    row = report["measurements"][0]
-    row["model"] = row["name"] = formula
-    row["error"] = -1.5
-    first = next(csv.DictReader(io.StringIO(csv_text(report))))
-    for cell in (first["model"], first["name"]):
-        assert cell.startswith(("'", "\\")), cell
-        assert cell.isprintable()
-    assert first["error"] == "-1.5" and first["what"] == row["what"]
+def test_cells_are_not_formulas() -> None:
+    for formula in FORMULAS:
+        report = made_up.report()
+        row = report["measurements"][0]
+        row["model"] = row["name"] = formula
+        row["error"] = -1.5
+        first = next(csv.DictReader(io.StringIO(csv_text(report))))
+        for cell in (first["model"], first["name"]):
+            assert cell.startswith(("'", "\\")) and cell.isprintable(), cell
+        assert first["error"] == "-1.5" and first["what"] == row["what"]
 
 
 class Tags(HTMLParser):
@@ -215,3 +212,68 @@ def test_the_page(tmp_path: Path) -> None:
         found.append(tags.found)
     assert all(each == found[0] for each in found) and len(found[0]) > 100
     assert not {"script", "iframe", "object", "a", "form"} & {tag for tag, _ in found[0]}
+
+
+# ---- figures and logs
+
+FORMULA_NAMES = ["x$\\frac$", "$$ \x1b[31m\n</svg><script>"]
+
+
+def figures_of(name: str) -> dict[str, Any]:
+    """A report in which the subject, its peer, a model and the CPU have this name."""
+    ms = {"median": 2.0, "p5": 1.9, "p95": 2.1}
+    rows = [
+        {"what": what, "images": images, "status": "ok", "noisy": False, "model": name,
+         "role": role, "name": f"{name} {role}", "ms": ms, "gflops": gflops, "images_s": 500.0,
+         "ratio": {"median": 1.0, "p5": 0.9, "p95": 1.1}, "verdict": f"{name} twice as quick"}
+        for what in ("forward", "step") for role in ("subject", "peer")
+        for images, gflops in ((1, 2.0), (1, 4.0), (2, 4.0))
+    ]  # fmt: skip
+    return {
+        "settings": {"backend": name, "precision": "fp32", "device": "cpu", "threads": 1},
+        "environment": {"hardware": {"cpu": name}},
+        "measurements": rows,
+    }
+
+
+@pytest.mark.parametrize("name", FORMULA_NAMES)
+def test_names_are_not_formulas(name: str) -> None:
+    from matplotlib.text import Text
+
+    from dit_bench.show.drawing import svg
+    from dit_bench.show.plots import latency_figure, ratio_figure, throughput_figure
+
+    for make in (ratio_figure, latency_figure, throughput_figure):
+        figure = make(figures_of(name))
+        assert figure is not None, make
+        drawn = svg(figure).decode()
+        ElementTree.fromstring(drawn)
+        shown = [t for t in figure.findobj(Text) if isinstance(t, Text) and "$" in t.get_text()]
+        assert all(not text.get_parse_math() for text in shown)
+        assert shown or "$" not in name
+
+
+def test_numbers_at_logarithmic_axes_stay_formulas(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot([1, 2], [1e-3, 1e6], label="$")
+    axes.set(yscale="log", title="$a$ \\frac$")
+    show_plainly(figure).savefig(tmp_path / "a.png")
+    labels = axes.get_yticklabels()
+    assert labels and all(label.get_parse_math() for label in labels)
+    assert axes.title.get_text() == "$a$ \\frac$" and not axes.title.get_parse_math()
+
+
+def test_a_log_is_a_table_of_few_numbers(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text("step,loss,$\\frac$\n10,1,2\n20,x,3\n30,1\n40,2,1\n5e1,2,2\n60,1,1\nnan,1,1\n")
+    drop_rows_after(log, 50)
+    assert log.read_text() == "step,loss,$\\frac$\n10,1,2\n40,2,1\n5e1,2,2\n"
+    plot_losses(log, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for text in ("step" + ",a" * 100_000, "other,loss"):
+        log.write_text(f"{text}\n1{',1' * 100_000}\n")
+        with pytest.raises(ValueError, match=r"log.csv is not a log of a training: remove it"):
+            drop_rows_after(log, 50)

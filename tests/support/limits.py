@@ -1,7 +1,4 @@
-"""Calls in a process of their own, with little memory and time.
-
-It is a fork of this one, and may have 300 MiB more than this has, and eight seconds.
-"""
+"""Call a function with little memory and time, in a fork of this process."""
 
 from __future__ import annotations
 
@@ -20,8 +17,9 @@ linux = pytest.mark.skipif(
 MIB, SECONDS = 300, 8
 
 
-def limited(call: Callable[[], object]) -> str:
-    """What ``call`` raises in a process with limited memory and time; "" if nothing."""
+def outcome(call: Callable[..., object], *arguments: object, mib: int = MIB) -> str:
+    """What ``call`` raises if it may have ``mib`` MiB more than this process, and eight seconds:
+    "ok" or "ValueError: …"."""
     import resource
 
     reader, writer = os.pipe()
@@ -34,11 +32,11 @@ def limited(call: Callable[[], object]) -> str:
             torch.set_num_threads(1)
             with open("/proc/self/statm") as file:  # noqa: PTH123
                 now = int(file.read().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (now + MIB * 2**20,) * 2)
+            resource.setrlimit(resource.RLIMIT_AS, (now + mib * 2**20,) * 2)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(SECONDS)
-            call()
-            text = ""
+            call(*arguments)
+            text = "ok"
         except BaseException as error:  # a failed test of the parent's must not go on here
             text = f"{type(error).__name__}: {error}"
         finally:
@@ -53,7 +51,7 @@ def limited(call: Callable[[], object]) -> str:
 
 
 def refused(call: Callable[[], object], message: str) -> None:
-    said = limited(call)
+    said = outcome(call)
     assert "\n" not in said and len(said) < 1000
     kind, _, text = said.partition(": ")
     assert kind == "ValueError" and message in text, said

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
-from dit_kernels.cpu import loader as native_library
+from dit_kernels.cpu import loader
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDTHS = (36, 384, 768, 1024, 1152)
-TOKENS = (1, 37, 256)
-
-_LIBRARY, WHY_NOT = native_library.load()
+_LIBRARY, WHY_NOT = loader.load()
 _HIGHEST = _LIBRARY.dit_isa() if _LIBRARY else 0
-LEVELS = native_library.ISAS[1 : _HIGHEST + 1]
+LEVELS = loader.ISAS[1 : _HIGHEST + 1]
 needs_library = pytest.mark.skipif(_LIBRARY is None, reason=WHY_NOT)
 
 
@@ -23,22 +21,23 @@ needs_library = pytest.mark.skipif(_LIBRARY is None, reason=WHY_NOT)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The kernels use this instruction set for the length of the test."""
     assert _LIBRARY is not None
-    _LIBRARY.dit_set_isa(native_library.ISAS.index(request.param))
+    _LIBRARY.dit_set_isa(loader.ISAS.index(request.param))
     yield request.param
     _LIBRARY.dit_set_isa(_HIGHEST)
 
 
-@pytest.fixture(params=[1, 3], ids=lambda count: f"{count}threads")
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The test may change torch's number of threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    yield
     torch.set_num_threads(before)
 
 
-def one_off(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Memory that starts one element after an aligned address."""
-    size = 1
-    for length in shape:
-        size *= length
-    return torch.empty(size + 1, dtype=dtype)[1:].view(shape)
+def one_off(like: Tensor) -> Tensor:
+    """A copy in memory that starts one element after an aligned address, strides kept."""
+    memory = torch.empty(math.prod(like.shape) + 1, dtype=like.dtype)[1:]
+    if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        n, c, h, w = like.shape
+        return memory.view(n, h, w, c).permute(0, 3, 1, 2).copy_(like)
+    return memory.view(like.shape).copy_(like)

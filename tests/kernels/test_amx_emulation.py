@@ -1,7 +1,7 @@
 """The AMX attention on tile registers emulated in C++, on machines that lack AMX.
 
-attention_tiles_emulated.h says what that proves and what not. On a machine with AMX,
-test_native_attention.py runs the same code on its tiles.
+attention_tiles_emulated.h says what that proves and what it does not. On a machine with AMX,
+test_native_operators.py runs the same code on real tiles.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import cases
 import pytest
 import torch
 from numerics import assert_close_to_reference
@@ -20,7 +21,6 @@ from torch import Tensor
 
 from dit_kernels import reference
 
-HEADS = 2
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 # Of the file, less AMX: the vector half runs on the machine itself.
 FLAGS = [
@@ -41,8 +41,9 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("no C++ compiler")
     library = tmp_path_factory.mktemp("emulation") / "amx_emulation.so"
     source = Path(__file__).with_name("amx_emulation.cpp")
-    more = shlex.split(os.environ.get("CXXFLAGS", ""))  # the sanitizers of make asan,
-    own = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # which are not for g++ itself
+    # make asan sets both: the flags are for this library, the preloaded sanitizer is not for g++.
+    more = shlex.split(os.environ.get("CXXFLAGS", ""))
+    own = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
     command = [compiler, *FLAGS, *more, str(source), "-o", str(library)]
     subprocess.run(command, env=own, check=True)
     loaded = ctypes.CDLL(str(library))
@@ -52,50 +53,31 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return loaded
 
 
-def projection(n: int, t: int, d: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(1000 * d + t + seed)
-    return torch.randn(n, t, 3 * HEADS * d, generator=generator).bfloat16()
-
-
-def attend(library: ctypes.CDLL, qkv: Tensor, threads: int = 1) -> Tensor:
+def attend(library: ctypes.CDLL, qkv: Tensor, heads: int, threads: int = 1) -> Tensor:
     n, t, width = qkv.shape
     out = torch.empty(n, t, width // 3, dtype=qkv.dtype)
-    d = width // 3 // HEADS
-    call = (qkv.data_ptr(), out.data_ptr(), n, t, HEADS, d, threads)
+    call = (qkv.data_ptr(), out.data_ptr(), n, t, heads, width // 3 // heads, threads)
     assert library.emulated_attention(*call) == 0
     return out
 
 
-@pytest.mark.parametrize("d", [8, 24, 32, 48, 64, 72, 96, 128])
-def test_float64(emulated: ctypes.CDLL, d: int) -> None:
-    for t in (1, 5, 16, 37, 256, 300):
-        qkv = projection(1, t, d)
-        exact, same_dtype = reference.attention(qkv.double(), 2), reference.attention(qkv, 2)
-        assert_close_to_reference(attend(emulated, qkv), exact, same_dtype=same_dtype)
-
-
-@pytest.mark.parametrize("t", [520, 700])
-def test_blocks_of_keys_with_a_moving_maximum(emulated: ctypes.CDLL, t: int) -> None:
-    qkv = projection(1, t, 72)
-    k = qkv.view(t, 3, HEADS, 72)[:, 1]
-    k.copy_((k.float() * torch.linspace(0.1, 4, t).view(t, 1, 1)).bfloat16())
-    exact, same_dtype = reference.attention(qkv.double(), 2), reference.attention(qkv, 2)
-    assert_close_to_reference(attend(emulated, qkv), exact, same_dtype=same_dtype)
+def test_every_case_against_float64(emulated: ctypes.CDLL) -> None:
+    for case in cases.CASES["attention"](torch.bfloat16):
+        qkv, heads = case.arguments
+        exact, same_dtype = (
+            reference.attention(qkv.double(), heads),
+            reference.attention(qkv, heads),
+        )
+        actual = attend(emulated, qkv, heads)
+        assert_close_to_reference(actual, exact, same_dtype=same_dtype)
 
 
 def test_every_thread_configures_its_tiles(emulated: ctypes.CDLL) -> None:
     # The emulation aborts where the processor would raise an illegal instruction.
-    qkv = projection(3, 70, 72)
-    results = [attend(emulated, qkv, threads) for threads in (1, 2, 5)]
+    qkv = cases.qkv_of(3, 70, 2, 72, torch.bfloat16)
+    results = [attend(emulated, qkv, 2, threads) for threads in (1, 2, 5)]
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("which", [0, 1, 2], ids=["q", "k", "v"])
-def test_nan_and_infinity(emulated: ctypes.CDLL, which: int, value: float) -> None:
-    qkv = projection(1, 37, 72)
-    qkv.view(37, 3, HEADS, 72)[20, which, 0, 3] = value
-    actual, expected = attend(emulated, qkv), reference.attention(qkv, HEADS)
-    assert not expected.isfinite().all()
-    assert torch.equal(actual.isnan(), expected.isnan())
-    assert torch.equal(actual.isinf(), expected.isinf())
+def test_values_that_are_not_finite(emulated: ctypes.CDLL) -> None:
+    cases.check_special(lambda *qkv: attend(emulated, *qkv), "attention", torch.bfloat16)

@@ -1,16 +1,15 @@
-"""What every kernel needs on every GPU: registers, shared memory, matrix instructions.
+"""What every Triton kernel needs on every GPU: registers, shared memory, matrix instructions.
 
-``python tests/kernels/triton/kernel_resources.py`` (with kernels/ and tests/ on PYTHONPATH)
-compiles, without a GPU, what the launchers launch, and writes ``resources.json`` beside it; run it
-after a change of a kernel or of Triton and read the difference.
+``python tests/kernels/kernel_resources.py`` compiles, without a GPU, what the launchers launch, and
+prints one line per kernel. Compare its output before and after a change of a kernel or of Triton.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -21,8 +20,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-TABLE = Path(__file__).with_name("resources.json")
-CAPABILITIES = (80, 86, 89, 90, 100, 120)
+# Compute capability → bytes of shared memory that a block may have (CUDA C++ Programming Guide,
+# table of technical specifications). 8.6 has 8.9's limits and no instructions of its own.
+SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 PROCESSORS = 132
 ROW_KERNELS = ("layernorm_modulate", "gate_residual_layernorm_modulate", "gate_residual")
 TYPES = {
@@ -58,55 +58,38 @@ class Resources(NamedTuple):
 
 
 def cases() -> list[Case]:
-    """What is compiled.
-
-    Attention: every architecture, head dimension and 16-bit dtype, as the code differs in each.
-    Row kernels: on every architecture every published width, and both dtypes (bfloat16 at the
-    narrowest and the widest, float16 between them: only the conversion instructions differ); on
-    9.0 the norms' every width in every dtype. The others: both dtypes on every architecture.
-    """
+    """What is compiled: on each architecture XL's sizes, on 9.0 also every other edge."""
     half, brain, full = torch.float16, torch.bfloat16, torch.float32
+    fp8, int8 = torch.float8_e4m3fn, torch.int8
     found: list[Case] = []
-    for sm in CAPABILITIES:
-        variants = ["attention"] + ["attention_tma"] * (sm >= 90)
-        for d in (64, 72):
-            for variant in variants:
-                # 16 images fill a GPU with tiles of 128 queries, 2 images take those of 64.
-                found += [Case(variant, sm, t, (16, 256, 16, d)) for t in (brain, half)]
-                found += [Case(variant, sm, brain, (2, 256, 16, d))]
-        for width, t in ((384, brain), (768, half), (1024, half), (1152, brain)):
-            x = (2, 256, width)
-            found += [Case(operator, sm, t, x) for operator in ROW_KERNELS]
-            found.append(Case("layernorm_modulate_quantize", sm, t, x, torch.int8))
-            found.append(Case("quantize_rows", sm, t, (2, 256, 4 * width), torch.int8))
-        if sm >= 89:
-            codes = torch.float8_e4m3fn
-            for width, t in ((768, half), (1152, brain)):
-                found.append(Case("layernorm_modulate_quantize", sm, t, (2, 256, width), codes))
+    for sm in SHARED_MEMORY:
+        for variant in ("attention", "attention_tma") if sm >= 90 else ("attention",):
+            # 16 images fill a GPU with tiles of 128 queries, 2 images take those of 64.
+            found += [Case(variant, sm, brain, (n, 256, 16, 72)) for n in (16, 2)]
+            found.append(Case(variant, sm, half, (16, 256, 16, 64)))
+        rows = (2, 256, 1152)
+        found += [Case(operator, sm, brain, rows) for operator in ROW_KERNELS]
+        for codes in (int8, fp8) if sm >= 89 else (int8,):
+            found.append(Case("layernorm_modulate_quantize", sm, brain, rows, codes))
             found.append(Case("quantize_rows", sm, brain, (2, 256, 4608), codes))
-        for t in (brain, half):
-            found.append(Case("groupnorm_silu", sm, t, (1, 512, 64)))
-            found.append(Case("guided_step", sm, t, (2, 32)))
-            found.append(Case("gelu", sm, t, (2, 256, 4608)))
-    for sm in (80, 90):  # ragged tokens, a small model's, and exact float32
-        found.append(Case("attention", sm, brain, (16, 1001, 16, 72)))
-        found.append(Case("attention", sm, brain, (2, 16, 4, 32)))
-        found.append(Case("attention", sm, brain, (16, 256, 16, 128)))
-        found += [Case("attention", sm, full, (2, 256, 16, d)) for d in (64, 72, 128)]
-    found.append(Case("attention_tma", 90, brain, (16, 1001, 16, 72)))
-    # A size of 1 becomes a constant, which is another program.
+        found.append(Case("groupnorm_silu", sm, brain, (1, 512, 64)))
+        found.append(Case("guided_step", sm, half, (2, 32)))
+        found.append(Case("gelu", sm, brain, (2, 256, 4608)))
     found += [
-        Case(variant, 90, brain, (1, 1, 16, 72)) for variant in ("attention", "attention_tma")
+        Case("attention", 90, brain, (16, 1001, 16, 72)),  # a ragged number of tokens
+        Case("attention_tma", 90, brain, (16, 1001, 16, 72)),
+        Case("attention", 90, brain, (2, 16, 4, 32)),  # a small model
+        Case("attention", 90, brain, (16, 256, 16, 128)),  # the widest head
+        *(Case("attention", 90, full, (2, 256, 16, d)) for d in (72, 128)),  # no tensor cores
+        # A size of 1 becomes a constant, which is another program.
+        Case("attention", 90, brain, (1, 1, 16, 72)),
+        Case("gate_residual_layernorm_modulate", 90, brain, (1, 1, 1152)),
+        Case("groupnorm_silu", 90, brain, (1, 128, 1)),
+        Case("groupnorm_silu", 90, half, (1, 128, 256)),  # the narrowest level and the most pixels
+        *(Case(operator, 90, half, (2, 256, d)) for operator in ROW_KERNELS for d in (384, 1024)),
+        *(Case(operator, 90, full, (2, 256, 1152)) for operator in ROW_KERNELS),
     ]
-    found.append(Case("gate_residual_layernorm_modulate", 90, brain, (1, 1, 1152)))
-    found.append(Case("groupnorm_silu", 90, brain, (1, 128, 1)))
-    for width in (384, 768, 1024, 1152):
-        for operator in ("layernorm_modulate", "gate_residual_layernorm_modulate"):
-            found += [Case(operator, 90, t, (2, 256, width)) for t in (brain, half, full)]
-        found.append(Case("gate_residual", 90, brain, (2, 256, width)))
-        found.append(Case("layernorm_modulate_quantize", 90, brain, (2, 256, width), torch.int8))
-    found += [Case("groupnorm_silu", 90, brain, (1, c, 256)) for c in (128, 256)]
-    return list(dict.fromkeys(found))
+    return found
 
 
 def _modulated(case: Case, count: int) -> list[Tensor]:
@@ -252,28 +235,20 @@ def measure(case: Case) -> dict[str, Resources]:
     }
 
 
-def _as_json(measured: dict[str, Resources]) -> dict[str, Any]:
-    return {kernel: resources._asdict() for kernel, resources in measured.items()}
-
-
 def main() -> None:
     import triton
     from triton_workers import compilers
 
     every = cases()
-    table = {
-        "triton": triton.__version__,
-        "cases": {
-            case.name: _as_json(measured)
-            for case, measured in zip(every, compilers().map(measure, every), strict=True)
-        },
-    }
-    # One line a case, so that a difference reads as one.
-    lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in table["cases"].items())
-    TABLE.write_text(f'{{"triton": {json.dumps(table["triton"])}, "cases": {{\n{lines}\n}}}}\n')
-    print(f"{len(every)} cases with Triton {triton.__version__} in {TABLE.name}")
+    print(f"Triton {triton.__version__}")
+    for case, measured in zip(every, compilers().map(measure, every), strict=True):
+        for kernel, r in measured.items():
+            matrix = " ".join(f"{count} {name}" for name, count in r.matrix.items())
+            print(f"{case.name}: {kernel} {r.registers} registers, {r.shared_bytes} bytes shared, "
+                  f"{r.spills} spills {matrix}")  # fmt: skip
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1] / "support"))
     # By its import name, so that the workers unpickle the same classes.
     import_module("kernel_resources").main()

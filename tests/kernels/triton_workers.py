@@ -46,8 +46,9 @@ def require_triton() -> None:
 
 @functools.cache
 def compilers() -> ProcessPoolExecutor:
-    """Processes in which Triton compiles."""
-    return _pool(min(os.cpu_count() or 1, 4), interpret=False)
+    """Processes in which Triton compiles; one where pytest-xdist runs other tests beside it."""
+    workers = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(os.cpu_count() or 1, 4)
+    return _pool(workers, interpret=False)
 
 
 @functools.cache

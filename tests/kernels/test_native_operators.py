@@ -1,0 +1,273 @@
+"""The native operators on every instruction set that the machine has, against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cases
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DTYPES, EPS
+from native_levels import isa, needs_library, one_off, threads
+from numerics import assert_close_to_reference
+from torch import Tensor
+
+from dit_kernels import reference
+from dit_kernels.cpu import operators as native
+
+pytestmark = needs_library
+__all__ = ["isa", "threads"]  # fixtures
+ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+ALL_OPERATORS = pytest.mark.parametrize("operator", cases.CASES)
+
+
+@ALL_DTYPES
+@ALL_OPERATORS
+def test_every_case_against_float64(isa: str, operator: str, dtype: torch.dtype) -> None:
+    cases.check(getattr(native, operator), operator, dtype)
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize(
+    "operator", [o for o in cases.CASES if not o.endswith(("ize", "ize_rows"))]
+)
+def test_values_that_are_not_finite(isa: str, operator: str, dtype: torch.dtype) -> None:
+    cases.check_special(getattr(native, operator), operator, dtype)
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("operator", cases.OVERWRITTEN)
+def test_results_over_arguments_at_any_address(isa: str, operator: str, dtype: torch.dtype) -> None:
+    def copy(v: Tensor) -> Tensor:
+        return one_off(v) if v.numel() > 9 else v.clone()  # float32 scalars need their alignment
+
+    cases.check_given_memory(getattr(native, operator), operator, dtype, copy)
+
+
+@ALL_DTYPES
+@ALL_OPERATORS
+def test_an_empty_batch(isa: str, operator: str, dtype: torch.dtype) -> None:
+    cases.check_empty(getattr(native, operator), operator, dtype)
+
+
+THREADED: dict[str, tuple[Any, ...]] = {
+    "gate_residual_layernorm_modulate": (*cases.row_inputs(3, 50, 1152, torch.bfloat16), EPS),
+    "attention": (cases.qkv_of(3, 300, 2, 72, torch.bfloat16), 2),
+    "groupnorm_silu": (
+        cases.images((3, 64, 48, 48), torch.bfloat16), 16, *cases.random(2, 64, seed=2), EPS,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operator", THREADED)
+def test_an_image_has_the_same_bits_on_any_threads_and_beside_any_others(
+    isa: str, operator: str, threads: None
+) -> None:
+    run, arguments = getattr(native, operator), THREADED[operator]
+    torch.set_num_threads(1)
+    whole = cases.as_tuple(run(*arguments))
+    for count in (2, 3, 7):
+        torch.set_num_threads(count)
+        for result, expected in zip(cases.as_tuple(run(*arguments)), whole, strict=True):
+            assert torch.equal(result, expected), count
+    for i in range(3):
+        part = [v[i : i + 1] if isinstance(v, Tensor) and v.shape[0] == 3 else v
+                for v in arguments]  # fmt: skip
+        for result, expected in zip(cases.as_tuple(run(*part)), whole, strict=True):
+            assert torch.equal(result[0], expected[i])
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-3, 1.0])
+def test_eps_is_the_one_that_is_given(isa: str, eps: float) -> None:
+    """Rows of little variance: mean 0 and 1/16² by construction, so that eps decides."""
+    x = (torch.tensor([1.0, -1.0]).repeat(24) / 16).expand(1, 3, 48).contiguous()
+    zero = torch.zeros(1, 48)
+    expected = x.double() / (1 / 256 + eps) ** 0.5
+    codes, scales = native.layernorm_modulate_quantize(x, zero, zero, eps)
+    for normed in (
+        native.layernorm_modulate(x, zero, zero, eps),
+        native.gate_residual_layernorm_modulate(x, x, zero, zero, zero, eps)[1],
+        codes * scales.unsqueeze(-1),  # the greatest value has the code ±127
+    ):
+        torch.testing.assert_close(normed.double(), expected, rtol=1e-5, atol=0)
+
+
+@ALL_DTYPES
+def test_the_norm_reads_the_rounded_residual_and_so_do_its_codes(
+    isa: str, dtype: torch.dtype
+) -> None:
+    x, y, gate, shift, scale = cases.row_inputs(2, 19, 384, dtype)
+    residual, normed = native.gate_residual_layernorm_modulate(x, y, gate, shift, scale, EPS)
+    assert torch.equal(residual, native.gate_residual(x, y, gate))
+    assert torch.equal(normed, native.layernorm_modulate(residual, shift, scale, EPS))
+    for codes_dtype in (torch.int8, torch.uint8):
+        expected = native.layernorm_modulate_quantize(residual, shift, scale, EPS, codes_dtype)
+        own = x.clone()
+        found = native.gate_residual_layernorm_modulate_quantize(
+            own, y, gate, shift, scale, EPS, codes_dtype,
+            out=(own, *(torch.empty_like(v) for v in expected)),
+        )  # fmt: skip
+        assert found[0] is own
+        for a, b in zip(found, (residual, *expected), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_codes_of_zeros_and_of_values_that_are_not_finite(isa: str) -> None:
+    x = torch.zeros(5, 40)
+    x[1, 7], x[2, 3], x[3, 39] = torch.nan, torch.inf, -torch.inf
+    x[4, 0] = 2
+    codes, scales = native.quantize_rows(x)
+    assert not codes[:3].any()
+    assert torch.equal(codes[4], torch.tensor([127] + [0] * 39, dtype=torch.int8))
+    _, expected = reference.quantize_rows(x, torch.int8)
+    torch.testing.assert_close(scales, expected, equal_nan=True)
+
+
+# GELU alone and beside codes
+
+
+def exact_gelu(x: Tensor) -> Tensor:
+    return F.gelu(x.double(), approximate="tanh")
+
+
+@ALL_DTYPES
+def test_gelu_is_as_exact_as_torchs_for_small_and_great_numbers(
+    isa: str, dtype: torch.dtype
+) -> None:
+    x = torch.linspace(-12, 12, 24 * 1024).to(dtype)
+    actual, expected = native.gelu(x), reference.gelu(x)
+    for here in torch.arange(24 * 1024).split(1024):  # each part has a scale of its own
+        exact = exact_gelu(x[here])
+        if (exact != 0).any() and not torch.equal(actual[here], expected[here]):
+            assert_close_to_reference(actual[here], exact, same_dtype=expected[here])
+    if dtype == torch.float32:  # to the last places
+        x = torch.rand(1 << 16, generator=torch.Generator().manual_seed(0)) * 20
+        assert (native.gelu(x).double() / exact_gelu(x) - 1).abs().max() < 4 * 2**-24
+
+
+@ALL_DTYPES
+def test_a_tail_rounds_as_whole_vectors_do(isa: str, dtype: torch.dtype) -> None:
+    x = cases.random(80, dtype=dtype) * 3
+    whole = native.gelu(x)
+    for count in range(1, 80):
+        assert torch.equal(native.gelu(x[:count].clone()), whole[:count]), count
+        assert torch.equal(native.gelu(x[count:]), whole[count:]), count
+
+
+@pytest.mark.parametrize("bias_dtype", DTYPES)
+def test_bias_gelu(isa: str, bias_dtype: torch.dtype) -> None:
+    bias = cases.random(45, seed=1, dtype=bias_dtype)
+    for dtype, out_dtype in [(torch.float32, out) for out in DTYPES] + [(t, t) for t in DTYPES[1:]]:
+        x = cases.random(3, 7, 45, dtype=dtype) * 3
+        same = F.gelu(x.float() + bias.float(), approximate="tanh").to(out_dtype)
+        actual = native.bias_gelu(x, bias, out_dtype)
+        assert actual.dtype == out_dtype
+        exact = exact_gelu(x.double() + bias.double())
+        assert_close_to_reference(actual, exact, same_dtype=same)
+        if dtype == out_dtype:
+            assert native.bias_gelu(x, bias, out=x) is x and torch.equal(x, actual)
+
+
+@ALL_DTYPES
+def test_gelu_quantize(isa: str, dtype: torch.dtype) -> None:
+    for d in (36, 4608):  # half a vector of AVX2 left; XL's hidden layer
+        x, bias = cases.random(2, 5, d, dtype=dtype) * 2, cases.random(d, seed=1)
+        for given in (None, bias, bias.to(dtype)):
+            exact = exact_gelu(x.double() if given is None else x.double() + given.double())
+            codes, scales = native.gelu_quantize(x, given)
+            unsigned, again = native.gelu_quantize(x, given, torch.uint8)
+            assert torch.equal(scales, again)
+            assert torch.equal(codes.int() + 128, unsigned.int())
+            steps = exact.abs().amax(-1) / 127
+            torch.testing.assert_close(scales.double(), steps, rtol=1e-4, atol=0)
+            # bfloat16's quick exponential is good to 1 in 10⁴.
+            assert (codes.double() - exact / scales.double().unsqueeze(-1)).abs().max() <= 0.51
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@ALL_DTYPES
+def test_dequantize_the_product_of_codes(isa: str, dtype: torch.dtype, gelu: bool) -> None:
+    for cols in (36, 1152):
+        generator = torch.Generator().manual_seed(cols)
+        left = torch.randint(0, 256, (9, 64), generator=generator)  # codes + 128
+        right = torch.randint(-127, 128, (64, cols), generator=generator)
+        rows = torch.rand(9, generator=generator) / 1000
+        columns = torch.rand(cols, generator=generator) / 100
+        bias = torch.randn(cols, generator=generator)
+        acc, offset = (left @ right).int(), (128 * right.sum(0)).int()
+        exact = ((left - 128) @ right).double() * rows.double()[:, None] * columns.double()
+        exact = exact_gelu(exact + bias.double()) if gelu else exact + bias.double()
+        for given in (acc, acc.float()):
+            actual = native.dequantize_rows(
+                given, rows, bias, gelu, col_scales=columns, col_offset=offset, dtype=dtype
+            )
+            assert actual.dtype == dtype
+            if dtype == torch.float32:
+                assert_close_to_reference(actual, exact, tolerance=5e-7)
+            else:
+                assert_close_to_reference(actual, exact, same_dtype=exact.to(dtype))
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@ALL_DTYPES
+def test_dequantize_in_place(isa: str, dtype: torch.dtype, gelu: bool) -> None:
+    x, scales = cases.random(6, 45, dtype=dtype), cases.random(6, seed=1).abs()
+    bias = cases.random(45, dtype=dtype, seed=2)
+    exact = x.double() * scales.double()[:, None] + bias.double()
+    same = x.float() * scales[:, None] + bias.float()
+    if gelu:
+        exact, same = exact_gelu(exact), F.gelu(same, approximate="tanh")
+    assert native.dequantize_rows(x, scales, bias, gelu, out=x) is x
+    assert_close_to_reference(x, exact, same_dtype=same.to(dtype))
+
+
+# Group norm, guidance and the embedding
+
+
+@ALL_DTYPES
+def test_group_norm_without_silu(isa: str, dtype: torch.dtype) -> None:
+    x, weight, bias = cases.images((2, 36, 33, 31), dtype), *cases.random(2, 36, seed=2)
+    actual = native.groupnorm_silu(x, 4, weight, bias, EPS, silu=False)
+    exact = F.group_norm(x.double(), 4, weight.double(), bias.double(), EPS)
+    same = F.group_norm(x.float(), 4, weight, bias, EPS).to(dtype)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    assert_close_to_reference(actual, exact, same_dtype=same)
+
+
+def test_group_norm_of_a_mean_far_above_the_deviation(isa: str) -> None:
+    x, weight, bias = cases.images((1, 32, 64, 64), torch.float32, 1000.0), *cases.random(2, 32)
+    exact = reference.groupnorm_silu(x.double(), 8, weight.double(), bias.double(), EPS)
+    actual = native.groupnorm_silu(x, 8, weight, bias, EPS)
+    same = reference.groupnorm_silu(x, 8, weight, bias, EPS)
+    assert_close_to_reference(actual, exact, same_dtype=same)
+    assert_close_to_reference(actual, exact, tolerance=1e-4)
+
+
+def test_an_image_at_scale_1_has_the_bits_of_one_without_guidance(isa: str) -> None:
+    """without + 1 · (with − without) would round, and make NaN of a half that is not finite."""
+    tokens, *rest = cases.step_inputs(2, 8, 2, True, False, torch.float32)  # scales 4 and 1
+    tokens[3] *= 1e4  # where the rounding shows
+    tokens[3, 0] = torch.inf
+    guided = native.guided_step(tokens, *rest, 4, 2)
+    alone = native.guided_step(tokens[:2].contiguous(), *rest, 4, 2)
+    for with_guidance, without in zip(guided, alone, strict=True):
+        assert torch.equal(with_guidance[1], without[1])
+        assert not torch.equal(with_guidance[0], without[0])
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize(
+    ("p", "c", "s", "d"),
+    [(2, 4, 16, 384), (4, 3, 12, 36), (8, 4, 16, 1152)],  # S/2; half a vector left; XL/8
+)
+def test_embed(isa: str, dtype: torch.dtype, p: int, c: int, s: int, d: int) -> None:
+    z, kernel = cases.random(3, c, s, s), cases.random(d, c, p, p, seed=1)
+    bias, positions = cases.random(d, seed=2), cases.random((s // p) ** 2, d, seed=3)
+    weight = kernel.flatten(1).t().contiguous()
+    wide = F.conv2d(z.double(), kernel.double(), bias.double(), stride=p)
+    exact = wide.flatten(2).transpose(1, 2) + positions
+    out = torch.empty(exact.shape, dtype=dtype)
+    assert native.embed(z, weight, bias, positions, p, out=out) is out
+    step = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    assert ((out.double() - exact).abs() <= step * exact.abs() + 1e-4).all()

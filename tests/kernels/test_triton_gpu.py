@@ -1,0 +1,103 @@
+"""The launchers on a GPU: full sizes, against float64, and inside a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import cases
+import pytest
+import torch
+from cases import DTYPES, as_tuple, moved
+from numerics import assert_close_to_reference, exact_float32
+from test_triton_operators import FP8, launcher
+from torch import Tensor
+
+from dit_kernels import reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+HAS_TMA = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+VARIANTS = {name: name for name in cases.CASES} | {"attention_tma": "attention"}
+
+
+@pytest.fixture(autouse=True)
+def _exact_products() -> Iterator[None]:
+    with exact_float32():
+        yield
+
+
+def _require(variant: str, dtype: torch.dtype) -> None:
+    if variant == "attention_tma" and not (HAS_TMA and dtype != torch.float32):
+        pytest.skip("descriptors need compute capability 9.0 and half precision")
+
+
+def run_on_gpu(variant: str):
+    def run(*arguments: object) -> tuple[Tensor, ...]:
+        results = launcher(variant)(*moved(arguments, "cuda"))
+        return tuple(result.cpu() for result in as_tuple(results))
+
+    return run
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_case(variant: str, dtype: torch.dtype) -> None:
+    _require(variant, dtype)
+    cases.check(run_on_gpu(variant), VARIANTS[variant], dtype)
+
+
+FULL_SIZES = {
+    "layernorm_modulate": (4, 1024, 1152),  # XL at 512 pixels
+    "attention": (16, 1024, 16, 72),  # the same, with enough images for tiles of 128 queries
+    "groupnorm_silu": (2, 128, 256, 256),  # the decoder's largest images
+    "gelu": (2, 256, 4608),  # XL's hidden layer
+}
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("operator", FULL_SIZES)
+def test_full_sizes(operator: str, dtype: torch.dtype) -> None:
+    sizes = FULL_SIZES[operator]
+    if operator == "layernorm_modulate":
+        x, _, _, shift, scale = cases.row_inputs(*sizes, dtype)
+        arguments = [x, shift, scale, cases.EPS]
+    elif operator == "attention":
+        arguments = [cases.qkv_of(*sizes, dtype), sizes[2]]
+    elif operator == "groupnorm_silu":
+        affine = cases.random(2, sizes[1], dtype=dtype, seed=2)
+        arguments = [cases.images(sizes, dtype), 32, *affine, cases.EPS]
+    else:
+        arguments = [cases.random(*sizes, dtype=dtype)]
+    arguments = moved(arguments, "cuda")
+    for variant in (v for v, o in VARIANTS.items() if o == operator):
+        if variant == "attention_tma" and not (HAS_TMA and dtype != torch.float32):
+            continue
+        exact, same = cases.definitions(operator, arguments)
+        assert_close_to_reference(launcher(variant)(*arguments), exact[0], same_dtype=same[0])
+
+
+@pytest.mark.parametrize("codes", [torch.int8, FP8])
+def test_quantize_rows_gives_the_references_codes(codes: torch.dtype) -> None:
+    if codes == FP8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("float8 needs compute capability 8.9")
+    x = cases.random(4, 37, 1152, dtype=torch.bfloat16)
+    actual, expected = run_on_gpu("quantize_rows")(x, codes), reference.quantize_rows(x, codes)
+    assert torch.equal(actual[0].float(), expected[0].float())
+    assert torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_capture_in_a_graph(variant: str) -> None:
+    _require(variant, torch.bfloat16)
+    arguments = moved(next(cases.CASES[VARIANTS[variant]](torch.bfloat16)).arguments, "cuda")
+    expected = launcher(variant)(*arguments)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = launcher(variant)(*arguments)
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(captured, expected, rtol=0, atol=0)

@@ -1,0 +1,179 @@
+"""The Triton kernels in Triton's interpreter, against float64."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+from unittest.mock import patch
+
+import cases
+import pytest
+import torch
+from cases import DTYPES, EPS, as_tuple, qkv_of
+from numerics import assert_close_to_reference
+from triton_workers import interpreted
+
+import dit_kernels
+from dit_kernels import reference
+
+FP8 = torch.float8_e4m3fn
+ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+def launcher(operator: str) -> Any:
+    return getattr(import_module(f"dit_kernels.triton.{operator}"), operator)
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("operator", cases.CASES)
+@interpreted
+def test_every_case_and_an_empty_batch(operator: str, dtype: torch.dtype) -> None:
+    cases.check(launcher(operator), operator, dtype, large=False)
+    cases.check_empty(launcher(operator), operator, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@interpreted
+def test_every_case_of_attention_by_tensor_descriptors(dtype: torch.dtype) -> None:
+    cases.check(launcher("attention_tma"), "attention", dtype, large=False)
+    cases.check_empty(launcher("attention_tma"), "attention", dtype)
+    if dtype == torch.float16:
+        cases.check_special(launcher("attention_tma"), "attention", dtype)
+
+
+@pytest.mark.parametrize(
+    "operator", [o for o in cases.CASES if not o.endswith(("ize", "ize_rows"))]
+)
+@interpreted
+def test_values_that_are_not_finite(operator: str) -> None:
+    cases.check_special(launcher(operator), operator, torch.float16)
+
+
+@pytest.mark.parametrize("operator", cases.OVERWRITTEN)
+@interpreted
+def test_results_over_arguments(operator: str) -> None:
+    cases.check_given_memory(launcher(operator), operator, torch.float32, torch.clone)
+
+
+@interpreted
+def test_results_in_other_memory() -> None:
+    x, _, _, shift, scale = cases.row_inputs(2, 5, 96, torch.float32)
+    qkv = qkv_of(1, 16, 1, 64, torch.float16)
+    out = torch.empty(2, 5, 96, dtype=torch.int8), torch.empty(2, 5)
+    for operator, arguments, into in (
+        ("quantize_rows", (x, torch.int8), out),
+        ("layernorm_modulate_quantize", (x, shift, scale, EPS, torch.int8), out),
+        ("attention", (qkv, 1), qkv.new_empty(1, 16, 64)),
+        ("attention_tma", (qkv, 1), qkv.new_empty(1, 16, 64)),
+    ):
+        expected = as_tuple(launcher(operator)(*arguments))
+        results = as_tuple(launcher(operator)(*arguments, out=into))
+        for result, given, value in zip(results, as_tuple(into), expected, strict=True):
+            assert result is given and torch.equal(result, value)
+
+
+@ALL_DTYPES
+@interpreted
+def test_codes_of_float8(dtype: torch.dtype) -> None:
+    for width in (384, 1152):
+        x, _, _, shift, scale = cases.row_inputs(2, 3, width, dtype)
+        x[0, 0] = 0
+        rows, expected = launcher("quantize_rows")(x, FP8), reference.quantize_rows(x, FP8)
+        assert torch.equal(rows[0].float(), expected[0].float())
+        assert torch.equal(rows[1], expected[1])
+        arguments = (x, shift, scale, EPS)
+        codes, scales = launcher("layernorm_modulate_quantize")(*arguments, FP8)
+        same, same_scales = reference.layernorm_modulate_quantize(*arguments, FP8)
+        torch.testing.assert_close(scales, same_scales, rtol=1e-6, atol=0)
+        # A value that lies at the border of two codes may fall to either side.
+        assert (codes.double() != same.double()).double().mean() < 1e-3
+        wide = (x.double(), shift.double(), scale.double(), EPS)
+        assert_close_to_reference(
+            codes.double() * scales.double()[..., None],
+            reference.layernorm_modulate(*wide),
+            same_dtype=same.double() * same_scales.double()[..., None],
+        )
+
+
+@interpreted
+def test_codes_of_halves_and_of_values_that_are_not_finite() -> None:
+    run = launcher("quantize_rows")
+    codes, scales = run(
+        torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5, -127.0]]), torch.int8
+    )
+    assert codes.tolist() == [[127, 0, 2, 2, 0, -2, 126, -127]] and scales.tolist() == [1.0]
+    x = cases.random(4, 384)
+    x[0, 3], x[1, 300], x[2, 5] = torch.nan, torch.inf, -torch.inf
+    for dtype in (torch.int8, FP8):
+        actual, expected = run(x, dtype), reference.quantize_rows(x, dtype)
+        for (a, a_scale), (b, b_scale) in ((actual, expected),):
+            torch.testing.assert_close(a_scale, b_scale, equal_nan=True)
+            torch.testing.assert_close(
+                a.double() * a_scale[:, None], b.double() * b_scale[:, None], equal_nan=True
+            )
+
+
+@interpreted
+def test_group_norm_in_several_tiles_per_chunk_and_far_from_zero() -> None:
+    affine = cases.random(2, 128, seed=2)
+    with patch("dit_kernels.triton.groupnorm_silu._CHUNKS", 3):
+        x = cases.images((1, 128, 19, 17), torch.float32)
+        exact = reference.groupnorm_silu(x.double(), 32, *affine.double(), EPS)
+        same = reference.groupnorm_silu(x, 32, *affine, EPS)
+        run = launcher("groupnorm_silu")
+        assert_close_to_reference(run(x, 32, *affine, EPS), exact, same_dtype=same)
+    far = cases.images((1, 32, 16, 16), torch.float32, 1000.0)
+    exact = reference.groupnorm_silu(far.double(), 8, *affine[:, :32].double(), EPS)
+    same = reference.groupnorm_silu(far, 8, *affine[:, :32], EPS)
+    actual = run(far, 8, *affine[:, :32], EPS)
+    assert_close_to_reference(actual, exact, same_dtype=same)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+
+
+@interpreted
+def test_attention_of_large_scores_and_of_keys_that_are_impossible_at_first() -> None:
+    qkv = cases.random(1, 40, 3 * 64, dtype=torch.float16)
+    qkv[..., :128] *= 30
+    impossible = torch.ones(1, 70, 3, 1, 64, dtype=torch.float16)
+    impossible[:, :65, 1] = float("-inf")
+    impossible = impossible.view(1, 70, -1)
+    same = reference.attention(qkv, 1)
+    for variant in ("attention", "attention_tma"):
+        run = launcher(variant)
+        exact = reference.attention(qkv.double(), 1)
+        assert_close_to_reference(run(qkv, 1), exact, same_dtype=same)
+        assert run(impossible, 1).isnan().equal(reference.attention(impossible, 1).isnan())
+
+
+@interpreted
+def test_the_descriptor_variant_by_its_public_name() -> None:
+    qkv = qkv_of(2, 37, 2, 72, torch.bfloat16)
+    found = dit_kernels.attention(qkv, 2, impl="triton-tma")
+    assert torch.equal(found, launcher("attention_tma")(qkv, 2))
+    misaligned = torch.zeros(16 * 192 + 1, dtype=torch.float16)[1:].view(1, 16, 192)
+    for bad, message in (
+        (torch.zeros(1, 16, 192), r"dtype torch\.float32"),
+        (misaligned, "multiple of 16 bytes"),
+    ):
+        with pytest.raises(dit_kernels.Unavailable, match=f"^impl 'triton-tma': .*{message}"):
+            dit_kernels.attention(bad, 1, impl="triton-tma")
+
+
+@interpreted
+def test_tiles_follow_the_number_of_programs() -> None:
+    from dit_kernels.triton.attention import attention_tiles
+
+    few, many = (attention_tiles(256, n * 16, 72, torch.bfloat16, 9, 132) for n in (2, 16))
+    assert (few.queries, many.queries) == (64, 128)
+    assert few.keys == many.keys  # so that an image's rounding does not depend on its batch
+    assert attention_tiles(16, 8, 32, torch.bfloat16, 9, 132).queries == 16
+
+
+@interpreted
+def test_float8_is_refused_by_an_old_gpu() -> None:
+    from dit_kernels.triton.quantize_rows import check_codes_on
+
+    with patch("torch.cuda.get_device_capability", return_value=(8, 6)):
+        check_codes_on(torch.device("cuda"), torch.int8)
+        with pytest.raises(ValueError, match=r"8\.9 or later, cuda has 8\.6"):
+            check_codes_on(torch.device("cuda"), FP8)

@@ -181,6 +181,8 @@ def test_rows_of_a_request() -> None:
         ({"sampler": np.array([b"\xff"], object)}, r"sampler: text b'\\xff' is not UTF-8"),
         ({"sampler": np.array([3], object)}, "sampler holds 3; text is needed"),
         ({"sampler": np.array([3])}, "sampler holds int64; texts are needed"),
+        ({"sampler": np.array(["euler"])}, "sampler 'euler': choose one of ddpm"),
+        ({"label_names": np.array(["bee"])}, "give one of labels .numbers. and label_names"),
         ({"latents": np.zeros((1, 1))}, "input 'latents' is unknown; known are labels, "),
     ],
 )
@@ -188,6 +190,12 @@ def test_rows_that_are_refused(changes: dict[str, np.ndarray], message: str) -> 
     good = {"labels": np.array([3]), "seeds": np.array([5])}
     with pytest.raises(ValueError, match=f"^{message}"):
         parse_rows(good | changes, FACTS)
+
+
+def test_rows_without_labels_or_seeds() -> None:
+    for given, message in (("seeds", "give one of labels"), ("labels", "seeds is missing")):
+        with pytest.raises(ValueError, match=message):
+            parse_rows({given: np.array([3])}, FACTS)
 
 
 CPU, GPU = 0, 1

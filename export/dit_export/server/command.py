@@ -70,14 +70,9 @@ def _write(arguments: argparse.Namespace) -> int:
     from dit_export.server.configuration import ServingOptions
     from dit_export.server.repository import check_dtypes, check_free, write_repository
 
-    options = ServingOptions(
-        platform=arguments.platform,
-        accelerator=arguments.accelerator,
-        max_batch_size=arguments.max_batch_size,
-        instances=arguments.instances,
-        pipelines=arguments.pipelines,
-        queue_delay_us=arguments.queue_delay,
-    ).checked()
+    names = ("platform", "accelerator", "max_batch_size", "instances", "pipelines")
+    given = {name: getattr(arguments, name) for name in names}
+    options = ServingOptions(**given, queue_delay_us=arguments.queue_delay).checked()
     if options.platform == "tensorrt":
         if None in (arguments.onnx, arguments.engines):
             raise ValueError(
@@ -88,20 +83,14 @@ def _write(arguments: argparse.Namespace) -> int:
         refuse(arguments, ["engines"], "are for --platform tensorrt")
     path: Path = arguments.output
     check_free(path, arguments.overwrite)
-    write = partial(
-        write_repository,
-        directory=path,
-        options=options,
-        engines=arguments.engines,
-        overwrite=arguments.overwrite,
-    )
+    more = {"engines": arguments.engines, "overwrite": arguments.overwrite}
     if arguments.onnx is not None:
-        write(given_export(arguments))
+        write_repository(given_export(arguments), path, options, **more)
     else:
         check_dtypes([arguments.dtype], options)
         export = _own_export(arguments)
         with scratch_beside(path) as folder:
-            write(export(folder / "onnx"), move=True)
+            write_repository(export(folder / "onnx"), path, options, **more, move=True)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     command = f"dit-export triton --serve {shlex.quote(str(path))}"
     say(printable(f"4 models, {size / 2**20:.1f} MiB → {path} ({command})"))
@@ -123,14 +112,8 @@ def _own_export(arguments: argparse.Namespace) -> Callable[[Path], Bundle]:
     source = load_source(arguments)
     if source.vae is None:
         raise ValueError(f"{arguments.model}: has no VAE; give one with --vae")
-    return partial(
-        export_onnx,
-        source.model,
-        options=options,
-        vae=source.vae,
-        label_names=source.label_names,
-        report=say,
-    )
+    model, vae, names = source.model, source.vae, source.label_names
+    return partial(export_onnx, model, options=options, vae=vae, label_names=names, report=say)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -150,6 +133,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     check_marker(arguments.serve)
     server = find_server(arguments.server)
     ports = (arguments.http_port, arguments.grpc_port, arguments.metrics_port)
+    options = (arguments.host, ports, arguments.ready_timeout)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -158,15 +142,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     try:
         with (
             _last_lines(arguments.verbose) as log,
-            running_server(
-                arguments.serve,
-                server,
-                arguments.host,
-                ports,
-                arguments.ready_timeout,
-                log,
-                arguments.trust,
-            ) as running,
+            running_server(arguments.serve, server, *options, log, arguments.trust) as running,
         ):
             say(f"ready: http {running.http}, gRPC {running.grpc}, metrics {running.metrics}")
             client = printable(shlex.quote(str(arguments.serve / "client.py")))

@@ -53,29 +53,18 @@ docker run --rm --gpus all --shm-size 1g -p 127.0.0.1:8000:8000 -p 127.0.0.1:800
     --grpc-header-forward-pattern='(?i)user-agent'
 ```
 
-Take release 26.07 or later: earlier ones have vulnerabilities with which a request can end the
-server (CVE-2025-23310) or run code in it (CVE-2025-23319). {needs}
+Take release 26.07 or later: with earlier ones a request can end the server (CVE-2025-23310) or run
+code in it (CVE-2025-23319). {needs}
 
 The options close endpoints that no client needs, and let `dit` refuse requests from web pages and
 all requests to /generate. A page can still have the other models run. If clients address the server
 by a name, add `-e DIT_SERVER_NAMES=<name>`. Whoever can reach the ports can ask for images.
 
-Without a container, to try it on your own machine (Linux on x86-64, Python 3.10 to 3.12; the graphs
-run on the CPU):
-
-```
-python -m venv .venv-server
-.venv-server/bin/pip install --no-deps nvidia-pytriton==0.7.0 numpy==1.26.4 \\
-    onnxruntime flatbuffers packaging protobuf
-dit-export triton --serve . --server .venv-server
-```
-
-That server is Triton 2.51, which anyone who can reach it can end with one request. Without
-`--server`, the `tritonserver` on PATH is taken.
-
-`--serve` refuses a repository with other code than its version of DiT Engine writes. A server that
-you start yourself, and `client.py`, run the code that is here: if you do not trust its source, read
-`client.py`, `dit/1` and every `config.pbtxt` first, or write the repository again from the export.
+`dit-export triton --serve .` starts a server on your own machine without a container. It takes the
+`tritonserver` on PATH, or the one that `--server` names, and refuses a repository with other code
+than its version of DiT Engine writes. A server that you start yourself, and `client.py`, run the
+code that is here: if you do not trust its source, read `client.py`, `dit/1` and every
+`config.pbtxt` first, or write the repository again from the export.
 
 ## Ask it
 
@@ -86,11 +75,11 @@ python client.py localhost:8000 images.png 50 {example}     # 50 steps, seeds 0,
 
 `Engine.generate(..., backend="triton://localhost:8000", precision="{dtype}")` runs the sampling
 loop in your process and the transformer on the server; `triton://grpc+localhost:8001` uses gRPC.
-The server's state: `localhost:8000/v2/health/ready`, `localhost:8000/v2/models/dit/stats`, and
+State and metrics: `localhost:8000/v2/health/ready`, `localhost:8000/v2/models/dit/stats`,
 `localhost:8002/metrics`.
 
-`dit_guided_step` takes one step of any sampler, for sampling loops of your own: docs/serving.md of
-DiT Engine says how.
+docs/serving.md of DiT Engine says how to install a `tritonserver` in a virtual environment, and how
+to write a sampling loop of your own around `dit_guided_step`.
 """
 _ONNX_NEEDS = """\
 Its onnxruntime must know ONNX opset {opset} (1.23 knows 23; the release notes name the version).

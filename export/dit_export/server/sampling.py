@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,7 @@ class _Run:
         self.z = self.generator.randn(shape)  # (C, S, S)
         self.x0 = self.zeros = np.zeros(shape, dtype=np.float32)
 
-    def inputs(self, step: int) -> dict[str, np.ndarray]:
+    def inputs(self, step: int) -> dict[str, Any]:
         # As in `Engine.generate`, noise is drawn only for the steps that add it.
         drawn = self.coefficients[step, 8] != 0
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -23,6 +24,8 @@ from dit_engine.training.loop import (
 )
 from dit_engine.training.stopping import Stopped, signals_noted
 
+Watch = Callable[[Trainer, nn.Module], None]
+
 
 def regression(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
     x = torch.randn(16, 3, generator=generator)
@@ -30,103 +33,90 @@ def regression(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor
     return {"loss": error}
 
 
-def trainer(directory: Path, steps: int, **options: object) -> Trainer:
+def trainer(
+    directory: Path, steps: int, watch: Watch | None = None, seen: list | None = None,
+    **options: object,
+) -> Trainer:  # fmt: skip
+    """watch: called before each step's loss, which is put into seen."""
     torch.manual_seed(0)
-    settings = LoopSettings(Budget(steps=steps), 0.1, warmup_steps=5, ema_decay=0.9, **options)
-    return Trainer(nn.Linear(3, 1), regression, settings, directory)
+    options = {"warmup_steps": 5, "ema_decay": 0.9} | options
+    settings = LoopSettings(Budget(steps=steps), 0.1, **options)
+
+    def loss(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        if watch is not None:
+            watch(run, model)
+        found = regression(model, generator)
+        if seen is not None:
+            seen.append(float(found["loss"].detach()))
+        return found
+
+    run = Trainer(nn.Linear(3, 1), loss, settings, directory)
+    return run
 
 
-def test_learns_a_linear_map_and_logs_it(tmp_path: Path) -> None:
-    model = trainer(tmp_path, 300).run("test")
+def rows_of(directory: Path) -> list[list[str]]:
+    return [row.split(",") for row in (directory / "log.csv").read_text().splitlines()]
+
+
+def test_it_learns_a_linear_map_and_keeps_the_last_losses(tmp_path: Path) -> None:
+    seen: list[float] = []
+    assert read_stage(tmp_path) is None
+    model = trainer(tmp_path, 320, seen=seen).run("test")
     assert torch.allclose(model.weight, torch.tensor([[1.0, -2.0, 3.0]]), atol=1e-2)
-    rows = (tmp_path / "log.csv").read_text().splitlines()
-    assert rows[0] == "step,seconds,lr,loss" and len(rows) == 1 + 300 // 50
-    assert float(rows[-1].split(",")[3]) < 1e-2 < float(rows[1].split(",")[3])
+    rows = rows_of(tmp_path)
+    assert rows[0] == ["step", "seconds", "lr", "loss"] and len(rows) == 1 + 320 // 50
+    assert float(rows[-1][3]) < 1e-2 < float(rows[1][3])
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    stage = read_stage(tmp_path)
+    assert stage.step == 320 and stage.seconds > 0
+    assert stage.losses == {"loss": pytest.approx(sum(seen[-50:]) / 50)}
+    assert trainer(tmp_path, 320).losses == stage.losses
 
 
-def test_a_killed_run_resumes_as_if_never_stopped(tmp_path: Path) -> None:
-    whole = trainer(tmp_path / "whole", 120).run("whole")
-
-    class Killed(Exception):
-        pass
-
-    stopped = trainer(tmp_path / "killed", 120, save_seconds=0.0)
-    losses = stopped.loss
-
-    def fail_at_70(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        if stopped.step == 70:
-            raise Killed
-        return losses(model, generator)
-
-    stopped.loss = fail_at_70
-    with pytest.raises(Killed):
-        stopped.run("killed")
-    resumed = trainer(tmp_path / "killed", 120)
-    assert resumed.step == 70  # saved after every step
-    model = resumed.run("resumed")
-    assert torch.equal(model.weight, whole.weight) and torch.equal(model.bias, whole.bias)
-    steps = [row.split(",")[0] for row in (tmp_path / "killed/log.csv").read_text().splitlines()]
-    assert steps == ["step", "50", "100"]
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    trainer(tmp_path, 10).run("test")
-    path = tmp_path / CHECKPOINT
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"last\.pt is damaged: remove it"):
-        trainer(tmp_path, 20)
-
-
-def test_checkpoints_load_without_running_code(tmp_path: Path) -> None:
-    trainer(tmp_path, 10).run("test")
-    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
-    assert state["step"] == 10 and set(state["ema"]) == {"weight", "bias"}
-
-
-def test_ema_is_the_weighted_mean_of_the_weights(tmp_path: Path) -> None:
-    seen: list[Tensor] = []
-    run = trainer(tmp_path, 40)
-    expected = run.model.weight.detach().clone()
-    losses = run.loss
-
-    def watch(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        seen.append(model.weight.detach().clone())
-        return losses(model, generator)
-
-    run.loss = watch
-    run.run("test")
-    final = torch.load(tmp_path / CHECKPOINT, weights_only=True)["model"]["weight"]
-    for step, weight in enumerate([*seen[1:], final], start=1):
-        decay = min(0.9, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * weight
-    assert torch.allclose(run.model.weight, expected, atol=1e-6)
-
-
-def test_learning_rate_warms_up_and_falls_to_zero(tmp_path: Path) -> None:
-    settings = LoopSettings(Budget(steps=200), 0.1, warmup_steps=80)
-    Trainer(nn.Linear(3, 1), regression, settings, tmp_path).run("test")
-    rows = (tmp_path / "log.csv").read_text().splitlines()[1:]
-    rates = {int(row.split(",")[0]): float(row.split(",")[2]) for row in rows}
+def test_the_learning_rate_warms_up_and_falls_to_zero(tmp_path: Path) -> None:
+    trainer(tmp_path, 200, warmup_steps=80).run("test")
+    rates = {int(row[0]): float(row[2]) for row in rows_of(tmp_path)[1:]}
     # The rate of the step before the row's, counted from 0: warm-up times what is left.
     assert rates[50] == pytest.approx(0.1 * 50 / 80 * (1 - 49 / 200), rel=1e-4)
     assert rates[200] == pytest.approx(0.1 * (1 - 199 / 200), rel=1e-4)
 
 
-def test_progress_of_both_kinds_of_budget() -> None:
-    assert Budget(steps=100).progress(25, 0.0) == 0.25
-    assert Budget(minutes=2.0).progress(5, 60.0) == 0.5
-    assert Budget(minutes=2.0).progress(5, 600.0) == 1.0
+def test_the_ema_is_the_weighted_mean_of_the_weights(tmp_path: Path) -> None:
+    weights: list[Tensor] = []
+    run = trainer(tmp_path, 40, lambda _, model: weights.append(model.weight.detach().clone()))
+    expected = run.model.weight.detach().clone()
+    run.run("test")
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)  # which runs no code
+    assert state["step"] == 40 and set(state["ema"]) == {"weight", "bias"}
+    for step, weight in enumerate([*weights[1:], state["model"]["weight"]], start=1):
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * weight
+    assert torch.allclose(run.model.weight, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("values", [{}, {"steps": 1, "minutes": 1.0}, {"steps": 0},
-                                    {"minutes": float("nan")}])  # fmt: skip
-def test_bad_budgets(values: dict) -> None:
-    with pytest.raises(ValueError, match=r"give exactly one|is not above 0"):
-        Budget(**values)
+def test_a_killed_run_resumes_as_if_never_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def fail_at_70(run: Trainer, _: nn.Module) -> None:
+        if run.step == 70:
+            raise Killed
+
+    whole = trainer(tmp_path / "whole", 120).run("whole")
+    # The curve is drawn at every checkpoint; here there is one after every step.
+    monkeypatch.setattr("dit_engine.training.loop.plot_losses", lambda *_: None)
+    with pytest.raises(Killed):
+        trainer(tmp_path / "killed", 120, fail_at_70, save_seconds=0.0).run("killed")
+    resumed = trainer(tmp_path / "killed", 120)
+    assert resumed.step == 70
+    model = resumed.run("resumed")
+    assert torch.equal(model.weight, whole.weight) and torch.equal(model.bias, whole.bias)
+    assert [row[0] for row in rows_of(tmp_path / "killed")] == ["step", "50", "100"]
 
 
-def test_a_checkpoint_that_breaks_off_leaves_the_one_before(
+def test_a_checkpoint_that_breaks_off_leaves_the_one_before_and_a_damaged_one_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trainer(tmp_path, 5)
@@ -136,11 +126,16 @@ def test_a_checkpoint_that_breaks_off_leaves_the_one_before(
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(torch, "save", half)
     run.step = 9
-    with pytest.raises(OSError, match="disk full"):
-        run.save()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half)
+        with pytest.raises(OSError, match="disk full"):
+            run.save()
     assert trainer(tmp_path, 5).step == 5
+    path = tmp_path / CHECKPOINT
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"last\.pt is damaged: remove it"):
+        trainer(tmp_path, 20)
 
 
 def test_every_step_draws_anew_by_seed_and_step(tmp_path: Path) -> None:
@@ -164,19 +159,14 @@ def test_every_step_draws_anew_by_seed_and_step(tmp_path: Path) -> None:
 def test_a_signal_saves_the_step_and_a_later_run_goes_on(
     tmp_path: Path, sent: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    def signal_at_17(run: Trainer, _: nn.Module) -> None:
+        if run.step == 17:
+            signal.raise_signal(sent)
+
     whole = trainer(tmp_path / "whole", 40).run("whole")
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    stopped = trainer(tmp_path / "stopped", 40)
-    losses = stopped.loss
-
-    def signal_at_17(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        if stopped.step == 17:
-            signal.raise_signal(sent)
-        return losses(model, generator)
-
-    stopped.loss = signal_at_17
     with pytest.raises(Stopped, match="test: stopped after 18 steps, saved") as caught:
-        stopped.run("test")
+        trainer(tmp_path / "stopped", 40, signal_at_17).run("test")
     assert caught.value.exit_code == 128 + sent and isinstance(caught.value, KeyboardInterrupt)
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     assert "test: stopping after this step (Ctrl-C again: at once)" in capfd.readouterr().err
@@ -200,39 +190,21 @@ def test_a_second_signal_would_end_the_program_and_ignored_ones_stay_ignored() -
         assert pool.submit(lambda: signals_noted("x").__enter__()()).result() == 0
 
 
-@pytest.mark.parametrize(
-    ("budget", "expected"),
-    [
+def test_budgets_and_their_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Budget(steps=100).progress(25, 0.0) == 0.25
+    assert Budget(minutes=2.0).progress(5, 60.0) == 0.5
+    assert Budget(minutes=2.0).progress(5, 600.0) == 1.0
+    for values in ({}, {"steps": 1, "minutes": 1.0}, {"steps": 0}, {"minutes": float("nan")}):
+        with pytest.raises(ValueError, match=r"give exactly one|is not above 0"):
+            Budget(**values)
+    for budget, expected in (
         (Budget(steps=200), r"test: step 50 of 200, 00:15 left, loss 0\.1250"),
         (Budget(minutes=2.0), r"test: step 50, 01:55 left, loss 0\.1250"),
         (Budget(minutes=0.05), r"test: step 50, 00:00 left, loss 0\.1250"),
-    ],
-)
-def test_the_line_tells_steps_time_left_and_the_loss(
-    budget: Budget, expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with closing(ProgressLine("test", budget)) as line:
-        line.show(50, 5.0, 0.125)
-    assert re.search(expected, capsys.readouterr().err)
-
-
-def test_the_last_losses_are_kept_with_the_checkpoint(tmp_path: Path) -> None:
-    run = trainer(tmp_path, 120)
-    assert read_stage(tmp_path) is None
-    seen: list[float] = []
-    losses = run.loss
-
-    def watch(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        found = losses(model, generator)
-        seen.append(float(found["loss"].detach()))
-        return found
-
-    run.loss = watch
-    run.run("test")
-    stage = read_stage(tmp_path)
-    assert stage.step == 120 and stage.seconds > 0
-    assert stage.losses == {"loss": pytest.approx(sum(seen[-50:]) / 50)}
-    assert trainer(tmp_path, 120).losses == stage.losses
+    ):
+        with closing(ProgressLine("test", budget)) as line:
+            line.show(50, 5.0, 0.125)
+        assert re.search(expected, capsys.readouterr().err)
 
 
 def test_an_empty_log_is_no_log(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dit_engine.training.data import ImageSet
 from dit_engine.training.dit_stage import forward_bf16, train_denoiser
 from dit_engine.training.loop import Budget, LoopSettings
-from dit_engine.training.vae_stage import train_decoder, vae_loss
+from dit_engine.training.vae_stage import normalise_latents, train_decoder, vae_loss
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 BAR = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))
@@ -69,17 +69,6 @@ def recorded(directory: Path, mean: float, deviation: float) -> tuple[Tensor, Te
     return x, t, y
 
 
-def test_a_tenth_of_the_labels_are_the_null_class(tmp_path: Path) -> None:
-    _, _, y = recorded(tmp_path, 0.0, 0.0)
-    share, deviation = (y == CLASSES).float().mean(), (0.1 * 0.9 / y.numel()) ** 0.5
-    assert abs(share - 0.1) < 4 * deviation
-    # The others are each of the classes alike, and which are dropped differs from step to step.
-    counts = torch.bincount(y.flatten(), minlength=CLASSES + 1)[:CLASSES] / y.numel()
-    p = 0.9 / CLASSES
-    assert (counts - p).abs().max() < 4.5 * (p * (1 - p) / y.numel()) ** 0.5
-    assert len({tuple(row.tolist()) for row in y == CLASSES}) == STEPS
-
-
 def assert_standard_and_new_at_every_step(draws: Tensor) -> None:
     """draws (steps, N, …): of N(0, 1), independent over steps and over the batch."""
     steps = draws.flatten(1)
@@ -91,8 +80,19 @@ def assert_standard_and_new_at_every_step(draws: Tensor) -> None:
         assert correlations.abs().max() < 6 * rows.shape[1] ** -0.5
 
 
-def test_noise_is_drawn_anew_at_every_step(tmp_path: Path) -> None:
-    x, t, _ = recorded(tmp_path, 0.0, 0.0)
+def test_labels_time_steps_and_noise_are_drawn_anew_at_every_step(tmp_path: Path) -> None:
+    x, t, y = recorded(tmp_path, 0.0, 0.0)
+    # A tenth of the labels are the null class.
+    share, deviation = (y == CLASSES).float().mean(), (0.1 * 0.9 / y.numel()) ** 0.5
+    assert abs(share - 0.1) < 4 * deviation
+    # The others are each of the classes alike, and which are dropped differs from step to step.
+    counts = torch.bincount(y.flatten(), minlength=CLASSES + 1)[:CLASSES] / y.numel()
+    p = 0.9 / CLASSES
+    assert (counts - p).abs().max() < 4.5 * (p * (1 - p) / y.numel()) ** 0.5
+    assert len({tuple(row.tolist()) for row in y == CLASSES}) == STEPS
+    counts = torch.histc(t.float(), 10, 0, 1000) / t.numel()
+    assert (counts - 0.1).abs().max() < 4.5 * (0.09 / t.numel()) ** 0.5
+    assert len({tuple(row.tolist()) for row in t}) == STEPS
     scale = (1 - torch.from_numpy(BAR)[t]).sqrt().float()
     assert_standard_and_new_at_every_step(x / scale[..., None, None, None])
 
@@ -104,13 +104,6 @@ def test_latents_are_drawn_anew_from_their_deviations_at_every_step(tmp_path: Pa
     clear = BAR[999] ** 0.5 * large  # the least share of x0 in x, in units of the noise
     assert clear > 50
     assert_standard_and_new_at_every_step(x0 / large - 3)
-
-
-def test_time_steps_are_uniform_and_differ(tmp_path: Path) -> None:
-    _, t, _ = recorded(tmp_path, 0.0, 0.0)
-    counts = torch.histc(t.float(), 10, 0, 1000) / t.numel()
-    assert (counts - 0.1).abs().max() < 4.5 * (0.09 / t.numel()) ** 0.5
-    assert len({tuple(row.tolist()) for row in t}) == STEPS
 
 
 def decoded(vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
@@ -150,3 +143,23 @@ def test_the_autoencoder_s_latents_are_drawn_from_what_it_encodes(
     for _ in range(12):
         vae_loss(vae, torch.zeros(16, 3, 8, 8), generator, 0.0)
     assert_standard_and_new_at_every_step((torch.stack(seen) - 3) / 2)
+
+
+def test_normalised_latents_have_unit_variance_and_decode_to_the_same_images() -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(VAEConfig(block_out_channels=(8, 8), norm_num_groups=4)).double().eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
+    data = ImageSet(pixels, np.zeros(64, int), ("noise",))
+    images = data.tensor(np.arange(64)).double()
+    with torch.no_grad():
+        mean, log_variance = vae.encode(images)
+        rebuilt = vae.decode(mean)
+        std = mean.std(dim=(0, 2, 3), keepdim=True)
+        vae.float()
+        normalise_latents(vae, data)
+        vae.double()
+        after, log_after = vae.encode(images)
+        assert torch.allclose(after.mean(dim=(0, 2, 3)), torch.zeros(4).double(), atol=1e-4)
+        assert torch.allclose(after.std(dim=(0, 2, 3)), torch.ones(4).double(), atol=1e-4)
+        assert torch.allclose(log_after, log_variance - 2 * std.log(), atol=1e-4)
+        assert torch.allclose(vae.decode(after), rebuilt, atol=1e-4)

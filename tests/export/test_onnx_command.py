@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import onnx
 import onnxruntime
 import pytest
 import torch
-from tiny import tiny_dit, tiny_vae
+from tiny import tiny_dit
 
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.config import ModelConfig
@@ -124,17 +123,14 @@ def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> Non
     assert stopped.value.code == 0 and "onnx" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_a_missing_package_names_the_extra(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch, package: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    def find_spec(name: str) -> ModuleSpec | None:
-        return None if name == package else ModuleSpec(name, None)
-
-    monkeypatch.setattr(files, "find_spec", find_spec)
-    message = failed(capsys, "onnx", "--model", source, "-o", tmp_path / "out")
-    assert message == f"{package} is not installed: pip install 'dit-engine[onnx]'"
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        monkeypatch.setattr(files, "find_spec", lambda name, gone=package: name != gone or None)
+        message = failed(capsys, "onnx", "--model", source, "-o", tmp_path / "out")
+        assert message == f"{package} is not installed: pip install 'dit-engine[onnx]'"
 
 
 def test_a_full_disk_halfway_leaves_nothing(
@@ -149,27 +145,24 @@ def test_a_full_disk_halfway_leaves_nothing(
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export_module, "save", full)
-    options = ExportOptions("fp32", graphs=("conditioner", "vae_decoder"))
+    options = ExportOptions("fp32", graphs=("conditioner", "denoiser"))
     with pytest.raises(OSError, match="No space left"):
-        export_onnx(tiny_dit(), tmp_path / "out", options, vae=tiny_vae())
+        export_onnx(tiny_dit(depth=1), tmp_path / "out", options)
     assert saved[0].parent != tmp_path / "out"  # it was written, elsewhere
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_of_something_else_is_refused_before_any_work(
+def test_what_cannot_be_written_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "photo.jpg").touch()
     monkeypatch.setattr(export_module, "to_onnx", lambda *_: pytest.fail("it began"))
-    with pytest.raises(ValueError, match=r"holds something else \(photo\.jpg\); nothing was"):
-        export_onnx(tiny_dit(), tmp_path, overwrite=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["photo.jpg"]
-
-
-def test_label_names_are_one_a_class(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^2 label names for 10 classes$"):
         export_onnx(tiny_dit(), tmp_path / "out", label_names=("ant", "bee"))
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(ValueError, match=r"holds something else \(photo\.jpg\); nothing was"):
+        export_onnx(tiny_dit(), tmp_path, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["photo.jpg"]
 
 
 def test_a_graph_that_computes_something_else_is_no_export(
@@ -221,17 +214,14 @@ def test_the_checker_finds_a_broken_file(tmp_path: Path) -> None:
         check(tmp_path / "broken.onnx", "broken")
 
 
-@pytest.mark.parametrize(
-    ("dtype", "target", "opset", "inside", "vae"),
-    [
+def test_defaults() -> None:
+    for dtype, target, opset, inside, vae in (
         ("fp32", "onnxruntime", 23, "fp32", "fp32"),
         ("fp32", "tensorrt", 20, "fp32", "fp32"),
         ("fp16", "tensorrt", 23, "fp16", "fp32"),
         ("bf16", "openvino", 23, "bf16", "bf16"),
         ("int8", "onnxruntime", 23, "fp32", "fp32"),
         ("fp8", "tensorrt", 23, "fp16", "fp32"),
-    ],
-)
-def test_defaults(dtype: str, target: str, opset: int, inside: str, vae: str) -> None:
-    assert choose_opset(dtype, target) == opset
-    assert (float_dtype(dtype, target), vae_dtype(dtype, target)) == (inside, vae)
+    ):
+        assert choose_opset(dtype, target) == opset
+        assert (float_dtype(dtype, target), vae_dtype(dtype, target)) == (inside, vae)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from dit_engine._version import __version__
+from dit_engine.arguments import choice
 from dit_engine.console.parser import Parser
 from dit_engine.console.run import entry, output_is_a_file, run_command
 
@@ -38,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(0)
 
     def command() -> int:
-        if name not in _COMMANDS:
-            raise ValueError(f"command {name!r}: choose one of {', '.join(_COMMANDS)}")
-        module_name, line = _COMMANDS[name]
+        module_name, line = _COMMANDS[choice("command", name, _COMMANDS)]
         module = import_module(module_name)
 
         def parser() -> Parser:

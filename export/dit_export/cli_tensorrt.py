@@ -6,11 +6,12 @@ import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
+from dit_engine.arguments import choice
 from dit_engine.io.directories import scratch_beside
 from dit_engine.io.printable import say
 from dit_export.bundle import Bundle
 from dit_export.source import Source, add_source_arguments, given_export, load_source, refuse
-from dit_export.targets import DTYPES, GRAPHS, VAE_GRAPH, check_choice
+from dit_export.targets import DTYPES, GRAPHS, VAE_GRAPH
 from dit_export.tensorrt.installed import FLAVOURS, choose_flavour
 from dit_export.tensorrt.profiles import parse_profiles
 
@@ -39,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     parse_profiles(arguments.batch or [DEFAULT_BATCH], arguments.size)  # before anything is loaded
-    check_choice("dtype", arguments.dtype, DTYPES)
+    choice("dtype", arguments.dtype, DTYPES)
     for graph in arguments.graphs or ():
-        check_choice("graph", graph, GRAPHS)
+        choice("graph", graph, GRAPHS)
     if arguments.output.exists() and not arguments.output.is_dir():
         raise NotADirectoryError(f"{arguments.output} is a file; a directory is needed")
     flavour = choose_flavour(arguments.flavour)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from dit_engine.arguments import choice
+
 TRANSFORMER_GRAPHS = ("transformer", "guided_step", "conditioner", "denoiser")
 QUANTIZED_GRAPHS = ("transformer", "guided_step", "denoiser")
 """The graphs with linear layers over tokens, which are what int8 and fp8 quantise."""
@@ -23,11 +25,6 @@ HIGHEST_OPSET = 25
 # bfloat16 convolutions came with 22, half-precision scales of QuantizeLinear with 19, and 18 is
 # where torch's exporter starts.
 _LOWEST = {"fp32": 18, "fp16": 18, "bf16": 22, "int8": 19, "fp8": 19}
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} {value!r}: choose one of {', '.join(allowed)}")
 
 
 def float_dtype(dtype: str, target: str) -> str:
@@ -51,8 +48,8 @@ def choose_opset(dtype: str, target: str, opset: int | None = None) -> int:
 
     Raises ValueError, which names the allowed range.
     """
-    check_choice("dtype", dtype, DTYPES)
-    check_choice("target", target, TARGETS)
+    choice("dtype", dtype, DTYPES)
+    choice("target", target, TARGETS)
     lowest, highest = _LOWEST[dtype], HIGHEST_OPSET
     if target == "tensorrt" and float_dtype(dtype, target) == "fp32":
         highest = 20  # TensorRT has no float32 kernel for the Attention operator

@@ -4,6 +4,7 @@ The backends for onnxruntime and TensorRT differ only in how they run a graph.""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from dit_export.onnx.graphs import modulation_width
 GRAPHS = ("conditioner", "denoiser")
 
 
+@dataclass
 class GraphPair:
     """The two graphs as functions. It is the `Conditions` of a `ModulationTable`.
 
@@ -25,17 +27,14 @@ class GraphPair:
             contiguous float32 on ``device``.
     """
 
-    dtype = torch.float32
+    config: ModelConfig
+    device: torch.device
+    conditioner: Callable[[Tensor, Tensor], Tensor]
+    denoiser: Callable[[Tensor, Tensor], Tensor]
+    dtype: torch.dtype = torch.float32
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        device: torch.device,
-        conditioner: Callable[[Tensor, Tensor], Tensor],
-        denoiser: Callable[[Tensor, Tensor], Tensor],
-    ) -> None:
-        self.config, self.device, self.width = config, device, modulation_width(config)
-        self.conditioner, self.denoiser = conditioner, denoiser
+    def __post_init__(self) -> None:
+        self.width = modulation_width(self.config)
 
     def embed(self, timesteps: Tensor) -> Tensor:
         """The time steps as they are: the conditioner embeds them."""

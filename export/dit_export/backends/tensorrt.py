@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dit_engine.arguments import choice
 from dit_engine.backends import Backend, Denoiser
 from dit_engine.config import ModelConfig
 from dit_engine.errors import BackendUnavailable
@@ -66,10 +67,7 @@ class Settings:
         if rebuild not in ("0", "1"):
             raise ValueError(f"DIT_TENSORRT_REBUILD {rebuild!r}: 0 or 1")
         flavour = environment.get("DIT_TENSORRT_FLAVOUR", "auto")
-        if flavour not in FLAVOURS:
-            raise ValueError(
-                f"DIT_TENSORRT_FLAVOUR {flavour!r}: choose one of {', '.join(FLAVOURS)}"
-            )
+        choice("DIT_TENSORRT_FLAVOUR", flavour, FLAVOURS)
         return cls(flavour, profiles, int(streams), rebuild == "1")
 
 
@@ -101,15 +99,15 @@ class TensorRTBackend(Backend):
             engines = given_engines(model, precision, Path(address), flavour, gpu)
         cuda = torch.device("cuda", index)
         with torch.cuda.device(cuda):  # engines are loaded onto the current one
-            pools = [
+            conditioner, denoiser = (
                 SessionPool(
                     LoadedEngine(engines[graph], flavour, gpu),
                     lambda: TorchMemory(cuda),
                     settings.streams,
                 )
                 for graph in GRAPHS
-            ]
-        self._pair = engine_pair(model.config, *pools, device)
+            )
+        self._pair = engine_pair(model.config, conditioner, denoiser, device)
 
     def prepare(self, labels: Tensor, timesteps: Tensor) -> Denoiser:
         return self._pair.prepare(labels, timesteps)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dit_engine._version import __version__
+from dit_engine.arguments import choice
 from dit_engine.io.directories import check_destination, new_directory
 from dit_engine.model import DiT
 from dit_engine.runtime import neutral
@@ -33,15 +34,12 @@ from dit_export.onnx.quantization import Quantization
 from dit_export.onnx.verify import verify_graph
 from dit_export.source import model_name, weights_hash
 from dit_export.targets import (
-    DTYPES,
     FLOATS,
     GRAPHS,
     QUANTIZED,
     QUANTIZED_GRAPHS,
-    TARGETS,
     TRANSFORMER_GRAPHS,
     VAE_GRAPH,
-    check_choice,
     choose_opset,
     float_dtype,
     vae_dtype,
@@ -80,15 +78,13 @@ class ExportOptions:
 
     def checked(self) -> ExportOptions:
         """Itself, or a ValueError that names the first option out of its range."""
-        check_choice("dtype", self.dtype, DTYPES)
-        check_choice("target", self.target, TARGETS)
         choose_opset(self.dtype, self.target, self.opset)
-        for graph in self.graphs or ():
-            check_choice("graph", graph, GRAPHS)
         if self.graphs == ():
             raise ValueError(f"no graphs: choose some of {', '.join(GRAPHS)}")
+        for graph in self.graphs or ():
+            choice("graph", graph, GRAPHS)
         if self.vae_dtype is not None:
-            check_choice("vae_dtype", self.vae_dtype, tuple(FLOATS))
+            choice("vae_dtype", self.vae_dtype, FLOATS)
         choose_opset(self.vae_dtype or vae_dtype(self.dtype, self.target), self.target, self.opset)
         if not 0 <= self.external_data_mib < 2048:
             raise ValueError(
@@ -173,21 +169,17 @@ def _graphs(options: ExportOptions, model: DiT, vae: AutoencoderKL | None) -> tu
     return tuple(g for g in GRAPHS if g in (asked or GRAPHS) and g not in impossible)
 
 
+@dataclass
 class _Writer:
     """Writes one graph after the other, so that the memory of one is free before the next."""
 
-    def __init__(
-        self,
-        directory: Path,
-        model: DiT,
-        vae: AutoencoderKL | None,
-        options: ExportOptions,
-        facts: dict[str, Any],
-        report: Report,
-    ) -> None:
-        self.directory, self.model, self.vae = directory, model, vae
-        self.options, self.facts, self.report = options, facts, report
-        self.quantization: Quantization | None = None
+    directory: Path
+    model: DiT
+    vae: AutoencoderKL | None
+    options: ExportOptions
+    facts: dict[str, Any]
+    report: Report
+    quantization: Quantization | None = None
 
     def write(self, names: tuple[str, ...]) -> list[Graph]:
         options, dtype = self.options, FLOATS[self.facts["float_dtype"]]

@@ -141,7 +141,7 @@ class QuantizedLinear(nn.Module):
         def operator(name: str, inputs: str, value: Tensor, dtype: torch.dtype, **axis: int):
             quantisation = [getattr(self, f"{inputs}_{kind}") for kind in ("scale", "zero_point")]
             return torch.onnx.ops.symbolic(
-                name, (value, *quantisation), axis, dtype=dtype, shape=value.shape
+                name, (value, *quantisation), {**axis}, dtype=dtype, shape=value.shape
             )
 
         codes = operator("QuantizeLinear", "input", x, self.get_buffer("input_zero_point").dtype)

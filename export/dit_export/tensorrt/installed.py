@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from dit_engine.arguments import choice
 from dit_engine.current_directory import python
 from dit_engine.errors import BackendUnavailable
 
@@ -98,10 +99,8 @@ def choose_flavour(name: str = "auto") -> Flavour:
         ImportError: one line: it is not installed (with the extra that installs it), is too old,
             or its import fails, aborts or hangs.
     """
-    if name not in FLAVOURS:
-        raise ValueError(f"flavour {name!r}: choose one of {', '.join(FLAVOURS)}")
     reasons = []
-    for flavour in _FLAVOURS if name == "auto" else (name,):
+    for flavour in _FLAVOURS if choice("flavour", name, FLAVOURS) == "auto" else (name,):
         module, extra, lowest = _FLAVOURS[flavour]
         if importlib.util.find_spec(module) is None:
             reasons.append(f"{module} is not installed: pip install 'dit-engine[{extra}]'")

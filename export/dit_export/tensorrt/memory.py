@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dit_engine.arguments import choice
 from dit_engine.backends.capture import capture_graph, one_capture
 
 MEMORIES = ("cuda-core", "pycuda")
@@ -55,9 +56,8 @@ def make_memory(name: str, device: int = 0) -> Memory:
 
     Raises ValueError for an unknown name and ImportError, which names the extra.
     """
-    if name not in MEMORIES:
-        raise ValueError(f"memory {name!r}: choose one of {', '.join(MEMORIES)}")
-    return CudaCoreMemory(device) if name == "cuda-core" else PycudaMemory(device)
+    kind = CudaCoreMemory if choice("memory", name, MEMORIES) == "cuda-core" else PycudaMemory
+    return kind(device)
 
 
 @dataclass

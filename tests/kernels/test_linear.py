@@ -1,0 +1,216 @@
+"""Linear layers: of the library, with packed weights, and in int8 and fp8."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import random
+from numerics import relative_error
+from products import has_int8, require_int8
+from torch import Tensor
+
+import dit_kernels
+from dit_kernels import PackedLinear, QuantizedLinear, Unavailable, quantized, reference
+from dit_kernels.cpu import product
+from dit_kernels.quantized import FP8, Quantizer, _Separate, quantizer
+
+N, T, D, M = 2, 5, 64, 24
+WEIGHT, BIAS = random(M, D, seed=1), random(M, seed=2)
+X, Y, GATE, SHIFT, SCALE = cases.row_inputs(N, T, D, torch.float32)
+WITH_GELU = pytest.mark.parametrize("gelu", [False, True])
+
+
+def gelu_if(gelu: bool, x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh") if gelu else x
+
+
+@WITH_GELU
+def test_against_float64(gelu: bool) -> None:
+    run = dit_kernels.linear_gelu if gelu else dit_kernels.linear
+    packed = PackedLinear(WEIGHT, BIAS)
+    expected = gelu_if(gelu, F.linear(X.double(), WEIGHT.double(), BIAS.double()))
+    into = torch.empty(N, T, M)
+    for out in (run(X, WEIGHT, BIAS), run(X, WEIGHT, BIAS, impl="reference"), packed(X, gelu),
+                packed(X, gelu, out=into)):  # fmt: skip
+        assert relative_error(out, expected) < 2e-6
+    assert relative_error(into, expected) < 2e-6
+    with pytest.raises(Unavailable, match="products of unpacked weights stay with the library"):
+        run(X, WEIGHT, BIAS, impl="native")
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@WITH_GELU
+def test_gradients(gelu: bool, which: int) -> None:
+    arguments = [v.clone() for v in (X, WEIGHT, BIAS)]
+    arguments[which].requires_grad_()
+    run = dit_kernels.linear_gelu if gelu else dit_kernels.linear
+    got, expected = (
+        torch.autograd.grad(run(*arguments, impl=impl).square().sum(), arguments[which])[0]
+        for impl in ("auto", "reference")
+    )
+    assert relative_error(got, expected) < 1e-5
+    with pytest.raises(Unavailable, match="PackedLinear has no backward pass"):
+        PackedLinear(WEIGHT, BIAS)(X.clone().requires_grad_(), gelu)
+
+
+def test_a_weight_that_is_a_transpose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its contiguous copy must live until it is packed."""
+    call = product.call
+
+    def after_others_took_what_is_free(*arguments: object) -> None:
+        taken = [torch.full((64, 2048), torch.nan) for _ in range(4)]
+        call(*arguments)  # type: ignore[arg-type]
+        del taken
+
+    monkeypatch.setattr(product, "call", after_others_took_what_is_free)
+    x, weight, bias = random(3, 64), random(64, 2048, seed=1), random(2048, seed=2)
+    expected = F.linear(x.double(), weight.double().t(), bias.double())
+    assert relative_error(PackedLinear(weight.t(), bias)(x), expected) < 1e-6
+    require_int8()
+    codes = reference.quantize_rows(x, torch.int8)
+    layers = [QuantizedLinear(w, bias, "int8", torch.float32)
+              for w in (weight.t(), weight.t().contiguous())]  # fmt: skip
+    assert torch.equal(layers[0](*codes), layers[1](*codes))
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own_product", "library"])
+@WITH_GELU
+def test_torch_compile_takes_the_linears_whole(
+    gelu: bool, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not own:
+        monkeypatch.setattr(product, "why_not", lambda _: "another processor")
+    elif (reason := product.why_not(torch.float32)) is not None:
+        pytest.skip(reason)
+    packed = PackedLinear(WEIGHT, BIAS)
+    calls: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
+        (dit_kernels.linear_gelu if gelu else dit_kernels.linear, (X, WEIGHT, BIAS)),
+        (lambda h: packed(h, gelu), (X,)),
+    ]
+    if has_int8():
+        layer = QuantizedLinear(WEIGHT, BIAS, "int8", torch.float32)
+        calls.append((lambda c, s: layer(c, s, gelu), reference.quantize_rows(X, torch.int8)))
+    for run, arguments in calls:
+        compiled = torch.compile(run, backend="eager", fullgraph=True)
+        assert relative_error(compiled(*arguments), run(*arguments)) < 1e-5
+
+
+@WITH_GELU
+def test_int8_equals_its_own_codes_multiplied_exactly(gelu: bool) -> None:
+    require_int8()
+    layer = QuantizedLinear(WEIGHT, BIAS, "int8", torch.float32)
+    (a, a_scales), (w, w_scales) = (reference.quantize_rows(v, torch.int8) for v in (X, WEIGHT))
+    exact = (a.double() @ w.double().T) * a_scales.double()[..., None] * w_scales.double()
+    expected = gelu_if(gelu, exact + BIAS.double()).view(-1, M)
+    out = layer(a, a_scales, gelu)
+    assert relative_error(out, expected) < 1e-5
+    codes, scales = quantizer("int8", torch.device("cpu")).rows(X)
+    # A code may differ by one where the quotient is a tie; a wrong scale would show.
+    assert relative_error(layer(codes, scales, gelu), expected) < 2e-3
+    assert torch.equal(out, layer((a.int() + 128).to(torch.uint8), a_scales, gelu))
+    assert torch.equal(out, layer(a.repeat(1, 1, 2)[..., :D], a_scales, gelu))  # rows apart
+    into = torch.empty_like(out)
+    layer(a, a_scales, gelu, out=into)
+    assert torch.equal(out, into)
+
+
+@WITH_GELU
+def test_fp8_by_torchs_own_operator(monkeypatch: pytest.MonkeyPatch, gelu: bool) -> None:
+    """The call that CUDA gets; the CPU has the operator, too, without any speed."""
+    monkeypatch.setattr(quantized, "quantized_why_not", lambda *_: None)
+    x, weight, bias = random(3, 5, 48), random(48, 32, seed=1).t(), random(32, seed=2)
+    layer = QuantizedLinear(weight, bias, "fp8", torch.bfloat16)
+    (a, a_scales), (w, w_scales) = (reference.quantize_rows(v, FP8) for v in (x, weight))
+    exact = (a.double() @ w.double().T) * a_scales.double()[..., None] * w_scales.double()
+    exact = gelu_if(gelu, exact + bias.bfloat16().double())
+    assert relative_error(layer(a, a_scales, gelu).view(3, 5, 32), exact) < 2**-7
+
+
+BAD_LAYERS: list[tuple[tuple[int, int], str, torch.dtype, str]] = [
+    ((32, 48), "int4", torch.float32, r"^kind 'int4': choose one of int8, fp8$"),
+    ((32, 48), "int8", torch.float16, r"^dtype torch.float16: results of 'int8' are float32, bf"),
+    ((32, 48), "fp8", torch.float32, r"^dtype torch.float32: results of 'fp8' are bfloat16$"),
+    ((32, 48), "fp8", torch.float16, r"^dtype torch.float16: results of 'fp8' are bfloat16$"),
+    ((32, 40), "fp8", torch.bfloat16, r"^weight has shape .*; 'fp8' needs multiples of 16$"),
+    ((40, 32), "fp8", torch.bfloat16, r"^weight has shape .*; 'fp8' needs multiples of 16$"),
+    ((32, 0), "int8", torch.bfloat16, r"^weight has shape \(32, 0\); \(M, K\) with K > 0"),
+]
+
+
+def test_what_layers_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Unavailable, match=r"^fp8 products are for CUDA"):
+        QuantizedLinear(WEIGHT, BIAS, "fp8", torch.bfloat16)
+    with pytest.raises(ValueError, match=r"^bias has shape \(3,\); \(24,\) is needed$"):
+        PackedLinear(WEIGHT, BIAS[:3])
+    with pytest.raises(ValueError, match=r"^x is torch.float32 \(2, 3\) on cpu; .* \(…, 64\)"):
+        PackedLinear(WEIGHT, BIAS)(random(2, 3))
+    monkeypatch.setattr(quantized, "quantized_why_not", lambda *_: None)
+    for shape, kind, dtype, message in BAD_LAYERS:
+        with pytest.raises(ValueError, match=message):
+            QuantizedLinear(random(*shape), random(shape[0]), kind, dtype)
+
+
+def test_what_a_quantized_layer_refuses_of_its_codes() -> None:
+    require_int8()
+    layer = QuantizedLinear(WEIGHT, BIAS, "int8", torch.float32)
+    codes, scales = dit_kernels.layernorm_modulate_quantize(X, SHIFT, SCALE)
+    expected = F.linear(reference.layernorm_modulate(X, SHIFT, SCALE, 1e-6), WEIGHT, BIAS)
+    assert relative_error(layer(codes, scales).view(N, T, M), expected) < 0.02
+    for bad, message in (
+        ((codes[..., :8], scales), r"codes are torch\.int8 \(2, 5, 8\) on cpu; int8 \(…, 64\)"),
+        ((codes.float(), scales), "codes are torch.float32"),
+        ((codes, scales[:, :1]), r"scales are torch\.float32 \(2, 1\) on cpu; float32 \(2, 5\)"),
+        ((codes, scales.double()), "scales are torch.float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(*bad)
+
+
+SATURATING = """
+import torch, dit_kernels
+weight = torch.ones(8, 256)
+try:
+    layer = dit_kernels.QuantizedLinear(weight, torch.zeros(8), "int8", torch.float32)
+    codes, scales = dit_kernels.layernorm_modulate_quantize(
+        torch.randn(1, 4, 256), torch.ones(1, 256), torch.full((1, 256), -1.0))
+    print(layer(codes, scales)[0, 0].item())
+except dit_kernels.Unavailable as reason:
+    print(reason)
+"""
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "DEFAULT"])
+def test_int8_is_exact_or_refused_whatever_onednn_has(isa: str) -> None:
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa, "DIT_KERNELS_ISA": "avx2"}
+    done = subprocess.run([sys.executable, "-c", SATURATING], env=environment,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    said = done.stdout.strip()
+    assert said == (
+        "int8 products need a processor with VNNI or AMX: oneDNN's sums saturate here"
+    ) or float(said) == pytest.approx(256, rel=1e-4), done.stderr
+
+
+@pytest.mark.parametrize("make", [quantizer, _Separate], ids=["chosen", "separate"])
+def test_a_quantizer_gives_the_codes_of_the_unrounded_norm(
+    make: Callable[[str, torch.device], Quantizer],
+) -> None:
+    quantize = make("int8", torch.device("cpu"))
+    norm: tuple[Any, ...] = (SHIFT, SCALE, 1e-6)
+    residual = X + GATE[:, None] * Y
+    x = X.clone()
+    for (codes, scales), operator, arguments in (
+        (quantize.rows(X), "quantize_rows", (X,)),
+        (quantize.norm(X, *norm), "layernorm_modulate_quantize", (X, *norm)),
+        (quantize.gated_norm(x, Y, GATE, *norm), "layernorm_modulate_quantize", (residual, *norm)),
+    ):
+        assert codes.dtype == torch.uint8 and scales.shape == (N, T)
+        cases.check_codes(operator, arguments, (codes, scales))
+    assert relative_error(x, residual) < 1e-6  # in place

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any, Literal
 
 from dit_engine.sampling.diffusion import PUBLISHED_DIFFUSION, Diffusion
@@ -83,25 +84,30 @@ class ModelConfig:
         if not isinstance(self.diffusion, Diffusion):
             raise ValueError(f"diffusion {self.diffusion!r} is no Diffusion")
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """T, tokens of one image."""
         return (self.input_size // self.patch_size) ** 2
 
-    @property
+    @cached_property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, S, S) of the latents of one image."""
+        return self.in_channels, self.input_size, self.input_size
+
+    @cached_property
     def mlp_hidden_size(self) -> int:
         return int(self.hidden_size * self.mlp_ratio)
 
-    @property
+    @cached_property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
-    @property
+    @cached_property
     def label_rows(self) -> int:
         """Rows of the label table."""
         return self.num_classes + self.has_null_class
 
-    @property
+    @cached_property
     def null_class(self) -> int:
         """Label of the unconditional class: one past the last. Raises ValueError without one."""
         if not self.has_null_class:

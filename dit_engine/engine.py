@@ -22,13 +22,7 @@ from dit_engine.labels import check_names
 from dit_engine.model import DiT
 from dit_engine.plan import Plan, make_plan
 from dit_engine.results import Generation, Progress
-from dit_engine.runtime import (
-    in_halves,
-    limited_threads,
-    neutral,
-    parse_device,
-    survive_forks,
-)
+from dit_engine.runtime import in_halves, limited_threads, neutral, parse_device, survive_forks
 from dit_engine.sampling.loop import sample
 from dit_engine.vae import AutoencoderKL
 

@@ -3,34 +3,35 @@ model, made once before anything runs."""
 
 from __future__ import annotations
 
-import hashlib
-import secrets
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from dit_engine.arguments import choice, real_number, sequence, shown, whole_number
+from dit_engine.arguments import (
+    choice,
+    dimensions,
+    real_number,
+    sequence,
+    shown,
+    whole_number,
+)
 from dit_engine.backends import PRECISIONS, resolve_backend
 from dit_engine.config import NO_NULL_CLASS, ModelConfig
 from dit_engine.labels import resolve_labels
-from dit_engine.results import Generation, sign
+from dit_engine.results import Generation, digests, sign
 from dit_engine.sampling.coefficients import clipping, step_coefficients
-from dit_engine.sampling.guidance import (
-    check_channels,
-    in_interval,
-    parse_interval,
-    parse_scales,
-)
-from dit_engine.sampling.noise import given_noise
+from dit_engine.sampling.noise import given_noise, resolve_seeds
 from dit_engine.sampling.samplers import SAMPLERS
 from dit_engine.sampling.schedule import SPACINGS, Schedule, make_schedule
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 NOISES = ("per-image", "official")
-_SEED_LIMIT = 2**63
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +82,6 @@ class Plan:
         return self.inside & bool((self.scales != 1).any())
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, S, S) of the latents of one image."""
-        return self.config.in_channels, self.config.input_size, self.config.input_size
-
-    @property
     def splittable(self) -> bool:
         """Whether the images may be made in several batches; "official" noise is one draw."""
         return self.noise != "official"
@@ -127,7 +123,7 @@ def make_plan(
     eta: float,
     guidance_scale: float | Sequence[float] | Tensor,
     guidance_channels: int | None,
-    guidance_interval: tuple[float, float] | None,
+    guidance_interval: Interval | None,
     seed: int | None,
     seeds: Sequence[int] | None,
     noise: str,
@@ -173,9 +169,8 @@ def make_plan(
         other = scales[scales != 1][0].item()
         raise ValueError(f"guidance_scale {other:g}: {NO_NULL_CLASS}; give guidance_scale 1")
     image_seeds = resolve_seeds(seed, seeds, n, noise)
-    shape = (config.in_channels, config.input_size, config.input_size)
-    latents = given_noise("latents", latents, (n, *shape))
-    step_noise = given_noise("step_noise", step_noise, (len(schedule), n, *shape))
+    latents = given_noise("latents", latents, (n, *config.latent_shape))
+    step_noise = given_noise("step_noise", step_noise, (len(schedule), n, *config.latent_shape))
     settings = {
         "sampler": sampler,
         "steps": len(schedule),
@@ -207,45 +202,9 @@ def make_plan(
         clip=clipping(sampler, schedule),
         latents=latents,
         step_noise=step_noise,
-        record=origin | settings | _digests(latents=latents, step_noise=step_noise),
+        record=origin | settings | digests(latents=latents, step_noise=step_noise),
         label_names=None if label_names is None else [label_names[i] for i in numbers],
     )
-
-
-def resolve_seeds(seed: int | None, seeds: Sequence[int] | None, n: int, noise: str) -> list[int]:
-    """One seed per image: ``seeds``, or seed, seed + 1, …, or from a random start."""
-    if seed is not None and seeds is not None:
-        raise ValueError(f"seed {shown(seed)} and seeds {shown(seeds)}: give one of the two")
-    if noise == "official":
-        if seeds is not None:
-            raise ValueError("noise 'official' has one generator for the batch: give seed")
-        return [_checked_seed("seed", 0 if seed is None else seed)] * n  # the reference's default
-    if seeds is None:
-        if (many := sequence(seed)) is not None:
-            raise ValueError(f"seed holds {len(many)} numbers: give them as seeds, one per image")
-        start = _checked_seed("seed", secrets.randbelow(2**31) if seed is None else seed)
-        if start + n > _SEED_LIMIT:
-            raise ValueError(
-                f"seed {start} counts up to {start + n - 1} for {n} labels; at most "
-                f"{_SEED_LIMIT - n} leaves one for each"
-            )
-        return [start + i for i in range(n)]
-    numbers = sequence(seeds)
-    if numbers is None:
-        raise ValueError(f"seeds {shown(seeds)} is not one number per label: give seed, or a list")
-    if len(numbers) != n:
-        found = f"{len(numbers)} number{'s' * (len(numbers) != 1)}"
-        needed = f"{n} label{'s' * (n != 1)}"
-        raise ValueError(f"seeds holds {found} for {needed}; one per label is needed")
-    return [_checked_seed("seeds:", each) for each in numbers]
-
-
-def _checked_seed(name: str, seed: Any) -> int:
-    number = whole_number(seed)
-    if number is None or not 0 <= number < _SEED_LIMIT:
-        allowed = f"a whole number from 0 to {_SEED_LIMIT - 1}"
-        raise ValueError(f"{name} {shown(seed)} is not {allowed}")
-    return number
 
 
 def _steps(steps: Any, most: int) -> int:
@@ -273,10 +232,73 @@ def _image_names(
     ]
 
 
-def _digests(**tensors: Tensor | None) -> dict[str, str]:
-    """SHA-256 of given tensors as float32, so that a record tells which ones were used."""
-    return {
-        f"{name}_sha256": hashlib.sha256(tensor.float().cpu().numpy().tobytes()).hexdigest()
-        for name, tensor in tensors.items()
-        if tensor is not None
-    }
+def in_interval(interval: Interval | None, sigmas: np.ndarray) -> np.ndarray:
+    """(steps,) bool: at which steps guidance is on, namely where low < σ ≤ high.
+
+    sigmas: (steps,) noise levels σ = √((1−ᾱ)/ᾱ), `Schedule.sigmas` (Kynkäänniemi et al. 2024,
+    arXiv 2404.07724). high may be infinite. None is at every step.
+    """
+    if interval is None:
+        return np.ones(len(sigmas), dtype=bool)
+    low, high = interval
+    return (sigmas > low) & (sigmas <= high)
+
+
+def parse_scales(guidance_scale: float | Sequence[float] | Tensor, n: int) -> Tensor:
+    """One scale, or one per image, as a float64 tensor (N,).
+
+    Raises ValueError: not finite, negative, or neither 1 nor ``n`` of them.
+    """
+    one, many = real_number(guidance_scale), sequence(guidance_scale)
+    numbers = [one] if many is None else [real_number(each) for each in many]
+    flat = (dimensions(guidance_scale) or 0) < 2
+    if flat and None in numbers:
+        raise ValueError(
+            f"guidance_scale {shown(guidance_scale)} is neither a number nor one number per image"
+        )
+    if not flat or (many is not None and len(numbers) != n):
+        shape = tuple(getattr(guidance_scale, "shape", (len(numbers),)))
+        raise ValueError(
+            f"guidance_scale of shape {shape} for {n} images: give one number, or one per image"
+        )
+    for number in numbers:
+        if number is None or not math.isfinite(number):
+            raise ValueError(f"guidance_scale {number} is not a finite number")
+        if number < 0:
+            raise ValueError(
+                f"guidance_scale {number} is negative: 0 and above are allowed, 1 is none"
+            )
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu").expand(n)
+
+
+def check_channels(channels: int | None, in_channels: int) -> int | None:
+    """``channels`` as an int, or None. Raises ValueError unless it is None or 1 … in_channels."""
+    if channels is None:
+        return None
+    number = whole_number(channels)
+    if number is None:
+        raise ValueError(
+            f"guidance_channels {shown(channels)} is not an integer from 1 to {in_channels}"
+        )
+    if not 1 <= number <= in_channels:
+        raise ValueError(
+            f"guidance_channels {shown(number)} is out of range: allowed is 1 to {in_channels}"
+        )
+    return number
+
+
+def parse_interval(interval: Interval) -> Interval:
+    """The two bounds as floats. Raises ValueError unless 0 ≤ low < high."""
+    bounds = [real_number(bound) for bound in sequence(interval) or ()]
+    low, high = bounds if len(bounds) == 2 else (None, None)
+    if low is None or high is None:
+        raise ValueError(f"guidance_interval {shown(interval)} is not a pair (low, high)")
+    if math.isnan(low) or math.isnan(high):
+        raise ValueError(f"guidance_interval ({low}, {high}) holds a NaN")
+    if low < 0 or high < 0:
+        raise ValueError(f"guidance_interval ({low}, {high}) is negative: sigma is at least 0")
+    if low >= high:
+        raise ValueError(
+            f"guidance_interval ({low}, {high}) is upside down: low must be below high"
+        )
+    return low, high

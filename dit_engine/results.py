@@ -3,6 +3,7 @@ again, and the files that hold both."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -137,6 +138,15 @@ def image_record(result: Generation, i: int) -> dict[str, Any]:
     if result.label_names is not None:
         record["label_name"] = result.label_names[i]
     return record | {"label": result.labels[i], "seed": seed, "index": i}
+
+
+def digests(**tensors: Tensor | None) -> dict[str, str]:
+    """SHA-256 of given tensors as float32, so that a record tells which ones were used."""
+    return {
+        f"{name}_sha256": hashlib.sha256(tensor.float().cpu().numpy().tobytes()).hexdigest()
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
 
 
 def as_read(record: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -121,22 +121,20 @@ class Diffusion:
             _check_number(f"trained_betas[{i}]", beta, 1.0)
         object.__setattr__(self, "trained_betas", tuple(betas))  # a list has no hash
 
-    @property
+    @cached_property
     def alphas_cumprod(self) -> np.ndarray:
         """ᾱ_t (N,) float64, t = 0 … N − 1; read-only."""
-        return _alphas_cumprod(self)
+        bars = np.cumprod(1.0 - _betas(self))
+        if self.zero_terminal_snr:
+            roots = np.sqrt(bars)
+            bars = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
+        bars.setflags(write=False)
+        return bars
 
     def spacing_for(self, sampler: str, spacing: str) -> str:
         """The spacing of `dit_engine.sampling.schedule` to use for ``spacing`` with ``sampler``."""
         asked = f"{sampler} {spacing}"
         return OWN_SPACINGS[asked] if asked == self.scheduler else spacing
-
-    def ddim_stride(self, steps: int, spacing: str) -> int | None:
-        """How many time steps each step of DDIMScheduler goes down, for spacings where it does not
-        end where the next step starts; else None."""
-        strided = ("ddim linspace", "ddim trailing")
-        own = any(self.scheduler == name and OWN_SPACINGS[name] == spacing for name in strided)
-        return self.num_train_steps // steps if own else None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Diffusion:
@@ -162,16 +160,6 @@ class Diffusion:
             digest = hashlib.sha256(json.dumps(betas).encode()).hexdigest()
             values["trained_betas_sha256"] = digest
         return values
-
-
-@lru_cache(maxsize=8)
-def _alphas_cumprod(diffusion: Diffusion) -> np.ndarray:
-    bars = np.cumprod(1.0 - _betas(diffusion))
-    if diffusion.zero_terminal_snr:
-        roots = np.sqrt(bars)
-        bars = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
-    bars.setflags(write=False)
-    return bars
 
 
 def _betas(diffusion: Diffusion) -> np.ndarray:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dit_engine.arguments import dimensions, real_number, sequence, shown, whole_number
 from dit_engine.sampling.samplers import Denoise
 
 OFFICIAL_CHANNELS = 3
@@ -60,76 +58,3 @@ def guided(
         return torch.cat([combined, cond[:, guided_channels:]], dim=1)
 
     return denoise
-
-
-def in_interval(interval: Interval | None, sigmas: np.ndarray) -> np.ndarray:
-    """(steps,) bool: at which steps guidance is on, namely where low < σ ≤ high.
-
-    sigmas: (steps,) noise levels σ = √((1−ᾱ)/ᾱ), `Schedule.sigmas` (Kynkäänniemi et al. 2024,
-    arXiv 2404.07724). high may be infinite. None is at every step.
-    """
-    if interval is None:
-        return np.ones(len(sigmas), dtype=bool)
-    low, high = interval
-    return (sigmas > low) & (sigmas <= high)
-
-
-def parse_scales(guidance_scale: float | Sequence[float] | Tensor, n: int) -> Tensor:
-    """One scale, or one per image, as a float64 tensor (N,).
-
-    Raises:
-        ValueError: not finite, negative, or neither 1 nor ``n`` of them.
-    """
-    one, many = real_number(guidance_scale), sequence(guidance_scale)
-    numbers = [one] if many is None else [real_number(each) for each in many]
-    flat = (dimensions(guidance_scale) or 0) < 2
-    if flat and None in numbers:
-        raise ValueError(
-            f"guidance_scale {shown(guidance_scale)} is neither a number nor one number per image"
-        )
-    if not flat or (many is not None and len(numbers) != n):
-        shape = tuple(getattr(guidance_scale, "shape", (len(numbers),)))
-        raise ValueError(
-            f"guidance_scale of shape {shape} for {n} images: give one number, or one per image"
-        )
-    for number in numbers:
-        if number is None or not math.isfinite(number):
-            raise ValueError(f"guidance_scale {number} is not a finite number")
-        if number < 0:
-            raise ValueError(
-                f"guidance_scale {number} is negative: 0 and above are allowed, 1 is none"
-            )
-    return torch.tensor(numbers, dtype=torch.float64, device="cpu").expand(n)
-
-
-def check_channels(channels: int | None, in_channels: int) -> int | None:
-    """``channels`` as an int, or None. Raises ValueError unless it is None or 1 … in_channels."""
-    if channels is None:
-        return None
-    number = whole_number(channels)
-    if number is None:
-        raise ValueError(
-            f"guidance_channels {shown(channels)} is not an integer from 1 to {in_channels}"
-        )
-    if not 1 <= number <= in_channels:
-        raise ValueError(
-            f"guidance_channels {shown(number)} is out of range: allowed is 1 to {in_channels}"
-        )
-    return number
-
-
-def parse_interval(interval: Interval) -> Interval:
-    """The two bounds as floats. Raises ValueError unless 0 ≤ low < high."""
-    bounds = [real_number(bound) for bound in sequence(interval) or ()]
-    low, high = bounds if len(bounds) == 2 else (None, None)
-    if low is None or high is None:
-        raise ValueError(f"guidance_interval {shown(interval)} is not a pair (low, high)")
-    if math.isnan(low) or math.isnan(high):
-        raise ValueError(f"guidance_interval ({low}, {high}) holds a NaN")
-    if low < 0 or high < 0:
-        raise ValueError(f"guidance_interval ({low}, {high}) is negative: sigma is at least 0")
-    if low >= high:
-        raise ValueError(
-            f"guidance_interval ({low}, {high}) is upside down: low must be below high"
-        )
-    return low, high

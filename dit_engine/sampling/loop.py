@@ -52,9 +52,9 @@ def sample(backend: Backend, plan: Plan, device: torch.device, report: Report) -
 def _noise(plan: Plan, device: torch.device) -> NoiseSource:
     if plan.noise == "official":
         guides = bool((plan.scales != 1).any())
-        drawn = OfficialNoise(plan.seeds[0], len(plan), guides, plan.shape, device)
+        drawn = OfficialNoise(plan.seeds[0], len(plan), guides, plan.config.latent_shape, device)
     else:
-        drawn = PerImageNoise(plan.seeds, plan.shape, device)
+        drawn = PerImageNoise(plan.seeds, plan.config.latent_shape, device)
     if plan.latents is None and plan.step_noise is None:
         return drawn
     return GivenNoise(plan.latents, plan.step_noise, drawn)

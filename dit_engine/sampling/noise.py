@@ -1,7 +1,8 @@
-"""Where a sampler's random numbers come from."""
+"""Where a sampler's random numbers come from: seeds, generators, given tensors."""
 
 from __future__ import annotations
 
+import secrets
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -10,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_engine.arguments import shown
+from dit_engine.arguments import sequence, shown, whole_number
 
+_SEED_LIMIT = 2**63
 AHEAD = 4
 """Draws that may be on their way to a GPU at once: so many steps the host works ahead of it."""
 
@@ -182,3 +184,39 @@ class GivenNoise:
             self._uploads = self._uploads or Uploads(drawn.shape, self.device)
             return self._uploads.send(lambda buffer: buffer.copy_(drawn))
         return drawn
+
+
+def resolve_seeds(seed: int | None, seeds: Sequence[int] | None, n: int, noise: str) -> list[int]:
+    """One seed per image: ``seeds``, or seed, seed + 1, …, or from a random start."""
+    if seed is not None and seeds is not None:
+        raise ValueError(f"seed {shown(seed)} and seeds {shown(seeds)}: give one of the two")
+    if noise == "official":
+        if seeds is not None:
+            raise ValueError("noise 'official' has one generator for the batch: give seed")
+        return [_checked_seed("seed", 0 if seed is None else seed)] * n  # the reference's default
+    if seeds is None:
+        if (many := sequence(seed)) is not None:
+            raise ValueError(f"seed holds {len(many)} numbers: give them as seeds, one per image")
+        start = _checked_seed("seed", secrets.randbelow(2**31) if seed is None else seed)
+        if start + n > _SEED_LIMIT:
+            raise ValueError(
+                f"seed {start} counts up to {start + n - 1} for {n} labels; at most "
+                f"{_SEED_LIMIT - n} leaves one for each"
+            )
+        return [start + i for i in range(n)]
+    numbers = sequence(seeds)
+    if numbers is None:
+        raise ValueError(f"seeds {shown(seeds)} is not one number per label: give seed, or a list")
+    if len(numbers) != n:
+        found = f"{len(numbers)} number{'s' * (len(numbers) != 1)}"
+        needed = f"{n} label{'s' * (n != 1)}"
+        raise ValueError(f"seeds holds {found} for {needed}; one per label is needed")
+    return [_checked_seed("seeds:", each) for each in numbers]
+
+
+def _checked_seed(name: str, seed: Any) -> int:
+    number = whole_number(seed)
+    if number is None or not 0 <= number < _SEED_LIMIT:
+        allowed = f"a whole number from 0 to {_SEED_LIMIT - 1}"
+        raise ValueError(f"{name} {shown(seed)} is not {allowed}")
+    return number

@@ -11,9 +11,10 @@ from functools import cached_property
 
 import numpy as np
 
-from dit_engine.sampling.diffusion import PUBLISHED_DIFFUSION, Diffusion
+from dit_engine.sampling.diffusion import OWN_SPACINGS, PUBLISHED_DIFFUSION, Diffusion
 
 SPACINGS = ("official", "ddim", "leading", "linspace", "trailing", "even", "solver-leading")
+STRIDED = ("ddim linspace", "ddim trailing")  # of `OWN_SPACINGS`
 SOLVER_LEAST_SIGNAL = 2.0**-24
 """ᾱ that dpm++ takes for 0, where λ has no value; that of diffusers' solvers."""
 
@@ -31,7 +32,8 @@ class Schedule:
         alphas_cumprod_prev: (steps,) ᾱ of the latent that step k yields; the last is exactly 1.
         betas: (steps,) 1 − ᾱ/ᾱ_prev, the betas of the respaced diffusion.
         diffusion: what it is a schedule of.
-        ddim_stride: see `Diffusion.ddim_stride`.
+        ddim_stride: how many time steps each step of ddim goes down, for spacings where it does not
+            end where the next step starts (`STRIDED`); else None.
     """
 
     timesteps: np.ndarray
@@ -156,8 +158,8 @@ def make_schedule(
             that the spacing cannot make.
     """
     schedule = schedule_from_timesteps(space_timesteps(steps, spacing, diffusion), diffusion)
-    stride = diffusion.ddim_stride(steps, spacing)
-    return schedule if stride is None else replace(schedule, ddim_stride=stride)
+    own = diffusion.scheduler in STRIDED and OWN_SPACINGS[diffusion.scheduler] == spacing
+    return replace(schedule, ddim_stride=diffusion.num_train_steps // steps) if own else schedule
 
 
 def schedule_from_timesteps(

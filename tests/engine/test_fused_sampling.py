@@ -8,8 +8,9 @@ import torch
 from numerics import relative_error
 from torch import Tensor
 
+from dit_engine.plan import in_interval
 from dit_engine.sampling.coefficients import step_coefficients, uses_noise
-from dit_engine.sampling.guidance import guided, in_interval
+from dit_engine.sampling.guidance import guided
 from dit_engine.sampling.loop import sample_fused
 from dit_engine.sampling.samplers import SAMPLERS
 from dit_engine.sampling.schedule import make_schedule

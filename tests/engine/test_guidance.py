@@ -11,12 +11,8 @@ import torch
 from tiny import tiny_engine
 from torch import Tensor
 
-from dit_engine.sampling.guidance import (
-    check_channels,
-    guided,
-    in_interval,
-    parse_scales,
-)
+from dit_engine.plan import check_channels, in_interval, parse_scales
+from dit_engine.sampling.guidance import guided
 from dit_engine.sampling.samplers import Denoise
 from dit_engine.sampling.schedule import make_schedule
 

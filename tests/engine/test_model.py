@@ -17,7 +17,8 @@ from vectors import Vectors
 
 from dit_engine.config import PUBLISHED, ModelConfig
 from dit_engine.model import DiT, position_embedding, timestep_embedding
-from dit_engine.sampling.guidance import guided, parse_scales
+from dit_engine.plan import parse_scales
+from dit_engine.sampling.guidance import guided
 
 
 def fit(vectors: Vectors, model: DiT) -> Tensor:

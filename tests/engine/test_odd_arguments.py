@@ -17,8 +17,8 @@ from tiny import tiny_dit, tiny_engine, tiny_vae
 
 from dit_engine import Engine, Generation
 from dit_engine.errors import NotFinite
+from dit_engine.plan import parse_scales
 from dit_engine.results import call_record
-from dit_engine.sampling.guidance import parse_scales
 
 Z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 NOISE = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(2))

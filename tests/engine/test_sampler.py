@@ -16,7 +16,8 @@ from vectors import Vectors
 
 import dit_engine.model
 from dit_engine.model import DiT
-from dit_engine.sampling.guidance import guided, parse_scales
+from dit_engine.plan import parse_scales
+from dit_engine.sampling.guidance import guided
 from dit_engine.sampling.samplers import SAMPLERS, ddim, ddpm, dpm_solver_pp
 from dit_engine.sampling.schedule import Schedule, make_schedule
 

@@ -26,7 +26,8 @@ from test_sampler import RUNS, sample
 from vectors import Vectors
 
 import dit_engine.sampling.samplers
-from dit_engine.sampling.guidance import guided, parse_scales
+from dit_engine.plan import parse_scales
+from dit_engine.sampling.guidance import guided
 
 # MKL's frequencies on Intel's processors with AVX-512, of which the first moves the vectors.
 THEIRS = frequencies_off() == [(13, 1), (44, 1), (119, 1)]

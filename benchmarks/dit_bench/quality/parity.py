@@ -41,7 +41,7 @@ from dit_engine.console.parser import (
 from dit_engine.console.run import INTERRUPTED
 from dit_engine.decode import to_uint8
 from dit_engine.errors import NotFinite
-from dit_engine.plan import resolve_seeds
+from dit_engine.sampling.noise import resolve_seeds
 
 if TYPE_CHECKING:
     from dit_engine.engine import Engine

@@ -50,6 +50,7 @@ class LeanBackend(Backend):
             self.transformer = LeanTransformer(model, self.dtype, device, quantized)
         self.by_label = device.type == "cpu" and self.dtype == torch.float32
         self.one_by_one = self.by_label and not self.transformer.rows_are_independent
+        self.update = launcher("guided_step", device)
         self.graphs = None
         if device.type == "cuda":
             from dit_engine.backends.lean.cuda_graphs import StepGraphs
@@ -123,7 +124,6 @@ class FusedLeanDenoiser:
         device = denoiser.backend.device
         self.coefficients = torch.from_numpy(coefficients).float().to(device)  # (steps, 9)
         self.scales = scales.float().to(device)  # (N,)
-        self.update = launcher("guided_step", device)
 
     def guided_step(
         self, z: Tensor, x0_before: Tensor, noise: Tensor, step: int, guide: bool
@@ -135,7 +135,7 @@ class FusedLeanDenoiser:
             return graph(z, x0_before, noise, self.coefficients[step], self.scales,
                          denoiser.table, step)  # fmt: skip
         tokens = denoiser.forward(z, step, rows)
-        return self.update(
+        return backend.update(
             tokens, z, x0_before, noise, self.scales, self.coefficients[step], self.channels,
             backend.config.patch_size,
         )  # fmt: skip

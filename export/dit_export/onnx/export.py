@@ -16,8 +16,9 @@ from dit_engine._version import __version__
 from dit_engine.arguments import choice
 from dit_engine.io.directories import check_destination, new_directory
 from dit_engine.model import DiT
+from dit_engine.plan import check_channels
 from dit_engine.runtime import neutral
-from dit_engine.sampling.guidance import OFFICIAL_CHANNELS, check_channels
+from dit_engine.sampling.guidance import OFFICIAL_CHANNELS
 from dit_engine.vae import AutoencoderKL
 from dit_export.bundle import LABELS, Bundle, Graph, replaceable, write_manifest
 from dit_export.onnx.exporter import to_onnx

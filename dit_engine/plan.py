@@ -23,7 +23,7 @@ from dit_engine.arguments import (
 from dit_engine.backends import PRECISIONS, resolve_backend
 from dit_engine.config import NO_NULL_CLASS, ModelConfig
 from dit_engine.labels import resolve_labels
-from dit_engine.results import Generation, digests, sign
+from dit_engine.results import Generation, digest, sign
 from dit_engine.sampling.coefficients import clipping, step_coefficients
 from dit_engine.sampling.noise import given_noise, resolve_seeds
 from dit_engine.sampling.samplers import SAMPLERS
@@ -171,7 +171,7 @@ def make_plan(
     image_seeds = resolve_seeds(seed, seeds, n, noise)
     latents = given_noise("latents", latents, (n, *config.latent_shape))
     step_noise = given_noise("step_noise", step_noise, (len(schedule), n, *config.latent_shape))
-    settings = {
+    settings: dict[str, Any] = {
         "sampler": sampler,
         "steps": len(schedule),
         "spacing": spacing,
@@ -183,6 +183,9 @@ def make_plan(
         "backend": backend,
         "guidance_scale": scales.tolist() if len(scales.unique()) > 1 else scales[0].item(),
     }
+    for name, tensor in (("latents", latents), ("step_noise", step_noise)):
+        if tensor is not None:
+            settings[f"{name}_sha256"] = digest(tensor)
     return Plan(
         config=config,
         labels=numbers,
@@ -202,7 +205,7 @@ def make_plan(
         clip=clipping(sampler, schedule),
         latents=latents,
         step_noise=step_noise,
-        record=origin | settings | digests(latents=latents, step_noise=step_noise),
+        record=origin | settings,
         label_names=None if label_names is None else [label_names[i] for i in numbers],
     )
 

@@ -140,13 +140,9 @@ def image_record(result: Generation, i: int) -> dict[str, Any]:
     return record | {"label": result.labels[i], "seed": seed, "index": i}
 
 
-def digests(**tensors: Tensor | None) -> dict[str, str]:
-    """SHA-256 of given tensors as float32, so that a record tells which ones were used."""
-    return {
-        f"{name}_sha256": hashlib.sha256(tensor.float().cpu().numpy().tobytes()).hexdigest()
-        for name, tensor in tensors.items()
-        if tensor is not None
-    }
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a given tensor as float32, so that a record tells which one was used."""
+    return hashlib.sha256(tensor.float().cpu().numpy().tobytes()).hexdigest()
 
 
 def as_read(record: dict[str, Any]) -> dict[str, Any]:

@@ -71,15 +71,12 @@ def test_without_protection_a_stranger_is_run(marks: Path) -> None:
     assert marks.read_text() == "struct.py\n"
 
 
-def test_probes(marks: Path) -> None:
+def test_programs_that_we_start(marks: Path, tmp_path: Path) -> None:
+    """Probes, and programs that can import what this process can."""
     assert run_probe("import json, struct; print(json.dumps(struct.calcsize('d')))") == (8, "")
     assert run_probe("import sys, json; print(json.dumps(sys.argv[1:]))", "a") == (["a"], "")
     with pytest.raises(FileNotFoundError, match="no Triton Inference Server"):
         server_binary._of_environment(Path(sys.executable))
-    assert marks.read_text() == ""
-
-
-def test_programs_of_ours_import_what_this_process_can(marks: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere.py").write_text("print('found')")
     sys.path[:] = ["", str(tmp_path), *sys.path]
     command = python("import struct, elsewhere, sys; print(sys.argv)", "--a")
@@ -171,8 +168,15 @@ def test_a_command_runs_nothing_from_there(marks: Path, monkeypatch: pytest.Monk
     assert marks.read_text() == ""
 
 
-def test_what_the_user_names_stays(marks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = str(marks.parent / "stranger")
+def test_what_the_user_names_or_installed_there_stays(
+    marks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, library = str(marks.parent / "stranger"), str(Path(os.__file__).parent)
+    with monkeypatch.context() as patch:
+        # A file of site-packages (.pth) names a project that is installed for editing.
+        patch.setattr(sys, "path", [here, library, "/packages", here])
+        leave_out()
+        assert sys.path == [library, "/packages", here]
     monkeypatch.setenv("PYTHONPATH", ".")
     sys.path.insert(0, here)
     leave_out()
@@ -185,18 +189,10 @@ def test_what_the_user_names_stays(marks: Path, monkeypatch: pytest.MonkeyPatch)
     assert str(ours) in sys.path and here in sys.path
 
 
-def test_what_is_installed_there_stays(marks: Path) -> None:
-    """As a file of site-packages (.pth) names a project that is installed for editing."""
-    here, library = str(marks.parent / "stranger"), str(Path(os.__file__).parent)
-    sys.path[:] = [here, library, "/packages", here]
-    leave_out()
-    assert sys.path == [library, "/packages", here]
-
-
 def test_a_module_run_by_name(marks: Path) -> None:
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     Path("dit_engine.py").unlink()  # which Python itself would take for the package
-    for module in ("dit_bench.cpu", "dit_engine.cli.train"):
+    for module in ("dit_export.cli", "dit_engine.cli.train"):
         done = subprocess.run([sys.executable, "-m", module, "--help"], env=kept, timeout=60,
                               capture_output=True, text=True, check=False)  # fmt: skip
         assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr

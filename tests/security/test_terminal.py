@@ -61,15 +61,11 @@ HARMLESS = (
 )
 
 
-@pytest.mark.parametrize("text", ACTING)
-def test_what_acts_on_a_terminal_is_escaped(text: str) -> None:
-    assert printable(text) == ACTING[text]
-    assert printable(printable(text)) == ACTING[text]
-
-
-@pytest.mark.parametrize("text", HARMLESS)
-def test_other_text_is_unchanged(text: str) -> None:
-    assert printable(text) == text
+def test_what_acts_on_a_terminal_is_escaped() -> None:
+    for text, shown in ACTING.items():
+        assert printable(text) == shown == printable(printable(text))
+    for text in HARMLESS:
+        assert printable(text) == text
 
 
 def test_every_character_is_visible_or_escaped() -> None:
@@ -82,14 +78,11 @@ def test_every_character_is_visible_or_escaped() -> None:
             assert shown == chr(i) or unicodedata.category(chr(i)) in ("Lo", "Mn"), hex(i)
 
 
-def test_messages_are_one_line_of_bounded_length() -> None:
+def test_messages_and_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert one_line("a\n b\t\x1bc") == r"a b \x1bc"
     assert len(one_line("long " * 10_000)) <= 2000
     assert first_line(ValueError("\nfirst\x1b[2J\nsecond")) == r"first\x1b[2J"
     assert first_line(ValueError()) == "ValueError"
-
-
-def test_lines_that_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     say("one\x1b[1m\ntwo\r")
     assert capsys.readouterr().out == "one\\x1b[1m\ntwo\\r\n"
 
@@ -140,55 +133,45 @@ def config_of(path: Path, **values: object) -> None:
     path.write_text(json.dumps(values))
 
 
-def bad_class(path: Path) -> None:
-    config_of(path / "config.json", _class_name=HOSTILE)
-
-
-def bad_pipeline(path: Path) -> None:
-    config_of(path / "model_index.json", _class_name=HOSTILE)
-
-
-def bad_key(path: Path) -> None:
-    save_pretrained(path, tiny_dit())
-    values = json.loads((path / "config.json").read_text())
-    config_of(path / "config.json", **values, **{HOSTILE: 1})
-
-
-def bad_tensor(path: Path) -> None:
-    save_pretrained(path, tiny_dit())
-    tensors = tiny_dit().state_dict() | {f"{HOSTILE}.weight": torch.zeros(1, 1)}
-    save_file(tensors, path / "model.safetensors")
-
-
-def bad_header(path: Path) -> None:
-    """The reader of safetensors quotes the name."""
-    save_pretrained(path, tiny_dit())
+def header(path: Path, name: str) -> None:
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 99]}
-    header = json.dumps({HOSTILE: entry}).encode()
-    (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    text = json.dumps({name: entry}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
 
 
-def bad_shard(path: Path) -> None:
-    save_pretrained(path, tiny_dit())
+def shard(path: Path) -> None:
     (path / "model.safetensors").unlink()
     config_of(path / "model.safetensors.index.json", weight_map={"a": f"{HOSTILE}.safetensors"})
 
 
-def bad_files(path: Path) -> None:
-    path.mkdir()
-    (path / HOSTILE).touch()
+def key(path: Path) -> None:
+    values = json.loads((path / "config.json").read_text())
+    config_of(path / "config.json", **values, **{HOSTILE: 1})
 
 
-BAD_MODELS = (bad_class, bad_pipeline, bad_key, bad_tensor, bad_header, bad_shard, bad_files)
+STATE = tiny_dit().state_dict()
+# What a stranger does to the directory of a model.
+BAD_MODELS: dict[str, Callable[[Path], object]] = {
+    "class": lambda path: config_of(path / "config.json", _class_name=HOSTILE),
+    "pipeline": lambda path: config_of(path / "model_index.json", _class_name=HOSTILE),
+    "key": key,
+    "tensor": lambda path: save_file(
+        STATE | {f"{HOSTILE}.weight": torch.zeros(1, 1)}, path / "model.safetensors"
+    ),
+    "header": lambda path: header(path / "model.safetensors", HOSTILE),
+    "shard": shard,
+    "files": lambda path: (path / "config.json").rename(path / HOSTILE),
+}
 
 
 @pytest.mark.parametrize("bad", BAD_MODELS)
 def test_what_a_models_files_say(
-    bad: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bad: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bad(tmp_path / "model")
+    save_pretrained(tmp_path / "model", tiny_dit())
+    BAD_MODELS[bad](tmp_path / "model")
     options = ["--labels", "1", "-o", str(tmp_path / "a.png"), "--model"]
-    run = harmless if bad is bad_header else shown_by  # safetensors may not quote it
+    run = harmless if bad == "header" else shown_by  # the reader of safetensors may not quote it
     run(capsys, 2, generate, *options, tmp_path / "model")
     with pytest.raises((ValueError, OSError)) as raised:
         Engine.from_pretrained(tmp_path / "model")

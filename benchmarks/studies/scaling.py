@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from dit_bench.machine import describe
-from dit_bench.quality.fd_lite0 import METRIC, Features, Halves, load_halves, recognised
+from dit_bench.quality.fd_lite0 import METRIC, Halves, load_halves, recognised
 from dit_bench.quality.features import FeatureNetwork, load_network
 from dit_bench.quality.frechet import frechet_distance, moments_of
-from dit_bench.report import Report, Row, new_report, read, write
+from dit_bench.report import Row, new_report, read, write
 from dit_bench.show.drawing import png
 from dit_bench.show.plots import distance_figure
 from dit_bench.show.reports import report_tables
@@ -51,7 +51,6 @@ from dit_engine.sampling.schedule import make_schedule
 from dit_engine.training.dit_stage import train_denoiser
 from dit_engine.training.loop import Budget, LoopSettings, kept_path
 from dit_engine.training.vae_stage import read_latents
-from dit_engine.vae import AutoencoderKL
 
 STEPS, BATCH, LEARNING_RATE = 3000, 64, 8e-4
 SIZES = {"small": (4, 128, 2), "large": (6, 192, 3)}  # depth, width, heads
@@ -64,6 +63,7 @@ SETTINGS = {"metric": METRIC, "sampler": SAMPLER, "steps": SAMPLING_STEPS, "spac
             "batch": BATCH, "learning_rate": LEARNING_RATE}  # fmt: skip
 
 Networks = dict[str, Callable[[], nn.Module]]
+Decoder = Callable[[Tensor], Tensor]
 
 
 class ClassUNet(nn.Module):
@@ -161,22 +161,6 @@ def sample(network: nn.Module, labels: Sequence[int], seeds: Sequence[int], size
         return SAMPLERS[SAMPLER].function(denoise, z, schedule, noise, lambda *_: None)
 
 
-def features_of(
-    network: nn.Module,
-    labels: Sequence[int],
-    size: int,
-    decode: LatentDecoder,
-    extractor: FeatureNetwork,
-) -> Features:
-    """(N, 1280) of one image per label, from seeds 0, 1, …"""
-    parts = []
-    for start in Bar(range(0, len(labels), CHUNK), "sampling"):
-        part = labels[start : start + CHUNK]
-        z = sample(network, part, range(start, start + len(part)), size)
-        parts.append(extractor.extract(to_uint8(decode(z, "bf16", LeanDecoder))).pooled)
-    return np.concatenate(parts)
-
-
 def macs_of(network: nn.Module, size: int) -> int:
     """Multiply-adds of one forward of one image, by torch's operator counting."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -189,59 +173,25 @@ def macs_of(network: nn.Module, size: int) -> int:
     return counter.get_total_flops() // 2
 
 
-def measure_all(
-    made: Networks,
-    output: Path,
-    steps: Sequence[int],
-    vae: AutoencoderKL,
-    data: Path,
-    samples: int,
-    classes: int,
-    size: int,
-) -> Report:
-    """One row per network and number of steps. ``output`` holds a directory for each network, with
-    `kept_path`'s files, and "measured.json" with finished rows, which are not measured again.
-
-    Args:
-        samples: of each row, a multiple of the number of classes.
-        size: side of the latents.
-    """
-    kept = output / "measured.json"
-    report = new_report("scaling", describe(torch.device("cpu")), SETTINGS)
-    if kept.is_file():
-        report["rows"] = read(kept, "scaling")["rows"]
-    done = {(row["case"], row["steps"], row["n"]) for row in report["rows"]}
-    extractor = load_network("lite0")
-    decode = LatentDecoder(vae, torch.device("cpu"))
-    halves: Halves | None = None
-    for name, make in made.items():
-        for step in steps:
-            path = kept_path(output / folder(name), step)
-            if not path.is_file():
-                raise ValueError(f"{path} does not exist: train {name!r} for {max(steps)} steps")
-            if (name, step, samples) in done:
-                continue
-            if halves is None:
-                pixels = size * vae.config.downsampling
-                halves = load_halves(data, samples // classes, pixels, extractor)
-            network = make()
-            macs = macs_of(network, size)
-            load_into(network, path)
-            network.to(torch.bfloat16).eval().requires_grad_(False)
-            features = features_of(network, halves.labels.tolist(), size, decode, extractor)
-            reference = moments_of(halves.features_b)
-            hits = recognised(features, halves.labels, halves.features_a, halves.labels)
-            report["rows"].append({
-                "section": "scaling", "case": name, "contender": f"{step} steps", "status": "ok",
-                "steps": step, "gmacs": macs / 1e9,
-                "parameters": sum(p.numel() for p in network.parameters()),
-                "distance": frechet_distance(moments_of(features), reference),
-                "n": len(features), "n_reference": reference.count,
-                "recognised": float(hits.mean()),
-            })  # fmt: skip
-            write(report, kept)
-    report["complete"] = True
-    return report
+def measured(network: nn.Module, path: Path, halves: Halves, size: int, decode: Decoder,
+             extractor: FeatureNetwork) -> Row:  # fmt: skip
+    """What a row says about a network with the weights in ``path``, from one image per label with
+    seeds 0, 1, …; size: of the latents."""
+    macs = macs_of(network, size)
+    load_into(network, path)
+    network.to(torch.bfloat16).eval().requires_grad_(False)
+    labels, parts = halves.labels.tolist(), []
+    for start in Bar(range(0, len(labels), CHUNK), "sampling"):
+        part = labels[start : start + CHUNK]
+        z = sample(network, part, range(start, start + len(part)), size)
+        parts.append(extractor.extract(to_uint8(decode(z))).pooled)
+    features, reference = np.concatenate(parts), moments_of(halves.features_b)
+    hits = recognised(features, halves.labels, halves.features_a, halves.labels)
+    return {
+        "gmacs": macs / 1e9, "parameters": sum(p.numel() for p in network.parameters()),
+        "distance": frechet_distance(moments_of(features), reference), "n": len(features),
+        "n_reference": reference.count, "recognised": float(hits.mean()),
+    }  # fmt: skip
 
 
 def falls(rows: Sequence[Row], steps: int) -> bool:
@@ -252,22 +202,44 @@ def falls(rows: Sequence[Row], steps: int) -> bool:
 
 
 def measure(arguments: argparse.Namespace) -> int:
-    """The distances of all networks, printed, written as JSON and drawn."""
+    """The distances of all networks, printed, written as JSON and drawn. Finished rows are kept in
+    "measured.json" beside the networks, and are not measured again."""
     from dit_engine.engine import Engine
 
     for path in (arguments.json, arguments.plot):
         check_file(path)  # before the long run
     engine = Engine.from_pretrained(arguments.run / "model")
-    if engine.vae is None:
+    if (vae := engine.vae) is None:
         raise ValueError(f"{arguments.run / 'model'} has no VAE")
     config, samples = engine.config, arguments.samples
     classes, size = config.num_classes, config.input_size
     if samples < 1 or samples % classes:
         raise ValueError(f"samples {samples} is no positive multiple of {classes} classes")
-    made = networks(config.in_channels, size, classes)
+    decoder, kept = LatentDecoder(vae, torch.device("cpu")), arguments.output / "measured.json"
+    extractor, halves = load_network("lite0"), None
+    report = new_report("scaling", describe(torch.device("cpu")), SETTINGS)
+    if kept.is_file():
+        report["rows"] = read(kept, "scaling")["rows"]
+    done = {(row["case"], row["steps"], row["n"]) for row in report["rows"]}
     steps = (arguments.steps // 2, arguments.steps)
-    report = measure_all(made, arguments.output, steps, engine.vae, arguments.run / "data",
-                         samples, classes, size)  # fmt: skip
+    for name, make in networks(config.in_channels, size, classes).items():
+        for step in steps:
+            path = kept_path(arguments.output / folder(name), step)
+            if not path.is_file():
+                raise ValueError(f"{path} does not exist: train {name!r} for {max(steps)} steps")
+            if (name, step, samples) in done:
+                continue
+            if halves is None:
+                pixels = size * vae.config.downsampling
+                halves = load_halves(arguments.run / "data", samples // classes, pixels, extractor)
+            found = measured(make(), path, halves, size,
+                             lambda z: decoder(z, "bf16", LeanDecoder), extractor)  # fmt: skip
+            report["rows"].append({
+                "section": "scaling", "case": name, "contender": f"{step} steps", "status": "ok",
+                "steps": step, **found,
+            })  # fmt: skip
+            write(report, kept)
+    report["complete"] = True
     write(report, arguments.json)
     if (figure := distance_figure(report)) is not None:
         with atomic_path(arguments.plot) as partial:

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import tiny_engine
 
 from dit_bench.cost import dit_cost, total
-from dit_bench.report import new_report
+from dit_bench.report import new_report, validate
+from dit_engine.engine import Engine
 from dit_engine.io.files import save_tensors
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks" / "studies"))
@@ -70,7 +72,7 @@ def rows(distances: tuple[float, ...] = (90.0, 70.0, 60.0, 65.0)) -> list[dict[s
     costs = {"DiT small/4": 0.01, "DiT small/2": 0.05, "DiT large/2": 0.2, "U-Net": 0.2}
     return [
         {"section": "scaling", "case": name, "contender": "10 steps", "status": "ok",
-         "steps": 10, "gmacs": gmacs, "distance": distance, "n": 4}
+         "steps": 10, "gmacs": gmacs, "distance": distance, "n": 10}
         for (name, gmacs), distance in zip(costs.items(), distances, strict=True)
     ]  # fmt: skip
 
@@ -81,17 +83,34 @@ def test_the_claim_is_of_the_dits_in_the_order_of_their_cost() -> None:
 
 
 def test_what_was_measured_is_not_measured_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = new_report("scaling", scaling.describe(torch.device("cpu")), {}) | {"rows": rows()}
-    (tmp_path / "measured.json").write_text(json.dumps(report))
-    made = {"DiT small/4": networks(4, 16, 16)["DiT small/4"]}
-    (tmp_path / "dit-small-4").mkdir()
+    run, out, path = tmp_path / "run", tmp_path / "out", tmp_path / "all.json"
+    out.mkdir()
+    kept = new_report("scaling", scaling.describe(torch.device("cpu")), {})
+    kept["rows"] = [row | {"steps": steps} for row in rows() for steps in (5, 10)]
+    kept["rows"] = [row for row in kept["rows"] if row["case"] != "U-Net"]
+    (out / "measured.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(Engine, "from_pretrained", lambda _: tiny_engine())
     monkeypatch.setattr(scaling, "load_network", lambda _: None)
-    monkeypatch.setattr(scaling, "LatentDecoder", lambda *_: None)
-    arguments = (made, tmp_path, [10], torch.nn.Identity(), tmp_path, 4, 16, 16)
-    with pytest.raises(ValueError, match=r"ema-000010\.safetensors does not exist: train"):
-        scaling.measure_all(*arguments)
-    (tmp_path / "dit-small-4" / "ema-000010.safetensors").touch()
-    found = scaling.measure_all(*arguments)
-    assert found["rows"] == rows() and found["settings"]["guidance_scale"] == 1.0
+    monkeypatch.setattr(scaling, "load_halves", lambda *_: None)
+    monkeypatch.setattr(scaling, "measured", lambda *_: {"gmacs": 1.0, "distance": 3.0, "n": 10})
+    arguments = ["measure", "--run", str(run), "-o", str(out), "--steps", "10", "--samples", "10",
+                 "--json", str(path), "--plot", str(tmp_path / "a.png")]  # fmt: skip
+    assert scaling.main(arguments) == 2
+    assert "ema-000005.safetensors does not exist: train 'DiT small/4'" in capsys.readouterr().err
+    for name in networks(4, 8, 10):
+        (out / folder(name)).mkdir()
+        for steps in (5, 10):
+            (out / folder(name) / f"ema-{steps:06d}.safetensors").touch()
+    assert scaling.main(arguments) == 0
+    report = json.loads(path.read_text())
+    validate(report)
+    again = [row for row in report["rows"] if row["distance"] == 3.0]
+    names = {"DiT large/4", "U-Net"}
+    assert {(row["case"], row["steps"]) for row in again} == {
+        (n, k) for n in names for k in (5, 10)
+    }
+    assert len(report["rows"]) == 10 and report["settings"]["guidance_scale"] == 1.0
+    assert "10 steps: more Gflops" in capsys.readouterr().out
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

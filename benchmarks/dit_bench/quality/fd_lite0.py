@@ -35,11 +35,7 @@ from dit_bench.report import Row, new_report, write
 from dit_bench.show.reports import report_tables
 from dit_bench.show.tables import show
 from dit_engine.console.output import check_file
-from dit_engine.console.parser import (
-    add_model_argument,
-    add_sampling_arguments,
-    sampling_options,
-)
+from dit_engine.console.parser import add_model_argument, add_sampling_arguments, sampling_options
 from dit_engine.io.arrays import open_member
 from dit_engine.io.files import atomic_path
 from dit_engine.training.data import ImageSet
@@ -119,10 +115,7 @@ def _read(cache: Path, name: str, like: NDArray[Any]) -> NDArray[Any]:
 
 
 def recognised(
-    features: Features,
-    labels: NDArray[np.int64],
-    known: Features,
-    known_labels: NDArray[np.int64],
+    features: Features, labels: NDArray[np.int64], known: Features, known_labels: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
     """(n,) whether each image lies nearest to the mean feature of its own class.
 

@@ -190,10 +190,7 @@ class SetFeatures:
         return self.of.statistics or (self.pooled, self.spatial)
 
     def read(
-        self,
-        batch_size: int = 32,
-        quiet: bool = False,
-        check: Callable[[], object] = lambda: None,
+        self, batch_size: int = 32, quiet: bool = False, check: Callable[[], object] = lambda: None
     ) -> bool:
         """Add all images of the set. Returns False if Ctrl-C stopped it before the last one.
 

@@ -33,11 +33,7 @@ from dit_bench.show.reports import report_tables
 from dit_bench.show.tables import show
 from dit_engine.backends import PRECISIONS, resolve_backend
 from dit_engine.console.output import check_file
-from dit_engine.console.parser import (
-    add_model_argument,
-    add_sampling_arguments,
-    sampling_options,
-)
+from dit_engine.console.parser import add_model_argument, add_sampling_arguments, sampling_options
 from dit_engine.console.run import INTERRUPTED
 from dit_engine.decode import to_uint8
 from dit_engine.errors import NotFinite

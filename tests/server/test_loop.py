@@ -219,25 +219,17 @@ class ModelException(Exception):
     pass
 
 
-@dataclass
 class Error:
     INVALID_ARG, INTERNAL = "invalid", "internal"
-    message_: str
-    code: str
 
-    def message(self) -> str:
-        return self.message_
+    def __init__(self, message: str, code: str = INTERNAL) -> None:
+        self.message, self.code = lambda: message, code
 
 
 class Response:
-    def __init__(self, output_tensors: Any = (), error: Any = None) -> None:
-        self.output_tensors, self.failure = list(output_tensors), error
-
-    def has_error(self) -> bool:
-        return self.failure is not None
-
-    def error(self) -> Any:
-        return self.failure
+    def __init__(self, output_tensors: Any = (), error: Error | None = None) -> None:
+        self.output_tensors, self.error = list(output_tensors), lambda: error
+        self.has_error = lambda: error is not None
 
 
 @dataclass
@@ -253,7 +245,7 @@ class Request:
         if self.model_name == "absent":
             raise ModelException("it is not loaded")
         if self.model_name == "broken":
-            return Response(error=Error("out of memory", "internal"))
+            return Response(error=Error("out of memory"))
         return Response(Tensor(t.name, 2 * t.value, self.preferred_memory) for t in self.inputs)
 
 
@@ -262,6 +254,7 @@ class Asked:
 
     def __init__(self, **columns: Any) -> None:
         self.columns = {name: np.array(value) for name, value in columns.items()}
+        self.is_cancelled, self.requested_output_names = lambda: False, lambda: ["out"]
 
     def inputs(self) -> list[Any]:
         return [
@@ -269,24 +262,20 @@ class Asked:
             for name, value in self.columns.items()
         ]
 
-    def is_cancelled(self) -> bool:
-        return False
-
-    def requested_output_names(self) -> list[str]:
-        return ["out"]
-
 
 @pytest.fixture(autouse=True)
 def utilities(monkeypatch: pytest.MonkeyPatch) -> None:
     """The module that Triton gives to Python models."""
+
+    def output(response: Response, name: str) -> Tensor:
+        return next(tensor for tensor in response.output_tensors if tensor.name == name)
+
     module: Any = ModuleType("triton_python_backend_utils")
     module.Tensor, module.InferenceRequest = Tensor, Request
     module.TritonModelException, module.TritonError = ModelException, Error
     module.TRITONSERVER_MEMORY_CPU, module.InferenceResponse = CPU, Response
     module.PreferredMemory = lambda kind, _device: kind
-    module.get_output_tensor_by_name = lambda response, name: next(
-        tensor for tensor in response.output_tensors if tensor.name == name
-    )
+    module.get_output_tensor_by_name = output
     module.get_input_tensor_by_name = lambda asked, name: Tensor(name, asked.columns[name])
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", module)
 
@@ -336,7 +325,8 @@ def test_mistakes_of_clients_and_faults_of_ours(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(pipeline, "_infer", raises)
     (answer,) = model.execute([asked(0)])
-    assert answer.error() == Error("the sampling loop: no room at all", "internal")
+    assert answer.error().code == "internal"
+    assert answer.error().message() == "the sampling loop: no room at all"
 
 
 def test_answers_of_models_on_a_gpu_come_to_the_host() -> None:

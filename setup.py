@@ -223,7 +223,12 @@ setup(
     python_requires=">=3.10",
     packages=PACKAGES,
     package_dir=PACKAGE_DIR,
-    package_data={"": ["py.typed"], "dit_engine": ["builtin/**"], "dit_kernels.cpu": ["*.h"]},
+    package_data={
+        "": ["py.typed"],
+        "dit_engine": ["builtin/**"],
+        "dit_export.server": ["*.md"],
+        "dit_kernels.cpu": ["*.h"],
+    },
     include_package_data=False,
     install_requires=[
         "torch>=2.8",

@@ -161,7 +161,8 @@ def test_wheel_holds_sources_types_and_builtin_model(wheel: Path) -> None:
     for part, folder in PARTS.items():
         if (ROOT / folder).is_dir():
             files = [p for p in (ROOT / folder).rglob("*") if p.is_file()]
-            files = [p for p in files if p.suffix in (".py", ".h") or p.name == "py.typed"]
+            named = ("py.typed", "repository_readme.md")
+            files = [p for p in files if p.suffix in (".py", ".h") or p.name in named]
             expected |= {f"{part}/{p.relative_to(ROOT / folder).as_posix()}" for p in files}
     builtin = [p for p in (ROOT / "dit_engine/builtin").rglob("*") if p.is_file()]
     expected |= {p.relative_to(ROOT).as_posix() for p in builtin}

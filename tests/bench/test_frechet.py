@@ -221,13 +221,6 @@ def test_the_quick_distance_is_the_exact_one() -> None:
     assert DistanceTo(reference)(reference) == pytest.approx(0, abs=1e-9)
 
 
-def test_pairs_that_do_not_differ_have_no_interval() -> None:
-    rows = np.random.default_rng(5).normal(size=(60, 4)).astype(np.float32)
-    reference = Statistics(np.zeros(4), np.eye(4))
-    draws = paired_bootstrap(rows, rows, reference, 20)
-    assert draws.shape == (20,) and (draws == 0).all()
-
-
 def test_the_bootstrap_spreads_as_fresh_samples_do() -> None:
     """Standard deviation over resamples of one data set against that over many data sets."""
     rng = np.random.default_rng(6)

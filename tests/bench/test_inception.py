@@ -121,50 +121,31 @@ class Plain:
         sums = F.conv2d(x.flatten(0, 1)[:, None], kernel, padding=1).view_as(x)
         return sums / F.conv2d(ones, kernel, padding=1)
 
-    def a(self, x: Tensor, n: str) -> Tensor:
-        five = self.conv(self.conv(x, f"{n}.branch5x5_1"), f"{n}.branch5x5_2", pad=(2, 2))
-        three = self.conv(self.conv(x, f"{n}.branch3x3dbl_1"), f"{n}.branch3x3dbl_2", pad=(1, 1))
-        three = self.conv(three, f"{n}.branch3x3dbl_3", pad=(1, 1))
-        pool = self.conv(self.averaged(x), f"{n}.branch_pool")
-        return torch.cat([self.conv(x, f"{n}.branch1x1"), five, three, pool], 1)
+    def chain(self, x: Tensor, block: str, steps: str) -> Tensor:
+        """Steps are "name:padding", two digits, or "name/2" for a stride of 2 without padding."""
+        for step in steps.split():
+            name, _, pad = step.partition(":")
+            name, _, stride = name.partition("/")
+            padding = (int(pad[0]), int(pad[1])) if pad else (0, 0)
+            x = self.conv(x, f"{block}.branch{name}", int(stride or 1), padding)
+        return x
 
-    def b(self, x: Tensor, n: str) -> Tensor:
-        three = self.conv(self.conv(x, f"{n}.branch3x3dbl_1"), f"{n}.branch3x3dbl_2", pad=(1, 1))
-        three = self.conv(three, f"{n}.branch3x3dbl_3", stride=2)
-        return torch.cat([self.conv(x, f"{n}.branch3x3", 2), three, F.max_pool2d(x, 3, 2)], 1)
+    def block(self, x: Tensor, n: str, *branches: str, pool: Tensor | None = None) -> Tensor:
+        last = F.max_pool2d(x, 3, 2) if pool is None else self.conv(pool, f"{n}.branch_pool")
+        return torch.cat([*(self.chain(x, n, steps) for steps in branches), last], 1)
+
+    def a(self, x: Tensor, n: str) -> Tensor:
+        return self.block(x, n, "1x1", "5x5_1 5x5_2:22", "3x3dbl_1 3x3dbl_2:11 3x3dbl_3:11",
+                          pool=self.averaged(x))  # fmt: skip
 
     def c(self, x: Tensor, n: str) -> Tensor:
-        wide, tall = (0, 3), (3, 0)
-        seven = self.conv(x, f"{n}.branch7x7_1")
-        seven = self.conv(seven, f"{n}.branch7x7_2", pad=wide)
-        seven = self.conv(seven, f"{n}.branch7x7_3", pad=tall)
-        double = self.conv(x, f"{n}.branch7x7dbl_1")
-        for i, pad in ((2, tall), (3, wide), (4, tall), (5, wide)):
-            double = self.conv(double, f"{n}.branch7x7dbl_{i}", pad=pad)
-        pool = self.conv(self.averaged(x), f"{n}.branch_pool")
-        return torch.cat([self.conv(x, f"{n}.branch1x1"), seven, double, pool], 1)
+        double = "7x7dbl_1 7x7dbl_2:30 7x7dbl_3:03 7x7dbl_4:30 7x7dbl_5:03"
+        return self.block(x, n, "1x1", "7x7_1 7x7_2:03 7x7_3:30", double, pool=self.averaged(x))
 
-    def d(self, x: Tensor, n: str) -> Tensor:
-        three = self.conv(self.conv(x, f"{n}.branch3x3_1"), f"{n}.branch3x3_2", stride=2)
-        seven = self.conv(x, f"{n}.branch7x7x3_1")
-        seven = self.conv(seven, f"{n}.branch7x7x3_2", pad=(0, 3))
-        seven = self.conv(seven, f"{n}.branch7x7x3_3", pad=(3, 0))
-        seven = self.conv(seven, f"{n}.branch7x7x3_4", stride=2)
-        return torch.cat([three, seven, F.max_pool2d(x, 3, 2)], 1)
-
-    def e(self, x: Tensor, n: str, pooled: Tensor) -> Tensor:
-        three = self.conv(x, f"{n}.branch3x3_1")
-        double = self.conv(x, f"{n}.branch3x3dbl_1")
-        double = self.conv(double, f"{n}.branch3x3dbl_2", pad=(1, 1))
-        parts = [
-            self.conv(x, f"{n}.branch1x1"),
-            self.conv(three, f"{n}.branch3x3_2a", pad=(0, 1)),
-            self.conv(three, f"{n}.branch3x3_2b", pad=(1, 0)),
-            self.conv(double, f"{n}.branch3x3dbl_3a", pad=(0, 1)),
-            self.conv(double, f"{n}.branch3x3dbl_3b", pad=(1, 0)),
-            self.conv(pooled, f"{n}.branch_pool"),
-        ]
-        return torch.cat(parts, 1)
+    def e(self, x: Tensor, n: str, pool: Tensor) -> Tensor:
+        return self.block(x, n, "1x1", "3x3_1 3x3_2a:01", "3x3_1 3x3_2b:10",
+                          "3x3dbl_1 3x3dbl_2:11 3x3dbl_3a:01", "3x3dbl_1 3x3dbl_2:11 3x3dbl_3b:10",
+                          pool=pool)  # fmt: skip
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.conv(self.conv(x, "Conv2d_1a_3x3", 2), "Conv2d_2a_3x3")
@@ -172,12 +153,14 @@ class Plain:
         x = F.max_pool2d(self.conv(self.conv(x, "Conv2d_3b_1x1"), "Conv2d_4a_3x3"), 3, 2)
         for n in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
             x = self.a(x, n)
-        x = self.b(x, "Mixed_6a")
+        x = self.block(x, "Mixed_6a", "3x3/2", "3x3dbl_1 3x3dbl_2:11 3x3dbl_3/2")
         for n in ("Mixed_6b", "Mixed_6c"):
             x = self.c(x, n)
         # mixed_6/conv of the graph is this branch; ADM takes its first 7 channels, channels last.
         spatial = self.conv(x, "Mixed_6d.branch1x1")[:, :7].permute(0, 2, 3, 1).flatten(1)
-        x = self.d(self.c(self.c(x, "Mixed_6d"), "Mixed_6e"), "Mixed_7a")
+        x = self.c(self.c(x, "Mixed_6d"), "Mixed_6e")
+        seven = "7x7x3_1 7x7x3_2:03 7x7x3_3:30 7x7x3_4/2"
+        x = self.block(x, "Mixed_7a", "3x3_1 3x3_2/2", seven)
         x = self.e(x, "Mixed_7b", self.averaged(x))
         x = self.e(x, "Mixed_7c", F.max_pool2d(x, 3, 1, padding=1))
         pooled = x.mean((2, 3))

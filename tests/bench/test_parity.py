@@ -119,17 +119,6 @@ def test_distances_are_those_of_the_images() -> None:
     assert found["difference"]["value"] == pytest.approx(expected[1] - expected[2], abs=1e-6)
 
 
-def test_errors_are_the_same_in_batches_of_any_size() -> None:
-    a, b = (
-        compare(tiny_engine(max_batch_size=n), [1, 2, 3, 4, 5], [("lean", "bf16")], **SETTINGS)[0]
-        for n in (8, 2)
-    )
-    assert a["n"] == b["n"] == 5
-    assert a["final_latent_error"]["mean"] == pytest.approx(
-        b["final_latent_error"]["mean"], rel=0.05
-    )
-
-
 def test_a_batch_that_is_made_again_in_halves_is_counted_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -218,16 +218,6 @@ def test_results_are_the_callers_own_and_arguments_stay(steps: Steps) -> None:
         assert all(result.data_ptr() != own.data_ptr() for own in (*graph.results, graph.z))
 
 
-def test_keys(steps: Steps) -> None:
-    graphs = steps.graphed.graphs
-    one = graphs.of(1, True, 3)
-    assert graphs.of(1, True, 3) is one
-    others = [graphs.of(1, False, 3), graphs.of(1, True, 4), graphs.of(2, True, 3)]
-    assert len({id(g) for g in (one, *others)}) == 4
-    assert [g.rows for g in (one, *others)] == [2, 1, 2, 4]
-    assert [g.channels for g in (one, *others)] == [3, 3, 4, 3]
-
-
 def test_the_graph_unused_for_longest_is_dropped(steps: Steps) -> None:
     graphs = steps.graphed.graphs
     kept = graphs.of(1, False, 3)
@@ -269,13 +259,6 @@ def test_how_a_capture_is_begun(steps: Steps) -> None:
     assert other.graph.pool() != first.graph.pool()
 
 
-def test_one_memory_pool_outlives_every_graph_that_began_it(steps: Steps) -> None:
-    graphs = steps.graphed.graphs
-    pool = graphs.of(1, False, 3).graph.pool()
-    for n in range(2, 2 * GRAPH_LIMIT):
-        assert graphs.of(n, False, 3).graph.pool() == pool
-
-
 def test_copies_wait_for_the_replay_before_and_results_are_taken_before_the_next(
     steps: Steps, cuda: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,17 +282,6 @@ def test_copies_wait_for_the_replay_before_and_results_are_taken_before_the_next
     assert streams[:2] == [here, here] and streams[2:] == [there, there] and here is not there
     assert torch.equal(seen[1], z[0])  # the other's latents had not been copied yet
     assert torch.equal(graph.z, other[0])
-
-
-def test_a_capture_takes_a_turn_among_the_replays(steps: Steps, cuda: list[Any]) -> None:
-    graphs = steps.graphed.graphs
-    graphs.of(1, True, 3)
-    here, inner = current_stream(), graphs._turns.capture_stream
-    assert [event for event in cuda if event[0] in ("wait", "record")] == [
-        ("wait", here),
-        ("record", here),
-    ]
-    assert inner.waited == [here] and here.waited[-1] is inner
 
 
 @pytest.mark.parametrize("own_engines", [False, True])
@@ -352,52 +324,6 @@ def test_generate_through_graphs(steps: Steps, sampler: str) -> None:
     found = engine.generate([0, 1, 2], backend="lean", **settings).images
     assert len(Capture.begun) == 2  # guided and unguided steps
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
-
-
-def test_workspaces_are_cleared_right_before_and_after_each_capture(
-    steps: Steps, cuda: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also after one that fails. The steps before it, which fill the workspaces, come earlier."""
-    step = StepGraph._step
-
-    def logged(self: StepGraph, fails: bool = False) -> Any:
-        log(("step", None))
-        assert not (fails and Capture.underway.locked())
-        return step(self)
-
-    expected = ["wait", "step", "step", "clear workspaces", "begin", "step", "end",
-                "clear workspaces", "record"]  # fmt: skip
-    monkeypatch.setattr(StepGraph, "_step", logged)
-    for n in (1, 2):
-        cuda.clear()
-        steps.graphed.graphs.of(n, True, 3)
-        assert [name for name, _ in cuda] == expected
-    monkeypatch.setattr(StepGraph, "_step", lambda self: logged(self, fails=True))
-    cuda.clear()
-    with pytest.raises(AssertionError):
-        steps.graphed.graphs.of(3, True, 3)
-    assert [name for name, _ in cuda] == expected
-    assert gc.isenabled()
-
-
-def test_the_benchmarks_and_the_tensorrt_sessions_graphs_are_captured_alike(
-    cuda: list[Any],
-) -> None:
-    work = ["step", "step", "clear workspaces", "begin", "step", "end", "clear workspaces"]
-
-    def double(x: Tensor, step: int) -> Tensor:
-        log(("step", None))
-        return (step + 1) * x
-
-    evaluate = _graphed(double, torch.zeros(2))
-    assert evaluate(torch.tensor([1.0, 2.0]), 1).tolist() == [2, 4]
-    assert [name for name, _ in cuda] == [*work, "replay"]
-    assert evaluate(torch.tensor([3.0, 4.0]), 1).tolist() == [6, 8]
-    assert [name for name, _ in cuda] == [*work, "replay", "replay"]
-    cuda.clear()
-    launch = TorchMemory("cpu").capture(lambda stream: log(("step", stream)))
-    launch()
-    assert [name for name, _ in cuda] == [*work[2:], "replay"]  # a session runs it once before
 
 
 def test_one_lock_for_all_captures_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

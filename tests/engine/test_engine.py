@@ -100,33 +100,17 @@ def test_batches_larger_than_the_limit_are_split(engine: Engine) -> None:
     assert seen == [(f, c, s) for f, c in ((0, 2), (2, 2), (4, 1)) for s in range(1, 5)]
 
 
-def test_official_noise_draws_as_the_reference(engine: Engine) -> None:
-    """z for N, then 2N a step, from one generator: given as tensors they make the same latents."""
+@pytest.mark.parametrize(("scale", "rows"), [(4.0, 6), (1.0, 3)])
+def test_official_noise_draws_as_the_reference(engine: Engine, scale: float, rows: int) -> None:
+    """From one generator: z for N, then 2N per step, or N without guidance."""
     generator = torch.Generator().manual_seed(5)
     z = torch.randn(3, 4, 8, 8, generator=generator)
-    draws = torch.stack([torch.randn(6, 4, 8, 8, generator=generator)[:3] for _ in range(4)])
-    given = engine.generate([1, 2, 3], latents=z, step_noise=draws, **FAST).images
-    official = engine.generate([1, 2, 3], seed=5, noise="official", **FAST).images
+    draws = torch.stack([torch.randn(rows, 4, 8, 8, generator=generator)[:3] for _ in range(4)])
+    options = FAST | {"guidance_scale": scale}
+    given = engine.generate([1, 2, 3], latents=z, step_noise=draws, **options).images
+    official = engine.generate([1, 2, 3], seed=5, noise="official", **options).images
     assert torch.equal(given, official)
-    assert not torch.equal(official, engine.generate([1, 2, 3], seed=5, **FAST).images)
-
-
-def test_official_noise_without_guidance_draws_for_n(engine: Engine) -> None:
-    generator = torch.Generator().manual_seed(5)
-    z = torch.randn(2, 4, 8, 8, generator=generator)
-    draws = torch.stack([torch.randn(2, 4, 8, 8, generator=generator) for _ in range(4)])
-    options = FAST | {"guidance_scale": 1.0}
-    given = engine.generate([1, 2], latents=z, step_noise=draws, **options).images
-    official = engine.generate([1, 2], seed=5, noise="official", **options).images
-    assert torch.equal(given, official)
-
-
-def test_one_guidance_scale_an_image(engine: Engine) -> None:
-    mixed = engine.generate([1, 2, 3], seeds=[4, 5, 6], guidance_scale=[1.0, 2.5, 4.0], **FAST)
-    for i, scale in enumerate((1.0, 2.5, 4.0)):
-        alone = engine.generate([i + 1], seeds=[i + 4], guidance_scale=scale, **FAST)
-        assert torch.allclose(mixed.images[i], alone.images[0], atol=1e-5)
-    assert mixed.settings["guidance_scale"] == [1.0, 2.5, 4.0]
+    assert not torch.equal(official, engine.generate([1, 2, 3], seed=5, **options).images)
 
 
 @pytest.mark.parametrize("backend", ["eager", "lean"])
@@ -171,6 +155,7 @@ def test_guidance_scales_of_every_part_of_a_split_batch(engine: Engine) -> None:
         for i, scale in enumerate(scales):
             alone = engine.generate([i], seeds=[seeds[i]], guidance_scale=scale, **options)
             assert torch.equal(made.images[i], alone.images[0])
+        assert made.settings["guidance_scale"] == scales
 
 
 @pytest.mark.parametrize("backend", ["eager", "lean"])
@@ -221,11 +206,10 @@ def test_precisions_stay_near_float32(engine: Engine, precision: str, bound: flo
 
 
 @pytest.mark.slow
-def test_compile_equals_eager_for_every_batch_size(engine: Engine) -> None:
-    for n in (1, 2):
-        eager = engine.generate([1] * n, seed=0, backend="eager", **FAST).images
-        compiled = engine.generate([1] * n, seed=0, backend="compile", **FAST).images
-        assert ((compiled - eager).norm() / eager.norm()).item() < 1e-4
+def test_compile_equals_eager(engine: Engine) -> None:
+    eager = engine.generate([1, 2], seed=0, backend="eager", **FAST).images
+    compiled = engine.generate([1, 2], seed=0, backend="compile", **FAST).images
+    assert ((compiled - eager).norm() / eager.norm()).item() < 1e-4
 
 
 def test_four_threads_share_a_fresh_engine(engine: Engine) -> None:
@@ -249,36 +233,26 @@ def test_four_threads_share_a_fresh_engine(engine: Engine) -> None:
             assert np.array_equal(images, expected[i])
 
 
-def test_threads_of_one_engine_are_not_those_of_other_threads() -> None:
+def test_threads_hold_while_generating_and_only_in_its_thread() -> None:
     engine, before = tiny_engine(threads=1), torch.get_num_threads()
     torch.set_num_threads(2)
+    seen: list[int] = []
     fresh: list[int] = []
 
     def count() -> None:
-        torch.zeros(1).add_(1)  # its first use of torch
+        torch.zeros(1).add_(1)  # the first use of torch in this thread
         fresh.append(torch.get_num_threads())
 
-    def other_thread(_: object) -> None:
+    def callback(_: object) -> None:
+        seen.append(torch.get_num_threads())
         thread = threading.Thread(target=count)
         thread.start()
         thread.join()
 
     try:
-        engine.generate(1, seed=0, callback=other_thread, **FAST)
-        other_thread(None)
-        assert fresh and set(fresh) == {2}
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_threads_hold_while_generating_and_no_longer() -> None:
-    engine, before = tiny_engine(threads=1), torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        seen: list[int] = []
-        engine.generate(1, seed=0, callback=lambda _: seen.append(torch.get_num_threads()), **FAST)
-        assert seen == [1] * 4
-        assert torch.get_num_threads() == 2
+        engine.generate(1, seed=0, callback=callback, **FAST)
+        callback(None)
+        assert seen == [1] * 4 + [2] and fresh == [2] * 5
         with pytest.raises(ValueError, match=r"^labels? "):
             engine.generate(99, **FAST)
         assert torch.get_num_threads() == 2
@@ -396,12 +370,7 @@ def test_out_of_memory_in_the_vae_decodes_in_slices(
 
 
 BAD = [
-    ({"labels": 10}, "label 10 is out of range; allowed are 0 to 9"),
-    ({"labels": -1}, "label -1 is out of range"),
-    ({"labels": "unicorn"}, "label 'unicorn' is unknown; allowed are ant, bee"),
-    ({"labels": "Iibex"}, "label 'Iibex' is unknown; did you mean 'ibex'? allowed are ant, bee"),
-    ({"labels": []}, "labels is empty"),
-    ({"labels": [1.5]}, "label 1.5 is neither"),
+    ({"labels": -1}, "label -1 is out of range; allowed are 0 to 9"),
     ({"steps": 0}, "steps 0"),
     ({"steps": 1001}, "steps 1001"),
     ({"steps": 2.5}, "steps 2.5"),
@@ -409,11 +378,9 @@ BAD = [
     ({"eta": -1.0}, "eta -1.0"),
     ({"eta": 0.5}, "eta 0.5 is for sampler 'ddim', not 'ddpm'"),
     ({"spacing": "cosine"}, "spacing 'cosine': choose one of official"),
-    ({"guidance_scale": float("nan")}, "guidance_scale nan"),
     ({"guidance_scale": [1.0, 2.0, 3.0]}, "guidance_scale of shape (3,) for 2 images"),
     ({"guidance_channels": 5}, "guidance_channels 5 is out of range: allowed is 1 to 4"),
     ({"guidance_interval": (5.0, 0.5)}, "guidance_interval (5.0, 0.5) is upside down"),
-    ({"guidance_interval": (float("nan"), 1.0)}, "guidance_interval (nan, 1.0) holds a NaN"),
     ({"seed": -1}, "seed -1 is not a whole number"),
     ({"seed": "7"}, "seed '7' is not a whole number"),
     ({"seed": 1.0}, "seed 1.0 is not a whole number"),

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,17 +100,16 @@ def test_what_is_refused(names: Sequence[str], label: object, message: str) -> N
 
 
 @pytest.mark.parametrize(
-    "labels", [np.int64(3), torch.tensor(3), np.array(3), np.array("dog"), np.str_("dog")]
+    ("labels", "expected"),
+    [
+        *((one, [3]) for one in (np.int64(3), torch.tensor(3), np.array(3), np.array("dog"))),
+        (np.str_("dog"), [3]),
+        *((many, [3, 5]) for many in (np.array([3, 5], np.uint8), torch.tensor([3, 5]), (3, "5"))),
+        (np.array(["dog", "fox"]), [3, 5]),
+    ],
 )
-def test_an_array_without_dimensions_is_one_label(labels: object) -> None:
-    assert one(labels) == 3
-
-
-@pytest.mark.parametrize(
-    "labels", [np.array([3, 5], np.uint8), torch.tensor([3, 5]), np.array(["dog", "fox"]), (3, "5")]
-)
-def test_arrays_of_labels(labels: object) -> None:
-    assert resolve_labels(labels, 10, NAMES) == [3, 5]  # pyright: ignore[reportArgumentType]
+def test_labels_come_in_arrays_too(labels: Any, expected: list[int]) -> None:
+    assert resolve_labels(labels, 10, NAMES) == expected
 
 
 def test_a_model_without_names_says_so() -> None:

@@ -99,15 +99,6 @@ def test_threads_on_streams_of_their_own(engine: Engine) -> None:
                 assert relative_error(result, expected[i]) < 1e-4
 
 
-def test_threads_with_an_engine_each(engine: Engine) -> None:
-    """Captures of different backends cannot overlap in a process."""
-    expected = latents(engine, "eager", 2)
-    engines = [Engine(engine.model, device=DEVICE) for _ in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(lambda own: latents(own, "lean", 2), engines):
-            assert relative_error(found, expected) < 1e-4
-
-
 def test_a_callers_latents_are_not_overwritten(engine: Engine) -> None:
     kept: list[tuple[Tensor, Tensor]] = []
     latents(engine, "lean", callback=lambda p: kept.append((p.latents, p.latents.clone())))

@@ -84,42 +84,6 @@ def test_ddpm_with_the_optimal_variance_is_exact_in_any_number_of_steps(steps: i
     assert deviation == pytest.approx(SD * math.sqrt(a * SD**2 / (a * SD**2 + 1 - a)), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("sampler", "options", "spacing", "tolerance"),
-    [
-        (ddpm, {}, "official", 1e-2),
-        (ddim, {"eta": 1.0}, "official", 1e-2),
-        (ddim, {}, "official", 5e-3),
-        (dpm_solver_pp, {}, "linspace", 5e-3),
-    ],
-)
-def test_many_steps_reproduce_the_distribution(
-    sampler: Any, options: dict, spacing: str, tolerance: float
-) -> None:
-    """1000 steps, without a learned variance (ddpm: the fixed one)."""
-    schedule = make_schedule(1000, spacing)
-    mean, deviation = moments(sampler, normal_eps(schedule), schedule, **options)
-    # The start is N(0, 1), not N(√ᾱ·M, …): the mean is short by up to M·SD·√ᾱ = 0.6 % of SD.
-    assert mean == pytest.approx(M, abs=0.01 * SD)
-    assert deviation == pytest.approx(SD, rel=tolerance)
-
-
-def test_ddpm_draws_have_these_moments() -> None:
-    """The same by brute force, so that ``moments`` itself is checked."""
-    schedule = make_schedule(100)
-    generator = torch.Generator().manual_seed(0)
-    shape = (40_000, 1, 1, 1)
-    out = ddpm(
-        normal_eps(schedule),
-        torch.randn(shape, generator=generator),
-        schedule,
-        lambda k: torch.randn(shape, generator=generator),
-    )
-    mean, deviation = moments(ddpm, normal_eps(schedule), schedule)
-    assert out.mean().item() == pytest.approx(mean, abs=5 * SD / 200)
-    assert out.std().item() == pytest.approx(deviation, rel=5 / math.sqrt(2 * 40_000))
-
-
 @pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (dpm_solver_pp, 2)])
 def test_order_of_convergence(sampler: Any, order: int) -> None:
     """Halving the step divides the error by 2^order.

@@ -115,14 +115,6 @@ def test_respaced_coefficients_follow_from_the_alphas() -> None:
     assert schedule.alphas_cumprod_prev[-1] == 1.0
 
 
-def test_one_step_has_finite_coefficients() -> None:
-    for spacing in SPACINGS:
-        schedule = make_schedule(1, spacing)
-        assert len(schedule) == 1
-        assert math.isfinite(schedule.posterior_log_variance_clipped[0])
-        assert schedule.posterior_mean_coef2[0] == 0
-
-
 @pytest.mark.parametrize("n", [1000, 777, 100])
 @pytest.mark.parametrize(
     ("kind", "theirs", "ours"),

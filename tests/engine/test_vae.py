@@ -141,12 +141,6 @@ def test_scale_and_shift_of_the_latents(scale: dict[str, Any], lean: bool, tmp_p
     assert unset.isdisjoint(json.loads((tmp_path / "again" / "vae" / "config.json").read_text()))
 
 
-def test_division_by_the_scaling_factor_alone_is_as_it_was() -> None:
-    z = torch.randn(2, 4, 8, 8)
-    for config in (VAEConfig(), VAEConfig(shift_factor=0.0), VAEConfig(scaling_factor=1)):
-        assert torch.equal(config.denormalise(z), z / config.scaling_factor)
-
-
 def test_options_of_a_file_without_config(tmp_path: Path) -> None:
     groups, scale, shift = 8, 0.3611, 0.1159
     reference = theirs(block_out_channels=(16, 24), layers_per_block=1, norm_num_groups=groups)
@@ -177,14 +171,6 @@ def test_options_of_a_file_without_config(tmp_path: Path) -> None:
         pytest.raises(ValueError, match="16 is not a positive multiple of norm_num_groups 32"),
     ):
         load()
-    for wrong, message in (
-        ({"vae_groups": 0}, "vae_groups 0 is not a positive integer"),
-        ({"vae_scaling_factor": -1.0}, "vae_scaling_factor -1.0 is not a finite number above 0"),
-        ({"vae_shift_factor": float("nan")}, "vae_shift_factor nan is not a finite number"),
-        ({"vae_scaling_factor": "0.2"}, "vae_scaling_factor '0.2' is not a finite number"),
-    ):
-        with pytest.raises(ValueError, match=f"^{message}"):
-            load(**options | wrong)
     with pytest.raises(ValueError, match=r"scaling_factor 0\.2 is of a VAE, and .*dit has none"):
         load_checkpoint(tmp_path / "dit", vae_scaling_factor=0.2)
 
@@ -259,21 +245,14 @@ def test_diffusers_reads_what_we_write(tmp_path: Path) -> None:
         ({"use_quant_conv": False}, "use_quant_conv False"),
         ({"use_post_quant_conv": False}, "use_post_quant_conv False"),
         ({"shift_factor": "0.1"}, "shift_factor '0.1' is not a finite number$"),
-        ({"shift_factor": float("inf")}, "shift_factor inf is not a finite number$"),
         ({"latents_mean": [0.1] * 3}, r"latents_mean \[0.1, 0.1, 0.1\] is not a list of 4 finite"),
-        ({"latents_mean": 0.1}, "latents_mean 0.1 is not a list of 4 finite numbers, one for each"),
         ({"latents_mean": [0, 0, 0, True]}, "latents_mean .* is not a list of 4"),
         ({"latents_std": [1, 1, 1, 0]}, r"latents_std \[1, 1, 1, 0\] .* 4 finite numbers above 0"),
-        ({"latents_std": [1, 1, 1, float("nan")]}, "latents_std .* 4 finite numbers above 0"),
         ({"act_fn": "relu"}, "act_fn 'relu'"),
         ({"norm_num_groups": 3}, "8 is not a positive multiple of norm_num_groups 3"),
-        ({"norm_num_groups": 0}, "norm_num_groups 0 is not a positive integer"),
         ({"layers_per_block": 2}, "keys missing: 'encoder.down_blocks.0.resnets.1"),
         ({"mid_block_add_attention": False}, "keys too many"),
         ({"scaling_factor": 0}, "scaling_factor 0 is not a finite number above 0$"),
-        ({"scaling_factor": -0.18}, "scaling_factor -0.18 is not a finite number above 0$"),
-        ({"scaling_factor": "0.18"}, "scaling_factor '0.18' is not a finite number above 0$"),
-        ({"scaling_factor": None}, "scaling_factor None is not a finite number above 0$"),
         ({"scaling_factor": True}, "scaling_factor True is not a finite number above 0$"),
         ({"scaling_factor": float("nan")}, "scaling_factor nan is not a finite number above 0$"),
         ({"scaling_factor": 10**400}, "scaling_factor 10+ is not a finite number above 0$"),
@@ -311,20 +290,15 @@ def decoder() -> AutoencoderKL:
     return AutoencoderKL(config).double().eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("slice_size", [1, 2, 5])
-def test_decode_in_slices(decoder: AutoencoderKL, slice_size: int) -> None:
-    z = waves(3, 6, 5)
-    sliced = decoder.decode_sliced(z, slice_size)
-    assert_close_to_reference(sliced, decoder.decode(z), tolerance=1e-12)
-
-
-def test_one_tile_is_exact(decoder: AutoencoderKL) -> None:
-    z = waves(2, 12, 16)
+def test_slices_and_a_single_tile_are_exact(decoder: AutoencoderKL) -> None:
+    z = waves(3, 12, 16)
+    assert_close_to_reference(decoder.decode_sliced(z, 2), decoder.decode(z), tolerance=1e-12)
     assert torch.equal(decoder.decode_tiled(z, tile=16, overlap=4), decoder.decode_sliced(z))
 
 
-@pytest.mark.parametrize(("h", "w"), [(30, 22), (17, 16), (16, 40), (33, 65)])
-@pytest.mark.parametrize("overlap", [0, 1, 8, 15])
+# A last tile flush with the end, a side of just over a tile, and several tiles both ways.
+@pytest.mark.parametrize(("h", "w"), [(30, 22), (17, 16), (33, 65)])
+@pytest.mark.parametrize("overlap", [0, 1, 15])
 def test_tiles_are_exact_where_a_pixel_depends_on_one_latent(
     decoder: AutoencoderKL, monkeypatch: pytest.MonkeyPatch, h: int, w: int, overlap: int
 ) -> None:
@@ -341,13 +315,12 @@ def test_tiles_are_exact_where_a_pixel_depends_on_one_latent(
     assert_close_to_reference(tiled, expected, tolerance=1e-6)
 
 
-@pytest.mark.parametrize(("h", "w"), [(64, 64), (48, 72)])
-def test_tiles_are_close_for_the_real_decoder(decoder: AutoencoderKL, h: int, w: int) -> None:
+def test_tiles_are_close_for_the_real_decoder(decoder: AutoencoderKL) -> None:
     """Tiles see alike statistics here, so what is left is their borders, and blending hides those.
 
     Measured: mean 0.09 and maximum 1.04 of the image's deviation; 0.19 and 5.0 without overlap.
     """
-    z = waves(1, h, w)
+    z = waves(1, 48, 72)
     whole = decoder.decode(z)
     blended = (decoder.decode_tiled(z) - whole).abs() / whole.std()
     abrupt = (decoder.decode_tiled(z, overlap=0) - whole).abs() / whole.std()
@@ -355,12 +328,9 @@ def test_tiles_are_close_for_the_real_decoder(decoder: AutoencoderKL, h: int, w:
     assert blended.max() < 0.4 * abrupt.max()
 
 
-@pytest.mark.parametrize("overlap", [-1, 16, 20])
-def test_overlap_out_of_range(decoder: AutoencoderKL, overlap: int) -> None:
-    with pytest.raises(ValueError, match=f"overlap {overlap} is not in"):
-        decoder.decode_tiled(waves(1, 20, 20), tile=16, overlap=overlap)
-
-
-def test_image_size_must_divide(decoder: AutoencoderKL) -> None:
+def test_what_decoding_and_encoding_refuse(decoder: AutoencoderKL) -> None:
+    for overlap in (-1, 16, 20):
+        with pytest.raises(ValueError, match=f"overlap {overlap} is not in"):
+            decoder.decode_tiled(waves(1, 20, 20), tile=16, overlap=overlap)
     with pytest.raises(ValueError, match=r"image size \(10, 8\) is not a multiple of 4"):
         decoder.encode(torch.zeros(1, 3, 10, 8, dtype=torch.float64))

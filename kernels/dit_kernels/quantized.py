@@ -8,7 +8,6 @@ rows, K inputs, M outputs, N images, T tokens, D width.
 from __future__ import annotations
 
 import functools
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -138,66 +137,13 @@ def _unsigned(codes: Tensor) -> Tensor:
     return codes if codes.dtype == torch.uint8 else codes.view(torch.uint8) ^ 0x80
 
 
-class Quantizer(Protocol):
+class Quantizer:
     """Makes the codes that `QuantizedLinear` takes; ``out`` is memory for the codes and scales.
 
     int8 codes come as uint8 with 128 added, because oneDNN multiplies unsigned by signed bytes.
-    """
 
-    def rows(self, x: Tensor, *, out: Codes | None = None) -> Codes:
-        """x (…, K) → codes (…, K) and float32 scales (…)."""
-        ...
-
-    def norm(
-        self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Codes | None = None
-    ) -> Codes:
-        """The codes of `operators.layernorm_modulate`'s unrounded result."""
-        ...
-
-    def gated_norm(
-        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float,
-        *, out: Codes | None = None,
-    ) -> Codes:  # fmt: skip
-        """The same after x + gate · y, which is written over x."""
-        ...
-
-
-def quantizer(kind: str, device: torch.device) -> Quantizer:
-    """The quickest one for ``kind`` ("int8" or "fp8") on ``device``."""
-    if kind == "int8" and native.why_not() is None:
-        return _Native()
-    return _Separate(kind, device)
-
-
-class _Native:
-    """Each method is one pass over memory."""
-
-    def rows(self, x: Tensor, *, out: Codes | None = None) -> Codes:
-        return native.quantize_rows(x, torch.uint8, out=out)
-
-    def norm(
-        self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Codes | None = None
-    ) -> Codes:
-        return native.layernorm_modulate_quantize(x, shift, scale, eps, torch.uint8, out=out)
-
-    def gated_norm(
-        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float,
-        *, out: Codes | None = None,
-    ) -> Codes:  # fmt: skip
-        if out is None:
-            scales = y.new_empty(y.shape[:-1], dtype=torch.float32)
-            out = y.new_empty(y.shape, dtype=torch.uint8), scales
-        native.gate_residual_layernorm_modulate_quantize(
-            x, y, gate, shift, scale, eps, torch.uint8, out=(x, *out)
-        )
-        return out
-
-
-class _Separate:
-    """The gated residual as one operator, and the norm with its codes as another.
-
-    In Triton the residual moves x's bytes 3 times and the norm with its codes 1½ times. The fused
-    norm (4 times) with its result quantised afterwards (1½ times) would move more.
+    Args:
+        kind: "int8" or "fp8".
     """
 
     def __init__(self, kind: str, device: torch.device) -> None:
@@ -205,20 +151,34 @@ class _Separate:
         self._rows = launcher("quantize_rows", device)
         self._norm = launcher("layernorm_modulate_quantize", device)
         self._residual = launcher("gate_residual", device)
+        self._fused = kind == "int8" and native.available()
 
     def rows(self, x: Tensor, *, out: Codes | None = None) -> Codes:
+        """x (…, K) → codes (…, K) and float32 scales (…)."""
         return self._rows(x, self._dtype, out=out)
 
     def norm(
         self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Codes | None = None
     ) -> Codes:
+        """The codes of `operators.layernorm_modulate`'s unrounded result."""
         return self._norm(x, shift, scale, eps, self._dtype, out=out)
 
     def gated_norm(
         self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float,
         *, out: Codes | None = None,
     ) -> Codes:  # fmt: skip
-        return self.norm(self._residual(x, y, gate, out=x), shift, scale, eps, out=out)
+        """The same after x + gate · y, which is written over x."""
+        if not self._fused:
+            # In Triton the residual moves x's bytes 3 times and the norm with its codes 1½ times.
+            # The fused norm (4 times) with its result quantised afterwards (1½) would move more.
+            return self.norm(self._residual(x, y, gate, out=x), shift, scale, eps, out=out)
+        if out is None:
+            scales = y.new_empty(y.shape[:-1], dtype=torch.float32)
+            out = y.new_empty(y.shape, dtype=self._dtype), scales
+        native.gate_residual_layernorm_modulate_quantize(
+            x, y, gate, shift, scale, eps, self._dtype, out=(x, *out)
+        )
+        return out
 
 
 def dequantize_rows_(x: Tensor, scales: Tensor, bias: Tensor, gelu: bool) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 import dit_kernels
 from dit_kernels import PackedLinear, QuantizedLinear, Unavailable, quantized, reference
 from dit_kernels.cpu import product
-from dit_kernels.quantized import FP8, Quantizer, _Separate, quantizer
+from dit_kernels.quantized import FP8, Quantizer
 
 N, T, D, M = 2, 5, 64, 24
 WEIGHT, BIAS = random(M, D, seed=1), random(M, seed=2)
@@ -112,7 +112,7 @@ def test_int8_equals_its_own_codes_multiplied_exactly(gelu: bool) -> None:
     expected = gelu_if(gelu, exact + BIAS.double()).view(-1, M)
     out = layer(a, a_scales, gelu)
     assert relative_error(out, expected) < 1e-5
-    codes, scales = quantizer("int8", torch.device("cpu")).rows(X)
+    codes, scales = Quantizer("int8", torch.device("cpu")).rows(X)
     # A code may differ by one where the quotient is a tie; a wrong scale would show.
     assert relative_error(layer(codes, scales, gelu), expected) < 2e-3
     assert torch.equal(out, layer((a.int() + 128).to(torch.uint8), a_scales, gelu))
@@ -198,11 +198,13 @@ def test_int8_is_exact_or_refused_whatever_onednn_has(isa: str) -> None:
     ) or float(said) == pytest.approx(256, rel=1e-4), done.stderr
 
 
-@pytest.mark.parametrize("make", [quantizer, _Separate], ids=["chosen", "separate"])
+@pytest.mark.parametrize("fused", [True, False])
 def test_a_quantizer_gives_the_codes_of_the_unrounded_norm(
-    make: Callable[[str, torch.device], Quantizer],
+    fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantize = make("int8", torch.device("cpu"))
+    if not fused:
+        monkeypatch.setattr(quantized.native, "available", lambda: False)
+    quantize = Quantizer("int8", torch.device("cpu"))
     norm: tuple[Any, ...] = (SHIFT, SCALE, 1e-6)
     residual = X + GATE[:, None] * Y
     x = X.clone()

@@ -20,7 +20,7 @@ from dit_kernels import PackedLinear, QuantizedLinear
 from dit_kernels.checks import HEAD_DIM_LIMIT
 from dit_kernels.cpu import operators as native
 from dit_kernels.dispatch import implementation, launcher
-from dit_kernels.quantized import Codes, quantizer
+from dit_kernels.quantized import Codes, Quantizer
 
 Run = Callable[..., Any]
 
@@ -250,7 +250,7 @@ class QuantizedNorms(Norms):
 
     def __init__(self, device: torch.device, kind: str) -> None:
         super().__init__(device)
-        self._quantize = quantizer(kind, device)
+        self._quantize = Quantizer(kind, device)
 
     def first(
         self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, memory: Activations

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_kernels.triton.launch import launch, row_tiles
+from dit_kernels.triton.launch import launch_rows
 from dit_kernels.triton.rows import load_columns, load_rows, store_rows
 
 
@@ -45,14 +45,5 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, out: Tensor | None = No
     """x, y (N, T, D) contiguous, gate (N, D) → (N, T, D); ``out`` may be x or y."""
     if out is None:
         out = torch.empty_like(x)
-    n, tokens, width = x.shape
-    if x.numel() == 0:
-        return out
-    head, tail, rows, num_warps = row_tiles(width)
-    blocks = -(-tokens // rows)
-    launch(
-        _gate_residual_kernel, n * blocks,
-        x, y, gate, out, tokens, blocks, gate.stride(0),
-        D=width, HEAD=head, TAIL=tail, ROWS=rows, num_warps=num_warps,
-    )  # fmt: skip
+    launch_rows(_gate_residual_kernel, (x, y, gate, out), (gate.stride(0),))
     return out

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_kernels.triton.launch import launch, row_tiles
+from dit_kernels.triton.launch import launch_rows
 from dit_kernels.triton.rows import load_columns, load_rows, modulate, normalize, store_rows
 
 
@@ -76,15 +76,7 @@ def gate_residual_layernorm_modulate(
     ``out`` holds both results, each (N, T, D); r may be x or y, the norm may be y.
     """
     residual, normed = (torch.empty_like(x), torch.empty_like(x)) if out is None else out
-    n, tokens, width = x.shape
-    if x.numel() == 0:
-        return residual, normed
-    head, tail, rows, num_warps = row_tiles(width)
-    blocks = -(-tokens // rows)
-    launch(
-        _gate_residual_layernorm_modulate_kernel, n * blocks,
-        x, y, gate, shift, scale, residual, normed, tokens, blocks,
-        gate.stride(0), shift.stride(0), scale.stride(0), eps,
-        D=width, HEAD=head, TAIL=tail, ROWS=rows, num_warps=num_warps,
-    )  # fmt: skip
+    tensors = (x, y, gate, shift, scale, residual, normed)
+    strides = gate.stride(0), shift.stride(0), scale.stride(0)
+    launch_rows(_gate_residual_layernorm_modulate_kernel, tensors, (*strides, eps))
     return residual, normed

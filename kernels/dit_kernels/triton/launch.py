@@ -14,10 +14,10 @@ LARGEST_IMAGE = 2**31 - 1
 def launch(kernel: Any, programs: int, x: Tensor, *arguments: Any, **constants: Any) -> None:
     """Start ``programs`` of a kernel whose first argument is x, on x's device and current stream.
 
-    Triton launches on the current device, which need not be the tensor's.
+    Triton launches on the current device, which may be another one than x's.
 
     Raises:
-        ValueError: images of 2³¹ numbers or more, within which offsets would not fit 32 bits.
+        ValueError: images of 2³¹ numbers or more, whose offsets would not fit 32 bits.
     """
     if x.ndim > 2 and x.numel() // len(x) > LARGEST_IMAGE:
         raise ValueError(
@@ -36,8 +36,9 @@ def power_of_two(size: int) -> int:
 def split(size: int, smallest_tail: int = 1) -> tuple[int, int]:
     """``size`` as a power of two and a smaller one, the second 0 when one is enough.
 
-    A tile's length is a power of two: 1152 as 1024 + 128 wastes nothing where 2048 wastes 44 %.
-    The last part may reach past ``size`` and is masked: 72 with tails of at least 16 is 64 + 16.
+    A tile's length is a power of two: 1152 as 1024 + 128 wastes nothing, as 2048 it wastes 44 %.
+    The last part may reach past ``size`` and is masked there: 72 with tails of at least 16 is
+    64 + 16.
     """
     head = power_of_two(size + 1) // 2
     if head == size:
@@ -59,3 +60,21 @@ def row_tiles(width: int) -> RowTiles:
     head, tail = split(width)
     # About 2,048 elements a program: 16 a thread, and at DiT's widths a row is never shared.
     return RowTiles(head, tail, min(max(2048 // head, 1), 4), min(max(head // 256, 4), 16))
+
+
+def launch_rows(
+    kernel: Any, tensors: tuple[Tensor, ...], rest: tuple[Any, ...], **constants: Any
+) -> None:
+    """Start a kernel over the rows of tensors[0], (N, T, D), unless it has none.
+
+    The kernel's arguments are the tensors, T, the programs per image and ``rest``.
+    """
+    n, tokens, width = tensors[0].shape
+    if tensors[0].numel() == 0:
+        return
+    head, tail, rows, num_warps = row_tiles(width)
+    blocks = -(-tokens // rows)
+    launch(
+        kernel, n * blocks, *tensors, tokens, blocks, *rest,
+        D=width, HEAD=head, TAIL=tail, ROWS=rows, num_warps=num_warps, **constants,
+    )  # fmt: skip

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_kernels.triton.launch import launch, row_tiles
+from dit_kernels.triton.launch import launch_rows
 from dit_kernels.triton.rows import load_rows, modulate, normalize, store_rows
 
 
@@ -52,14 +52,6 @@ def layernorm_modulate(
     """x (N, T, D) contiguous, shift and scale (N, D) → (N, T, D); ``out`` may be x."""
     if out is None:
         out = torch.empty_like(x)
-    n, tokens, width = x.shape
-    if x.numel() == 0:
-        return out
-    head, tail, rows, num_warps = row_tiles(width)
-    blocks = -(-tokens // rows)
-    launch(
-        _layernorm_modulate_kernel, n * blocks,
-        x, shift, scale, out, tokens, blocks, shift.stride(0), scale.stride(0), eps,
-        D=width, HEAD=head, TAIL=tail, ROWS=rows, num_warps=num_warps,
-    )  # fmt: skip
+    strides = shift.stride(0), scale.stride(0)
+    launch_rows(_layernorm_modulate_kernel, (x, shift, scale, out), (*strides, eps))
     return out

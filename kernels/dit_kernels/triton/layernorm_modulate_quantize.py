@@ -1,4 +1,4 @@
-"""adaLN whose result leaves as codes with one scale a token, for an int8 or fp8 linear."""
+"""adaLN whose result leaves as codes with one scale per token, for an int8 or fp8 linear."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_kernels.triton.launch import launch, row_tiles
-from dit_kernels.triton.quantize_rows import check_codes_on, code_limit
+from dit_kernels.triton.launch import launch_rows
+from dit_kernels.triton.quantize_rows import check_codes_on, code_limit, new_codes
 from dit_kernels.triton.rows import (
     encode,
     larger,
@@ -81,19 +81,10 @@ def layernorm_modulate_quantize(
         ValueError: float8 on a GPU older than compute capability 8.9.
     """
     check_codes_on(x.device, dtype)
-    n, tokens, width = x.shape
-    codes, scales = out or (
-        torch.empty_like(x, dtype=dtype),
-        torch.empty(n, tokens, dtype=torch.float32, device=x.device),
-    )
-    if x.numel() == 0:
-        return codes, scales
-    head, tail, rows, num_warps = row_tiles(width)
-    blocks = -(-tokens // rows)
-    launch(
-        _layernorm_modulate_quantize_kernel, n * blocks,
-        x, shift, scale, codes, scales, tokens, blocks, shift.stride(0), scale.stride(0), eps,
+    codes, scales = out or new_codes(x, dtype)
+    launch_rows(
+        _layernorm_modulate_quantize_kernel, (x, shift, scale, codes, scales),
+        (shift.stride(0), scale.stride(0), eps),
         LIMIT=code_limit(dtype), INTEGER=dtype == torch.int8,
-        D=width, HEAD=head, TAIL=tail, ROWS=rows, num_warps=num_warps,
     )  # fmt: skip
     return codes, scales

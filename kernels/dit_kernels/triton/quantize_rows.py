@@ -1,4 +1,4 @@
-"""Symmetric quantisation with one scale a row, to int8 or float8 e4m3."""
+"""Symmetric quantisation with one scale per row, to int8 or float8 e4m3."""
 
 from __future__ import annotations
 
@@ -59,6 +59,11 @@ def code_limit(dtype: torch.dtype) -> float:
     return 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
 
 
+def new_codes(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Memory for the codes of x (…, D) and for their scales (…)."""
+    return torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
 def quantize_rows(
     x: Tensor, dtype: torch.dtype, *, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -68,10 +73,7 @@ def quantize_rows(
         ValueError: float8 on a GPU older than compute capability 8.9.
     """
     check_codes_on(x.device, dtype)
-    codes, scales = out or (
-        torch.empty_like(x, dtype=dtype),
-        torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device),
-    )
+    codes, scales = out or new_codes(x, dtype)
     if x.numel() == 0:
         return codes, scales
     head, tail, rows, num_warps = row_tiles(x.shape[-1])

@@ -312,7 +312,7 @@ def test_an_interrupt_never_splits_an_update(monkeypatch: pytest.MonkeyPatch) ->
         (["a.npz", "a.npz", "--batch-size", "0"], "batch size 0 is not a positive integer"),
         (["a.npz", "a.npz", "--device", "abacus"], "device 'abacus' is not available"),
         (["a.npz", "--model", "absent.pt"], "absent.pt"),
-        (["a.npz", "--model", "builtin", "--samples", "0"], "samples 0 is not a positive"),
+        (["a.npz", "--model", "builtin", "--samples", "-2"], "samples -2 is not a positive"),
         (["a.npz", "--model", "builtin", "--samples", "9"], "builtin has 9 images, too few"),
         (["a.npz", "--model", "builtin", "--samples", "3", "--steps", "0", "--allow-few"],
          "steps 0"),

@@ -302,9 +302,6 @@ def test_bad_arguments_are_one_line(
     assert main(["parity", "--steps", "1", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-    if engine.vae is None:
-        with pytest.raises(ValueError, match="no VAE; Fréchet distances are of images"):
-            compare(engine, [0] * 9, [("lean", "fp32")], sets=sets(), **SETTINGS)
 
 
 def test_a_backend_that_cannot_run_is_told_before_anything_is_read(

@@ -142,6 +142,8 @@ def run(arguments: argparse.Namespace) -> int:
     if len(sets) != (2 if model is None else 1):
         need = "SAMPLES and REFERENCE" if model is None else "the REFERENCE alone beside --model"
         raise ValueError(f"{len(sets)} sets ({', '.join(sets)}) are given; {need} must be")
+    if model is not None and arguments.samples < 1:
+        raise ValueError(f"samples {arguments.samples} is not a positive integer")
     reference = open_set(Path(sets[-1]))
     given = None if model is not None else open_set(Path(sets[0]))
     network = load_network(arguments.features, arguments.inception_weights, device)

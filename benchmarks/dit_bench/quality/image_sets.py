@@ -181,7 +181,7 @@ class GeneratedImages:
 
     record: the settings that the engine records, once it has made an image.
 
-    Raises ValueError if the engine makes no images or there are no labels.
+    Raises ValueError if the engine makes no images.
     """
 
     def __init__(
@@ -189,8 +189,6 @@ class GeneratedImages:
     ) -> None:
         if engine.image_size is None:
             raise ValueError(f"model {name!r} has no VAE; distances are of images")
-        if not len(labels):
-            raise ValueError("samples 0 is not a positive integer")
         self.name, self.size = name, (engine.image_size, engine.image_size)
         self.record: dict[str, Any] = {}
         self._engine, self._labels, self._settings = engine, labels, settings

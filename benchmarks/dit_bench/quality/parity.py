@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from dit_engine.backends import PRECISIONS, resolve_backend
 from dit_engine.console.output import check_file
 from dit_engine.console.parser import add_model_argument, add_sampling_arguments, sampling_options
 from dit_engine.console.run import INTERRUPTED
-from dit_engine.decode import to_uint8
+from dit_engine.decode import LatentDecoder, to_uint8
 from dit_engine.errors import NotFinite
 from dit_engine.sampling.noise import resolve_seeds
 
@@ -120,11 +119,11 @@ def compare(
     labels = list(labels)
     if sets is not None:
         if engine.vae is None:
-            raise ValueError("the model has no VAE; Fréchet distances are of images")
+            raise ValueError(f"model {model!r} has no VAE; {sets.network.metric} is of images")
         sets.check(len(labels))
         sets = sets.with_moments(quiet, check)
     seeds = resolve_seeds(seed, None, len(labels), "per-image")
-    decode = _decoder(engine)
+    decode = None if engine.vae is None else LatentDecoder(engine.vae, engine.device)
     runs = [REFERENCE, *subjects]
     gathered: list[list[_Found]] = []  # of each batch, one for each run
     record: dict[str, Any] = {}
@@ -183,7 +182,7 @@ def _batch(
     engine: Engine,
     labels: list[int],
     runs: Sequence[tuple[str, str]],
-    decode: Callable[[Tensor], Tensor] | None,
+    decode: LatentDecoder | None,
     sets: SetComparison | None,
     options: dict[str, Any],
     bar: Any,
@@ -200,7 +199,9 @@ def _batch(
             reference, record = latents, settings
         errors, ratios, features = relative_errors(latents, reference), None, None
         if decode is not None:
-            decoded = decode(latents[-1])
+            with torch.inference_mode():
+                decoded = decode(latents[-1].to(engine.device), "fp32").cpu()
+            decoded = (decoded.clamp(-1, 1) + 1) / 2
             images = decoded if images is None else images
             ratios = psnr(decoded, images)
             if sets is not None:
@@ -208,21 +209,6 @@ def _batch(
         every.append(_Found(errors, ratios, features))
         bar.update(len(labels))
     return every, record
-
-
-def _decoder(engine: Engine) -> Callable[[Tensor], Tensor] | None:
-    """From latents (n, C, S, S) to images (n, 3, H, W) in [0, 1]; None without a VAE."""
-    if engine.vae is None:
-        return None
-    vae = copy.deepcopy(engine.vae).float()  # the stored weights may be in half precision
-
-    def decode(latents: Tensor) -> Tensor:
-        z = vae.config.denormalise(latents).to(vae.post_quant_conv.weight.device)
-        with torch.inference_mode():
-            parts = [vae.decode(part).cpu() for part in z.split(8)]
-        return (torch.cat(parts).clamp(-1, 1) + 1) / 2
-
-    return decode
 
 
 def parse_subject(text: str) -> tuple[str, str]:
@@ -263,9 +249,6 @@ def run(arguments: argparse.Namespace) -> int:
         count = min(len(labels), engine.max_batch_size)
         try_step(engine, count, backend=backend, precision=precision, **options)
     sets = set_comparison(arguments, engine.device)
-    if sets is not None and engine.vae is None:
-        metric = sets.network.metric
-        raise ValueError(f"model {arguments.model!r} has no VAE; {metric} is of images")
     model = str(arguments.model)
     report = new_report(
         "parity", describe(engine.device), {"model": model, **sampling_options(arguments)}

@@ -18,10 +18,10 @@ inline bool aligned(const void* p, int64_t bytes) {
     return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
 }
 
-// What turns an int8 code into the one that was asked for.
+// XOR with this turns an int8 code into the kind asked for: int8, or code + 128 as uint8.
 inline uint8_t flip_of(int unsigned_codes) { return unsigned_codes ? 0x80 : 0; }
 
-// All sizes ≥ 0 and their product representable, so that offsets in bytes are too.
+// Whether all sizes are ≥ 0 and their product is small enough for offsets in bytes.
 template <class... Sizes>
 bool sizes_fit(Sizes... sizes) {
     int64_t total = 16;

@@ -12,8 +12,8 @@ struct FloatMac {
     DIT_ALWAYS Vec mac(Vec c, Vec a, Vec b) { return Simd::fma(a, b, c); }
 };
 
-// A block of values, 96 or 128 rows of at most 512 bytes, is read once for every 4 queries: it has
-// to stay near.
+// A block of values, 96 or 128 rows of at most 512 bytes, is read once for every 4 queries, so it has
+// to stay in the nearest cache.
 struct FloatBlocks {
     static constexpr int queries = 32, keys = Simd::lanes == 16 ? 128 : 96, degree = 6;
     template <class Weight>

@@ -10,7 +10,7 @@ namespace {
 template <int queries_, int keys_>
 struct PairBlocks {
     static constexpr int queries = queries_, keys = keys_, degree = 3;
-    // The sum is of the weights before rounding: rounding errs to either side alike.
+    // The weights are summed before rounding, whose errors go to either side alike.
     template <class Weight>
     DIT_ALWAYS Vec put(const Weight& weight, int64_t j, float* to) {
         const Vec low = weight(j), high = weight(j + Simd::lanes);

@@ -1,8 +1,8 @@
 // The vector operations of attention: float32 lanes of AVX2 or AVX-512, as the file is compiled,
 // and groups of 4 and 8 elements of every dtype.
 //
-// A "unit" is 32 bits of an operand: one float32, or two neighbouring bfloat16. Units travel as
-// float, bit for bit: none but Mac looks inside.
+// A "unit" is 32 bits of an operand: one float32, or two neighbouring bfloat16. Units are passed as
+// float, bit for bit; only Mac interprets them.
 
 #pragma once
 

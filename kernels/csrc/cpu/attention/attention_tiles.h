@@ -15,12 +15,12 @@ struct alignas(64) TileConfiguration {
     uint8_t rows[16];
 };
 
-// Static: the compiler takes _tile_loadconfig to read its pointer but not what it points to, and
-// would drop the stores to a local one.
+// Static, because the compiler does not know that _tile_loadconfig reads what its pointer points to,
+// and would drop the stores to a local variable.
 static const TileConfiguration tile_configuration = {
     1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-// In every thread, before any other; isa() has asked the kernel for the permission.
+// Each thread calls this before any other; isa() has got the permission of the kernel.
 static inline void tile_configure() {
     __asm__ volatile("" : : "r"(&tile_configuration) : "memory");
     _tile_loadconfig(&tile_configuration);

@@ -1,4 +1,4 @@
-// The one way in which work is shared out, and memory for it.
+// How every operator shares its work among threads, and gets its scratch memory.
 
 #pragma once
 
@@ -19,13 +19,13 @@ bool together(int64_t pieces, int threads, const F& f) {
 }
 
 // f(begin, end, member) on pieces of [0, count) of about `grain`, on at most `threads` threads;
-// member is below `threads`. What f makes of an element must not depend on the pieces.
+// member is below `threads`. An element's result must not depend on how the work is cut.
 template <class F>
 void share(int64_t count, int64_t grain, int threads, const F& f) {
     const int64_t useful = (count + grain - 1) / grain;
     const int team = useful < threads ? static_cast<int>(useful) : threads;
     if (team > 1) {
-        int64_t pieces = (useful + team - 1) / team * team;  // as many for everyone
+        int64_t pieces = (useful + team - 1) / team * team;  // the same number for each thread
         if (pieces > count) pieces = count;
         if (pieces > most_pieces) pieces = most_pieces;
         const bool done = together(pieces, team, [&](Participant& self) {
@@ -37,10 +37,10 @@ void share(int64_t count, int64_t grain, int threads, const F& f) {
     if (count > 0) f(int64_t{0}, count, 0);
 }
 
-// Rows of `width` elements that are worth a thread.
+// So many rows of `width` elements are worth a thread.
 inline int64_t rows_per_thread(int64_t width) { return 16384 / (width + 1) + 1; }
 
-// Uninitialised memory, aligned to a cache line; null data if there is none.
+// Uninitialised memory, aligned to a cache line; data() is null if there is none.
 template <class T>
 class Scratch {
 public:

@@ -19,11 +19,11 @@ namespace {
 
 constexpr int most_members = 256;
 
-// How long to stay awake: for the next operator of a step, and for the last pieces of a call. Where
-// another program has a helper's core, a caller that sleeps gives it this one.
+// How long helpers stay awake for the next operator of a step, and the caller for the last pieces of
+// a call. Where another program has a helper's core, a caller that sleeps gives the helper its own.
 constexpr int64_t helper_spins_ns = 5'000, caller_spins_ns = 30'000;
 
-// Two 32-bit words that the system lets threads sleep on; this bit says that one does.
+// Threads sleep on 32-bit words (futexes). This bit of a word says that a thread sleeps on it.
 using Word = std::atomic<uint32_t>;
 static_assert(sizeof(Word) == 4 && Word::is_always_lock_free, "a futex");
 constexpr uint32_t asleep = uint32_t{1} << 31;
@@ -40,7 +40,7 @@ int64_t now_ns() {
     return time.tv_sec * int64_t{1'000'000'000} + time.tv_nsec;
 }
 
-// Whether `done(word)` came true in time.
+// Spins until done(word) is true. Returns false if that takes longer than limit_ns.
 template <class Done>
 bool spin(const Word& word, int64_t limit_ns, const Done& done) {
     for (const int64_t end = now_ns() + limit_ns;;) {
@@ -57,12 +57,11 @@ struct alignas(64) Helper {
     Team* team;
     int member;
     pthread_t thread;
-    cpu_set_t allowed, given;  // processors: by the system, and less the caller's
+    cpu_set_t allowed, given;  // processors that the system allows, and less the caller's
 };
 
-// A member's part of a job's pieces, those that nobody has claimed yet: job << 32 | first << 16 |
-// end. Its owner claims from the front, so that its pieces follow each other, the others from the
-// end.
+// The pieces of one member's part that nobody has claimed yet: job << 32 | first << 16 | end. The
+// member claims from the front, so that its pieces follow each other; others claim from the end.
 struct alignas(64) Part {
     std::atomic<uint64_t> pieces{0};
 };
@@ -70,8 +69,8 @@ struct alignas(64) Part {
 }  // namespace
 
 struct Team {
-    // Of the job under way. A helper that comes late may read them while those of the next job are
-    // written; it then claims nothing, because the parts are numbered.
+    // These describe the job under way. A helper that comes late may read them while the next job's
+    // values are written; it then claims nothing, because each part holds its job's number.
     std::atomic<Work> work;
     std::atomic<const void*> context;
     std::atomic<int> members;
@@ -101,7 +100,7 @@ struct Owner {
 };
 thread_local Owner owner;
 
-// In a child: the helpers are not there, and what they left may be in any state.
+// A forked child has no helpers, and what they were working on may be in any state.
 void forked() { owner.team = nullptr; }
 
 Team* own_team() {
@@ -153,7 +152,7 @@ void Team::take_part(int member, uint32_t number, int count) {
     const Work todo = work.load(std::memory_order_relaxed);
     const void* const with = context.load(std::memory_order_relaxed);
     Participant self(*this, number, count, member);
-    // With a piece in hand, the job is still under way, and what was read above is its own.
+    // The job is under way until this piece is done, so what was read above belongs to it.
     int64_t piece;
     if (!self.next(&piece)) return;
     self.held_ = piece;
@@ -210,8 +209,8 @@ void* Team::help(void* argument) {
     }
 }
 
-// Lets no helper run where the caller does. Where all processors are taken, the system may put a
-// helper that wakes up there, and let the caller wait for it.
+// Keeps helpers off the caller's processor. When all processors are busy, the system may put a helper
+// that wakes up on the caller's, and let the caller wait for it.
 void Team::avoid(int processor) {
     avoided = processor;
     for (int i = 0; i < helpers; ++i) {
@@ -234,7 +233,7 @@ bool Team::start() {
     if (one == nullptr) return false;
     one->team = this;
     one->member = helpers + 1;
-    // Signals are for the program's own threads, all but those of a thread's own faults.
+    // A helper blocks the signals meant for the program, but not those of its own faults.
     sigset_t others, before;
     sigfillset(&others);
     for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP}) sigdelset(&others, fault);

@@ -1,11 +1,12 @@
 // Helper threads that take part in a call's work, which is claimed in pieces.
 //
-// At a barrier, as OpenMP has them, a call waits for threads that the system is not running because
-// another program has their core. Here whoever runs claims the next piece: the calling thread does
+// At an OpenMP barrier a call waits for threads that the system is not running, because another
+// program has their core. Here every thread that runs claims the next piece. The calling thread does
 // everything alone if no helper comes, and waits at the end only for pieces that were begun.
 //
-// Every calling thread has helpers of its own. They start with the thread's first call that
-// wants them and end when the thread ends; between calls they spin for microseconds and then sleep. A forked child starts anew.
+// Every calling thread has helpers of its own. They start with the thread's first call that wants
+// them and end when the thread ends. Between calls they spin for microseconds and then sleep. A
+// forked child starts its own.
 
 #pragma once
 
@@ -18,7 +19,7 @@ struct Team;
 // One thread at work on one job.
 class Participant {
    public:
-    // Claims a piece; false when none is left.
+    // Claims a piece. Returns false when none is left.
     bool next(int64_t* piece);
 
     // 0 for the calling thread, and below the job's number of threads for its helpers.
@@ -41,8 +42,8 @@ using Work = void (*)(const void* context, Participant& self);
 constexpr int64_t most_pieces = 65535;
 
 // Calls work(context, participant) in this thread and in the helpers that come in time, `threads`
-// of them in all at most, and returns when all pieces, 1 to most_pieces, are done. The work claims
-// until nothing is left. False, and nothing done, where there is no memory.
+// of them in all at most, and returns true when all pieces, 1 to most_pieces, are done. The work
+// claims until nothing is left. Returns false and does nothing where there is no memory.
 bool run_in_pieces(int64_t pieces, int threads, Work work, const void* context);
 
 }  // namespace dit

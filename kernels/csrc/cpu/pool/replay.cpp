@@ -1,4 +1,4 @@
-// Calls of this interface that were recorded, made again with nothing between them.
+// Makes recorded calls of this interface again, with nothing between them.
 
 #include <cstring>
 #include <utility>
@@ -28,11 +28,11 @@ struct Call<function> {
     }
 };
 
-// The call of whichever of `functions` has its address in *words, which moves on behind it.
+// Calls the one of `functions` whose address is *words, and moves words behind its arguments.
 template <auto... functions>
 int make_call(const uint64_t*& words, int threads) {
     const uint64_t address = *words++;
-    int result = null_pointer;  // of no function
+    int result = null_pointer;  // if it is the address of none
     const auto made = [&](auto call, uint64_t own) {
         if (address != own) return false;
         constexpr size_t count = decltype(call)::count;
@@ -47,8 +47,8 @@ int make_call(const uint64_t*& words, int threads) {
 }  // namespace
 }  // namespace dit
 
-// words: for each call, the address of its function and its arguments without the threads, 8 bytes
-// each with the value in the first ones. Returns what the first call that fails returns.
+// words: for each call, the address of its function and its arguments without the threads. Each takes
+// 8 bytes, with the value in the first ones. Returns what the first failing call returns.
 extern "C" DIT_API int dit_replay(const void* words, int64_t calls, int threads) {
     using namespace dit;
     DIT_CHECK(threads >= 1, bad_threads);

@@ -11,7 +11,7 @@
 namespace dit {
 namespace {
 
-// Bytes of an element, or 0: no products of it.
+// Bytes of an element, or 0 for a dtype without products.
 inline int64_t element_bytes(int dtype) {
     return dtype == f32 ? 4 : dtype == bf16 ? 2 : dtype == codes_dtype ? 1 : 0;
 }
@@ -22,7 +22,7 @@ inline int64_t panel_bytes(int64_t m, int64_t k, int dtype) {
     return divide_up(m, vector_width) * 64 * steps_of(k, dtype);
 }
 
-// So that every offset in bytes is representable, and sums of products of codes in int32.
+// Whether every offset in bytes fits int64 and every sum of products of codes fits int32.
 inline bool sizes_good(int64_t rows, int64_t k, int64_t m, int dtype) {
     constexpr int64_t most = int64_t{1} << 28;
     return k >= 1 && k <= (dtype == codes_dtype ? 65536 : most) && m <= most &&

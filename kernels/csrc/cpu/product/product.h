@@ -1,8 +1,8 @@
 // y = x·Wᵀ + b with weights packed once: their layout, and the calls.
 //
 // A step is the 4 bytes of an input row that one instruction multiplies: 1 float32, 2 bfloat16 or 4
-// codes. A panel is 48 outputs, 3 vectors (the last may have fewer): for each step the 4 bytes of
-// every output, one after another, zeros where K or M ends. Panels follow each other.
+// codes. A panel is 48 outputs, 3 vectors (the last panel may have fewer). For each step it holds the
+// 4 bytes of every output, one after another, with zeros where K or M ends. Panels follow each other.
 
 #pragma once
 
@@ -20,8 +20,8 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-// Sizes: x (rows, k), bias (m,), out (rows, m). For codes: x is code + 128 as uint8, with a scale a
-// row and a scale an output; col_offset (m,) is 128 · the sum of an output's weights.
+// Sizes: x (rows, k), bias (m,), out (rows, m). For codes, x is code + 128 as uint8, with one scale
+// per row and one per output; col_offset (m,) is 128 · the sum of an output's weights.
 struct ProductCall {
     const void* x;
     const void* packed;

@@ -1,4 +1,4 @@
-// The inner loops that exist once for each instruction set, and the table to choose them from.
+// The inner loops, which are compiled once per instruction set, and the table to choose them from.
 
 #pragma once
 
@@ -8,15 +8,15 @@
 
 namespace dit {
 
-// A row (D,) for each image, its own number of elements apart (0: the same for all).
+// One row (D,) per image, `stride` elements apart; with a stride of 0 all images share one.
 struct Modulation {
     const void* data;
     int64_t stride;
     int dtype;
 };
 
-// Rows of x (N·T, D) in one pass: x + gate·y if y is given → residual; then the modulated norm → out,
-// or its codes and scales if scales is given; neither if out is null.
+// One pass over rows of x (N·T, D). If y is given, residual = x + gate·y. If out is given, it gets the
+// modulated norm, or the norm's codes if scales is given too.
 struct NormArgs {
     const void* x;
     const void* y;
@@ -77,7 +77,7 @@ struct EmbedArgs {
 
 constexpr int dtypes = 3;
 
-// Functions of [begin, end) do those rows. Arrays are indexed by Dtype.
+// Functions with begin and end work on those rows. Arrays are indexed by Dtype.
 struct Kernels {
     // scratch: 4·d floats
     void (*norm[dtypes])(const NormArgs&, int64_t begin, int64_t end, float* scratch);
@@ -102,7 +102,7 @@ struct Kernels {
 
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
 
-// Those of isa(), or null if this machine has none.
+// The kernels for isa(), or null if this machine has none.
 const Kernels* kernels();
 
 }  // namespace dit

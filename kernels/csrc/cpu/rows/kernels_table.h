@@ -1,4 +1,4 @@
-// The table of kernels for the vectors that were included before this file.
+// Builds the table of kernels for the vectors of the vector_*.h that was included before.
 
 #pragma once
 

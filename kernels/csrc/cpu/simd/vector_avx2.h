@@ -52,7 +52,7 @@ DIT_INLINE float sum_of(Vec v) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 
-// Of results of max_magnitude.
+// The greatest lane of a result of max_magnitude.
 DIT_INLINE float max_of(Vec v) {
     const __m256i bits = _mm256_castps_si256(v);
     __m128i m = _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
@@ -96,7 +96,7 @@ DIT_INLINE Vec load(const int32_t* p, Full) {
 DIT_INLINE Vec load(const int32_t* p, Tail part) {
     return _mm256_cvtepi32_ps(_mm256_maskload_epi32(p, mask_of(part)));
 }
-// p − offset in integers, then as float32.
+// p − offset, subtracted as integers and then converted to float32.
 DIT_INLINE Vec load_less(const int32_t* p, const int32_t* offset, Full) {
     const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(offset));
@@ -120,7 +120,7 @@ DIT_INLINE void store(T* p, Vec v, Tail part) {
     std::memcpy(p, &bits, part.count * sizeof(T));
 }
 
-// v as a load after its store would give it.
+// v as it would come back from memory after a store.
 DIT_INLINE Vec rounded(Vec v, float) { return v; }
 template <class T>
 DIT_INLINE Vec rounded(Vec v, T type) {
@@ -156,7 +156,7 @@ DIT_INLINE Vec clamp(Vec v, float limit) {
     return _mm256_max_ps(set(-limit), _mm256_min_ps(set(limit), v));
 }
 
-// (n, n as integers) where n is v rounded.
+// v rounded to a whole number, ties to even.
 DIT_INLINE Vec round_even(Vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 DIT_INLINE Vec scale_by_power(Vec y, Vec n) { return times_power(y, _mm256_cvtps_epi32(n)); }

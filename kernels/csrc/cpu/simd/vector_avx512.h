@@ -1,5 +1,5 @@
-// Sixteen float32 lanes on AVX-512; with AVX512-BF16 its conversion, which flushes subnormal numbers
-// to zero. vector_avx2.h has the same names and says what a part is.
+// Sixteen float32 lanes on AVX-512. vector_avx2.h has the same names and says what a part is. With
+// AVX512-BF16, conversion to bfloat16 is one instruction, which flushes subnormal numbers to zero.
 
 #pragma once
 
@@ -40,7 +40,7 @@ DIT_INLINE Vec max_magnitude(Vec most, Vec v) {
 
 DIT_INLINE float sum_of(Vec v) { return _mm512_reduce_add_ps(v); }
 
-// Of results of max_magnitude.
+// The greatest lane of a result of max_magnitude.
 DIT_INLINE float max_of(Vec v) {
     const int bits = _mm512_reduce_max_epi32(_mm512_castps_si512(v));
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits)));
@@ -80,7 +80,7 @@ DIT_INLINE Vec load(const int32_t* p, Full) { return _mm512_cvtepi32_ps(_mm512_l
 DIT_INLINE Vec load(const int32_t* p, Tail part) {
     return _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(part.mask, p));
 }
-// p − offset in integers, then as float32.
+// p − offset, subtracted as integers and then converted to float32.
 DIT_INLINE Vec load_less(const int32_t* p, const int32_t* offset, Full) {
     return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(p), _mm512_loadu_si512(offset)));
 }
@@ -100,7 +100,7 @@ DIT_INLINE void store(T* p, Vec v, Tail part) {
     _mm256_mask_storeu_epi16(p, part.mask, narrow(v, T{}));
 }
 
-// v as a load after its store would give it.
+// v as it would come back from memory after a store.
 DIT_INLINE Vec rounded(Vec v, float) { return v; }
 template <class T>
 DIT_INLINE Vec rounded(Vec v, T type) {

@@ -1,4 +1,4 @@
-// Loops over a row, the exponential function, and what is made of it. After a vector_*.h.
+// Loops over a row, the exponential function, SiLU and GELU. Include a vector_*.h before it.
 
 #pragma once
 
@@ -7,8 +7,8 @@
 namespace dit {
 namespace {
 
-// f(i, part, k) for consecutive parts of [0, count): k is a constant 0…3 where a loop may keep one
-// accumulator for each, so that additions need not wait for each other.
+// Calls f(i, part, k) for consecutive parts of [0, count). k is a constant 0…3: a loop can keep one
+// accumulator per k, so that additions need not wait for each other.
 template <class F>
 DIT_INLINE void sweep(int64_t count, const F& f) {
     int64_t i = 0;

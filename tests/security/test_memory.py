@@ -72,7 +72,7 @@ def test_an_old_file_whose_storage_claims_more_than_it_has(tmp_path: Path) -> No
     old, new = (b"J" + struct.pack("<i", n) for n in (70_000, 2**30))
     assert data.count(old) == 2  # of the storage, and of its tensor
     (tmp_path / "m.pt").write_bytes(data.replace(old, new))
-    refused(lambda: load_checkpoint(tmp_path / "m.pt"), "damaged or not a PyTorch file")
+    refused(lambda: load_checkpoint(tmp_path / "m.pt"), "(its tensors take ")
 
 
 def test_a_hundred_layers_in_one_storage(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class Case(NamedTuple):
     operator: str
     capability: int
     dtype: torch.dtype
-    sizes: tuple[int, ...]  # as the functions in ARGUMENTS take them
+    sizes: tuple[int, ...]  # as `arguments_of` takes them
     codes: torch.dtype | None = None
 
     @property
@@ -92,53 +92,37 @@ def cases() -> list[Case]:
     return found
 
 
-def _modulated(case: Case, count: int) -> list[Tensor]:
+def _rows(case: Case) -> list[Any]:
+    """x, gate, shift and scale; on meta, a tensor has no numbers."""
     n, tokens, width = case.sizes
     x = torch.empty(n, tokens, width, dtype=case.dtype, device="meta")
-    return [x, *torch.empty(n, 6 * width, dtype=case.dtype, device="meta").chunk(6, 1)[:count]]
+    return [x, *torch.empty(n, 6 * width, dtype=case.dtype, device="meta").chunk(6, 1)[:3]]
 
 
-def _attention(case: Case) -> list[Any]:
-    n, tokens, heads, d = case.sizes
-    return [torch.empty(n, tokens, 3 * heads * d, dtype=case.dtype, device="meta"), heads]
-
-
-def _groupnorm_silu(case: Case) -> list[Any]:
-    n, channels, side = case.sizes
-    x = torch.empty(n, channels, side, side, dtype=case.dtype, device="meta")
-    affine = torch.empty(2, channels, dtype=case.dtype, device="meta")
-    return [x.to(memory_format=torch.channels_last), 32, *affine, 1e-6]
-
-
-def _guided_step(case: Case) -> list[Any]:
-    n, side = case.sizes
-    tokens = torch.empty(2 * n, side * side // 4, 32, dtype=case.dtype, device="meta")
-    latents = torch.empty(3, n, 4, side, side, device="meta")
-    return [tokens, *latents, torch.empty(n, device="meta"), torch.empty(9, device="meta"), 3, 2]
-
-
-def _gate_residual(case: Case) -> list[Tensor]:
-    x, gate = _modulated(case, 1)
-    return [x, x, gate]
-
-
-def _gate_residual_layernorm_modulate(case: Case) -> list[Any]:
-    x, *modulation = _modulated(case, 3)
-    return [x, x, *modulation, 1e-6]
-
-
-ARGUMENTS: dict[str, Callable[[Case], list[Any]]] = {
-    "layernorm_modulate": lambda case: [*_modulated(case, 2), 1e-6],
-    "gate_residual": _gate_residual,
-    "gate_residual_layernorm_modulate": _gate_residual_layernorm_modulate,
-    "layernorm_modulate_quantize": lambda case: [*_modulated(case, 2), 1e-6, case.codes],
-    "quantize_rows": lambda case: [*_modulated(case, 0), case.codes],
-    "gelu": lambda case: _modulated(case, 0),
-    "attention": _attention,
-    "attention_tma": _attention,
-    "groupnorm_silu": _groupnorm_silu,
-    "guided_step": _guided_step,
-}
+def arguments_of(case: Case) -> list[Any]:
+    """What the launcher is called with."""
+    empty = functools.partial(torch.empty, device="meta")
+    if case.operator.startswith("attention"):
+        n, tokens, heads, d = case.sizes
+        return [empty(n, tokens, 3 * heads * d, dtype=case.dtype), heads]
+    if case.operator == "groupnorm_silu":
+        n, channels, side = case.sizes
+        x = empty(n, channels, side, side, dtype=case.dtype)
+        affine = empty(2, channels, dtype=case.dtype)
+        return [x.to(memory_format=torch.channels_last), 32, *affine, 1e-6]
+    if case.operator == "guided_step":
+        n, side = case.sizes
+        tokens = empty(2 * n, side * side // 4, 32, dtype=case.dtype)
+        return [tokens, *empty(3, n, 4, side, side), empty(n), empty(9), 3, 2]
+    x, gate, shift, scale = _rows(case)
+    return {
+        "layernorm_modulate": [x, shift, scale, 1e-6],
+        "gate_residual": [x, x, gate],
+        "gate_residual_layernorm_modulate": [x, x, gate, shift, scale, 1e-6],
+        "layernorm_modulate_quantize": [x, shift, scale, 1e-6, case.codes],
+        "quantize_rows": [x, case.codes],
+        "gelu": [x],
+    }[case.operator]
 
 
 class _Recorder:
@@ -170,7 +154,7 @@ def _launches(case: Case) -> Iterator[tuple[Any, dict[str, Any]]]:
     if "device_facts" not in vars(module):
         facts = {}
     with patch.multiple(module, **facts, **kernels):
-        getattr(module, case.operator)(*ARGUMENTS[case.operator](case))
+        getattr(module, case.operator)(*arguments_of(case))
     for recorder in kernels.values():
         for arguments in recorder.launches:
             yield recorder.kernel, arguments

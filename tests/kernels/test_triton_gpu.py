@@ -49,34 +49,24 @@ def test_every_case(variant: str, dtype: torch.dtype) -> None:
     cases.check(run_on_gpu(variant), VARIANTS[variant], dtype)
 
 
-FULL_SIZES = {
-    "layernorm_modulate": (4, 1024, 1152),  # XL at 512 pixels
-    "attention": (16, 1024, 16, 72),  # the same, with enough images for tiles of 128 queries
-    "groupnorm_silu": (2, 128, 256, 256),  # the decoder's largest images
-    "gelu": (2, 256, 4608),  # XL's hidden layer
-}
-
-
 @ALL_DTYPES
-@pytest.mark.parametrize("operator", FULL_SIZES)
-def test_full_sizes(operator: str, dtype: torch.dtype) -> None:
-    sizes = FULL_SIZES[operator]
-    if operator == "layernorm_modulate":
-        x, _, _, shift, scale = cases.row_inputs(*sizes, dtype)
-        arguments = [x, shift, scale, cases.EPS]
-    elif operator == "attention":
-        arguments = [cases.qkv_of(*sizes, dtype), sizes[2]]
-    elif operator == "groupnorm_silu":
-        affine = cases.random(2, sizes[1], dtype=dtype, seed=2)
-        arguments = [cases.images(sizes, dtype), 32, *affine, cases.EPS]
-    else:
-        arguments = [cases.random(*sizes, dtype=dtype)]
-    arguments = moved(arguments, "cuda")
-    for variant in (v for v, o in VARIANTS.items() if o == operator):
+def test_full_sizes(dtype: torch.dtype) -> None:
+    x, _, _, shift, scale = cases.row_inputs(4, 1024, 1152, dtype)  # XL at 512 pixels
+    qkv = cases.qkv_of(16, 1024, 16, 72, dtype)  # enough images for tiles of 128 queries
+    pixels = cases.images((2, 128, 256, 256), dtype)  # the decoder's largest
+    affine = cases.random(2, 128, dtype=dtype, seed=2)
+    for variant, arguments in {
+        "layernorm_modulate": (x, shift, scale, cases.EPS),
+        "attention": (qkv, 16),
+        "attention_tma": (qkv, 16),
+        "groupnorm_silu": (pixels, 32, *affine, cases.EPS),
+        "gelu": (cases.random(2, 256, 4608, dtype=dtype),),
+    }.items():
         if variant == "attention_tma" and not (HAS_TMA and dtype != torch.float32):
             continue
-        exact, same = cases.definitions(operator, arguments)
-        assert_close_to_reference(launcher(variant)(*arguments), exact[0], same_dtype=same[0])
+        given = moved(arguments, "cuda")
+        exact, same = cases.definitions(VARIANTS[variant], given)
+        assert_close_to_reference(launcher(variant)(*given), exact[0], same_dtype=same[0])
 
 
 @pytest.mark.parametrize("codes", [torch.int8, FP8])

@@ -75,37 +75,19 @@ def linear_int8(
     return out
 
 
-@torch.library.custom_op("dit_kernels::packed_linear", mutates_args=())
-def _whole_linear(x: Tensor, packed: Tensor, bias: Tensor, m: int, gelu: bool) -> Tensor:
-    return linear(x, packed, bias, m, gelu)
-
-
-@_whole_linear.register_fake
-def _(x: Tensor, packed: Tensor, bias: Tensor, m: int, gelu: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], m)
-
-
-@torch.library.custom_op("dit_kernels::packed_linear_int8", mutates_args=())
-def _whole_linear_int8(
-    codes: Tensor,
-    scales: Tensor,
-    packed: Tensor,
-    weight_scales: Tensor,
-    bias: Tensor,
-    dtype: torch.dtype,
-    gelu: bool,
-) -> Tensor:
-    return linear_int8(codes, scales, packed, weight_scales, bias, dtype, gelu)
-
-
-@_whole_linear_int8.register_fake
-def _(
-    codes: Tensor,
-    scales: Tensor,
-    packed: Tensor,
-    weight_scales: Tensor,
-    bias: Tensor,
-    dtype: torch.dtype,
-    gelu: bool,
-) -> Tensor:
-    return codes.new_empty(codes.shape[0], weight_scales.shape[0], dtype=dtype)
+# ``out`` is left out: an operator's result must be memory of its own.
+_whole_linear = torch.library.custom_op(
+    "dit_kernels::packed_linear", linear, mutates_args=(),
+    schema="(Tensor x, Tensor packed, Tensor bias, int m, bool gelu) -> Tensor",
+)  # fmt: skip
+_whole_linear.register_fake(lambda x, packed, bias, m, gelu: x.new_empty(*x.shape[:-1], m))
+_whole_linear_int8 = torch.library.custom_op(
+    "dit_kernels::packed_linear_int8", linear_int8, mutates_args=(),
+    schema="(Tensor codes, Tensor scales, Tensor packed, Tensor weight_scales, Tensor bias, "
+           "ScalarType dtype, bool gelu) -> Tensor",
+)  # fmt: skip
+_whole_linear_int8.register_fake(
+    lambda codes, scales, packed, weight_scales, bias, dtype, gelu: codes.new_empty(
+        len(codes), len(weight_scales), dtype=dtype
+    )
+)

@@ -1,5 +1,4 @@
-"""The lean backend: `dit_engine.backends.lean.forward` on the CPU, and on CUDA as one graph a
-step."""
+"""The lean backend: packed weights and fused operators; on CUDA each step is one graph."""
 
 from __future__ import annotations
 
@@ -21,15 +20,15 @@ from dit_kernels.cpu import operators as native
 from dit_kernels.dispatch import launcher
 from dit_kernels.quantized import quantized_why_not
 
-# Quantised products stand among bfloat16 activations.
+# Between quantised products, activations are bfloat16.
 QUANTIZED = {"int8": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 class LeanBackend(Backend):
-    """In float32 on the CPU an image's bits do not depend on the batch. Where the matrix product
-    does not see to that, images go through one by one, as in the eager backend.
+    """In float32 on the CPU an image's bits do not depend on the batch: where the matrix product
+    does not guarantee that, images go through one by one, as in the eager backend.
 
-    On a CPU without the native kernels a warning says so, and why they are missing.
+    Warns on a CPU without the native kernels, and says why they are missing.
     """
 
     decoder = LeanDecoder
@@ -74,7 +73,7 @@ class LeanBackend(Backend):
 
 
 class LeanDenoiser:
-    """The lean forward with its conditions fixed. Its buffers are its own, used at every step."""
+    """The lean forward with labels and time steps fixed; it has buffers that all steps share."""
 
     def __init__(self, backend: LeanBackend, table: ModulationTable) -> None:
         self.backend, self.table = backend, table

@@ -19,10 +19,11 @@ from dit_engine.config import ModelConfig
 from dit_engine.model import Block, DiT, FinalLayer
 
 TABLE_BYTES = 256 * 2**20
-"""Bound of a table's memory, unless so few steps as `GRAIN` need more: later ones wait."""
+"""A table holds as many steps as fit this many bytes, but at least `GRAIN` by label (else one); the
+rest are computed when they are reached."""
 GRAIN = 8
-"""Steps in one product where labels go one by one. A product's bits may depend on its number of
-rows, so that this number must not depend on the other labels of a batch."""
+"""Steps in one product where each label is computed alone. A product's bits may depend on its number
+of rows, so this number must not depend on the other labels of a batch."""
 
 
 class Conditions(Protocol):
@@ -44,8 +45,8 @@ class Conditions(Protocol):
 class Conditioning:
     """Copies of a DiT's conditioning weights; those of adaLN are in ``dtype``, on ``device``.
 
-    The embedders are in float32, however the model is stored: they run once a table. Nothing here
-    refers to the model, whose file, if it is mapped into memory, could not leave it otherwise.
+    The embedders are in float32 whatever the model is stored in: they run once per table. Nothing
+    here refers to the model, so that its file can be unmapped from memory.
     """
 
     def __init__(self, model: DiT, dtype: torch.dtype, device: torch.device) -> None:
@@ -102,7 +103,7 @@ class ModulationTable:
         self, conditioning: Conditions, labels: Tensor, timesteps: Tensor, by_label: bool
     ) -> None:
         self.conditioning, self.by_label = conditioning, by_label
-        self._t: Tensor | None = None  # (K, D), of all steps at once: rows of a product, too
+        self._t: Tensor | None = None  # (K, D), of all steps at once, as rows of one product
         self.timesteps = timesteps
         self.labels, self.index = labels.unique(return_inverse=True)  # (L,), (N,)
         row = conditioning.width * torch.empty(0, dtype=conditioning.dtype).element_size()
@@ -123,7 +124,8 @@ class ModulationTable:
             self._table = self.conditioning.rows(t, self.labels, self.by_label)
             self._first = first
         if out is not None and out.device.type == "cpu":
-            # By one thread: torch would wait for others at every step. (numpy has no bfloat16.)
+            # numpy copies with one thread; torch would wake and await others at every step. The
+            # views as int16 are for bfloat16, which numpy has not.
             table, into = (v.view(torch.int16).numpy() for v in (self._table[k - first], out))
             np.take(table, self.index[:rows].numpy(), axis=0, out=into, mode="clip")
             return out

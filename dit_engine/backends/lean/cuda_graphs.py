@@ -17,28 +17,28 @@ from dit_engine.backends.lean.forward import LeanTransformer
 from dit_kernels.dispatch import launcher
 
 GRAPH_LIMIT = 8
-"""Graphs of one transformer kept at once; the one unused for longest is dropped. Each has inputs of
-its own (latents, tokens, modulations); the activations lie in one memory pool for all of them, as
-large as the largest batch needs."""
+"""How many graphs of one transformer are kept; the one unused for longest is dropped. Each has inputs
+of its own (latents, tokens, modulations). All share one memory pool for their activations, which is
+as large as the largest batch needs."""
 
 
 class Turns:
-    """One use of the graphs' common memory after another, whatever threads and streams they are in.
+    """Lets one user after another have the graphs' common memory, across threads and streams.
 
-    The lock orders the launches, the event what they launch: a stream's copies into a graph's
-    inputs wait on the device for the replay before them, and the host waits for nothing.
+    The lock puts the launches in order, and the event puts what they launch in order: on the device,
+    the copies into a graph's inputs wait for the replay before them. The host waits for nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # One for all captures: a pool's memory is used again on the stream that it was made on.
+        # All captures use one stream: a pool reuses memory only on the stream that it came from.
         self.capture_stream = torch.cuda.Stream(device)
         self.done = torch.cuda.Event()
         self._lock = threading.Lock()
 
     @contextmanager
     def take(self) -> Iterator[Any]:
-        """The caller's current stream, for which everything before is done."""
+        """The caller's current stream, on which all earlier turns count as done."""
         with self._lock:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(self.done)
@@ -140,6 +140,6 @@ class StepGraph:
             return after.clone(), x0.clone()
 
     def __del__(self) -> None:
-        # Its memory goes back to the stream that it came from, which knows nothing of a replay
-        # that still runs on another.
+        # The memory is free for the stream that it came from, which does not know of a replay that
+        # still runs on another stream.
         self.turns.done.synchronize()

@@ -26,9 +26,9 @@ Run = Callable[..., Any]
 
 
 class Product(Protocol):
-    """A linear layer from the norm's or an activation's output to ``dtype``.
+    """A linear layer from what a norm or an activation gives to ``dtype``.
 
-    native: the product is our own, in one call of the native library.
+    native: whether it is one call of the native library.
     """
 
     @property
@@ -76,7 +76,7 @@ class LeanTransformer:
             self.blocks.append(LeanBlock(*map(packed, layers)))
         embed = model.x_embedder.proj
         assert embed.bias is not None
-        # The input is narrow (p·p·C): in float32 it costs nothing and rounds nothing.
+        # The input is narrow (p·p·C), so float32 costs next to nothing here.
         weight = embed.weight.flatten(1).to(device, torch.float32)  # (D, C·p·p)
         bias = embed.bias.to(device, torch.float32)
         self.positions = model.pos_embed.to(device, torch.float32, copy=True)  # (1, T, D)
@@ -121,14 +121,14 @@ class LeanTransformer:
         return self.final(self.trunk(x, modulation, Activations()))
 
     def trunk(self, x: Tensor, modulation: Tensor, memory: Activations) -> Tensor:
-        """The same up to the final layer's norm (M, T, D), its activations in ``memory``."""
+        """`forward` up to the final layer's norm (M, T, D), with its activations in ``memory``."""
         config, norms = self.config, self.norms
         d, eps = config.hidden_size, config.mlp_norm_eps
         vectors = modulation.split(d, dim=1)  # 6 a block and 2 at the end, each (M, D)
         h = norms.first(x, vectors[0], vectors[1], NORM_EPS, memory)
         for i, block in enumerate(self.blocks):
             _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors[6 * i : 6 * i + 6]
-            # No name for what the next product alone reads: it would outlive it, at the peak.
+            # Not bound to variables, so that each buffer is freed before the peak.
             y = block.proj(
                 norms.attended(
                     self.attention(
@@ -160,10 +160,10 @@ class LeanTransformer:
 
 @dataclass
 class Activations:
-    """Memory of a forward's activations, all of M rows; None is allocated as it is needed.
+    """Buffers for a forward's activations of M rows; None is allocated when it is needed.
 
-    A product's result takes the memory of what is read no more: ``narrow`` is a norm's and then a
-    branch's, ``qkv`` and ``hidden`` begin at one address.
+    A product writes where nothing is read any more: ``narrow`` holds a norm and then the result of a
+    branch, ``qkv`` and ``hidden`` may begin at one address.
 
     Attributes:
         narrow, attended: (M, T, D). qkv: (M, T, 3·D). hidden: (M, T, 4·D).
@@ -179,7 +179,7 @@ class Activations:
 
 
 class _QuantizedProduct:
-    """A `QuantizedLinear` of (codes, scales) that come together, as tokens."""
+    """A `QuantizedLinear` that takes codes and scales of tokens as one argument."""
 
     def __init__(self, linear: QuantizedLinear) -> None:
         self.linear = linear
@@ -210,10 +210,10 @@ def _attention(model: DiT, device: torch.device) -> Run:
 
 
 class Norms:
-    """adaLN between the products: x is updated in place, its modulated norm returned.
+    """adaLN between the products: updates x in place and returns its modulated norm.
 
-    ``attended`` and ``hidden`` give what the next product takes, from what attention and the hidden
-    layer gave.
+    ``attended`` and ``hidden`` turn the results of attention and of the hidden layer into what the
+    next product takes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -234,7 +234,7 @@ class Norms:
     def last(
         self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
     ) -> Tensor:
-        # y has been read when its row is written: the norm takes its memory.
+        # Each row of y is read before it is written, so the norm can overwrite y.
         self._next(x, y, gate, shift, scale, eps, out=(x, y))
         return y
 
@@ -246,7 +246,7 @@ class Norms:
 
 
 class QuantizedNorms(Norms):
-    """The same, with (codes, row scales) for the next product."""
+    """`Norms` that give (codes, row scales) for the next product."""
 
     def __init__(self, device: torch.device, kind: str) -> None:
         super().__init__(device)

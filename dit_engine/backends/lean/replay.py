@@ -1,8 +1,7 @@
-"""The lean forward on the CPU with its native calls recorded: buffers of its own, no allocations.
+"""The lean forward on the CPU as a recording of its native calls, in buffers that are kept.
 
-What `dit_engine.backends.lean.cuda_graphs` is on CUDA. It takes a forward whose every operator
-between
-the patches and the final layer is native.
+It does on the CPU what `dit_engine.backends.lean.cuda_graphs` does on CUDA, for forwards whose every
+operator between the patches and the final layer is a call of the native library.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from dit_kernels.cpu.recording import Recording, record
 class RecordedForwards:
     """Forwards of up to ``rows`` rows in one set of buffers, recorded for each number of rows.
 
-    The buffers hold beside the modulations 7·M·T·D numbers, and those of a quantised forward its
-    codes, 5·M·T·D bytes. One thread at a time.
+    Beside the modulations, the buffers hold 7·M·T·D numbers, and 5·M·T·D bytes of codes where the
+    forward is quantised. For one thread at a time.
     """
 
     def __init__(self, transformer: LeanTransformer, rows: int) -> None:

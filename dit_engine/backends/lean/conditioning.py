@@ -22,8 +22,8 @@ TABLE_BYTES = 256 * 2**20
 """A table holds as many steps as fit this many bytes, but at least `GRAIN` by label (else one); the
 rest are computed when they are reached."""
 GRAIN = 8
-"""Steps in one product where each label is computed alone. A product's bits may depend on its number
-of rows, so this number must not depend on the other labels of a batch."""
+"""Steps in one product where each label is computed alone. A product's bits may depend on its
+number of rows, so this number must not depend on the other labels of a batch."""
 
 
 class Conditions(Protocol):

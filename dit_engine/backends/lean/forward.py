@@ -162,8 +162,8 @@ class LeanTransformer:
 class Activations:
     """Buffers for a forward's activations of M rows; None is allocated when it is needed.
 
-    A product writes where nothing is read any more: ``narrow`` holds a norm and then the result of a
-    branch, ``qkv`` and ``hidden`` may begin at one address.
+    A product writes where nothing is read any more: ``narrow`` holds a norm and then the result of
+    a branch, ``qkv`` and ``hidden`` may begin at one address.
 
     Attributes:
         narrow, attended: (M, T, D). qkv: (M, T, 3·D). hidden: (M, T, 4·D).

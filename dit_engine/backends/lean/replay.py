@@ -1,7 +1,7 @@
 """The lean forward on the CPU as a recording of its native calls, in buffers that are kept.
 
-It does on the CPU what `dit_engine.backends.lean.cuda_graphs` does on CUDA, for forwards whose every
-operator between the patches and the final layer is a call of the native library.
+It does on the CPU what `dit_engine.backends.lean.cuda_graphs` does on CUDA, for forwards whose
+every operator between the patches and the final layer is a call of the native library.
 """
 
 from __future__ import annotations

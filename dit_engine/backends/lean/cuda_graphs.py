@@ -18,15 +18,16 @@ from dit_kernels.dispatch import launcher
 
 GRAPH_LIMIT = 8
 """How many graphs of one transformer are kept; the one unused for longest is dropped. Each has
-inputs of its own (latents, tokens, modulations). All share one memory pool for their activations, which is
-as large as the largest batch needs."""
+inputs of its own (latents, tokens, modulations). All share one memory pool for their
+activations, which is as large as the largest batch needs."""
 
 
 class Turns:
     """Lets one user after another have the graphs' common memory, across threads and streams.
 
     The lock puts the launches in order, and the event puts what they launch in order: on the
-    device, the copies into a graph's inputs wait for the replay before them. The host waits for nothing.
+    device, the copies into a graph's inputs wait for the replay before them. The
+    host waits for nothing.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -10,7 +10,6 @@ D is the number of features throughout.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,35 +149,25 @@ def frechet_distance(
                 f"{moments.count} images are too few for {a.width} features; "
                 f"at least {a.width + 1} are needed (or allow_few)"
             )
-    shift = a.mean - b.mean
-    covariance_a, covariance_b = a.covariance, b.covariance
+    shift, covariances = a.mean - b.mean, (a.covariance, b.covariance)
+    roots: list[Array] = []
     with Bar(total=3, desc=f"{title}: matrix square root", unit="part", leave=False,
              delay=bar_delay(a.width), disable=title is None) as bar:  # fmt: skip
-        overlap = trace_sqrt_product(covariance_a, covariance_b, bar.update)
-    distance = float(shift @ shift + np.trace(covariance_a) + np.trace(covariance_b) - 2 * overlap)
-    return max(distance, 0.0)  # for equal sets, rounding can leave a value below 0
+        for covariance in covariances:
+            roots.append(symmetric_sqrt(covariance))
+            bar.update()
+        # tr((a^½ b a^½)^½) is the sum of the singular values of a^½ b^½. The roots of the product's
+        # eigenvalues have the same sum, but would enlarge the rounding errors of those near zero.
+        overlap = float(np.linalg.svd(roots[0] @ roots[1], compute_uv=False).sum())
+        bar.update()
+    first, second = map(np.trace, covariances)
+    # For equal sets, rounding can leave a value below 0.
+    return max(float(shift @ shift + first + second - 2 * overlap), 0.0)
 
 
 def bar_delay(width: int) -> float:
     """Seconds until a bar over work on (width, width) matrices is drawn: 0 if it is slow anyway."""
     return 0.0 if width >= 512 else 2.0
-
-
-def trace_sqrt_product(a: Array, b: Array, step: Callable[[], object] = lambda: None) -> float:
-    """tr((a^½ b a^½)^½) of two symmetric positive semi-definite matrices (D, D).
-
-    This is the sum of the singular values of a^½ b^½. The square roots of the product's eigenvalues
-    give the same sum, but would enlarge the rounding errors of eigenvalues near zero.
-
-    step: called after each of the three long parts.
-    """
-    roots = []
-    for matrix in (a, b):
-        roots.append(symmetric_sqrt(matrix))
-        step()
-    trace = float(np.linalg.svd(roots[0] @ roots[1], compute_uv=False).sum())
-    step()
-    return trace
 
 
 def symmetric_sqrt(matrix: Array) -> Array:

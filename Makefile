@@ -66,7 +66,7 @@ asan: $(VENV)/.test ## run the native kernels' tests under AddressSanitizer and 
 		$(filter-out %_library.py,$(wildcard tests/kernels/test_native_*.py))
 
 bench-cpu: $(VENV)/.bench ## measure the lean forward beside its peers, on an idle machine; write JSON
-	$(BIN)/python -m dit_bench.cpu $(ARGS)
+	$(BIN)/python -m dit_bench cpu $(ARGS)
 
 lint: $(VENV)/.lint ## check style, format and types
 	$(BIN)/ruff check .

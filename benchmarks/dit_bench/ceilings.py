@@ -5,24 +5,18 @@ Data are random: a matrix product of zeros draws less power, and runs faster for
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from dit_bench.timing import interleave
+from dit_bench.timing import Function, interleave, spread
 from dit_kernels.quantized import FAST_ACCUMULATION
 
 FP8 = torch.float8_e4m3fn
-NAMES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int8: "int8",
-    FP8: "fp8",
-}
-
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8",
+         FP8: "fp8"}  # fmt: skip
 _SECONDS = 5.0
 
 
@@ -30,9 +24,9 @@ _SECONDS = 5.0
 class Ceilings:
     """Measured rates of one device.
 
-    copy_gb_s: bytes read plus bytes written, in 10^9 a second, of one large copy.
-    matmul_tflop_s: dtype's name → 10^12 operations a second of one large square product.
-    missing: dtype's name → why there is no figure.
+    copy_gb_s: bytes read plus bytes written, in 10^9 per second, of one large copy.
+    matmul_tflop_s: a dtype's name → 10^12 operations per second of one large square product.
+    missing: a dtype's name → why there is no figure.
     """
 
     copy_gb_s: float
@@ -41,13 +35,21 @@ class Ceilings:
     copy_mib: int
     missing: dict[str, str] = field(default_factory=dict)
 
+    def better(self, other: Ceilings) -> Ceilings:
+        """The higher rate of each: other load on the machine only ever lowers them."""
+        rates = {
+            kind: max(rate, other.matmul_tflop_s.get(kind, rate))
+            for kind, rate in self.matmul_tflop_s.items()
+        }
+        return replace(self, copy_gb_s=max(self.copy_gb_s, other.copy_gb_s), matmul_tflop_s=rates)
+
 
 def measure_ceilings(
     device: torch.device,
     *,
     size: int | None = None,
     copy_mib: int | None = None,
-    dtypes: tuple[torch.dtype, ...] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
     rounds: int = 10,
 ) -> Ceilings:
     """Medians over ``rounds`` products of size × size matrices and copies of ``copy_mib``.
@@ -57,42 +59,32 @@ def measure_ceilings(
     cuda = device.type == "cuda"
     size = size or (8192 if cuda else 1024)
     copy_mib = copy_mib or (2048 if cuda else 256)
-    if dtypes is None:
-        few = (torch.bfloat16, torch.float16, FP8) if cuda else (torch.float32, torch.bfloat16)
-        dtypes = few
+    usual = (torch.bfloat16, torch.float16, FP8) if cuda else (torch.float32, torch.bfloat16)
     rates: dict[str, float] = {}
     missing: dict[str, str] = {}
-    for dtype in dtypes:
-        rate = matmul_rate(device, dtype, size, rounds)
-        if isinstance(rate, str):
-            missing[NAMES[dtype]] = rate
-        else:
-            rates[NAMES[dtype]] = rate
-    return Ceilings(copy_rate(device, copy_mib, rounds), rates, size, copy_mib, missing)
 
+    def median_ms(function: Function) -> float:
+        taken = interleave({"": function}, rounds, device=device, visit_ms=0, pause_s=0, warmup=2,
+                           seconds=_SECONDS)  # fmt: skip
+        return spread(taken[""]).median
 
-def copy_rate(device: torch.device, mib: int, rounds: int) -> float:
-    """GB/s, reads and writes counted."""
-    source = torch.randint(256, (mib * 2**20,), dtype=torch.uint8, device=device)
+    def measure(dtype: torch.dtype) -> None:
+        try:
+            rates[NAMES[dtype]] = 2 * size**3 / median_ms(matmul(device, dtype, size)) / 1e9
+        except (RuntimeError, NotImplementedError) as error:
+            missing[NAMES[dtype]] = str(error).strip().split("\n")[0][:200]
+
+    for dtype in usual if dtypes is None else dtypes:
+        measure(dtype)
+    source = torch.randint(256, (copy_mib * 2**20,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    taken = interleave({"copy": lambda: target.copy_(source)}, rounds, device=device, warmup=2)
-    return 2 * source.numel() / taken.ms("copy").median / 1e6
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, rounds: int) -> float | str:
-    """TFLOP/s, or why this device has none."""
-    try:
-        product = matmul(device, dtype, size)
-        taken = interleave({"product": product}, rounds, device=device, warmup=2, seconds=_SECONDS)
-    except (RuntimeError, NotImplementedError) as error:
-        return str(error).strip().split("\n")[0][:200]
-    return 2 * size**3 / taken.ms("product").median / 1e9
+    copy_gb_s = 2 * source.numel() / median_ms(lambda: target.copy_(source)) / 1e6
+    return Ceilings(copy_gb_s, rates, size, copy_mib, missing)
 
 
 def matmul(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[], Tensor]:
     """A function that multiplies two random size × size matrices of ``dtype``."""
-    a = torch.randn(size, size, device=device).to(dtype)
-    b = torch.randn(size, size, device=device).to(dtype)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in "ab")
     if dtype == torch.int8:
         a, b = (torch.randint(-127, 128, (size, size), dtype=dtype, device=device) for _ in "ab")
         product = torch._int_mm  # pyright: ignore[reportPrivateImportUsage]

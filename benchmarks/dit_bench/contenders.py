@@ -1,35 +1,143 @@
-"""Who takes part: the backend that is measured, and the peers that were asked for by name."""
+"""Contenders: who does a piece of work, and the check that each must pass before it is timed.
+
+The reference is eager torch in float32 on the same weights and inputs. What is not installed or
+cannot run here is skipped and named with the reason; what computes another function is not timed.
+"""
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from dit_bench.cost import dit_cost
-from dit_bench.forwards import Networks, Work, decoder_dtype
-from dit_bench.generation_check import GenerationCheck
-from dit_bench.latency import Contender
-from dit_bench.memory import MemoryWatch
-from dit_bench.peers import Function
-from dit_bench.subjects import float_dtype
-from dit_bench.unet import NAME as UNET
-from dit_bench.unet import UNetWork, unet_cost
 from dit_engine.backends import PRECISIONS, create_backend, known_backends, resolve_backend
 from dit_engine.config import ModelConfig
 from dit_engine.errors import BackendUnavailable
+from dit_engine.io.printable import one_line
 from dit_engine.model import DiT
 
-LIBRARIES = ("diffusers", "openvino", "unet")
-"""Peers that are no backends of the engine."""
-
-CONDITIONS = ("conditioning", "adaln")
-"""Parts of a network that depend on time step and label alone."""
-
+Function = Callable[[], Any]
 Name = tuple[str, str]
-"""A peer or a backend, and a precision."""
+"""A backend or a peer, and a precision."""
+
+LIBRARIES = ("diffusers", "openvino", "unet")
+"""Peers that are not backends of the engine."""
+FORMS = ("compile frozen", "compile blocks", "autotune", "graph")
+"""Other ways to run the reference model, which the CPU and GPU runs add (`dit_bench.peers`)."""
+
+# Relative errors (‖a − b‖ / ‖b‖) against float32 eager. In bf16 the order of rounding is each
+# contender's own, so its bound is a multiple of what bf16 eager is off by.
+FP32_BOUND = 1e-4
+BF16_TIMES_EAGER = 4.0
+INT8_BOUND = 0.1
+FP8_BOUND = 0.25
+
+
+@dataclass(frozen=True)
+class Contender:
+    """``build`` makes the function that is timed.
+
+    Attributes:
+        role: as in a report (`dit_bench.report`).
+        precision: what its numbers are in.
+        checked: whether its result is compared with float32 eager.
+        check: result → (error, bound), in place of the comparison with what is expected.
+        flops: of one call, one multiply-add counted as two.
+        weight_bytes: of one pass over the weights that every call needs.
+    """
+
+    name: str
+    role: str
+    precision: str
+    build: Callable[[], Function]
+    checked: bool = True
+    check: Callable[[Any], tuple[float, float]] | None = None
+    flops: int = 0
+    weight_bytes: int = 0
+
+
+@dataclass
+class Built:
+    """The contenders that may be timed, and what became of each one: "setup_s", "first_call_s",
+    "error" and "bound", or why it was left out ("reason")."""
+
+    functions: dict[str, Function] = field(default_factory=dict)
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def build(
+    contenders: Sequence[Contender],
+    expected: Tensor | None,
+    bf16_error: float,
+    log: Callable[[str], object] = print,
+) -> Built:
+    """Build each contender and compare its first result with ``expected``, or as it asks.
+
+    OpenVINO goes first, because its conversion needs the most memory.
+
+    bf16_error: relative error of bf16 eager, from which the bounds in half precision come.
+    """
+    built = Built()
+    for contender in sorted(contenders, key=lambda c: not c.name.startswith("openvino")):
+        start = time.perf_counter()
+        record: dict[str, Any] = {}
+        built.records[contender.name] = record
+        try:
+            with torch.inference_mode():
+                function = contender.build()
+                record["setup_s"] = round(time.perf_counter() - start, 3)
+                output = function()
+                if isinstance(output, Tensor) and output.is_cuda:
+                    torch.cuda.synchronize(output.device)
+                spent = time.perf_counter() - start
+                record["first_call_s"] = max(0.0, round(spent - record["setup_s"], 3))
+        # What a contender raises where it cannot run; anything else is a fault of this program.
+        except (ImportError, ValueError, RuntimeError, OSError, MemoryError) as error:
+            record.clear()
+            record["reason"] = one_line(error)[:200] or type(error).__name__
+            log(f"  {contender.name}: skipped: {record['reason']}")
+            continue
+        if contender.checked:
+            if contender.check is None:
+                assert expected is not None
+                record["error"] = relative_error(output, expected)
+                record["bound"] = allowed_error(contender.precision, bf16_error)
+            else:
+                with torch.inference_mode():
+                    record["error"], record["bound"] = contender.check(output)
+            text = f"error {record['error']:.2e}, bound {record['bound']:.2e}"
+            if not record["error"] <= record["bound"]:  # NaN fails too
+                record["reason"] = f"computes another function ({text})"
+                log(f"  {contender.name}: not timed: {record['reason']}")
+                continue
+            log(f"  {contender.name}: {text}, built in {spent:.1f} s")
+        built.functions[contender.name] = torch.inference_mode()(function)
+    return built
+
+
+def allowed_error(precision: str, bf16_error: float) -> float:
+    """The relative error of one pass through a network that is allowed in ``precision``."""
+    half = BF16_TIMES_EAGER * bf16_error
+    return {
+        "fp32": FP32_BOUND,
+        "bf16": max(FP32_BOUND, half),
+        "fp16": max(FP32_BOUND, half / 8),  # float16 rounds eight times finer than bfloat16
+        "int8": INT8_BOUND,
+        "fp8": FP8_BOUND,
+    }[precision]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖ in float64. Raises ValueError where the shapes differ."""
+    if actual.shape != expected.shape:
+        raise ValueError(f"shapes {tuple(actual.shape)} and {tuple(expected.shape)} differ")
+    a, b = actual.double(), expected.double()
+    return ((a - b).norm() / b.norm()).item()
 
 
 def known_peers() -> tuple[str, ...]:
@@ -39,20 +147,17 @@ def known_peers() -> tuple[str, ...]:
 def parse_peers(text: str, precision: str) -> list[Name]:
     """ "diffusers,onnxruntime/fp32" → names with their precisions, ``precision`` unless given.
 
-    Where that one is quantised, peers have what its activations are in. Raises ValueError.
+    Where that one is quantised, peers have the precision of its activations. Raises ValueError.
     """
     usual = {"int8": "bf16", "fp8": "bf16"}.get(precision, precision)
     found: list[Name] = []
     for part in text.split(","):
         name, _, own = part.strip().partition("/")
-        if name in LIBRARIES:
-            resolved = name
-        else:
-            try:
-                resolved = resolve_backend(name)
-            except ValueError:
-                known = ", ".join(known_peers())
-                raise ValueError(f"peer {name!r} is unknown; choose among {known}") from None
+        try:
+            resolved = name if name in LIBRARIES else resolve_backend(name)
+        except ValueError:
+            known = ", ".join(known_peers())
+            raise ValueError(f"peer {name!r} is unknown; choose among {known}") from None
         if own and own not in PRECISIONS:
             known = ", ".join(PRECISIONS)
             raise ValueError(f"peer {part!r}: precision {own!r} is none of {known}")
@@ -64,7 +169,7 @@ def parse_peers(text: str, precision: str) -> list[Name]:
 def check_backend(name: str, precision: str, device: torch.device) -> None:
     """Raise what the backend says of this machine before a large model is made for it.
 
-    What it warns of it will say again of the model itself.
+    Its warnings are dropped here, because it will repeat them for the model itself.
     """
     with torch.device("meta"):
         model = DiT(ModelConfig(1, 64, 1, 2, 8, num_classes=1)).eval().requires_grad_(False)
@@ -78,114 +183,6 @@ def check_backend(name: str, precision: str, device: torch.device) -> None:
         return
 
 
-class Cast:
-    """Contenders for one kind of work and N images, the measured backend first.
-
-    peers: without the measured backend itself.
-    """
-
-    def __init__(self, networks: Networks, subject: Name, peers: list[Name], macs: int) -> None:
-        self.networks, self.subject = networks, subject
-        self.peers = [peer for peer in peers if peer != subject]
-        self.flops = 2 * macs  # of one row
-        self.watch: MemoryWatch | None = None
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.networks.engine.config
-
-    def forward(self, work: Work) -> list[Contender]:
-        n, device = work.images, self.networks.engine.device
-        own = partial(work.backend, *self.subject)
-        found = [self._own(own, n, "subject", self.subject)]
-        for name, precision in self.peers:
-            if name == "unet":
-                found.append(_unet(n, precision, device))
-                continue
-            build = {
-                "diffusers": work.diffusers,
-                "openvino": work.openvino,
-                "compile": work.compiled,
-                "eager": work.eager,
-            }.get(name, partial(work.backend, name))
-            found.append(self._own(partial(build, precision), n, "peer", (name, precision)))
-        return found
-
-    def step(self, work: Work) -> list[Contender]:
-        return [
-            self._own(partial(work.guided_step, *pair), 2 * work.images, role, pair)
-            for role, pair in self._backends()
-        ]
-
-    def decode(self, work: Work, macs: int) -> list[Contender]:
-        """macs: of one image's decoding."""
-        found: dict[str, Contender] = {}  # int8 and bf16 decode alike: the first stands for both
-        for role, (name, precision) in self._backends(("diffusers",)):
-            build = partial(work.decode, name == "lean", precision)
-            if name == "diffusers":
-                build = partial(work.diffusers_decode, precision)
-            dtype = "fp32" if decoder_dtype(precision) == torch.float32 else "bf16"
-            title, flops = f"{name} {dtype}", 2 * macs * work.images
-            found.setdefault(title, Contender(title, role, dtype, build, flops=flops))
-        return list(found.values())
-
-    def image(self, work: Work, check: GenerationCheck, decode_macs: int) -> list[Contender]:
-        """Whole generations, as ``check`` says which."""
-        steps, sampler = check.steps, check.sampler
-        flops = work.images * (2 * steps * self.flops + 2 * decode_macs)  # guided: two rows
-        return [
-            Contender(f"{name} {precision}", role, precision,
-                      partial(work.generation, name, precision, steps, sampler),
-                      check=partial(check, name, precision), flops=flops)
-            for role, (name, precision) in self._backends()
-        ]  # fmt: skip
-
-    def _backends(self, also: tuple[str, ...] = ()) -> list[tuple[str, Name]]:
-        peers = [p for p in self.peers if p[0] not in LIBRARIES or p[0] in also]
-        return [("subject", self.subject), *(("peer", pair) for pair in peers)]
-
-    def _own(self, build: Callable[[], Function], rows: int, role: str, pair: Name) -> Contender:
-        """A contender that computes this network on so many rows."""
-        name, precision = pair
-        if role == "subject" and self.watch is not None:
-            build = self.watch.around(build)
-        return Contender(
-            f"{name} {precision}", role, precision, build, flops=self.flops * rows,
-            weight_bytes=needed_weights(self.config) * _bytes(precision),
-        )  # fmt: skip
-
-
-def needed_weights(config: ModelConfig) -> int:
-    """Parameters that every forward must read: not the conditioning's, a third of the model, which
-    a sampler may compute before its loop. Counted, they would flatter whoever never reads them."""
-    parts = dit_cost(config)
-    return sum(cost.parameters for name, cost in parts.items() if name not in CONDITIONS)
-
-
-def _bytes(precision: str) -> int:
-    return {"fp32": 4, "int8": 1, "fp8": 1}.get(precision, 2)
-
-
-def _unet(images: int, precision: str, device: torch.device) -> Contender:
-    dtype = float_dtype(precision)
-
-    def build() -> Function:
-        function = UNetWork(images, device).function(dtype)
-        if not bool(function().isfinite().all()):  # all that there is to check
-            raise RuntimeError("its result is not finite")
-        return function
-
-    try:
-        cost = unet_cost()
-    except ImportError as error:  # said when it is built, as of every peer
-        message = str(error)
-
-        def missing() -> Function:
-            raise ImportError(message)
-
-        return Contender(f"{UNET} {precision}", "other network", precision, missing, checked=False)
-    itemsize = torch.empty(0, dtype=dtype).element_size()
-    return Contender(
-        f"{UNET} {precision}", "other network", precision, build, checked=False,
-        flops=cost.flops * images, weight_bytes=cost.parameters * itemsize,
-    )  # fmt: skip
+def float_dtype(precision: str) -> torch.dtype:
+    """The dtype of the activations: bfloat16 among quantised products."""
+    return {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)

@@ -10,11 +10,20 @@ Letters: T tokens, D hidden size, C channels, k kernel side.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dit_engine.config import ModelConfig
-from dit_engine.model import FREQUENCY_EMBEDDING_SIZE
-from dit_engine.vae import VAEConfig
+from dit_engine.model import FREQUENCY_EMBEDDING_SIZE, DiT
+from dit_engine.vae import AutoencoderKL, VAEConfig
+
+CONDITIONS = ("conditioning", "adaln")
+"""Parts of a network that depend on time step and label alone."""
+TOLERANCE = 1e-3
+"""Formula and counter may differ by so much."""
 
 
 @dataclass(frozen=True)
@@ -121,3 +130,72 @@ def _resnet(inputs: int, outputs: int, side: int) -> Cost:
     cost = _group_norm(inputs) + convolution(inputs, outputs, 3, side)
     cost += _group_norm(outputs) + convolution(outputs, outputs, 3, side)
     return cost + (convolution(inputs, outputs, 1, side) if inputs != outputs else Cost())
+
+
+def model_parts(config: ModelConfig) -> dict[str, Cost]:
+    """`dit_cost` with the two halves of attention in one."""
+    parts = dit_cost(config)
+    attention = parts.pop("attention_linear") + parts.pop("attention_core")
+    order = ("patch_embed", "conditioning", "adaln", "attention", "mlp", "final")
+    parts["attention"] = attention
+    return {name: parts[name] for name in order}
+
+
+def count_model(config: ModelConfig) -> dict[str, int]:
+    """True FLOPs of one forward of one image by part, counted on tensors without storage."""
+    with torch.device("meta"):
+        model = DiT(config).eval().requires_grad_(False)
+        x = torch.empty(1, config.in_channels, config.input_size, config.input_size)
+        index = torch.empty(1, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(x, index, index)
+    found = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+
+    def of(ending: str) -> int:
+        return sum(v for k, v in found.items() if k.startswith("DiT.") and k.endswith(ending))
+
+    return {
+        "patch_embed": found["DiT.x_embedder"],
+        "conditioning": found["DiT.t_embedder"],
+        "adaln": of(".adaLN_modulation"),
+        "attention": of(".attn"),
+        "mlp": of(".mlp") - found["DiT.t_embedder.mlp"],
+        "final": found["DiT.final_layer.linear"],
+    }
+
+
+def count_decoder(config: VAEConfig, latent_side: int) -> int:
+    """True FLOPs of one decode of one image."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(config).eval().requires_grad_(False)
+        z = torch.empty(1, config.latent_channels, latent_side, latent_side)
+    with FlopCounterMode(display=False) as counter:
+        vae.decode(z)
+    return counter.get_total_flops()
+
+
+def model_record(config: ModelConfig) -> dict[str, Any]:
+    """Costs as JSON, by part and in all, of one image and one forward."""
+    parts, seen = model_parts(config), count_model(config)
+    return {
+        "parts": {name: _record(cost, seen[name]) for name, cost in parts.items()},
+        "total": _record(total(parts), sum(seen.values())),
+    }
+
+
+def decoder_record(config: VAEConfig, latent_side: int) -> dict[str, Any]:
+    return _record(total(vae_decoder_cost(config, latent_side)), count_decoder(config, latent_side))
+
+
+def _record(cost: Cost, counted_flops: int) -> dict[str, Any]:
+    if abs(counted_flops - cost.flops) > TOLERANCE * cost.flops:
+        raise AssertionError(f"formula {cost.flops} FLOPs, torch counts {counted_flops}")
+    return asdict(cost) | {"flops": cost.flops, "counted_flops": counted_flops}
+
+
+def needed_weights(config: ModelConfig) -> int:
+    """Parameters that every forward must read. Those of the conditioning, a third of the model, are
+    left out: a sampler may compute it before its loop. They would flatter whoever never reads them.
+    """
+    parts = dit_cost(config)
+    return sum(part.parameters for name, part in parts.items() if name not in CONDITIONS)

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dit_bench.hardware import BUSY
+from dit_bench.machine import BUSY
+from dit_bench.report import NO_VERDICT
+from dit_engine.processors import busy_seconds
 
 OTHERS = 0.25
 """Processors that other programs may keep busy, on average, while times are taken."""
-NO_VERDICT = "busy: no verdict"
 _LEAST_S = 1.0  # the system counts in hundredths of a second: a shorter time is too coarse
-_IDLE = (3, 4)  # of /proc/stat's columns: idle, and waiting for a disk
 
 
 class OtherLoad:
@@ -24,7 +24,7 @@ class OtherLoad:
     Attributes:
         last: processors that others kept busy in the last block; None where it took less than a
             second or the system does not tell.
-        mean: likewise of all blocks together.
+        mean: the same of all blocks together.
     """
 
     def __init__(self, stat: Path = Path("/proc/stat"), known: bool = True) -> None:
@@ -55,15 +55,7 @@ class OtherLoad:
 
     def _busy(self) -> float | None:
         """Seconds of all processors since the system began; None where it does not tell."""
-        try:
-            words = self._stat.read_text(encoding="ascii").split("\n", 1)[0].split()
-            ticks = [int(word) for word in words[1:9]]  # without guests, who are in "user" already
-        except (OSError, ValueError):
-            return None
-        if not self._known or words[:1] != ["cpu"]:
-            return None
-        busy = sum(count for i, count in enumerate(ticks) if i not in _IDLE)
-        return busy / os.sysconf("SC_CLK_TCK")
+        return busy_seconds(stat=self._stat) if self._known else None
 
     @staticmethod
     def _own() -> float:
@@ -89,11 +81,14 @@ def busy_row(row: dict[str, Any]) -> bool:
 
 
 def withdraw_verdicts(report: dict[str, Any]) -> None:
-    """Remove the verdicts from results that are not to be quoted."""
+    """Replace the verdicts on times that are not to be quoted by `NO_VERDICT`."""
     all_of_it = not_quoted(report) is not None
-    for row in report["measurements"]:
-        if "verdict" in row and row["role"] == "peer" and (all_of_it or busy_row(row)):
-            row["verdict"] = NO_VERDICT
+    for row in [*report["rows"], *report.get("ratios", [])]:
+        if all_of_it or busy_row(row):
+            if "verdict" in row and row["role"] == "peer":
+                row["verdict"] = NO_VERDICT
+            if row.get("result") in ("pass", "miss") and row.get("section") != "memory":
+                row["result"] = NO_VERDICT
 
 
 def warning(report: dict[str, Any]) -> str | None:

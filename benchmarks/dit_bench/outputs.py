@@ -1,25 +1,23 @@
-"""Files that a run writes: JSON and CSV here; each whole, or not there at all."""
+"""Where a run writes, and its rows as CSV."""
 
 from __future__ import annotations
 
 import csv
-import json
-import math
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dit_engine.console.output import STDOUT, check_destination, check_file, write_stdout
-from dit_engine.io.files import atomic_path
+from dit_bench.report import Report
+from dit_engine.console.output import STDOUT, check_destination, check_file
 from dit_engine.io.printable import printable
-from dit_engine.io.provenance import without_paths
 
-CSV_COLUMNS = (
-    "model", "size", "what", "images", "name", "role", "precision", "status", "reason", "p5_ms",
-    "median_ms", "p95_ms", "n", "noisy", "images_s", "gflops", "tflop_s", "percent_of_matmul",
-    "percent_of_copy", "flops_per_byte", "bound_by", "setup_s", "first_call_s", "built_mib",
-    "peak_mib", "joules_per_image", "error", "bound", "ratio_p5", "ratio_median", "ratio_p95",
-    "verdict", "other_load",
+CSV_COLUMNS: tuple[str, ...] = (
+    "section", "case", "model", "size", "images", "contender", "role", "precision", "status",
+    "reason", "p5_ms", "median_ms", "p95_ms", "n", "noisy", "images_s", "gflops", "tflop_s",
+    "percent_of_matmul", "percent_of_copy", "flops_per_byte", "bound_by", "setup_s",
+    "first_call_s", "built_mib", "peak_mib", "error", "bound", "ratio_p5", "ratio_median",
+    "ratio_p95", "verdict", "other_load",
 )  # fmt: skip
 
 _FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last are full-width
@@ -48,67 +46,20 @@ def check_folder(path: Path | None) -> None:
     check_destination(path / "figures")  # a name without a suffix: a folder, made as needed
 
 
-def partial_path(path: Path) -> Path:
-    """Where a run keeps what it has measured until ``path`` is written."""
-    return path.with_name(f"{path.name}.partial")
-
-
-def write_text(text: str, path: Path | None) -> None:
-    """In UTF-8 to ``path``, to standard output for "-", nowhere for None."""
-    if path == STDOUT:
-        write_stdout(text.encode())
-    elif path is not None:
-        with atomic_path(path) as partial:
-            partial.write_text(text, encoding="utf-8", newline="")
-
-
-def write_json(report: dict[str, Any], path: Path | None, paths: bool = False) -> None:
-    """Write a report as JSON; paths: keep whole paths of files, not only their names."""
-    write_text(json_text(finite(report if paths else without_paths(report))), path)
-
-
-def json_text(value: Any) -> str:
-    """JSON that is safe to print: characters that are not `printable` become JSON's escapes."""
-    lines = json.dumps(value, indent=1, ensure_ascii=False).split("\n")
-    shown = (line if printable(line) == line else _escaped(line) for line in lines)
-    return "\n".join(shown) + "\n"
-
-
-def _escaped(line: str) -> str:
-    return "".join(c if printable(c) == c else json.dumps(c)[1:-1] for c in line)
-
-
-def finite(value: Any) -> Any:
-    """``value`` with None for every NaN and infinity in it, which JSON has not.
-
-    Where the two mean different things, another key says which: of a PSNR "not_finite".
-    """
-    if isinstance(value, dict):
-        return {key: finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def csv_text(report: dict[str, Any]) -> str:
-    """One line a measurement; the spreads' quantiles are columns of their own.
+def csv_text(report: Report) -> str:
+    """One line per row; the quantiles are columns of their own.
 
     Text that a spreadsheet would read as a formula gets an apostrophe in front, as OWASP advises.
     """
-    import io
-
     text = io.StringIO()
     writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    for row in report["measurements"]:
-        flat = dict(row)
+    for row in report["rows"]:
+        ms, ratio = row.get("ms", {}), row.get("ratio", {})
+        flat = dict(row) | {"n": ms.get("n")}
         for quantile in ("p5", "median", "p95"):
-            if "ms" in row:
-                flat[f"{quantile}_ms"] = row["ms"][quantile]
-            if "ratio" in row:
-                flat[f"ratio_{quantile}"] = row["ratio"][quantile]
-        if "ms" in row:
-            flat["n"] = row["ms"]["n"]
+            flat[f"{quantile}_ms"] = ms.get(quantile)
+            flat[f"ratio_{quantile}"] = ratio.get(quantile)
         writer.writerow({column: _cell(value) for column, value in flat.items()})
     return text.getvalue()
 

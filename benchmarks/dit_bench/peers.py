@@ -1,166 +1,111 @@
-"""Other ways to run the same network, each checked against float32 eager before it is timed.
-
-A peer that is not installed, or that cannot run here, is skipped and named with the reason; one
-whose result is wrong is not timed. All of them take and give float32 latents, as a sampler does.
-"""
+"""Other libraries and compilers on our weights, and the modules that their exporters take."""
 
 from __future__ import annotations
 
 import functools
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from dit_bench.contenders import Function
+from dit_bench.subjects import twin
+from dit_engine.backends.capture import capture_graph
+from dit_engine.backends.compile import compile_static
 from dit_engine.checkpoint.convert import official_to_diffusers
-from dit_engine.io.printable import one_line
 from dit_engine.model import DiT
+from dit_engine.vae import AutoencoderKL
 
-Function = Callable[[], Tensor]
-
-# Relative errors (‖a − b‖ / ‖b‖) against float32 eager. In bf16 the order of rounding is each
-# peer's own, so its bound is a multiple of what bf16 eager is off by.
-FP32_BOUND = 1e-4
-BF16_TIMES_EAGER = 4.0
-INT8_BOUND = 0.1
-FP8_BOUND = 0.25
+M = TypeVar("M", bound=nn.Module)
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Peer:
-    """``build`` makes the function that is timed.
+class Conditioned(nn.Module):
+    """`DiT.forward_conditioned` as a forward, for exporters."""
 
-    precision: "fp32", "bf16", "int8", or None for what computes no network output (not checked).
-    check: of what the function gave first, its error and the bound of it; None: the error is that
-    of the tensor that it gave, the bound that of the precision.
+    def __init__(self, model: DiT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.model.forward_conditioned(x, c)
+
+
+class Decode(nn.Module):
+    """`AutoencoderKL.decode` as a forward, for exporters."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z)
+
+
+def compiled(module: DiT, form: str, *inputs: Tensor) -> Forward:
+    """torch.compile of the reference model for this one shape, which is its best case.
+
+    form: "compile"; "compile frozen", whose weights are constants, which the compiler packs as lean
+    does; "autotune", with timed candidates and CUDA graphs, whose result the next call overwrites;
+    "compile blocks", see `compiled_blocks`.
     """
+    if form == "compile blocks":
+        return compiled_blocks(module)
 
-    name: str
-    precision: str | None
-    build: Callable[[], Callable[[], Any]]
-    check: Callable[[Any], tuple[float, float]] | None = None
+    def forward(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return module(x, t, y)
 
+    options = {"mode": "max-autotune"} if form == "autotune" else {}
+    run = compile_static(forward, **options)
+    if form == "compile frozen":
+        from torch._inductor import config
 
-@dataclass
-class Built:
-    """The peers that may be timed, and what became of each one that was asked for."""
-
-    functions: dict[str, Callable[[], Any]] = field(default_factory=dict)
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def reason(self, name: str) -> str | None:
-        """Why ``name`` is not timed, or None."""
-        if name in self.functions:
-            return None
-        return self.records.get(name, {}).get("skipped", "not asked for")
+        with config.patch(freezing=True), torch.no_grad():  # compiled at the first call
+            run(*inputs)
+    return run
 
 
-def build_peers(
-    peers: Sequence[Peer],
-    expected: Tensor | None,
-    bf16_error: float,
-    log: Callable[[str], object] = print,
-    bounds: Mapping[str, float] | None = None,
-) -> Built:
-    """Build each peer and compare its result with ``expected`` (float32 eager), or as it asks.
+def compiled_blocks(model: DiT) -> Forward:
+    """The model with its repeated block under torch.compile, as diffusers'
+    ``compile_repeated_blocks`` has it: one compilation serves all blocks, where that of a whole
+    XL/2 takes a minute. What lies around the blocks runs eagerly."""
 
-    bf16_error: relative error of bf16 eager, from which the bf16 bound comes.
-    bounds: precision → allowed relative error, where it is another than usual.
-    """
-    bounds = error_bounds(bf16_error) | dict(bounds or {})
-    built = Built()
-    for peer in peers:
-        start = time.perf_counter()
-        record: dict[str, Any] = {}
-        built.records[peer.name] = record
-        try:
-            with torch.inference_mode():
-                function = peer.build()
-                record["setup_s"] = round(time.perf_counter() - start, 3)
-                output = function()
-                _finish(output)
-                record["build_s"] = round(time.perf_counter() - start, 2)
-        # What a peer raises where it cannot run; anything else is a fault of this program.
-        except (ImportError, ValueError, RuntimeError, OSError, MemoryError) as error:
-            record["skipped"] = one_line(error)[:200] or type(error).__name__
-            log(f"  {peer.name}: skipped: {record['skipped']}")
-            continue
-        if peer.precision is not None:
-            if peer.check is None:
-                assert expected is not None
-                record["error"] = relative_error(output, expected)
-                record["bound"] = bounds[peer.precision]
-            else:
-                with torch.inference_mode():
-                    record["error"], record["bound"] = peer.check(output)
-            text = f"error {record['error']:.2e}, bound {record['bound']:.2e}"
-            if not record["error"] <= record["bound"]:  # NaN fails too
-                record["skipped"] = f"computes another function ({text})"
-                log(f"  {peer.name}: not timed: {record['skipped']}")
-                continue
-            log(f"  {peer.name}: {text}, built in {record['build_s']:.1f} s")
-        built.functions[peer.name] = torch.inference_mode()(function)
-    return built
+    def run(block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
+        return block(x, c)
+
+    own, block_forward = twin(model), compile_static(run)  # the model must stay as it is
+    for ours, block in zip(own.blocks, model.blocks, strict=True):
+        ours.forward = partial(block_forward, block)
+    return own
 
 
-def _finish(output: Any) -> None:
-    """Wait for a CUDA device, which works on after a call has returned."""
-    if isinstance(output, Tensor) and output.is_cuda:
-        torch.cuda.synchronize(output.device)
+def graphed(module: Callable[..., Tensor], *inputs: Tensor) -> Function:
+    """Replays a CUDA graph of the eager forward, which takes the launches out: what a plain model
+    could reach at best."""
+    stream = torch.cuda.Stream(inputs[0].device)
+    graph, result = capture_graph(lambda: module(*inputs).float(), stream)
 
+    def run() -> Tensor:
+        graph.replay()
+        return result
 
-def error_bounds(bf16_error: float) -> dict[str, float]:
-    """Precision → the relative error that is allowed, from that of bf16 eager."""
-    return {
-        "fp32": FP32_BOUND,
-        "bf16": max(FP32_BOUND, BF16_TIMES_EAGER * bf16_error),
-        "int8": INT8_BOUND,
-    }
-
-
-def allowed_error(precision: str, bf16_error: float) -> float:
-    """The relative error of one pass through a network that is allowed in ``precision``."""
-    # float16 rounds eight times finer than bfloat16.
-    fp16 = max(FP32_BOUND, BF16_TIMES_EAGER * bf16_error / 8)
-    return (error_bounds(bf16_error) | {"fp16": fp16, "fp8": FP8_BOUND})[precision]
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖ in float64. Raises ValueError where the shapes differ."""
-    if actual.shape != expected.shape:
-        raise ValueError(f"shapes {tuple(actual.shape)} and {tuple(expected.shape)} differ")
-    a, b = actual.double(), expected.double()
-    return ((a - b).norm() / b.norm()).item()
-
-
-def randomise(module: nn.Module, seed: int = 0) -> None:
-    """Random weights in place, adaLN's too (at their initial zeros every block is the identity).
-
-    Embedders are large, so that a wrong time step or label shows above the rounding of bf16.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        if name == "pos_embed":
-            continue
-        gain = 2.0 if name.startswith("t_embedder") else 0.5
-        scale = gain * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
-        with torch.no_grad():
-            parameter.normal_(std=1.0 if name.startswith("y_embedder") else scale,
-                              generator=generator)  # fmt: skip
+    return run
 
 
 def diffusers_transformer(model: DiT) -> Any:
     """diffusers' DiTTransformer2DModel on the tensors of ``model``, which it shares.
 
-    Raises ImportError without diffusers.
+    Raises ImportError without diffusers, ValueError for numerics that it does not compute.
     """
+    config = model.config
+    if config.numerics != "diffusers":
+        raise ValueError(f"numerics {config.numerics!r}: diffusers computes only 'diffusers'")
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-    config = model.config
     theirs: Any
     with torch.device("meta"):
         theirs = DiTTransformer2DModel(
@@ -191,13 +136,37 @@ def diffusers_state(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor
     return theirs
 
 
+def diffusers_autoencoder(vae: AutoencoderKL) -> Any:
+    """diffusers' AutoencoderKL on the tensors of ``vae``. Raises ImportError without diffusers."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Theirs
+
+    config = vae.config
+    depth = len(config.block_out_channels)
+    values = {key: value for key, value in asdict(config).items() if key != "scaling_factor"}
+    values["down_block_types"] = ("DownEncoderBlock2D",) * depth
+    values["up_block_types"] = ("UpDecoderBlock2D",) * depth
+    theirs: Any
+    with torch.device("meta"):
+        theirs = Theirs(**values)
+    theirs.load_state_dict(vae.state_dict(), assign=True)
+    return theirs.eval().requires_grad_(False)
+
+
+def channels_last(module: M) -> M:
+    """Convolution weights in channels-last memory, in place."""
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return module
+
+
 @functools.cache
 def openvino_core() -> Any:
-    """OpenVINO's one Core of this process, never given up.
+    """OpenVINO's one Core of this process, which is never given up.
 
-    Each has a CPU plugin that sets the thread's stack for signals, and puts back what it found when
-    it goes. Two that go in another order than they came leave memory there that is no more, and the
-    process dies of the next Ctrl-C.
+    The CPU plugin of each Core sets the thread's stack for signals, and puts back what it found
+    when it goes. Two that go in another order than they came leave memory there that is freed, and
+    the process dies of the next Ctrl-C.
     """
     import openvino  # pyright: ignore[reportMissingImports]
 
@@ -209,8 +178,13 @@ def openvino_function(
 ) -> Function:
     """``module`` (float32) for these very shapes under OpenVINO's CPU plugin.
 
-    Raises ImportError without openvino, RuntimeError where it would run in another precision.
+    Raises ImportError without openvino, ValueError for other precisions, RuntimeError where it
+    would run in another precision.
     """
+    if arguments[0].device.type != "cpu":
+        raise ValueError("OpenVINO runs on the CPU here")
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision {precision!r}: OpenVINO is measured in fp32 and bf16")
     import openvino  # pyright: ignore[reportMissingImports]
 
     hint = {"fp32": "f32", "bf16": "bf16"}[precision]
@@ -222,11 +196,11 @@ def openvino_function(
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled = openvino_core().compile_model(converted, "CPU", options)
-    used = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    compiled_model = openvino_core().compile_model(converted, "CPU", options)
+    used = compiled_model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if used != hint:
         raise RuntimeError(f"OpenVINO runs {used} on this processor, not {hint}")
-    request = compiled.create_infer_request()
+    request = compiled_model.create_infer_request()
     inputs = [argument.numpy() for argument in arguments]
 
     def run() -> Tensor:

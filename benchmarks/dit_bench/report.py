@@ -158,6 +158,8 @@ SECTIONS: Mapping[str, Schema] = {
             "neighbours": "count", "idle_ms": "positive", "busy_ms": "positive", "ratio": "object",
         },
     },
+    # A check without a time.
+    "check": {"": {}},
     # Resident bytes of a lean forward; "value" is the peak over what is needed.
     "memory": {
         "": {

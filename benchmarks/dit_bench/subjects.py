@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from dit_bench.cpu_forward import random_model
-from dit_bench.cpu_vae import random_vae
+from dit_engine.checkpoint.weights import without_storage
 from dit_engine.config import PUBLISHED, ModelConfig
-from dit_engine.model import DiT
+from dit_engine.model import DiT, position_embedding
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 _SIZE = re.compile(r"(?:DiT-)?[A-Za-z]{1,3}[/-]\d+")
@@ -38,11 +38,7 @@ class Subject:
 
 
 def load_subject(
-    name: str,
-    *,
-    size: int | None = None,
-    vae: str | None = None,
-    with_vae: bool = True,
+    name: str, *, size: int | None = None, vae: str | None = None, with_vae: bool = True
 ) -> Subject:
     """The model called ``name``.
 
@@ -55,16 +51,12 @@ def load_subject(
     Raises:
         ValueError, OSError: an unknown name, which lists the known ones, or a bad checkpoint.
     """
+    check_name(name, size, vae)
     if is_size(name):
         config = ModelConfig.named(name, size or 256)
-        if vae is not None:
-            raise ValueError(f"vae {vae!r} is for a checkpoint; {name!r} gets random weights")
         autoencoder = random_vae(VAEConfig()) if with_vae else None
         short = name.removeprefix("DiT-").replace("-", "/")
         return Subject(short, "random", random_model(config), autoencoder, size=size or 256)
-    if size is not None:
-        raise ValueError(f"size {size} is for a published model; {name!r} has its own")
-    check_source(name)
     from dit_engine.checkpoint import build_model, build_vae, load_checkpoint
 
     checkpoint = load_checkpoint(name, vae=vae)
@@ -75,41 +67,76 @@ def load_subject(
     return Subject(name, checkpoint.source, model, own, checkpoint.label_names, pixels)
 
 
-def in_numerics(model: DiT, numerics: str) -> DiT:
-    """``model`` itself if it computes in ``numerics``, else a twin that does, on its tensors."""
-    from dit_engine.checkpoint.convert import with_numerics
-
-    config = with_numerics(model.config, numerics)
-    if config == model.config:
-        return model
-    with torch.device("meta"):
-        twin = DiT(config)
-    twin.load_state_dict(model.state_dict(), assign=True)
-    return twin.eval().requires_grad_(False)
-
-
 def is_size(name: str) -> bool:
     """Whether ``name`` looks like a published size, known or not, rather than a path."""
     return _SIZE.fullmatch(name) is not None and not Path(name).exists()
 
 
-def check_source(name: str) -> None:
-    """Raise a ValueError that lists what is known for what is no model, path or hub id."""
+def check_name(name: str, size: int | None = None, vae: str | None = None) -> None:
+    """Raise what is wrong with the name and its options, before any work."""
+    if is_size(name):
+        ModelConfig.named(name, size or 256)
+        if vae is not None:
+            raise ValueError(f"--vae is for checkpoints; {name!r} gets random weights")
+        return
     if name != "builtin" and "/" not in name and not Path(name).exists():
         raise ValueError(
             f"model {name!r} is unknown; choose builtin, one of {', '.join(PUBLISHED)}, "
             "a file, a directory or a hub id"
         )
+    if size is not None:
+        raise ValueError(f"--size is for published models; {name!r} has its own")
 
 
-def check_name(name: str, size: int | None) -> None:
-    """Raise what `load_subject` would raise for the name and the size, before any work."""
-    if is_size(name):
-        ModelConfig.named(name, size or 256)
-    else:
-        check_source(name)
+def in_numerics(model: DiT, numerics: str) -> DiT:
+    """``model`` itself if it computes in ``numerics``, else a twin that does, on its tensors."""
+    from dit_engine.checkpoint.convert import with_numerics
+
+    config = with_numerics(model.config, numerics)
+    return model if config == model.config else twin(model, config)
 
 
-def float_dtype(precision: str) -> torch.dtype:
-    """Of the activations: bfloat16 among quantised products."""
-    return {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
+def twin(model: DiT, config: ModelConfig | None = None) -> DiT:
+    """Another module on the tensors of ``model``."""
+    with torch.device("meta"):
+        made = DiT(config or model.config)
+    made.load_state_dict(model.state_dict(), assign=True)
+    return made.eval().requires_grad_(False)
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> DiT:
+    """A float32 DiT whose every weight is random, in eval mode."""
+    with without_storage():
+        model = DiT(config)
+    model.to_empty(device="cpu")
+    side = config.input_size // config.patch_size
+    model.pos_embed.data.copy_(position_embedding(config.hidden_size, side))
+    randomise(model, seed)
+    return model.eval().requires_grad_(False)
+
+
+def random_vae(config: VAEConfig, seed: int = 0) -> AutoencoderKL:
+    """Random weights; the norms' scales lie around one, as a trained network's do."""
+    vae = AutoencoderKL(config)
+    randomise(vae, seed)
+    with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.weight.add_(1)
+    return vae.eval().requires_grad_(False)
+
+
+def randomise(module: nn.Module, seed: int = 0) -> None:
+    """Random weights in place, adaLN's too (at their initial zeros every block is the identity).
+
+    Embedders are large, so that a wrong time step or label shows above the rounding of bf16.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if name == "pos_embed":
+            continue
+        gain = 2.0 if name.startswith("t_embedder") else 0.5
+        scale = gain * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+        with torch.no_grad():
+            parameter.normal_(std=1.0 if name.startswith("y_embedder") else scale,
+                              generator=generator)  # fmt: skip

@@ -1,19 +1,30 @@
 """Timing of alternatives side by side, on the CPU by the wall clock and on CUDA by events.
 
-Alternatives take turns, so that a change of clock or of load meets all of them; a ratio is taken
-within a round, where both sides had the same conditions, and only then summarised.
+In every round each function is visited once, in another order, so that a change of clock or of
+load meets all of them. A ratio is taken within a round, where both sides had the same conditions,
+and only then summarised. Before a visit on the CPU, the threads of the function before have gone to
+sleep, and a short function is called until it meets the caches as it leaves them, which is how the
+steps of a sampler follow each other. On CUDA the caches are overwritten before every call.
 """
 
 from __future__ import annotations
 
+import random
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 Function = Callable[[], object]
+Key = TypeVar("Key")
 
+VISIT_MS = 100.0
+"""The least time that is spent on one function in one round."""
+PAUSE_S = 0.02
+"""Threads that spin while they wait for work have gone to sleep by then."""
 _FLUSH_FLOATS = 2**26
 _FLUSHES = 4
 """256 MiB, several times any L2, written so often before every CUDA sample. It is also work for the
@@ -21,13 +32,21 @@ device, some 0.25 ms at 4 TB/s, while the host queues the sample's launches: a s
 measure how long Python takes to start a kernel that runs for microseconds."""
 
 
-@dataclass(frozen=True)
-class Quantiles:
-    """The 10 %, 50 % and 90 % quantiles, linearly interpolated."""
+class Budget:
+    """So many seconds from now on. Work is not begun without time for it, and what has begun is not
+    cut short: an exception from a signal handler crashes CPython 3.11 after torch.compile has run.
+    """
 
-    low: float
-    median: float
-    high: float
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._end = clock, clock() + seconds
+
+    def left(self) -> float:
+        """Seconds left, 0 if none."""
+        return max(0.0, self._end - self._clock())
+
+    def part(self, share: float) -> Budget:
+        """A budget that ends when ``share`` (0 … 1) of what is left now has passed."""
+        return Budget(share * self.left(), self._clock)
 
 
 @dataclass(frozen=True)
@@ -45,78 +64,48 @@ class Spread:
         return (self.p95 - self.p5) / self.median
 
 
-@dataclass(frozen=True)
-class Interleaved:
-    """Samples of several functions, one of each a round.
-
-    samples_ms: name → milliseconds, entry i from round i.
-    """
-
-    samples_ms: Mapping[str, Sequence[float]]
-
-    @property
-    def rounds(self) -> int:
-        return len(next(iter(self.samples_ms.values())))
-
-    def ms(self, name: str) -> Quantiles:
-        return quantiles(self.samples_ms[name])
-
-    def ratio(self, name: str, to: str) -> Quantiles:
-        """Quantiles of the rounds' own ratios, ``name``'s time over ``to``'s."""
-        return quantiles(self._ratios(name, to))
-
-    def spread(self, name: str) -> Spread:
-        return spread(self.samples_ms[name])
-
-    def ratio_spread(self, name: str, to: str) -> Spread:
-        """As `ratio`, from 5 % to 95 %."""
-        return spread(self._ratios(name, to))
-
-    def _ratios(self, name: str, to: str) -> list[float]:
-        pairs = zip(self.samples_ms[name], self.samples_ms[to], strict=True)
-        return [a / b for a, b in pairs]
-
-
-def quantiles(values: Sequence[float]) -> Quantiles:
-    """Raises ValueError for no values."""
-    return Quantiles(*_at(values, 0.1, 0.5, 0.9))
-
-
 def spread(values: Sequence[float]) -> Spread:
     """Raises ValueError for no values."""
-    p5, median, p95 = _at(values, 0.05, 0.5, 0.95)
-    return Spread(p5, median, p95, len(values))
-
-
-def _at(values: Sequence[float], *points: float) -> list[float]:
     if not values:
         raise ValueError("quantiles of no values: at least one is needed")
     found = torch.tensor(values, dtype=torch.float64)
-    return found.quantile(torch.tensor(points, dtype=torch.float64)).tolist()
+    points = torch.tensor((0.05, 0.5, 0.95), dtype=torch.float64)
+    p5, median, p95 = found.quantile(points).tolist()
+    return Spread(p5, median, p95, len(values))
+
+
+def ratio(one: Sequence[float], other: Sequence[float]) -> Spread:
+    """The spread of ``one``'s times over ``other``'s, each taken within its round."""
+    return spread([a / b for a, b in zip(one, other, strict=True)])
 
 
 def interleave(
-    functions: Mapping[str, Function],
+    functions: Mapping[Key, Function],
     rounds: int = 20,
     *,
     device: torch.device | str = "cpu",
-    warmup: int = 1,
+    visit_ms: float = VISIT_MS,
+    pause_s: float = PAUSE_S,
+    warmup: int = 0,
     seconds: float | None = None,
     go_on: Callable[[], bool] = lambda: True,
     clock: Callable[[], float] = time.perf_counter,
-) -> Interleaved:
-    """Time every function once a round, in an order that rotates from round to round.
+    visit: Callable[[Key], float] | None = None,
+) -> dict[Key, list[float]]:
+    """Milliseconds of one call of each function: one sample per round, in the rounds' order.
 
-    On CUDA the caches are overwritten before every sample, and a sample is the device's time
-    between two events around the call.
+    A visit on the CPU calls until ``visit_ms`` have passed and records the median, without the
+    first call unless that fills the visit by itself; with 0 it is a single call. A sample on CUDA
+    is the device's time between two events around one call.
 
     Args:
         functions: name → function of no arguments.
-        rounds: at most so many.
+        rounds: the largest number of rounds.
         warmup: calls of each before the first round.
         seconds: no new round begins after so long, warm-up not counted; the first always runs.
         go_on: asked before every round but the first: none follows where it says no.
         clock: seconds, for CPU samples and for ``seconds``.
+        visit: name → milliseconds, in place of the visit that is described here.
 
     Raises:
         ValueError: no functions, or less than one round.
@@ -126,34 +115,44 @@ def interleave(
     if rounds < 1:
         raise ValueError(f"rounds {rounds} is not a positive integer")
     device = torch.device(device)
-    names = list(functions)
-    for name in names:
+    cuda = device.type == "cuda"
+    for function in functions.values():
         for _ in range(warmup):
-            functions[name]()
-    scratch = torch.empty(_FLUSH_FLOATS if device.type == "cuda" else 0, device=device)
-    if device.type == "cuda":
+            function()
+    scratch = torch.empty(_FLUSH_FLOATS if cuda else 0, device=device)
+    if cuda:
         torch.cuda.synchronize(device)
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    start = clock()
+    samples: dict[Key, list[float]] = {name: [] for name in functions}
+    order, shuffle, start = list(functions), random.Random(0).shuffle, clock()
     for i in range(rounds):
-        if i > 0 and seconds is not None and clock() - start >= seconds:
+        if i > 0 and ((seconds is not None and clock() - start >= seconds) or not go_on()):
             break
-        if i > 0 and not go_on():
-            break
-        turn = names[i % len(names) :] + names[: i % len(names)]
-        if device.type == "cuda":
-            taken = _cuda_round([functions[name] for name in turn], scratch, device)
-        else:
-            taken = [_cpu_sample(functions[name], clock) for name in turn]
-        for name, ms in zip(turn, taken, strict=True):
+        shuffle(order)
+        if cuda and visit is None:
+            taken = _cuda_round([functions[name] for name in order], scratch, device)
+            for name, ms in zip(order, taken, strict=True):
+                samples[name].append(ms)
+            continue
+        for name in order:
+            if pause_s:
+                time.sleep(pause_s)
+            ms = visit(name) if visit else _visit(functions[name], visit_ms, clock)
             samples[name].append(ms)
-    return Interleaved(samples)
+    return samples
 
 
-def _cpu_sample(function: Function, clock: Callable[[], float]) -> float:
-    start = clock()
-    function()
-    return (clock() - start) * 1e3
+def _visit(function: Function, visit_ms: float, clock: Callable[[], float]) -> float:
+    def call_ms() -> float:
+        start = clock()
+        function()
+        return (clock() - start) * 1e3
+
+    first = spent = call_ms()
+    recorded: list[float] = []
+    while spent < visit_ms:
+        recorded.append(call_ms())
+        spent += recorded[-1]
+    return statistics.median(recorded) if recorded else first
 
 
 def _cuda_round(

@@ -8,15 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from dit_bench.counted import decoder_record, model_record
+from dit_bench.cost import decoder_record, model_record
 from dit_bench.quality.features import Extracted, FeatureNetwork
-from dit_bench.report import new_report
-from dit_bench.schema import VERSION
+from dit_bench.report import VERSION
 from dit_engine.config import ModelConfig
 from dit_engine.vae import VAEConfig
 
 QUICK = ["--rounds", "3", "--seconds", "0.3", "--steps", "2", "--threads", "1", "--device", "cpu"]
 MODELS = {"S/8": 4.0, "S/4": 10.0}  # milliseconds of a forward of one image by "lean bf16"
+MACHINE = {
+    "cpu": "a processor", "gpu": None, "device": "cpu", "threads": 2, "cpu_count": 4,
+    "python": "3.11", "platform": "x", "versions": {"torch": "2.13"}, "instruction_sets": ["avx2"],
+}  # fmt: skip
 
 
 def colours(images: np.ndarray) -> Extracted:
@@ -47,44 +50,43 @@ def _report() -> dict[str, Any]:
                        "config": config.to_dict(), "decoder": decoder})  # fmt: skip
         gflops = cost["total"]["flops"] / 1e9
         for images in (1, 2, 4):
-            for what, factor in (("forward", 1), ("step", 2)):
+            for section, factor in (("forward", 1), ("step", 2)):
                 time = ms * factor * images**0.5
                 rows += [
-                    row(name, what, images, "lean bf16", "subject", time, gflops * images * factor),
-                    row(name, what, images, "eager bf16", "peer", 2 * time, gflops * images),
-                ]
+                    row(name, section, images, "lean bf16", "subject", time,
+                        gflops * images * factor),
+                    row(name, section, images, "eager bf16", "peer", 2 * time, gflops * images),
+                ]  # fmt: skip
         rows.append(row(name, "forward", 1, "LDM-4 U-Net bf16", "other network", 300.0, 208.45))
-    failed = row("S/4", "forward", 1, "openvino bf16", "peer", 1.0, 1.0)
-    for key in ("ms", "noisy", "images_s", "samples_ms", "setup_s", "first_call_s", "gflops"):
-        del failed[key]
-    rows.append(failed | {"status": "skipped", "reason": "no <such> processor"})
+    rows.append({
+        "section": "forward", "case": "S/4, batch 1", "contender": "openvino bf16", "role": "peer",
+        "model": "S/4", "images": 1, "precision": "bf16", "status": "skipped",
+        "reason": "no <such> processor",
+    })  # fmt: skip
     return {
-        "schema": VERSION, "created": "2026-01-01T00:00:00+00:00", "command": ["--model", "S/8"],
-        "environment": {
-            "hardware": {"cpu": "a processor", "cpu_count": 4, "python": "3.11", "platform": "x"},
-            "versions": {"torch": "2.13"}, "instruction_sets": ["avx2"],
-        },
+        "schema": VERSION, "kind": "models", "created": "2026-01-01T00:00:00+00:00",
+        "command": ["--model", "S/8"], "machine": MACHINE,
         "settings": {
-            "backend": "lean", "precision": "bf16", "device": "cpu", "threads": 2, "rounds": 20,
-            "seconds": 20.0, "steps": 20, "sampler": "ddpm", "noise_bound": 0.25,
+            "backend": "lean", "precision": "bf16", "rounds": 20, "seconds": 20.0, "steps": 20,
+            "sampler": "ddpm", "noise_bound": 0.25,
         },
         "ceilings": {
             "copy_gb_s": 10.0, "matmul_tflop_s": {"fp32": 0.1, "bf16": 1.0}, "matmul_size": 1024,
             "copy_mib": 256, "missing": {"fp8": "none here"}, "measured": "before",
         },
-        "energy": "no RAPL counter", "load_average": 0.1, "models": models, "measurements": rows,
-        "parity": [], "interrupted": False,
+        "load_average": 0.1, "models": models, "rows": rows, "complete": True,
     }  # fmt: skip
 
 
 def row(
-    model: str, what: str, images: int, name: str, role: str, ms: float, gflops: float
+    model: str, section: str, images: int, name: str, role: str, ms: float, gflops: float
 ) -> dict[str, Any]:
     return {
-        "model": model, "size": 256, "what": what, "images": images, "name": name, "role": role,
-        "precision": "bf16", "status": "ok", "ms": spread(ms), "noisy": False,
-        "samples_ms": [ms], "images_s": 1e3 * images / ms, "setup_s": 0.5, "first_call_s": 0.1,
-        "gflops": gflops, "tflop_s": gflops / ms, "flops_per_byte": 20.0 * images,
+        "section": section, "case": f"{model}, batch {images}", "contender": name, "role": role,
+        "model": model, "size": 256, "images": images, "precision": "bf16", "status": "ok",
+        "ms": spread(ms), "noisy": False, "samples_ms": [ms], "images_s": 1e3 * images / ms,
+        "setup_s": 0.5, "first_call_s": 0.1, "gflops": gflops, "tflop_s": gflops / ms,
+        "flops_per_byte": 20.0 * images,
     }  # fmt: skip
 
 
@@ -92,47 +94,56 @@ def spread(ms: float, width: float = 0.05) -> dict[str, float | int]:
     return {"p5": ms * (1 - width), "median": ms, "p95": ms * (1 + width), "n": 20}
 
 
+def ratio(middle: float) -> dict[str, float]:
+    return {"p5": middle * 0.95, "median": middle, "p95": middle * 1.05}
+
+
 def operators() -> dict[str, Any]:
-    """A report of dit_bench.operators: one that multiplies, one that moves, two left out."""
-    timed = {"dtype": "bf16", "status": "ok", "ms": {"median": 1.0}, "percent_of_ceiling": 50.0}
-    linear = timed | {"operator": "linear", "shape": "N=2", "impl": "native", "flops": 5e8,
-                      "bytes": 2e6, "rate": 0.5, "unit": "TFLOP/s"}  # fmt: skip
-    modulate = timed | {"operator": "layernorm_modulate", "shape": "N=2", "impl": "native",
+    """A report of the operators: one that multiplies, one that moves, two left out."""
+    timed = {"section": "operator", "dtype": "bf16", "status": "ok", "role": "subject",
+             "contender": "native", "shape": "N=2", "ms": spread(1.0), "percent_of_ceiling": 50.0,
+             "speedup_over": {"eager": 2.0}}  # fmt: skip
+    linear = timed | {"operator": "linear", "case": "linear N=2", "flops": 5e8, "bytes": 2e6,
+                      "rate": 0.5, "unit": "TFLOP/s"}  # fmt: skip
+    modulate = timed | {"operator": "layernorm_modulate", "case": "layernorm_modulate N=2",
                         "flops": 0, "bytes": 8e6, "rate": 8.0, "unit": "GB/s"}  # fmt: skip
-    failed = {"operator": "rope", "shape": "N=2", "impl": "native", "status": "failed"}
-    rows = [linear, modulate, modulate | {"impl": "compile", "opponent": True}, failed]
-    return copy.deepcopy({"operators": rows, "ceilings": {}})
+    failed = {"section": "operator", "operator": "rope", "shape": "N=2", "dtype": "bf16",
+              "case": "rope N=2", "contender": "native", "role": "subject", "status": "failed",
+              "reason": "RuntimeError: broken"}  # fmt: skip
+    rows = [linear, modulate, modulate | {"contender": "compile", "role": "peer"}, failed]
+    return report() | {"kind": "operators", "rows": copy.deepcopy(rows), "models": []}
 
 
-def parity() -> dict[str, Any]:
-    """A report of dit_bench.quality.parity: one backend with sets and a reference, one that equals
-    eager,
-    and one that gives NaN; in JSON the PSNR of both of the latter is null."""
+def parity() -> list[dict[str, Any]]:
+    """Rows of parity: one backend with sets and a reference, one that equals eager, and one that
+    gives NaN; in JSON the PSNR of both of the latter is null."""
     sets = {"metric": "FD-Lite0", "n": 2400, "between": 0.0123, "reference": "held-out",
             "n_reference": None, "to_reference": 76.81234, "eager_to_reference": 76.8,
             "difference": {"value": -0.0123, "low": -0.03, "high": 0.01},
             "absolute_difference": {"value": 0.0123, "low": 0.0, "high": 0.0312},
             "confidence": 0.95, "resamples": 100}  # fmt: skip
-    row = {"backend": "lean", "precision": "bf16", "latent_error_by_step": [1e-3, 2e-3, 3e-3],
-           "final_latent_error": {"mean": 3e-3, "max": 5e-3},
-           "psnr_db": {"median": 41.25, "min": 30.0, "not_finite": 0}}  # fmt: skip
-    same = row | {"precision": "fp32",
-                  "psnr_db": {"median": float("inf"), "min": None, "not_finite": 0}}  # fmt: skip
-    broken = row | {"precision": "fp16", "latent_error_by_step": [1e-3, float("nan"), None],
-                    "final_latent_error": {"mean": float("nan"), "max": None},
-                    "psnr_db": {"median": float("nan"), "min": None, "not_finite": 3}}  # fmt: skip
-    return {"model": "builtin", "n": 2400, "settings": {"steps": 3}, "interrupted": False,
-            "subjects": [row | {"sets": sets}, same, broken]}  # fmt: skip
+    same = {"section": "parity", "case": "builtin", "model": "builtin", "contender": "lean bf16",
+            "role": "subject", "status": "ok", "backend": "lean", "precision": "bf16", "n": 2400,
+            "settings": {"steps": 3}, "interrupted": False,
+            "latent_error_by_step": [1e-3, 2e-3, 3e-3],
+            "final_latent_error": {"mean": 3e-3, "max": 5e-3},
+            "psnr_db": {"median": 41.25, "min": 30.0, "not_finite": 0}}  # fmt: skip
+    equal = same | {"precision": "fp32", "contender": "lean fp32",
+                    "psnr_db": {"median": float("inf"), "min": None, "not_finite": 0}}  # fmt: skip
+    broken = same | {"precision": "fp16", "contender": "lean fp16",
+                     "latent_error_by_step": [1e-3, float("nan"), None],
+                     "final_latent_error": {"mean": float("nan"), "max": None},
+                     "psnr_db": {"median": float("nan"), "min": None, "not_finite": 3}}  # fmt: skip
+    return copy.deepcopy([same | {"sets": sets}, equal, broken])
 
 
 def scaling() -> dict[str, Any]:
-    """A report of the scaling study: two DiTs and a U-Net after 1500 and 3000 steps of training."""
+    """A report of the study of scaling."""
     rows = [
-        {"section": "scaling", "case": name, "contender": f"{steps} steps", "status": "ok",
-         "gmacs": gmacs, "steps": steps, "distance": 100 / gmacs - steps / 100, "n": 2400}
+        {"section": "scaling", "case": name, "contender": f"{steps} steps",
+         "status": "ok", "gmacs": gmacs,
+         "steps": steps, "distance": 100 / gmacs - steps / 100, "n": 2400}
         for name, gmacs in (("DiT small/4", 0.5), ("DiT small/2", 2.0), ("U-Net", 4.0))
         for steps in (1500, 3000)
     ]  # fmt: skip
-    machine = {"cpu": "a processor", "device": "cpu", "threads": 2, "instruction_sets": [],
-               "versions": {"torch": "2.13"}}  # fmt: skip
-    return new_report("scaling", machine, {"metric": "FD-Lite0"}) | {"rows": rows}
+    return report() | {"kind": "scaling", "settings": {"metric": "FD-Lite0"}, "rows": rows}

@@ -2,69 +2,47 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dit_bench.cli import main
-from dit_bench.result_tables import bounds_table
+from dit_bench.report import read
+from dit_bench.show.blocks import bounds_table, speed_table
 from dit_bench.show.markdown import report_markdown, update_document
-from dit_bench.show.older_documents import block_and_table, cpu_table, gpu_table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/builtin-quality.json"
-
-
-@pytest.mark.parametrize("document", ["dit_engine/builtin/README.md"])
-def test_documents_show_the_committed_results(document: str) -> None:
-    report = json.loads(RESULTS.read_text(encoding="utf-8"))
-    text = (ROOT / document).read_text(encoding="utf-8")
-    assert update_document(text, "quality", report_markdown(report)) == text
-    (made,) = (r for r in report["rows"] if (r["section"], r["case"]) == ("distance", "generated"))
-    assert f"| {made['distance']:.4g} |" in text
-
-
-def test_the_committed_cpu_results_are_shown() -> None:
-    (results,) = (ROOT / "benchmarks/results").glob("cpu-*.json")
-    report = json.loads(results.read_text(encoding="utf-8"))
-    text = (ROOT / "benchmarks/results/README.md").read_text(encoding="utf-8")
-    assert update_document(text, "cpu", cpu_table(report)) == text
-    xl = report["sections"][0]
-    ratios = [row["ratio"]["median"] for row in xl["rows"]]
-    (line,) = (line for line in text.splitlines() if line.startswith("| XL/2, batch 2 |"))
-    assert sorted(f"{r:.2f}" for r in ratios) == sorted(line.strip("| ").split(" | ")[2:])
-    memory = report["sections"][-1]["rows"][0]["memory"]["ratio"]
-    assert f"peak memory in a step ÷ (weights + activations) {memory:.2f}" in text
-
-
-OF_RESULTS = {
-    "profile": "profile-amd-epyc",
-    "operators": "operators-cpu-amd-epyc",
-    "paper-models": "paper-models-cpu",
-    "scaling": "scaling",
-    "quality": "builtin-quality-int8",
-    "parity": "parity-builtin",
-    "bounds": "cpu-amd-epyc",
-}
+BLOCKS = {
+    "cpu": "cpu-amd-epyc", "profile": "profile-amd-epyc", "operators": "operators-cpu-amd-epyc",
+    "busy": "busy-amd-epyc", "onnxruntime": "onnxruntime-cpu", "quality": "builtin-quality-int8",
+    "parity": "parity-builtin", "models": "paper-models-cpu", "scaling": "scaling",
+}  # fmt: skip
 
 
 def committed(name: str) -> dict[str, Any]:
-    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
+    return read(ROOT / f"benchmarks/results/{name}.json")
 
 
-@pytest.mark.parametrize("block", OF_RESULTS)
-def test_the_index_of_results_shows_the_committed_ones(block: str) -> None:
-    text = (ROOT / "benchmarks/results/README.md").read_text(encoding="utf-8")
-    beside = committed(OF_RESULTS["operators"]) if block == "bounds" else None
-    report = committed(OF_RESULTS[block])
-    found, table = (
-        (report["kind"], report_markdown(report)) if "kind" in report
-        else block_and_table(report, beside)
-    )  # fmt: skip
-    assert found == block
-    assert update_document(text, block, table) == text
+def test_documents_show_the_committed_results() -> None:
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    for block, name in BLOCKS.items():
+        assert update_document(text, block, report_markdown(committed(name))) == text, block
+    cpu, operators = committed("cpu-amd-epyc"), committed("operators-cpu-amd-epyc")
+    assert update_document(text, "bounds", bounds_table(cpu, operators)) == text
+    assert sorted(BLOCKS) == sorted(set(re.findall(r"<!-- ([a-z]+) -->", text)) - {"bounds"})
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert update_document(readme, "speed", speed_table(cpu)) == readme
+    card = (ROOT / "dit_engine/builtin/README.md").read_text(encoding="utf-8")
+    assert update_document(card, "quality", report_markdown(read(RESULTS))) == card
+    ratios = {(r["ours"], r["theirs"]): r for r in cpu["ratios"] if r["case"] == "XL/2, batch 2"}
+    median = ratios["lean bf16", "openvino bf16"]["ratio"]["median"]
+    (line,) = (line for line in text.splitlines() if "openvino bf16 | miss" in line)
+    assert f"| {median:.3f} (" in line
+    (xl,) = (line for line in readme.splitlines() if line.startswith("| DiT-XL/2"))
+    assert f"| {ratios['lean bf16', 'openvino bf16']['theirs_ms']:.4g} |" in xl
 
 
 def test_what_the_index_says_of_int8() -> None:
@@ -91,40 +69,34 @@ def test_what_the_index_says_of_the_papers_claims() -> None:
 def test_the_index_names_every_file_of_results() -> None:
     text = (ROOT / "benchmarks/results/README.md").read_text(encoding="utf-8")
     for path in (ROOT / "benchmarks/results").iterdir():
-        pattern = path.name
-        if path.name.startswith("session-options"):
-            pattern = "session-options-*.json"
-        assert path.name == "README.md" or f"`{pattern}" in text, path.name
+        assert path.name == "README.md" or f"`{path.name}" in text, path.name
 
 
 def test_the_least_ratio_is_the_products_time_over_the_peers() -> None:
-    """28 blocks × 512 tokens × 12 · 1152² multiply-adds of DiT-XL/2 at batch 2."""
+    """28 blocks × 512 tokens × 12 · 1152² multiply-adds of DiT-XL/2 with 2 rows."""
     cpu = committed("cpu-amd-epyc")
-    machine = {"cpu": cpu["hardware"]["cpu"], "torch_threads": cpu["hardware"]["torch_threads"]}
-    int8 = {"operator": "linear_int8", "dtype": "bf16", "status": "ok", "unit": "TFLOP/s"}
-    operators = {
-        "environment": machine,
-        "load_average": 0.1,
-        "ceilings": {"matmul_tflop_s": {"bf16": 0.25}},
-        "operators": [
-            {"operator": "linear", "dtype": "bf16", "status": "ok", "rate": 0.5, "unit": "TFLOP/s"},
-            {"operator": "linear", "dtype": "fp32", "status": "ok", "rate": 9.0, "unit": "TFLOP/s"},
-            int8 | {"rate": 0.8},
-            int8 | {"opponent": True, "rate": 0.45},
-        ],
-    }
+    linear = {"operator": "linear", "dtype": "bf16", "status": "ok", "rate": 0.5}
+    int8 = linear | {"operator": "linear_int8", "rate": 0.8}
+    rows = [linear, linear | {"dtype": "fp32", "rate": 9.0}, int8,
+            int8 | {"role": "peer", "rate": 0.45}]  # fmt: skip
+    ceilings = {"matmul_tflop_s": {"bf16": 0.25}}
+    operators = {"machine": cpu["machine"], "ceilings": ceilings, "rows": rows}
     table = bounds_table(cpu, operators)
     for precision, rate in (("bf16", 0.5e12), ("int8", 0.8e12)):
         least_ms = 2 * 28 * 512 * 12 * 1152**2 / rate * 1e3
-        pair = (f"lean {precision}", "diffusers bf16")
-        (row,) = (r for r in cpu["sections"][0]["rows"] if (r["ours"], r["theirs"]) == pair)
-        (line,) = (line for line in table.splitlines() if " ÷ ".join(pair) in line)
+        (row,) = (r for r in cpu["ratios"] if r["goal"] and r["ours"] == f"lean {precision}"
+                  and r["theirs"] == "diffusers bf16")  # fmt: skip
+        (line,) = (t for t in table.splitlines() if f"lean {precision} ÷ diffusers bf16" in t)
         assert line.endswith(f"| {least_ms / row['theirs_ms']:.2f} |")
-    assert "measure again" not in table
-    assert "measure again" in bounds_table(cpu, operators | {"load_average": 1.0})
-    other = operators | {"environment": machine | {"torch_threads": 64}}
+    other = operators | {"machine": cpu["machine"] | {"threads": 64}}
     with pytest.raises(ValueError, match="two machines"):
         bounds_table(cpu, other)
+
+
+def test_a_busy_machine_is_told_of() -> None:
+    report = committed("cpu-amd-epyc")
+    assert "Measure again" in report_markdown(report | {"load_average": 1.5})
+    assert "Measure again" not in report_markdown(report | {"load_average": 0.1})
 
 
 @pytest.mark.parametrize(
@@ -141,20 +113,6 @@ def test_other_files_are_refused_in_one_line(
     assert message in error and error.count("\n") == 1
 
 
-def test_a_unet_that_was_not_timed_is_missed() -> None:
-    report = committed("paper-models-cpu")
-    report["measurements"] = [row for row in report["measurements"] if "ratio" not in row]
-    with pytest.raises(ValueError, match="S/2 or the U-Net beside it was not timed"):
-        block_and_table(report)
-
-
-def test_a_busy_machine_is_told_of() -> None:
-    (results,) = (ROOT / "benchmarks/results").glob("cpu-*.json")
-    report = json.loads(results.read_text(encoding="utf-8"))
-    assert "no idle machine's" in cpu_table(report | {"load_average": 1.5})
-    assert "no idle machine's" not in cpu_table(report | {"load_average": 0.1})
-
-
 def test_a_document_is_changed_in_its_block_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,13 +126,3 @@ def test_a_document_is_changed_in_its_block_only(
     assert main(["documents", str(RESULTS), str(document)]) == 2
     assert "no '<!-- quality -->'" in capsys.readouterr().err
     assert document.read_text() == "no block"
-
-
-def test_documents_show_the_committed_gpu_results() -> None:
-    """Where a document has the block, and whenever a GPU's results are committed."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    results = sorted((ROOT / "benchmarks/results").glob("gpu-*.json"))
-    assert ("<!-- gpu -->" in text) == bool(results)
-    for path in results[:1]:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        assert update_document(text, "gpu", gpu_table(report)) == text

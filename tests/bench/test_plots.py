@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 
 from dit_bench.load import withdraw_verdicts
-from dit_bench.roofline import roofline_figure
 from dit_bench.show.drawing import png, save_figures
 from dit_bench.show.plots import (
     CAPTIONS,
     all_figures,
     distance_figure,
     latency_figure,
+    roofline_figure,
     throughput_figure,
 )
 
@@ -27,7 +27,9 @@ pytest.importorskip("matplotlib", reason="no matplotlib")
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    return made_up.report() | {"operators": made_up.operators()}
+    report = made_up.report()
+    report["rows"] += made_up.operators()["rows"]
+    return report
 
 
 def lines_of(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
@@ -82,9 +84,8 @@ def test_the_roofline_holds_every_operator_and_the_roofs(report: dict[str, Any])
     assert x[1] == pytest.approx(100)
 
 
-def test_without_operators_one_panel_is_left(report: dict[str, Any]) -> None:
-    bare = {key: value for key, value in report.items() if key != "operators"}
-    figure = roofline_figure(bare)
+def test_without_operators_one_panel_is_left() -> None:
+    figure = roofline_figure(made_up.report())
     assert figure is not None and len(figure.axes) == 1
 
 
@@ -111,7 +112,7 @@ def test_each_opens_and_is_not_blank(report: dict[str, Any], tmp_path: Path) -> 
 
 
 def test_no_data_makes_no_figure(report: dict[str, Any]) -> None:
-    empty = report | {"measurements": [], "operators": {"operators": []}}
+    empty = report | {"rows": []}
     assert all_figures(empty, None) == {}
     with Image.open(io.BytesIO(png(latency_figure(report)))) as image:
         assert image.format == "PNG"
@@ -119,9 +120,9 @@ def test_no_data_makes_no_figure(report: dict[str, Any]) -> None:
 
 def test_the_ratio_is_the_headline_and_stands_first() -> None:
     report = made_up.report()
-    for row in report["measurements"]:
+    for row in report["rows"]:
         if row["role"] == "peer" and row["status"] == "ok":
-            row |= {"ratio": made_up.spread(2.0), "verdict": "lean bf16 is 2.00× as quick"}
+            row |= {"ratio": made_up.ratio(2.0), "verdict": "lean bf16 is 2.00× as quick"}
     figures = all_figures(report, None)
     assert next(iter(figures)) == "ratio" and figures.keys() <= CAPTIONS.keys()
     assert figures["ratio"].get_suptitle() == "lean bf16 is 2.00× as quick as eager bf16"
@@ -135,7 +136,7 @@ def test_the_ratio_is_the_headline_and_stands_first() -> None:
 
 def test_a_single_point_is_no_figure() -> None:
     report = made_up.report()
-    report["measurements"] = report["measurements"][:1]
+    report["rows"] = report["rows"][:1]
     one = made_up.scaling()
     one["rows"] = one["rows"][:1]
     assert all_figures(report, one) == {}

@@ -14,10 +14,10 @@ import made_up
 import pytest
 from PIL import Image
 
-from dit_bench.comparing import compare_reports, exit_code, regressions
+from dit_bench.compare import compare_reports
 from dit_bench.load import withdraw_verdicts
-from dit_bench.outputs import csv_text, finite
-from dit_bench.schema import validate
+from dit_bench.outputs import csv_text
+from dit_bench.report import finite, validate
 from dit_bench.show.page import page
 from dit_bench.show.plots import all_figures
 from dit_bench.show.reports import report_tables
@@ -33,11 +33,11 @@ def test_the_schema_takes_a_report() -> None:
 
 def damage(path: str, value: Any) -> dict[str, Any]:
     """A report in which the value at ``path`` is another, or is missing for ``...``."""
-    report = made_up.report() | {"parity": [made_up.parity()]}
+    report = made_up.report() | {"rows": made_up.report()["rows"] + made_up.parity()}
     place: Any = report
     *way, last = path.split(".")
     for key in way:
-        place = place[int(key) if key.isdecimal() else key]
+        place = place[int(key) if key.lstrip("-").isdecimal() else key]
     if value is ...:
         del place[last]
     else:
@@ -48,22 +48,25 @@ def damage(path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("schema", "dit-bench/0", "'dit-bench/0' is not 'dit-bench/2'"),
-        ("schema", "dit-bench/1", "'dit-bench/1' is not 'dit-bench/2'; measure again"),
-        ("parity.0.subjects.0.psnr_db.not_finite", ..., "psnr_db has no 'not_finite'"),
-        ("measurements", ..., "the report has no 'measurements'"),
-        ("settings.threads", "2", "settings: 'threads' is str, not number"),
-        ("interrupted", 0, "'interrupted' is int, not bool"),
+        ("schema", "dit-bench/0", "'dit-bench/0' is not 'dit-bench/3'"),
+        ("schema", "dit-bench/2", "'dit-bench/2' is not 'dit-bench/3'; measure again"),
+        ("kind", "odd", "'kind' is 'odd', not one of 'models', 'cpu'"),
+        ("rows", ..., "the report has no 'rows'"),
+        ("machine.threads", "2", "machine: 'threads' is str, not count"),
+        ("machine.cpu", ..., "machine has no 'cpu'"),
+        ("complete", 0, "'complete' is int, not bool"),
         ("models.1.cost.total.macs", True, "models[1].cost.total: 'macs' is bool, not number"),
-        ("measurements.2.images", None, "measurements[2]: 'images' is NoneType, not number"),
-        ("measurements.3.ms.p95", ..., "measurements[3].ms has no 'p95'"),
-        ("measurements.3.ms.median", 0, "measurements[3].ms: 'median' 0 is not > 0"),
-        ("measurements.0.noisy", ..., "measurements[0] has no 'noisy'"),
-        ("measurements.0.status", "odd", "measurements[0]: status 'odd' without a reason"),
-        ("measurements.0.what", "all", "measurements[0]: 'all' is none of forward, step, decode"),
         ("models.0.cost.parts.mlp", ..., "models[0].cost.parts has no 'mlp'"),
-        ("parity.0.subjects.1.backend", ..., "parity[0].subjects[1] has no 'backend'"),
-        ("environment.hardware.cpu", ..., "environment.hardware has no 'cpu'"),
+        ("rows.2.images", None, "rows[2]: 'images' is NoneType, not number"),
+        ("rows.3.ms.median", ..., "rows[3].ms has no 'median'"),
+        ("rows.3.ms.median", 0, "rows[3].ms: 'median' is int, not positive (0)"),
+        ("rows.0.noisy", ..., "rows[0] has no 'noisy'"),
+        ("rows.0.status", "odd", "rows[0]: 'status' is 'odd', not one of 'ok', 'wrong'"),
+        ("rows.0.status", "wrong", "rows[0]: status 'wrong' without a reason"),
+        ("rows.0.section", "all", "rows[0]: section 'all' is not one of forward, step, decode"),
+        ("rows.-3.psnr_db.not_finite", ..., "psnr_db has no 'not_finite'"),
+        ("rows.-2.latent_error_by_step", [], "'latent_error_by_step' is empty"),
+        ("rows.-3.sets.absolute_difference", ..., "sets has no 'absolute_difference'"),
     ],
 )
 def test_the_schema_names_what_is_wrong(path: str, value: Any, said: str) -> None:
@@ -71,132 +74,26 @@ def test_the_schema_names_what_is_wrong(path: str, value: Any, said: str) -> Non
         validate(damage(path, value))
 
 
+def with_operators() -> dict[str, Any]:
+    report = made_up.report()
+    report["rows"] += made_up.operators()["rows"]
+    return report
+
+
 def slower(factor: float, width: float = 0.05) -> dict[str, Any]:
     """The made-up report with one time made longer."""
     report = made_up.report()
-    row = report["measurements"][0]
+    row = report["rows"][0]
     row["ms"] = made_up.spread(row["ms"]["median"] * factor, width)
     return report
-
-
-def verdicts(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
-    return [row["verdict"] for row in compare_reports(new, old)["rows"]]
-
-
-def test_a_regression_is_found_and_noise_is_not_one() -> None:
-    old = made_up.report()
-    found = compare_reports(slower(1.2), old)
-    (row,) = regressions(found)
-    assert row["ratio"] == pytest.approx(1.2) and row["name"] == "lean bf16"
-    assert (row["old_ms"], row["new_ms"]) == pytest.approx((4.0, 4.8))
-    assert {r["verdict"] for r in found["rows"] if r is not row} == {"no difference shown"}
-    assert regressions(compare_reports(slower(1.09), old)) == []  # the spreads meet
-    assert regressions(compare_reports(slower(1.02, 0.001), slower(1.0, 0.001))) == []  # < 3 %
-    assert len(regressions(compare_reports(slower(1.05, 0.001), slower(1.0, 0.001)))) == 1
-    assert verdicts(slower(0.5), old)[0] == "quicker"
-    noisy = slower(3.0)
-    noisy["measurements"][0]["noisy"] = True
-    assert verdicts(noisy, old)[0] == "noisy"
-
-
-def noisy(report: dict[str, Any], width: float = 0.5) -> dict[str, Any]:
-    """``report`` with its first time spread so far that it is noise."""
-    row = report["measurements"][0]
-    row |= {"noisy": True, "ms": made_up.spread(row["ms"]["median"], width)}
-    return report
-
-
-def busy(report: dict[str, Any]) -> dict[str, Any]:
-    return report | {"other_load": 0.8}
-
-
-@pytest.mark.parametrize("unsure", [noisy, busy], ids=["noisy", "busy"])
-def test_noise_of_either_run_counts(unsure: Any) -> None:
-    """One and a half times as slow is a regression between quiet runs, and unknown where the old
-    one, the new one or both are noisy."""
-    assert verdicts(slower(1.5), slower(1.0))[0] == "regression"
-    pairs = [(unsure(slower(1.5)), slower(1.0)), (slower(1.5), unsure(slower(1.0))),
-             (unsure(slower(1.5)), unsure(slower(1.0)))]  # fmt: skip
-    for new, old in pairs:
-        found = compare_reports(new, old)
-        assert found["rows"][0]["verdict"] == "noisy" and regressions(found) == []
-        assert exit_code(found) == 3 and exit_code(found, strict=True) == 1
-        assert verdicts(old, new)[0] == "noisy"  # nor is anything quicker
-
-
-@pytest.mark.parametrize("unsure", [noisy, busy], ids=["noisy", "busy"])
-def test_what_is_far_beyond_all_noise_is_a_regression(unsure: Any) -> None:
-    """However noisy: in the first case even the quick end of the new times, half their median, is
-    far above the slow end of the old ones."""
-    for new, old in (
-        (unsure(slower(271)), slower(1.0)),
-        (slower(271), unsure(slower(1.0))),
-        (unsure(slower(271)), unsure(slower(1.0))),
-        (noisy(slower(20), width=0.99), slower(1.0)),  # the quick end is an old time
-    ):
-        found = compare_reports(new, old)
-        assert [row["ratio"] for row in regressions(found)] == [
-            pytest.approx(new["measurements"][0]["ms"]["median"] / 4)
-        ]
-        assert exit_code(found) == exit_code(found, strict=True) == 1
-
-
-def test_the_exit_code_of_a_comparison() -> None:
-    quiet, other = made_up.report(), made_up.report()
-    assert exit_code(compare_reports(quiet, quiet)) == 0
-    assert exit_code(compare_reports(quiet, quiet), strict=True) == 0
-    other["settings"]["threads"] = 8
-    assert exit_code(compare_reports(quiet, other)) == 0
-    assert exit_code(compare_reports(quiet, other), strict=True) == 1
-
-
-@pytest.mark.parametrize("first", [0, 1], ids=["subject", "peer"])
-def test_what_is_lost_is_not_judged(first: int) -> None:
-    old, missing, failed = made_up.report(), made_up.report(), made_up.report()
-    del missing["measurements"][first]
-    failed["measurements"][first] |= {"status": "skipped", "reason": "no memory"}
-    for new in (missing, failed):
-        found = compare_reports(new, old)
-        assert len(found["lost"]) == 1 and found["lost"][0].startswith("S/8 forward, 1, ")
-        assert exit_code(found) == 0 and exit_code(found, strict=True) == 1
-    found = compare_reports(old | {"interrupted": True}, old)
-    assert exit_code(found) == 0 and exit_code(found, strict=True) == 1
-
-
-def test_another_machine_is_no_regression() -> None:
-    old = made_up.report()
-    old["environment"]["hardware"]["cpu"] = "another"
-    old["settings"]["threads"] = 8
-    found = compare_reports(slower(2.0), old)
-    assert {row["verdict"] for row in found["rows"]} == {"another machine"}
-    assert found["notes"] == ["cpu: 'another' then, 'a processor' now", "threads: 8 then, 2 now"]
-
-
-def test_reports_without_a_common_time_are_refused() -> None:
-    other = made_up.report()
-    for row in other["measurements"]:
-        row["model"] = "XL/2"
-    with pytest.raises(ValueError, match="no measurement in common"):
-        compare_reports(made_up.report(), other)
-
-
-def test_a_time_that_is_lost_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    new, old = made_up.report(), made_up.report()
-    new["measurements"][1] |= {"status": "wrong", "reason": "computes another function"}
-    found = compare_reports(new, old)
-    assert found["lost"] == ["S/8 forward, 1, eager bf16: wrong now (computes another function)"]
-    assert compare_reports(old, new)["lost"] == []
-    for report in (old, new):
-        report["measurements"] = report["measurements"][1:2]
-    assert compare_reports(new, old) == found | {"rows": []}  # lost, although nothing is compared
-    show(report_tables(new | {"comparison": found}))
-    assert "LOST: S/8 forward, 1, eager bf16: wrong now" in capsys.readouterr().out
 
 
 def test_paired_sets_are_shown_with_n_reference_and_interval(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    report = finite(made_up.report() | {"parity": [made_up.parity()]})  # as it is read from JSON
+    report = finite(
+        made_up.report() | {"rows": made_up.report()["rows"] + made_up.parity()}
+    )  # as it is read from JSON
     validate(report)
     show(report_tables(report), width=200)
     lines = capsys.readouterr().out.splitlines()
@@ -213,10 +110,10 @@ def test_paired_sets_are_shown_with_n_reference_and_interval(
 
 def test_too_few_resamples_have_no_interval(capsys: pytest.CaptureFixture[str]) -> None:
     parity = made_up.parity()
-    sets = parity["subjects"][0]["sets"]
+    sets = parity[0]["sets"]
     sets["resamples"] = 19
     sets["absolute_difference"] |= {"low": None, "high": None}
-    show(report_tables(made_up.report() | {"parity": [parity]}), width=250)
+    show(report_tables(made_up.report() | {"rows": parity}), width=250)
     (shown,) = (line for line in capsys.readouterr().out.splitlines() if "held-out" in line)
     assert "none: below 20 resamples" in shown and "95%" not in shown
 
@@ -231,20 +128,8 @@ def test_a_row_is_one_line_where_the_output_is_no_terminal(
     assert len(lines) == 1 and all(f"a cell with {i} words" in lines[0] for i in range(60))
 
 
-def test_generations_of_other_settings_are_not_compared() -> None:
-    old, new = made_up.report(), made_up.report()
-    for report in (old, new):
-        report["measurements"].append(
-            made_up.row("S/8", "image", 1, "lean bf16", "subject", 900.0, 50.0)
-        )
-    assert verdicts(new, old)[-1] == "no difference shown"
-    before = len(verdicts(new, old))
-    old["settings"]["steps"] = 50
-    assert len(verdicts(new, old)) == before - 1
-
-
 def test_tables_say_what_was_left_out_and_why(capsys: pytest.CaptureFixture[str]) -> None:
-    report = made_up.report() | {"operators": made_up.operators(), "interrupted": True}
+    report = with_operators() | {"complete": False}
     report["comparison"] = compare_reports(slower(1.2), made_up.report())
     show(report_tables(report), width=250)
     macs = report["models"][0]["cost"]["total"]["macs"]
@@ -263,12 +148,12 @@ def test_what_is_not_to_be_quoted_names_no_winner(
     where: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = made_up.report()
-    peers = [row for row in report["measurements"] if row["role"] == "peer"]
+    peers = [row for row in report["rows"] if row.get("role") == "peer"]
     for row in peers:
-        row |= {"ratio": made_up.spread(2.0), "verdict": "lean bf16 is 2.00× as quick"}
-    (report if where == "run" else report["measurements"][1])["other_load"] = 0.8
-    report["measurements"] = report["measurements"][:2]
-    assert report["measurements"][1] in peers
+        row |= {"ratio": made_up.ratio(2.0), "verdict": "lean bf16 is 2.00× as quick"}
+    (report if where == "run" else report["rows"][1])["other_load"] = 0.8
+    report["rows"] = report["rows"][:2]
+    assert report["rows"][1] in peers
     withdraw_verdicts(report)
     show(report_tables(report), width=400)
     shown = capsys.readouterr().out
@@ -300,7 +185,7 @@ class Sources(HTMLParser):
 
 @pytest.fixture(scope="module")
 def made_page() -> str:
-    report = made_up.report() | {"operators": made_up.operators()}
+    report = with_operators()
     sheets = [(name, Image.new("RGB", (40, 30), name)) for name in ("red", "blue")]
     return page(report, all_figures(report, made_up.scaling()), sheets)
 
@@ -328,10 +213,10 @@ def test_a_page_opens_in_a_browser_without_an_error(made_page: str, tmp_path: Pa
 def test_no_table_is_cut_at_1200_pixels(tmp_path: Path) -> None:
     report = made_up.report()
     names = ("lean bf16", "onnxruntime fp32")
-    for row in report["measurements"]:
-        if row["status"] == "ok" and row["role"] == "peer":
-            row |= {"ratio": made_up.spread(2.0), "verdict": f"{names[0]} is 12.34× as quick",
-                    "name": names[1], "error": 1e-3, "bound": 1e-2}  # fmt: skip
+    for row in report["rows"]:
+        if row["status"] == "ok" and row.get("role") == "peer":
+            row |= {"ratio": made_up.ratio(2.0), "verdict": f"{names[0]} is 12.34× as quick",
+                    "contender": names[1], "error": 1e-3, "bound": 1e-2}  # fmt: skip
     script = (
         "<script>document.title = JSON.stringify([...document.querySelectorAll('.scroll')]"
         ".map(e => e.scrollWidth - e.clientWidth))</script></body>"
@@ -347,10 +232,11 @@ def test_no_table_is_cut_at_1200_pixels(tmp_path: Path) -> None:
 def test_a_page_begins_with_what_is_wrong() -> None:
     report = made_up.report()
     assert "<p class=wrong>" not in page(report, {}) and "<p class=warning>" not in page(report, {})
-    report["measurements"][0] |= {"status": "wrong", "reason": "computes <another> function"}
+    report["rows"][0] |= {"status": "wrong", "reason": "computes <another> function"}
     report["load_average"] = 2.5
     text = page(report, {})
-    said = "<p class=wrong>WRONG: S/8 forward, 1: lean bf16 computes &lt;another&gt; function</p>"
+    wrong = "WRONG: S/8, batch 1, forward: lean bf16 computes &lt;another&gt; function"
+    said = f"<p class=wrong>{wrong}</p>"
     assert said in text and "busy (load average 2.50" in text
     assert text.index(said) < text.index("<h2>")
 
@@ -380,7 +266,7 @@ def browse(path: Path, folder: Path) -> tuple[str, list[str]]:
 def test_the_made_up_report_is_not_shared() -> None:
     first = made_up.report()
     kept = copy.deepcopy(first)
-    made_up.report()["measurements"][0]["ms"]["median"] = 0
+    made_up.report()["rows"][0]["ms"]["median"] = 0
     assert first == kept
 
 
@@ -391,10 +277,10 @@ def test_footnotes_stand_where_they_apply() -> None:
     report = made_up.report()
     for text in ("whole generation", "decoder of its own", "MiB"):
         assert text not in notes(report).replace("a whole generation's are", ""), text
-    report["measurements"].append(
+    report["rows"].append(
         made_up.row("S/8", "image", 1, "lean bf16", "subject", 900.0, 50.0) | {"peak_mib": 3.0}
     )
-    for text in ("error of a whole generation", "20 steps of ddpm", "decoder of its own", "MiB"):
+    for text in ("its error is that of one step", "20 steps of ddpm", "decoder of its own", "MiB"):
         assert text in notes(report), text
 
 
@@ -403,11 +289,12 @@ def numbers(text: str) -> set[str]:
 
 
 def full_report() -> dict[str, Any]:
-    report = made_up.report() | {"operators": made_up.operators(), "parity": [made_up.parity()]}
+    report = with_operators()
+    report["rows"] += made_up.parity()
     report["comparison"] = compare_reports(report, slower(1.0))
-    for row in report["measurements"]:
-        if row["role"] == "peer" and row["status"] == "ok":
-            row |= {"ratio": made_up.spread(2.0), "verdict": "lean bf16 is 12.34× as quick",
+    for row in report["rows"]:
+        if row.get("role") == "peer" and row["status"] == "ok":
+            row |= {"ratio": made_up.ratio(2.0), "verdict": "lean bf16 is 12.34× as quick",
                     "error": 1.5e-3, "bound": 1e-2}  # fmt: skip
     return report
 

@@ -192,7 +192,7 @@ def test_what_the_user_names_or_installed_there_stays(
 def test_a_module_run_by_name(marks: Path) -> None:
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     Path("dit_engine.py").unlink()  # which Python itself would take for the package
-    for module in ("dit_export.cli", "dit_engine.cli.train"):
+    for module in ("dit_bench", "dit_engine.cli.train"):
         done = subprocess.run([sys.executable, "-m", module, "--help"], env=kept, timeout=60,
                               capture_output=True, text=True, check=False)  # fmt: skip
         assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr
@@ -214,7 +214,7 @@ def test_every_module_run_by_name_begins_alike() -> None:
                 "from dit_engine.first import leave_out_of_path", "leave_out_of_path()",
             ], path  # fmt: skip
             found.append(path.stem)
-    assert {"cpu", "generate", "train"} <= set(found)
+    assert {"__main__", "generate", "train"} <= set(found)
 
 
 def is_header(node: ast.stmt) -> bool:

@@ -22,7 +22,6 @@ from tiny import tiny_vae
 from dit_bench.cli import main as bench
 from dit_bench.outputs import csv_text
 from dit_bench.show.markdown import report_markdown, update_document
-from dit_bench.show.older_documents import block_and_table
 from dit_engine.config import ModelConfig
 from dit_engine.io.printable import markdown_text, show_plainly
 from dit_engine.training.log import drop_rows_after, plot_losses
@@ -131,32 +130,26 @@ def test_markdown_is_text() -> None:
 
 
 REPORTS = {
-    "cpu-amd-epyc.json": ("sections", 0, "workload"),
+    "cpu-amd-epyc.json": ("ratios", 0, "case"),
     "builtin-quality.json": ("rows", 0, "metric"),
-    "operators-cpu-amd-epyc.json": ("environment", "cpu"),
-    "paper-models-cpu.json": ("environment", "hardware", "cpu"),
+    "operators-cpu-amd-epyc.json": ("machine", "cpu"),
+    "paper-models-cpu.json": ("machine", "cpu"),
     "parity-builtin.json": ("rows", 0, "model"),
     "scaling.json": ("settings", "metric"),
 }
-
-
-def table_of(report: dict[str, Any]) -> tuple[str, str]:
-    if "kind" in report:
-        return report["kind"], report_markdown(report)
-    return block_and_table(report)
 
 
 @pytest.mark.parametrize("name", REPORTS)
 def test_tables_of_documents(name: str) -> None:
     """A hostile report changes only the text of cells: tables and blocks stay complete."""
     report = json.loads((RESULTS / name).read_text(encoding="utf-8"))
-    block, before = table_of(report)
+    block, before = report["kind"], report_markdown(report)
     *places, last = REPORTS[name]
     at = report
     for place in places:
         at = at[place]
     at[last] = f"{BREAKS}\n<!-- /{block} -->\n| a | b |\n```"
-    _, after = table_of(report)
+    after = report_markdown(report)
     assert "onerror" in after and after.count("\n") == before.count("\n")
     assert "<" not in after and not re.search(r"\]\(|(?<!\\)```", after)
     for one, other in zip(before.split("\n"), after.split("\n"), strict=True):
@@ -171,13 +164,13 @@ FORMULAS = ("=1+1", "+1", "-cmd|' /C calc'!A0", "@SUM(1)", "\t=1", "\r=1", " =1"
 def test_cells_are_not_formulas() -> None:
     for formula in FORMULAS:
         report = made_up.report()
-        row = report["measurements"][0]
-        row["model"] = row["name"] = formula
+        row = report["rows"][0]
+        row["model"] = row["contender"] = formula
         row["error"] = -1.5
         first = next(csv.DictReader(io.StringIO(csv_text(report))))
-        for cell in (first["model"], first["name"]):
+        for cell in (first["model"], first["contender"]):
             assert cell.startswith(("'", "\\")) and cell.isprintable(), cell
-        assert first["error"] == "-1.5" and first["what"] == row["what"]
+        assert first["error"] == "-1.5" and first["section"] == row["section"]
 
 
 class Tags(HTMLParser):
@@ -197,12 +190,12 @@ def test_the_page(tmp_path: Path) -> None:
     for text in ("name", f"{BREAKS}' onclick='a\" onclick=\"b <!-- ]]> <style>"):
         report = made_up.report()
         report["created"] = report["energy"] = report["settings"]["sampler"] = text
-        report["command"] = report["environment"]["instruction_sets"] = [text]
-        report["environment"]["hardware"] |= {"cpu": text, "platform": text, "python": text}
-        report["environment"]["versions"] = {text: text}
-        for row in (*report["models"], *report["measurements"]):
+        report["command"] = report["machine"]["instruction_sets"] = [text]
+        report["machine"] |= {"cpu": text, "platform": text, "python": text}
+        report["machine"]["versions"] = {text: text}
+        for row in (*report["models"], *report["rows"]):
             row["model"] = text
-        report["measurements"][-1]["reason"] = text
+        report["rows"][-1]["reason"] = text
         (tmp_path / "a.json").write_text(json.dumps(report))
         page = tmp_path / "a.html"
         page.unlink(missing_ok=True)
@@ -223,16 +216,16 @@ def figures_of(name: str) -> dict[str, Any]:
     """A report in which the subject, its peer, a model and the CPU have this name."""
     ms = {"median": 2.0, "p5": 1.9, "p95": 2.1}
     rows = [
-        {"what": what, "images": images, "status": "ok", "noisy": False, "model": name,
-         "role": role, "name": f"{name} {role}", "ms": ms, "gflops": gflops, "images_s": 500.0,
+        {"section": section, "images": images, "status": "ok", "noisy": False, "model": name,
+         "role": role, "contender": f"{name} {role}", "ms": ms, "gflops": gflops, "images_s": 500.0,
          "ratio": {"median": 1.0, "p5": 0.9, "p95": 1.1}, "verdict": f"{name} twice as quick"}
-        for what in ("forward", "step") for role in ("subject", "peer")
+        for section in ("forward", "step") for role in ("subject", "peer")
         for images, gflops in ((1, 2.0), (1, 4.0), (2, 4.0))
     ]  # fmt: skip
     return {
-        "settings": {"backend": name, "precision": "fp32", "device": "cpu", "threads": 1},
-        "environment": {"hardware": {"cpu": name}},
-        "measurements": rows,
+        "settings": {"backend": name, "precision": "fp32"},
+        "machine": {"cpu": name, "device": "cpu", "threads": 1},
+        "rows": rows,
     }
 
 

@@ -15,9 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tiny import NAMES, tiny_dit, tiny_vae
 
-from dit_bench.inputs import read_operators, read_report, read_scaling
-from dit_bench.report import new_report
-from dit_bench.schema import VERSION
+from dit_bench.report import VERSION, new_report, read
 from dit_engine.checkpoint import load_checkpoint, save_pretrained
 from dit_engine.checkpoint.convert import config_from_diffusers
 from dit_engine.cli.like import recorded_options
@@ -237,15 +235,16 @@ def test_measurements(tmp_path: Path) -> None:
              "gmacs": 1.0, "steps": 5, "distance": 3.0, "n": 10}  # fmt: skip
     machine = {"cpu": "x", "device": "cpu", "threads": 1, "instruction_sets": [], "versions": {}}
     scaling = new_report("scaling", machine, {}) | {"rows": [point]}
-    survives(scaling, written(path, lambda: read_scaling(path)))
-    row = {"operator": "linear", "shape": "N=2", "dtype": "bf16", "impl": "native", "status": "ok",
-           "ms": {"median": 1.0}, "rate": 1.0, "unit": "GB/s", "bytes": 8, "flops": 0,
+    survives(scaling, written(path, lambda: read(path, "scaling")))
+    row = {"section": "operator", "case": "linear N=2", "operator": "linear", "shape": "N=2",
+           "dtype": "bf16", "contender": "native", "status": "ok", "ms": {"median": 1.0},
+           "rate": 1.0, "unit": "GB/s", "bytes": 8, "flops": 0,
            "percent_of_ceiling": None}  # fmt: skip
-    operators = {"operators": [row], "ceilings": {}}
-    survives(operators, written(path, lambda: read_operators(path)))
+    operators = scaling | {"kind": "operators", "rows": [row]}
+    survives(operators, written(path, lambda: read(path, "operators")))
     for text in ("{", "[]", json.dumps({"schema": VERSION}), DEEP):
-        with pytest.raises(ValueError, match=r"r\.json is no report of dit-bench: "):
-            written(path, lambda: read_report(path))(text)
+        with pytest.raises(ValueError, match=r"r\.json is not a report of dit-bench: "):
+            written(path, lambda: read(path))(text)
 
 
 def refuses_numbers_beyond_float32(model: Path) -> None:

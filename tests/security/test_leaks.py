@@ -17,7 +17,7 @@ from tiny import NAMES, tiny_dit, tiny_vae
 import dit_engine
 from dit_bench.cli import main as bench
 from dit_bench.options import build_parser, plan_of
-from dit_bench.outputs import write_json
+from dit_bench.report import write
 from dit_engine import Engine
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.cli import generate as command
@@ -170,10 +170,10 @@ def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = made_up.report()
     path = f"/{SECRET}/models/tiny"
     report["command"] = ["--model", path, f"--json=/{SECRET}/a.json", "--batch", "1"]
-    for row in (*report["models"], *report["measurements"]):
+    for row in (*report["models"], *report["rows"]):
         row["model"] = path if row["model"] == "S/8" else row["model"]
     report["models"][0]["weights"] = path
-    report["measurements"][-1]["reason"] = f"[Errno 2] No such file: '/{SECRET}/lib.so'"
+    report["rows"][-1]["reason"] = f"[Errno 2] No such file: '/{SECRET}/lib.so'"
     old = tmp_path / "old.json"
     old.write_text(json.dumps(report))
     names = [tmp_path / f"new.{kind}" for kind in ("json", "csv", "html")]
@@ -187,7 +187,7 @@ def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = json.loads(names[0].read_text())
     assert made["command"] == ["--model", "tiny", "--json=a.json", "--batch", "1"]
     assert {model["model"] for model in made["models"]} == {"tiny", "S/4"}
-    assert made["measurements"][-1]["reason"] == "[Errno 2] No such file: 'lib.so'"
+    assert made["rows"][-1]["reason"] == "[Errno 2] No such file: 'lib.so'"
     assert bench(["--load", str(old), f"--json={tmp_path / 'all.json'}", "--record-paths"]) == 0
     assert json.loads((tmp_path / "all.json").read_text())["command"][1] == path
     twice = [str(tmp_path / side / "model") for side in "ab"]
@@ -223,5 +223,5 @@ def test_texts_lose_only_directories(tmp_path: Path) -> None:
         "--json=/data/alice/a.json": "--json=a.json", "/data/alice/x: is bad": "x: is bad",
     }  # fmt: skip
     assert {text: without_paths(text) for text in cut} == cut
-    write_json({"deep": [{"path": "/data/alice/a.pt"}]}, tmp_path / "a.json")
+    write({"deep": [{"path": "/data/alice/a.pt"}]}, tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text()) == {"deep": [{"path": "a.pt"}]}

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from tiny import NAMES, tiny_dit, tiny_vae
 
 from dit_bench.cli import main as bench
-from dit_bench.outputs import json_text
 from dit_bench.progress import Progress
+from dit_bench.report import json_text
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.cli.generate import main as generate
 from dit_engine.console.bars import Bar
@@ -229,9 +229,10 @@ def test_what_a_picture_says(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_reports_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = made_up.report()
     report["models"][0]["model"] = report["energy"] = HOSTILE
-    report["environment"]["hardware"]["cpu"] = HOSTILE
-    for row in report["measurements"]:
-        row["model"], row["name"] = f"{HOSTILE}\n", f"{HOSTILE} {row['name']}"
+    report["machine"]["cpu"] = HOSTILE
+    for row in report["rows"]:
+        row["model"] = row["case"] = f"{HOSTILE}\n"
+        row["contender"] = f"{HOSTILE} {row['contender']}"
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report))
     for more in ([], ["--wide"], ["--csv", "-"]):

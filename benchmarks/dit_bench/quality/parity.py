@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_bench.generation_check import Recorder
 from dit_bench.machine import describe
 from dit_bench.quality.image_sets import try_step
 from dit_bench.quality.paired import SetComparison, add_set_arguments, set_comparison
 from dit_bench.report import Row, new_report, write
 from dit_bench.show.reports import report_tables
 from dit_bench.show.tables import show
+from dit_bench.speed.generation import Recorder
 from dit_engine.backends import PRECISIONS, resolve_backend
 from dit_engine.console.output import check_file
 from dit_engine.console.parser import add_model_argument, add_sampling_arguments, sampling_options

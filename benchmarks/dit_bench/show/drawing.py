@@ -81,19 +81,19 @@ def legend(axes: Axes, below: bool = False) -> None:
 
 
 def subtitle(axes: Axes, report: dict[str, Any], more: str | None) -> None:
-    hardware, settings = report["environment"]["hardware"], report["settings"]
-    where = hardware.get("gpu") if settings["device"].startswith("cuda") else hardware["cpu"]
-    threads = settings["threads"]
+    machine = report["machine"]
+    where = machine.get("gpu") if machine["device"].startswith("cuda") else machine["cpu"]
+    threads = machine["threads"]
     parts = [where, f"{threads} thread{'s' * (threads > 1)}", more]
     axes.set_title(", ".join(part for part in parts if part), fontsize=9, loc="left")
 
 
 def ok_rows(report: dict[str, Any], what: str) -> list[Row]:
-    return [r for r in report["measurements"] if r["what"] == what and r["status"] == "ok"]
+    return [r for r in report["rows"] if r["section"] == what and r["status"] == "ok"]
 
 
 def names_of(rows: Iterable[Row]) -> list[str]:
-    return list(dict.fromkeys(row["name"] for row in rows))
+    return list(dict.fromkeys(row["contender"] for row in rows))
 
 
 def colour(i: int) -> str:

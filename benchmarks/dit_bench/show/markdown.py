@@ -2,7 +2,8 @@
 
 ``dit-bench documents results.json README.md …`` replaces, in each document, what stands between
 ``<!-- NAME -->`` and ``<!-- /NAME -->`` by the tables of the report. NAME is the kind of the
-report, such as "cpu" or "quality", unless ``--block`` gives another.
+report, such as "cpu" or "quality", unless ``--block`` gives another. ``--block speed`` writes the
+absolute times of a CPU report, ``--block bounds --operators …`` what bounds its ratios.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import re
 from pathlib import Path
 
 from dit_bench.load import warning
-from dit_bench.report import Report, read
+from dit_bench.report import WORK, Report, read
+from dit_bench.show.blocks import bounds_table, speed_table
 from dit_bench.show.reports import report_tables
 from dit_engine.io.files import atomic_path
 from dit_engine.io.printable import markdown_text
@@ -31,7 +33,9 @@ def report_markdown(report: Report) -> str:
     notes = [f"{note}: {', '.join(used)}." if used else f"{note}."]
     if (busy := warning(report)) is not None:
         notes.append(f"{busy} Measure again before relying on them.")
-    _, *tables = report_tables(report)  # the first one describes the machine
+    if report.get("ratios"):  # they are of the times, which stay in the JSON
+        report = report | {"rows": [r for r in report["rows"] if r["section"] not in WORK]}
+    _, *tables = report_tables(report | {"models": []})  # the first one describes the machine
     if not tables:
         raise ValueError("the report has no measurement: nothing to show")
     return "\n".join([*(table.markdown() for table in tables), *map(markdown_text, notes), ""])
@@ -52,11 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", type=Path, help="JSON of a dit-bench command")
     parser.add_argument("documents", type=Path, nargs="+")
     parser.add_argument("--block", help="name of the block; the kind of the report unless given")
+    parser.add_argument("--operators", type=Path, help="report of the operators, for bounds")
 
 
 def run(arguments: argparse.Namespace) -> int:
     report = read(arguments.results)
-    table = report_markdown(report)
+    if arguments.operators is not None:
+        table = bounds_table(report, read(arguments.operators, "operators"))
+    else:
+        table = (speed_table if arguments.block == "speed" else report_markdown)(report)
     for path in arguments.documents:
         try:
             text = path.read_text(encoding="utf-8")

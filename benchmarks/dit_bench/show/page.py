@@ -51,16 +51,17 @@ def page(
     sheets: captions and pictures.
     """
     settings = report["settings"]
-    models = ", ".join(model["model"] for model in report["models"])
-    title = f"DiT {models}: {settings['backend']} {settings['precision']}"
+    models = ", ".join(model["model"] for model in report.get("models", []))
+    what = " ".join(settings[key] for key in ("backend", "precision") if key in settings)
+    title = f"DiT {models}: {what}"
     parts = [f"<h1>{html.escape(title)}</h1>", f"<p class=note>{_about(report)}</p>"]
     parts += [f"<p class=wrong>{html.escape(text)}</p>" for text in wrong_subjects(report)]
     if (busy := warning(report)) is not None:
         parts.append(f"<p class=warning>{html.escape(busy)}</p>")
-    if report["interrupted"]:
+    if not report["complete"]:
         parts.append("<p class=warning>This run was interrupted: what is missing was not "
                      "measured.</p>")  # fmt: skip
-    if any(row.get("noisy") for row in report["measurements"]):
+    if any(row.get("noisy") for row in report["rows"]):
         parts.append("<p class=warning>Some of these times are noise: they spread by more than "
                      f"{settings['noise_bound']:.0%} of their median.</p>")  # fmt: skip
     tables = report_tables(report)
@@ -86,9 +87,9 @@ def page(
 def wrong_subjects(report: dict[str, Any]) -> list[str]:
     """A line for each measurement that was to be made, and whose result is another function's."""
     return [
-        f"WRONG: {row['model']} {row['what']}, {row['images']}: {row['name']} {row['reason']}"
-        for row in report["measurements"]
-        if row["role"] == "subject" and row["status"] == "wrong"
+        f"WRONG: {row['case']}, {row['section']}: {row['contender']} {row['reason']}"
+        for row in report["rows"]
+        if row.get("role") == "subject" and row["status"] == "wrong"
     ]
 
 

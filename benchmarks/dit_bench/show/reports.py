@@ -11,10 +11,6 @@ from dit_bench.show.tables import Table
 
 def report_tables(report: Report) -> list[Table]:
     """Everything that the report holds. The first table describes the machine and the settings."""
-    if "kind" not in report:
-        from dit_bench.show.older import report_tables as older
-
-        return older(report)
     rows: dict[str, list[Row]] = {}
     for row in report["rows"]:
         rows.setdefault("work" if row["section"] in WORK else row["section"], []).append(row)

@@ -1,0 +1,136 @@
+"""A report beside an older one: ratios of times, and which of them are regressions.
+
+A regression is a time that grew by more than the noise of both runs explains: its 5 % quantile lies
+above the old 95 % quantile, and the medians differ by more than `LEAST`. Where one of the two times
+is noisy, or its run was not to be quoted, that is not enough to tell, and only what is far beyond
+any noise is a regression: a 5 % quantile of `FAR` times the old 95 % quantile, or a median of
+`VERY_FAR` times. Times of another machine are shown and not judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dit_bench.load import busy_row, not_quoted
+from dit_bench.machine import same_processor
+from dit_bench.report import Report, Row
+
+LEAST = 0.03
+FAR, VERY_FAR = 3.0, 10.0
+NOISY = 3
+"""Exit code where nothing is a regression and something is too noisy to tell."""
+_KEY = ("section", "case", "contender")
+_MACHINE = ("cpu", "gpu", "threads", "device")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("old", type=Path, metavar="OLD", help="the --json of an older run")
+    add("new", type=Path, metavar="NEW", help="that of a newer one")
+    add("--strict", action="store_true", help="exit code 1 for whatever cannot be judged")
+    add("--wide", action="store_true", help="all columns, wider than the terminal")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from dit_bench.report import read
+    from dit_bench.show.reports import comparison_table
+    from dit_bench.show.tables import show
+
+    new, old = read(arguments.new), read(arguments.old)
+    comparison = compare_reports(new, old)
+    show([comparison_table(comparison)], wide=arguments.wide)
+    return exit_code(comparison, arguments.strict)
+
+
+def compare_reports(new: Report, old: Report) -> dict[str, Any]:
+    """JSON-ready: "rows", one for each time that both have, "notes" on what the machines differ in,
+    and "lost": what had a time and has none now, being wrong, not run or left out.
+
+    A row holds the section, case and contender, both medians, "ratio" (new over old) and "verdict":
+    "regression", "quicker", "no difference shown", "noisy" or "another machine".
+
+    Raises ValueError where the reports have nothing in common.
+    """
+    before = {_key(row): row for row in old["rows"] if _timed(row)}
+    notes = _differences(new, old)
+    sure = not_quoted(new) is None and not_quoted(old) is None
+    rows, lost = [], []
+    there = {_key(row) for row in new["rows"]}
+    for row in new["rows"]:
+        other = before.get(_key(row))
+        if other is None:
+            continue
+        if not _timed(row):
+            lost.append(f"{_title(row)}: {row['status']} now ({row['reason']})")
+            continue
+        if row["section"] == "image" and _sampling(new) != _sampling(old):
+            continue
+        ratio = row["ms"]["median"] / other["ms"]["median"]
+        rows.append(
+            {key: row[key] for key in _KEY}
+            | {"old_ms": other["ms"]["median"], "new_ms": row["ms"]["median"], "ratio": ratio}
+            | {"verdict": "another machine" if notes else _verdict(row, other, ratio, sure)}
+        )
+    if not rows and not lost:
+        raise ValueError("the two reports have no measurement in common")
+    lost += [f"{_title(row)}: not measured now" for key, row in before.items() if key not in there]
+    return {"rows": rows, "notes": notes, "lost": lost, "complete": new["complete"], "least": LEAST}
+
+
+def exit_code(comparison: dict[str, Any], strict: bool = False) -> int:
+    """1 for a regression, `NOISY` where something could not be judged for noise, else 0.
+
+    strict: 1 for everything that was not judged: on another machine, lost, or interrupted too.
+    """
+    verdicts = {row["verdict"] for row in comparison["rows"]}
+    unjudged = verdicts & {"noisy", "another machine"} or comparison["lost"]
+    if "regression" in verdicts or (strict and (unjudged or not comparison["complete"])):
+        return 1
+    return NOISY if "noisy" in verdicts else 0
+
+
+def _verdict(new: Row, old: Row, ratio: float, sure: bool) -> str:
+    if new["ms"] == old["ms"]:  # a run beside itself
+        return "no difference shown"
+    (low, high), (old_low, old_high) = _ends(new), _ends(old)
+    if not sure or any(row.get("noisy") or busy_row(row) for row in (new, old)):
+        far = low > FAR * old_high or new["ms"]["median"] > VERY_FAR * old_high
+        return "regression" if far else "noisy"
+    if low > old_high and ratio > 1 + LEAST:
+        return "regression"
+    if high < old_low and ratio < 1 - LEAST:
+        return "quicker"
+    return "no difference shown"
+
+
+def _ends(row: Row) -> tuple[float, float]:
+    """The 5 % and 95 % quantiles; the median for both where a report has no others."""
+    ms = row["ms"]
+    return ms.get("p5", ms["median"]), ms.get("p95", ms["median"])
+
+
+def _timed(row: Row) -> bool:
+    return row["status"] == "ok" and "ms" in row
+
+
+def _title(row: Row) -> str:
+    return f"{row['case']}, {row['section']}, {row['contender']}"
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row[key] for key in _KEY)
+
+
+def _sampling(report: Report) -> tuple[Any, ...]:
+    return report["settings"].get("steps"), report["settings"].get("sampler")
+
+
+def _differences(new: Report, old: Report) -> list[str]:
+    """What of the machines differs, in which case times cannot be compared."""
+    pairs = [(name, new["machine"].get(name), old["machine"].get(name)) for name in _MACHINE]
+    return [
+        f"{name}: {was!r} then, {now!r} now" for name, now, was in pairs
+        if not (same_processor(now, was) if name == "cpu" else now == was)
+    ]  # fmt: skip

@@ -1,0 +1,213 @@
+"""One forward pass, one guided step, one decode and one generation, by whoever can compute them.
+
+Each function takes nothing, and gives float32 results in the device's memory: what a sampler would
+be given.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit_bench import peers
+from dit_bench.contenders import FORMS, Function, float_dtype
+from dit_bench.unet import unet_forward
+from dit_engine.backends import Backend
+from dit_engine.backends.eager import placed
+from dit_engine.backends.lean.vae import LeanDecoder
+from dit_engine.engine import Engine, Generation, Progress
+from dit_engine.model import DiT
+from dit_engine.sampling.coefficients import clipping, step_coefficients, uses_noise
+from dit_engine.sampling.guidance import guided
+from dit_engine.sampling.loop import sample_fused
+from dit_engine.sampling.samplers import ddpm
+from dit_engine.sampling.schedule import Schedule, make_schedule
+
+STEPS = 20
+"""Of the schedule that the timed step belongs to, and over which the conditioning is spread."""
+STEP = 7  # the one that is timed
+SCALE, CHANNELS = 4.0, 3  # of guidance
+
+
+class Networks:
+    """An engine, and its reference model in every dtype that someone asks for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._twins: dict[torch.dtype, DiT] = {}
+
+    def model(self, dtype: torch.dtype) -> DiT:
+        """The same tensors for everyone who keeps torch's layout."""
+        if dtype not in self._twins:
+            with torch.inference_mode(False):
+                self._twins[dtype] = placed(self.engine.model, dtype, self.engine.device)
+        return self._twins[dtype]
+
+    def backend(self, name: str, precision: str) -> Backend:
+        """The engine's own, so that `Engine.generate` finds it ready; made as it would make it."""
+        with torch.inference_mode(False):
+            return self.engine._backend(name, precision)
+
+
+class Work:
+    """Random inputs for N images on the engine's device, and functions that compute with them.
+
+    A forward has N rows, all labelled; with ``half_null``, half of them are unlabelled, as under
+    guidance. A guided step has 2N rows, of which half are unlabelled.
+    """
+
+    def __init__(self, networks: Networks, images: int, half_null: bool = False) -> None:
+        self.networks, self.engine, self.images = networks, networks.engine, images
+        config, device = self.engine.config, self.engine.device
+        draw = torch.Generator().manual_seed(images)
+        shape = (images, config.in_channels, config.input_size, config.input_size)
+        self.seeds = list(range(images))  # of whole generations
+        self.x = torch.randn(shape, generator=draw).to(device)
+        self.classes = torch.randint(config.num_classes, (images,), generator=draw).to(device)
+        self.labels = self.classes.clone()  # (N,)
+        if half_null:
+            self.labels[(images + 1) // 2 :] = config.null_class
+        self.schedule = make_schedule(STEPS, diffusion=config.diffusion)
+        self.timesteps = torch.tensor(self.schedule.timesteps, device=device)  # (K,)
+        self.t = self.timesteps[STEP].expand(images).contiguous()  # (N,)
+
+    def forward(self, name: str, precision: str) -> Function:
+        """The network on all rows at once, by a backend, a library or a compiler."""
+        if name == "openvino":
+            return self._openvino(precision)
+        if name == "unet":
+            return unet_forward(self.images, self.engine.device, float_dtype(precision))
+        if name not in ("eager", "compile", "diffusers", *FORMS):
+            denoise = self.networks.backend(name, precision).prepare(self.labels, self.timesteps)
+            return lambda: denoise(self.x, STEP)
+        dtype = float_dtype(precision)
+        model = self.networks.model(dtype)
+        if name == "diffusers":
+            theirs = peers.diffusers_transformer(model)
+            return lambda: theirs(
+                self.x.to(dtype), timestep=self.t, class_labels=self.labels
+            ).sample.float()
+        inputs = (self.x.to(dtype), self.t, self.labels)
+        if name == "graph":
+            if self.engine.device.type != "cuda":
+                raise ValueError("CUDA graphs need a CUDA device")
+            return peers.graphed(model, *inputs)
+        run = model if name == "eager" else peers.compiled(model, name, *inputs)
+        return lambda: run(self.x.to(dtype), self.t, self.labels).float()
+
+    def start(self, name: str, precision: str) -> Function:
+        """The first step, with the conditioning of all ``STEPS`` before it."""
+        backend = self.networks.backend(name, precision)
+        return lambda: backend.prepare(self.labels, self.timesteps)(self.x, 0)
+
+    def _openvino(self, precision: str) -> Function:
+        """The network below its conditioning, which is computed before the timing begins: in a bf16
+        graph, OpenVINO would round the angles of the time step's sinusoids, up to 999 radians, to
+        8 bits, which is another function."""
+        model = self.engine.model
+        with torch.inference_mode(False), torch.no_grad():
+            c = model.condition(self.t, self.labels)  # (N, D)
+        arguments = (self.x, c)
+        threads = torch.get_num_threads()
+        return peers.openvino_function(peers.Conditioned(model), arguments, precision, threads)
+
+    def guided_step(self, name: str, precision: str) -> Function:
+        """One step of ddpm under guidance by backend ``name``, as `Engine.generate` takes it.
+
+        It is taken as a schedule's last one, so no noise is drawn.
+        """
+        config, device = self.engine.config, self.engine.device
+        one = one_step(self.schedule, STEP)
+        null = torch.full_like(self.classes, config.null_class)
+        backend = self.networks.backend(name, precision)
+        conditions = (
+            torch.cat([self.classes, null]),
+            torch.tensor(one.timesteps, device=device),
+        )
+        scales = torch.full((self.images,), SCALE, dtype=torch.float64)
+        channels = min(CHANNELS, config.in_channels)
+        noise: Any = _no_noise
+        table = step_coefficients("ddpm", one, config.learn_sigma)
+        fused = backend.fuse(*conditions, table, scales, channels)
+        if fused is not None:
+            always, draws, clip = np.ones(1, dtype=bool), uses_noise(table), clipping("ddpm", one)
+            return lambda: sample_fused(fused, self.x, draws, always, noise, _ignore, clip)
+        denoiser = backend.prepare(*conditions)
+        denoise = guided(denoiser, scales.to(device), channels)
+        return lambda: ddpm(denoise, self.x, one, noise)
+
+    def decode(self, name: str, precision: str) -> Function:
+        """The VAE's decoder: lean's, diffusers' or OpenVINO's, or else torch's."""
+        decoder: Any = self.engine._decode
+        vae = self.engine.vae
+        assert vae is not None
+        if name == "openvino":
+            z = vae.config.denormalise(self.x)
+            threads = torch.get_num_threads()
+            return peers.openvino_function(peers.Decode(vae), (z,), precision, threads)
+        if name != "diffusers":
+            return lambda: decoder(self.x, precision, LeanDecoder if name == "lean" else None)
+        dtype = decoder_dtype(precision)
+        own = peers.channels_last(copy.deepcopy(vae).to(self.engine.device, dtype))
+        theirs = peers.diffusers_autoencoder(own)
+
+        def run() -> Tensor:
+            z = vae.config.denormalise(self.x).to(dtype, memory_format=torch.channels_last)
+            return theirs.decode(z).sample.float()
+
+        return run
+
+    def generation(
+        self,
+        name: str,
+        precision: str,
+        steps: int,
+        sampler: str,
+        callback: Callable[[Progress], object] | None = None,
+    ) -> Callable[[], Generation]:
+        """`Engine.generate` by backend ``name``: images in [0, 1], latents without a VAE; the same
+        labels and noise for every backend."""
+        options: dict[str, Any] = {"steps": steps, "sampler": sampler, "callback": callback}
+        options["output"] = "latent" if self.engine.vae is None else "pt"
+        return partial(
+            self.engine.generate, self.classes.tolist(), seeds=self.seeds, backend=name,
+            precision=precision, **options,
+        )  # fmt: skip
+
+    def generated(self, generation: Generation) -> Tensor:
+        """What of a generation is compared: images in [-1, 1], as the decoder gives them (the 0.5
+        that lies under those in [0, 1] would hide errors), or latents."""
+        made = generation.images
+        return made if self.engine.vae is None else made * 2 - 1
+
+
+def one_step(schedule: Schedule, k: int) -> Schedule:
+    """A schedule that consists of the ``k``-th step of ``schedule``."""
+    part = slice(k, k + 1)
+    return replace(
+        schedule,
+        timesteps=schedule.timesteps[part],
+        alphas_cumprod=schedule.alphas_cumprod[part],
+        alphas_cumprod_prev=schedule.alphas_cumprod_prev[part],
+        betas=schedule.betas[part],
+    )
+
+
+def decoder_dtype(precision: str) -> torch.dtype:
+    """The dtype in which the engine decodes: Stable Diffusion's decoder overflows float16."""
+    return torch.float32 if precision in ("fp32", "fp16") else torch.bfloat16
+
+
+def _no_noise(k: int) -> Tensor:
+    raise AssertionError("a last step draws no noise")
+
+
+def _ignore(k: int, z: Tensor) -> None:
+    pass

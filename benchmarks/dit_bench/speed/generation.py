@@ -1,0 +1,178 @@
+"""Whole generations: the check that each step of them is right, and sheets of their samples.
+
+A trajectory is chaotic: bfloat16 may move one image by 1 % and the next by 20 %, so no bound on the
+final image both finds faults and accepts what is right. The error of one step from given latents
+hardly varies. So a backend's own latents after every step are kept, float32 eager takes the same
+step from each of them (same labels, guidance and draws), and the two outcomes are compared, from
+the starting noise to the last step; then the images are compared with float32's decoding of the
+last latents. The error of eager bfloat16 in the same step, found in the same way, sets the bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit_bench.contenders import FP32_BOUND, allowed_error, relative_error
+from dit_bench.speed.forward import CHANNELS, SCALE, Work, decoder_dtype
+from dit_engine.engine import Engine, Generation, Progress
+from dit_engine.results import make_sheet
+from dit_engine.runtime import in_halves
+from dit_engine.sampling.guidance import guided
+from dit_engine.sampling.noise import PerImageNoise
+from dit_engine.sampling.samplers import SAMPLERS
+from dit_engine.sampling.schedule import make_schedule
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+BF16_TIMES_EAGER = 2.0
+"""A step's error over that of eager bfloat16 in the same step, which two ways of rounding the same
+numbers do not reach: the built-in model's lean bf16 has 1.14 at most in 45 generations of ddpm and
+ddim."""
+QUANTISED_TIMES_EAGER = 4.0
+AGAIN_BOUND = 0.5
+"""Relative error between the images of two calls of one generation. Most backends give the same
+ones to the bit; where sums come in any order, chaos is allowed, another label or seed is not."""
+
+REFERENCE = ("eager", "fp32")
+_LARGE_PX = 128  # from there on fewer images are made, since eager float32 is slow
+
+
+class Recorder:
+    """A callback of `Engine.generate` that keeps the latents after every step, on the CPU.
+
+    check: called after every step.
+    """
+
+    def __init__(self, check: Callable[[], object] = lambda: None) -> None:
+        self._check = check
+        self._batches: dict[int, list[Tensor]] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.step == 1:  # also of a batch that did not fit and is made again in halves
+            self._batches[progress.first] = []
+        self._batches[progress.first].append(progress.latents.float().cpu().clone())
+        self._check()
+
+    def latents(self) -> Tensor:
+        """(steps, N, C, S, S)."""
+        parts = [torch.stack(steps) for _, steps in sorted(self._batches.items())]
+        return torch.cat(parts, dim=1)
+
+
+def step_bound(precision: str, bf16_error: float) -> float:
+    """The relative error that is allowed of one step, or of the decoding, from eager bfloat16's."""
+    if precision == "bf16":
+        return max(FP32_BOUND, BF16_TIMES_EAGER * bf16_error)
+    usual = allowed_error(precision, bf16_error)
+    quantised = precision in ("int8", "fp8")
+    return max(usual, QUANTISED_TIMES_EAGER * bf16_error) if quantised else usual
+
+
+class GenerationCheck:
+    """The check of the generations of ``work`` with ``steps`` of ``sampler``, by any backend.
+
+    check: called after every step; it may raise KeyboardInterrupt.
+    """
+
+    def __init__(
+        self, work: Work, steps: int, sampler: str, check: Callable[[], object] = lambda: None
+    ) -> None:
+        self.work, self.steps, self.sampler, self.check = work, steps, sampler, check
+        self._bf16: np.ndarray | None = None
+
+    def __call__(self, name: str, precision: str, generation: Generation) -> tuple[float, float]:
+        """(error, bound) of the part that is nearest to its bound, or furthest beyond it: one of
+        the steps, the decoding, or ``generation``, which was made without a callback, against
+        another with one. An error that is not finite is the furthest."""
+        found, images = self.errors(name, precision)
+        rounding = np.zeros_like(found) if precision == "fp32" else self.bf16_errors()
+        decoded = "fp32" if decoder_dtype(precision) == torch.float32 else "bf16"
+        precisions = [*[precision] * self.steps, decoded]
+        bounds = [step_bound(p, e) for p, e in zip(precisions, rounding, strict=True)]
+        again = relative_error(self.work.generated(generation), images)
+        errors = np.append(found, again)
+        bounds = np.append(bounds, AGAIN_BOUND)
+        worst = int(np.argmax(errors / bounds))  # the first that is not a number, if there is one
+        return float(errors[worst]), float(bounds[worst])
+
+    def errors(self, name: str, precision: str) -> tuple[np.ndarray, Tensor]:
+        """(steps + 1,) relative errors of every step and of the decoding, which without a VAE is
+        none; and the images, as `Work.generated` gives them."""
+        recorder = Recorder(self.check)
+        run = self.work.generation(name, precision, self.steps, self.sampler, recorder)
+        images = self.work.generated(run())
+        latents = recorder.latents()
+        expected = self.retaken(latents)
+        found = [relative_error(a, b) for a, b in zip(latents, expected, strict=True)]
+        return np.array([*found, relative_error(images, self._decoded(latents[-1]))]), images
+
+    def bf16_errors(self) -> np.ndarray:
+        """`errors` of eager bfloat16, found once."""
+        if self._bf16 is None:
+            self._bf16, _ = self.errors("eager", "bf16")
+        return self._bf16
+
+    def retaken(self, latents: Tensor) -> Tensor:
+        """Every step by float32 eager, each from those of ``latents`` (steps, N, C, S, S) that the
+        step before led to, the first from the noise; of the same shape."""
+        engine = self.work.engine
+        config, device = engine.config, engine.device
+        model, labels = self.work.networks.model(torch.float32), self.work.classes
+        schedule = make_schedule(self.steps, SAMPLERS[self.sampler].spacing, config.diffusion)
+        timesteps = torch.tensor(schedule.timesteps, device=device)
+        shape = (config.in_channels, config.input_size, config.input_size)
+
+        def run(first: int, count: int) -> Tensor:
+            part = slice(first, first + count)
+            null = torch.full_like(labels[part], config.null_class)
+            rows = torch.cat([labels[part], null])
+            scales = torch.full((count,), SCALE, dtype=torch.float64, device=device)
+            denoise = guided(
+                lambda x, k: model(x, timesteps[k].expand(len(x)), rows[: len(x)]), scales,
+                min(CHANNELS, config.in_channels),
+            )  # fmt: skip
+            noise = PerImageNoise(self.work.seeds[part], shape, device)
+            taken: list[Tensor] = []
+
+            def keep(k: int, z: Tensor) -> None:
+                taken.append(z.cpu().clone())
+                z.copy_(latents[k, part])  # the next step is taken from here
+                self.check()
+
+            SAMPLERS[self.sampler].function(denoise, noise.start(), schedule, noise, keep)
+            return torch.stack(taken, dim=1)
+
+        count = self.work.images
+        return torch.cat(list(in_halves(run, count, engine.max_batch_size))).transpose(0, 1)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        decode: Any = self.work.engine._decode
+        if decode is None:
+            return latents
+        return decode(latents.to(self.work.engine.device), "fp32").clamp(-1, 1).cpu()
+
+
+def sample_sheets(
+    engine: Engine, subject: tuple[str, str], steps: int, sampler: str, callback: Any = None
+) -> list[tuple[str, Image.Image]]:
+    """A captioned sheet each, of the same labels and seeds; one if they are the same backend."""
+    assert engine.image_size is not None
+    count = min(4 if engine.image_size >= _LARGE_PX else 16, engine.config.num_classes)
+    labels = list(range(count))
+    names = engine.label_names
+    captions = [names[label] if names else str(label) for label in labels]
+    sheets = []
+    for backend, precision in dict.fromkeys([REFERENCE, subject]):
+        made = engine.generate(
+            labels, steps=steps, sampler=sampler, seed=0, backend=backend, precision=precision,
+            output="pil", callback=callback,
+        )  # fmt: skip
+        caption = f"{backend} {precision}, {steps} steps of {sampler}, seeds 0 to {count - 1}"
+        sheets.append((caption, make_sheet(made.images, captions)))
+    return sheets

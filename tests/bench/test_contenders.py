@@ -1,0 +1,256 @@
+"""Contenders on small models: each computes our function, and what does not is never timed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from tiny import NAMES, tiny_dit, tiny_engine
+from torch import Tensor
+
+from dit_bench import peers
+from dit_bench.contenders import (
+    BF16_TIMES_EAGER,
+    FP32_BOUND,
+    Contender,
+    allowed_error,
+    build,
+    known_peers,
+    parse_peers,
+    relative_error,
+)
+from dit_bench.cost import needed_weights
+from dit_bench.speed.forward import CHANNELS, SCALE, STEP, Networks, Work
+from dit_bench.subjects import in_numerics, load_subject, random_model, random_vae
+from dit_engine.config import ModelConfig
+from dit_engine.engine import Engine
+from dit_engine.sampling.guidance import guided
+from dit_engine.vae import VAEConfig
+
+CONFIG = ModelConfig(
+    depth=2, hidden_size=48, num_heads=2, patch_size=2, input_size=8, num_classes=10,
+    numerics="diffusers",
+)  # fmt: skip
+needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="no diffusers")
+needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="no openvino")
+EXPECTED = torch.tensor([3.0, 4.0])
+
+
+@pytest.fixture(scope="module")
+def work() -> Work:
+    vae = random_vae(VAEConfig(block_out_channels=(32, 64), layers_per_block=1))
+    return Work(Networks(Engine(random_model(CONFIG), vae, device="cpu")), 4, half_null=True)
+
+
+@torch.inference_mode()
+def test_a_wrong_time_step_or_label_shows_above_the_bound(work: Work) -> None:
+    model = work.engine.model
+    assert all(bool((p != 0).any()) for p in model.parameters())
+    assert torch.equal(work.labels[2:], torch.full((2,), CONFIG.null_class))  # as under guidance
+    expected = work.forward("eager", "fp32")()
+    assert torch.equal(expected, model(work.x, work.t, work.labels))
+    bound = BF16_TIMES_EAGER * relative_error(work.forward("eager", "bf16")(), expected)
+    wrong_row = torch.cat([work.labels[:3], work.labels[:1]])
+    for t, labels in ((work.t + 1, work.labels), (work.t, wrong_row)):
+        assert relative_error(model(work.x, t, labels), expected) > 3 * bound
+
+
+LIBRARIES = [
+    pytest.param("diffusers", marks=needs_diffusers),
+    pytest.param("openvino", marks=needs_openvino),
+]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["lean", *LIBRARIES])
+def test_everyone_computes_the_forward_and_the_decode(name: str, work: Work) -> None:
+    for function in (work.forward, work.decode):
+        expected = function("eager", "fp32")()
+        assert relative_error(function(name, "fp32")(), expected) < 1e-5
+        error = relative_error(function(name, "bf16")(), expected)
+        plain = relative_error(function("eager", "bf16")(), expected)
+        assert 1e-4 < error <= BF16_TIMES_EAGER * plain  # and it did run in bf16
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "form", ["compile blocks", pytest.param("compile frozen", marks=pytest.mark.slow)]
+)
+def test_compiled_models_compute_the_forward(
+    form: str, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[object] = []
+    compiler = torch.compile
+
+    def counted(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    if form == "compile frozen":  # as little as shows it, since Inductor takes its time
+        small = ModelConfig(1, 32, 1, 2, 4, num_classes=3, numerics="diffusers")
+        work = Work(Networks(Engine(random_model(small), device="cpu")), 2)
+    else:  # what is traced, without Inductor's half of a minute
+        monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=counted, **how))
+    expected = work.forward("eager", "fp32")()
+    error = relative_error(work.forward(form, "bf16")(), expected)
+    assert error <= allowed_error("bf16", relative_error(work.forward("eager", "bf16")(), expected))
+    if form == "compile blocks":
+        assert len(graphs) == 1  # one compilation serves both blocks
+        assert all("forward" not in vars(block) for block in work.engine.model.blocks)
+
+
+@needs_diffusers
+def test_diffusers_shares_our_weights(work: Work) -> None:
+    state = work.engine.model.state_dict()
+    theirs = peers.diffusers_state(state, CONFIG.depth)
+    ours = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
+    assert all(tensor.untyped_storage().data_ptr() in ours for tensor in theirs.values())
+    key = theirs["transformer_blocks.1.attn1.to_k.weight"]
+    assert torch.equal(key, state["blocks.1.attn.qkv.weight"][48:96])
+    with pytest.raises(ValueError, match="numerics 'official': diffusers computes only"):
+        Work(Networks(tiny_engine(vae=False)), 1).forward("diffusers", "fp32")
+
+
+@torch.inference_mode()
+def test_a_guided_step_is_ddpms_mean(work: Work) -> None:
+    """Against the formula, by hand: guidance on three channels, then the posterior's mean."""
+    config, model, schedule = work.engine.config, work.engine.model, work.schedule
+    labels = torch.cat([work.classes, torch.full_like(work.classes, config.null_class)])
+
+    def denoiser(x: Tensor, k: int) -> Tensor:
+        return model(x, work.timesteps[STEP].expand(len(x)), labels)
+
+    eps = guided(denoiser, torch.full((4,), SCALE), CHANNELS)(work.x, 0)[:, :4].double()
+    z, a = work.x.double(), schedule.alphas_cumprod[STEP]
+    x0 = (z - (1 - a) ** 0.5 * eps) / a**0.5
+    expected = schedule.posterior_mean_coef1[STEP] * x0 + schedule.posterior_mean_coef2[STEP] * z
+    for name in ("eager", "lean"):
+        assert relative_error(work.guided_step(name, "fp32")(), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("precision", "output", "timed"),
+    [
+        ("fp32", EXPECTED + 2e-4, True),  # relative error 5.7e-5
+        ("fp32", EXPECTED + 6e-4, False),
+        ("bf16", EXPECTED * 1.03, True),  # bf16 eager is off by 0.01
+        ("bf16", EXPECTED * 1.05, False),
+        ("fp16", EXPECTED * 1.004, True),
+        ("fp16", EXPECTED * 1.006, False),
+        ("int8", EXPECTED * 1.09, True),
+        ("int8", EXPECTED * 1.11, False),
+        ("fp8", EXPECTED * 1.24, True),
+        ("fp8", EXPECTED * 1.26, False),
+        ("fp32", EXPECTED * torch.nan, False),
+        (None, torch.zeros(3), True),
+    ],
+)
+def test_a_wrong_result_is_not_timed(precision: str | None, output: Tensor, timed: bool) -> None:
+    said: list[str] = []
+    contender = Contender("one", "peer", precision or "fp32", lambda: lambda: output,
+                          checked=precision is not None)  # fmt: skip
+    built = build([contender], EXPECTED, 0.01, said.append)
+    assert ("one" in built.functions) is timed is ("reason" not in built.records["one"])
+    if not timed:
+        assert "computes another function" in built.records["one"]["reason"]
+        assert len(said) == 1 and "not timed" in said[0]
+
+
+def test_what_cannot_run_is_skipped_and_named_but_a_fault_of_our_own_is_raised() -> None:
+    def raising(error: Exception) -> Contender:
+        def fail() -> Any:
+            raise error
+
+        return Contender("other", "peer", "fp32", fail)
+
+    good = Contender("good", "peer", "fp32", lambda: lambda: EXPECTED)
+    for error in (
+        ImportError("No module named 'x'"),
+        ValueError("bad"),
+        RuntimeError("two\nlines"),
+    ):
+        said: list[str] = []
+        built = build([raising(error), good], EXPECTED, 0.01, said.append)
+        assert list(built.functions) == ["good"]
+        assert built.records["other"] == {"reason": " ".join(str(error).split())}
+        assert said[0] == f"  other: skipped: {built.records['other']['reason']}"
+    with pytest.raises(AttributeError):
+        build([raising(AttributeError("x"))], EXPECTED, 0.01)
+
+
+def test_errors_are_of_norms_and_bounds_are_at_least_that_of_float32() -> None:
+    assert relative_error(torch.tensor([3.0, 5.0]), EXPECTED) == pytest.approx(0.2)
+    with pytest.raises(ValueError, match=r"shapes \(1, 2\) and \(2,\) differ"):
+        relative_error(EXPECTED[None], EXPECTED)
+    assert allowed_error("bf16", 0.0) == allowed_error("fp16", 0.0) == FP32_BOUND
+
+
+def test_peers_have_the_precision_of_activations() -> None:
+    found = parse_peers("diffusers, eager/fp32,trt,diffusers", "int8")
+    assert found == [("diffusers", "bf16"), ("eager", "fp32"), ("tensorrt", "bf16")]
+    assert {"diffusers", "openvino", "unet", "compile", "onnxruntime"} <= set(known_peers())
+
+
+def test_weights_that_every_forward_reads() -> None:
+    model, hoisted = tiny_dit(), ("t_embedder", "y_embedder")
+    read = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if not name.startswith(hoisted) and "adaLN_modulation" not in name
+    )
+    assert needed_weights(model.config) == read
+
+
+@pytest.mark.parametrize("name", ["S/8", "DiT-S/8", "S-8"])
+def test_a_published_size_has_random_weights(name: str) -> None:
+    subject = load_subject(name, size=512, with_vae=False)
+    assert (subject.name, subject.size, subject.trained) == ("S/8", 512, False)
+    assert subject.model.config == ModelConfig.named("S/8", 512)
+
+
+@torch.inference_mode()
+def test_a_checkpoint_keeps_its_weights_and_a_twin_in_other_numerics_shares_them(
+    model: str,
+) -> None:
+    subject, own = load_subject(model), tiny_dit()
+    assert subject.size == 16 and subject.trained and subject.label_names == NAMES
+    assert torch.equal(subject.model.blocks[0].mlp.fc1.weight, own.blocks[0].mlp.fc1.weight)  # pyright: ignore
+    with pytest.raises(ValueError, match="--size is for published models"):
+        load_subject(model, size=256)
+    twin = in_numerics(own, "diffusers")
+    assert in_numerics(own, "official") is own
+    assert twin.pos_embed.data_ptr() == own.pos_embed.data_ptr()
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([500, 900]), torch.tensor([1, 2])
+    expected = tiny_dit(numerics="diffusers", mlp_norm_eps=1e-5)(x, t, y)
+    assert torch.equal(twin(x, t, y), expected) and not torch.allclose(own(x, t, y), expected)
+
+
+AFTER_OPENVINO = """
+import faulthandler, os, signal, torch
+from torch import nn
+from dit_bench.peers import openvino_function
+
+faulthandler.enable()  # as pytest does: signals then have a stack of their own
+model = nn.Linear(8, 8).eval()
+first, second = (openvino_function(model, (torch.randn(2, 8),), "fp32", 1) for _ in range(2))
+first(), second()
+del first
+del second
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("heard")
+"""
+
+
+@pytest.mark.slow
+@needs_openvino
+def test_ctrl_c_is_heard_after_openvino() -> None:
+    """OpenVINO's plugins replace the stack for signals, and may leave one that is freed."""
+    done = subprocess.run([sys.executable, "-c", AFTER_OPENVINO], capture_output=True, text=True,
+                          timeout=120)  # fmt: skip
+    assert done.returncode == 0 and "heard" in done.stdout, done.stderr[-2000:]

@@ -1,0 +1,439 @@
+"""The CPU and GPU runs: what they measure, their ratios on made-up times, profile, memory, busy."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_close_to_reference
+
+from dit_bench import cli, machine
+from dit_bench.report import read, validate
+from dit_bench.speed import cpu, gpu, models
+from dit_bench.speed.busy import Neighbours, busy_rows
+from dit_bench.speed.forward import STEPS
+from dit_bench.speed.latency import Timer
+from dit_bench.speed.memory import Sampler, measure, needed_bytes, resident_bytes
+from dit_bench.speed.operator_cases import block_cases
+from dit_bench.speed.profile import Linears, forward_parts, profile_row, shares
+from dit_bench.subjects import random_model
+from dit_bench.timing import Budget
+from dit_engine.backends.lean.forward import LeanTransformer
+from dit_engine.config import ModelConfig
+from dit_engine.model import DiT
+from dit_kernels.quantized import quantized_why_not
+
+CPU = torch.device("cpu")
+TINY = ModelConfig(depth=2, hidden_size=64, num_heads=1, patch_size=2, input_size=8,
+                   num_classes=10, numerics="diffusers")  # fmt: skip
+
+
+def timed(name: str, *ms: float, role: str = "peer", **more: Any) -> dict[str, Any]:
+    return {"section": "forward", "case": "XL/2, batch 2", "model": "XL/2", "contender": name,
+            "role": role, "status": "ok", "samples_ms": list(ms),
+            "ms": {"median": sorted(ms)[len(ms) // 2]}} | more  # fmt: skip
+
+
+def skipped(name: str, reason: str) -> dict[str, Any]:
+    return {"case": "XL/2, batch 2", "contender": name, "status": "skipped", "reason": reason}
+
+
+def test_ratios_are_taken_within_rounds_and_of_the_quickest_of_several() -> None:
+    # The machine is twice as slow in the second half: the ratio is a half throughout.
+    rows = [
+        timed("lean bf16", 10, 10, 20, 20), timed("diffusers bf16", 20, 20, 40, 40),
+        timed("compile bf16", 25, 25, 50, 50), timed("compile frozen bf16", 50, 50, 99, 99),
+    ]  # fmt: skip
+    row = cpu.ratio_row("c", rows, "lean bf16", "diffusers bf16", 0.5)
+    assert row["ratio"] == {"p5": 0.5, "median": 0.5, "p95": 0.5} and row["result"] == "pass"
+    assert "conditioned" not in row
+    row = cpu.ratio_row("c", rows, "lean bf16", "compile", 0.3)
+    assert row["theirs"] == "compile bf16" and row["ratio"]["median"] == pytest.approx(0.4)
+    assert row["result"] == "miss"
+    assert cpu.result(0.5, 0.5) == "pass" and cpu.result(math.nan, 0.5) == "miss"
+    assert cpu.result(3.0, None) == ""
+
+
+def test_conditioning_is_spread_over_the_steps() -> None:
+    rows = [timed("lean bf16", 100), timed("lean bf16 start", 300, role="part"),
+            timed("diffusers bf16", 200), timed("openvino bf16", 200),
+            timed("linears alone", 80, role="part")]  # fmt: skip
+    cpu.add_conditioning(rows)
+    assert rows[0]["conditioning_ms"] == 200 and "conditioning_ms" not in rows[2]
+    row = cpu.ratio_row("c", rows, "lean bf16", "diffusers bf16", None)
+    assert row["ratio"]["median"] == 0.5 and row["result"] == ""
+    assert row["conditioned"] == pytest.approx((100 + 200 / STEPS) / 200)
+    for theirs in ("openvino bf16", "linears alone"):  # they compute none
+        assert "conditioned" not in cpu.ratio_row("c", rows, "lean bf16", theirs, None)
+
+
+def test_a_ratio_says_why_it_is_missing() -> None:
+    rows = [
+        timed("lean bf16", 100), skipped("compile bf16", "no compiler"),
+        skipped("compile frozen bf16", "computes another function"),
+        timed("lean int8 start", 1, role="part"), skipped("lean int8", "no int8 here"),
+    ]  # fmt: skip
+    for ours, theirs, why in (
+        ("lean bf16", "compile", "compile: no compiler; computes another function"),
+        ("lean int8", "lean bf16", "lean int8: no int8 here"),
+        ("lean bf16", "openvino bf16", "openvino bf16: not asked for"),
+    ):
+        row = cpu.ratio_row("c", rows, ours, theirs, 0.5)
+        assert (row["reason"], row["result"]) == (why, "skipped")
+    goals = {(r["ours"], r["theirs"]): r["goal"] for r in cpu.ratio_rows([timed("lean bf16", 1)])}
+    assert goals["lean bf16", "openvino bf16"] == 0.66 and len(goals) == 6
+    other = cpu.ratio_rows([timed("lean bf16", 1, model="S/2", case="S/2, batch 2")])
+    assert all(row["goal"] is None for row in other)
+
+
+def arguments(*options: str) -> Any:
+    parser = cli.Parser("dit-bench cpu", "")
+    cpu.add_arguments(parser)
+    return parser.parse_args(options)
+
+
+def test_what_a_run_measures_and_where_its_json_goes(tmp_path: Path) -> None:
+    def planned(*options: str) -> list[tuple[Any, ...]]:
+        found = cpu.plans(arguments(*options))
+        return [(*plan.models, plan.batches, *plan.kinds, plan.rounds) for plan in found]
+
+    assert planned() == [
+        ("XL/2", (2,), "forward", 15), ("S/2", (2, 16), "forward", 15),
+        ("builtin", (2, 16), "forward", 15), ("S/8", (1,), "decode", 15),
+    ]  # fmt: skip
+    assert planned("--quick") == [("S/2", (2,), "forward", 3)]
+    assert planned("--only", "builtin", "--rounds", "4") == [("builtin", (2, 16), "forward", 4)]
+    (plan,) = cpu.plans(arguments("--quick"))
+    assert ("compile", "bf16") in plan.peers and ("compile frozen", "bf16") not in plan.peers
+    whole = cpu.destination(arguments())
+    assert whole is not None and whole.parent.name == "results" and whole.name.startswith("cpu-")
+    for options in (["--quick"], ["--only", "vae"], ["--profile"], ["--busy", "1"]):
+        assert cpu.destination(arguments(*options)) is None
+    asked = tmp_path / "a.json"
+    assert cpu.destination(arguments("--quick", "--json", str(asked))) == asked
+
+
+def test_the_cpu_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_ceilings: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """It waits for an idle machine, and then measures all the same, and says so."""
+    waits: list[float] = []
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (1.5, 0.0, 0.0))
+    monkeypatch.setattr(machine.time, "sleep", waits.append)
+    monkeypatch.setattr(cpu, "PEERS", (("lean", "int8"), ("eager", "bf16")))
+    monkeypatch.setattr(cpu, "measure_memory", lambda *_: (_ for _ in ()).throw(ValueError("no")))
+    path = tmp_path / "cpu.json"
+    options = ["cpu", "--only", "builtin", "memory", "--rounds", "1", "--threads", "1"]
+    monkeypatch.setattr(cpu, "BATCHES", {"builtin": (2,)})
+    monkeypatch.setattr(cpu, "memory_row", lambda *_, own=cpu.memory_row: own("builtin", 1))
+    assert cli.main([*options, "--json", str(path)]) == 0
+    assert sum(waits[:36]) == machine.SETTLE_S
+    report = read(path, "cpu")
+    assert report["machine"]["threads"] == 1 and report["load_average"] == 1.5
+    rows = {row["contender"]: row for row in report["rows"] if row["section"] == "forward"}
+    assert rows["lean bf16"]["role"] == "subject" and rows["lean bf16"]["conditioning_ms"] >= 0
+    assert rows["linears alone"]["role"] == "part"
+    skipped_one = next(row for row in report["ratios"] if row["theirs"] == "openvino bf16")
+    assert skipped_one["reason"] == "openvino bf16: not asked for"
+    assert report["rows"][-1]["section"] == "memory" and report["rows"][-1]["reason"] == "no"
+    shown = capsys.readouterr().out
+    assert "linears alone" in shown and "180 s at most" in shown
+
+
+PARTS = {"qkv": 10.0, "attention": 6.0, "proj": 5.0, "fc1": 12.0, "fc1 + gelu": 14.0, "fc2": 12.0,
+         "row kernels": 3.0, "final linear": 1.0}  # fmt: skip
+
+
+def test_shares_sum_to_the_forward() -> None:
+    found = {part: (ms, share) for part, ms, share in shares(PARTS, 80.0)}
+    assert found["linears"] == (40.0, 0.5)
+    assert found["gelu"] == (2.0, 0.025)
+    assert found["rest"] == (29.0, pytest.approx(0.3625))
+    assert sum(share for _, share in found.values()) == pytest.approx(1)
+    with pytest.raises(ValueError, match="forward 0 ms is not above 0"):
+        shares(PARTS, 0)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("quantized", [None, "int8"])
+def test_every_part_of_the_profile_runs(quantized: str | None) -> None:
+    if quantized and (reason := quantized_why_not(quantized, CPU)):
+        pytest.skip(reason)
+    model = random_model(TINY)
+    lean = LeanTransformer(model, torch.float32, CPU, quantized)
+    if quantized is None:
+        linears, last = Linears(lean, 2), model.final_layer.linear
+        expected = F.linear(linears.last.double(), last.weight.double(), last.bias.double())
+        assert_close_to_reference(linears.all(), expected, tolerance=1e-5)
+        block, wide = model.blocks[1].mlp.fc2, linears.wide.double()  # pyright: ignore
+        expected = F.linear(wide, block.weight.double(), block.bias.double())
+        assert_close_to_reference(linears.blocks[1].fc2(linears.wide), expected, tolerance=1e-5)
+    forward = forward_parts(lean, 2)["qkv"]
+    row = profile_row(forward, lean, 2, "fp32", Timer(CPU, 1, 1.0))
+    assert set(row["operators_ms"]) == set(PARTS) and row["ms"]["n"] == 1
+
+
+def test_needed_and_resident_bytes() -> None:
+    config = ModelConfig.named("S/2", num_classes=7)
+    needed = needed_bytes(config, 4, torch.bfloat16)
+    with torch.device("meta"):
+        state = DiT(config).state_dict().values()
+    assert needed["weights"] == 2 * sum(tensor.numel() for tensor in state)
+    rows = sum(t.shape[0] for n, t in DiT(TINY).state_dict().items() if n.endswith("n.1.weight"))
+    assert needed_bytes(TINY, 4, torch.float32)["modulations"] == 4 * STEPS * 3 * rows
+    assert needed["activations"] == 4 * 256 * (3 + 4) * 384 * 2
+    text = "Name:\tpython\nVmRSS:\t    2048 kB\nRssAnon:\t    1024 kB\n"
+    assert resident_bytes(text) == {"total": 2 * 2**20, "anonymous": 2**20}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_a_passing_allocation_is_seen() -> None:
+    level = resident_bytes()["anonymous"] + 192 * 2**20  # what else is freed meanwhile is less
+    with Sampler() as sampler:
+        block, end = torch.ones(256 * 2**20, dtype=torch.uint8), time.monotonic() + 5
+        while sampler.peak["anonymous"] < level and time.monotonic() < end:
+            time.sleep(0.005)
+        del block
+    assert sampler.peak["anonymous"] >= level, "256 MiB were not seen"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_memory_is_measured_in_a_child() -> None:
+    measured = measure(random_model(TINY), 2, "bf16", 1)
+    assert measured["needed"] == needed_bytes(TINY, 2, torch.bfloat16)
+    # Such a small model vanishes among the pages that any run touches.
+    assert abs(measured["after_load"]["total"]) < 64 * 2**20
+
+
+def processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_neighbours_work_inside_the_block_alone_and_end_with_it() -> None:
+    with Neighbours(2) as neighbours:
+        pids = [program.pid for program in neighbours._programs]
+        end = time.monotonic() + 10  # on a busy machine they wait for their turn
+        with neighbours.working():
+            while min(map(processor_seconds, pids)) < 0.12 and time.monotonic() < end:
+                time.sleep(0.05)
+        worked = [processor_seconds(pid) for pid in pids]
+        time.sleep(0.3)
+        assert [processor_seconds(pid) for pid in pids] == pytest.approx(worked, abs=0.02)
+        assert min(worked) > 0.1
+        neighbours._programs[0].kill()
+        neighbours._programs[0].wait()
+        with pytest.raises(RuntimeError, match="ended before"), neighbours.working():
+            pass
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_neighbour_ends_with_a_program_that_is_killed() -> None:
+    code = (
+        "import os; from dit_bench.speed.busy import Neighbours\n"
+        "with Neighbours(1) as n, n.working():\n"
+        "    print(n._programs[0].pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    pid = int(done.stdout)
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1]
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        if state.split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    os.kill(pid, 9)
+    pytest.fail("the neighbour still runs")
+
+
+def test_busy_rows_hold_the_medians_of_both_kinds_and_the_rounds_ratios() -> None:
+    (row,) = busy_rows("c", {"sleep": lambda: time.sleep(0.01)}, 2, 1, visit_ms=30)
+    assert row["neighbours"] == 1 and min(row["idle_ms"], row["busy_ms"]) >= 10
+    assert row["ratio"]["median"] == pytest.approx(row["busy_ms"] / row["idle_ms"], rel=0.5)
+
+
+# /proc/cpuinfo's name, vendor, family, model and stepping, as published for these machines → ours.
+PROCESSORS = [
+    ("AMD EPYC", "AuthenticAMD", 25, 17, 1, "AMD EPYC (family 25, model 17: Zen 4)"),
+    ("AMD EPYC", "AuthenticAMD", 23, 49, 0, "AMD EPYC (family 23, model 49: Zen 2)"),
+    ("AMD EPYC", "AuthenticAMD", 25, 1, 1, "AMD EPYC (family 25, model 1: Zen 3)"),
+    ("AMD EPYC", "AuthenticAMD", 26, 2, 1, "AMD EPYC (family 26, model 2: Zen 5)"),
+    ("AMD EPYC", "AuthenticAMD", 99, 1, 1, "AMD EPYC (family 99, model 1)"),
+    ("AMD EPYC 9654 96-Core", "AuthenticAMD", 25, 17, 1, "AMD EPYC 9654 96-Core"),
+    ("Intel(R) Xeon(R) Processor @ 2.20GHz", "GenuineIntel", 6, 143, 8,
+        "Intel(R) Xeon(R) Processor @ 2.20GHz (family 6, model 143: Sapphire Rapids)"),
+    ("Intel(R) Xeon(R) CPU @ 2.20GHz", "GenuineIntel", 6, 85, 7,
+        "Intel(R) Xeon(R) CPU @ 2.20GHz (family 6, model 85: Cascade Lake)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "vendor", "family", "model", "stepping", "expected"), PROCESSORS)
+def test_the_processor_is_named_with_its_generation(
+    name: str, vendor: str, family: int, model: int, stepping: int, expected: str
+) -> None:
+    one = (
+        f"processor : 0\nvendor_id : {vendor}\ncpu family : {family}\nmodel : {model}\n"
+        f"model name : {name}\nstepping : {stepping}\nflags : fpu avx2 avx512_bf16 amx_tile sse2\n"
+    )
+    found = machine.processor(f"{one}\n{one.replace(name, 'another')}")
+    assert found == expected
+    assert machine.same_processor(found, name) and machine.same_processor(found, found)
+    assert not machine.same_processor(found, f"{name} (family 1, model 1)") or found == name
+    assert machine.instruction_sets(one) == ["avx2", "avx512_bf16", "amx_tile"]
+
+
+def test_other_names_of_processors() -> None:
+    text = "processor	: 0\nCPU implementer	: 0x41\nCPU part	: 0xd40\n"
+    assert machine.processor(text).endswith("(part 0xd40: Neoverse V1)")
+    assert machine.processor("") == machine.cpu_model("") and machine.instruction_sets("") == []
+    assert machine.slug("AMD EPYC 9B14") == "amd-epyc-9b14"
+    name = "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz"
+    assert machine.slug(name) == "intel-xeon-platinum-8481c-cpu" and machine.slug(" ") == "unknown"
+
+
+def test_a_gpu_whose_torch_and_driver_tell_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = SimpleNamespace(name="G", total_memory=3, uuid="GPU-12")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: few)
+    commands: list[list[str]] = []
+
+    def answer(command: list[str], **_: Any) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(stdout="570.1, 1980, 3201, 412.51, [N/A], 55\n")
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    found = machine.describe_cuda(torch.device("cuda"))
+    assert (found["compute_capability"], found["driver_version"]) == ("9.0", "570.1")
+    assert (found["memory_bytes"], found["l2_bytes"], found["clocks.sm"]) == (3, None, "1980")
+    assert commands[0][-1] == "--id=GPU-12"  # not by number: torch may see other devices
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(OSError()))
+    assert machine.describe_cuda(torch.device("cuda"))["driver_version"] is None
+
+
+@pytest.fixture
+def as_gpu(monkeypatch: pytest.MonkeyPatch, small_ceilings: None) -> Callable[..., int]:
+    """``dit-bench gpu`` as it is, but for sizes, on a CPU that passes for CUDA."""
+    tiny = replace(TINY, depth=1)
+    cases = block_cases(2, 5, 48, 2, torch.bfloat16, timed=True)[:2]
+    subject = SimpleNamespace(
+        name="S/8", weights="random", model=random_model(tiny), vae=None, label_names=None,
+        size=16, trained=False,
+    )  # fmt: skip
+    compiler = torch.compile  # what is traced, without Inductor's half of a minute
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend="eager", **how))
+    monkeypatch.setattr(gpu, "cuda_device", lambda: CPU)
+    monkeypatch.setattr(gpu, "all_cases", lambda _: cases)
+    monkeypatch.setattr(gpu, "MANY", 4)
+    monkeypatch.setattr(gpu, "ROUNDS", 2)
+    monkeypatch.setattr(gpu, "PEERS", (*gpu.PEERS[:4],))
+    monkeypatch.setattr(gpu, "LATE_PEERS", ())
+    monkeypatch.setattr("dit_bench.speed.operators.opponents", lambda *_: {})
+    monkeypatch.setattr(gpu, "load_subject", lambda *_, **__: subject)
+    monkeypatch.setattr(models, "load_subject", lambda *_, **__: subject)
+    return lambda *options: cli.main(["gpu", *options])
+
+
+def test_a_gpu_run_from_end_to_end(as_gpu: Any, tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    assert as_gpu("--json", str(path), "--sizes", "S/8", "--minutes", "9") == 0
+    report = read(path, "gpu")
+    assert report["complete"] and not (tmp_path / "gpu.json.partial").exists()
+    found = {(row["section"], row.get("images"), row["contender"]): row for row in report["rows"]}
+    for images in (2, 4):
+        for name in ("lean bf16", "eager bf16", "diffusers bf16"):
+            assert found["forward", images, name]["ms"]["median"] > 0
+        assert found["step", images, "lean bf16"]["status"] == "ok"
+        assert found["forward", images, "graph bf16"]["reason"] == "CUDA graphs need a CUDA device"
+        assert found["image", images // 2, "lean bf16"]["status"] == "ok"
+    assert found["operator", None, "native"]["rate"] > 0
+
+
+def test_a_gpu_check_times_nothing(as_gpu: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "check.json"
+    assert as_gpu("--check", "--json", str(path)) == 0
+    rows = read(path, "gpu")["rows"]
+    assert not any("ms" in row for row in rows)
+    by_name = {(row["case"], row["contender"]): row["status"] for row in rows}
+    assert by_name["forward of S/8", "lean bf16"] == "ok"
+    assert by_name["bits of an image, alone and in a batch", "lean bf16"] == "ok"
+    assert sum(row["section"] == "operator" for row in rows) == 2
+    monkeypatch.setattr(torch, "equal", lambda *_: False)
+    assert as_gpu("--check", "--json", str(path)) == 1
+    assert [r["reason"] for r in read(path)["rows"] if r["status"] == "wrong"] == [
+        "bits differ"
+    ] * 2
+
+
+def test_without_time_everything_is_skipped_and_said_so(as_gpu: Any, tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    keep = gpu.Budget
+    try:
+        gpu.Budget = lambda _: Budget(0)  # pyright: ignore
+        assert as_gpu("--json", str(path), "--sizes", "S/8") == 0
+    finally:
+        gpu.Budget = keep
+    rows = read(path)["rows"]
+    assert {row["reason"] for row in rows} == {"no time was left"}
+    assert {"forward", "step", "image", "operator"} <= {row["section"] for row in rows}
+
+
+def test_the_gpu_command_refuses_what_it_cannot_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "cuda_device", lambda: CPU)
+    for options, said in ((["--sizes", "M/2"], "model 'M/2' is unknown"),
+                          (["--minutes", "0.1"], "minutes 0.1 is not above 0.5")):  # fmt: skip
+        assert cli.main(["gpu", *options]) == 2
+        assert said in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "gpu.json"
+    assert cli.main(["gpu", "--json", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: no CUDA device: ")
+    assert not path.exists()
+
+
+@pytest.mark.slow
+def test_the_timer_ends_a_process_that_hangs(tmp_path: Path) -> None:
+    """What was measured until then gets its name; a failed check keeps its exit code."""
+    report = {
+        "schema": "dit-bench/3", "kind": "gpu", "created": "", "command": [], "settings": {},
+        "machine": {"cpu": "x", "device": "cpu", "threads": 1, "instruction_sets": [],
+                    "versions": {}},
+        "rows": [{"section": "check", "case": "c", "contender": "lean bf16", "role": "subject",
+                  "status": "ok"}], "complete": False,
+    }  # fmt: skip
+    for status, code in (("ok", gpu.LATE), ("failed", 1)):
+        report["rows"][0] |= {"status": status, "reason": "r"}
+        validate(report)
+        path = tmp_path / "gpu.json"
+        path.with_name("gpu.json.partial").write_text(json.dumps(report))
+        script = (
+            "import sys, time; from pathlib import Path\n"
+            "from dit_bench.speed.gpu import stop_late\n"
+            "stop_late(Path(sys.argv[1]), 0.2); time.sleep(120)"
+        )
+        done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True,
+                              text=True, timeout=100)  # fmt: skip
+        assert done.returncode == code and "LATE: did not end in 0 s" in done.stdout
+        assert "did not end" in read(path)["failure"]
+        assert not path.with_name("gpu.json.partial").exists()

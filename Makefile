@@ -11,13 +11,10 @@ PYTHON ?= $(firstword $(shell for p in python3 python3.13 python3.12 python3.11 
 
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-# An installation is stale when the metadata, the pins, the set of import packages or the sources of
-# the native kernels changed.
+# An installation is stale when the metadata, the pins or the native kernels' sources changed.
 INPUTS := setup.py constraints.txt dit_engine/_version.py CMakeLists.txt \
 	$(wildcard kernels/csrc/cpu/*.h kernels/csrc/cpu/*/*.cpp kernels/csrc/cpu/*/*.h) \
-	$(wildcard kernels/dit_kernels/cpu/*.h) \
-	$(wildcard kernels/dit_kernels/__init__.py export/dit_export/__init__.py \
-	benchmarks/dit_bench/__init__.py)
+	$(wildcard kernels/dit_kernels/cpu/*.h)
 
 # The server that the tests run, in an environment of its own: it needs numpy below 2. Its wheel is
 # for Linux on x86-64 with glibc 2.35 or later; elsewhere its tests are skipped. It holds Triton 2.51,

@@ -46,28 +46,28 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="builtin", help="file, directory, hub id, or 'builtin'")
 
 
+# Options of `load_checkpoint`, which are its keywords of the same names.
+_LOADING: dict[str, dict[str, Any]] = {
+    "vae": {"help": "another VAE: file, directory or hub id"},
+    "vae_scaling_factor": {"type": float, "metavar": "NUMBER",
+        "help": "of a VAE file without config.json, or in place of its own"},
+    "vae_shift_factor": {"type": float, "metavar": "NUMBER", "help": "the same for the shift"},
+    "vae_groups": {"type": int, "metavar": "COUNT", "help": "the same for the group norms' groups"},
+    "numerics": {"help": "official or diffusers (what the model was made for, unless given)"},
+    "num_heads": {"type": int, "help": "for bare weight files of an unpublished width"},
+    "prediction": {"help": "epsilon, v_prediction or sample, for files that do not tell it"},
+}  # fmt: skip
+
+
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `load_checkpoint` that `loading_options` reads back."""
-    add = parser.add_argument
-    add("--vae", help="another VAE: file, directory or hub id")
-    add("--vae-scaling-factor", type=float, metavar="NUMBER",
-        help="of a VAE file without config.json, or in place of its own")  # fmt: skip
-    add("--vae-shift-factor", type=float, metavar="NUMBER", help="the same for the shift")
-    add("--vae-groups", type=int, metavar="COUNT", help="the same for the groups of group norms")
-    add("--numerics", help="official or diffusers (what the model was made for, unless given)")
-    add("--num-heads", type=int, help="for bare weight files of an unpublished width")
-    add("--prediction", help="epsilon, v_prediction or sample, for files that do not tell it")
-
-
-LOADING_OPTIONS = (
-    "vae", "vae_scaling_factor", "vae_shift_factor", "vae_groups", "numerics", "num_heads",
-    "prediction",
-)  # fmt: skip
+    for name, options in _LOADING.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **options)
 
 
 def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keywords for `load_checkpoint` from the arguments of `add_loading_arguments`."""
-    return {name: getattr(arguments, name) for name in LOADING_OPTIONS}
+    return {name: getattr(arguments, name) for name in _LOADING}
 
 
 def add_sampling_arguments(

@@ -1,5 +1,7 @@
 """The plan of one `Engine.generate` call: everything that can be checked or computed without the
-model, made once before anything runs."""
+model, made once before anything runs.
+
+More than 300 lines, so that every check of an option is in one place."""
 
 from __future__ import annotations
 

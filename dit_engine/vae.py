@@ -3,6 +3,7 @@
 Module names are those of diffusers and of the published Stable Diffusion files, so their
 weights load as they are; ``checkpoint`` renames the older attention keys. Shape letters:
 N images, H and W pixels, c latent channels, h and w latent rows and columns (H = f·h).
+More than 300 lines, because encoder and decoder share their blocks.
 """
 
 from __future__ import annotations

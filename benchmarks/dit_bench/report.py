@@ -1,5 +1,7 @@
 """The one report: what every measurement writes as JSON, and what tables, figures and pages show.
 
+More than 300 lines, because the schema, its checks and its reading belong together.
+
 A report is an object with the keys of `SCHEMA`. What was measured is its "rows", and every row has
 
 - "section": what was done, one of `SECTIONS`, which also lists what rows of that section hold;

@@ -1,5 +1,7 @@
 """``dit-bench operators``: checks the operators of dit_kernels against float64, then times them.
 
+More than 300 lines, because it holds checking, timing and printing of one measurement.
+
 An implementation passes with at most twice the error of the torch reference in the same dtype; an
 opponent whose output is wrong is not timed either. Of each shape it prints the median, the rate,
 its percentage of the ceiling measured in the same run, and the speed-up over what a plain torch

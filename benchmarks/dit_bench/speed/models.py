@@ -1,8 +1,9 @@
 """Models × numbers of images × kinds of work, into one report.
 
 The report grows as parts are finished, so that what Ctrl-C leaves is whole. ``dit-bench --model``,
-``dit-bench cpu`` and ``dit-bench gpu`` all measure by this. More than 300 lines, because the kinds of
-work share their models and their contenders.
+``dit-bench cpu`` and ``dit-bench gpu`` all measure by this.
+
+More than 300 lines, because the kinds of work share their models and their contenders.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from tiny import tiny_dit, tiny_engine
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_bench.gpu_contenders import _graphed
+from dit_bench.peers import graphed
 from dit_engine.backends.capture import one_capture
 from dit_engine.backends.lean.backend import FusedLeanDenoiser, LeanBackend
 from dit_engine.backends.lean.cuda_graphs import GRAPH_LIMIT, StepGraph, StepGraphs
@@ -333,7 +333,7 @@ def test_one_lock_for_all_captures_of_the_process(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tensorrt_memory, "import_module", lambda name: core)
     captures = {
         "lean": lambda: Steps().graphed.graphs.of(1, False, 3),
-        "benchmark": lambda: _graphed(lambda x, step: x + step, torch.zeros(2))(torch.ones(2), 1),
+        "benchmark": lambda: graphed(lambda x: x + 1, torch.ones(2))(),
         "tensorrt": lambda: TorchMemory("cpu").capture(lambda stream: log(("begin", None))),
         "cuda-core": lambda: CudaCoreMemory().capture(lambda stream: log(("begin", None))),
     }

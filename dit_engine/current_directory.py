@@ -26,7 +26,7 @@ LEAVE_OUT = "import sys\nsys.path[:] = [place for place in sys.path if place]\n"
 _lock = Lock()
 _blocks = 0
 _undo = ExitStack()
-"""Of the first of the `_blocks` that run."""
+"""What the first of the running `_blocks` changed, to be undone after the last."""
 
 
 def leave_out() -> None:
@@ -46,7 +46,7 @@ def leave_out() -> None:
 
 @contextmanager
 def left_out_of_children() -> Iterator[None]:
-    """Do the same, but only for Python programs that are started while the block runs.
+    """Do the same as `leave_out`, but only for Python programs that start while the block runs.
 
     It sets `VARIABLE` in the environment of this whole process until the last such block ends:
     several threads may be in one.

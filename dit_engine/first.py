@@ -1,4 +1,4 @@
-"""What `python -m` of a module of ours does before that module imports anything else.
+"""Take the current directory out of ``sys.path``, when `python -m` runs one of our modules.
 
 It imports only what Python itself has loaded by then: any other import could come from the current
 directory, which is still the first place that is searched.
@@ -36,6 +36,6 @@ def leave_out_of_path() -> None:
 
 
 def _folders() -> list[str]:
-    """In which our packages lie, of those that are loaded."""
+    """The folders that hold our packages, as far as these are loaded."""
     files = (getattr(sys.modules.get(name), "__file__", None) for name in PACKAGES)
     return [os.path.dirname(os.path.dirname(os.path.realpath(file))) for file in files if file]

@@ -64,8 +64,8 @@ def check_file(path: Path) -> bool:
 def _read_archive(path: Path) -> tuple[bytes, dict[str, int] | None]:
     """The pickle of an archive and, if something in it is compressed, the bytes of each storage.
 
-    Raises `Refused` if it would take much more memory than the file has, or if another reader
-    could find something else in it; anything else if it is damaged.
+    Raises `Refused` if it would take much more memory than the file has bytes, or if another reader
+    could find something else in it. Raises other exceptions if it is damaged.
     """
     size = path.stat().st_size
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:

@@ -198,7 +198,7 @@ def _all_options(content: Mapping[Any, Any]) -> Iterator[_Option]:
 
 
 def _options_in(value: Any, place: str, name: str, seen: set[int]) -> Iterator[_Option]:
-    """``value`` itself unless it holds others, and the options that it holds."""
+    """``value`` itself, unless it only holds others, and the options that it holds."""
     if isinstance(value, argparse.Namespace):
         value = vars(value)
     inner: Iterator[tuple[str, str, Any]] | None = None

@@ -96,10 +96,10 @@ def trained_diffusion(args: Options, learn_sigma: bool) -> Diffusion:
 
 
 def model_heads(args: Options, found: Mapping[str, int]) -> int | None:
-    """Heads as the options tell them, by number or by the name of a published size; else None.
+    """The number of heads, from an option for it or from the name of a published size; else None.
 
-    found: depth, hidden_size and patch_size of the weights. Raises ValueError where the name is
-    that of another size.
+    found: depth, hidden_size and patch_size of the weights. Raises ValueError if the name belongs
+    to another size.
     """
     if "num_heads" in args:
         return args.positive("num_heads")
@@ -119,9 +119,9 @@ def model_heads(args: Options, found: Mapping[str, int]) -> int | None:
 
 
 def classes(args: Options, rows: int) -> tuple[int, bool]:
-    """(number of classes, whether one more row of the label table stands for none of them).
+    """(number of classes, whether the label table has one more row, for no class).
 
-    rows: of the table. Raises ValueError where the options have another number of classes.
+    rows: of the table. Raises ValueError if the options name another number of classes.
     """
     dropout = None
     if "class_dropout_prob" in args:

@@ -1,7 +1,7 @@
-"""The directories that keep results between processes, and whether they can be trusted.
+"""Find the directories that keep results between processes, and check that they can be trusted.
 
-Files from a cache are run: torch unpickles graphs and loads kernels from it, and TensorRT engines.
-So whoever can write into a cache can run code as this user.
+Whoever can write into a cache can run code as this user: torch unpickles graphs and loads kernels
+from it, and TensorRT engines are machine code.
 """
 
 from __future__ import annotations
@@ -75,12 +75,10 @@ def private_directory(path: Path) -> Path:
 
 
 def why_not_private(path: Path) -> str | None:
-    """Why another user, except root, could have made or changed the file or directory ``path``,
-    and what to do about it.
+    """Why another user, except root, could have made or changed ``path``, and what to do about it.
 
-    None if nobody could, and on systems without such owners and modes (Windows).
-
-    Whoever owns a directory above ``path`` could still replace it between this check and its use.
+    None if no other user could, and on systems without such owners and modes (Windows). Whoever
+    owns a directory above ``path`` could still replace it between this check and its use.
     """
     if not hasattr(os, "geteuid"):
         return None
@@ -106,7 +104,7 @@ def why_not_private(path: Path) -> str | None:
 
 
 def _way(path: Path) -> Iterator[Path]:
-    """Every directory and link from the root to an existing ``path``, those behind links too."""
+    """Every directory and link from the root to an existing ``path``, also behind links."""
     place, parts = Path(path.anchor), list(path.parts[1:])
     while parts:
         yield place

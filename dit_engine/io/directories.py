@@ -1,4 +1,4 @@
-"""Write directories complete or not at all; and which earlier files they may replace."""
+"""Write directories complete or not at all, and replace only files that we wrote earlier."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _behind_link(target: Path) -> Path:
 
 
 def _name_leftovers(target: Path) -> None:
-    """Warn of what killed processes left beside ``target``: it may be large."""
+    """Warn of directories that killed processes left beside ``target``; they may be large."""
     names: list[str] = []
     start = glob.escape(f".{target.name[:NAME_SHOWN]}.")
     with suppress(OSError):
@@ -191,7 +191,7 @@ def _removable(directory: Path, known: Mapping[str, str | None]) -> dict[str, os
 
 
 def _source(name: str) -> str | None:
-    """The Python file from which Python compiled the file ``name``; None if it is no such file."""
+    """The source of a file that Python compiled; None if ``name`` is not a compiled file."""
     path = PurePosixPath(name)
     if path.parent.name != "__pycache__" or path.suffix != ".pyc":
         return None
@@ -255,7 +255,7 @@ def _remove(directory: Path, removable: dict[str, os.stat_result]) -> None:
 
 
 def _walk_up(directory: Path) -> Iterator[tuple[Path, list[str], list[str], int | None]]:
-    """Every directory after those in it, and its descriptor where the system has them."""
+    """Every directory, after those in it, and its descriptor on systems that have them."""
     with suppress(OSError):  # it is gone by now
         if hasattr(os, "fwalk"):
             for root, folders, names, opened in os.fwalk(directory, topdown=False):

@@ -23,9 +23,9 @@ from dit_export.source import weights_hash
 def cached_export(model: DiT, options: ExportOptions) -> Bundle:
     """The export of ``model``, from the cache or made now.
 
-    One in the cache is made again if it is damaged, is of another model, or is in a directory that
-    others may write in. Its name is a hash of the weights, the config, the options and the versions
-    that wrote it.
+    The name in the cache is a hash of the weights, the config, the options and the versions that
+    wrote it. An export is made again if it is damaged, is of another model, or is in a directory
+    that others may write in.
 
     Raises as `private_cache` and `export_onnx` do.
     """

@@ -56,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def options_given(parser: argparse.ArgumentParser, words: list[str]) -> dict[str, str]:
-    """Attribute of the namespace → its option ("queue_delay" → "--queue-delay"), of those that are
-    among ``words``, also where they say what the default is.
+    """The options among ``words``: attribute of the namespace → option ("queue_delay" →
+    "--queue-delay"). An option that repeats the default is among them.
 
-    parser: of its own for this, since it has no defaults afterwards.
+    parser: used for nothing else, because it has no defaults afterwards.
     """
     options = {}
     for action in parser._actions:

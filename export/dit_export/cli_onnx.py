@@ -66,14 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
         reason = f"is for graph {VAE_GRAPH!r}: this model has no VAE; give one with --vae"
         refuse(arguments, ["vae_dtype"], reason)
     bundle = export_onnx(
-        source.model,
-        arguments.output,
-        options,
-        vae=source.vae,
-        label_names=source.label_names,
-        overwrite=arguments.overwrite,
-        report=say,
-    )
+        source.model, arguments.output, options, vae=source.vae, label_names=source.label_names,
+        overwrite=arguments.overwrite, report=say,
+    )  # fmt: skip
     size = sum(file["bytes"] for file in bundle.manifest["files"].values())
     made = f"{len(bundle.graphs)} graphs, {size / 2**20:.1f} MiB, opset {bundle.opset}"
     say(f"{made} → {printable(bundle.path)}")

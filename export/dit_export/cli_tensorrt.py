@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--capability", action="append", default=[], metavar="X.Y",
         help="TensorRT for RTX: compute capability to build for; all unless given")  # fmt: skip
     add("--device", type=int, default=0, help="GPU that the standard TensorRT builds on")
-    add("--rebuild", action="store_true", help="build anew what is there, whatever its state")
+    add("--rebuild", action="store_true", help="build again what is there, whatever its state")
     add("--quiet", action="store_true", help="no progress bar")
 
 

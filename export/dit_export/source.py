@@ -77,10 +77,10 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def given_export(arguments: argparse.Namespace) -> Bundle:
-    """The export of --onnx, which is what every other option says, or a ValueError that names one.
+    """The export of --onnx. Raises ValueError for an option that says something else than it.
 
-    The model's options are compared with the export where --model or --checkpoint is among them;
-    without these, those that need a model are refused.
+    If --model or --checkpoint is given, that model is compared with the export. Otherwise, options
+    that need a model are refused.
     """
     path: Path = arguments.onnx
     bundle = Bundle.open(path)
@@ -125,7 +125,7 @@ def _check_source(bundle: Bundle, source: Source, arguments: argparse.Namespace)
 
 
 def _label_difference(theirs: tuple[str, ...] | None, ours: tuple[str, ...] | None) -> str:
-    """Of label names that differ, each None or one a class."""
+    """How label names differ; each is None or has one name per class."""
     if theirs is None or ours is None:
         return f"{'no' if theirs is None else 'other'} label names"
     i = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)

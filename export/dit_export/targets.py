@@ -39,7 +39,8 @@ def float_dtype(dtype: str, target: str) -> str:
 
 
 def vae_dtype(dtype: str, target: str) -> str:
-    """As `Engine.generate` decodes: Stable Diffusion's decoder overflows float16."""
+    """As in `Engine.generate`, which does not decode in float16, because Stable Diffusion's decoder
+    overflows it."""
     return "bf16" if float_dtype(dtype, target) == "bf16" else "fp32"
 
 

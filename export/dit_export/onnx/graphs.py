@@ -84,7 +84,7 @@ def replace_linears(model: nn.Module, ends: tuple[str, ...], made: MakeLayer) ->
             model.get_submodule(parent).register_module(child, made(name, module))
 
 
-class Graph(nn.Module):
+class TransformerGraph(nn.Module):
     """A graph over a DiT from `exportable`, whose dtype is that of its arithmetic."""
 
     def __init__(self, model: DiT) -> None:
@@ -92,12 +92,12 @@ class Graph(nn.Module):
         self.dit = model
 
 
-class Transformer(Graph):
+class Transformer(TransformerGraph):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.dit(x.to(self.dit.pos_embed.dtype), t, y).float()
 
 
-class GuidedStep(Graph):
+class GuidedStep(TransformerGraph):
     """One whole step of any sampler, as `dit_kernels.guided_step`, but with a step for each row.
 
     Every image is computed with and without its label; one whose scale is exactly 1 is not guided.
@@ -148,7 +148,7 @@ class GuidedStep(Graph):
         return torch.where(std == 0, mean, mean + std * noise), x0
 
 
-class Conditioner(Graph):
+class Conditioner(TransformerGraph):
     """All modulations of (t, y): 6·D for each block in its own order, then 2·D of the last layer.
 
     `Conditioner` and `Denoiser` are the two parts of the transformer. The conditioner has a third
@@ -161,7 +161,7 @@ class Conditioner(Graph):
         return torch.cat([layer.adaLN_modulation(c) for layer in layers], dim=1).float()  # pyright: ignore[reportCallIssue]
 
 
-class Denoiser(Graph):
+class Denoiser(TransformerGraph):
     def forward(self, x: Tensor, modulations: Tensor) -> Tensor:  # → (N, C_out, S, S)
         dit, dtype = self.dit, self.dit.pos_embed.dtype
         depth, d = dit.config.depth, dit.config.hidden_size

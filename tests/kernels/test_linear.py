@@ -148,6 +148,12 @@ BAD_LAYERS: list[tuple[tuple[int, int], str, torch.dtype, str]] = [
 def test_what_layers_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Unavailable, match=r"^fp8 products are for CUDA"):
         QuantizedLinear(WEIGHT, BIAS, "fp8", torch.bfloat16)
+    for weight, message in (
+        (WEIGHT[:, :3], r"^weight has shape \(24, 3\); x of shape \(2, 5, 64\) needs \(M, 64\)$"),
+        (WEIGHT.half(), "^weight is torch.float16 on cpu, x is torch.float32 on cpu$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dit_kernels.linear(X, weight, BIAS)
     with pytest.raises(ValueError, match=r"^bias has shape \(3,\); \(24,\) is needed$"):
         PackedLinear(WEIGHT, BIAS[:3])
     with pytest.raises(ValueError, match=r"^x is torch.float32 \(2, 3\) on cpu; .* \(…, 64\)"):

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def train(
         model = train_dit(
             (means, deviations), labels, settings.model_config(len(data.class_names)),
             loop(dit_budget, settings.learning_rate, settings.ema_decay, warmup_steps=200),
-            directory / "dit", settings.batch_size, _SheetOf(vae, data.class_names), device,
+            directory / "dit", settings.batch_size, _sheet_maker(vae, data.class_names), device,
         )  # fmt: skip
         if decoder_budget is not None:
             n = len(data)  # the latents of mirrored images follow
@@ -266,17 +266,16 @@ def _latents(
     return read_latents(path, len(data.class_names))
 
 
-class _SheetOf:
-    """Draws a sheet of images that a transformer makes with ``vae``."""
+def _sheet_maker(vae: AutoencoderKL, names: tuple[str, ...]) -> Callable[[nn.Module, Path], None]:
+    """A function (transformer, path) that draws a sheet of images of all classes."""
+    labels = [i % len(names) for i in range(max(16, 2 * len(names)))][:64]
 
-    def __init__(self, vae: AutoencoderKL, names: tuple[str, ...]) -> None:
-        self.vae, self.names = vae, names
-        self.labels = [i % len(names) for i in range(max(16, 2 * len(names)))][:64]
-
-    def __call__(self, model: nn.Module, path: Path) -> None:
+    def sheet(model: nn.Module, path: Path) -> None:
         assert isinstance(model, DiT)
-        engine = Engine(model, self.vae, self.names, next(model.parameters()).device)
+        engine = Engine(model, vae, names, next(model.parameters()).device)
         images = engine.generate(
-            self.labels, steps=20, sampler="dpm++", guidance_scale=2.0, seed=0, output="pt"
+            labels, steps=20, sampler="dpm++", guidance_scale=2.0, seed=0, output="pt"
         ).images
         save_sheet(images * 2 - 1, path, columns=8)
+
+    return sheet

@@ -1,4 +1,4 @@
-"""Engine: labels in, images out. `generate` reads in the order in which things happen."""
+"""Engine: labels in, images out. `generate` is plan, sample, decode, in this order."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Engine:
         model: the reference module, in any dtype; backends make the copies that they need, so
             it stays where it is (a memory-mapped file costs nothing).
         vae: the autoencoder, or None for a latents-only engine.
-        label_names: one name a class, if there are names.
+        label_names: one name per class, if there are names.
         device: "cpu", "cuda", …; None chooses CUDA where there is one.
         max_batch_size: more images than this are made in several batches.
         threads: CPU threads while generating, 1 or more; None leaves torch's setting alone.
@@ -197,12 +197,12 @@ class Engine:
             spacing: which of the model's steps are taken (see `space_timesteps`); None is the
                 sampler's usual choice. DiTPipeline's is "leading".
             eta: ddim only: 0 is deterministic, 1 as noisy as ddpm.
-            guidance_scale: classifier-free guidance, one number or one an image; 1 is none.
+            guidance_scale: classifier-free guidance, one number or one per image; 1 is none.
             guidance_channels: how many latent channels are guided; None is all, 3 the reference.
             guidance_interval: (low, high) noise levels σ = sqrt((1-ᾱ)/ᾱ) between which guidance
                 is on (Kynkäänniemi et al. 2024); outside, the unconditional half is not computed.
             seed: image i is made from seed + i. Neither seed nor seeds: a random one, recorded.
-            seeds: one an image. An image depends on its own label, seed and settings only.
+            seeds: one per image. An image depends on its own label, seed and settings only.
             noise: "per-image", or "official": drawn as the reference does, the batch as a whole.
             latents: (N, C, S, S) to start from, in place of noise.
             step_noise: (steps, N, C, S, S), draw k for the k-th step taken.

@@ -45,10 +45,10 @@ def class_order(names: Iterable[str]) -> list[str]:
 
 
 def check_names(name: str, names: Any, num_classes: int) -> tuple[str, ...]:
-    """``names``, the argument ``name``, if they are one string a class; else ValueError."""
+    """``names``, the argument ``name``, if they are one string per class; else ValueError."""
     found = sequence(names)
     if found is None:
-        raise ValueError(f"{name} {shown(names)} is not a list of names, one a class")
+        raise ValueError(f"{name} {shown(names)} is not a list of names, one per class")
     if len(found) != num_classes:
         raise ValueError(f"{name} holds {len(found)} for {num_classes} classes")
     for each in found:

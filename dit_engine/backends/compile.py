@@ -20,7 +20,7 @@ from dit_engine.model import DiT
 
 
 class CompileBackend(EagerBackend):
-    """One graph a batch size, in which every shape is a constant.
+    """One graph per batch size, in which every shape is a constant.
 
     The compiler's kernels for shapes that it does not know are slower, and on CUDA rule out some of
     its own CUDA graphs; a batch size costs a compilation when it is first met.

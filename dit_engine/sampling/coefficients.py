@@ -1,6 +1,6 @@
 """The samplers' steps as coefficients of one affine update, in float64 numpy and without torch.
 
-See `dit_engine.sampling.loop`, which says what they multiply.
+`dit_engine.sampling.loop` says what they multiply.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def _page_locked(shape: Sequence[int]) -> Tensor:
 
 
 class PerImageNoise:
-    """One CPU generator an image: its numbers depend on its seed alone.
+    """One CPU generator per image, whose numbers depend on its seed alone.
 
     Neither the batch, nor the image's place in it, nor the device changes an image.
     """
@@ -162,7 +162,8 @@ class GivenNoise:
 
     Args:
         latents: (N, C, S, S) to start from, or None for ``otherwise.start()``.
-        step_noise: (K, N, C, S, S), draw k used at the k-th step taken, or None likewise.
+        step_noise: (K, N, C, S, S), draw k for the k-th step taken, or None for
+            ``otherwise``.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Samplers: plain functions from noise to latents, over any denoiser.
+"""The samplers as they are defined: plain functions from noise to latents, over any denoiser.
 
 Each takes ``denoise(z, k)``, the model's already guided answer at step k, and never asks how it
 was computed. Coefficients are float64 until they meet a tensor, where ``ddpm`` and ``ddim`` round

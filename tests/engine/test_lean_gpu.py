@@ -21,7 +21,10 @@ from dit_engine.vae import AutoencoderKL, VAEConfig
 from dit_kernels.quantized import quantized_why_not
 
 DEVICE = torch.device("cuda")
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 NARROW = VAEConfig(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8)
 SCALES = [1.0, 4.0, 2.0]

@@ -50,7 +50,7 @@ class LeanTransformer:
 
     Args:
         quantized: None, or "int8" (CPU) or "fp8" (CUDA): the four linears of every block then
-            run in it, with one scale a row; the others stay in ``dtype``.
+            run in it, with one scale per row; the others stay in ``dtype``.
     """
 
     def __init__(

@@ -166,7 +166,7 @@ class DiT(nn.Module):
 
     ``forward(x, t, y)``: x (N, C, S, S) noised latents, t (N,) time steps, y (N,) labels with
     ``config.null_class`` for "no label" → (N, C_out, S, S): epsilon and, with ``learn_sigma``,
-    the variance's interpolation coefficient (see ``sampler.py``).
+    the variance's interpolation coefficient (see ``sampling/samplers.py``).
     """
 
     def __init__(self, config: ModelConfig) -> None:

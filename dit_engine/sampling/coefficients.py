@@ -69,7 +69,7 @@ def _ddpm(schedule: Schedule, eta: float, learned: bool) -> np.ndarray:
 
 def _ddim(schedule: Schedule, eta: float, learned: bool) -> np.ndarray:
     del learned
-    # float32 in between, as in `sampler.ddim`: 1 − ᾱ near ᾱ = 1 shows the rounding.
+    # float32 in between, as in `samplers.ddim`: 1 − ᾱ near ᾱ = 1 shows the rounding.
     now = schedule.alphas_cumprod.astype(np.float32)
     before = schedule.ddim_alphas_cumprod_prev.astype(np.float32)
     sigmas = np.float32(eta) * np.sqrt((1 - before) / (1 - now)) * np.sqrt(1 - now / before)

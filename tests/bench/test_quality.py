@@ -188,10 +188,16 @@ def fake_model(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
 def test_command_writes_figures_settings_and_machine(
     fake_model: FakeEngine,
-    network: FeatureNetwork,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    def corner(images: np.ndarray) -> Extracted:
+        return Extracted(images[:, :2, :2].reshape(len(images), -1)[:, :8].astype(np.float32))
+
+    monkeypatch.setattr(quality, "FEATURES", 8)
+    monkeypatch.setattr(quality, "load_network",
+                        lambda _: FeatureNetwork("lite0", "FD-Lite0", 8, corner))  # fmt: skip
     path = tmp_path / "out.json"
     arguments = ["quality", "--samples", "32", "--steps", "3", "--guidance-scale", "1.5",
                  "--guidance-interval", "0.1", "2", "--guidance-channels", "all", "--allow-few",

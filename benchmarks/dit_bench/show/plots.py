@@ -158,7 +158,7 @@ def distance_figure(scaling: dict[str, Any]) -> Figure | None:
                       MARKERS[i % len(MARKERS)] + form, color=colour(i), ms=7,
                       mfc=None if form else "none", label=f"{name}, {steps} steps")  # fmt: skip
         for row in dits:
-            axes.annotate(row["case"], (row["gmacs"], row["distance"]), fontsize=8,
+            axes.annotate(row["case"][4:], (row["gmacs"], row["distance"]), fontsize=8,
                           textcoords="offset points", xytext=(6, 4))  # fmt: skip
     log_axes(axes, "x")
     axes.set_xlabel("multiply-adds of one forward, 10⁹ (the paper's Gflops)")

@@ -159,11 +159,6 @@ def output_width() -> int | None:
         return None
 
 
-def narrower_than(columns: int) -> bool:
-    width = output_width()
-    return width is not None and width < columns
-
-
 def fold(text: str, width: int | None = None) -> str:
     """``text`` with lines that are wider than the output continued on the next one, at a space."""
     width = width or output_width()

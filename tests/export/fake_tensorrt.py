@@ -7,6 +7,7 @@ address, shape or order of calls gives wrong numbers.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -28,6 +29,8 @@ class Logger:
 
 
 class FakeContext:
+    handle: weakref.ref[Handle]
+
     def __init__(self, engine: FakeEngine, strategy: int | None) -> None:
         self.engine, self.strategy = engine, strategy
         self.profile, self.executions = -1, 0
@@ -68,6 +71,16 @@ class FakeContext:
         return np.frombuffer(raw, dtype).reshape(shape)
 
 
+class Handle:
+    """What the caller has of a context, which real TensorRT destroys with it."""
+
+    def __init__(self, context: FakeContext) -> None:
+        self._context = context
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
 class FakeEngine:
     """dtypes: those of inputs that are not float32."""
 
@@ -85,9 +98,11 @@ class FakeEngine:
     def create_runtime_config(self) -> Any:
         return SimpleNamespace(cuda_graph_strategy=0)
 
-    def create_execution_context(self, config: Any = None) -> FakeContext:
+    def create_execution_context(self, config: Any = None) -> Handle:
         self.contexts.append(FakeContext(self, config and config.cuda_graph_strategy))
-        return self.contexts[-1]
+        handle = Handle(self.contexts[-1])
+        self.contexts[-1].handle = weakref.ref(handle)
+        return handle
 
 
 class FakeFlavour:
@@ -121,13 +136,19 @@ class FakeFlavour:
 
 
 class FakeMemory:
-    """Host memory for numpy arrays; a capture notes the context's work and replays it."""
+    """Host memory for numpy arrays; a capture notes the context's work and replays it.
+
+    As in CUDA, a captured graph does not keep the context whose memory it uses.
+    """
 
     captures = True
 
     def __init__(self, engine: FakeEngine) -> None:
         self.engine, self.stream, self.log = engine, id(self), []
-        self.current = nullcontext
+
+    def current(self) -> nullcontext[None]:
+        self.log.append("enter")
+        return nullcontext()
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         return np.full(shape, 77, dtype)
@@ -145,7 +166,13 @@ class FakeMemory:
         work(CAPTURING)
         context = self.engine.contexts[-1]
         self.log.append("capture")
-        return lambda: (self.log.append("replay"), context.run())[1]
+
+        def replay() -> None:
+            self.log.append("replay")
+            assert context.handle() is not None, "the graph's context is gone"
+            context.run()
+
+        return replay
 
     def synchronize(self) -> None:
         self.log.append("synchronize")

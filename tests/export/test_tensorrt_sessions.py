@@ -74,7 +74,9 @@ def test_a_step_is_captured_once_and_its_outputs_belong_to_the_caller(tmp_path: 
     run.run({"x": np.zeros((2, 3), np.float32), "k": np.ones(2, np.int64)})
     np.testing.assert_array_equal(first, scaled(inputs(2))["out"])
     check(run, 2)
-    assert memory.log == ["synchronize", "capture", "replay", "replay"]
+    assert memory.log == [
+        "enter", "synchronize", "capture", "enter", "replay", "enter", "replay",
+    ]  # fmt: skip
     # Other shapes have a context and a graph of their own, and leave the first ones alone.
     check(run, 5)
     check(run, 2)
@@ -89,7 +91,7 @@ def test_rtx_captures_by_itself(tmp_path: Path, graphs: bool, strategy: int | No
     run = Session(engine, memory, graphs)
     for _ in range(2):
         check(run, 3)
-    assert fake.contexts[0].strategy == strategy and memory.log == []
+    assert fake.contexts[0].strategy == strategy and memory.log == ["enter", "enter"]
     engine, fake = load(tmp_path)
     with pytest.raises(ValueError, match="captures no CUDA graphs: use graphs=False"):
         Session(engine, memory)

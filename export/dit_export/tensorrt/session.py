@@ -102,8 +102,10 @@ class LoadedEngine:
 
 @dataclass
 class _Prepared:
-    """The buffers of one set of input shapes, and what runs the engine on them."""
+    """The buffers of one set of input shapes, and what runs the engine on them. The context is kept
+    because a captured graph uses its memory, but does not keep it."""
 
+    context: Any
     inputs: dict[str, Any]
     outputs: dict[str, Any]
     launch: Callable[[], None]
@@ -157,6 +159,7 @@ class Session:
             engine.check(context.execute_async_v3(stream))
 
         prepared = _Prepared(
+            context,
             {name: buffers[name] for name in engine.inputs},
             {name: buffers[name] for name in engine.outputs},
             lambda: execute(memory.stream),

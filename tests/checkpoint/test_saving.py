@@ -77,24 +77,6 @@ def test_saving_over_an_earlier_model_keeps_its_card(tmp_path: Path) -> None:
     assert load_model(target).pos_embed.dtype == torch.float64
 
 
-def test_saving_refuses_to_replace_something_else(tmp_path: Path) -> None:
-    for name in ("other files", "a model and more", "other config"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "thesis.txt").write_text("years of work")
-    (tmp_path / "a file").write_text("thesis")
-    save_pretrained(tmp_path / "model", tiny_dit())
-    for name in ("a model and more", "other config"):
-        for path in (tmp_path / "model").iterdir():
-            (tmp_path / name / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "other config" / "config.json").write_text('{"_class_name": "BertModel"}')
-    (tmp_path / "other config" / "thesis.txt").unlink()
-    before = contents(tmp_path)
-    for name in ("other files", "a model and more", "other config", "a file"):
-        with pytest.raises(ValueError, match=rf"{name}.*nothing was written"):
-            save_pretrained(tmp_path / name, tiny_dit(1))
-        assert contents(tmp_path) == before
-
-
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("broken", ["write", "rename of the old", "rename of the new"])
 @pytest.mark.parametrize("earlier", [True, False])

@@ -52,16 +52,6 @@ def made(path: Path, mode: int = 0o700) -> Path:
     return path
 
 
-@pytest.mark.parametrize("umask", [0o022, 0])
-def test_what_is_made_is_for_this_user_alone(tmp_path: Path, umask: int) -> None:
-    before = os.umask(umask)
-    try:
-        path = private_directory(tmp_path / "a" / "b" / "c")
-    finally:
-        os.umask(before)
-    assert [mode(place) for place in (path, *path.parents[:2])] == [0o700] * 3
-
-
 def test_a_directory_that_others_may_write_in_is_refused(tmp_path: Path) -> None:
     path = made(tmp_path / "cache")
     for wrong in (0o770, 0o702, 0o1777):

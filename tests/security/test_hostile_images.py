@@ -14,12 +14,10 @@ import numpy as np
 import pytest
 from limits import linux, outcome
 from PIL import EpsImagePlugin, Image
-from tiny import NAMES, tiny_dit, tiny_vae
 from zeros import chunk, png, zlib_stream
 
 import dit_engine
 from dit_bench.quality.image_sets import open_set
-from dit_engine.checkpoint import save_pretrained
 from dit_engine.cli.generate import main
 from dit_engine.io import images
 from dit_engine.io.images import open_image, read_rgb
@@ -70,20 +68,6 @@ def test_no_picture_starts_a_program(
     with pytest.raises(OSError, match=r"."), Image.open(data) as image:
         image.load()
     assert ghostscript.exists()
-
-
-def test_no_resumed_picture_starts_a_program(
-    ghostscript: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model, out = tmp_path / "model", tmp_path / "out"
-    save_pretrained(model, tiny_dit(), tiny_vae(), NAMES)
-    options = ["--model", str(model), "--labels", "3", "4", "--seed", "3", "--steps", "2",
-               "-o", str(out)]  # fmt: skip
-    assert main(options) == 0
-    eps(min(out.iterdir()))
-    assert main(options) == 2
-    assert "is no image of this engine" in capsys.readouterr().err
-    assert not ghostscript.exists()
 
 
 def test_pictures_are_opened_at_one_place() -> None:

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from limits import linux, outcome, refused
@@ -40,7 +39,6 @@ EMBEDDING = "y_embedder.embedding_table.weight"
 
 CLAIMS = {
     "a row": torch.zeros(1, 128).expand(10_000_000, 128),
-    "a column": torch.zeros(1000, 1).expand(1000, 10**7),
     "overlapping": torch.zeros(40_000).as_strided((20_000, 20_000), (1, 1)),
 }
 
@@ -140,7 +138,6 @@ def test_shards_that_are_one_file(state: State, tmp_path: Path) -> None:
     refused(lambda: load_checkpoint(index), "holds no tensors that other shards lack")
 
 
-HUGE = 10**12
 NATIVE = {
     "depth": "the config's depth is",
     "hidden_size": r"x_embedder.proj.bias is \(48,\)|hidden_size=10+.* cannot be built",
@@ -161,7 +158,7 @@ DIFFUSERS = {
 }
 
 
-@pytest.mark.parametrize("value", [20_000, HUGE, 10**300])
+@pytest.mark.parametrize("value", [20_000, 10**300])
 @pytest.mark.parametrize("kind", ["native", "diffusers", "diffusion"])
 def test_configs_that_ask_for_more_than_their_file_holds(
     kind: str, value: int, tmp_path: Path
@@ -246,21 +243,6 @@ def test_levels_times_layers(state: State, tmp_path: Path) -> None:
         lambda: load_checkpoint(tmp_path / "m.safetensors", **options),
         "700 block_out_channels with layers_per_block 700 need",
     )
-
-
-def test_inception_weights_that_claim_more_than_they_have(tmp_path: Path) -> None:
-    from dit_bench.quality.inception import load_inception
-
-    torch.save({"w": torch.zeros(1).expand(2**32)}, tmp_path / "w.pth")
-    refused(lambda: load_inception(tmp_path / "w.pth"), "tensor 'w' of shape")
-
-
-def test_an_array_that_claims_more_than_it_has(tmp_path: Path) -> None:
-    np.save(tmp_path / "z.npy", np.zeros(4, np.float32))
-    data = (tmp_path / "z.npy").read_bytes()
-    claims = data.replace(b"(4,), }" + b" " * 9, b"(3000000000,), }")
-    (tmp_path / "z.npy").write_bytes(claims)
-    refused(lambda: read_tensor(tmp_path / "z.npy"), "z.npy")
 
 
 def test_names_of_accents() -> None:

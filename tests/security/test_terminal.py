@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -35,19 +36,13 @@ made_up = import_module("made_up")
 Main = Callable[[list[str]], int]
 
 ACTING = {
-    "\x1b]0;owned\x07": r"\x1b]0;owned\x07",
-    "a\rb\bc": r"a\rb\x08c",
+    "a\rb\bc \x1b]0;owned\x07": r"a\rb\x08c \x1b]0;owned\x07",
     "two\nlines\tof": r"two\nlines\tof",
-    "\x9b31m\x85\x7f\x00": r"\x9b31m\x85\x7f\x00",
-    "exe\u202egnp.\u2066\u200f\u061c": r"exe\u202egnp.\u2066\u200f\u061c",
-    "pay\u200bpal\ufeff\u2060\u00ad\u180e": r"pay\u200bpal\ufeff\u2060\xad\u180e",
-    "line\u2028paragraph\u2029": r"line\u2028paragraph\u2029",
+    "exe\u202egnp.": r"exe\u202egnp.",
     "joined\u200dwith\u200cnothing": r"joined\u200dwith\u200cnothing",
     "\u200d": r"\u200d",
-    "\U000e0041tag": r"\U000e0041tag",
     "name of bytes \udc9b": r"name of bytes \udc9b",
     "\u3164\u034f": r"\u3164\u034f",
-    "\ue000\U000fffff": r"\ue000\U000fffff",
 }
 HARMLESS = (
     "tench, Tinca tinca",
@@ -90,19 +85,14 @@ def test_messages_and_lines(capsys: pytest.CaptureFixture[str]) -> None:
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e[red]name\r"
 
 
-def harmless(capture: pytest.CaptureFixture[str], code: int, main: Main, *options: str) -> str:
-    """What a command prints; only newlines and the return of a bar may act on a terminal."""
+def shown_by(capture: pytest.CaptureFixture[str], code: int, main: Main, *options: object) -> str:
+    """What a command prints: names, escaped; only newlines and a bar's return act on a terminal."""
     capture.readouterr()
     assert main([*map(str, options)]) == code
     out, err = capture.readouterr()
     for text in (out, err.replace("\r", "").replace("\x1b[A", "")):
         assert all(printable(line) == line for line in text.split("\n")), ascii(text)
-    return out + err
-
-
-def shown_by(capture: pytest.CaptureFixture[str], code: int, main: Main, *options: str) -> str:
-    """Likewise, with names, escaped: a command that is silent about them shows nothing."""
-    told = harmless(capture, code, main, *options)
+    told = out + err
     assert r"x1b]0;owned\x07" in told.replace(r"\\", "\\"), told
     assert "[red]" in told or "…" in told  # and nothing is taken for markup
     return told
@@ -149,8 +139,25 @@ def key(path: Path) -> None:
     config_of(path / "config.json", **values, **{HOSTILE: 1})
 
 
-STATE = tiny_dit().state_dict()
-# What a stranger does to the directory of a model.
+def scheduler(path: Path) -> None:
+    path.rename(path.with_name("transformer"))
+    path.mkdir()
+    path.with_name("transformer").rename(path / "transformer")
+    config_of(path / "model_index.json", _class_name="DiTPipeline", scheduler=["diffusers", "x"])
+    config_of(path / "scheduler" / "scheduler_config.json", _class_name=HOSTILE)
+
+
+def pickled(path: Path, content: object) -> None:
+    """A checkpoint of this content, or of these instructions, in the place of the directory."""
+    shutil.rmtree(path)
+    if isinstance(content, bytes):
+        path.with_suffix(".pt").write_bytes(content)
+    else:
+        torch.save(content, path.with_suffix(".pt"))
+
+
+STATE = tiny_dit(hidden_size=64, num_heads=1).state_dict()
+# What a stranger does to a model.
 BAD_MODELS: dict[str, Callable[[Path], object]] = {
     "class": lambda path: config_of(path / "config.json", _class_name=HOSTILE),
     "pipeline": lambda path: config_of(path / "model_index.json", _class_name=HOSTILE),
@@ -161,69 +168,48 @@ BAD_MODELS: dict[str, Callable[[Path], object]] = {
     "header": lambda path: header(path / "model.safetensors", HOSTILE),
     "shard": shard,
     "files": lambda path: (path / "config.json").rename(path / HOSTILE),
+    "scheduler": scheduler,
+    "option": lambda path: pickled(
+        path, {"model": STATE, "args": {"model": f"SiT-XL/2 {HOSTILE}"}}
+    ),
+    "key of a pickle": lambda path: pickled(path, STATE | {HOSTILE: torch.zeros(3, 3)}),
+    # The name of a global, which pickles read as ASCII.
+    "global": lambda path: pickled(path, b"\x80\x02cos\n%b\n." % HOSTILE.encode("ascii", "ignore")),
 }
 
 
 @pytest.mark.parametrize("bad", BAD_MODELS)
-def test_what_a_models_files_say(
-    bad: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_pretrained(tmp_path / "model", tiny_dit())
-    BAD_MODELS[bad](tmp_path / "model")
-    options = ["--labels", "1", "-o", str(tmp_path / "a.png"), "--model"]
-    run = harmless if bad == "header" else shown_by  # the reader of safetensors may not quote it
-    run(capsys, 2, generate, *options, tmp_path / "model")
+def test_what_a_models_files_say(bad: str, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    save_pretrained(path, tiny_dit(hidden_size=64, num_heads=1))
+    BAD_MODELS[bad](path)
     with pytest.raises((ValueError, OSError)) as raised:
-        Engine.from_pretrained(tmp_path / "model")
-    assert str(raised.value).isprintable()
+        Engine.from_pretrained(path if path.exists() else path.with_suffix(".pt"))
+    told = str(raised.value)
+    assert told.isprintable()
+    if bad != "header":  # the reader of safetensors may not quote it
+        assert r"x1b]0;owned\x07" in told.replace(r"\\", "\\")
 
 
-def test_keys_of_pickles_and_options_of_a_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "a.pt"
-    options = ["--labels", "1", "-o", str(tmp_path / "a.png"), "--model", str(path)]
-    state = tiny_dit(hidden_size=64, num_heads=1).state_dict()
-    torch.save({"model": state, HOSTILE: 1, "args": {"model": f"SiT-XL/2 {HOSTILE}"}}, path)
-    shown_by(capsys, 2, generate, *options)
-    torch.save(state | {HOSTILE: torch.zeros(3, 3)}, path)
-    shown_by(capsys, 2, generate, *options)
-    name = HOSTILE.encode("ascii", "ignore")  # of a global, which pickles read as ASCII
-    path.write_bytes(b"\x80\x02cos\n" + name + b"\n.")
-    shown_by(capsys, 2, generate, *options)
-
-
-def test_a_scheduler_and_files_named_by_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / f"{HOSTILE} model"
-    save_pretrained(folder / "transformer", tiny_dit())
-    config_of(folder / "model_index.json", _class_name="DiTPipeline", scheduler=["diffusers", "x"])
-    scheduler = {"_class_name": "DDIMScheduler", HOSTILE: 1}
-    config_of(folder / "scheduler" / "scheduler_config.json", **scheduler)
-    options = ["--labels", "1", "--steps", "1", "--seed", "1"]
-    output = tmp_path / f"{HOSTILE}\nforged.safetensors"
+def test_notes_and_names_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, output = tmp_path / f"{HOSTILE} model", tmp_path / f"{HOSTILE}\nforged.safetensors"
+    save_pretrained(folder, tiny_dit())
+    scheduler(folder)
+    config_of(
+        folder / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler", **{HOSTILE: 1}
+    )
+    options = ["--labels", "1", "--steps", "1", "--seed", "1", "--model", folder, "-o", output]
     for _ in range(2):  # the second time it is replaced, with a note
-        told = shown_by(capsys, 0, generate, *options, "--model", folder, "-o", output)
+        told = shown_by(capsys, 0, generate, *options)
         assert r"\nforged" in told and "\nforged" not in told
-    scheduler["_class_name"] = HOSTILE
-    config_of(folder / "scheduler" / "scheduler_config.json", **scheduler)
-    shown_by(capsys, 2, generate, *options, "--model", folder, "-o", output)
 
 
 def test_what_a_picture_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    records = (
-        {"model": "builtin", "noise": "per-image", HOSTILE: 1},
-        {"model": "builtin", "noise": HOSTILE, "label": 1, "guidance_scale": 1.0},
-        {"model": "builtin", "noise": "per-image", "labels": [HOSTILE], "guidance_scale": 1.0},
-        {"model": HOSTILE, "noise": "per-image", "label": 1, "guidance_scale": 1.0},
-    )
-    for record in records:
-        info = PngInfo()
-        info.add_text("dit_engine", json.dumps(record))
-        Image.new("RGB", (64, 64)).save(tmp_path / "a.png", pnginfo=info)
-        options = ["--like", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")]
-        shown_by(capsys, 2, generate, *options)
+    info = PngInfo()
+    record = {"noise": "per-image", "label": 1, "guidance_scale": 1.0, "model": HOSTILE}
+    info.add_text("dit_engine", json.dumps(record))
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png", pnginfo=info)
+    shown_by(capsys, 2, generate, "--like", tmp_path / "a.png", "-o", tmp_path / "b.png")
 
 
 def test_reports_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

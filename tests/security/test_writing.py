@@ -9,15 +9,13 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import NAMES, tiny_dit, tiny_vae
 
-from dit_engine.checkpoint import save
 from dit_engine.io.directories import new_directory, scratch_beside
 from dit_engine.io.files import atomic_path, locked, save_tensors
 from dit_engine.training.log import add_row
@@ -114,24 +112,6 @@ def test_a_directory_of_many_files_that_is_exchanged(tmp_path: Path, begin: Begi
         files = sorted(path.name for path in new.rglob("*"))
     assert files == ["a.safetensors", "config.json", "vae"] and not only(tmp_path / "etc")
     assert begin is scratch_beside or (tmp_path / "model" / "config.json").read_text() == "new"
-
-
-@linux
-def test_a_model_that_is_saved_where_its_directory_is_exchanged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "etc").mkdir()
-    write = save.save_tensors
-
-    def late(*arguments: Any) -> None:
-        if not (tmp_path / "away").exists():
-            exchanged(tmp_path, tmp_path / "etc")
-        write(*arguments)
-
-    monkeypatch.setattr(save, "save_tensors", late)
-    save.save_pretrained(tmp_path / "model", tiny_dit(), tiny_vae(), label_names=NAMES)
-    assert not only(tmp_path / "etc") and (tmp_path / "model" / "labels.json").is_file()
-    assert not [f for f in (tmp_path / "model").rglob("*.*") if b"/proc/" in f.read_bytes()]
 
 
 def test_what_is_removed_is_not_sought_through_a_link(

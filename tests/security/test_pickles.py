@@ -212,6 +212,8 @@ def test_inception_weights(tmp_path: Path) -> None:
 
     write_archive(tmp_path / "w.pth", b"\x80\x02}" + text("x") + hexadecimal() + b"s.")
     refused(lambda: load_inception(tmp_path / "w.pth"), "_codecs.encode")
+    torch.save({"w": torch.zeros(1).expand(2**32)}, tmp_path / "w.pth")
+    refused(lambda: load_inception(tmp_path / "w.pth"), "tensor 'w' of shape")
 
 
 def entry(name: bytes, data: bytes, held: bytes, at: int) -> tuple[bytes, bytes]:

@@ -9,9 +9,9 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import tiny_dit
@@ -271,26 +271,22 @@ def usual(cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return usual
 
 
-def places() -> list[str]:
-    """The chosen directory, and what torch falls back to."""
-    modules: list[Callable[[], str]] = [
-        m.default_cache_dir for m in (cache_dir_utils, runtime_utils, codecache)
-    ]
+def places() -> set[str]:
+    """Where torch keeps what it compiled and its headers, and what it falls back to."""
+    modules: tuple[Any, ...] = (cache_dir_utils, runtime_utils, codecache)
     headers = str(Path(codecache._HEADER_LOCK_DIR).parents[1])
-    return [cache_dir_utils.cache_dir(), headers, *(default() for default in modules)]
+    return {headers, *(module.default_cache_dir() for module in modules)}
 
 
-def test_the_default_of_torch_is_replaced(
+def test_a_directory_that_the_user_chose_is_kept(
     tmp_path: Path, usual: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = str(tmp_path / "cache" / "inductor")
-    for _ in range(2):
-        use_private_cache()
-        assert {*places(), os.environ[COMPILED]} == {ours}
-    monkeypatch.setenv(COMPILED, str(tmp_path / "chosen"))  # by the user
+    ours, chosen = str(tmp_path / "cache" / "inductor"), str(tmp_path / "chosen")
     use_private_cache()
-    assert places() == [str(tmp_path / "chosen"), *[ours] * 4]
-    assert os.environ[COMPILED] == str(tmp_path / "chosen") and usual not in os.environ.values()
+    assert {*places(), os.environ[COMPILED]} == {ours} != {usual}
+    monkeypatch.setenv(COMPILED, chosen)
+    use_private_cache()
+    assert os.environ[COMPILED] == cache_dir_utils.cache_dir() == chosen and places() == {ours}
 
 
 @pytest.mark.usefixtures("usual")
@@ -303,13 +299,8 @@ def test_without_a_private_place_a_temporary_one_serves(
             use_private_cache()
     temporary = Path(os.environ[COMPILED])
     assert temporary.is_dir() and mode(temporary) == 0o700 and tmp_path not in temporary.parents
-    assert {*places()} == {str(temporary)} == {compiler_cache._temporary()}
-    for error in (PermissionError(13, "Permission denied"), ValueError("no home")):
-
-        def refuse(*_: str, error: Exception = error) -> Path:
-            raise error
-
-        monkeypatch.setattr(compiler_cache, "private_cache", refuse)
-        with pytest.warns(UserWarning, match=str(error.args[-1])):
-            use_private_cache()
-        assert mode(os.environ[COMPILED]) == 0o700
+    assert places() == {str(temporary)} == {compiler_cache._temporary()}
+    monkeypatch.setenv(VARIABLE, "~nobody-of-this-name/cache")  # nor is there a home
+    with pytest.warns(UserWarning, match="home"):
+        use_private_cache()
+    assert Path(os.environ[COMPILED]) == temporary

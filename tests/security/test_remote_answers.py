@@ -148,17 +148,14 @@ def test_the_stand_in_is_taken_for_a_server(server: Server) -> None:
 
 
 CONFIGURATIONS: list[tuple[Any, str | None]] = [
-    (b"", "cannot be read"), (b"<html>", "cannot be read"), (b"\xff", "cannot be read"),
-    (b"[" * 200_000, "cannot be read"), ([], "not an object"), (None, "not an object"),
-    ("text", "not an object"), ({}, "has no 'max_batch_size'"),
-    (config(max_batch_size=0), "takes no batches"), (config(max_batch_size="4"), "is str"),
+    (b"<html>", "cannot be read"), (b"\xff", "cannot be read"),
+    (b"[" * 200_000, "cannot be read"), (None, "not an object"),
+    ({}, "has no 'max_batch_size'"), (config(max_batch_size=0), "takes no batches"),
     (config(max_batch_size=True), "is bool"), (config(max_batch_size=-1), "is int, not count"),
-    (config(max_batch_size=1.5), "is float"), (config(parameters=[]), "is list"),
     (config(parameters=None), "is NoneType"), (config(parameters={"model": []}), "is list"),
     (parameter("checkpoint", 7), "is int, not text"), (parameter("checkpoint", "x"), "another"),
-    (parameter("model", "["), "not valid JSON"), (parameter("model", "[" * 99_999), "nested"),
-    (parameter("model", "NaN"), "not valid JSON"), (parameter("model", "\ud800"), None),
-    (parameter("dtype", "a\n\x1b[31mb"), "precision"),
+    (parameter("model", "[" * 99_999), "nested"), (parameter("model", "NaN"), "not valid JSON"),
+    (parameter("model", "\ud800"), None), (parameter("dtype", "a\n\x1b[31mb"), "precision"),
     (parameter("guided_channels", "-1"), "guided_channels '-1' of 4"),
     (parameter("guided_channels", "9" * 5000), "guided_channels"),
     (parameter("guided_channels", "three"), "guided_channels 'three' of 4"),
@@ -173,17 +170,12 @@ def test_configurations(server: Server) -> None:
 
 ANSWERS: list[tuple[Answer, str | None]] = [
     (output(shape=[1, 8, 8, 8], data=[0.0] * 512), r"\(1, 8, 8, 8\); .* \(2, 8, 8, 8\)"),
-    (output(shape=[2, 8, 64]), r"output as float32 \(2, 8, 64\); float32"),
-    (output(shape=[2, 8, 8, 9]), "cannot be read"), (output(shape=[]), "cannot be read"),
-    (output(shape="2888"), "cannot be read"),
+    (output(shape=[2, 8, 8, 9]), "cannot be read"), (output(shape="2888"), "cannot be read"),
     (output(shape=[10**30]), "cannot be read"), (output(datatype="FP64"), "as float64"),
-    (output(datatype="INT64", data=[1] * 1024), "as int64"),
-    (output(datatype="FP99"), "cannot be read|as float64"), (output(datatype=[]), "as float64"),
-    (output(data=None), "cannot be read|as "), (output(data="x"), "cannot be read"),
-    (output(data=[[1], [2, 3]]), "cannot be read"), (output(name="other"), "gave no output"),
-    (output(name=None), "gave no output"), (text({"outputs": {}}), "gave no output"),
-    (text({"outputs": [None]}), "cannot be read"), (text([]), "cannot be read"),
-    (text({}), "gave no output"), (text(b"[" * 200_000), "cannot be read"),
+    (output(datatype="FP99"), "cannot be read|as float64"), (output(name=None), "gave no output"),
+    (output(data=[[1], [2, 3]]), "cannot be read"), (output(data=None), "cannot be read|as "),
+    (text({"outputs": {}}), "gave no output"), (text({"outputs": [None]}), "cannot be read"),
+    (text([]), "cannot be read"), (text(b"[" * 200_000), "cannot be read"),
     (text(b"\xff\xfe"), "UTF-8"), (text(b""), "cannot be read"),
     (tensors(output=np.zeros((2, 8, 8, 8))), "as float64"),
     (tensors(output=np.zeros((1, 8, 8, 8), np.float32)), "as float32"),
@@ -196,7 +188,6 @@ ANSWERS: list[tuple[Answer, str | None]] = [
     ((500, {}, b'{"error": "two\\nlines \\u001b[31m"}'), r"two lines \\x1b\[31m"),
     ((500, {}, b"x" * 3_000_000), "x"), ((503, {}, b'{"error": {"a": []}}'), None),
     ((200, {"Content-Encoding": "deflate"}, zlib.compress(b" " * 10**7)), "is compressed"),
-    ((200, {"Content-Encoding": "gzip"}, b"no"), "is compressed"),
 ]  # fmt: skip
 
 

@@ -218,6 +218,14 @@ def test_results_are_the_callers_own_and_arguments_stay(steps: Steps) -> None:
         assert all(result.data_ptr() != own.data_ptr() for own in (*graph.results, graph.z))
 
 
+def test_a_graph_is_of_its_images_guidance_and_channels(steps: Steps) -> None:
+    keys = [(1, True, 3), (1, False, 3), (1, True, 4), (2, True, 3)]
+    made = [steps.graphed.graphs.of(*key) for key in keys]
+    assert [(g.rows, g.channels) for g in made] == [(2, 3), (1, 3), (2, 4), (4, 3)]
+    assert [steps.graphed.graphs.of(*key) for key in keys] == made
+    assert {g.graph.pool() for g in made} == {made[0].graph.pool()}
+
+
 def test_the_graph_unused_for_longest_is_dropped(steps: Steps) -> None:
     graphs = steps.graphed.graphs
     kept = graphs.of(1, False, 3)
@@ -257,6 +265,27 @@ def test_how_a_capture_is_begun(steps: Steps) -> None:
     assert second.graph.pool() == first.graph.pool()
     other = StepGraphs(steps.graphed.transformer).of(1, True, 3)
     assert other.graph.pool() != first.graph.pool()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_workspaces_are_cleared_right_before_and_after_each_capture(
+    steps: Steps, cuda: list[Any], monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """The first runs of the step, which fill the workspaces, come before; all is one turn."""
+    step = StepGraph._step
+
+    def logged(self: StepGraph) -> Any:
+        log(("step", None))
+        assert not (fails and Capture.underway.locked())
+        return step(self)
+
+    monkeypatch.setattr(StepGraph, "_step", logged)
+    with pytest.raises(AssertionError) if fails else nullcontext():
+        steps.graphed.graphs.of(1, True, 3)
+    expected = ["wait", "step", "step", "clear workspaces", "begin", "step", "end",
+                "clear workspaces", "record"]  # fmt: skip
+    assert [name for name, _ in cuda] == expected and gc.isenabled()
+    assert steps.graphed.graphs._turns.capture_stream.waited == [current_stream()]
 
 
 def test_copies_wait_for_the_replay_before_and_results_are_taken_before_the_next(

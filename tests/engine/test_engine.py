@@ -19,7 +19,9 @@ from dit_engine.backends import Backend, Denoiser, create_backend
 from dit_engine.backends.lean.backend import LeanDenoiser
 from dit_engine.backends.lean.vae import LeanDecoder
 from dit_engine.decode import LatentDecoder
+from dit_engine.sampling.noise import OfficialNoise
 from dit_engine.sampling.samplers import SAMPLERS
+from dit_engine.sampling.schedule import make_schedule
 from dit_engine.vae import AutoencoderKL
 
 FAST = {"steps": 4, "output": "latent"}
@@ -111,6 +113,31 @@ def test_official_noise_draws_as_the_reference(engine: Engine, scale: float, row
     official = engine.generate([1, 2, 3], seed=5, noise="official", **options).images
     assert torch.equal(given, official)
     assert not torch.equal(official, engine.generate([1, 2, 3], seed=5, **options).images)
+    noise = OfficialNoise(5, 3, scale != 1, (4, 8, 8), engine.device)
+    assert torch.equal(noise.start(), z)
+    assert torch.equal(noise(2), draws[2])  # the draws of steps 0 and 1 were not used
+
+
+def test_given_latents_leave_the_draws_of_the_steps_as_they_are(engine: Engine) -> None:
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    given = engine.generate([1], seed=5, latents=z, **FAST).images
+    assert torch.equal(given, engine.generate([1], seed=5, **FAST).images)
+
+
+def test_no_guidance_at_all_is_the_null_class(engine: Engine) -> None:
+    """Scale 0 of all channels; ddim does not use the variance, which is the label's own."""
+    options = FAST | {"seed": 5, "sampler": "ddim", "guidance_channels": None}
+    schedule, null = make_schedule(4), torch.tensor([10])
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+
+    def denoise(z: torch.Tensor, k: int) -> torch.Tensor:
+        return engine.model(z, torch.tensor([schedule.timesteps[k]]), null)
+
+    with torch.inference_mode():
+        expected = SAMPLERS["ddim"].function(denoise, z, schedule, lambda k: z)
+    for backend in ("eager", "lean"):
+        made = engine.generate([3], guidance_scale=0.0, backend=backend, **options).images
+        assert torch.allclose(made, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("backend", ["eager", "lean"])
@@ -156,6 +183,12 @@ def test_guidance_scales_of_every_part_of_a_split_batch(engine: Engine) -> None:
             alone = engine.generate([i], seeds=[seeds[i]], guidance_scale=scale, **options)
             assert torch.equal(made.images[i], alone.images[0])
         assert made.settings["guidance_scale"] == scales
+
+
+def test_noise_given_to_every_part_of_a_split_batch(engine: Engine) -> None:
+    given = {"latents": torch.randn(5, 4, 8, 8), "step_noise": torch.randn(4, 5, 4, 8, 8)}
+    split = tiny_engine(max_batch_size=2).generate(range(5), **given, **FAST).images
+    assert torch.equal(split, engine.generate(range(5), **given, **FAST).images)
 
 
 @pytest.mark.parametrize("backend", ["eager", "lean"])

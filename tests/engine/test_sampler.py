@@ -101,7 +101,7 @@ STEP_COUNTS = [1, 2, 20, 50]
 
 
 @pytest.mark.parametrize("steps", STEP_COUNTS)
-@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 6e-7), (torch.float32, 2e-6)])
 def test_ddim_is_diffusers(steps: int, eta: float, dtype: torch.dtype, tolerance: float) -> None:
     """diffusers computes ᾱ in float32, as a product of 1000 factors: its own error is 3e-7."""

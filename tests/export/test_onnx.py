@@ -171,6 +171,17 @@ def test_guided_channels_are_those_asked_for(fp32: Bundle) -> None:
             assert changed(lambda scale: module(X, X, X, T, y, scale, coefficients)[1]) == expected  # noqa: B023
 
 
+def test_a_scale_of_one_is_the_conditional_prediction_to_the_bit() -> None:
+    model = random_dit()
+    model.y_embedder.embedding_table.weight.data[10] = 1e30  # what is not guided does not read it
+    coefficients = torch.tensor([1.0, -0.5, 1, 0, 0, 0, 0, 0, 0]).expand(5, 9)
+    with torch.inference_mode():
+        eps = model(X, T, Y.clamp(max=9))[:, :4]
+        module = GuidedStep(model, 3)
+        _, x0 = module(X, X, X, T, Y.clamp(max=9), torch.ones(5), coefficients)
+    torch.testing.assert_close(x0, X - 0.5 * eps)
+
+
 @pytest.fixture
 def fp16() -> Bundle:
     return exported("fp16", "transformer", "vae_decoder", target="tensorrt")

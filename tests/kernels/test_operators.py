@@ -23,6 +23,7 @@ N, T, D = 2, 5, 48
 X, Y, GATE, SHIFT, SCALE = cases.row_inputs(N, T, D, torch.float32)
 IMAGES = cases.images((N, 8, 4, 4), torch.float32)
 WEIGHT, BIAS = random(2, 8, seed=3)
+PRODUCT = random(7, D), random(7)
 STEP = cases.step_inputs(N, 8, 2, True, True, torch.float32)
 LATENTS = STEP[1]
 CALLS: dict[str, tuple[Any, ...]] = {
@@ -127,6 +128,14 @@ def test_gradients_come_from_the_reference_and_are_never_dropped(name: str) -> N
     for impl in ("triton", "triton-tma", "native"):  # whether it could run here or not
         with pytest.raises(Unavailable, match=f"{name} has no backward pass there"):
             run(x, *rest, impl=impl)
+
+
+def test_references_compute_in_float32_inside_autocast() -> None:
+    calls = (dit_kernels.attention, CALLS["attention"]), (dit_kernels.linear, (X, *PRODUCT))
+    for run, arguments in calls:
+        expected = run(*arguments, impl="reference")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_same(run(*arguments, impl="reference"), expected)
 
 
 @ALL

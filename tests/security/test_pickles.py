@@ -80,6 +80,8 @@ QUANTIZED = called(
     b"K\x01\x85", b"(" + python("torch", "per_tensor_affine") + b"G" + bytes(8) + b"K\x00t",
     b"\x89", b"N",
 )  # fmt: skip
+_OLD = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+BEGINNING = b"".join(pickle.dumps(part, protocol=2) for part in _OLD)  # before torch 1.6
 PICKLES: dict[str, tuple[bytes, str]] = {
     "a text, encoded again and again": (hexadecimal(), "_codecs.encode"),
     "bytes by number": (called("builtins", "bytearray", whole(5 * 10**9)), "builtins.bytearray"),
@@ -177,8 +179,7 @@ def write_archive(path: Path, data: bytes, method: int = zipfile.ZIP_STORED) -> 
 def test_a_pickle_makes_nothing_larger_than_itself(case: str, tmp_path: Path) -> None:
     value, message = PICKLES[case]
     data, path = b"\x80\x02}" + text("x") + value + b"s.", tmp_path / "m.pt"
-    beginning = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
-    old = b"".join(pickle.dumps(part, protocol=2) for part in beginning) + data
+    old = BEGINNING + data
     refused(lambda: load_checkpoint(write_archive(path, data)), message)
     assert path.stat().st_size < 6_000_000
     if case != "lists":  # which takes seconds
@@ -205,6 +206,17 @@ def test_members_of_one_name(tmp_path: Path) -> None:
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr(name, b"\x80\x02}" + text("x") + hexadecimal() + b"s.")
         refused(lambda path=path: load_checkpoint(path), message)
+
+
+def test_tensors_larger_than_the_file(tmp_path: Path) -> None:
+    """Before torch 1.6 the pickle alone says how large a storage is, which torch then allocates."""
+    storage = STORAGE + whole(10**9) + b"NtQ"
+    shape = whole(10**9) + b"\x85"
+    value = called("torch._utils", "_rebuild_tensor_v2", storage, b"K\x00", shape, b"K\x01\x85",
+                   b"\x89", b"N")  # fmt: skip
+    path = tmp_path / "m.pt"
+    path.write_bytes(BEGINNING + b"\x80\x02}" + text("x") + value + b"s.")
+    refused(lambda: load_checkpoint(path), "its tensors take 4000000000 bytes")
 
 
 def test_inception_weights(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ DEMO_LABELS := clay critters cutouts landscape marbles moods open-peeps pixel-ar
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-quick server asan bench-cpu lint format train clean
+.PHONY: help demo test test-quick faults server asan bench-cpu lint format train clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,9 @@ test: $(VENV)/.test $(SERVER) ## run all tests, one worker per core; some: make 
 
 test-quick: $(VENV)/.test ## run the tests that need no server, no GPU and less than ten seconds each
 	$(PYTEST) -m "not slow and not server and not gpu" $(ARGS)
+
+faults: $(VENV)/.test ## plant small faults, one at a time, and see that the tests find each; an hour
+	$(BIN)/python tests/faults.py $(ARGS)
 
 server: $(SERVER) ## install a Triton Inference Server in .venv-server, for the tests and for trying
 	@test -n "$(SERVER)" || { echo "error: its wheel is for Linux on x86-64 with glibc 2.35 or later" \

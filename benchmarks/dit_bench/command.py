@@ -12,18 +12,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dit_bench.options import plan_of
-from dit_bench.outputs import check_folder, check_outputs, csv_text
+from dit_bench.outputs import check_folder, check_outputs, csv_text, json_text, write_text
 from dit_bench.progress import Progress
 from dit_bench.report import (
     Report,
-    json_text,
     new_report,
     partial_path,
     read,
     validate,
     write,
     write_partial,
-    write_text,
 )
 from dit_engine.console.output import STDOUT
 from dit_engine.io.printable import one_line, printable, say

@@ -1,15 +1,17 @@
-"""Where a run writes, and its rows as CSV."""
+"""What a run writes: text, JSON and CSV, each file whole or not there at all."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dit_bench.report import Report
-from dit_engine.console.output import STDOUT, check_destination, check_file
+from dit_engine.console.output import STDOUT, check_destination, check_file, write_stdout
+from dit_engine.io.files import atomic_path
 from dit_engine.io.printable import printable
 
 CSV_COLUMNS: tuple[str, ...] = (
@@ -46,7 +48,36 @@ def check_folder(path: Path | None) -> None:
     check_destination(path / "figures")  # a name without a suffix: a folder, made as needed
 
 
-def csv_text(report: Report) -> str:
+def write_text(text: str, path: Path | None) -> None:
+    """Write UTF-8 to ``path``, to standard output for "-", nowhere for None."""
+    if path == STDOUT:
+        write_stdout(text.encode())
+    elif path is not None:
+        with atomic_path(path) as partial:
+            partial.write_text(text, encoding="utf-8", newline="")
+
+
+def json_text(value: Any) -> str:
+    """JSON that is safe to print: characters that are not `printable` become JSON's escapes."""
+    lines = json.dumps(value, indent=1, ensure_ascii=False).split("\n")
+    shown = (line if printable(line) == line else _escaped(line) for line in lines)
+    return "\n".join(shown) + "\n"
+
+
+def _escaped(line: str) -> str:
+    return "".join(c if printable(c) == c else json.dumps(c)[1:-1] for c in line)
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None for every NaN and infinity in it, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def csv_text(report: dict[str, Any]) -> str:
     """One line per row; the quantiles are columns of their own.
 
     Text that a spreadsheet would read as a formula gets an apostrophe in front, as OWASP advises.

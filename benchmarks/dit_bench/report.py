@@ -25,16 +25,13 @@ hold anything, so it is printed through `dit_engine.io.printable`, and escaped i
 from __future__ import annotations
 
 import datetime
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dit_engine.console.output import STDOUT, write_stdout
-from dit_engine.io.files import atomic_path
+from dit_bench.outputs import finite, json_text, write_text
+from dit_engine.console.output import STDOUT
 from dit_engine.io.json_files import Schema, check_schema, read_json_value
-from dit_engine.io.printable import printable
 from dit_engine.io.provenance import without_paths
 
 VERSION = "dit-bench/3"
@@ -289,32 +286,3 @@ def write_partial(report: Report, path: Path | None, paths: bool = False) -> Non
 
 def partial_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
-
-
-def write_text(text: str, path: Path | None) -> None:
-    """Write UTF-8 to ``path``, to standard output for "-", nowhere for None."""
-    if path == STDOUT:
-        write_stdout(text.encode())
-    elif path is not None:
-        with atomic_path(path) as partial:
-            partial.write_text(text, encoding="utf-8", newline="")
-
-
-def json_text(value: Any) -> str:
-    """JSON that is safe to print: characters that are not `printable` become JSON's escapes."""
-    lines = json.dumps(value, indent=1, ensure_ascii=False).split("\n")
-    shown = (line if printable(line) == line else _escaped(line) for line in lines)
-    return "\n".join(shown) + "\n"
-
-
-def _escaped(line: str) -> str:
-    return "".join(c if printable(c) == c else json.dumps(c)[1:-1] for c in line)
-
-
-def finite(value: Any) -> Any:
-    """``value`` with None for every NaN and infinity in it, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

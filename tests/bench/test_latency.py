@@ -12,10 +12,10 @@ from dit_bench.ceilings import Ceilings
 from dit_bench.contenders import Contender
 from dit_bench.cost import decoder_record, model_record
 from dit_bench.speed import latency
+from dit_bench.speed.cast import contenders
 from dit_bench.speed.forward import Networks, Work
 from dit_bench.speed.generation import GenerationCheck
 from dit_bench.speed.latency import NOISE_BOUND, Task, Timer, noisy, shares, verdict
-from dit_bench.speed.models import Plan, contenders
 from dit_bench.timing import Spread
 
 CEILINGS = Ceilings(10.0, {"fp32": 0.1, "bf16": 1.0}, 1024, 256, {})
@@ -106,10 +106,9 @@ def test_who_takes_part(kind: str, names: list[str], flops: Any) -> None:
     work = Work(Networks(engine), 3)
     subject = ("lean", "int8")
     peers = (subject, ("eager", "bf16"), ("lean", "bf16"), ("unet", "bf16"), ("diffusers", "bf16"))
-    plan = Plan(("tiny",), subject, torch.device("cpu"), peers, steps=5)
     assert engine.vae is not None
     record = {"cost": model_record(engine.config), "decoder": decoder_record(engine.vae.config, 8)}
-    found = contenders(kind, work, plan, record, GenerationCheck(work, 5, "ddpm"))
+    found = contenders(kind, work, (subject, *peers), record, GenerationCheck(work, 5, "ddpm"))
     assert [c.name for c in found] == names and found[0].role == "subject"
     expected = flops(record["cost"]["total"]["flops"], record["decoder"]["flops"])
     assert found[0].flops == found[1].flops == expected

@@ -45,15 +45,13 @@ _INTERVAL_S = 0.002
 class MemoryWatch:
     """Watches the first building and the first call of one function.
 
-    Attributes:
-        built_mib: taken by building; peak_mib: the most in the first call, above before building.
-            None until then, and where the system does not tell.
+    record: "built_mib", taken by building, and "peak_mib", the most in the first call, above what
+        was taken before building; empty until then, and where the system does not tell.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.built_mib: float | None = None
-        self.peak_mib: float | None = None
+        self.record: dict[str, float] = {}
 
     def around(self, build: Callable[[], Callable[[], Any]]) -> Callable[[], Callable[[], Any]]:
         """``build`` under watch, and the first call of what it gives."""
@@ -64,31 +62,25 @@ class MemoryWatch:
             after = self._now()
             if before is None or after is None:
                 return function
-            self.built_mib = (after - before) / MIB
-            first = True
+            self.record["built_mib"] = round((after - before) / MIB, 1)
 
             def call() -> Any:
-                nonlocal first
-                if not first:
+                if "peak_mib" in self.record:
                     return function()
-                first = False
                 result, peak = self._peak_of(function)
-                self.peak_mib = (peak - before) / MIB
+                self.record["peak_mib"] = round((peak - before) / MIB, 1)
                 return result
 
             return call
 
         return watched
 
-    def record(self) -> dict[str, float]:
-        """What was seen, by name."""
-        values = {"built_mib": self.built_mib, "peak_mib": self.peak_mib}
-        return {name: round(value, 1) for name, value in values.items() if value is not None}
-
     def _now(self) -> int | None:
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
-        _give_back()
+        gc.collect()
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # glibc returns what is free to the system
         try:
             return resident_bytes()["total"]
         except OSError:
@@ -140,13 +132,6 @@ def resident_bytes(status: str | None = None) -> dict[str, int]:
         if key in ("VmRSS", "RssAnon")
     }
     return {"total": kib["VmRSS"] * 1024, "anonymous": kib["RssAnon"] * 1024}
-
-
-def _give_back() -> None:
-    """Free what no one uses any more, and let glibc, where it is, return it to the system."""
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def needed_bytes(config: ModelConfig, batch: int, dtype: torch.dtype) -> dict[str, int]:

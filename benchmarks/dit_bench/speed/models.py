@@ -17,20 +17,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_bench.ceilings import FP8, measure_ceilings
-from dit_bench.contenders import FORMS, LIBRARIES, Contender, Name, float_dtype, relative_error
-from dit_bench.cost import Cost, decoder_record, model_record, needed_weights
+from dit_bench.contenders import Name, float_dtype, relative_error
+from dit_bench.cost import decoder_record, model_record
 from dit_bench.load import OtherLoad
 from dit_bench.machine import load_average
 from dit_bench.progress import Progress
 from dit_bench.report import WORK, Report
-from dit_bench.speed.forward import Networks, Work, decoder_dtype
+from dit_bench.speed.cast import Part, contenders
+from dit_bench.speed.forward import Networks, Work
 from dit_bench.speed.generation import GenerationCheck
 from dit_bench.speed.latency import Task, Timer, shares
 from dit_bench.speed.memory import MemoryWatch
 from dit_bench.subjects import Subject, in_numerics, load_subject
 from dit_bench.timing import Budget
-from dit_bench.unet import NAME as UNET
-from dit_bench.unet import unet_cost
 from dit_engine.config import ModelConfig
 from dit_engine.engine import Engine
 from dit_engine.model import DiT
@@ -38,9 +37,6 @@ from dit_engine.runtime import limited_threads
 
 if TYPE_CHECKING:
     from dit_bench.quality.paired import SetComparison
-
-Part = tuple[str, Callable[[Work], Callable[[], Any]]]
-"""A part of a forward that is timed by itself: its name, and what builds it."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +187,7 @@ class _Model:
         plan = self.plan
         watch = MemoryWatch(plan.device) if kind == "forward" else None
         check = GenerationCheck(work, plan.steps, plan.sampler, self.progress.check)
-        found = contenders(kind, work, plan, record, check)
+        found = contenders(kind, work, (plan.subject, *plan.peers), record, check, plan.parts)
         task = Task(kind, plan.title or subject.name, work.images, found, None)
         if plan.budget is not None and plan.budget.left() <= 0:
             self.report["rows"] += [
@@ -225,14 +221,14 @@ class _Model:
 
     def _memory(self, watch: MemoryWatch) -> dict[str, float]:
         """The backend is built once; later numbers of images find it there."""
-        seen = watch.record()
-        if seen.keys() == {"built_mib", "peak_mib"}:
-            if self.built_mib is None:
-                self.built_mib = seen["built_mib"]
-            else:
-                seen["peak_mib"] += self.built_mib
-            seen["built_mib"] = self.built_mib
-        return seen
+        seen = watch.record
+        if "peak_mib" not in seen:
+            return {}
+        if self.built_mib is None:
+            self.built_mib = seen["built_mib"]
+        else:
+            seen["peak_mib"] += self.built_mib
+        return seen | {"built_mib": self.built_mib}
 
     def _parity(self, name: str, engine: Engine) -> None:
         from dit_bench.quality.parity import compare
@@ -245,73 +241,6 @@ class _Model:
         )  # fmt: skip
         self.keep()
         self.progress.check()
-
-
-def contenders(
-    kind: str, work: Work, plan: Plan, record: dict[str, Any], check: GenerationCheck
-) -> list[Contender]:
-    """Who takes part in one kind of work, the measured backend first, which is no peer too."""
-    pairs = [("subject", plan.subject)]
-    pairs += [("peer", pair) for pair in plan.peers if pair != plan.subject]
-    n, forward_flops = work.images, record["cost"]["total"]["flops"]
-    decoder_flops = record["decoder"]["flops"] if record["decoder"] else 0
-    if kind == "decode":
-        return _decoders(work, pairs, decoder_flops)
-    found: list[Contender] = []
-    for role, (name, precision) in pairs:
-        if name == "unet":
-            found += [_unet(work, precision)] if kind == "forward" else []
-            continue
-        title = f"{name} {precision}"
-        common = {
-            "flops": {"forward": n, "step": 2 * n}.get(kind, 0) * forward_flops,
-            "weight_bytes": needed_weights(work.engine.config) * _bytes(precision),
-        }
-        if kind == "forward":
-            run = partial(work.forward, name, precision)
-            found.append(Contender(title, role, precision, run, **common))
-        elif name in (*LIBRARIES, *FORMS):
-            continue
-        elif kind == "step":
-            run = partial(work.guided_step, name, precision)
-            found.append(Contender(title, role, precision, run, **common))
-        else:  # a whole generation, guided: two rows per image and step
-            run = partial(work.generation, name, precision, plan.steps, plan.sampler)
-            flops = n * (2 * plan.steps * forward_flops + decoder_flops)
-            found.append(Contender(title, role, precision, run, flops=flops,
-                                   check=partial(check, name, precision)))  # fmt: skip
-    if kind == "forward":
-        found += [Contender(name, "part", "bf16", partial(make, work), checked=False)
-                  for name, make in plan.parts]  # fmt: skip
-    return found
-
-
-def _decoders(work: Work, pairs: list[tuple[str, Name]], flops: int) -> list[Contender]:
-    """int8 and bf16 decode alike, and so do the compilers: the first stands for both."""
-    found: dict[str, Contender] = {}
-    for role, (name, precision) in pairs:
-        if name not in ("unet", *FORMS):
-            dtype = "fp32" if decoder_dtype(precision) == torch.float32 else "bf16"
-            run, title = partial(work.decode, name, precision), f"{name} {dtype}"
-            contender = Contender(title, role, dtype, run, flops=flops * work.images)
-            found.setdefault(title, contender)
-    return list(found.values())
-
-
-def _unet(work: Work, precision: str) -> Contender:
-    try:
-        cost = unet_cost()
-    except ImportError:  # said when it is built, as of every peer
-        cost = Cost()
-    return Contender(
-        f"{UNET} {precision}", "other network", precision, partial(work.forward, "unet", precision),
-        checked=False, flops=cost.flops * work.images,
-        weight_bytes=cost.parameters * float_dtype(precision).itemsize,
-    )  # fmt: skip
-
-
-def _bytes(precision: str) -> int:
-    return {"fp32": 4, "int8": 1, "fp8": 1}.get(precision, 2)
 
 
 def _describe(subject: Subject, config: ModelConfig) -> dict[str, Any]:

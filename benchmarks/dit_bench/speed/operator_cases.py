@@ -38,7 +38,7 @@ class Case:
             where the model has one in half precision would make an easy opponent.
         flops: of its matrix products, one multiply-add counted as two; 0 for memory-bound work.
         timed: timed after the check, or checked only.
-        values: (arguments, result) → tensors to compare; the result's own by default.
+        values: result → tensors to compare; the result's own by default.
         exact: (float64 arguments) → what ``values`` are compared with; ``reference`` by default.
     """
 
@@ -51,7 +51,7 @@ class Case:
     fusable: bool = True
     flops: int = 0
     timed: bool = False
-    values: Callable[[tuple[Any, ...], Any], tuple[Tensor, ...]] | None = None
+    values: Callable[[Any], tuple[Tensor, ...]] | None = None
     exact: Callable[..., Any] | None = None
 
 
@@ -72,49 +72,46 @@ def all_cases(device: torch.device) -> list[Case]:
         cases += block_cases(n, tokens, FAMILIES[name][1], FAMILIES[name][2], dtype)
     cases.append(_layernorm_modulate(2, t, d, bf16, modulation=fp32))
     cases += [_groupnorm(2, 64, 7, bf16), _groupnorm(1, 128, 13, fp32), _guided(3, 8, bf16, False)]
-    if device.type != "cuda":
-        cases = [case for case in cases if case.dtype != fp16]
-    return [case for case in cases if _fits(case, device)]
-
-
-def _fits(case: Case, device: torch.device) -> bool:
-    """fp8 is CUDA's alone, products of int8 are the CPU's."""
+    # fp8 is CUDA's alone; float16 and products of int8 are left to one of the two.
     if device.type == "cuda":
-        return case.operator != "linear_int8"
-    return case.operator != "linear_fp8" and not case.shape.endswith("to fp8")
+        return [case for case in cases if case.operator != "linear_int8"]
+    return [
+        case for case in cases if case.dtype != fp16 and case.operator != "linear_fp8"
+        and not case.shape.endswith("to fp8")
+    ]  # fmt: skip
 
 
 def block_cases(
     n: int, t: int, d: int, heads: int, dtype: torch.dtype, *, timed: bool = False
 ) -> list[Case]:
     """The operators of a DiT block, of width ``d``, and of the sampler's step."""
-    shape = f"N={n} T={t} D={d}"
-
-    def modulated(x_and_y: int, chunks: int) -> Inputs:
-        def inputs(device: torch.device) -> tuple[Any, ...]:
-            draw = _generator(device)
-            activations = [_normal((n, t, d), dtype, draw) for _ in range(x_and_y)]
-            views = _normal((n, 6 * d), dtype, draw).chunk(6, dim=1)[:chunks]
-            return (*activations, *views) if chunks == 1 else (*activations, *views, NORM_EPS)
-
-        return inputs
-
+    shape, x, vectors = f"N={n} T={t} D={d}", (n, t, d), (n, 6 * d)
     cases = [
         _layernorm_modulate(n, t, d, dtype, timed=timed),
-        Case("gate_residual_layernorm_modulate", shape, dtype, modulated(2, 3),
+        Case("gate_residual_layernorm_modulate", shape, dtype,
+             _drawn(lambda x, y, m: (x, y, *m.chunk(6, dim=1)[:3], NORM_EPS), dtype, x, x, vectors),
              reference.gate_residual_layernorm_modulate, _plain_gate_norm, timed=timed),
-        Case("gate_residual", shape, dtype, modulated(2, 1), reference.gate_residual,
-             lambda x, y, gate: x + gate.unsqueeze(1) * y, timed=timed),
+        Case("gate_residual", shape, dtype,
+             _drawn(lambda x, y, m: (x, y, m.chunk(6, dim=1)[0]), dtype, x, x, vectors),
+             reference.gate_residual, lambda x, y, gate: x + gate.unsqueeze(1) * y, timed=timed),
         Case("attention", f"N={n} T={t} H={heads} d={d // heads}", dtype,
-             lambda device: (_normal((n, t, 3 * d), dtype, _generator(device)), heads),
-             reference.attention, plain_attention, fusable=False,
-             flops=4 * n * t * t * d, timed=timed),
+             _drawn(lambda qkv: (qkv, heads), dtype, (n, t, 3 * d)), reference.attention,
+             plain_attention, fusable=False, flops=4 * n * t * t * d, timed=timed),
     ]  # fmt: skip
     for codes in (torch.int8, FP8):
+        quantize = reference.layernorm_modulate_quantize
         cases += [
-            _quantize(n, t, d, dtype, codes, timed),
-            _quantize_rows(n, t, d, dtype, codes, timed),
-        ]
+            # Against the norm itself and not its quantised form, where a tie may go either way.
+            Case("layernorm_modulate_quantize", f"{shape} to {NAMES[codes]}", dtype,
+                 _drawn(lambda x, m, c=codes: (x, *m.chunk(6, dim=1)[:2], NORM_EPS, c), dtype, x,
+                        vectors),
+                 quantize, quantize, timed=timed, values=_dequantized,
+                 exact=lambda x, shift, scale, eps, _: reference.layernorm_modulate(
+                     x, shift, scale, eps)),
+            Case("quantize_rows", f"{shape} to {NAMES[codes]}", dtype,
+                 _drawn(lambda x, c=codes: (x, c), dtype, x), reference.quantize_rows,
+                 reference.quantize_rows, timed=timed, values=_dequantized, exact=lambda x, _: x),
+        ]  # fmt: skip
     if timed:
         rows = n * t
         cases += [
@@ -143,20 +140,31 @@ def plain_attention(qkv: Tensor, num_heads: int) -> Tensor:
     return y.transpose(1, 2).reshape(n, t, width // 3)
 
 
+def _drawn(
+    arguments: Callable[..., tuple[Any, ...]], dtype: torch.dtype, *shapes: tuple[int, ...]
+) -> Inputs:
+    """Inputs that ``arguments`` makes of normal tensors of these shapes."""
+
+    def inputs(device: torch.device) -> tuple[Any, ...]:
+        draw = torch.Generator(device).manual_seed(0)
+        tensors = (torch.randn(shape, generator=draw, device=device) for shape in shapes)
+        return arguments(*(tensor.to(dtype) for tensor in tensors))
+
+    return inputs
+
+
 def _layernorm_modulate(
     n: int, t: int, d: int, dtype: torch.dtype, *,
     modulation: torch.dtype | None = None, timed: bool = False,
 ) -> Case:  # fmt: skip
-    def inputs(device: torch.device) -> tuple[Any, ...]:
-        draw = _generator(device)
-        x = _normal((n, t, d), dtype, draw)
-        shift, scale = _normal((n, 6 * d), modulation or dtype, draw).chunk(6, dim=1)[:2]
-        return x, shift, scale, NORM_EPS
-
     def plain(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
         normed = F.layer_norm(x, x.shape[-1:], eps=eps)
         return modulate(normed, shift.to(x.dtype), scale.to(x.dtype))
 
+    inputs = _drawn(
+        lambda x, m: (x, *m.to(modulation or dtype).chunk(6, dim=1)[:2], NORM_EPS), dtype,
+        (n, t, d), (n, 6 * d),
+    )  # fmt: skip
     shape = f"N={n} T={t} D={d}" + (" fp32 modulation" if modulation else "")
     definition = reference.layernorm_modulate
     return Case("layernorm_modulate", shape, dtype, inputs, definition, plain, timed=timed)
@@ -169,63 +177,22 @@ def _plain_gate_norm(
     return x, modulate(F.layer_norm(x, x.shape[-1:], eps=eps), shift, scale)
 
 
-def _quantize(
-    n: int, t: int, d: int, dtype: torch.dtype, codes: torch.dtype, timed: bool
-) -> Case:  # fmt: skip
-    def inputs(device: torch.device) -> tuple[Any, ...]:
-        draw = _generator(device)
-        shift, scale = _normal((n, 6 * d), dtype, draw).chunk(6, dim=1)[:2]
-        return _normal((n, t, d), dtype, draw), shift, scale, NORM_EPS, codes
-
-    # Against the norm itself and not its quantised form, where a tie may go either way.
-    return Case(
-        "layernorm_modulate_quantize",
-        f"N={n} T={t} D={d} to {NAMES[codes]}",
-        dtype,
-        inputs,
-        reference.layernorm_modulate_quantize,
-        reference.layernorm_modulate_quantize,
-        timed=timed,
-        values=_dequantized,
-        exact=lambda x, shift, scale, eps, _: reference.layernorm_modulate(x, shift, scale, eps),
-    )
-
-
-def _quantize_rows(
-    n: int, t: int, d: int, dtype: torch.dtype, codes: torch.dtype, timed: bool
-) -> Case:  # fmt: skip
-    return Case(
-        "quantize_rows",
-        f"N={n} T={t} D={d} to {NAMES[codes]}",
-        dtype,
-        lambda device: (_normal((n, t, d), dtype, _generator(device)), codes),
-        reference.quantize_rows,
-        reference.quantize_rows,
-        timed=timed,
-        values=_dequantized,
-        exact=lambda x, _: x,
-    )
-
-
-def _dequantized(_: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> tuple[Tensor]:
+def _dequantized(result: tuple[Tensor, Tensor]) -> tuple[Tensor]:
     codes, scales = result
     return (codes.double() * scales.double().unsqueeze(-1),)
 
 
 def _linear(operator: str, rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> Case:
-    def make(device: torch.device) -> tuple[Any, ...]:
-        draw = _generator(device)
-        weight = _normal((outputs, inputs), dtype, draw, std=inputs**-0.5)
-        return _normal((rows, inputs), dtype, draw), weight, _normal((outputs,), dtype, draw)
-
     def gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
-    shape = f"R={rows} {inputs}→{outputs}"
+    made = _drawn(
+        lambda weight, x, bias: (x, weight * inputs**-0.5, bias), dtype,
+        (outputs, inputs), (rows, inputs), (outputs,),
+    )  # fmt: skip
     plain = gelu if operator == "linear_gelu" else F.linear
-    flops = 2 * rows * inputs * outputs
-    definition = getattr(reference, operator)
-    return Case(operator, shape, dtype, make, definition, plain, False, flops, timed=True)
+    return Case(operator, f"R={rows} {inputs}→{outputs}", dtype, made, getattr(reference, operator),
+                plain, False, 2 * rows * inputs * outputs, timed=True)  # fmt: skip
 
 
 def _quantized_linear(
@@ -255,46 +222,29 @@ def _quantized_linear(
 def _groupnorm(
     n: int, channels: int, side: int, dtype: torch.dtype, *, timed: bool = False
 ) -> Case:
-    def inputs(device: torch.device) -> tuple[Any, ...]:
-        draw = _generator(device)
-        x = _normal((n, side, side, channels), dtype, draw).permute(0, 3, 1, 2)
-        weight, bias = (_normal((channels,), dtype, draw) for _ in range(2))
-        return x, 32, weight, bias, NORM_EPS
-
     def plain(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return F.silu(F.group_norm(x, groups, weight, bias, eps))
 
-    shape = f"N={n} C={channels} {side}x{side}"
-    return Case("groupnorm_silu", shape, dtype, inputs, reference.groupnorm_silu, plain,
-                timed=timed)  # fmt: skip
+    inputs = _drawn(
+        lambda x, weight, bias: (x.permute(0, 3, 1, 2), 32, weight, bias, NORM_EPS), dtype,
+        (n, side, side, channels), (channels,), (channels,),
+    )  # fmt: skip
+    return Case("groupnorm_silu", f"N={n} C={channels} {side}x{side}", dtype, inputs,
+                reference.groupnorm_silu, plain, timed=timed)  # fmt: skip
 
 
-def _guided(
-    n: int, side: int, dtype: torch.dtype, guided: bool, *, timed: bool = False
-) -> Case:  # fmt: skip
+def _guided(n: int, side: int, dtype: torch.dtype, guided: bool, *, timed: bool = False) -> Case:
     """``guided``: with guidance and a learned variance, or with neither."""
     p, c = 2, 4
+    rows, width = (2 * n, 2 * c * p * p) if guided else (n, c * p * p)
 
-    def inputs(device: torch.device) -> tuple[Any, ...]:
-        draw = _generator(device)
-        rows, width = (2 * n, 2 * c * p * p) if guided else (n, c * p * p)
-        tokens = _normal((rows, (side // p) ** 2, width), dtype, draw)
-        z, before, noise = (_normal((n, c, side, side), torch.float32, draw) for _ in range(3))
-        scales = torch.linspace(1, 4, n, device=device)  # the first image is at exactly 1
+    def arguments(tokens: Tensor, *latents: Tensor) -> tuple[Any, ...]:
+        z, before, noise = (each.float() for each in latents)
+        scales = torch.linspace(1, 4, n, device=z.device)  # the first image is at exactly 1
         numbers = [1.25, -0.75, 0.5, 0.375, 0.125, 0.25, -4.0, -3.0, 1.0]
-        return tokens, z, before, noise, scales, torch.tensor(numbers, device=device), 3, p
+        return tokens, z, before, noise, scales, torch.tensor(numbers, device=z.device), 3, p
 
+    inputs = _drawn(arguments, dtype, (rows, (side // p) ** 2, width), *[(n, c, side, side)] * 3)
     shape = f"N={n} S={side}" + (" guided, learned variance" if guided else "")
-    return Case("guided_step", shape, dtype, inputs, reference.guided_step,
-                reference.guided_step, timed=timed)  # fmt: skip
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(0)
-
-
-def _normal(
-    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, std: float = 1.0
-) -> Tensor:
-    drawn = torch.randn(shape, generator=generator, device=generator.device)
-    return (drawn * std).to(dtype)
+    return Case("guided_step", shape, dtype, inputs, reference.guided_step, reference.guided_step,
+                timed=timed)  # fmt: skip

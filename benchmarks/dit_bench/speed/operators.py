@@ -195,7 +195,7 @@ class Target:
     def errors(self, result: Any) -> list[float]:
         """`largest_error` of each output."""
         values = self.case.values
-        found = values(self.arguments, result) if values else tensors(result)
+        found = values(result) if values else tensors(result)
         return [largest_error(a, b) for a, b in zip(found, self.exact, strict=True)]
 
     def worst(self, run: Run) -> tuple[float, float]:
@@ -204,12 +204,17 @@ class Target:
         Memory that is likely to be handed out for the outputs is filled with NaN beforehand, so
         that an element never written shows; a race may show in one of the calls.
         """
-        ratios, errors = [], []
+        ratios, errors, same = [], [], tensors(self.same)
         for _ in range(2):
-            poison(tensors(self.same))
+            # All ones is NaN in every floating dtype.
+            filled = [
+                torch.full((t.nbytes,), 255, dtype=torch.uint8, device=t.device) for t in same
+            ]
+            del filled
             found = self.errors(run(*self.arguments))
             errors += found
-            ratios += [over(e, b) for e, b in zip(found, self.budgets, strict=True)]
+            ratios += [e / b if b else (0.0 if e == 0 else math.inf)
+                       for e, b in zip(found, self.budgets, strict=True)]  # fmt: skip
         return largest(ratios), largest(errors)
 
 
@@ -223,20 +228,6 @@ def largest_error(actual: Tensor, exact: Tensor) -> float:
     return (difference / exact.double().abs().max().clamp(min=1e-300)).item()
 
 
-def poison(outputs: Iterable[Tensor]) -> None:
-    """Fill and free memory of the outputs' sizes: all ones is NaN in every floating dtype."""
-    blocks = [
-        torch.full((t.numel() * t.element_size(),), 255, dtype=torch.uint8, device=t.device)
-        for t in outputs
-    ]
-    del blocks
-
-
-def over(error: float, budget: float) -> float:
-    """error / budget, where 0 / 0 is 0."""
-    return error / budget if budget else (0.0 if error == 0 else math.inf)
-
-
 def largest(values: Sequence[float]) -> float:
     """Their maximum; NaN if any is NaN, which Python's own max does not promise."""
     return math.nan if any(math.isnan(v) for v in values) else max(values)
@@ -245,7 +236,7 @@ def largest(values: Sequence[float]) -> float:
 def least_traffic(arguments: Iterable[Any], outputs: Iterable[Tensor]) -> int:
     """Bytes if every argument is read once and every output written once."""
     read = [a for a in arguments if isinstance(a, Tensor)]
-    return sum(t.numel() * t.element_size() for t in (*read, *outputs))
+    return sum(t.nbytes for t in (*read, *outputs))
 
 
 def tensors(result: Any) -> tuple[Tensor, ...]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import http.server
 import json
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -145,6 +147,18 @@ def test_the_stand_in_is_taken_for_a_server(server: Server) -> None:
     for answer in (tensors(output=expected), output(data=expected.ravel().tolist())):
         server.answers["infer"] = answer
         assert ask(server).tolist() == expected.tolist()
+
+
+def test_a_backend_that_is_no_longer_used_closes_its_connection(server: Server) -> None:
+    """At once: the garbage collector may come late, and in another thread."""
+    gc.disable()
+    try:
+        backend = server.backend()
+        client = weakref.ref(backend.server._own.client)
+        del backend
+        assert client() is None
+    finally:
+        gc.enable()
 
 
 CONFIGURATIONS: list[tuple[Any, str | None]] = [

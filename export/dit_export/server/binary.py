@@ -49,7 +49,8 @@ def find_server(given: Path | None = None) -> ServerBinary:
 
 
 def _of_environment(python: Path) -> ServerBinary:
-    """The server of the package nvidia-pytriton in the environment of the interpreter ``python``"""
+    """The server of the package nvidia-pytriton in the environment of the interpreter
+    ``python``."""
     probe = (
         "import sysconfig as s, sys; print(s.get_path('purelib'), s.get_config_var('LIBDIR'), "
         "'%d.%d' % sys.version_info[:2], sep='\\n')"

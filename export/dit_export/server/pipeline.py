@@ -123,7 +123,7 @@ def _text(name: str, value: Any) -> str:
 
 
 class Failed(Exception):
-    """An error that is not the client's mistake, such as another model of this server that fails"""
+    """An error that is not the client's mistake, such as that of another model of this server."""
 
 
 class TritonPythonModel:

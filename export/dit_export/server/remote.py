@@ -6,6 +6,7 @@ import io
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.client import HTTPException
 from importlib import import_module
 from ipaddress import ip_address
@@ -85,7 +86,7 @@ class RemoteServer:
         return [self._ask(lambda _, name=name: result.as_numpy(name)) for name in outputs]
 
     def error(self, reason: str) -> BackendUnavailable:
-        return BackendUnavailable(f"{self.address}: {reason}")
+        return _unavailable(self.address, reason)
 
     def _ask(self, question: Callable[[Any], T]) -> T:
         try:
@@ -116,9 +117,15 @@ class RemoteServer:
                 limits = {"channel_args": _DIRECT}
             client = self.module.InferenceServerClient(self.url, **limits)
             if self.protocol == "http":
-                client._client_stub = _Bounded(client._client_stub, self.error)
+                # Not self.error: the cycle would keep connections open after the last use.
+                error = partial(_unavailable, self.address)
+                client._client_stub = _Bounded(client._client_stub, error)
             self._own.client = client
         return self._own.client
+
+
+def _unavailable(address: str, reason: str) -> BackendUnavailable:
+    return BackendUnavailable(f"{address}: {reason}")
 
 
 class _Bounded:

@@ -276,8 +276,10 @@ class Engine:
         return plan.result(images)
 
     def plan(self, labels: int | str | Iterable[int | str], **options: Any) -> Plan:
-        """What `generate` would do with these arguments (all but ``callback``): nothing is run."""
-        origin, has_vae = self.sources | self.loading | self._facts, self.vae is not None
+        """What `generate` would do; nothing is run. ``options`` are all of its keywords except
+        ``callback``, and none of them has a default here."""
+        origin = copy.deepcopy(self.sources | self.loading | self._facts)  # results may be changed
+        has_vae = self.vae is not None
         return make_plan(labels, self.config, self.label_names, origin, has_vae, **options)
 
     def _backend(self, name: str, precision: str) -> Backend:

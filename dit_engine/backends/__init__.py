@@ -97,6 +97,13 @@ class Backend(Protocol):
         return None
 
 
+class _PrepareOnly(Backend):
+    """A backend that does not derive from `Backend` and has only `prepare`."""
+
+    def __init__(self, other: Backend) -> None:
+        self.prepare = other.prepare
+
+
 Factory = Callable[..., Backend]
 """(model, precision, device) → Backend, with ``address=`` where the name carried one."""
 
@@ -143,7 +150,9 @@ def create_backend(name: str, model: DiT, precision: str, device: torch.device) 
     options = {"address": address} if scheme else {}
     # Ours first: no other package takes over a name of ours.
     if kind not in _FACTORIES and (added := _added(kind)) is not None:
-        return added.load()(model, precision, device, **options)
+        made = added.load()(model, precision, device, **options)
+        whole = hasattr(made, "fuse") and hasattr(made, "decoder")
+        return made if whole else _PrepareOnly(made)
     if scheme:
         raise ValueError(f"backend {name!r}: {kind} takes no address")
     module, factory_name = _FACTORIES[kind]

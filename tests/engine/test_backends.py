@@ -6,28 +6,38 @@ from importlib.metadata import EntryPoint
 
 import pytest
 import torch
-from tiny import tiny_dit
+from tiny import tiny_dit, tiny_engine
 
 from dit_engine import backends
-from dit_engine.backends import create_backend, known_backends, resolve_backend
+from dit_engine.backends import Backend, create_backend, known_backends, resolve_backend
 from dit_engine.engine import Engine
 
 CPU = torch.device("cpu")
 
 
-class Remote:
+class Remote(Backend):
     def __init__(self, model, precision, device, address: str = "none") -> None:
         self.address, self.device = address, device
 
 
+class PrepareOnly:
+    """As other packages may write theirs: not derived from `Backend`."""
+
+    def __init__(self, model, precision, device) -> None:
+        self.prepare = create_backend("eager", model, precision, device).prepare
+
+
 @pytest.fixture
 def remote(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend "remote" that another package has registered."""
-    point = EntryPoint("remote", f"{__name__}:Remote", backends.ENTRY_POINTS)
+    """Backends that another package has registered."""
+    points = [
+        EntryPoint(name, f"{__name__}:{kind}", backends.ENTRY_POINTS)
+        for name, kind in (("plain", "PrepareOnly"), ("remote", "Remote"))
+    ]
 
     def entry_points(group: str, name: str | None = None) -> list[EntryPoint]:
         assert group == "dit_engine.backends"
-        return [point] if name in (None, "remote") else []
+        return [point for point in points if name in (None, point.name)]
 
     monkeypatch.setattr(backends, "entry_points", entry_points)
 
@@ -39,7 +49,7 @@ def test_names_stand_for_backends() -> None:
 
 @pytest.mark.usefixtures("remote")
 def test_an_entry_point_adds_a_backend_which_may_take_an_address() -> None:
-    assert known_backends() == ("auto", "eager", "compile", "lean", "remote")
+    assert known_backends() == ("auto", "eager", "compile", "lean", "plain", "remote")
     model = tiny_dit()
     assert create_backend("remote", model, "fp32", CPU).address == "none"
     assert create_backend("remote://host:80", model, "fp32", CPU).address == "host:80"
@@ -61,6 +71,13 @@ def test_a_backend_stays_on_the_gpu_that_was_current_when_it_was_made(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)  # as after set_device(0)
     assert engine.device == made.device == torch.device("cuda", 2)
     assert create_backend("remote", engine.model, "fp32", engine.device).device == engine.device
+
+
+@pytest.mark.usefixtures("remote")
+def test_a_backend_that_only_prepares_makes_the_same_images_as_one_with_the_defaults() -> None:
+    engine, options = tiny_engine(), {"steps": 2, "seed": 1, "output": "pt"}
+    made, expected = (engine.generate([1], backend=b, **options) for b in ("plain", "eager"))
+    assert torch.equal(made.images, expected.images)
 
 
 def test_every_batch_size_is_compiled_for_its_own_shapes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,14 +13,14 @@ struct Moments {
     double mean, squares;  // squares: Σ (x − mean)²
 };
 
-// Of a group of channels, from the sums about each channel's first value.
-Moments merge_channels(const float* first, const float* sum, const float* squares, int64_t channels,
+// Of a group of channels, from the sums about each channel's origin.
+Moments merge_channels(const float* origin, const float* sum, const float* squares, int64_t channels,
                        double pixels) {
     double mean = 0, within = 0, between = 0;
-    for (int64_t i = 0; i < channels; ++i) mean += first[i] + sum[i] / pixels;
+    for (int64_t i = 0; i < channels; ++i) mean += origin[i] + sum[i] / pixels;
     mean /= static_cast<double>(channels);
     for (int64_t i = 0; i < channels; ++i) {
-        const double offset = sum[i] / pixels, centre = first[i] + offset - mean;
+        const double offset = sum[i] / pixels, centre = origin[i] + offset - mean;
         within += squares[i] - sum[i] * offset;
         between += centre * centre;
     }
@@ -77,12 +77,12 @@ DIT_API int dit_groupnorm_silu(const void* x, const void* weight, const void* bi
     };
 
     each_piece([&](int64_t k, int64_t offset, int64_t count, int thread) {
-        float *first = scratch.data() + 3 * c * thread, *sum = first + c, *squares = sum + c;
-        table->moments[dtype](static_cast<const char*>(x) + offset, count, c, first, sum, squares);
+        float *origin = scratch.data() + 3 * c * thread, *sum = origin + c, *squares = sum + c;
+        table->moments[dtype](static_cast<const char*>(x) + offset, count, c, origin, sum, squares);
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t at = g * channels;
             moments.data()[k * groups + g] = merge_channels(
-                first + at, sum + at, squares + at, channels, static_cast<double>(count));
+                origin + at, sum + at, squares + at, channels, static_cast<double>(count));
         }
     });
 

@@ -5,11 +5,17 @@
 namespace dit {
 namespace {
 
+// Sums about an origin, because Σx² would cancel where the mean is far from 0. The origin is the mean
+// of a few pixels: a single one can lie several deviations from the mean, and then Σ(x − origin)² is
+// so many times the variance, and so is its rounding error.
 template <class T>
-void moments(const void* x, int64_t pixels, int64_t c, float* first, float* sum, float* squares) {
+void moments(const void* x, int64_t pixels, int64_t c, float* origin, float* sum, float* squares) {
     const T* pixel = static_cast<const T*>(x);
+    const int64_t few = pixels < 8 ? pixels : 8;
     sweep(c, [&](int64_t i, auto part, int) __attribute__((always_inline)) {
-        store(first + i, load(pixel + i, part), part);
+        Vec total = load(pixel + i, part);
+        for (int64_t k = 1; k < few; ++k) total = add(total, load(pixel + k * c + i, part));
+        store(origin + i, mul(total, set(1.0f / static_cast<float>(few))), part);
         store(sum + i, set(0), part);
         store(squares + i, set(0), part);
     });
@@ -20,10 +26,10 @@ void moments(const void* x, int64_t pixels, int64_t c, float* first, float* sum,
     for (int64_t begin = 0; begin < pixels; begin += step) {
         const int64_t end = begin + step < pixels ? begin + step : pixels;
         sweep(c, [&](int64_t i, auto part, int) __attribute__((always_inline)) {
-            const Vec origin = load(first + i, part);
+            const Vec about = load(origin + i, part);
             Vec total = load(sum + i, part), total_squares = load(squares + i, part);
             for (int64_t k = begin; k < end; ++k) {
-                const Vec v = sub(load(pixel + k * c + i, part), origin);
+                const Vec v = sub(load(pixel + k * c + i, part), about);
                 total = add(total, v);
                 total_squares = fma(v, v, total_squares);
             }

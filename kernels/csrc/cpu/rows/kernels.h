@@ -87,8 +87,8 @@ struct Kernels {
     void (*gelu[dtypes][dtypes])(const void* x, const float* bias, void* out, int64_t count);
     // [type of acc][type of out]; null where there is none
     void (*dequantize[dtypes + 1][dtypes])(const DequantizeArgs&, int64_t begin, int64_t end);
-    // For each channel of x (pixels, c): its first value, and Σ(x − first), Σ(x − first)².
-    void (*moments[dtypes])(const void* x, int64_t pixels, int64_t c, float* first, float* sum,
+    // For each channel of x (pixels, c): an origin near its mean, Σ(x − origin), Σ(x − origin)².
+    void (*moments[dtypes])(const void* x, int64_t pixels, int64_t c, float* origin, float* sum,
                             float* squares);
     // out = (x − mean) · factor + bias, then SiLU if asked.
     void (*normalize[dtypes])(const void* x, void* out, int64_t pixels, int64_t c,

@@ -194,14 +194,9 @@ def test_missing_and_extra_keys(tmp_path: Path) -> None:
         )
 
 
-def test_heads_that_are_given(tmp_path: Path) -> None:
-    torch.save(tiny_dit().state_dict(), tmp_path / "m.pt")
-    refused(tmp_path / "m.pt", "48 is not a multiple of num_heads 5", num_heads=5)
-    assert load_model(tmp_path / "m.pt", num_heads=4).config.num_heads == 4
-
-
 def test_directories_of_something_else(tmp_path: Path) -> None:
     torch.save(tiny_dit().state_dict(), tmp_path / "m.pt")
+    refused(tmp_path / "m.pt", "48 is not a multiple of num_heads 5", num_heads=5)
     folder = tmp_path / "x"
     folder.mkdir()
     (folder / ".cache").touch()
@@ -217,33 +212,27 @@ NUMBER = "is not a finite number above 0$"
 FILES: list[tuple[str, Any, str]] = [  # (file of a native directory, its content, the message)
     ("config.json", b'{"_class_name": "BertModel"}', "is of class 'BertModel'; known are DiT, "),
     ("config.json", b'{"model_type": "bert"}', "config.json is of class None"),
-    ("config.json", b'{"_class_name": ["DiT"]}', "config.json is of class"),
     ("config.json", b'{"_class_name": "DiT"', "config.json: not valid JSON"),
     ("config.json", b"[1]", "config.json: holds a list, not a JSON object"),
     ("config.json", b'{"_class_name": "DiT", "depth": 2}', "config key 'hidden_size' is missing"),
-    ("config.json", b"DiT-XL/2", "not valid JSON"),
     ("config.json", b"\xff\xfe\x00", "not valid JSON"),
     ("config.json", {"colour": 3}, "config key 'colour' is unknown"),
     ("config.json", {"depth": 3}, "the config's depth is 3, the file holds 2 blocks"),
-    ("config.json", {"depth": 10**12}, "the config's depth is 1000000000000"),
     ("config.json", {"num_heads": 7}, "hidden_size 48 is not a multiple of num_heads 7"),
     ("config.json", {"hidden_size": 96}, "wrong shapes: pos_embed is"),
-    ("config.json", {"hidden_size": 4 * 10**18}, "cannot be built|wrong shapes"),
     *(("config.json", {"mlp_ratio": value}, f"mlp_ratio {value!r} {NUMBER}")
-      for value in ("four", None, True, float("nan"), float("inf"), 0)),
-    ("config.json", {"mlp_ratio": 1e300}, "cannot be built|wrong shapes"),
+      for value in ("four", True, float("nan"), float("inf"), 0)),
     ("config.json", {"mlp_ratio": 10**30}, "cannot be built"),
     *(("config.json", {"mlp_norm_eps": value}, f"mlp_norm_eps {re.escape(repr(value))} {NUMBER}")
       for value in ("1e-6", False, [1e-06])),
-    ("config.json", {"learn_sigma": 1}, "learn_sigma 1 is neither True nor False$"),
     ("config.json", {"learn_sigma": "no"}, "learn_sigma 'no' is neither True nor False$"),
     ("config.json", {"numerics": "exact"}, "numerics 'exact': choose one of official, diffusers"),
     ("labels.json", b'["ant", "bee"]', "2 label names, 10 classes"),
     ("labels.json", b'{"0": "ant"}', "labels.json: not a list of names"),
-    ("labels.json", b"[1, 2]", "labels.json: not a list of names"),
     ("labels.json", b"[", "labels.json: not valid JSON"),
     ("model.safetensors", None, "holds no weights; model.safetensors or diffusion_pytorch_model"),
     ("model.safetensors.index.json", b"{}", "holds no weight_map"),
+    ("model.safetensors.index.json", b'{"weight_map": {"pos_embed": "gone.bin"}}', r"gone\.bin"),
     *(("model.safetensors.index.json", json.dumps({"weight_map": {"pos_embed": shard}}).encode(),
        "is not a file name") for shard in ("../m.safetensors", "/etc/passwd", "m.bin.index.json")),
 ]  # fmt: skip
@@ -258,33 +247,22 @@ def test_files_of_a_directory(native: Path, name: str, content: Any, message: st
         (native / "model.safetensors").unlink()
     if content is not None:
         path.write_bytes(content)
-    refused(native, message)
+    refused(native, message, FileNotFoundError if message.startswith("gone") else ValueError)
 
 
-def test_a_shard_that_is_missing(native: Path) -> None:
-    (native / "model.safetensors").unlink()
-    index = {"weight_map": {"pos_embed": "gone.bin"}}
-    (native / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(FileNotFoundError, match=r"gone\.bin"):
-        load_checkpoint(native)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_weights_that_are_not_finite(saved: Path, tmp_path: Path, value: float) -> None:
     for name, part in (("blocks.1.mlp.fc2.weight", 0), ("decoder.conv_out.weight", 1)):
         modules = tiny_dit(), tiny_vae()
         modules[part].get_parameter(name).data.view(-1)[3] = value
         save_pretrained(tmp_path / "m", *modules, NAMES)
         load_checkpoint(tmp_path / "m")  # only on request: it reads every weight
+        load_checkpoint(saved, check_finite=True)
         counts = "1 NaN and 0 infinite" if value != value else "0 NaN and 1 infinite"
         for load in (load_checkpoint, load_model)[: 2 - part]:
             with pytest.raises(ValueError, match=f"tensor '{name}' holds {counts} val") as caught:
                 load(tmp_path / "m", check_finite=True)
             assert "\n" not in str(caught.value)
-
-
-def test_finite_weights_pass(saved: Path) -> None:
-    load_checkpoint(saved, check_finite=True)
 
 
 @pytest.mark.parametrize("offline", [True, False])

@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import assert_close_to_reference, relative_error
+from numerics import assert_close_to_reference
 from pipelines import pipeline, transformer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dit_engine.checkpoint import load_checkpoint, load_model
 from dit_engine.checkpoint.convert import config_from_diffusers
-from dit_engine.engine import Engine
 from dit_engine.integrations.diffusers import DiTAdapter, accelerate
 from dit_engine.model import position_embedding
 
@@ -60,19 +59,11 @@ def test_transformer_directory_gives_the_same_outputs(
         assert_close_to_reference(ours(x, t, y), expected, tolerance=1e-10)
 
 
-def test_official_numerics_are_another_function(tmp_path: Path) -> None:
-    reference(norm_eps=1e-5).double().save_pretrained(tmp_path)
-    official, kept = load_model(tmp_path, numerics="official"), load_model(tmp_path)
-    assert (official.config.numerics, official.config.mlp_norm_eps) == ("official", 1e-6)
+def test_an_epsilon_that_the_config_leaves_out(tmp_path: Path) -> None:
+    reference().save_config(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     del values["norm_eps"]
-    assert config_from_diffusers(values).mlp_norm_eps == 1e-5  # their default
-    x, t, y = inputs()
-    with torch.no_grad():
-        at_zero = relative_error(official(x, t * 0, y), kept(x, t * 0, y))
-        elsewhere = relative_error(official(x, t, y), kept(x, t, y))
-    assert at_zero < 1e-4  # only the epsilon differs: every frequency meets t = 0
-    assert elsewhere > 1e-2
+    assert config_from_diffusers(values).mlp_norm_eps == 1e-5
 
 
 def test_positions(tmp_path: Path) -> None:
@@ -124,9 +115,7 @@ def test_embedders_that_differ_between_blocks_are_refused(tmp_path: Path) -> Non
         ({"norm_type": "ada_norm_single"}, "norm_type is 'ada_norm_single'; a DiT has"),
         ({"activation_fn": "geglu"}, "activation_fn is 'geglu'"),
         ({"attention_bias": False}, "attention_bias is False"),
-        ({"out_channels": 5}, "out_channels 5 is neither in_channels 4"),
         ({"num_attention_heads": "2"}, "num_attention_heads '2' is not a positive integer"),
-        ({"num_layers": 10**12}, "depth is 1000000000000, the file holds 3 blocks"),
         ({"num_embeds_ada_norm": None}, "num_classes None is not a positive integer"),
         ({"sample_size": 9}, "input_size 9 is not a multiple of patch_size 2"),
     ],
@@ -177,32 +166,6 @@ def images_of(pipe: Any, steps: int, guidance_scale: float = 4.0) -> Any:
     ).images  # fmt: skip
 
 
-def test_the_engine_makes_the_pipelines_images(tmp_path: Path) -> None:
-    """DiTPipeline is ddim with "leading" spacing and guidance on every channel of epsilon."""
-    pipe, steps = pipeline(), 7
-    pipe.save_pretrained(tmp_path)
-    latents: list[Tensor] = []
-    decode = pipe.vae.decode
-    pipe.vae.decode = lambda z: latents.append(z) or decode(z)
-    images = images_of(pipe, steps)
-
-    engine = Engine.from_pretrained(tmp_path, device="cpu")
-    assert engine.config.numerics == "diffusers"
-    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-
-    def run(output: str, spacing: str | None = "leading", channels: int | None = None) -> Tensor:
-        return engine.generate(
-            [3, 77], sampler="ddim", steps=steps, spacing=spacing, guidance_scale=4.0,
-            guidance_channels=channels, latents=z, backend="eager", output=output,
-        ).images  # fmt: skip
-
-    expected = latents[0] * pipe.vae.config.scaling_factor
-    assert_close_to_reference(run("latent"), expected, tolerance=1e-4)
-    assert_close_to_reference(run("pt").permute(0, 2, 3, 1), images, tolerance=1e-4)
-    assert relative_error(run("latent", spacing=None), expected) > 1e-2  # both matter
-    assert relative_error(run("latent", channels=3), expected) > 1e-2
-
-
 @pytest.mark.parametrize(
     ("guidance_scale", "dtype", "tolerance"),
     [(4.0, torch.float32, 1e-5), (1.0, torch.float32, 1e-5), (4.0, torch.bfloat16, 0.02)],
@@ -250,12 +213,6 @@ def test_an_accelerated_pipeline_is_saved(safe: bool, dtype: torch.dtype, tmp_pa
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
     assert load_model(tmp_path / "after").pos_embed.dtype == dtype
-    options = {"steps": 2, "seed": 1, "output": "pt"}
-    images = [
-        Engine.from_pretrained(tmp_path / name, device="cpu").generate(3, **options).images
-        for name in ("before", "after")
-    ]
-    assert torch.equal(*images)
 
 
 def test_an_accelerated_pipeline_is_taken_apart_and_copied(tmp_path: Path) -> None:

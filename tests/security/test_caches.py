@@ -274,8 +274,8 @@ def usual(cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def places() -> set[str]:
     """Where torch keeps what it compiled and its headers, and what it falls back to."""
     modules: tuple[Any, ...] = (cache_dir_utils, runtime_utils, codecache)
-    headers = str(Path(codecache._HEADER_LOCK_DIR).parents[1])
-    return {headers, *(module.default_cache_dir() for module in modules)}
+    headers = Path(codecache._HEADER_DIR).parent, Path(codecache._HEADER_LOCK_DIR).parents[1]
+    return {*map(str, headers), *(module.default_cache_dir() for module in modules)}
 
 
 def test_a_directory_that_the_user_chose_is_kept(

@@ -58,10 +58,8 @@ def squeezed() -> bytes:
 U1 = "'|u1'"
 SETS: dict[str, tuple[Callable[[], bytes], str]] = {
     "covariance": (lambda: statistics("sigma", "(16384, 16384)"), r"sigma is float64 \(16384"),
-    "mean": (lambda: statistics("mu", "(268435456,)"), "mu is float64"),
     "no dimension": (lambda: statistics("mu", "()", 128), r"mu is float64 \(\); floating"),
     "empty": (lambda: statistics("sigma", "(0, 0)", 128, "'<f4'"), r"sigma is float32 \(0, 0\)"),
-    "true": (lambda: zipped(member("arr_0", "(True, 2, 2, 3)", 12, U1)), "whole numbers"),
     "text": (lambda: statistics("mu", "()", dtype="'<U500000000'"), "mu is <U500000000"),
     "one image": (lambda: zipped(member("arr_0", "(1, 26000, 26000, 3)", 2 * GB, U1)),
                   "arr_0 is of 26000×26000 pixels; 6[0-9]{7} in all are allowed in a file of"),
@@ -75,11 +73,6 @@ SETS: dict[str, tuple[Callable[[], bytes], str]] = {
     "bzip2": (squeezed, "compressed by method 12"),
     "twice": (lambda: zipped(member("arr_0", "(1, 2, 2, 3)", 12, U1) * 2), "occurs 2 times"),
     "encrypted": (lambda: zipped(member("arr_0", "(1, 2, 2, 3)", 12, U1), flags=1), "encrypted"),
-    "object": (lambda: zipped(member("arr_0", "(1, 2, 2, 3)", 99, "'|O'")), "holds object"),
-    "record": (lambda: zipped(member("arr_0", "(1, 2, 2, 3)", 99, "[('a', '|u1')]")), "holds "),
-    "negative": (lambda: zipped(member("arr_0", "(-1, -2, 2, 3)", 12, U1)), "cannot hold"),
-    "dimensions": (lambda: zipped(member("arr_0", f"({'1, ' * 3000})", 12, U1)), "dimensions"),
-    "nested": (lambda: zipped(member("arr_0", "-" * 9000 + "1", 12, U1)), "is not an array"),
     "outside": (lambda: zipped(member("../../arr_0", "(1, 2, 2, 3)", 12, U1)), r"holds \.\./"),
     "names": (lambda: zipped(member("a" * 60000, "(1,)", 8) * 20), "holds a"),
 }  # fmt: skip
@@ -156,11 +149,14 @@ def with_header(header: bytes) -> Callable[[Path], object]:
 CLAIM = json.dumps({"z": {"dtype": "F32", "shape": [2**20, 2**12], "data_offsets": [0, 2**34]}})
 TENSORS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "claim": ("z.npy", with_header(npy_header("(99999, 4, 64, 64)", "'<f4'")), "cannot hold"),
-    "product": ("z.npy", with_header(npy_header("(99, 99, 99, 99)", "'<f4'")), "ends early"),
     "empty": ("z.npy", with_header(npy_header("(0, 4611686018427387904)", "'<f4'")), "cannot hold"),
     "no item": ("z.npy", with_header(npy_header("(99999999999,)", "'|S0'")), "holds |S0"),
     "true": ("z.npy", with_header(npy_header("(True, 4, 2, 2)", "'<f4'")), "whole numbers"),
     "nested": ("z.npy", with_header(npy_header("-" * 9000 + "1")), "is not an array"),
+    "object": ("z.npy", with_header(npy_header("(1, 4, 2, 2)", "'|O'")), "holds object"),
+    "record": ("z.npy", with_header(npy_header("(1, 2, 2, 3)", "[('a', '|u1')]")), "holds "),
+    "negative": ("z.npy", with_header(npy_header("(-1, -2, 2, 2)", "'<f4'")), "cannot hold"),
+    "dimensions": ("z.npy", with_header(npy_header(f"({'1, ' * 3000})", "'<f4'")), "dimensions"),
     "brackets": ("z.npy", with_header(npy_header("(" * 9000)), "is not an array"),
     "safetensors": ("z.safetensors", with_header(struct.pack("<Q", len(CLAIM)) + CLAIM.encode()),
                     "is not a .safetensors file"),

@@ -18,8 +18,8 @@ MIB, SECONDS = 300, 8
 
 
 def outcome(call: Callable[..., object], *arguments: object, mib: int = MIB) -> str:
-    """What ``call`` raises if it may have ``mib`` MiB more than this process, and eight seconds:
-    "ok" or "ValueError: …"."""
+    """What ``call`` raises if it may have ``mib`` MiB more than this process, and eight seconds
+    of a processor: "ok" or "ValueError: …"."""
     import resource
 
     reader, writer = os.pipe()
@@ -33,8 +33,9 @@ def outcome(call: Callable[..., object], *arguments: object, mib: int = MIB) -> 
             with open("/proc/self/statm") as file:  # noqa: PTH123
                 now = int(file.read().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (now + mib * 2**20,) * 2)
+            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(SECONDS)
+            signal.alarm(8 * SECONDS)  # for what waits; others may use the processors too
             call(*arguments)
             text = "ok"
         except BaseException as error:  # a failed test of the parent's must not go on here

@@ -57,7 +57,9 @@ def only(directory: Path) -> list[str]:
 
 
 def test_a_complete_repository(tmp_path: Path, bundle: Bundle) -> None:
-    path = write_repository(bundle, tmp_path / "repository", ServingOptions(max_batch_size=4))
+    numbers = {"instances": 2, "pipelines": 3, "queue_delay_us": 700, "queue_size": 9}
+    options = ServingOptions(max_batch_size=4, **numbers)
+    path = write_repository(bundle, tmp_path / "repository", options)
     assert only(tmp_path) == ["onnx", "repository"] and only(path) == FILES
     for model, graph in GRAPHS.items():
         assert only(path / model) == ["1", "config.pbtxt"]
@@ -66,14 +68,18 @@ def test_a_complete_repository(tmp_path: Path, bundle: Bundle) -> None:
         config = parsed(path, model)
         assert config.name == model and config.max_batch_size == 4
         assert config.platform == "onnxruntime_onnx"
-        assert [g.count for g in config.instance_group] == [1]
+        assert [g.count for g in config.instance_group] == [2]
         assert config.version_policy.latest.num_versions == 1
-        assert config.dynamic_batching.max_queue_delay_microseconds == 2000
+        assert config.dynamic_batching.max_queue_delay_microseconds == 700
         assert [w.batch_size for w in config.model_warmup] == [1, 4]
         (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
         assert accelerator.name == "cuda"
         expected = bundle.vae_checkpoint if model == "vae_decoder" else bundle.checkpoint
         assert config.parameters["checkpoint"].string_value == expected
+    config = parsed(path, "dit")
+    assert [g.count for g in config.instance_group] == [3] and config.max_batch_size == 4
+    assert config.dynamic_batching.max_queue_delay_microseconds == 3500
+    assert config.dynamic_batching.default_queue_policy.max_queue_size == 9
     assert Bundle.open(bundle.path)  # copied, not moved
     text = (path / "README.md").read_text()
     assert text.startswith("# DiT-2x48/2 on Triton Inference Server")

@@ -8,8 +8,6 @@ symmetric: a weight has one scale per output channel, an activation one scale pe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,17 +201,7 @@ def calibrate(model: DiT, images: int, steps: int) -> dict[str, float]:
     Raises ValueError for an activation that is not finite, which no scale can hold.
     """
     ranges: dict[str, float] = {}
-    with _watching(model, ranges):
-        trajectory(model, images, steps)
-    for name, value in ranges.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"calibration: the input of {name} reaches {value}")
-    assert len(ranges) == len(LINEARS) * model.config.depth
-    return ranges
 
-
-@contextmanager
-def _watching(model: DiT, ranges: dict[str, float]) -> Iterator[None]:
     def watch(name: str):
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             low, high = inputs[0].aminmax()
@@ -225,7 +213,12 @@ def _watching(model: DiT, ranges: dict[str, float]) -> Iterator[None]:
     layers = [(name, m) for name, m in model.named_modules() if name.endswith(LINEARS)]
     hooks = [module.register_forward_pre_hook(watch(name)) for name, module in layers]
     try:
-        yield
+        trajectory(model, images, steps)
     finally:
         for hook in hooks:
             hook.remove()
+    for name, value in ranges.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"calibration: the input of {name} reaches {value}")
+    assert len(ranges) == len(LINEARS) * model.config.depth
+    return ranges

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,13 @@ def test_what_may_be_replaced(tmp_path: Path, bundle: Bundle) -> None:
     write_repository(bundle, path, ServingOptions(max_batch_size=2), overwrite=True)
     assert parsed(path, "dit").max_batch_size == 2
     marker = json.loads((path / MARKER).read_text())
+    old = "dit/1/dit_export/triton/pipeline.py"  # where an earlier release had that module
+    (path / old).parent.mkdir()
+    (path / old).write_text("the loop")
+    listed = marker["files"] | {old: sha256(b"the loop").hexdigest()}
+    (path / MARKER).write_text(json.dumps(marker | {"files": listed}))
+    write_repository(bundle, path, overwrite=True)
+    assert not (path / old).parent.exists() and only(path) == FILES
     (path / MARKER).write_text(json.dumps(marker | {"files": 5}))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("years")

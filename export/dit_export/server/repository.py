@@ -35,7 +35,7 @@ from dit_export.server.configuration import (
     pipeline_config,
 )
 from dit_export.server.readme import readme
-from dit_export.server.sources import LOOP, LOOP_ENTRY, packages, source_of, write_text
+from dit_export.server.sources import EARLIER, LOOP, LOOP_ENTRY, packages, source_of, write_text
 from dit_export.targets import DTYPES, QUANTIZED
 
 MARKER = "repository.json"
@@ -278,5 +278,6 @@ def file_names() -> list[str]:
     """Every file that a repository may hold, except `MARKER`."""
     names = ["README.md", "client.py", "dit/config.pbtxt", "dit/1/model.py", "dit/1/pipeline.json"]
     names += [f"dit/1/{name}" for name in packages(LOOP)]
+    names += [f"dit/1/{module.replace('.', '/')}.py" for module in EARLIER]
     names += [f"{model}/config.pbtxt" for model in GRAPHS]
     return [*names, *ONNX_FILES, *WEIGHTS, *PLANS]

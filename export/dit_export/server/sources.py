@@ -22,6 +22,13 @@ LOOP = (
 )
 """The modules of the model "dit", which a repository holds as they are installed here. So the loop
 on the server is the engine's own. They need only numpy."""
+EARLIER = (
+    *("dit_engine.coefficients", "dit_engine.diffusion", "dit_engine.printable"),
+    *("dit_engine.schedule", "dit_export.triton.__init__", "dit_export.triton.origin"),
+    *("dit_export.triton.pipeline", "dit_export.triton.sampling"),
+    "dit_export.triton.torch_random",
+)
+"""The modules of repositories that were written when these had other names."""
 BACKEND = ("dit_engine.arguments", "dit_engine.io.printable", "dit_export.server.origin")
 """The modules beside `dit_export.server.onnxruntime_backend`. They need only numpy, too."""
 

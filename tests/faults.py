@@ -144,12 +144,12 @@ FAULTS = {
     "training/test_loop": {
         "EMA the wrong way round": "«1.0 -  → »decay)",
         "EMA not restored": '«average.copy_(state["ema"][name]) → pass»'},
-    "bench/test_frechet": {"covariance divided by N":
-        "self._scatter / «(self.count - 1) → self.count»"},
+    "bench/test_frechet": {
+        "covariance divided by N": "self._scatter / «(self.count - 1) → self.count»",
+        "a vector is its own neighbour": "topk(min(k« + 1 → », both.shape[1])"},
     "bench/test_compare": {"--compare without its noise bound":
         "if «low > old_high and  → »ratio > 1 + LEAST:"},
     "bench/test_timing": {"every round has the same order": "    «shuffle(order) → pass»\n"},
-    "bench/test_quality": {"a vector is its own neighbour": "topk(min(k« + 1 → », both.shape[1])"},
     "export/test_onnx": {
         "exported step guides scale 1":
             "«guided = torch.where(scale == 1, cond[:, :g], guided) → pass»",

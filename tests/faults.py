@@ -100,7 +100,9 @@ FAULTS = {
         "replay reads old modulations": "table.step(step, rows«, out=self._modulation[:rows] → »)",
         "replay of another number of rows":
             "«self._recordings.get(rows → next(iter(self._recordings.values()), None»)"},
+    "engine/test_copies": {"a copy needs a VAE": "if «module is not None and  → »any(p.is_inf"},
     "engine/test_cuda_graphs": {
+        "graphs share a workspace": "with «_own_workspaces(),  → »into:",
         "graph keeps old noise": "«                (self.noise, noise),\n → »",
         "graph's own memory given away": "return «after.clone(), x0.clone() → after, x0»"},
     "kernels/test_linear": {"signed codes taken as unsigned":

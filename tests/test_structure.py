@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 
 import dit_engine
@@ -201,3 +202,11 @@ def test_the_readmes_example_runs_and_is_in_the_help(
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
     assert (tmp_path / "planet.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_every_planted_fault_changes_a_line_that_is_there_and_names_its_tests() -> None:
+    for test, lines in faults.FAULTS.items():
+        assert (ROOT / "tests" / f"{test}.py").is_file(), test
+        for name, line in lines.items():
+            path, text = faults.planted(name, line)  # raises where the line is not there once
+            assert text != path.read_text(encoding="utf-8"), name

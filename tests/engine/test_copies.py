@@ -46,6 +46,11 @@ def test_a_copy_makes_the_same_images(
     assert np.array_equal(again.images, expected.images)
 
 
+def test_an_engine_without_a_vae_is_copied() -> None:
+    twin = pickled(tiny_engine(vae=False))
+    assert twin.vae is None and twin.generate(1, steps=1, seed=0).images.shape == (1, 4, 8, 8)
+
+
 def _generate(engine: Engine, results: Queue[Any]) -> None:
     results.put(engine.generate([3, 8], **OPTIONS).images)
 

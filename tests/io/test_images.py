@@ -88,14 +88,15 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, kind: str, mode: str) 
     assert all((got[..., c] == expected).all() for c in range(3))
 
 
-@pytest.mark.parametrize("values", [np.linspace(0, 1, 64), np.arange(64)])
-def test_pixels_without_a_known_range_are_refused(tmp_path: Path, values: np.ndarray) -> None:
-    kind = np.float32 if values.dtype.kind == "f" else np.int32
-    path = saved(tmp_path / "x.tif", values.astype(kind).reshape(8, 8))
-    with pytest.raises(
-        ValueError, match=r"x\.tif is not a readable image \(mode [IF]: signed, 32-bit"
-    ):
-        read_rgb(path)
+def test_pixels_without_a_known_range_are_refused(tmp_path: Path) -> None:
+    for kind in (np.float32, np.int32):
+        saved(tmp_path / f"{kind.__name__}.tif", np.arange(64).astype(kind).reshape(8, 8))
+    for bits in (8, 16):
+        tiff(tmp_path / f"{bits}.tif", "<", 2, bits, 1, bytes(bits // 2), signed=True)
+    for path in tmp_path.iterdir():
+        said = r"\.tif is not a readable image \(mode [ILF].*: signed, 32-bit"
+        with pytest.raises(ValueError, match=said):
+            read_rgb(path)
 
 
 @pytest.mark.parametrize("white", [0, 1])
@@ -115,13 +116,6 @@ def test_grey_tiffs_of_every_depth_with_white_at_either_end(
         return
     expected = [round(255 * v / most) if white else 255 - round(255 * v / most) for v in values]
     assert np.asarray(read_rgb(path))[..., 0].reshape(-1).tolist() == expected
-
-
-def test_signed_pixels_are_refused(tmp_path: Path) -> None:
-    for bits in (8, 16):
-        path = tiff(tmp_path / "x.tif", "<", 2, bits, 1, bytes(bits // 2), signed=True)
-        with pytest.raises(ValueError, match="signed, 32-bit and floating-point pixels have no"):
-            read_rgb(path)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])

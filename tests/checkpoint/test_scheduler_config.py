@@ -274,6 +274,15 @@ def test_the_diffusion_is_saved_and_recorded(directory: Path, tmp_path_factory: 
     assert "diffusion" not in load_model("builtin").config.to_dict()
 
 
+def test_the_spacing_where_a_file_names_none(directory: Path) -> None:
+    for kind in SAMPLERS:
+        usual = getattr(diffusers, kind)().config.timestep_spacing
+        path = directory / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps({"_class_name": kind}))
+        found = load_model(directory).config.diffusion
+        assert found == load_model(change(directory, timestep_spacing=usual)).config.diffusion
+
+
 def test_a_sampler_takes_no_more_steps_than_the_model_has(directory: Path) -> None:
     engine = Engine.from_pretrained(change(directory, num_train_timesteps=100), device="cpu")
     made = engine.generate([3], seed=0, output="latent")  # ddpm's usual count is 250

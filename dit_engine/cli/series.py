@@ -64,8 +64,11 @@ class Series:
         given = (self.options["latents"], self.options["step_noise"])
         if self.options["noise"] == "official" or any(noise is not None for noise in given):
             # Noise is drawn or given for all images at once, so all are made again.
+            own = {"seed": self.seeds[0], "seeds": None}
+            if self.options["noise"] != "official":
+                own = {"seed": None, "seeds": self.seeds}
             if self.missing:
-                yield list(range(len(self.whole))), self.options
+                yield list(range(len(self.whole))), self.options | own
             return
         scale, size = self.options["guidance_scale"], self.engine.max_batch_size
         each = isinstance(scale, Sequence) and len(scale) == len(self.whole)

@@ -130,6 +130,21 @@ def test_noise_of_all_images_at_once_is_taken_as_a_whole(
         assert json.loads(image.text["dit_engine"])["index"] == 4
 
 
+def test_random_seeds_beside_given_latents_are_recorded_as_they_were_drawn(
+    model: Path, tmp_path: Path
+) -> None:
+    generator = torch.Generator().manual_seed(9)
+    latents, out = tmp_path / "z.safetensors", tmp_path / "out"
+    save_file({"latents": torch.randn(2, 4, 8, 8, generator=generator)}, latents)
+    options = ("--latents", str(latents))  # ddpm draws the noise of the steps
+    assert run(model, out, *options, labels=("1", "2")) == 0
+    with Image.open(sorted(out.iterdir())[0]) as image:
+        seed = json.loads(image.text["dit_engine"])["seed"]
+    again = tmp_path / "again"
+    assert run(model, again, *options, "--seed", str(seed), labels=("1", "2")) == 0
+    assert contents(again) == contents(out)
+
+
 def test_all_labels_in_turn(model: Path, tmp_path: Path, calls: Calls) -> None:
     options = ["--model", str(model), "--steps", "1", "--device", "cpu", "-o", str(tmp_path)]
     assert main([*options, "--all-labels", "--repeat", "2", "--seed", "0"]) == 0

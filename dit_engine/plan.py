@@ -14,14 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_engine.arguments import (
-    choice,
-    dimensions,
-    real_number,
-    sequence,
-    shown,
-    whole_number,
-)
+from dit_engine.arguments import choice, dimensions, real_number, sequence, shown, whole_number
 from dit_engine.backends import PRECISIONS, resolve_backend
 from dit_engine.config import NO_NULL_CLASS, ModelConfig
 from dit_engine.labels import resolve_labels

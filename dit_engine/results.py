@@ -11,16 +11,18 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 from torch import Tensor
 
 from dit_engine.io.files import atomic_path, save_tensors
 from dit_engine.io.json_files import parse_json
 from dit_engine.io.printable import printable
+
+if TYPE_CHECKING:
+    from PIL.PngImagePlugin import PngInfo
 
 _CAPTION_HEIGHT = 14
 _MARGIN = 4
@@ -178,6 +180,8 @@ def sign(result: Generation) -> None:
 
 def png_text(record: dict[str, Any]) -> PngInfo:
     """One text chunk per setting, and all of them as JSON under "dit_engine"."""
+    from PIL.PngImagePlugin import PngInfo  # only here, since it takes 20 ms to import
+
     info = PngInfo()
     for key, value in record.items():
         text = value if isinstance(value, str) else json.dumps(value)
@@ -227,6 +231,8 @@ def make_sheet(
     images: Sequence[Image.Image], captions: Sequence[str], columns: int | None = None
 ) -> Image.Image:
     """Images of one size in a grid, each with its caption below."""
+    from PIL import ImageDraw
+
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     width, height = images[0].size
     scale = max(1, 128 // width)  # small images are shown enlarged, pixel by pixel

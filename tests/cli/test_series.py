@@ -138,7 +138,7 @@ def test_random_seeds_beside_given_latents_are_recorded_as_they_were_drawn(
     save_file({"latents": torch.randn(2, 4, 8, 8, generator=generator)}, latents)
     options = ("--latents", str(latents))  # ddpm draws the noise of the steps
     assert run(model, out, *options, labels=("1", "2")) == 0
-    with Image.open(sorted(out.iterdir())[0]) as image:
+    with Image.open(min(out.iterdir())) as image:
         seed = json.loads(image.text["dit_engine"])["seed"]
     again = tmp_path / "again"
     assert run(model, again, *options, "--seed", str(seed), labels=("1", "2")) == 0

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 from typing import Any
 
+import made_up
 import pytest
 
 from dit_bench.cli import main
 from dit_bench.report import read
 from dit_bench.show.blocks import bounds_table, speed_table
 from dit_bench.show.markdown import report_markdown, update_document
+from dit_bench.show.tables import Table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/builtin-quality.json"
@@ -39,8 +42,10 @@ def test_documents_show_the_committed_results() -> None:
     assert update_document(card, "quality", report_markdown(read(RESULTS))) == card
     ratios = {(r["ours"], r["theirs"]): r for r in cpu["ratios"] if r["case"] == "XL/2, batch 2"}
     median = ratios["lean bf16", "openvino bf16"]["ratio"]["median"]
-    (line,) = (line for line in text.splitlines() if "openvino bf16 | miss" in line)
-    assert f"| {median:.3f} (" in line
+    head, _, xl = text[text.index("|  | lean bf16, ms") :].splitlines()[:3]
+    assert xl.startswith("| XL/2, batch 2 ")
+    shown = dict(zip(head.split(" | "), xl.split(" | "), strict=True))
+    assert shown["lean bf16 ÷ openvino bf16"] == f"{median:.2f}"
     (xl,) = (line for line in readme.splitlines() if line.startswith("| DiT-XL/2"))
     assert f"| {ratios['lean bf16', 'openvino bf16']['theirs_ms']:.4g} |" in xl
 
@@ -91,6 +96,43 @@ def test_the_least_ratio_is_the_products_time_over_the_peers() -> None:
     other = operators | {"machine": cpu["machine"] | {"threads": 64}}
     with pytest.raises(ValueError, match="two machines"):
         bounds_table(cpu, other)
+
+
+def table_of(name: str, title: str) -> list[dict[str, str]]:
+    """The rows of the table of a report that follows the title, each by its columns' names."""
+    after = report_markdown(committed(name)).split(f"**{title}")[1].split("\n\n")[1]
+    head, _, *rows = [line[2:-2].split(" | ") for line in after.splitlines()]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_one_row_for_each_subject_with_its_precision() -> None:
+    rows = table_of("profile-amd-epyc", "Where the time of one forward goes")
+    subjects = [f"{m}, batch 2, lean {p}" for m in ("XL/2", "S/2") for p in ("bf16", "int8")]
+    assert [row["one forward"] for row in rows] == subjects
+    assert rows[1]["linears"] == "87.3%" and rows[1]["of it qkv"] == "22.2%"
+    busy = table_of("busy-amd-epyc", "Milliseconds, idle → beside busy programs")
+    assert len(busy) == 3 and busy[0]["openvino bf16"] == "7.652 → 12.07 (1.70)"
+    scaling = table_of("scaling", "FD-Lite0 against Gflops")
+    assert len(scaling) == 5 and scaling[-1]["FD-Lite0 after 3000 steps"] == "111.1"
+    paper = table_of("paper-models-cpu", "Medians of times")
+    assert len(paper) == 4 and paper[-1]["LDM-4 U-Net bf16 ÷ lean bf16"] == "1.26 (1.23–1.34)"
+
+
+def test_grids_say_what_failed_and_what_is_noisy() -> None:
+    report = made_up.report()
+    report["rows"][0]["noisy"] = True
+    shown = report_markdown(report | {"complete": False})
+    assert "skipped: no <such> processor" in html.unescape(shown)
+    assert "4, noisy" in shown and "INTERRUPTED" in shown
+    ratios = [{"case": "S/8", "ours": "a", "theirs": "b", "reason": "no b here"}]
+    assert "skipped: no b here" in report_markdown(report | {"ratios": ratios})
+
+
+def test_what_all_rows_share_joins_the_title() -> None:
+    table = Table("t", ["of", "N", "x"], rows=[["a", "9", "1"], ["b", "9", "2"]], notes=["--wide"])
+    assert table.markdown() == "**t** (N 9)\n\n| of | x |\n|---|---:|\n| a | 1 |\n| b | 2 |\n"
+    table.rows.pop()
+    assert "| a | 9 | 1 |" in table.markdown()
 
 
 def test_a_busy_machine_is_told_of() -> None:

@@ -130,25 +130,23 @@ def test_markdown_is_text() -> None:
 
 
 REPORTS = {
-    "cpu-amd-epyc.json": ("ratios", 0, "case"),
-    "builtin-quality.json": ("rows", 0, "metric"),
-    "operators-cpu-amd-epyc.json": ("machine", "cpu"),
-    "paper-models-cpu.json": ("machine", "cpu"),
-    "parity-builtin.json": ("rows", 0, "model"),
-    "scaling.json": ("settings", "metric"),
+    "cpu-amd-epyc.json": "XL/2, batch 2",
+    "builtin-quality.json": "FD-Lite0",
+    "operators-cpu-amd-epyc.json": "AMD EPYC",
+    "paper-models-cpu.json": "AMD EPYC",
+    "parity-builtin.json": "builtin",
+    "scaling.json": "FD-Lite0",
 }
 
 
 @pytest.mark.parametrize("name", REPORTS)
 def test_tables_of_documents(name: str) -> None:
     """A hostile report changes only the text of cells: tables and blocks stay complete."""
-    report = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    text = (RESULTS / name).read_text(encoding="utf-8")
+    report = json.loads(text)
     block, before = report["kind"], report_markdown(report)
-    *places, last = REPORTS[name]
-    at = report
-    for place in places:
-        at = at[place]
-    at[last] = f"{BREAKS}\n<!-- /{block} -->\n| a | b |\n```"
+    hostile = f"{BREAKS}\n<!-- /{block} -->\n| a | b |\n```"
+    report = json.loads(text.replace(json.dumps(REPORTS[name]), json.dumps(hostile)))
     after = report_markdown(report)
     assert "onerror" in after and after.count("\n") == before.count("\n")
     assert "<" not in after and not re.search(r"\]\(|(?<!\\)```", after)

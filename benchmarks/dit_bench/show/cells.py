@@ -72,3 +72,22 @@ def table_of(
         table.add(*([""] * grouped if first == last else first), *cells[grouped:])
         last = first
     return table
+
+
+def grid(
+    title: str,
+    rows: Iterable[Row],
+    subject: Mapping[str, Cell],
+    cells: Callable[[Row], Mapping[str, object]],
+    *notes: str,
+    short: Sequence[str] = (),
+) -> Table:
+    """One row for each subject, with a column for each name among the ``cells`` of its rows."""
+    found: dict[tuple[object, ...], dict[str, object]] = {}
+    for row in rows:
+        found.setdefault(tuple(cell(row) for cell in subject.values()), {}).update(cells(row))
+    columns = list(dict.fromkeys(name for line in found.values() for name in line))
+    table = Table(title, [*subject, *columns], notes=list(notes), short=short)
+    for first, line in found.items():
+        table.add(*first, *(line.get(name, DASH) for name in columns))
+    return table

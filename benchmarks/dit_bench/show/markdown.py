@@ -16,6 +16,7 @@ from dit_bench.load import warning
 from dit_bench.report import WORK, Report, read
 from dit_bench.show.blocks import bounds_table, speed_table
 from dit_bench.show.reports import report_tables
+from dit_bench.show.speed_tables import ratio_grid, times_grid
 from dit_engine.io.files import atomic_path
 from dit_engine.io.printable import markdown_text
 
@@ -24,21 +25,39 @@ def report_markdown(report: Report) -> str:
     """The tables of a report, and what they were measured with. All of its text is escaped."""
     machine, settings = report["machine"], report["settings"]
     where = machine["gpu"] if machine["device"].startswith("cuda") else machine["cpu"]
-    # Without hashes and what is no single value; the JSON has everything.
-    used = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items()
-            if isinstance(v, str | int | float) and len(str(v)) < 64]  # fmt: skip
-    known = [f"{name} {version}" for name, version in machine["versions"].items() if version]
+    used = [text for key, setting in settings.items() if (text := _setting(key, setting))]
+    contenders = " ".join(row["contender"] for row in report["rows"])
+    known = [f"{name} {version}" for name, version in machine["versions"].items()
+             if version and (name in ("torch", "diffusers") or name in contenders)]  # fmt: skip
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
     note = f"Measured on {where}, {threads}, with {', '.join(known)}"
     notes = [f"{note}: {', '.join(used)}." if used else f"{note}."]
     if (busy := warning(report)) is not None:
         notes.append(f"{busy} Measure again before relying on them.")
-    if report.get("ratios"):  # they are of the times, which stay in the JSON
-        report = report | {"rows": [r for r in report["rows"] if r["section"] not in WORK]}
-    _, *tables = report_tables(report | {"models": []})  # the first one describes the machine
+    work = [row for row in report["rows"] if row["section"] in WORK]
+    others = [row for row in report["rows"] if row["section"] not in WORK]
+    rest = report | {"rows": others, "models": [], "ratios": [], "complete": True}
+    _, *tables = report_tables(rest)  # the first one describes the machine
+    if report.get("ratios"):  # they are of the times
+        tables.insert(0, ratio_grid(report["ratios"]))
+    elif work:
+        tables.insert(0, times_grid(work))
+    if not report["complete"]:
+        notes.append("INTERRUPTED: what is missing above was not measured.")
     if not tables:
         raise ValueError("the report has no measurement: nothing to show")
     return "\n".join([*(table.markdown() for table in tables), *map(markdown_text, notes), ""])
+
+
+def _setting(key: str, setting: object) -> str:
+    """A setting as text; empty for hashes and for what is no number or word: the JSON has all."""
+    if isinstance(setting, float):
+        text = f"{setting:g}"
+    elif isinstance(setting, list) and all(isinstance(one, float) for one in setting):
+        text = "–".join(f"{one:g}" for one in setting)
+    else:
+        text = str(setting) if isinstance(setting, str | int) else ""
+    return f"{key.replace('_', ' ')} {text}" if 0 < len(text) < 64 else ""
 
 
 def update_document(text: str, block: str, table: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from dit_bench.quality.paired import LEAST_RESAMPLES
 from dit_bench.report import Report, Row
-from dit_bench.show.cells import Cell, Maker, table_of, value, verdict
+from dit_bench.show.cells import Cell, Maker, grid, table_of, value, verdict
 from dit_bench.show.tables import DASH, Table
 
 _SETS_OF = {
@@ -74,7 +74,7 @@ def sets_table(report: Report, rows: Iterable[Row]) -> Table:
     columns: dict[str, Cell] = {
         "model": value("model"), "backend": value("contender"), "distance": value("sets.metric"),
         "N": value("sets.n"), "to eager's": value("sets.between", ".4g"),
-        "reference": value("sets.reference"), "its N": value("sets", reference_count),
+        "reference": value("sets.reference"), "reference N": value("sets", reference_count),
         "to reference": value("sets.to_reference", ".4f"),
         "eager's to it": value("sets.eager_to_reference", ".4f"),
         "|Δ|": value("sets.absolute_difference.value", ".3g"),
@@ -105,7 +105,7 @@ def distance_table(report: Report, rows: Iterable[Row]) -> Table:
 
     columns: dict[str, Cell] = {
         "of": lambda r: _SETS_OF.get(r["case"], r["case"]), "figure": value("metric"),
-        "value": value("distance", figure), "N": count("n"), "its N": count("n_reference"),
+        "value": value("distance", figure), "N": count("n"), "reference N": count("n_reference"),
         "": remark,
     }  # fmt: skip
     settings = report["settings"]
@@ -128,15 +128,19 @@ def recognised_table(report: Report, rows: Iterable[Row]) -> Table:
 
 
 def scaling_table(report: Report, rows: Iterable[Row]) -> Table:
-    columns: dict[str, Cell] = {
-        "network": value("case"), "Gflops": value("gmacs", ".3f"),
-        "parameters, M": value("parameters", lambda count: f"{count / 1e6:.2f}"),
-        "training steps": value("steps"), "distance": value("distance", ".1f"), "N": value("n"),
-        "recognised": value("recognised", ".1%"),
-    }  # fmt: skip
     metric = report["settings"].get("metric", "Distance")
-    ordered = sorted(rows, key=lambda row: (row["steps"], row["gmacs"]))
-    return table_of(f"{metric} against Gflops", ordered, columns)
+
+    def cells(row: Row) -> dict[str, object]:
+        after = f"after {row['steps']} steps"
+        return {f"{metric} {after}": value("distance", ".1f")(row),
+                f"recognised {after}": value("recognised", ".1%")(row)}  # fmt: skip
+
+    subject: dict[str, Cell] = {
+        "network": value("case"), "Gflops": value("gmacs", ".3f"),
+        "parameters, M": value("parameters", lambda count: f"{count / 1e6:.2f}"), "N": value("n"),
+    }  # fmt: skip
+    ordered = sorted(rows, key=lambda row: (row["gmacs"], row["steps"]))
+    return grid(f"{metric} against Gflops", ordered, subject, cells)
 
 
 def published_table(report: Report, rows: Iterable[Row]) -> Table:

@@ -6,7 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dit_bench.report import PARTS, Report, Row
-from dit_bench.show.cells import Cell, Maker, error, ratio, table_of, time_ms, value, verdict
+from dit_bench.show.cells import (
+    Cell,
+    Maker,
+    error,
+    grid,
+    ratio,
+    table_of,
+    time_ms,
+    value,
+    verdict,
+)
 from dit_bench.show.tables import DASH, Table
 
 WHAT = {"forward": "one forward", "step": "one guided step", "decode": "VAE decode",
@@ -51,6 +61,13 @@ def cost_table(models: Iterable[Row]) -> Table:
         "Cost of one image's forward; parts in GMACs (the paper's Gflops)", models, columns,
         short=("model", "px", "parameters, M", "GMACs", "VAE decoder, GMACs"),
     )  # fmt: skip
+
+
+_LINEARS = ("qkv", "proj", "fc1", "fc2")
+
+
+def _subject(row: Row) -> str:
+    return f"{row['case']}, {row['contender']}"
 
 
 def _what(row: Row) -> str:
@@ -109,6 +126,40 @@ def ratio_table(ratios: Iterable[Row]) -> Table:
                     short=("", "times", "result", "median (p5–p95)"))  # fmt: skip
 
 
+def ratio_grid(ratios: Iterable[Row]) -> Table:
+    """The ratios in few columns, without goals and quantiles."""
+
+    def cells(row: Row) -> dict[str, object]:
+        name = f"{row['ours']} ÷ {row['theirs']}"
+        if "reason" in row:
+            return {name: f"skipped: {row['reason']}"}
+        ms = f"{row['ours']}, ms"
+        return {ms: time_ms("ours_ms")(row), name: f"{row['ratio']['median']:.2f}"}
+
+    return grid("Medians of times and of their ratios; below 1, the first is quicker", ratios,
+                {"": value("case")}, cells)  # fmt: skip
+
+
+def times_grid(rows: Sequence[Row]) -> Table:
+    """The times in few columns, without errors and quantiles."""
+    subject = next((row["contender"] for row in rows if row.get("role") == "subject"), "subject")
+
+    def cells(row: Row) -> dict[str, object]:
+        by = f"{row['contender']}, ms"
+        if row["status"] != "ok":
+            return {by: verdict(row)}
+        shown: dict[str, object] = {by: f"{time_ms('ms.median')(row)}{', noisy' * row['noisy']}"}
+        gflops = value("gflops", lambda flops: f"{flops / 2:.4g}")(row)
+        if row["contender"] == subject:
+            rate = {"TFLOP/s": value("tflop_s", ".2f")(row)}
+            return {"Gflops (multiply-adds)": gflops} | shown | rate
+        if row.get("role") == "other network":
+            shown = {f"{row['contender']}, Gflops": gflops} | shown
+        return shown | {f"{row['contender']} ÷ {subject}": ratio(".2f")(row)}
+
+    return grid("Medians of times, and ratios within a round (p5–p95)", rows, {"": _what}, cells)
+
+
 def operator_table(report: Report, rows: Iterable[Row]) -> Table:
     columns: dict[str, Cell] = {
         "operator": value("operator"), "shape": value("shape"), "dtype": value("dtype"),
@@ -116,38 +167,51 @@ def operator_table(report: Report, rows: Iterable[Row]) -> Table:
         "median ms": time_ms("ms.median"),
         "rate": lambda r: f"{r['rate']:.3g} {r['unit']}" if "rate" in r else DASH,
         "% of ceiling": value("percent_of_ceiling", ".0f"),
-        "× eager": value("speedup_over.eager", ".2f"),
-        "× torch.compile": value("speedup_over.compile", ".2f"),
+        "eager ÷ it": value("speedup_over.eager", ".2f"),
+        "torch.compile ÷ it": value("speedup_over.compile", ".2f"),
     }  # fmt: skip
     broken = ("wrong", "failed", "late")
     own = [r for r in rows if r.get("role") != "peer" and ("ms" in r or r["status"] in broken)]
+    reached = report.get("ceilings") or {"matmul_tflop_s": {}}
+    notes = [
+        f"100 %: {rate:.3g} TFLOP/s in matrix products of {dtype}, {reached['copy_gb_s']:.3g} GB/s "
+        "in copying, which what fits into the caches exceeds"
+        for dtype, rate in reached["matmul_tflop_s"].items()
+        if dtype in {r["dtype"] for r in own}
+    ]
     return table_of(
-        "Operators: % of matrix products (TFLOP/s) or of copying (GB/s)", own, columns, left=5,
+        "Operators: % of matrix products (TFLOP/s) or of copying (GB/s)", own, columns, *notes,
+        left=5,
         short=("operator", "shape", "by", "", "median ms", "% of ceiling"),
     )  # fmt: skip
 
 
 def profile_table(report: Report, rows: Iterable[Row]) -> Table:
-    table = Table("Where the time of one forward goes", ["", "part", "ms", "share"], left=2)
-    for row in rows:
+    def cells(row: Row) -> dict[str, object]:
         if row["status"] != "ok":
-            table.add(row["case"], verdict(row))
-            continue
-        table.add(row["case"], "all", f"{row['ms']['median']:.4g}", "100.0%")
-        for part in row["shares"]:
-            table.add("", part["part"], f"{part['ms']:.4g}", f"{part['share']:.1%}")
-        for part, taken in row["operators_ms"].items():
-            table.add("", f"of these, {part} alone in sequence", f"{taken:.4g}")
-    return table
+            return {"ms": verdict(row)}
+        whole = row["ms"]["median"]
+        shown = {part["part"]: f"{part['share']:.1%}" for part in row["shares"]}
+        linears = {f"of it {name}": f"{row['operators_ms'][name] / whole:.1%}"
+                   for name in _LINEARS if name in row["operators_ms"]}  # fmt: skip
+        first = {"ms": f"{whole:.4g}", "linears": shown.get("linears", DASH)}
+        return first | linears | shown
+
+    return grid("Where the time of one forward goes, each part measured alone in sequence", rows,
+                {"one forward": _subject}, cells,
+                short=("one forward", "ms", "linears", "attention", "rest"))  # fmt: skip
 
 
 def busy_table(report: Report, rows: Iterable[Row]) -> Table:
-    columns: dict[str, Cell] = {
-        "": value("case"), "by": value("contender"), "busy programs": value("neighbours"),
-        "idle ms": time_ms("idle_ms"), "busy ms": time_ms("busy_ms"), "busy ÷ idle": ratio(".2f"),
-        "result": verdict,
-    }  # fmt: skip
-    return table_of("Beside busy programs", rows, columns, left=2, right=1, grouped=1)
+    def cells(row: Row) -> dict[str, object]:
+        if row["status"] != "ok":
+            return {row["contender"]: verdict(row)}
+        idle, busy = time_ms("idle_ms")(row), time_ms("busy_ms")(row)
+        return {row["contender"]: f"{idle} → {busy} ({row['ratio']['median']:.2f})"}
+
+    return grid("Milliseconds, idle → beside busy programs (median of the ratios)", rows,
+                {"one forward": value("case"), "busy programs": value("neighbours")},
+                cells)  # fmt: skip
 
 
 def memory_table(report: Report, rows: Iterable[Row]) -> Table:

@@ -123,13 +123,20 @@ class Table:
         )
 
     def markdown(self) -> str:
-        """The table in Markdown, with all of its text escaped: title, rows, and notes as a list."""
+        """The table in Markdown, with all of its text escaped: title, rows, and notes as a list.
+
+        A column that holds the same in every row joins the title. Notes on options are left out.
+        """
         table = self.filled()
+        last = range(1, len(table.columns)) if len(table.rows) > 1 else ()
+        same = [i for i in last if len({row[i] for row in table.rows}) == 1]
+        common = ", ".join(f"{table.columns[i]} {table.rows[0][i]}" for i in same)
+        title = f"**{markdown_text(table.title)}**" + f" ({markdown_text(common)})" * bool(common)
+        table = table._only(i for i in range(len(table.columns)) if i not in same)
         rules = ["---" if table.words(i) else "---:" for i in range(len(table.columns))]
         lines = ["| " + " | ".join(map(markdown_text, row)) + " |" for row in table.rows]
         head = ["| " + " | ".join(map(markdown_text, table.columns)) + " |", f"|{'|'.join(rules)}|"]
-        notes = [f"- {markdown_text(note)}" for note in table.notes]
-        title = f"**{markdown_text(table.title)}**"
+        notes = [f"- {markdown_text(note)}" for note in table.notes if not note.startswith("--")]
         return "\n".join([title, "", *head, *lines, "", *notes, *[""] * bool(notes)])
 
 

@@ -187,7 +187,7 @@ def operator_table(report: Report, rows: Iterable[Row]) -> Table:
 
 
 def profile_table(report: Report, rows: Iterable[Row]) -> Table:
-    def cells(row: Row) -> dict[str, object]:
+    def cells(row: Row) -> Mapping[str, object]:
         if row["status"] != "ok":
             return {"ms": verdict(row)}
         whole = row["ms"]["median"]

@@ -149,6 +149,7 @@ def with_header(header: bytes) -> Callable[[Path], object]:
 CLAIM = json.dumps({"z": {"dtype": "F32", "shape": [2**20, 2**12], "data_offsets": [0, 2**34]}})
 TENSORS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "claim": ("z.npy", with_header(npy_header("(99999, 4, 64, 64)", "'<f4'")), "cannot hold"),
+    "product": ("z.npy", with_header(npy_header("(99, 99, 99, 99)", "'<f4'")), "ends early"),
     "empty": ("z.npy", with_header(npy_header("(0, 4611686018427387904)", "'<f4'")), "cannot hold"),
     "no item": ("z.npy", with_header(npy_header("(99999999999,)", "'|S0'")), "holds |S0"),
     "true": ("z.npy", with_header(npy_header("(True, 4, 2, 2)", "'<f4'")), "whole numbers"),

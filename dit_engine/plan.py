@@ -1,7 +1,5 @@
 """The plan of one `Engine.generate` call: everything that can be checked or computed without the
-model, made once before anything runs.
-
-More than 300 lines, so that every check of an option is in one place."""
+model, made once before anything runs."""
 
 from __future__ import annotations
 

@@ -14,8 +14,6 @@ OFFICIAL_CHANNELS = 3
 """The published code guides latent channels 0 … 2 only (``forward_with_cfg``), and so did the
 published FID of 2.27."""
 
-Interval = tuple[float, float]
-
 
 def guided(
     denoiser: Callable[[Tensor, int], Tensor],

@@ -20,8 +20,14 @@ from dit_bench.ceilings import Ceilings
 from dit_bench.report import finite, read, validate
 from dit_bench.speed import operators
 from dit_bench.speed.operator_cases import all_cases, block_cases, vae_cases
-from dit_bench.speed.operator_contenders import implementations, opponents, public
-from dit_bench.speed.operators import DeviceLost, Target, figures, least_traffic
+from dit_bench.speed.operator_contenders import (
+    Target,
+    implementations,
+    largest_error,
+    opponents,
+    public,
+)
+from dit_bench.speed.operators import DeviceLost, figures, least_traffic
 from dit_bench.timing import Budget
 from dit_kernels import quantized, reference
 
@@ -151,12 +157,16 @@ def test_the_checks_accept_the_reference_and_what_plain_models_run() -> None:
 
 
 def test_the_largest_of_errors_keeps_a_nan() -> None:
-    assert operators.largest([1.0, 3.0, 2.0]) == 3.0
-    assert math.isnan(operators.largest([1.0, math.nan]))
-    assert math.isnan(operators.largest([math.nan, 1.0]))
+    target = Target(CASES[2], CASES[2].inputs(CPU))
+    for outcomes in ([math.nan, 0.0], [0.0, math.nan]):  # of the two calls
+
+        def run(*_: Any, left: list[float] = outcomes) -> torch.Tensor:
+            return target.exact[0] + left.pop()
+
+        assert all(map(math.isnan, target.worst(run)))
     a = torch.tensor([1.0, -4.0])
-    assert operators.largest_error(a + torch.tensor([0.0, 1.0]), a) == 0.25
-    assert operators.largest_error(a[:1], a) == math.inf
+    assert largest_error(a + torch.tensor([0.0, 1.0]), a) == 0.25
+    assert largest_error(a[:1], a) == math.inf
 
 
 def test_what_torch_compile_is_given_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:

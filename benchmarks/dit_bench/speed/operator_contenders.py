@@ -1,4 +1,5 @@
-"""Who computes an operator: the implementations of dit_kernels, and their opponents.
+"""Who computes an operator: the implementations of dit_kernels, and their opponents; and how far an
+output is from right.
 
 Each is a function that finds it, name → () → callable, so that what is not installed or cannot run
 here raises where it is asked for, and is named in the report.
@@ -6,10 +7,12 @@ here raises where it is asked for, and is named in the report.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -158,3 +161,60 @@ def _flash_attn_4() -> Run:
 
 THIRD_PARTY: dict[str, Find] = {"flash_attn": _flash_attn, "flash-attn-4": _flash_attn_4}
 """Attention kernels of other packages."""
+
+
+class Target:
+    """What a case's outputs must be, and how far the same-dtype reference is from it."""
+
+    def __init__(self, case: Case, arguments: tuple[Any, ...]) -> None:
+        self.case, self.arguments = case, arguments
+        self.device = next(a.device for a in arguments if isinstance(a, Tensor))
+        exact = (case.exact or case.reference)(*map(_double, arguments))
+        self.exact = tuple(t.double() for t in tensors(exact))
+        self.same = case.reference(*arguments)
+        self.budgets = self.errors(self.same)
+
+    def errors(self, result: Any) -> list[float]:
+        """`largest_error` of each output."""
+        values = self.case.values
+        found = values(result) if values else tensors(result)
+        return [largest_error(a, b) for a, b in zip(found, self.exact, strict=True)]
+
+    def worst(self, run: Callable[..., Any]) -> tuple[float, float]:
+        """(largest error over the reference's own, largest error) of two calls of ``run``.
+
+        Memory that is likely to be handed out for the outputs is filled with NaN beforehand, so
+        that an element never written shows; a race may show in one of the calls.
+        """
+        ratios, errors, same = [], [], tensors(self.same)
+        for _ in range(2):
+            # All ones is NaN in every floating dtype.
+            filled = [
+                torch.full((t.nbytes,), 255, dtype=torch.uint8, device=t.device) for t in same
+            ]
+            del filled
+            found = self.errors(run(*self.arguments))
+            errors += found
+            ratios += [e / b if b else (0.0 if e == 0 else math.inf)
+                       for e, b in zip(found, self.budgets, strict=True)]  # fmt: skip
+        return float(np.max(ratios)), float(np.max(errors))  # NaN if any is NaN
+
+
+def largest_error(actual: Tensor, exact: Tensor) -> float:
+    """max |actual − exact| / max |exact| in float64, infinite for another shape; NaN stays NaN."""
+    if actual.shape != exact.shape:
+        return math.inf
+    if not exact.numel():
+        return 0.0
+    difference = (actual.double() - exact.double()).abs().max()
+    return (difference / exact.double().abs().max().clamp(min=1e-300)).item()
+
+
+def tensors(result: Any) -> tuple[Tensor, ...]:
+    """An operator's result as a tuple."""
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _double(argument: Any) -> Any:
+    floating = isinstance(argument, Tensor) and argument.is_floating_point()
+    return argument.double() if floating else argument

@@ -33,8 +33,10 @@ from dit_bench.speed.operator_contenders import (
     THIRD_PARTY,
     Find,
     Run,
+    Target,
     implementations,
     opponents,
+    tensors,
 )
 from dit_bench.timing import Budget, interleave, ratio, spread
 from dit_engine.io.printable import one_line
@@ -181,83 +183,20 @@ def figures(
     }
 
 
-class Target:
-    """What a case's outputs must be, and how far the same-dtype reference is from it."""
-
-    def __init__(self, case: Case, arguments: tuple[Any, ...]) -> None:
-        self.case, self.arguments = case, arguments
-        self.device = next(a.device for a in arguments if isinstance(a, Tensor))
-        exact = (case.exact or case.reference)(*map(_double, arguments))
-        self.exact = tuple(t.double() for t in tensors(exact))
-        self.same = case.reference(*arguments)
-        self.budgets = self.errors(self.same)
-
-    def errors(self, result: Any) -> list[float]:
-        """`largest_error` of each output."""
-        values = self.case.values
-        found = values(result) if values else tensors(result)
-        return [largest_error(a, b) for a, b in zip(found, self.exact, strict=True)]
-
-    def worst(self, run: Run) -> tuple[float, float]:
-        """(largest error over the reference's own, largest error) of two calls of ``run``.
-
-        Memory that is likely to be handed out for the outputs is filled with NaN beforehand, so
-        that an element never written shows; a race may show in one of the calls.
-        """
-        ratios, errors, same = [], [], tensors(self.same)
-        for _ in range(2):
-            # All ones is NaN in every floating dtype.
-            filled = [
-                torch.full((t.nbytes,), 255, dtype=torch.uint8, device=t.device) for t in same
-            ]
-            del filled
-            found = self.errors(run(*self.arguments))
-            errors += found
-            ratios += [e / b if b else (0.0 if e == 0 else math.inf)
-                       for e, b in zip(found, self.budgets, strict=True)]  # fmt: skip
-        return largest(ratios), largest(errors)
-
-
-def largest_error(actual: Tensor, exact: Tensor) -> float:
-    """max |actual − exact| / max |exact| in float64, infinite for another shape; NaN stays NaN."""
-    if actual.shape != exact.shape:
-        return math.inf
-    if not exact.numel():
-        return 0.0
-    difference = (actual.double() - exact.double()).abs().max()
-    return (difference / exact.double().abs().max().clamp(min=1e-300)).item()
-
-
-def largest(values: Sequence[float]) -> float:
-    """Their maximum; NaN if any is NaN, which Python's own max does not promise."""
-    return math.nan if any(math.isnan(v) for v in values) else max(values)
-
-
 def least_traffic(arguments: Iterable[Any], outputs: Iterable[Tensor]) -> int:
     """Bytes if every argument is read once and every output written once."""
     read = [a for a in arguments if isinstance(a, Tensor)]
     return sum(t.nbytes for t in (*read, *outputs))
 
 
-def tensors(result: Any) -> tuple[Tensor, ...]:
-    """An operator's result as a tuple."""
-    return (result,) if isinstance(result, Tensor) else tuple(result)
-
-
 def _check_device(device: torch.device, culprit: str) -> None:
     """Raises `DeviceLost`, naming the culprit, if a CUDA error has ended the process's context."""
-    if device.type != "cuda":
-        return
     try:
-        torch.cuda.synchronize(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     except RuntimeError as error:
         first = str(error).strip().split("\n")[0]
         raise DeviceLost(f"the device failed in {culprit}: {first}") from None
-
-
-def _double(argument: Any) -> Any:
-    floating = isinstance(argument, Tensor) and argument.is_floating_point()
-    return argument.double() if floating else argument
 
 
 def _row(case: Case, name: str, role: str = "subject") -> Row:

@@ -15,7 +15,7 @@ from pathlib import Path
 from dit_bench.load import warning
 from dit_bench.report import WORK, Report, read
 from dit_bench.show.blocks import bounds_table, speed_table
-from dit_bench.show.reports import report_tables
+from dit_bench.show.reports import interrupted, report_tables
 from dit_bench.show.speed_tables import ratio_grid, times_grid
 from dit_engine.io.files import atomic_path
 from dit_engine.io.printable import markdown_text
@@ -42,8 +42,7 @@ def report_markdown(report: Report) -> str:
         tables.insert(0, ratio_grid(report["ratios"]))
     elif work:
         tables.insert(0, times_grid(work))
-    if not report["complete"]:
-        notes.append("INTERRUPTED: what is missing above was not measured.")
+    notes += interrupted(report)
     if not tables:
         raise ValueError("the report has no measurement: nothing to show")
     return "\n".join([*(table.markdown() for table in tables), *map(markdown_text, notes), ""])

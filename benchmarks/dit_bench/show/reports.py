@@ -25,10 +25,15 @@ def report_tables(report: Report) -> list[Table]:
     if "comparison" in report:
         tables.append(comparison_table(report["comparison"]))
     tables = [table for table in tables if table.rows]
-    if not report["complete"]:
-        why = f" ({report['failure']})" if "failure" in report else ""
-        tables[-1].notes.append(f"INTERRUPTED{why}: what is missing above was not measured")
+    tables[-1].notes += interrupted(report)
     return tables
+
+
+def interrupted(report: Report) -> list[str]:
+    """A note that the report is not complete; none if it is."""
+    why = f" ({report['failure']})" if "failure" in report else ""
+    note = f"INTERRUPTED{why}: what is missing above was not measured"
+    return [] if report["complete"] else [note]
 
 
 def machine_table(report: Report) -> Table:

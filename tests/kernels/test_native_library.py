@@ -109,7 +109,7 @@ def test_only_the_c_interface_is_exported() -> None:
 def test_prototypes_are_read_from_the_interface() -> None:
     found = loader.prototypes()
     assert found["dit_attention"] == ("int", "ppqqqqii")
-    assert found["dit_groupnorm_silu"] == ("int", "ppppqqqqfiiii")
+    assert found["dit_groupnorm_silu"] == ("int", "ppppqqqqfiii")
     assert found["dit_packed_bytes"] == ("int64_t", "qqi")
     assert found["dit_interface"] == ("const char*", "")
     assert len(found) == HEADER.read_text().count("\nDIT_API ")

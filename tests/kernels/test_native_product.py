@@ -158,8 +158,8 @@ def test_what_is_refused() -> None:
     assert code() == 0 and size(0, 64, 0) == 0
     assert code(None) == -1
     assert code(rows=-1) == code(k=0) == code(rows=1 << 62) == -2
-    assert size(-1, 4, 0) == size(4, 0, 0) == size(1 << 40, 1 << 40, 0) == size(4, 65537, 4) == -2
-    assert code(dtype=2) == code(dtype=4) == code(dtype=-1) == size(4, 4, 2) == -3
+    assert size(-1, 4, 0) == size(4, 0, 0) == size(1 << 40, 1 << 40, 0) == size(4, 65537, 3) == -2
+    assert code(dtype=2) == code(dtype=3) == code(dtype=-1) == size(4, 4, 2) == -3
     assert code(threads=0) == -4
     assert code(packed.data_ptr() + 4) == -5
     highest = library.dit_isa()

@@ -10,7 +10,7 @@
 namespace dit {
 namespace {
 
-inline int64_t size_of(int dtype) { return dtype == Dtype::f32 || dtype == Dtype::s32 ? 4 : 2; }
+inline int64_t size_of(int dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 inline bool known(int dtype) { return dtype >= Dtype::f32 && dtype <= Dtype::f16; }
 

@@ -1,9 +1,9 @@
-// The C interface of libdit_kernels_cpu: what the compiler checks the definitions against
-// (kernels/csrc/cpu) and what native_library.py reads the argument types from.
+// The C interface of libdit_kernels_cpu. The compiler checks the definitions in kernels/csrc/cpu
+// against it, and loader.py reads the types of the arguments from it.
 //
-// The library carries this file's SHA-256, and a library of another one is refused: whatever crosses
-// the border belongs here, argument names, dtypes, levels and errors included. One prototype reads
-// `DIT_API result name(type name, …);` with const void*, float*, int64_t, int or float.
+// The library carries the SHA-256 of this file, and loader.py refuses a library with another one. So
+// everything that both sides must know belongs here: argument names, dtypes, levels and errors. A
+// prototype reads `DIT_API result name(type name, …);` with const void*, float*, int64_t, int or float.
 //
 // Functions that return int return 0 or a negative Error, unless said otherwise. Sizes and strides
 // are int64_t, in elements; `threads`, the last argument, is how many may work, the calling one among
@@ -29,9 +29,9 @@ enum Error : int {
     no_memory = -8,
 };
 
-enum Dtype : int { f32 = 0, bf16 = 1, f16 = 2, s32 = 3 };  // s32: sums of products of codes
+enum Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-constexpr int codes_dtype = 4;  // int8 weights of the packed products, beside Dtype
+constexpr int codes_dtype = 3;  // int8 weights of the packed products, beside Dtype
 
 // Each level holds the ones before it; CMakeLists.txt lists their instruction sets.
 enum class Isa : int { none = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
@@ -68,22 +68,15 @@ DIT_API int dit_gate_residual_layernorm_modulate_quantize(
     int gate_dtype, int shift_dtype, int scale_dtype, int unsigned_codes, int threads);
 
 DIT_API int dit_gelu(const void* x, void* out, int64_t count, int dtype, int threads);
-DIT_API int dit_bias_gelu(const void* x, const void* bias, void* out, int64_t rows, int64_t cols,
-                          int dtype, int bias_dtype, int out_dtype, int threads);
-
 DIT_API int dit_quantize_rows(const void* x, void* codes, float* scales, int64_t rows, int64_t d,
                               int dtype, int unsigned_codes, int threads);
-DIT_API int dit_gelu_quantize(const void* x, const void* bias, void* codes, float* scales,
-                              int64_t rows, int64_t d, int dtype, int bias_dtype,
-                              int unsigned_codes, int threads);
-DIT_API int dit_dequantize_rows(const void* acc, const float* row_scale, const float* col_scale,
-                                const int32_t* col_offset, const void* bias, void* out,
-                                int64_t rows, int64_t cols, int acc_dtype, int bias_dtype,
-                                int out_dtype, int has_gelu, int threads);
+DIT_API int dit_dequantize_rows(const void* x, const float* scales, const void* bias, void* out,
+                                int64_t rows, int64_t d, int dtype, int bias_dtype, int has_gelu,
+                                int threads);
 
 DIT_API int dit_groupnorm_silu(const void* x, const void* weight, const void* bias, void* out,
                                int64_t n, int64_t pixels, int64_t c, int64_t groups, float eps,
-                               int dtype, int weight_dtype, int has_silu, int threads);
+                               int dtype, int weight_dtype, int threads);
 DIT_API int dit_guided_step(const void* tokens, const float* z, const float* x0_before,
                             const float* noise, const float* guidance_scale,
                             const float* coefficients, float* z_next, float* x0, int64_t m,

@@ -30,8 +30,7 @@ DTYPE_CODES = {
     torch.float32: 0,
     torch.bfloat16: 1,
     torch.float16: 2,
-    torch.int32: 3,
-    torch.int8: 4,
+    torch.int8: 3,
 }
 ERRORS = {
     -1: "a null pointer",

@@ -6,8 +6,7 @@ results' shapes and dtypes; where an operator says so, it may be one of the argu
 int8, or uint8 for int8 codes with 128 added.
 
 Every function raises ValueError for an argument that it does not take, and `Unavailable` where
-there is no library (`why_not`). The file is over 300 lines because it has one function per operator
-of the library, each no more than its checks, its results and its call.
+there is no library (`why_not`).
 """
 
 from __future__ import annotations
@@ -120,21 +119,6 @@ def gelu(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def bias_gelu(
-    x: Tensor, bias: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None
-) -> Tensor:
-    """GELU(x + bias) for x (…, D) and bias (D,), in x's dtype, or in any if x is float32.
-
-    out may be x if the dtypes are equal.
-    """
-    rows, d = _rows(x)
-    _vectors((d,), DTYPES, bias=bias)
-    out = result("out", out, x.shape, dtype or (x.dtype if out is None else out.dtype))
-    checks.check_dtype("x", x, (torch.float32, out.dtype))
-    call("dit_bias_gelu", x, bias, out, rows, d, x.dtype, bias.dtype, out.dtype)
-    return out
-
-
 def quantize_rows(
     x: Tensor, dtype: torch.dtype = torch.int8, *, out: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -146,56 +130,21 @@ def quantize_rows(
     return codes, scales
 
 
-def gelu_quantize(
-    x: Tensor,
-    bias: Tensor | None = None,
-    dtype: torch.dtype = torch.int8,
-    *,
-    out: Sequence[Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Codes (…, D) and scales (…) of GELU(x + bias), which is not rounded in between."""
-    rows, d = _rows(x)
-    _vectors((d,), DTYPES, bias=bias)
-    checks.check_codes(dtype, CODES)
-    codes, scales = results(out, (x.shape, dtype), (x.shape[:-1], torch.float32))
-    call("dit_gelu_quantize", x, bias, codes, scales, rows, d, x.dtype,
-         torch.float32 if bias is None else bias.dtype, dtype == torch.uint8)  # fmt: skip
-    return codes, scales
-
-
 def dequantize_rows(
-    acc: Tensor,
-    row_scales: Tensor,
-    bias: Tensor | None = None,
-    gelu: bool = False,
-    *,
-    col_scales: Tensor | None = None,
-    col_offset: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    out: Tensor | None = None,
+    x: Tensor, scales: Tensor, bias: Tensor, gelu: bool, *, out: Tensor | None = None
 ) -> Tensor:
-    """(acc − col_offset) · row_scales · col_scales + bias, through GELU if asked for.
+    """x (R, M) · scales (R,) + bias (M,), through GELU if asked for; out may be x.
 
-    acc: (R, M), int32, float32 or of the result's dtype; out may be acc if the dtypes are equal.
-    row_scales: (R,) float32; col_scales: (M,) float32; bias: (M,).
-    col_offset: (M,) int32: 128 · the sums of the weight's columns where codes had 128 added.
-    dtype: of the result; acc's (float32 for int32) unless given.
+    scales are float32; bias may have another dtype than x.
     """
-    if acc.ndim != 2:
-        raise ValueError(f"acc has shape {tuple(acc.shape)}; (R, M) is needed")
-    _vectors(acc.shape, (torch.int32, *DTYPES), acc=acc)
-    rows, cols = acc.shape
-    _vectors((rows,), row_scales=row_scales)
-    _vectors((cols,), col_scales=col_scales)
-    _vectors((cols,), (torch.int32,), col_offset=col_offset)
-    _vectors((cols,), DTYPES, bias=bias)
-    if dtype is None:
-        same = torch.float32 if acc.dtype == torch.int32 else acc.dtype
-        dtype = same if out is None else out.dtype
-    out = result("out", out, acc.shape, dtype)
-    checks.check_dtype("acc", acc, (torch.int32, torch.float32, dtype))
-    call("dit_dequantize_rows", acc, row_scales, col_scales, col_offset, bias, out, rows, cols,
-         acc.dtype, torch.float32 if bias is None else bias.dtype, dtype, gelu)  # fmt: skip
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; (R, M) is needed")
+    rows, d = x.shape
+    _vectors(x.shape, DTYPES, x=x)
+    _vectors((rows,), scales=scales)
+    _vectors((d,), DTYPES, bias=bias)
+    out = result("out", out, x.shape, x.dtype)
+    call("dit_dequantize_rows", x, scales, bias, out, rows, d, x.dtype, bias.dtype, gelu)
     return out
 
 
@@ -206,10 +155,9 @@ def groupnorm_silu(
     bias: Tensor,
     eps: float,
     *,
-    silu: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """GroupNorm of x (N, C, H, W) in channels-last memory, and SiLU of it unless silu is False.
+    """SiLU of GroupNorm of x (N, C, H, W) in channels-last memory.
 
     weight and bias (C,) have one dtype; out is in channels-last memory too and may be x.
     """
@@ -224,7 +172,7 @@ def groupnorm_silu(
         result("out", out.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1).shape, x.dtype)
     n, c, height, width = x.shape
     call("dit_groupnorm_silu", x, weight, bias, out, n, height * width, c, groups, eps, x.dtype,
-         weight.dtype, silu)  # fmt: skip
+         weight.dtype)  # fmt: skip
     return out
 
 
@@ -303,12 +251,11 @@ def _rows(x: Tensor) -> tuple[int, int]:
 def _vectors(
     shape: Sequence[int],
     dtypes: Sequence[torch.dtype] = (torch.float32,),
-    **tensors: Tensor | None,
+    **tensors: Tensor,
 ) -> None:
     for name, tensor in tensors.items():
-        if tensor is not None:
-            checks.check_exact(name, tensor, shape, dtypes)
-            _check_on_cpu(name, tensor)
+        checks.check_exact(name, tensor, shape, dtypes)
+        _check_on_cpu(name, tensor)
 
 
 def _check_on_cpu(name: str, tensor: Tensor) -> None:

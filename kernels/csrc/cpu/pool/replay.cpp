@@ -58,9 +58,8 @@ extern "C" DIT_API int dit_replay(const void* words, int64_t calls, int threads)
         const int result = make_call<
             dit_layernorm_modulate, dit_layernorm_modulate_quantize, dit_gate_residual,
             dit_gate_residual_layernorm_modulate, dit_gate_residual_layernorm_modulate_quantize,
-            dit_gelu, dit_bias_gelu, dit_quantize_rows, dit_gelu_quantize, dit_dequantize_rows,
-            dit_groupnorm_silu, dit_guided_step, dit_attention, dit_linear, dit_linear_int8,
-            dit_embed>(next, threads);
+            dit_gelu, dit_quantize_rows, dit_dequantize_rows, dit_groupnorm_silu, dit_guided_step,
+            dit_attention, dit_linear, dit_linear_int8, dit_embed>(next, threads);
         if (result != ok) return result;
     }
     return ok;

@@ -1,4 +1,4 @@
-// Group norm, with or without SiLU, over channels-last images.
+// Group norm and SiLU over channels-last images.
 
 #include <cmath>
 
@@ -44,7 +44,7 @@ extern "C" {
 // x, out (n, pixels, c), contiguous; weight and bias (c,). out may be x.
 DIT_API int dit_groupnorm_silu(const void* x, const void* weight, const void* bias, void* out,
                                int64_t n, int64_t pixels, int64_t c, int64_t groups, float eps,
-                               int dtype, int weight_dtype, int has_silu, int threads) {
+                               int dtype, int weight_dtype, int threads) {
     DIT_CHECK(known(dtype) && known(weight_dtype), bad_dtype);
     DIT_CHECK(threads >= 1, bad_threads);
     DIT_CHECK(c >= 1 && groups >= 1 && c % groups == 0 && sizes_fit(n, pixels, c), bad_size);
@@ -111,7 +111,7 @@ DIT_API int dit_groupnorm_silu(const void* x, const void* weight, const void* bi
         const int64_t at = k / pieces * c;
         table->normalize[dtype](static_cast<const char*>(x) + offset,
                                 static_cast<char*>(out) + offset, count, c, mean + at, factor + at,
-                                wide_bias, has_silu != 0);
+                                wide_bias);
     });
     return ok;
 }

@@ -39,28 +39,17 @@ void moments(const void* x, int64_t pixels, int64_t c, float* origin, float* sum
     }
 }
 
-template <bool has_silu, class T>
-void normalize_pixels(const void* x, void* out, int64_t pixels, int64_t c, const float* mean,
-                      const float* factor, const float* bias) {
+template <class T>
+void normalize(const void* x, void* out, int64_t pixels, int64_t c, const float* mean,
+               const float* factor, const float* bias) {
     for (int64_t k = 0; k < pixels; ++k) {
         const T* from = static_cast<const T*>(x) + k * c;
         T* to = static_cast<T*>(out) + k * c;
         sweep(c, [&](int64_t i, auto part, int) __attribute__((always_inline)) {
             const Vec centred = sub(load(from + i, part), load(mean + i, part));
-            Vec v = fma(centred, load(factor + i, part), load(bias + i, part));
-            if constexpr (has_silu) v = silu<T>(v);
-            store(to + i, v, part);
+            const Vec v = fma(centred, load(factor + i, part), load(bias + i, part));
+            store(to + i, silu<T>(v), part);
         });
-    }
-}
-
-template <class T>
-void normalize(const void* x, void* out, int64_t pixels, int64_t c, const float* mean,
-               const float* factor, const float* bias, bool has_silu) {
-    if (has_silu) {
-        normalize_pixels<true, T>(x, out, pixels, c, mean, factor, bias);
-    } else {
-        normalize_pixels<false, T>(x, out, pixels, c, mean, factor, bias);
     }
 }
 

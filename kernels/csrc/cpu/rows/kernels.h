@@ -29,27 +29,22 @@ struct NormArgs {
     uint8_t flip;  // 0x80 for codes + 128 in uint8, otherwise 0
 };
 
-// Rows of x (rows, d) → codes and scales, of GELU(x + bias) if gelu.
+// Rows of x (rows, d) → codes and scales.
 struct QuantizeArgs {
     const void* x;
-    const float* bias;
     uint8_t* codes;
     float* scales;
     int64_t d;
-    bool gelu;
     uint8_t flip;
 };
 
-// out = acc · row_scale · col_scale + bias for rows of acc (rows, cols), less col_offset first.
-// All but acc, row_scale and out may be null.
+// out = x · scale + bias for rows of x (rows, d).
 struct DequantizeArgs {
-    const void* acc;
-    const float* row_scale;
-    const float* col_scale;
-    const int32_t* col_offset;
+    const void* x;
+    const float* scales;
     const float* bias;
     void* out;
-    int64_t cols;
+    int64_t d;
     bool gelu;
 };
 
@@ -81,18 +76,15 @@ constexpr int dtypes = 3;
 struct Kernels {
     // scratch: 4·d floats
     void (*norm[dtypes])(const NormArgs&, int64_t begin, int64_t end, float* scratch);
-    // scratch: d floats
-    void (*quantize[dtypes])(const QuantizeArgs&, int64_t begin, int64_t end, float* scratch);
-    // [type of x][type of out]; null where there is none. bias may be null.
-    void (*gelu[dtypes][dtypes])(const void* x, const float* bias, void* out, int64_t count);
-    // [type of acc][type of out]; null where there is none
-    void (*dequantize[dtypes + 1][dtypes])(const DequantizeArgs&, int64_t begin, int64_t end);
+    void (*quantize[dtypes])(const QuantizeArgs&, int64_t begin, int64_t end);
+    void (*gelu[dtypes])(const void* x, void* out, int64_t count);
+    void (*dequantize[dtypes])(const DequantizeArgs&, int64_t begin, int64_t end);
     // For each channel of x (pixels, c): an origin near its mean, Σ(x − origin), Σ(x − origin)².
     void (*moments[dtypes])(const void* x, int64_t pixels, int64_t c, float* origin, float* sum,
                             float* squares);
-    // out = (x − mean) · factor + bias, then SiLU if asked.
+    // out = SiLU((x − mean) · factor + bias)
     void (*normalize[dtypes])(const void* x, void* out, int64_t pixels, int64_t c,
-                              const float* mean, const float* factor, const float* bias, bool silu);
+                              const float* mean, const float* factor, const float* bias);
     // Rows of pixels of all images: [0, N·S).
     void (*guided_step[dtypes])(const GuidedStepArgs&, int64_t begin, int64_t end);
     // Tokens of all images: [0, N·T). patch: c·p·p floats

@@ -20,36 +20,18 @@ DIT_INLINE void write_codes(uint8_t* codes, float scale, int64_t d, uint8_t flip
 }
 
 template <class T>
-void quantize(const QuantizeArgs& a, int64_t begin, int64_t end, float* scratch) {
+void quantize(const QuantizeArgs& a, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
         const T* x = static_cast<const T*>(a.x) + row * a.d;
-        uint8_t* codes = a.codes + row * a.d;
         Maxima maxima;
-        if (a.gelu) {
-            sweep(a.d, [&](int64_t i, auto part, int k) __attribute__((always_inline)) {
-                Vec v = load(x + i, part);
-                if (a.bias != nullptr) v = add(v, load(a.bias + i, part));
-                v = gelu<T>(v);
-                store(scratch + i, v, part);
-                maxima[k] = max_magnitude(maxima[k], keep(v, part));
-            });
-        } else {
-            sweep(a.d, [&](int64_t i, auto part, int k) __attribute__((always_inline)) {
-                maxima[k] = max_magnitude(maxima[k], load(x + i, part));
-            });
-        }
+        sweep(a.d, [&](int64_t i, auto part, int k) __attribute__((always_inline)) {
+            maxima[k] = max_magnitude(maxima[k], load(x + i, part));
+        });
         const float scale = a.scales[row] = scale_of(maxima.greatest());
-        if (a.gelu) {
-            write_codes(codes, scale, a.d, a.flip,
-                        [&](int64_t i, auto part) __attribute__((always_inline)) {
-                            return load(scratch + i, part);
-                        });
-        } else {
-            write_codes(codes, scale, a.d, a.flip,
-                        [&](int64_t i, auto part) __attribute__((always_inline)) {
-                            return load(x + i, part);
-                        });
-        }
+        write_codes(a.codes + row * a.d, scale, a.d, a.flip,
+                    [&](int64_t i, auto part) __attribute__((always_inline)) {
+                        return load(x + i, part);
+                    });
     }
 }
 

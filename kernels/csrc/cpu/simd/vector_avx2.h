@@ -90,12 +90,6 @@ DIT_INLINE Vec load(const T* p, Tail part) {
     std::memcpy(&bits, p, part.count * sizeof(T));
     return widen(bits, T{});
 }
-DIT_INLINE Vec load(const int32_t* p, Full) {
-    return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-DIT_INLINE Vec load(const int32_t* p, Tail part) {
-    return _mm256_cvtepi32_ps(_mm256_maskload_epi32(p, mask_of(part)));
-}
 // p − offset, subtracted as integers and then converted to float32.
 DIT_INLINE Vec load_less(const int32_t* p, const int32_t* offset, Full) {
     const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

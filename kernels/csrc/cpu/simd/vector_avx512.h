@@ -76,10 +76,6 @@ template <class T>
 DIT_INLINE Vec load(const T* p, Tail part) {
     return widen(_mm256_maskz_loadu_epi16(part.mask, p), T{});
 }
-DIT_INLINE Vec load(const int32_t* p, Full) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
-DIT_INLINE Vec load(const int32_t* p, Tail part) {
-    return _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(part.mask, p));
-}
 // p − offset, subtracted as integers and then converted to float32.
 DIT_INLINE Vec load_less(const int32_t* p, const int32_t* offset, Full) {
     return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(p), _mm512_loadu_si512(offset)));

@@ -160,7 +160,7 @@ FAULTS = {
         "weight.abs()«.amax(0) → .amax().expand(weight.shape[1])»"},
     "export/test_onnx_command": {"export's error is not bounded":
         "if «not relative <= bound → False»:"},
-    "server/test_loop": {
+    "server/test_served_loop": {
         "server draws noise that is not used": "drawn = «self.coefficients[step, 8] != 0 → True»",
         "server's pixels rounded otherwise":
             "np.float32(127.5) * images + np.float32(«128.0 → 127.5»)"},

@@ -34,6 +34,7 @@ _COMPILED = tempfile.TemporaryDirectory(prefix="dit-engine-compiled-")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _COMPILED.name)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One worker runs all tests of the server, so that it starts once, and all tests of a file, so
     that the file's fixtures are made once. Tests of a GPU are skipped where there is none."""

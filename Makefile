@@ -40,8 +40,9 @@ demo: $(VENV)/.base ## generate a labelled sheet with the built-in model (instal
 	$(BIN)/dit-generate --model builtin --labels $(DEMO_LABELS) --steps 25 --sampler dpm++ \
 		--guidance-scale 2.5 --guidance-channels all --seed 100 -o demo/sheet.png
 
-# Each worker of pytest-xdist computes with one thread (tests/conftest.py); the later of two -n counts.
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
+# Each worker computes with one thread and takes whole files (tests/conftest.py), in the order of
+# their names, which begins with the slow ones. The later of two -n counts: ARGS="-n 0" is one process.
+PYTEST := $(BIN)/python -m pytest -n auto --no-loadscope-reorder
 
 test: $(VENV)/.test $(SERVER) ## run all tests, one worker per core; some: make test ARGS="-k guidance"
 	$(PYTEST) $(ARGS)

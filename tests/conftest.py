@@ -7,7 +7,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # A worker of pytest-xdist computes with one thread, and so do the programs that its tests start.
 # The threads are set before the first import of torch. Tests of several threads set their number.
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SERVER_ENVIRONMENT = Path(__file__).resolve().parents[1] / ".venv-server"
 SERVER_FIXTURES = {"served", "server_environment"}
+SERVER_FILES = ("tests/server/", "tests/security/test_server.py")
 
 # A shell starts its background jobs with SIGINT ignored, and what the tests start would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -34,18 +35,27 @@ _COMPILED = tempfile.TemporaryDirectory(prefix="dit-engine-compiled-")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _COMPILED.name)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker runs all tests of the server, so that it starts once, and all tests of a file, so
-    that the file's fixtures are made once. Tests of a GPU are skipped where there is none."""
+    """Mark the tests that use the server. Tests of a GPU are skipped where there is none."""
     for item in items:
         if SERVER_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.server)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if not item.get_closest_marker("xdist_group"):
-            server = item.get_closest_marker("server")
-            item.add_marker(pytest.mark.xdist_group("server" if server else item.path.stem))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One worker runs all tests of a file, so that the file's fixtures are made once, and all files
+    of the server, so that it starts once. (pytest-xdist 3.8 ignores its groups with pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return "server" if file.startswith(SERVER_FILES) else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(params=["dit_p2_d24", "dit_p4_d72"])

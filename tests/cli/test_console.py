@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import io
 import os
-import re
 import subprocess
 import sys
 from importlib import import_module
@@ -15,16 +13,12 @@ import pytest
 import torch
 from tqdm import tqdm
 
-import dit_bench
 import dit_engine.cli
-import dit_export
 from dit_engine.console.bars import Bar
 from dit_engine.console.parser import Parser
 from dit_engine.console.run import SPINS, entry, run_command
 
 ROOT = Path(dit_engine.cli.__file__).parents[2]
-PLAIN = {"client.py", "supervisor.py"}  # of the standard library alone; they run elsewhere
-LIGHT = {"cli", "documents"}  # the first imports torch late, the second computes nothing
 
 
 def on_screen(written: str) -> list[str]:
@@ -54,22 +48,12 @@ def test_help_shows_defaults_that_say_something() -> None:
     assert text.count("(default: ") == 3
 
 
-@pytest.mark.parametrize("module", ["dit_engine.cli.generate", "dit_bench.cli"])
-def test_the_help_names_all_backends(module: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        import_module(module).main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "auto, eager, compile, lean, onnxruntime, tensorrt, triton" in text
-    assert "None" not in text and "(default: )" not in text and "(default: False)" not in text
-
-
 @pytest.mark.parametrize(
     ("module", "words", "refused"),
     [
         ("dit_engine.cli.generate", ["--label", "3"], "--label 3"),
         ("dit_engine.cli.train", ["-o", "x", "--quie"], "--quie"),
         ("dit_export.cli", ["onnx", "-o", "x", "--overw"], "--overw"),
-        ("dit_bench.cli", ["--model", "S/2", "--batc=2"], "--batc=2"),
         ("dit_bench.cli", ["parity", "--sample=2"], "--sample=2"),
     ],
 )
@@ -231,27 +215,6 @@ def test_output_that_nobody_takes(
     arguments = (str(tmp_path / "made"), "--code", code)
     found, _, err = shell(tmp_path, redirected.replace("; sleep 0.2", ""), *arguments)
     assert (found, err) == (expected, f"noise → image\n{told}".encode().decode("latin-1"))
-
-
-def modules_that_run() -> list[Path]:
-    packages = (Path(str(p.__file__)).parent for p in (dit_engine.cli, dit_export, dit_bench))
-    files = [path for folder in packages for path in folder.rglob("*.py")]
-    found = [p for p in files if '\nif __name__ == "__main__":' in p.read_text(encoding="utf-8")]
-    assert len(found) >= 4
-    return [path for path in found if path.name not in PLAIN]
-
-
-def test_every_command_is_decorated_and_waits_briefly_before_it_imports_torch() -> None:
-    for path in modules_that_run():
-        source = path.read_text(encoding="utf-8")
-        if "def main(" in source:
-            assert re.search(r"^@entry\ndef main\(", source, re.MULTILINE), path
-        if "dit_bench" not in path.parts or path.stem in LIGHT or "def main(" not in source:
-            continue
-        header = (ast.Expr, ast.ImportFrom)  # the docstring, and the import of annotations
-        first = next(node for node in ast.parse(source).body if not isinstance(node, header))
-        assert isinstance(first, ast.If), f"{path} imports before it waits briefly"
-        assert ast.unparse(first.body[-1]) == "wait_briefly()", path
 
 
 def test_commands_start_without_torch_and_let_threads_sleep() -> None:

@@ -200,7 +200,9 @@ def test_a_module_run_by_name(marks: Path) -> None:
 
 
 def test_every_module_run_by_name_begins_alike() -> None:
+    """A command lets threads sleep before it imports torch, too (`wait_briefly`)."""
     plain = {"client.py", "supervisor.py"}  # copied or run by path, beside nothing of a stranger's
+    no_torch = {"cli", "documents"}  # the first imports torch late, the second computes nothing
     found = []
     for package in (dit_engine, dit_kernels, dit_export, dit_bench):
         for path in Path(str(package.__file__)).parent.rglob("*.py"):
@@ -210,9 +212,14 @@ def test_every_module_run_by_name_begins_alike() -> None:
             first = next(node for node in ast.parse(text).body if not is_header(node))
             assert isinstance(first, ast.If), f"{path} imports before it leaves the directory out"
             assert ast.unparse(first.test) == "__name__ == '__main__'", path
-            assert [ast.unparse(node) for node in first.body[:2]] == [
+            begins = [ast.unparse(node) for node in first.body]
+            assert begins[:2] == [
                 "from dit_engine.first import leave_out_of_path", "leave_out_of_path()",
             ], path  # fmt: skip
+            if "def main(" in text:
+                assert "\n@entry\ndef main(" in text, path
+                if package is dit_bench and path.stem not in no_torch:
+                    assert begins[-1] == "wait_briefly()", path
             found.append(path.stem)
     assert {"__main__", "generate", "train"} <= set(found)
 

@@ -29,11 +29,7 @@ CLASSES = (
 HELD_OUT_SEED = 1_000_000
 LICENCE = "CC0 1.0"
 _CHUNK = 100
-_STYLE = {
-    "": {"meta": "object"},
-    "meta": {"license": "object"},
-    "meta.license": {"name": "text"},
-}
+_STYLE = {"": {"meta": "object"}, "meta": {"license": "object"}, "meta.license": {"name": "text"}}
 
 
 def load_avatars(cache: Path, split: str, per_class: int, size: int = 64) -> ImageSet:
@@ -69,10 +65,9 @@ def _render_all(first: int, per_class: int, size: int, description: str) -> np.n
     ]
     # Spawned, not forked: torch's threads do not survive a fork. A terminal sends Ctrl-C to all
     # processes, but only the parent answers it.
-    pool = ProcessPoolExecutor(
-        mp_context=get_context("spawn"),
-        initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN),
-    )  # fmt: skip
+    ignored = (signal.SIGINT, signal.SIG_IGN)
+    spawn = get_context("spawn")
+    pool = ProcessPoolExecutor(mp_context=spawn, initializer=signal.signal, initargs=ignored)
     try:
         with left_out_of_children():
             parts = list(Bar(pool.map(render, *zip(*jobs, strict=True)), description, len(jobs)))

@@ -42,31 +42,28 @@ def judge(
 ) -> Outcome:
     """The outcome of a training. A stage without a checkpoint is None, and an old checkpoint has no
     losses: what is unknown is not judged."""
-    shortcomings = []
-    if transformer is not None:
-        shortcomings += _few_steps("transformer", transformer, transformer_decay)
-        mse = transformer.losses.get("mse")
-        if mse is not None and not mse < NOISE_GUESS_MSE:  # NaN too
+    pixels = data.tensor(np.linspace(0, len(data) - 1, min(512, len(data))).astype(int))
+    spread = float((pixels - pixels.mean(dim=(0, 2, 3), keepdim=True)).abs().mean())
+    of_noise = f"{NOISE_GUESS_MSE:.3g} of a guess that knows nothing of the images"
+    of_colour = f"{spread:.3g} of the images' mean colour"
+    stages, shortcomings = {}, []
+    for name, stage, decay, loss, limit, told in (
+        ("transformer", transformer, transformer_decay, "mse", NOISE_GUESS_MSE, of_noise),
+        # An error of one grey level is good whatever the images are.
+        ("autoencoder", autoencoder, autoencoder_decay, "pixel", max(spread, 1 / 127.5), of_colour),
+    ):
+        if stage is None:
+            continue
+        stages[name] = stage
+        reach = round(1 / (1 - decay)) if decay < 1 else stage.step + 1
+        if stage.step < reach:
             shortcomings.append(
-                f"the transformer's error, {mse:.3g}, is not below the {NOISE_GUESS_MSE:.3g} of a "
-                "guess that knows nothing of the images"
+                f"the {name} took {stage.step} steps, and its weights are an average over {reach}"
             )
-    if autoencoder is not None:
-        shortcomings += _few_steps("autoencoder", autoencoder, autoencoder_decay)
-        pixel, spread = autoencoder.losses.get("pixel"), _spread(data)
-        if pixel is not None and not pixel < max(spread, 1 / 127.5):
-            shortcomings.append(
-                f"the autoencoder's error, {pixel:.3g}, is not below the {spread:.3g} of the "
-                "images' mean colour"
-            )
-    stages = {"transformer": transformer, "autoencoder": autoencoder}
-    return Outcome({k: v for k, v in stages.items() if v is not None}, tuple(shortcomings))
-
-
-def describe(stage: Stage) -> str:
-    """Text like "1234 steps in 56.7 min, loss 0.0389", without the loss if it is unknown."""
-    loss = f", loss {stage.losses['loss']:.3g}" if "loss" in stage.losses else ""
-    return f"{stage.step} steps in {stage.seconds / 60:.1f} min{loss}"
+        error = stage.losses.get(loss)
+        if error is not None and not error < limit:  # NaN too
+            shortcomings.append(f"the {name}'s error, {error:.3g}, is not below the {told}")
+    return Outcome(stages, tuple(shortcomings))
 
 
 def write_card(directory: Path, data: ImageSet, outcome: Outcome) -> None:
@@ -77,7 +74,9 @@ def write_card(directory: Path, data: ImageSet, outcome: Outcome) -> None:
     lines = [_TITLE, ""]
     if outcome.shortcomings:
         lines += [f"**This model is not trained**: {'; '.join(outcome.shortcomings)}.", ""]
-    lines += [f"- {name}: {describe(stage)}" for name, stage in outcome.stages.items()]
+    for name, stage in outcome.stages.items():
+        loss = f", loss {stage.losses['loss']:.3g}" if "loss" in stage.losses else ""
+        lines.append(f"- {name}: {stage.step} steps in {stage.seconds / 60:.1f} min{loss}")
     lines += [
         f"- data: {len(data)} images of {data.size} pixels in {len(data.class_names)} classes",
         "",
@@ -85,17 +84,3 @@ def write_card(directory: Path, data: ImageSet, outcome: Outcome) -> None:
     ]
     with atomic_path(path) as partial:
         partial.write_text("\n".join(lines) + "\n", "utf-8")
-
-
-def _few_steps(name: str, stage: Stage, decay: float) -> list[str]:
-    reach = round(1 / (1 - decay)) if decay < 1 else stage.step + 1
-    if stage.step >= reach:
-        return []
-    return [f"the {name} took {stage.step} steps, and its weights are an average over {reach}"]
-
-
-def _spread(data: ImageSet, images: int = 512) -> float:
-    """The mean distance of pixels, in [-1, 1], from the mean colour of all images."""
-    chosen = np.linspace(0, len(data) - 1, min(images, len(data))).astype(int)
-    pixels = data.tensor(chosen)
-    return float((pixels - pixels.mean(dim=(0, 2, 3), keepdim=True)).abs().mean())

@@ -35,7 +35,7 @@ class ImageSet:
         return self.images.shape[1]
 
     def tensor(self, indices: np.ndarray) -> Tensor:
-        """The chosen images as float32 (n, 3, S, S) in [-1, 1]."""
+        """The chosen images as float32 (n, 3, S, S) in [-1, 1], in channels-last memory."""
         pixels = torch.from_numpy(np.ascontiguousarray(self.images[indices]))
         return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
@@ -61,21 +61,17 @@ def load_image_folder(root: Path, size: int, earlier: Sequence[str] = ()) -> Ima
     if same := same_name(names):
         paths = " and ".join(ascii(str(root / name)) for name in same)
         raise ValueError(f"{paths} are two classes of one name: rename one or join them")
-    if set(names) == set(earlier):
-        names = list(earlier)
+    names = list(earlier) if set(names) == set(earlier) else names
     images, labels = [], []
-    for label, directory in enumerate(root / name for name in names):
+    for label, name in enumerate(names):
         others: Counter[str] = Counter()
-        paths = find_images(directory, others)
+        paths = find_images(root / name, others)
         if not paths:
-            raise ValueError(
-                f"class {directory.name!r} holds no images ({', '.join(SUFFIXES)})"
-                + (f", but {count_of(others)}" if others else "")
-            )
+            but = f", but {count_of(others)}" if others else ""
+            raise ValueError(f"class {name!r} holds no images ({', '.join(SUFFIXES)}){but}")
         left_out += others
-        for path in paths:
-            fitted = ImageOps.fit(read_rgb(path), (size, size), Image.Resampling.BOX)
-            images.append(np.asarray(fitted))
-            labels.append(label)
+        fitted = (ImageOps.fit(read_rgb(p), (size, size), Image.Resampling.BOX) for p in paths)
+        images += map(np.asarray, fitted)
+        labels += [label] * len(paths)
     tell_left_out(root, left_out)
     return ImageSet(np.stack(images), np.asarray(labels), tuple(names))

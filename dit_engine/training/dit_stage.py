@@ -71,11 +71,7 @@ def train_denoiser(
         y = labels[chosen].masked_fill(dropped, null_class).to(device)
         t = torch.randint(diffusion.steps, (batch_size,), generator=generator).to(device)
         noise = torch.randn(x0.shape, generator=generator).to(device)
-
-        def denoise(xt: Tensor, t: Tensor) -> Tensor:
-            return forward_bf16(model, xt, t, y)
-
-        return diffusion(denoise, x0, t, noise)
+        return diffusion(lambda xt, t: forward_bf16(model, xt, t, y), x0, t, noise)
 
     return Trainer(model, loss, settings, directory, sheet).run("transformer")
 
@@ -88,6 +84,5 @@ def forward_bf16(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """
     rounded = {name: weight.to(torch.bfloat16) for name, weight in model.named_parameters()}
     on_cpu = x.device.type == "cpu"
-    attention = sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext()
-    with attention:
+    with sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext():
         return functional_call(model, rounded, (x.to(torch.bfloat16), t, y))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from pathlib import Path
 
 import torch
@@ -30,42 +29,37 @@ def drop_rows_after(path: Path, step: int) -> None:
 
     Raises ValueError if the file is not a log: `plot_losses` would draw a panel for each column.
     """
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     if not lines:
         return
-    header, *rows = lines
-    names = header.split(",")
+    names = lines[0].split(",")
     if names[0] != "step" or len(names) > _MOST_COLUMNS:
         raise ValueError(f"{path} is not a log of a training: remove it to begin another")
-    kept = [row for row in rows if len(row.split(",")) == len(names) and _step(row) <= step]
+
+    def is_kept(row: str) -> bool:
+        try:
+            numbers = [float(text) for text in row.split(",")]
+        except ValueError:
+            return False
+        return len(numbers) == len(names) and numbers[0] <= step
+
     with atomic_path(path) as partial:
-        partial.write_text("\n".join([header, *kept]) + "\n")
-
-
-def _step(row: str) -> float:
-    """The first number of a row; infinity if anything in the row is not a number."""
-    try:
-        first, *_ = [float(text) for text in row.split(",")]
-    except ValueError:
-        return math.inf
-    return first
+        partial.write_text("\n".join([lines[0], *filter(is_kept, lines[1:])]) + "\n")
 
 
 def plot_losses(log: Path, picture: Path) -> None:
     """Draw every loss column of a log.csv against the step."""
-    if not log.exists():
+    rows = []
+    if log.exists():
+        with log.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    if not rows:
         return
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    with log.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        return
     names = [n for n in rows[0] if n not in ("step", "seconds", "lr")]
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):

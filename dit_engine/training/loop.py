@@ -52,23 +52,19 @@ class Budget:
 
     def progress(self, step: int, seconds: float) -> float:
         """The fraction of the budget that is spent, 0 to 1."""
-        if self.steps is not None:
-            return min(step / self.steps, 1.0)
-        assert self.minutes is not None
-        return min(seconds / (60.0 * self.minutes), 1.0)
-
-    def seconds_left(self, step: int, seconds: float) -> float:
-        """The time until the budget is spent at the pace so far; NaN before the first step."""
-        if self.minutes is not None:
-            return max(0.0, 60.0 * self.minutes - seconds)
-        assert self.steps is not None
-        return (self.steps - step) * seconds / step if step else math.nan
+        spent, whole = (step, self.steps) if self.steps else (seconds, 60.0 * (self.minutes or 0))
+        return min(spent / whole, 1.0)
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """keep_steps: steps after which the EMA weights are kept in a file of their own; follow_load:
-    on the CPU, `ThreadsByLoad` sets the number of torch's threads."""
+    """How `Trainer` trains.
+
+    warmup_steps: the learning rate rises for so many steps. ema_decay: of the average of the
+    weights. save_seconds: the time between two checkpoints. keep_steps: steps after which the EMA
+    weights are kept in a file of their own. follow_load: on the CPU, `ThreadsByLoad` sets the
+    number of torch's threads.
+    """
 
     budget: Budget
     learning_rate: float
@@ -78,33 +74,6 @@ class LoopSettings:
     seed: int = 0
     keep_steps: tuple[int, ...] = ()
     follow_load: bool = False
-
-
-class ProgressLine:
-    """One line: the steps done, the time left and the loss."""
-
-    def __init__(self, description: str, budget: Budget) -> None:
-        self._description, self._budget = description, budget
-        # In a file every update is a new line, so there are few of them.
-        self._interval = 0.2 if sys.stderr.isatty() else 30.0
-        self._shown = -math.inf
-        self._bar = Bar(total=1.0, bar_format="{desc} |{bar}| {percentage:.0f}%", leave=True)
-        self._bar.set_description_str(description)
-
-    def show(self, step: int, seconds: float, loss: float) -> None:
-        budget = self._budget
-        self._bar.n = budget.progress(step, seconds)
-        if time.monotonic() - self._shown < self._interval and self._bar.n < 1.0:
-            return
-        self._shown = time.monotonic()
-        of_all = f" of {budget.steps}" if budget.steps is not None else ""
-        left = Bar.format_interval(budget.seconds_left(step, seconds))
-        self._bar.set_description_str(
-            f"{self._description}: step {step}{of_all}, {left} left, loss {loss:.4f}"
-        )
-
-    def close(self) -> None:
-        self._bar.close()
 
 
 class Trainer:
@@ -131,12 +100,9 @@ class Trainer:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self.trainable = [p for p in model.parameters() if p.requires_grad]
+        # Fused, because it is half of a small model's step otherwise.
         self.optimizer = torch.optim.AdamW(
-            self.trainable,
-            settings.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=0.0,
-            fused=True,  # one pass over the weights; otherwise half of a small model's step
+            self.trainable, settings.learning_rate, (0.9, 0.99), weight_decay=0.0, fused=True
         )
         self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.step, self.seconds = 0, 0.0
@@ -152,11 +118,16 @@ class Trainer:
         """
         on_cpu = all(parameter.device.type == "cpu" for parameter in self.trainable)
         by_load = ThreadsByLoad() if self.settings.follow_load and on_cpu else None
-        line = ProgressLine(description, self.settings.budget)
+        line = Bar(
+            total=1.0, initial=self.settings.budget.progress(self.step, self.seconds),
+            bar_format="{desc} |{bar}| {percentage:.0f}%, {remaining} left",
+            # In a file every update is a new line, so there are few of them.
+            mininterval=0.2 if sys.stderr.isatty() else 30.0,
+        )  # fmt: skip
         announcement = f"{description}: stopping after this step (Ctrl-C again: at once)"
         try:
             with closing(line), signals_noted(announcement) as signal_noted:
-                self._train(line, by_load, signal_noted)
+                self._train(description, line, by_load, signal_noted)
                 self.save()
                 if number := signal_noted():
                     raise Stopped(f"{description}: stopped after {self.step} steps, saved", number)
@@ -170,56 +141,66 @@ class Trainer:
         return self.model.eval()
 
     def _train(
-        self, line: ProgressLine, by_load: ThreadsByLoad | None, signal_noted: Callable[[], int]
-    ) -> None:
+        self, description: str, line: Bar, by_load: ThreadsByLoad | None,
+        signal_noted: Callable[[], int],
+    ) -> None:  # fmt: skip
         """Take steps until the budget is spent or a signal was noted."""
-        settings, budget = self.settings, self.settings.budget
+        budget, save_seconds = self.settings.budget, self.settings.save_seconds
         saved = sheet_made = time.monotonic()
         window: deque[dict[str, float]] = deque(maxlen=LOG_STEPS)
-        generator = torch.Generator()
         while (progress := budget.progress(self.step, self.seconds)) < 1.0 and not signal_noted():
             began = time.monotonic()
             if by_load is not None:
                 by_load.update()
-            warm = min(1.0, (self.step + 1) / settings.warmup_steps)
-            rate = settings.learning_rate * warm * (1.0 - progress)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            generator.manual_seed(settings.seed * 1_000_003 + self.step)
-            losses = self.loss(self.model, generator)
-            self.optimizer.zero_grad(set_to_none=True)
-            losses["loss"].backward()
-            nn.utils.clip_grad_norm_(self.trainable, 1.0)
-            self.optimizer.step()
-            self.step += 1
-            self._update_ema()
-            if self.step in settings.keep_steps:
-                save_tensors(self.ema, kept_path(self.directory, self.step))
+            rate, losses = self._take_step(progress)
             now = time.monotonic()
             self.seconds += now - began
-            window.append({k: float(v.detach()) for k, v in losses.items()})
+            window.append(losses)
             self.losses = {k: sum(row[k] for row in window) / len(window) for k in losses}
-            line.show(self.step, self.seconds, self.losses["loss"])
+            of_all = f" of {budget.steps}" if budget.steps is not None else ""
+            text = f"{description}: step {self.step}{of_all}, loss {self.losses['loss']:.4f}"
+            line.set_description_str(text, refresh=False)
+            line.update(budget.progress(self.step, self.seconds) - line.n)
             if self.step % LOG_STEPS == 0:
                 row = {"step": self.step, "seconds": round(self.seconds, 1), "lr": rate}
                 add_row(self.directory / "log.csv", row | self.losses)
-            if now - saved > settings.save_seconds:
+            if now - saved > save_seconds:
                 self.save()
                 saved = now
             if self.sheet and now - sheet_made > _SHEET_SECONDS:
                 self._make_sheet()
                 sheet_made = time.monotonic()
 
+    def _take_step(self, progress: float) -> tuple[float, dict[str, float]]:
+        """One step of the optimiser and of the average: the learning rate and the losses."""
+        settings = self.settings
+        rate = settings.learning_rate * min(1.0, (self.step + 1) / settings.warmup_steps)
+        rate *= 1.0 - progress
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + self.step)
+        losses = self.loss(self.model, generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        nn.utils.clip_grad_norm_(self.trainable, 1.0)
+        self.optimizer.step()
+        self.step += 1
+        # The small decay at the start keeps the random initial weights out of the average.
+        decay = min(settings.ema_decay, (1 + self.step) / (10 + self.step))
+        averages, current = list(self.ema.values()), list(self.model.state_dict().values())
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, current, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        if self.step in settings.keep_steps:
+            save_tensors(self.ema, kept_path(self.directory, self.step))
+        return rate, {k: float(v.detach()) for k, v in losses.items()}
+
     def save(self) -> None:
         """Write last.pt (whole or not at all) and redraw the loss curve."""
         state = {
-            "model": self.model.state_dict(),
-            "ema": self.ema,
+            "model": self.model.state_dict(), "ema": self.ema,
             "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "losses": self.losses,
-        }
+            "step": self.step, "seconds": self.seconds, "losses": self.losses,
+        }  # fmt: skip
         with atomic_path(self.directory / CHECKPOINT) as path:
             torch.save(state, path)
         plot_losses(self.directory / "log.csv", self.directory / "loss.png")
@@ -233,13 +214,6 @@ class Trainer:
         self.step, self.seconds = state["step"], state["seconds"]
         self.losses = state.get("losses", {})
         drop_rows_after(self.directory / "log.csv", self.step)
-
-    @torch.no_grad()
-    def _update_ema(self) -> None:
-        # The small decay at the start keeps the random initial weights out of the average.
-        decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
-        averages, current = list(self.ema.values()), list(self.model.state_dict().values())
-        torch._foreach_lerp_(averages, current, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def _make_sheet(self) -> None:
         if self.sheet is None:

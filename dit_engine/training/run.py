@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -70,16 +71,20 @@ class TrainSettings:
     def __post_init__(self) -> None:
         self.vae_config()
         self.model_config(1)
-        for name in ("images_per_class", "vae_batch_size", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is not a positive integer")
-        for name in ("vae_learning_rate", "learning_rate", "kl_weight"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} {getattr(self, name)}: allowed is 0 or more")
-        if not 0.0 <= self.ema_decay <= 1.0:
-            raise ValueError(f"ema_decay {self.ema_decay}: allowed is 0 to 1")
-        if abs(self.seed) > _LARGEST_SEED:
-            raise ValueError(f"seed {self.seed}: allowed is {-_LARGEST_SEED} to {_LARGEST_SEED}")
+        for names, least, most, allowed in (
+            (("images_per_class", "vae_batch_size", "batch_size"), 1, math.inf, "1 or more"),
+            (
+                ("vae_learning_rate", "learning_rate", "kl_weight"),
+                0,
+                sys.float_info.max,
+                "0 or more",
+            ),
+            (("ema_decay",), 0, 1, "0 to 1"),
+            (("seed",), -_LARGEST_SEED, _LARGEST_SEED, f"{-_LARGEST_SEED} to {_LARGEST_SEED}"),
+        ):
+            for name in names:
+                if not least <= getattr(self, name) <= most:
+                    raise ValueError(f"{name} {getattr(self, name)}: allowed is {allowed}")
 
     def vae_config(self) -> VAEConfig:
         # A small network: one block per level, no attention.
@@ -123,11 +128,9 @@ def train(
     """
     follow_load = threads is None and "OMP_NUM_THREADS" not in os.environ
 
-    def loop(budget: Budget, learning_rate: float, ema_decay: float, **more: int) -> LoopSettings:
-        options: dict[str, Any] = {"seed": settings.seed} | more
-        return LoopSettings(
-            budget, learning_rate, ema_decay=ema_decay, follow_load=follow_load, **options
-        )
+    def loop(budget: Budget, learning_rate: float, decay: float, **more: Any) -> LoopSettings:
+        options = {"ema_decay": decay, "seed": settings.seed, "follow_load": follow_load} | more
+        return LoopSettings(budget, learning_rate, **options)
 
     with limited_threads(threads):
         data, flip = _begin(settings, directory)
@@ -179,9 +182,8 @@ def _begin(settings: TrainSettings, directory: Path) -> tuple[ImageSet, tuple[st
     _check_same(told, begun)  # before images are rendered or read
     if settings.data == "avatars":
         _flipped(settings.flip, CLASSES)
-        data = load_avatars(
-            directory / "data", "train", settings.images_per_class, settings.size
-        )  # fmt: skip
+        count, size = settings.images_per_class, settings.size
+        data = load_avatars(directory / "data", "train", count, size)
     else:
         # A run that was begun with classes in another order goes on with it.
         earlier = _begun(begun)["class_names"] if begun.is_file() else ()
@@ -197,14 +199,14 @@ def _begin(settings: TrainSettings, directory: Path) -> tuple[ImageSet, tuple[st
 
 
 def _check_same(now: dict[str, Any], path: Path) -> None:
-    """If the run was begun earlier, raise ValueError if it had other settings."""
+    """Raise ValueError if the run was begun earlier with other settings."""
     if not path.exists():
         return
-    before, text = _begun(path), json.dumps(now)
-    for name, value in parse_json(text, "these settings", lenient=True).items():
-        if name == "data" and same_source(str(before.get(name)), value):
-            continue  # earlier versions kept the path
-        if before.get(name) != value:
+    before = _begun(path)
+    for name, value in parse_json(json.dumps(now), "these settings", lenient=True).items():
+        # Earlier versions kept the path of the images.
+        same = name == "data" and same_source(str(before.get(name)), value)
+        if not same and before.get(name) != value:
             raise ValueError(
                 f"{path.parent} holds a training with {name} {before.get(name)!r}, not {value!r}: "
                 "resume it with what it began with, or use another directory"
@@ -229,12 +231,9 @@ def _flipped(flip: Sequence[str], names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _stage_one(
-    settings: TrainSettings,
-    loop: LoopSettings,
-    data: ImageSet,
-    directory: Path,
+    settings: TrainSettings, loop: LoopSettings, data: ImageSet, directory: Path,
     device: torch.device | str,
-) -> AutoencoderKL:
+) -> AutoencoderKL:  # fmt: skip
     """The autoencoder: the finished one in ``directory``, or one that is trained now."""
     path = directory / "vae.safetensors"
     if path.exists():
@@ -254,15 +253,13 @@ def _latents(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Means, deviations and labels of all images, and then of the mirrored ones."""
     if not path.exists():
-        means, deviations = encode_all(vae, data)
-        labels = torch.from_numpy(data.labels)
+        parts = [data]
         if settings.flip:
             chosen = [data.class_names[label] in settings.flip for label in data.labels]
-            mirrored = ImageSet(data.images[chosen][:, :, ::-1], data.labels[chosen], ())
-            more = encode_all(vae, mirrored)
-            means, deviations = torch.cat([means, more[0]]), torch.cat([deviations, more[1]])
-            labels = torch.cat([labels, torch.from_numpy(mirrored.labels)])
-        save_tensors({"means": means, "deviations": deviations, "labels": labels}, path)
+            parts.append(ImageSet(data.images[chosen][:, :, ::-1], data.labels[chosen], ()))
+        encoded = [(*encode_all(vae, part), torch.from_numpy(part.labels)) for part in parts]
+        joined = (torch.cat(each) for each in zip(*encoded, strict=True))
+        save_tensors(dict(zip(("means", "deviations", "labels"), joined, strict=True)), path)
     return read_latents(path, len(data.class_names))
 
 

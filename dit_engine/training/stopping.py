@@ -45,8 +45,7 @@ def signals_noted(announcement: str) -> Iterator[Callable[[], int]]:
 
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        handlers = {each: signal.getsignal(each) for each in SIGNALS}
-        before = {each: old for each, old in handlers.items() if old != signal.SIG_IGN}
+        before = {s: h for s in SIGNALS if (h := signal.getsignal(s)) != signal.SIG_IGN}
     for each in before:
         signal.signal(each, note)
     try:
@@ -64,10 +63,9 @@ def termination_as_interrupt() -> Iterator[None]:
     def stop(number: int, _: object) -> None:
         raise Stopped("", number)
 
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.getsignal(signal.SIGTERM)
+    if before != signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:

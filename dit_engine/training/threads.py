@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -19,24 +19,18 @@ FIRST_LOOK_S = 0.3
 EVERY_S = 5.0
 
 
-@dataclass(frozen=True)
-class Sample:
-    """At one moment: a clock, and the processor time that all programs and this one have used.
-
-    All are in seconds.
-    """
+class Sample(NamedTuple):
+    """A clock, and the processor time that all programs and this one have used, in seconds."""
 
     wall: float
     busy: float
     own: float
 
-    @classmethod
-    def now(cls) -> Sample | None:
-        """For the processors that this program may use; None where the system does not say."""
-        if not hasattr(os, "sched_getaffinity"):
-            return None
-        busy = busy_seconds(os.sched_getaffinity(0))
-        return None if busy is None else cls(time.monotonic(), busy, time.process_time())
+
+def sample() -> Sample | None:
+    """Now, for the processors that this program may use; None where the system does not say."""
+    busy = busy_seconds(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    return None if busy is None else Sample(time.monotonic(), busy, time.process_time())
 
 
 class ThreadsByLoad:
@@ -48,28 +42,25 @@ class ThreadsByLoad:
 
     def __init__(self) -> None:
         self.most = torch.get_num_threads()
-        self._before = Sample.now()
+        self._before = sample()
         if self.most > 1 and self._before is not None:
             time.sleep(FIRST_LOOK_S)
-            self._look()
+            self._look(self._before)
 
     def update(self) -> None:
         """Measure again if it is time to. Call this often."""
         if self._before is not None and time.monotonic() - self._before.wall > EVERY_S:
-            self._look()
+            self._look(self._before)
 
     def restore(self) -> None:
         torch.set_num_threads(self.most)
 
-    def _look(self) -> None:
-        before, after = self._before, Sample.now()
-        if before is None or after is None:
-            return
-        free = free_processors(before, after, len(os.sched_getaffinity(0)))
-        threads = min(self.most, threads_for(free, cpu_quota()))
-        if threads != torch.get_num_threads():
-            torch.set_num_threads(threads)
-        self._before = after
+    def _look(self, before: Sample) -> None:
+        after = sample()
+        if after is not None:
+            free = free_processors(before, after, len(os.sched_getaffinity(0)))
+            torch.set_num_threads(min(self.most, threads_for(free, cpu_quota())))
+            self._before = after
 
 
 def threads_for(free: float, quota: float | None = None) -> int:

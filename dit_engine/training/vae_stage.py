@@ -35,7 +35,6 @@ def train_vae(
     torch.manual_seed(settings.seed)
     vae = AutoencoderKL(config).to(device)
     vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-
     may_flip = torch.tensor([name in flip for name in data.class_names])[data.labels]  # (N,)
 
     def loss(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
@@ -76,7 +75,7 @@ def train_decoder(
     def loss(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         assert isinstance(model, AutoencoderKL)
         chosen = torch.randint(len(data), (batch_size,), generator=generator)
-        images = _channels_last(data.tensor(chosen.numpy()).to(device))
+        images = data.tensor(chosen.numpy()).to(device)
         noise = torch.randn(batch_size, *means.shape[1:], generator=generator)
         z = means[chosen].float() + deviations[chosen].float() * noise
         with torch.autocast(device.type, torch.bfloat16):
@@ -107,15 +106,10 @@ def _sheet_maker(
     return sheet
 
 
-def _channels_last(images: Tensor) -> Tensor:
-    return images.contiguous(memory_format=torch.channels_last)
-
-
 def vae_loss(
     vae: AutoencoderKL, images: Tensor, generator: torch.Generator, kl_weight: float
 ) -> dict[str, Tensor]:
     """`reconstruction_losses` and the weighted KL to N(0, 1); images (N, 3, S, S) in [-1, 1]."""
-    images = _channels_last(images)
     with torch.autocast(images.device.type, torch.bfloat16):
         mean, log_variance = (t.float() for t in vae.encode(images))
         noise = torch.randn(mean.shape, generator=generator).to(mean.device)
@@ -141,7 +135,7 @@ def encode_all(vae: AutoencoderKL, data: ImageSet, batch_size: int = 128) -> tup
     means, deviations = [], []
     for start in Bar(range(0, len(data), batch_size), "encoding"):
         chosen = np.arange(start, min(start + batch_size, len(data)))
-        images = _channels_last(data.tensor(chosen).to(device))
+        images = data.tensor(chosen).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             mean, log_variance = vae.encode(images)
         means.append(mean.half().cpu())
@@ -156,12 +150,9 @@ def read_latents(path: Path, classes: int | None = None) -> tuple[Tensor, Tensor
     ``classes`` - 1 (or N - 1 if ``classes`` is None).
     """
     tensors = read_weights(path)
-    try:
-        means, deviations, labels = (tensors[name] for name in ("means", "deviations", "labels"))
-    except KeyError as error:
-        raise ValueError(
-            f"{path} holds no {error.args[0]}; latents of dit-train are needed"
-        ) from None
+    if missing := {"means", "deviations", "labels"} - tensors.keys():
+        raise ValueError(f"{path} holds no {min(missing)}; latents of dit-train are needed")
+    means, deviations, labels = tensors["means"], tensors["deviations"], tensors["labels"]
     right = means.ndim == 4 and means.numel() > 0 and means.shape[2] == means.shape[3]
     if not right or deviations.shape != means.shape or labels.shape != means.shape[:1]:
         raise ValueError(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from dit_kernels import reference, triton
 from dit_kernels.checks import Unavailable
@@ -18,14 +18,16 @@ Run = Callable[..., Any]
 
 KERNELS = ("triton", "triton-tma", "native")
 IMPLEMENTATIONS = ("auto", "reference", *KERNELS)
-
 OLDEST_WITH_TMA = (9, 0)
-# Operators whose kernel lost to torch at the shapes that matter run the reference under "auto".
-# (A measured loss belongs here, with the measurement.)
-SLOWER: dict[str, frozenset[str]] = {"triton": frozenset(), "native": frozenset()}
+
+NATIVE: dict[str, Run] = {run.__name__: run for run in (
+    native.attention, native.gate_residual, native.gate_residual_layernorm_modulate, native.gelu,
+    native.groupnorm_silu, native.guided_step, native.layernorm_modulate,
+    native.layernorm_modulate_quantize, native.quantize_rows,
+)}  # fmt: skip
 
 
-def wants_gradient(*tensors: Tensor) -> bool:
+def wants_gradient(*tensors: torch.Tensor) -> bool:
     """Whether autograd follows what is computed from these, for which no kernel has a backward."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
@@ -43,67 +45,16 @@ def without_autocast(run: Callable[..., T]) -> Callable[..., T]:
     return exact
 
 
-NATIVE: dict[str, Run] = {run.__name__: run for run in (
-    native.attention, native.gate_residual, native.gate_residual_layernorm_modulate, native.gelu,
-    native.groupnorm_silu, native.guided_step, native.layernorm_modulate,
-    native.layernorm_modulate_quantize, native.quantize_rows,
-)}  # fmt: skip
-REFERENCE: dict[str, Run] = {run.__name__: without_autocast(run) for run in (
-    reference.attention, reference.gate_residual, reference.gate_residual_layernorm_modulate,
-    reference.gelu, reference.groupnorm_silu, reference.guided_step, reference.layernorm_modulate,
-    reference.layernorm_modulate_quantize, reference.quantize_rows,
-)}  # fmt: skip
-
-
-@functools.cache
-def _triton() -> dict[str, Run]:
-    """The same operators in Triton, whose modules need the package triton."""
-    from dit_kernels.triton.attention import attention
-    from dit_kernels.triton.gate_residual import gate_residual
-    from dit_kernels.triton.gate_residual_layernorm_modulate import gate_residual_layernorm_modulate
-    from dit_kernels.triton.gelu import gelu
-    from dit_kernels.triton.groupnorm_silu import groupnorm_silu
-    from dit_kernels.triton.guided_step import guided_step
-    from dit_kernels.triton.layernorm_modulate import layernorm_modulate
-    from dit_kernels.triton.layernorm_modulate_quantize import layernorm_modulate_quantize
-    from dit_kernels.triton.quantize_rows import quantize_rows
-
-    return {run.__name__: run for run in (
-        attention, gate_residual, gate_residual_layernorm_modulate, gelu, groupnorm_silu,
-        guided_step, layernorm_modulate, layernorm_modulate_quantize, quantize_rows,
-    )}  # fmt: skip
-
-
-@functools.cache
-def _triton_tma() -> dict[str, Run]:
-    """Attention with keys and values fetched by tensor descriptors.
-
-    "auto" never takes it, because no measurement has it ahead.
-    """
-    from dit_kernels.triton.attention_tma import attention_tma
-
-    return {"attention": attention_tma}
-
-
-# Implementation → (operators that it has, a function that gives their functions).
-TABLES: dict[str, tuple[Collection[str], Callable[[], dict[str, Run]]]] = {
-    "reference": (REFERENCE, lambda: REFERENCE),
-    "native": (NATIVE, lambda: NATIVE),
-    "triton": (NATIVE, _triton),
-    "triton-tma": (("attention",), _triton_tma),
-}
-
-
 def why_not(implementation: str, operator: str, device: torch.device) -> str | None:
     """Why ``implementation`` of ``operator`` cannot run on ``device``, or None if it can."""
     if implementation == "reference":
         return None
-    if operator not in TABLES[implementation][0]:
-        return f"{operator} has no {implementation} implementation"
     if implementation == "native":
         if device.type != "cpu":
             return f"native kernels are for the CPU, not for {device}"
         return native.why_not()
+    if implementation == "triton-tma" and operator != "attention":
+        return f"{operator} has no {implementation} implementation"
     if (reason := triton.why_not(device)) is not None or implementation == "triton":
         return reason
     # On other devices only Triton's interpreter gets here, and it has descriptors.
@@ -117,6 +68,8 @@ def why_not(implementation: str, operator: str, device: torch.device) -> str | N
 def chosen(operator: str, impl: str, device: torch.device) -> str:
     """The implementation of ``operator`` that runs on ``device``: "reference" or one of KERNELS.
 
+    "auto" never takes "triton-tma", because no measurement has it ahead.
+
     Raises:
         ValueError: an unknown ``impl``.
         Unavailable: a named ``impl`` that cannot run here.
@@ -125,8 +78,7 @@ def chosen(operator: str, impl: str, device: torch.device) -> str:
         raise ValueError(f"impl {impl!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "auto":
         fused = "native" if device.type == "cpu" else "triton"
-        usable = operator not in SLOWER[fused] and why_not(fused, operator, device) is None
-        return fused if usable else "reference"
+        return fused if why_not(fused, operator, device) is None else "reference"
     if (reason := why_not(impl, operator, device)) is not None:
         raise Unavailable(f"impl {impl!r}: {reason}")
     return impl
@@ -134,7 +86,18 @@ def chosen(operator: str, impl: str, device: torch.device) -> str:
 
 def implementation(operator: str, impl: str, device: torch.device) -> Run:
     """The function that `chosen` names; the references compute in their own dtypes in autocast."""
-    return TABLES[chosen(operator, impl, device)][1]()[operator]
+    kind = chosen(operator, impl, device)
+    return NATIVE[operator] if kind == "native" else _imported(operator, kind)
+
+
+@functools.cache
+def _imported(operator: str, kind: str) -> Run:
+    """A reference, or a function of dit_kernels/triton/, which has one module per operator; they
+    need the package triton."""
+    if kind == "reference":
+        return without_autocast(getattr(reference, operator))
+    name = "attention_tma" if kind == "triton-tma" else operator
+    return getattr(import_module(f"dit_kernels.triton.{name}"), name)
 
 
 def launcher(operator: str, device: torch.device) -> Run:

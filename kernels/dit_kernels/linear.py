@@ -36,16 +36,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor, impl: str, gelu: bool) -> 
         raise Unavailable(
             f"impl {impl!r}: products of unpacked weights stay with the library (impl 'auto')"
         )
-    if torch.compiler.is_compiling():  # what the compiler sees, it fuses
-        out = F.linear(x, weight, bias)
-        return gelu_(out) if gelu else out
     rows = x.reshape(-1, x.shape[-1])
-    if x.is_cuda and gelu and not wants_gradient(x, weight, bias):
+    fused = gelu and x.is_cuda and not torch.compiler.is_compiling()  # a compiler fuses by itself
+    if fused and not wants_gradient(x, weight, bias):
         out = torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True)  # tanh
     else:
         out = F.linear(rows, weight, bias)
-        if gelu:
-            out = gelu_(out)
+        out = gelu_(out) if gelu else out
     return out.view(*x.shape[:-1], len(weight))
 
 
@@ -100,16 +97,10 @@ class PackedLinear:
 
         out: contiguous memory for the result. It costs a copy unless the product is our own.
         """
-        if x.shape[-1:] != (self.in_features,) or x.dtype != self.dtype or x.device != self.device:
-            raise ValueError(
-                f"x is {x.dtype} {tuple(x.shape)} on {x.device}; {self.dtype} "
-                f"(…, {self.in_features}) on {self.device} is needed"
-            )
+        shape = (*x.shape[:-1], self.in_features)
+        checks.check("x", x, shape, (self.dtype,), self.device, layout=None)
         if wants_gradient(x):
-            raise Unavailable(
-                "PackedLinear has no backward pass; use linear, or torch.no_grad() where no "
-                "gradient is needed"
-            )
+            raise Unavailable("PackedLinear has no backward pass; use linear, or torch.no_grad()")
         if self.native:
             return native_product.linear(x, self.weight, self.bias, self.out_features, gelu, out)
         made = self._by_library(x, gelu)
@@ -128,8 +119,8 @@ def onednn_takes(dtype: torch.dtype) -> bool:
     """Whether oneDNN has products of this dtype on this processor."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if dtype == torch.float16:
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return dtype == torch.float32
+    half = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return half[dtype]() if dtype in half else dtype == torch.float32

@@ -68,42 +68,28 @@ def layernorm_modulate(
     x: (N, T, D) contiguous; shift, scale: (N, D), views of ``chunk(6)`` as they come, in x's
     dtype or float32. Returns (N, T, D).
     """
-    checks.check_tokens("x", x)
-    checks.check_modulation(x, shift=shift, scale=scale)
-    checks.check_eps(eps)
-    return _chosen("layernorm_modulate", impl, x, shift, scale)(x, shift, scale, eps)
+    checks.check_norm(x, eps=eps, shift=shift, scale=scale)
+    return _run("layernorm_modulate", impl, x, shift, scale, eps)
 
 
 @_registered(_like_first_twice)
 def gate_residual_layernorm_modulate(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    eps: float = 1e-6,
-    *,
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6,
+    *, impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The end of one branch and the start of the next: r = x + gate · y, and adaLN of r.
 
     x, y: (N, T, D) contiguous; gate, shift, scale: (N, D). Returns (r, its modulated norm).
     """
-    checks.check_tokens("x", x)
-    checks.check_same("y", y, x)
-    checks.check_modulation(x, gate=gate, shift=shift, scale=scale)
-    checks.check_eps(eps)
-    run = _chosen("gate_residual_layernorm_modulate", impl, x, y, gate, shift, scale)
-    return run(x, y, gate, shift, scale, eps)
+    checks.check_norm(x, y, eps, gate=gate, shift=shift, scale=scale)
+    return _run("gate_residual_layernorm_modulate", impl, x, y, gate, shift, scale, eps)
 
 
 @_registered(_like_first)
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, impl: str = "auto") -> Tensor:
     """x + gate · y for x, y (N, T, D) contiguous and gate (N, D)."""
-    checks.check_tokens("x", x)
-    checks.check_same("y", y, x)
-    checks.check_modulation(x, gate=gate)
-    return _chosen("gate_residual", impl, x, y, gate)(x, y, gate)
+    checks.check_norm(x, y, gate=gate)
+    return _run("gate_residual", impl, x, y, gate)
 
 
 @_registered(lambda qkv, *_, **__: qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3))
@@ -113,7 +99,7 @@ def attention(qkv: Tensor, num_heads: int, *, impl: str = "auto") -> Tensor:
     qkv: (N, T, 3·H·d) contiguous, d a multiple of 8 up to 128. Returns (N, T, H·d).
     """
     checks.check_qkv(qkv, num_heads)
-    return _chosen("attention", impl, qkv)(qkv, num_heads)
+    return _run("attention", impl, qkv, num_heads)
 
 
 @_registered(lambda x, *_, **__: torch.empty_like(x, memory_format=torch.channels_last))
@@ -124,24 +110,15 @@ def groupnorm_silu(
 
     weight, bias: (C,), in x's dtype or float32.
     """
-    checks.check_images(x, groups, weight, bias)
-    checks.check_eps(eps)
-    return _chosen("groupnorm_silu", impl, x, weight, bias)(x, groups, weight, bias, eps)
+    checks.check_images(x, groups, weight, bias, eps)
+    return _run("groupnorm_silu", impl, x, groups, weight, bias, eps)
 
 
 @_registered(lambda tokens, z, *_, **__: _like_first_twice(z))
 def guided_step(
-    tokens: Tensor,
-    z: Tensor,
-    x0_before: Tensor,
-    noise: Tensor,
-    guidance_scale: Tensor,
-    coefficients: Tensor,
-    guided_channels: int,
-    patch_size: int,
-    *,
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
+    tokens: Tensor, z: Tensor, x0_before: Tensor, noise: Tensor, guidance_scale: Tensor,
+    coefficients: Tensor, guided_channels: int, patch_size: int, *, impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """From the final layer's output to the next latents: unpatchify, guidance, sampler update.
 
     With ε the guided prediction and (a, b, c₁ … c₄, low, high, s) the ``coefficients``:
@@ -162,32 +139,23 @@ def guided_step(
     arguments = (tokens, z, x0_before, noise, guidance_scale, coefficients, guided_channels,
                  patch_size)  # fmt: skip
     checks.check_guided_step(*arguments)
-    inputs = (z, tokens, x0_before, noise, guidance_scale, coefficients)
-    return _chosen("guided_step", impl, *inputs)(*arguments)
+    return _run("guided_step", impl, *arguments)
 
 
 @_registered(lambda x, shift, scale, eps=1e-6, dtype=torch.int8, **_: _codes_like(x, dtype))
 def layernorm_modulate_quantize(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    eps: float = 1e-6,
-    dtype: torch.dtype = torch.int8,
-    *,
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, dtype: torch.dtype = torch.int8,
+    *, impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`layernorm_modulate`, quantised symmetrically with one scale per token.
 
     Returns codes (N, T, D) of ``dtype`` (int8 or float8_e4m3fn) and float32 scales (N, T):
     the modulated norm is about codes · scale.
     """
-    checks.check_tokens("x", x)
-    checks.check_modulation(x, shift=shift, scale=scale)
-    checks.check_eps(eps)
+    checks.check_norm(x, eps=eps, shift=shift, scale=scale)
     checks.check_codes(dtype)
     impl = _with_codes(impl, dtype, x.device)
-    run = _chosen("layernorm_modulate_quantize", impl, x, shift, scale)
-    return run(x, shift, scale, eps, dtype)
+    return _run("layernorm_modulate_quantize", impl, x, shift, scale, eps, dtype)
 
 
 @_registered(lambda x, dtype=torch.int8, **_: _codes_like(x, dtype))
@@ -199,26 +167,25 @@ def quantize_rows(
     x: (…, D) contiguous. Returns codes (…, D) of ``dtype`` (int8 or float8_e4m3fn) and float32
     scales (…): x is about codes · scale.
     """
-    checks.check_rows("x", x)
+    checks.check_rows(x)
     checks.check_codes(dtype)
-    return _chosen("quantize_rows", _with_codes(impl, dtype, x.device), x)(x, dtype)
+    return _run("quantize_rows", _with_codes(impl, dtype, x.device), x, dtype)
 
 
-def _chosen(operator: str, impl: str, *tensors: Tensor) -> Run:
-    """The implementation for these tensors, the first of which gives the device.
+def _run(operator: str, impl: str, *arguments: Any) -> Any:
+    """The results of the implementation for these arguments, the first of which is a tensor.
 
     Only the reference has a backward pass: "auto" takes it where a gradient is wanted, and a named
     kernel is refused rather than dropping the gradient.
     """
-    if wants_gradient(*tensors):
+    if wants_gradient(*(tensor for tensor in arguments if isinstance(tensor, Tensor))):
         if impl in KERNELS:
             raise Unavailable(
                 f"impl {impl!r}: {operator} has no backward pass there; use impl 'reference', or "
                 "torch.no_grad() where no gradient is needed"
             )
-        if impl == "auto":
-            impl = "reference"
-    return implementation(operator, impl, tensors[0].device)
+        impl = "reference" if impl == "auto" else impl
+    return implementation(operator, impl, arguments[0].device)(*arguments)
 
 
 def _with_codes(impl: str, dtype: torch.dtype, device: torch.device) -> str:

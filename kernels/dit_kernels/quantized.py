@@ -24,8 +24,7 @@ FP8 = torch.float8_e4m3fn
 CODES = {"int8": (torch.int8, torch.uint8), "fp8": (FP8,)}
 # torch's fp8 product adds no bias to float32 results, and only some of its libraries give float16.
 RESULTS = {"int8": (torch.float32, torch.bfloat16), "fp8": (torch.bfloat16,)}
-FP8_MULTIPLE = 16
-"""What the inputs and the outputs of an fp8 product are multiples of."""
+FP8_MULTIPLE = 16  # of which the inputs and the outputs of an fp8 product are multiples
 FAST_ACCUMULATION = False
 """Whether the sums of an fp8 product stay in the tensor cores, which on Hopper keep about 14 bits
 (DeepSeek-V3, arXiv 2412.19437, section 3.3.2), or are added up in float32 every few steps."""
@@ -48,8 +47,8 @@ class QuantizedLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor, kind: str, dtype: torch.dtype) -> None:
         checks.check_linear(weight.new_empty(0, weight.shape[1]), weight, bias)
-        if kind not in ("int8", "fp8"):
-            raise ValueError(f"kind {kind!r}: choose one of int8, fp8")
+        if kind not in CODES:
+            raise ValueError(f"kind {kind!r}: choose one of {', '.join(CODES)}")
         if (reason := quantized_why_not(kind, weight.device)) is not None:
             raise Unavailable(reason)
         if dtype not in RESULTS[kind]:
@@ -85,51 +84,29 @@ class QuantizedLinear:
 
         out: contiguous memory for the result. It costs a copy unless the product is our own.
         """
-        codes, scales = self._checked(codes, scales)
+        rows = codes.shape[:-1]
+        allowed = CODES[self.kind]
+        checks.check("codes", codes, (*rows, self.in_features), allowed, self.device, layout=None)
+        checks.check("scales", scales, rows, checks.FLOAT, self.device, layout=None)
+        codes = codes.reshape(-1, self.in_features).contiguous()
+        scales = scales.reshape(-1).contiguous()
         if self.native:
             return native_product.linear_int8(
                 _unsigned(codes), scales, self.weight, self.scale, self.bias, self.dtype, gelu, out
             )
-        made = self._by_library(codes, scales, gelu)
-        return made if out is None else out.copy_(made)
-
-    def _by_library(self, codes: Tensor, scales: Tensor, gelu: bool) -> Tensor:
         if self.kind == "fp8":
             made = torch.ops.aten._scaled_mm(
                 codes, self.weight.t(), scales[:, None], self.scale[None], self.bias,
                 out_dtype=self.dtype, use_fast_accum=FAST_ACCUMULATION,
             )  # fmt: skip
-            return gelu_(made) if gelu else made
-        made = torch.ops.onednn.qlinear_pointwise(
-            _unsigned(codes), 1.0, 128, self.weight, self.scale, self.zero, None, 1.0, 0,
-            self.dtype, "none", [], "",
-        )  # fmt: skip
-        return dequantize_rows_(made, scales, self.bias, gelu)
-
-    def _checked(self, codes: Tensor, scales: Tensor) -> Codes:
-        """Codes as (R, K) and scales as (R,), both contiguous.
-
-        Raises ValueError for codes or scales that do not fit this layer.
-        """
-        if (
-            codes.dtype not in CODES[self.kind]
-            or codes.shape[-1:] != (self.in_features,)
-            or codes.device != self.device
-        ):
-            raise ValueError(
-                f"codes are {codes.dtype} {tuple(codes.shape)} on {codes.device}; {self.kind} "
-                f"(…, {self.in_features}) on {self.device} is needed"
-            )
-        if (
-            scales.dtype != torch.float32
-            or scales.shape != codes.shape[:-1]
-            or scales.device != self.device
-        ):
-            raise ValueError(
-                f"scales are {scales.dtype} {tuple(scales.shape)} on {scales.device}; float32 "
-                f"{tuple(codes.shape[:-1])} on {self.device} is needed"
-            )
-        return codes.reshape(-1, self.in_features).contiguous(), scales.reshape(-1).contiguous()
+            made = gelu_(made) if gelu else made
+        else:
+            made = torch.ops.onednn.qlinear_pointwise(
+                _unsigned(codes), 1.0, 128, self.weight, self.scale, self.zero, None, 1.0, 0,
+                self.dtype, "none", [], "",
+            )  # fmt: skip
+            made = dequantize_rows_(made, scales, self.bias, gelu)
+        return made if out is None else out.copy_(made)
 
 
 def _unsigned(codes: Tensor) -> Tensor:
@@ -194,13 +171,9 @@ def quantized_why_not(kind: str, device: torch.device) -> str | None:
     if kind == "int8":
         if device.type != "cpu":
             return f"int8 products are for the CPU, not for {device}; 'fp8' is for CUDA"
-        if native_product.why_not(torch.int8) is None:
+        if native_product.why_not(torch.int8) is None or _onednn_is_exact():
             return None
-        if not torch.backends.mkldnn.is_available():
-            return "int8 products need a torch with oneDNN"
-        if not _onednn_is_exact():
-            return "int8 products need a processor with VNNI or AMX: oneDNN's sums saturate here"
-        return None
+        return "int8 products need oneDNN on a processor with VNNI or AMX: elsewhere sums saturate"
     if device.type != "cuda":
         return f"fp8 products are for CUDA, not for {device}; 'int8' is for the CPU"
     if torch.cuda.get_device_capability(device) < (9, 0):
@@ -210,8 +183,8 @@ def quantized_why_not(kind: str, device: torch.device) -> str | None:
 
 @functools.cache
 def _onednn_is_exact() -> bool:
-    """Whether oneDNN's unsigned-by-signed product keeps its sums: without VNNI it adds pairs of
-    products in 16 bits, which the largest codes overflow."""
+    """Whether there is oneDNN and its unsigned-by-signed product keeps its sums: without VNNI it
+    adds pairs of products in 16 bits, which the largest codes overflow."""
     k = 64
     one = torch.ones(1, dtype=torch.int32, device="cpu")
     largest = torch.full((1, k), 127, dtype=torch.int8, device="cpu")
@@ -221,6 +194,6 @@ def _onednn_is_exact() -> bool:
             torch.ops.onednn.qlinear_prepack(largest, [1, k]), one.float(), 0 * one,
             None, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
-    except RuntimeError:
+    except (AttributeError, RuntimeError):
         return False
     return float(out) == k * 127**2

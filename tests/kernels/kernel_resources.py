@@ -11,7 +11,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,14 +25,10 @@ from torch import Tensor
 # table of technical specifications). 8.6 has 8.9's limits and no instructions of its own.
 SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 PROCESSORS = 132
-ROW_KERNELS = ("layernorm_modulate", "gate_residual_layernorm_modulate", "gate_residual")
-TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int8: "i8",
-    torch.float8_e4m3fn: "fp8e4nv",
-}
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+TYPES = {FULL: "fp32", BRAIN: "bf16", HALF: "fp16", INT8: "i8", FP8: "fp8e4nv"}
+EMPTY = functools.partial(torch.empty, device="meta")  # no numbers: a launcher costs its Python
 
 
 class Case(NamedTuple):
@@ -43,78 +40,65 @@ class Case(NamedTuple):
     sizes: tuple[int, ...]  # as `arguments_of` takes them
     codes: torch.dtype | None = None
 
-    @property
-    def name(self) -> str:
-        types = [TYPES[t] for t in (self.dtype, self.codes) if t is not None]
-        sizes = "x".join(map(str, self.sizes))
-        return f"sm_{self.capability} {self.operator} {sizes} {' '.join(types)}"
-
 
 class Resources(NamedTuple):
     registers: int  # a thread
     shared_bytes: int
     spills: int  # instructions that move registers to or from local memory
-    matrix: dict[str, int]  # tensor-core instruction → how many
+    matrix: Counter[str]  # tensor-core instruction → how many
 
 
 def cases() -> list[Case]:
     """What is compiled: on each architecture XL's sizes, on 9.0 also every other edge."""
-    half, brain, full = torch.float16, torch.bfloat16, torch.float32
-    fp8, int8 = torch.float8_e4m3fn, torch.int8
+    fused, rows = "gate_residual_layernorm_modulate", (2, 256, 1152)
     found: list[Case] = []
     for sm in SHARED_MEMORY:
         for variant in ("attention", "attention_tma") if sm >= 90 else ("attention",):
             # 16 images fill a GPU with tiles of 128 queries, 2 images take those of 64.
-            found += [Case(variant, sm, brain, (n, 256, 16, 72)) for n in (16, 2)]
-            found.append(Case(variant, sm, half, (16, 256, 16, 64)))
-        rows = (2, 256, 1152)
-        found += [Case(operator, sm, brain, rows) for operator in ROW_KERNELS]
-        for codes in (int8, fp8) if sm >= 89 else (int8,):
-            found.append(Case("layernorm_modulate_quantize", sm, brain, rows, codes))
-            found.append(Case("quantize_rows", sm, brain, (2, 256, 4608), codes))
-        found.append(Case("groupnorm_silu", sm, brain, (1, 512, 64)))
-        found.append(Case("guided_step", sm, half, (2, 32)))
-        found.append(Case("gelu", sm, brain, (2, 256, 4608)))
-    found += [
-        Case("attention", 90, brain, (16, 1001, 16, 72)),  # a ragged number of tokens
-        Case("attention_tma", 90, brain, (16, 1001, 16, 72)),
-        Case("attention", 90, brain, (2, 16, 4, 32)),  # a small model
-        Case("attention", 90, brain, (16, 256, 16, 128)),  # the widest head
-        *(Case("attention", 90, full, (2, 256, 16, d)) for d in (72, 128)),  # no tensor cores
+            found += [Case(variant, sm, BRAIN, (n, 256, 16, 72)) for n in (16, 2)]
+            found.append(Case(variant, sm, HALF, (16, 256, 16, 64)))
+        found += [
+            Case(op, sm, BRAIN, rows) for op in ("layernorm_modulate", fused, "gate_residual")
+        ]
+        for codes in (INT8, FP8) if sm >= 89 else (INT8,):
+            found.append(Case("layernorm_modulate_quantize", sm, BRAIN, rows, codes))
+            found.append(Case("quantize_rows", sm, BRAIN, (2, 256, 4608), codes))
+        found.append(Case("groupnorm_silu", sm, BRAIN, (1, 512, 64)))
+        found.append(Case("guided_step", sm, HALF, (2, 32)))
+        found.append(Case("gelu", sm, BRAIN, (2, 256, 4608)))
+    return [
+        *found,
+        Case("attention", 90, BRAIN, (16, 1001, 16, 72)),  # a ragged number of tokens
+        Case("attention_tma", 90, BRAIN, (16, 1001, 16, 72)),
+        Case("attention", 90, BRAIN, (2, 16, 4, 32)),  # a small model
+        Case("attention", 90, BRAIN, (16, 256, 16, 128)),  # the widest head
+        Case("attention", 90, FULL, (2, 256, 16, 128)),  # no tensor cores
         # A size of 1 becomes a constant, which is another program.
-        Case("attention", 90, brain, (1, 1, 16, 72)),
-        Case("gate_residual_layernorm_modulate", 90, brain, (1, 1, 1152)),
-        Case("groupnorm_silu", 90, brain, (1, 128, 1)),
-        Case("groupnorm_silu", 90, half, (1, 128, 256)),  # the narrowest level and the most pixels
-        *(Case(operator, 90, half, (2, 256, d)) for operator in ROW_KERNELS for d in (384, 1024)),
-        *(Case(operator, 90, full, (2, 256, 1152)) for operator in ROW_KERNELS),
+        Case("attention", 90, BRAIN, (1, 1, 16, 72)),
+        Case(fused, 90, BRAIN, (1, 1, 1152)),
+        Case("groupnorm_silu", 90, BRAIN, (1, 128, 1)),
+        Case("groupnorm_silu", 90, HALF, (1, 128, 256)),  # the narrowest level and the most pixels
+        *(Case(fused, 90, HALF, (2, 256, d)) for d in (384, 1024)),
+        Case(fused, 90, FULL, rows),
     ]
-    return found
-
-
-def _rows(case: Case) -> list[Any]:
-    """x, gate, shift and scale; on meta, a tensor has no numbers."""
-    n, tokens, width = case.sizes
-    x = torch.empty(n, tokens, width, dtype=case.dtype, device="meta")
-    return [x, *torch.empty(n, 6 * width, dtype=case.dtype, device="meta").chunk(6, 1)[:3]]
 
 
 def arguments_of(case: Case) -> list[Any]:
     """What the launcher is called with."""
-    empty = functools.partial(torch.empty, device="meta")
+    n, *sizes = case.sizes
     if case.operator.startswith("attention"):
-        n, tokens, heads, d = case.sizes
-        return [empty(n, tokens, 3 * heads * d, dtype=case.dtype), heads]
+        tokens, heads, d = sizes
+        return [EMPTY(n, tokens, 3 * heads * d, dtype=case.dtype), heads]
     if case.operator == "groupnorm_silu":
-        n, channels, side = case.sizes
-        x = empty(n, channels, side, side, dtype=case.dtype)
-        affine = empty(2, channels, dtype=case.dtype)
+        channels, side = sizes
+        x = EMPTY(n, channels, side, side, dtype=case.dtype)
+        affine = EMPTY(2, channels, dtype=case.dtype)
         return [x.to(memory_format=torch.channels_last), 32, *affine, 1e-6]
     if case.operator == "guided_step":
-        n, side = case.sizes
-        tokens = empty(2 * n, side * side // 4, 32, dtype=case.dtype)
-        return [tokens, *empty(3, n, 4, side, side), empty(n), empty(9), 3, 2]
-    x, gate, shift, scale = _rows(case)
+        tokens = EMPTY(2 * n, sizes[0] ** 2 // 4, 32, dtype=case.dtype)
+        return [tokens, *EMPTY(3, n, 4, sizes[0], sizes[0]), EMPTY(n), EMPTY(9), 3, 2]
+    x = EMPTY(n, *sizes, dtype=case.dtype)
+    gate, shift, scale = EMPTY(n, 6 * sizes[1], dtype=case.dtype).chunk(6, 1)[:3]
     return {
         "layernorm_modulate": [x, shift, scale, 1e-6],
         "gate_residual": [x, x, gate],
@@ -125,39 +109,35 @@ def arguments_of(case: Case) -> list[Any]:
     }[case.operator]
 
 
-class _Recorder:
-    """Stands in for a kernel, and keeps the arguments of its launches."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.launches: list[dict[str, Any]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return self._launch
-
-    def _launch(self, *arguments: Any, **named: Any) -> None:
-        self.launches.append(dict(zip(self.kernel.arg_names, arguments, strict=False)) | named)
-
-
 def _launches(case: Case) -> Iterator[tuple[Any, dict[str, Any]]]:
     """(kernel, its arguments by name) for every launch that the launcher makes on such a GPU."""
     from triton.runtime.jit import JITFunction
 
+    made: list[tuple[Any, dict[str, Any]]] = []
+
+    class Recorder:
+        """Stands in for a kernel, and keeps the arguments of its launches."""
+
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            names = self.kernel.arg_names
+            return lambda *given, **named: made.append(
+                (self.kernel, dict(zip(names, given, strict=False)) | named)
+            )
+
     module = import_module(f"dit_kernels.triton.{case.operator}")
-    kernels = {
-        name: _Recorder(value)
+    stand_ins: dict[str, Any] = {
+        name: Recorder(value)
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel")
     }
-    # On meta tensors, which hold no numbers, so that a launcher costs no more than its Python.
-    facts = {"device_facts": lambda device: (case.capability // 10, PROCESSORS)}
-    if "device_facts" not in vars(module):
-        facts = {}
-    with patch.multiple(module, **facts, **kernels):
+    if "device_facts" in vars(module):
+        stand_ins["device_facts"] = lambda device: (case.capability // 10, PROCESSORS)
+    with patch.multiple(module, **stand_ins):
         getattr(module, case.operator)(*arguments_of(case))
-    for recorder in kernels.values():
-        for arguments in recorder.launches:
-            yield recorder.kernel, arguments
+    yield from made
 
 
 def _compile(kernel: Any, arguments: dict[str, Any], capability: int) -> Any:
@@ -170,22 +150,19 @@ def _compile(kernel: Any, arguments: dict[str, Any], capability: int) -> Any:
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for position, name in enumerate(kernel.arg_names):
-        value, parameter = arguments[name], kernel.params[position]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        value, is_int = arguments[name], type(arguments[name]) is int
+        if kernel.params[position].is_constexpr or value is None or (is_int and value == 1):
             signature[name] = "constexpr"
             constants[(position,)] = value
         elif isinstance(value, Tensor):
             signature[name] = "*" + TYPES[value.dtype]
-            attributes[(position,)] = [["tt.divisibility", 16]]
-        elif type(value) is int:
-            signature[name] = "i32"
-            if value % 16 == 0:
-                attributes[(position,)] = [["tt.divisibility", 16]]
-        elif type(value) is float:
-            signature[name] = "fp32"
+        elif isinstance(value, int | float):
+            signature[name] = "i32" if is_int else "fp32"
         else:  # a tensor descriptor
             block = ",".join(map(str, value.block_shape))
             signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
+        if signature[name].startswith("*") or (signature[name] == "i32" and value % 16 == 0):
+            attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     options = {name: value for name, value in arguments.items() if name not in kernel.arg_names}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -201,14 +178,11 @@ def _inspect(compiled: Any) -> Resources:
         run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
         usage = run([programs / "cuobjdump", "--dump-resource-usage", cubin.name]).stdout
         code = run([programs / "nvdisasm", "-c", cubin.name]).stdout
-    registers = re.search(r"REG:(\d+)", usage)
-    assert registers is not None, usage
-    matrix: dict[str, int] = {}
-    for name in re.findall(r"\b(HGMMA|HMMA|UTCHMMA)\b", code):
-        matrix[name] = matrix.get(name, 0) + 1
+    (registers,) = re.findall(r"REG:(\d+)", usage)
     # A store of RZ, the zero register, keeps nothing: Triton 3.6 has such beside TMA on sm_120.
     spills = len(re.findall(r"\bLDL\b|\bSTL\b(?!.*, RZ\b)", code))
-    return Resources(int(registers[1]), compiled.metadata.shared, spills, matrix)
+    matrix = Counter(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", code))
+    return Resources(int(registers), compiled.metadata.shared, spills, matrix)
 
 
 def measure(case: Case) -> dict[str, Resources]:
@@ -220,16 +194,12 @@ def measure(case: Case) -> dict[str, Resources]:
 
 
 def main() -> None:
-    import triton
     from triton_workers import compilers
 
     every = cases()
-    print(f"Triton {triton.__version__}")
     for case, measured in zip(every, compilers().map(measure, every), strict=True):
-        for kernel, r in measured.items():
-            matrix = " ".join(f"{count} {name}" for name, count in r.matrix.items())
-            print(f"{case.name}: {kernel} {r.registers} registers, {r.shared_bytes} bytes shared, "
-                  f"{r.spills} spills {matrix}")  # fmt: skip
+        for kernel, resources in measured.items():
+            print(*case, kernel, resources)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ _LIBRARY, WHY_NOT = loader.load()
 _HIGHEST = _LIBRARY.dit_isa() if _LIBRARY else 0
 LEVELS = loader.ISAS[1 : _HIGHEST + 1]
 needs_library = pytest.mark.skipif(_LIBRARY is None, reason=WHY_NOT)
+ALL_DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:]
+)
 
 
 @pytest.fixture(params=LEVELS)
@@ -35,7 +38,7 @@ def threads() -> Iterator[None]:
 
 
 def one_off(like: Tensor) -> Tensor:
-    """A copy in memory that starts one element after an aligned address, strides kept."""
+    """A copy that starts one element after an aligned address, channels-last if ``like`` is."""
     memory = torch.empty(math.prod(like.shape) + 1, dtype=like.dtype)[1:]
     if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
         n, c, h, w = like.shape

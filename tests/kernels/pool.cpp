@@ -1,4 +1,4 @@
-// The pool of kernels/csrc/cpu/pool/pool.h by itself, for test_native_pool.py: each argument names a case.
+// The pool of kernels/csrc/cpu/pool/parallel.h by itself, for test_native_pool.py: each argument names a case.
 
 #include <sys/resource.h>
 #include <sys/wait.h>

@@ -1,4 +1,7 @@
-"""What the native kernels refuse: by a ValueError in Python, by a code in the C interface."""
+"""What the native kernels refuse: by a ValueError in Python, by a code in the C interface.
+
+Only what the public operators do not check: they share the rest, which test_operators.py tries.
+"""
 
 from __future__ import annotations
 
@@ -14,51 +17,27 @@ from dit_kernels.cpu import loader
 from dit_kernels.cpu import operators as native
 
 pytestmark = needs_library
-X, Y = torch.zeros(2, 5, 8), torch.zeros(2, 5, 8)
-ROW, FIVE = torch.zeros(2, 8), torch.ones(5)
+X, ROW, FIVE, CHANNELS = torch.zeros(2, 5, 8), torch.zeros(2, 8), torch.ones(5), torch.zeros(8)
 IMAGES = torch.zeros(1, 8, 4, 4).to(memory_format=torch.channels_last)
-CHANNELS = torch.zeros(8)
 LATENTS = torch.zeros(1, 4, 4, 4)
-STEP = (torch.zeros(2, 4, 16), LATENTS, LATENTS, LATENTS, torch.zeros(1), torch.zeros(9))
 ODD = torch.frombuffer(bytearray(4 * 81), dtype=torch.float32, offset=1, count=80).view(2, 5, 8)
+GROUPS = (IMAGES, 2, CHANNELS, CHANNELS, 1e-6)
 
-# What the public operators check as well, test_operators.py tries.
 REFUSED: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], str]] = [
-    (native.gelu, (X.double(),), {}, "x has dtype torch.float64; allowed: float32"),
-    (native.gelu, (X.to("meta"),), {}, "x is on meta"),
-    (native.gelu, (X.transpose(0, 1),), {}, r"strides .* is not contiguous"),
-    (native.gelu, (ODD,), {}, "dit_gelu refused a tensor whose address"),
-    (native.gelu, (X,), {"out": Y.bfloat16()}, r"out is torch\.bfloat16"),
-    (native.gelu, (X,), {"out": torch.zeros(8, 5, 2).permute(2, 1, 0)}, "not contiguous"),
-    (native.layernorm_modulate, (X.to("meta"), ROW, ROW, 1e-6), {}, "x is on meta"),
-    (native.layernorm_modulate, (X[0], ROW, ROW, 1e-6), {}, r"x has shape \(5, 8\)"),
-    (native.layernorm_modulate, (X, ROW[:1], ROW, 1e-6), {}, r"shift has shape \(1, 8\)"),
-    (native.layernorm_modulate, (X, ROW, ROW.double(), 1e-6), {}, "scale has dtype"),
-    (native.layernorm_modulate, (X, ROW, ROW, 1e-6), {"out": Y[:1]}, r"out is .* \(1, 5, 8\)"),
-    (native.gate_residual, (X, Y, torch.zeros(8, 2).t()), {}, "gate has stride 2"),
-    (native.gate_residual, (X, Y.bfloat16(), ROW), {}, r"y has dtype torch\.bfloat16"),
-    (native.gate_residual, (X, Y[:1], ROW), {}, r"y has shape \(1, 5, 8\)"),
-    (native.gate_residual, (X, Y, ROW), {"out": ODD}, "refused a tensor whose address"),
-    (native.gate_residual_layernorm_modulate, (X, Y, ROW, ROW, ROW, 1e-6), {"out": (X,)},
-     "out has 1 tensors; 2 are needed"),
+    (native.gelu, (X.to("meta"),), {}, "^x is on meta"),
+    (native.gelu, (X.double(),), {}, r"^x is torch\.float64 .*; float32, bfloat16, float16"),
+    (native.gelu, (X.transpose(0, 1),), {}, r"^x of strides .* is not contiguous$"),
+    (native.gelu, (ODD,), {}, "^dit_gelu refused a tensor whose address"),
+    (native.gelu, (X,), {"out": X.bfloat16()}, r"^out is torch\.bfloat16"),
+    (native.gate_residual_layernorm_modulate, (X, X, ROW, ROW, ROW, 1e-6), {"out": (X,)},
+     "^out has 1 tensors; 2 are needed"),
     (native.quantize_rows, (X, torch.int16), {}, r"choose torch\.int8 or torch\.uint8"),
-    (native.quantize_rows, (X[0, 0, 0],), {}, r"x has shape \(\)"),
-    (native.dequantize_rows, (X[0], CHANNELS, CHANNELS, False), {}, r"scales .*; float32 \(5,\)"),
-    (native.dequantize_rows, (X[0], FIVE, FIVE, False), {}, r"bias is torch\.float32 \(5,\)"),
-    (native.dequantize_rows, (X[0].int(), FIVE, CHANNELS, False), {}, r"x is torch\.int32"),
-    (native.dequantize_rows, (X, FIVE, CHANNELS, False), {}, "x has shape"),
-    (native.groupnorm_silu, (IMAGES.contiguous(), 2, CHANNELS, CHANNELS, 1e-6), {},
-     "channels_last"),
-    (native.groupnorm_silu, (IMAGES, 0, CHANNELS, CHANNELS, 1e-6), {}, "groups 0"),
-    (native.groupnorm_silu, (IMAGES, 2, CHANNELS, CHANNELS.bfloat16(), 1e-6), {},
-     r"bias has dtype torch\.bfloat16"),
-    (native.groupnorm_silu, (IMAGES, 2, CHANNELS, CHANNELS, 1e-6), {"out": IMAGES.contiguous()},
-     "out is not in"),
-    (native.guided_step, (*STEP, 3, 0), {}, "patch_size 0"),
-    (native.guided_step, (STEP[0], LATENTS.bfloat16(), *STEP[2:], 3, 2), {}, "z has dtype"),
-    (native.embed, (LATENTS, ROW, CHANNELS, ROW, 2), {}, r"weight is .*; float32 \(16, 8\)"),
-    (native.attention, (torch.zeros(1, 4, 72), 0), {}, "num_heads 0"),
-    (native.attention, (torch.zeros(1, 4, 72, device="meta"), 3), {}, "qkv is on meta"),
+    (native.dequantize_rows, (X[0], CHANNELS, CHANNELS, False), {}, r"^scales .*; float32 \(5\)"),
+    (native.dequantize_rows, (X[0], FIVE, FIVE, False), {}, r"^bias is torch\.float32 \(5,\)"),
+    (native.groupnorm_silu, (IMAGES.bfloat16(), 2, CHANNELS, CHANNELS.bfloat16(), 1e-6), {},
+     r"^bias is torch\.bfloat16 .*; float32"),
+    (native.groupnorm_silu, GROUPS, {"out": IMAGES.contiguous()}, "^out of strides"),
+    (native.embed, (LATENTS, ROW, CHANNELS, ROW, 2), {}, r"^weight is .*; float32 \(16, 8\)"),
 ]  # fmt: skip
 
 
@@ -83,9 +62,9 @@ CODES = {  # pointers to bytes, which need no alignment
 }
 # Those of packed weights, which need other alignments, are in test_native_product.py; what is made
 # again was checked when it was recorded.
-LOADING = ("dit_interface", "dit_isa", "dit_set_isa", "dit_replay")
-PACKED = ("dit_packed_bytes", "dit_pack_weight", "dit_linear", "dit_linear_int8")
-FUNCTIONS = [name for name in loader.prototypes() if name not in (*LOADING, *PACKED)]
+OTHERS = ("dit_interface", "dit_isa", "dit_set_isa", "dit_replay", "dit_packed_bytes",
+          "dit_pack_weight", "dit_linear", "dit_linear_int8")  # fmt: skip
+FUNCTIONS = [name for name in loader.prototypes() if name not in OTHERS]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -100,9 +79,7 @@ def test_codes_of_the_c_interface(name: str) -> None:
     good[-1] = 1
 
     def code(i: int = -1, value: Any = 1) -> int:
-        values = list(good)
-        values[i] = value
-        return getattr(loader.load()[0], name)(*values)
+        return getattr(loader.loaded(), name)(*good[:i], value, *good[i:][1:])
 
     assert code() == 0
     for i, letter in enumerate(letters):
@@ -110,15 +87,11 @@ def test_codes_of_the_c_interface(name: str) -> None:
             assert code(i, None) == -1, i
             assert code(i, address + 1) == (0 if i == CODES.get(name) else -5), i
         if letter == "q":
-            for size in (-1, -(2**63), 2**62, 2**63 - 1):
-                assert code(i, size) in (-2, -7), (i, size)
-    assert code(value=0) == code(value=-3) == -4  # threads
+            assert {code(i, size) for size in (-1, 2**62, 2**63 - 1)} <= {-2, -7}, i
+    assert code(value=0) == -4  # threads
     first_dtype = max(letters.rfind("q"), letters.rfind("f")) + 1
-    for dtype in (-1, 3, 77):
-        assert code(first_dtype, dtype) == -3, dtype
+    assert code(first_dtype, -1) == code(first_dtype, 3) == -3
     if name == "dit_gate_residual_layernorm_modulate":
-        for i in range(len(letters) - 4, len(letters) - 1):  # of gate, shift and scale
-            assert code(i, 3) == -3
+        assert all(code(i, 3) == -3 for i in range(len(letters) - 4, len(letters) - 1))
     if name == "dit_attention":
-        for d in (0, 12, 136):
-            assert code(5, d) == -2
+        assert all(code(5, d) == -2 for d in (0, 12, 136))

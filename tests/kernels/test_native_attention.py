@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, qkv_of
-from native_levels import isa, needs_library
+from cases import qkv_of
+from native_levels import ALL_DTYPES, isa, needs_library
 from numerics import assert_close_to_reference, relative_error
 
 from dit_kernels import reference
@@ -15,7 +15,6 @@ from dit_kernels.cpu import operators as native
 pytestmark = needs_library
 __all__ = ["isa"]  # a fixture
 HEADS = 2
-ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
 @ALL_DTYPES
@@ -35,19 +34,13 @@ def test_it_is_as_exact_as_torchs_own_attention(isa: str, dtype: torch.dtype) ->
 
 @ALL_DTYPES
 @pytest.mark.parametrize("t", [37, 300])  # one block of keys, and several
-def test_a_row_of_minus_infinity_is_nan(isa: str, t: int, dtype: torch.dtype) -> None:
-    qkv = qkv_of(2, t, HEADS, 64, dtype)
-    q, k, _ = qkv.view(2, t, 3, HEADS, 64).unbind(2)
-    q[0, 5], k[0, :, 1] = float("inf"), -1
-    actual = native.attention(qkv, HEADS).view(2, t, HEADS, 64)
-    assert actual[0, 5, 1].isnan().all() and actual[0, :5].isfinite().all()
-
-
-@ALL_DTYPES
-def test_large_scores(isa: str, dtype: torch.dtype) -> None:
-    t, d = 300, 64
+def test_scores_that_are_infinite_or_large(isa: str, t: int, dtype: torch.dtype) -> None:
+    d = 64
     qkv = qkv_of(2, t, HEADS, d, dtype)
     q, k, v = qkv.view(2, t, 3, HEADS, d).unbind(2)
+    q[0, 5], k[0, :, 1] = float("inf"), -1
+    actual = native.attention(qkv, HEADS).view(2, t, HEADS, d)
+    assert actual[0, 5, 1].isnan().all() and actual[0, :5].isfinite().all()
     large = 200 if dtype == torch.float16 else 1e18  # scores of 3e5 and 8e36
     q[:], k[:] = large, large
     exact, same_dtype = reference.attention(qkv.double(), HEADS), reference.attention(qkv, HEADS)
@@ -64,10 +57,10 @@ def test_equal_scores_of_any_size_weigh_alike(isa: str, dtype: torch.dtype) -> N
     qkv = qkv_of(2, t, HEADS, d, dtype)
     q, k, v = qkv.view(2, t, 3, HEADS, d).unbind(2)
     mean = v.double().mean(1, keepdim=True).expand(2, t, HEADS, d).reshape(2, t, -1)
-    budget = 4 * torch.finfo(dtype).eps
     for exponent in range(33 if dtype == torch.float16 else 140):
         q[:] = k[:] = 2 ** (exponent / 4)  # scores of up to 6e5, or of 2e22
-        assert_close_to_reference(native.attention(qkv, HEADS), mean, tolerance=budget)
+        actual = native.attention(qkv, HEADS)
+        assert_close_to_reference(actual, mean, tolerance=4 * torch.finfo(dtype).eps)
 
 
 def test_every_nan_is_nan_whatever_its_lower_bits(isa: str) -> None:
@@ -83,9 +76,8 @@ def test_every_nan_is_nan_whatever_its_lower_bits(isa: str) -> None:
 @ALL_DTYPES
 def test_it_reads_and_writes_nothing_outside(isa: str, dtype: torch.dtype) -> None:
     t, d = 37, 72
-    memory = torch.full(
-        (t * 3 * HEADS * d + 128,), float("nan"), dtype=dtype
-    )  # a sum would show it
+    # A sum would show the NaN.
+    memory = torch.full((t * 3 * HEADS * d + 128,), float("nan"), dtype=dtype)
     qkv = memory[64:-64].view(1, t, -1).copy_(qkv_of(1, t, HEADS, d, dtype))
     around = torch.full((t * HEADS * d + 128,), 7, dtype=dtype)
     out = native.attention(qkv, HEADS, out=around[64:-64].view(1, t, -1))

@@ -8,8 +8,8 @@ import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, EPS
-from native_levels import isa, needs_library, one_off, threads
+from cases import EPS
+from native_levels import ALL_DTYPES, isa, needs_library, one_off, threads
 from numerics import assert_close_to_reference
 from torch import Tensor
 
@@ -18,22 +18,16 @@ from dit_kernels.cpu import operators as native
 
 pytestmark = needs_library
 __all__ = ["isa", "threads"]  # fixtures
-ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-ALL_OPERATORS = pytest.mark.parametrize("operator", cases.CASES)
 
 
 @ALL_DTYPES
-@ALL_OPERATORS
+@pytest.mark.parametrize("operator", cases.CASES)
 def test_every_case_against_float64(isa: str, operator: str, dtype: torch.dtype) -> None:
-    cases.check(getattr(native, operator), operator, dtype)
-
-
-@ALL_DTYPES
-@pytest.mark.parametrize(
-    "operator", [o for o in cases.CASES if not o.endswith(("ize", "ize_rows"))]
-)
-def test_values_that_are_not_finite(isa: str, operator: str, dtype: torch.dtype) -> None:
-    cases.check_special(getattr(native, operator), operator, dtype)
+    run = getattr(native, operator)
+    cases.check(run, operator, dtype)
+    cases.check_empty(run, operator, dtype)
+    if operator in cases.TO_FLOATS:
+        cases.check_special(run, operator, dtype)
 
 
 @ALL_DTYPES
@@ -43,12 +37,6 @@ def test_results_over_arguments_at_any_address(isa: str, operator: str, dtype: t
         return one_off(v) if v.numel() > 9 else v.clone()  # float32 scalars need their alignment
 
     cases.check_given_memory(getattr(native, operator), operator, dtype, copy)
-
-
-@ALL_DTYPES
-@ALL_OPERATORS
-def test_an_empty_batch(isa: str, operator: str, dtype: torch.dtype) -> None:
-    cases.check_empty(getattr(native, operator), operator, dtype)
 
 
 THREADED: dict[str, tuple[Any, ...]] = {
@@ -67,29 +55,25 @@ def test_an_image_has_the_same_bits_on_any_threads_and_beside_any_others(
     run, arguments = getattr(native, operator), THREADED[operator]
     torch.set_num_threads(1)
     whole = cases.as_tuple(run(*arguments))
-    for count in (2, 3, 7):
+    for count in (2, 7):
         torch.set_num_threads(count)
         for result, expected in zip(cases.as_tuple(run(*arguments)), whole, strict=True):
             assert torch.equal(result, expected), count
-    for i in range(3):
-        part = [v[i : i + 1] if isinstance(v, Tensor) and v.shape[0] == 3 else v
-                for v in arguments]  # fmt: skip
-        for result, expected in zip(cases.as_tuple(run(*part)), whole, strict=True):
-            assert torch.equal(result[0], expected[i])
+    last = [v[2:] if isinstance(v, Tensor) and v.shape[0] == 3 else v for v in arguments]
+    for result, expected in zip(cases.as_tuple(run(*last)), whole, strict=True):
+        assert torch.equal(result[0], expected[2])
 
 
-@pytest.mark.parametrize("eps", [1e-6, 1e-3, 1.0])
-def test_eps_is_the_one_that_is_given(isa: str, eps: float) -> None:
+def test_eps_is_the_one_that_is_given(isa: str) -> None:
     """Rows of little variance: mean 0 and 1/16² by construction, so that eps decides."""
     x = (torch.tensor([1.0, -1.0]).repeat(24) / 16).expand(1, 3, 48).contiguous()
-    zero = torch.zeros(1, 48)
-    expected = x.double() / (1 / 256 + eps) ** 0.5
+    zero, eps = torch.zeros(1, 48), 1e-3
     codes, scales = native.layernorm_modulate_quantize(x, zero, zero, eps)
     for normed in (
         native.layernorm_modulate(x, zero, zero, eps),
-        native.gate_residual_layernorm_modulate(x, x, zero, zero, zero, eps)[1],
         codes * scales.unsqueeze(-1),  # the greatest value has the code ±127
     ):
+        expected = x.double() / (1 / 256 + eps) ** 0.5
         torch.testing.assert_close(normed.double(), expected, rtol=1e-5, atol=0)
 
 
@@ -118,13 +102,9 @@ def test_codes_of_zeros_and_of_values_that_are_not_finite(isa: str) -> None:
     x[1, 7], x[2, 3], x[3, 39] = torch.nan, torch.inf, -torch.inf
     x[4, 0] = 2
     codes, scales = native.quantize_rows(x)
-    assert not codes[:3].any()
-    assert torch.equal(codes[4], torch.tensor([127] + [0] * 39, dtype=torch.int8))
+    assert not codes[:3].any() and codes[4].tolist() == [127] + [0] * 39
     _, expected = reference.quantize_rows(x, torch.int8)
     torch.testing.assert_close(scales, expected, equal_nan=True)
-
-
-# GELU alone and after a product of codes
 
 
 def exact_gelu(x: Tensor) -> Tensor:
@@ -132,9 +112,7 @@ def exact_gelu(x: Tensor) -> Tensor:
 
 
 @ALL_DTYPES
-def test_gelu_is_as_exact_as_torchs_for_small_and_great_numbers(
-    isa: str, dtype: torch.dtype
-) -> None:
+def test_gelu_of_small_and_great_numbers_and_in_tails(isa: str, dtype: torch.dtype) -> None:
     x = torch.linspace(-12, 12, 24 * 1024).to(dtype)
     actual, expected = native.gelu(x), reference.gelu(x)
     for here in torch.arange(24 * 1024).split(1024):  # each part has a scale of its own
@@ -144,14 +122,9 @@ def test_gelu_is_as_exact_as_torchs_for_small_and_great_numbers(
     if dtype == torch.float32:  # to the last places
         x = torch.rand(1 << 16, generator=torch.Generator().manual_seed(0)) * 20
         assert (native.gelu(x).double() / exact_gelu(x) - 1).abs().max() < 4 * 2**-24
-
-
-@ALL_DTYPES
-def test_a_tail_rounds_as_whole_vectors_do(isa: str, dtype: torch.dtype) -> None:
     x = cases.random(80, dtype=dtype) * 3
     whole = native.gelu(x)
-    for count in range(1, 80):
-        assert torch.equal(native.gelu(x[:count].clone()), whole[:count]), count
+    for count in range(1, 80):  # tails round as whole vectors do
         assert torch.equal(native.gelu(x[count:]), whole[count:]), count
 
 
@@ -167,9 +140,6 @@ def test_dequantize_in_place(isa: str, dtype: torch.dtype, gelu: bool) -> None:
             exact, same = exact_gelu(exact), F.gelu(same, approximate="tanh")
         assert native.dequantize_rows(x, scales, bias, gelu, out=x) is x
         assert_close_to_reference(x, exact, same_dtype=same.to(dtype))
-
-
-# Group norm, guidance and the embedding
 
 
 def test_group_norm_of_a_mean_far_above_the_deviation(isa: str) -> None:
@@ -195,9 +165,8 @@ def test_an_image_at_scale_1_has_the_bits_of_one_without_guidance(isa: str) -> N
 
 @ALL_DTYPES
 @pytest.mark.parametrize(
-    ("p", "c", "s", "d"),
-    [(2, 4, 16, 384), (4, 3, 12, 36), (8, 4, 16, 1152)],  # S/2; half a vector left; XL/8
-)
+    ("p", "c", "s", "d"), [(2, 4, 16, 384), (4, 3, 12, 36)]  # S/2; half a vector left
+)  # fmt: skip
 def test_embed(isa: str, dtype: torch.dtype, p: int, c: int, s: int, d: int) -> None:
     z, kernel = cases.random(3, c, s, s), cases.random(d, c, p, p, seed=1)
     bias, positions = cases.random(d, seed=2), cases.random((s // p) ** 2, d, seed=3)

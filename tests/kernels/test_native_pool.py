@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 POOL = ROOT / "kernels" / "csrc" / "cpu" / "pool" / "pool.cpp"
+OWN = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # of make asan
 CASES = {
     "jobs": "every piece once, in order of the calls",
     "helpers": "helpers take part",
@@ -34,10 +35,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs Linux and a C++ compiler")
     made = tmp_path_factory.mktemp("pool") / "pool"
     flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-pthread"]
-    more = shlex.split(os.environ.get("CXXFLAGS", ""))  # of make asan
-    own = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    flags += shlex.split(os.environ.get("CXXFLAGS", ""))  # of make asan
     sources = [str(Path(__file__).with_name("pool.cpp")), str(POOL)]
-    subprocess.run([compiler, *flags, *more, *sources, "-o", str(made)], env=own, check=True)
+    subprocess.run([compiler, *flags, *sources, "-o", str(made)], env=OWN, check=True)
     return made
 
 
@@ -45,8 +45,6 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_pool(case: str, program: Path) -> None:
     if case == "without threads" and "sanitize" in os.environ.get("CXXFLAGS", ""):
         pytest.skip("sanitizers need the memory that this case takes away")
-    own = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    done = subprocess.run(
-        [program, case], env=own, capture_output=True, text=True, check=False, timeout=120
-    )
+    command = [program, case]
+    done = subprocess.run(command, env=OWN, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,6 @@ N, T, D = 2, 5, 48
 X, Y, GATE, SHIFT, SCALE = cases.row_inputs(N, T, D, torch.float32)
 IMAGES = cases.images((N, 8, 4, 4), torch.float32)
 WEIGHT, BIAS = random(2, 8, seed=3)
-PRODUCT = random(7, D), random(7)
 STEP = cases.step_inputs(N, 8, 2, True, True, torch.float32)
 LATENTS = STEP[1]
 CALLS: dict[str, tuple[Any, ...]] = {
@@ -46,7 +45,7 @@ def assert_same(actual: Any, expected: Any) -> None:
 
 
 @ALL
-def test_named_implementations_run_or_raise(name: str) -> None:
+def test_named_implementations_run_or_raise_and_compile_to_one_node(name: str) -> None:
     run, arguments = getattr(dit_kernels, name), CALLS[name]
     expected = run(*arguments, impl="reference")
     assert_same(run(*arguments), expected)
@@ -58,11 +57,19 @@ def test_named_implementations_run_or_raise(name: str) -> None:
         else:
             with pytest.raises(Unavailable, match=rf"^impl '{impl}': "):
                 run(*arguments, impl=impl)
+    graphs: list[torch.fx.GraphModule] = []
 
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
 
-def test_available_names_every_implementation() -> None:
-    found = dit_kernels.available()
-    assert list(found) == ["reference", "native", "triton"] and all(found.values())
+    compiled = torch.compile(lambda *a: run(*a), backend=backend, fullgraph=True)
+    assert_same(compiled(*arguments), expected)
+    targets = [str(node.target) for node in graphs[0].graph.nodes]
+    assert sum(f"dit_kernels.{name}" in target for target in targets) == 1
+    operator = getattr(torch.ops.dit_kernels, name).default
+    torch.library.opcheck(operator, arguments, {"impl": "reference"},
+                          test_utils=("test_schema", "test_faketensor"))  # fmt: skip
 
 
 def test_references_equal_what_the_model_does() -> None:
@@ -109,13 +116,6 @@ def test_rows_are_quantised_within_half_a_step(shape: tuple[int, ...], impl: str
         assert relative_error(restored, x.double()) < 2**-4
 
 
-def test_fp8_codes_come_from_the_reference_where_no_kernel_has_them() -> None:
-    codes, scales = dit_kernels.layernorm_modulate_quantize(X, SHIFT, SCALE, 1e-6, FP8)
-    expected = reference.layernorm_modulate(X, SHIFT, SCALE, 1e-6)
-    assert codes.dtype == FP8
-    assert relative_error(codes.float() * scales[..., None], expected) < 2**-4
-
-
 @pytest.mark.parametrize("name", ["layernorm_modulate", "attention", "groupnorm_silu"])
 def test_gradients_come_from_the_reference_and_are_never_dropped(name: str) -> None:
     run, (x, *rest) = getattr(dit_kernels, name), CALLS[name]
@@ -131,33 +131,13 @@ def test_gradients_come_from_the_reference_and_are_never_dropped(name: str) -> N
 
 
 def test_references_compute_in_float32_inside_autocast() -> None:
-    calls = (dit_kernels.attention, CALLS["attention"]), (dit_kernels.linear, (X, *PRODUCT))
-    for run, arguments in calls:
+    product = X, random(7, D), random(7)
+    for run, arguments in (
+        (dit_kernels.attention, CALLS["attention"]), (dit_kernels.linear, product)
+    ):  # fmt: skip
         expected = run(*arguments, impl="reference")
         with torch.autocast("cpu", torch.bfloat16):
             assert_same(run(*arguments, impl="reference"), expected)
-
-
-@ALL
-def test_torch_compile_keeps_each_operator_whole(name: str) -> None:
-    run, arguments = getattr(dit_kernels, name), CALLS[name]
-    graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(lambda *a: run(*a), backend=backend, fullgraph=True)
-    assert_same(compiled(*arguments), run(*arguments))
-    targets = [str(node.target) for node in graphs[0].graph.nodes]
-    assert sum(f"dit_kernels.{name}" in target for target in targets) == 1
-
-
-@ALL
-def test_operators_pass_torchs_own_checks(name: str) -> None:
-    operator = getattr(torch.ops.dit_kernels, name).default
-    torch.library.opcheck(operator, CALLS[name], {"impl": "reference"},
-                          test_utils=("test_schema", "test_faketensor"))  # fmt: skip
 
 
 def test_torch_export_keeps_operators_with_a_dynamic_batch() -> None:
@@ -174,55 +154,51 @@ def test_torch_export_keeps_operators_with_a_dynamic_batch() -> None:
     assert relative_error(program.module()(*larger), expected) < 1e-5
 
 
+# One row for each check of each operator, and for each thing that checks.check looks at.
 BAD: list[tuple[str, dict[str, object], str]] = [
-    ("layernorm_modulate", {"x": random(N, D)}, r"^x has shape \(2, 48\); \(N, T, D\) with"),
-    ("layernorm_modulate", {"x": random(N, 0, D)}, r"^x has shape \(2, 0, 48\)"),
-    ("layernorm_modulate", {"x": random(N, T, 0)}, r"^x has shape \(2, 5, 0\)"),
-    ("layernorm_modulate", {"x": X.int()}, r"^x has dtype torch.int32; allowed: float32"),
+    ("layernorm_modulate", {"x": random(N, D)}, r"^x is .*\(2, 48\) on cpu; .* \(N, T, D\) is"),
+    ("layernorm_modulate", {"x": random(N, 0, D)}, r"^x is .* \(2, 0, 48\)"),
+    ("layernorm_modulate", {"x": X.int()}, r"^x is torch.int32 .*; float32, bfloat16, float16 \("),
     ("layernorm_modulate", {"x": X.transpose(1, 2)}, r"^x of strides .* is not contiguous$"),
-    ("layernorm_modulate", {"shift": random(3, D)}, r"^shift has shape \(3, 48\); x needs"),
-    ("layernorm_modulate", {"scale": SCALE.half()}, r"^scale has dtype torch.float16"),
+    ("layernorm_modulate", {"shift": random(3, D)}, r"^shift is .*\(3, 48\) .*\(2, 48\) on cpu"),
+    ("layernorm_modulate", {"scale": SCALE.half()}, r"^scale is torch.float16 .*; float32 \("),
     ("layernorm_modulate", {"scale": random(N, 2 * D)[:, ::2]}, r"^scale has stride 2"),
-    ("layernorm_modulate", {"scale": torch.empty(N, D, device="meta")}, r"^scale is on meta"),
-    ("layernorm_modulate", {"eps": 0.0}, r"^eps 0.0 is not above 0$"),
+    ("layernorm_modulate", {"scale": torch.empty(N, D, device="meta")}, r"^scale is .* on meta;"),
     ("layernorm_modulate", {"eps": math.nan}, r"^eps nan is not above 0$"),
-    ("gate_residual", {"y": random(N, T, 2 * D)}, r"^y has shape \(2, 5, 96\), x has"),
-    ("gate_residual", {"y": Y.half()}, r"^y has dtype torch.float16, x has torch.float32$"),
-    ("gate_residual", {"gate": random(1, D)}, r"^gate has shape"),
+    ("gate_residual", {"y": Y.half()}, r"^y is torch.float16 .*; float32 \(2, 5, 48\)"),
+    ("gate_residual", {"gate": random(1, D)}, r"^gate is"),
+    ("gate_residual_layernorm_modulate", {"y": random(N, T, 2 * D)}, r"^y is .*\(2, 5, 96\)"),
     ("gate_residual_layernorm_modulate", {"eps": -1.0}, r"^eps -1.0 is not above 0$"),
-    ("gate_residual_layernorm_modulate", {"shift": random(1, D)}, r"^shift has shape"),
-    ("attention", {"num_heads": 5}, r"^num_heads 5 does not divide"),
-    ("attention", {"num_heads": 0}, r"^num_heads 0 does not divide"),
+    ("gate_residual_layernorm_modulate", {"shift": random(1, D)}, r"^shift is"),
+    ("attention", {"num_heads": 5}, r"^num_heads 5 is no integer that divides"),
+    ("attention", {"num_heads": 0}, r"^num_heads 0 is no"),
+    ("attention", {"num_heads": 2.0}, r"^num_heads 2.0 is no integer"),
     ("attention", {"num_heads": 4}, r"^head dimension 12: multiples of 8 up to 128"),
     ("attention", {"qkv": random(1, 2, 3 * 136), "num_heads": 1}, r"^head dimension 136"),
-    ("groupnorm_silu", {"x": random(N, 8, 4, 4)}, r"^x is not in torch.channels_last memory$"),
-    ("attention", {"num_heads": 2.0}, r"^num_heads 2.0 is no integer$"),
-    ("groupnorm_silu", {"x": random(N, 8, 4)}, r"^x has shape \(2, 8, 4\); \(N, C, H, W\)"),
+    ("groupnorm_silu", {"x": random(N, 8, 4, 4)}, r"^x of strides .* torch.channels_last memory$"),
     ("groupnorm_silu", {"groups": 3}, r"^groups 3 does not divide the 8 channels$"),
-    ("groupnorm_silu", {"weight": random(4)}, r"^weight has shape \(4,\)"),
+    ("groupnorm_silu", {"weight": random(4)}, r"^weight is torch.float32 \(4,\)"),
     ("groupnorm_silu", {"eps": 0.0}, r"^eps 0.0 is not above 0$"),
     ("guided_step", {"tokens": random(3, 16, 32)}, r"^tokens has shape \(3, 16, 32\); latents"),
-    ("guided_step", {"z": LATENTS.double()}, r"^z has dtype torch.float64"),
-    ("guided_step", {"z": LATENTS[..., :4]}, r"^z has shape \(2, 4, 8, 4\); \(N, C, S, S\)"),
-    ("guided_step", {"noise": LATENTS[:1]}, r"^noise has shape"),
+    ("guided_step", {"tokens": torch.tensor(1.0)}, r"^tokens is .* \(\)"),
+    ("guided_step", {"z": LATENTS.double()}, r"^z is torch.float64"),
+    ("guided_step", {"z": LATENTS[..., :4]}, r"^z is .* \(2, 4, 8, 4\)"),
+    ("guided_step", {"noise": LATENTS[:1]}, r"^noise is"),
     ("guided_step", {"coefficients": torch.zeros(8)}, r"^coefficients is torch.float32 \(8,\)"),
     ("guided_step", {"guided_channels": 5}, r"^guided_channels 5 is out of range"),
     ("guided_step", {"patch_size": 3}, r"^patch_size 3 does not divide the latent side 8$"),
     ("layernorm_modulate_quantize", {"dtype": torch.int16}, r"^dtype torch.int16: choose"),
     ("layernorm_modulate_quantize", {"eps": 0.0}, r"^eps 0.0 is not above 0$"),
     ("quantize_rows", {"dtype": torch.uint8}, r"^dtype torch.uint8: choose torch.int8 or"),
-    ("quantize_rows", {"x": X.double()}, r"^x has dtype torch.float64; allowed: float32"),
-    ("quantize_rows", {"x": torch.tensor(1.0)}, r"^x has shape \(\); \(…, D\) with D > 0"),
-    ("quantize_rows", {"x": random(N, 0)}, r"^x has shape \(2, 0\)"),
-    ("quantize_rows", {"x": X.transpose(1, 2)}, r"^x of strides .* is not contiguous$"),
+    ("quantize_rows", {"x": torch.tensor(1.0)}, r"^x is .* \(\)"),
+    ("quantize_rows", {"x": random(N, 0)}, r"^x is .* \(2, 0\)"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize(("name", "change", "message"), BAD)
-def test_bad_arguments(name: str, change: dict[str, object], message: str, impl: str) -> None:
+def test_bad_arguments(name: str, change: dict[str, object], message: str) -> None:
     run = getattr(dit_kernels, name)
     arguments = dict(zip(inspect.signature(run).parameters, CALLS[name], strict=False))
     with pytest.raises(ValueError, match=message) as error:
-        run(**(arguments | change), impl=impl)
+        run(**(arguments | change))
     assert "\n" not in str(error.value)

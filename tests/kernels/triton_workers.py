@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 
+SPAWN = multiprocessing.get_context("spawn")
+
 
 def interpreted(test: Callable[..., None]) -> Callable[..., None]:
     """Run a test function, with its parameters, in the process of Triton's interpreter."""
@@ -31,9 +33,8 @@ def interpreted(test: Callable[..., None]) -> Callable[..., None]:
             _mend_interpreter()
             test(**arguments)
         else:
-            _interpreter().submit(
-                _call, test.__module__, test.__qualname__, arguments
-            ).result()  # fmt: skip
+            name = test.__module__, test.__qualname__
+            _interpreter().submit(_call, *name, arguments).result()
 
     return run
 
@@ -48,21 +49,16 @@ def require_triton() -> None:
 def compilers() -> ProcessPoolExecutor:
     """Processes in which Triton compiles; one where pytest-xdist runs other tests beside it."""
     workers = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(os.cpu_count() or 1, 4)
-    return _pool(workers, interpret=False)
+    return ProcessPoolExecutor(workers, SPAWN, initializer=_begin, initargs=("0",))
 
 
 @functools.cache
 def _interpreter() -> ProcessPoolExecutor:
-    return _pool(1, interpret=True)
+    return ProcessPoolExecutor(1, SPAWN, initializer=_begin, initargs=("1",))
 
 
-def _pool(workers: int, *, interpret: bool) -> ProcessPoolExecutor:
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, spawn, initializer=_begin, initargs=(interpret,))
-
-
-def _begin(interpret: bool) -> None:
-    os.environ["TRITON_INTERPRET"] = "1" if interpret else "0"
+def _begin(interpret: str) -> None:
+    os.environ["TRITON_INTERPRET"] = interpret
     torch.set_num_threads(1)  # small tensors; and the parent's tests want the other cores
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from multiprocessing import active_children
 from pathlib import Path
@@ -23,27 +24,13 @@ def test_images_are_a_function_of_style_and_seed() -> None:
     assert first.std() > 20  # a picture, not a blank
 
 
-class InThisProcess:
-    """In place of a pool of processes."""
-
-    map = staticmethod(map)
-    _processes = None
-
-    def __init__(self, **_: object) -> None:
-        pass
-
-    def shutdown(self, cancel_futures: bool) -> None:
-        pass
-
-
 def test_splits_share_no_seed_and_are_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(avatars, "CLASSES", ("shadows", "stack"))
-    with monkeypatch.context() as patch:
-        patch.setattr("os.cpu_count", lambda: 1)  # one process
-        train = avatars.load_avatars(tmp_path, "train", 3, 16)
-    monkeypatch.setattr(avatars, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # one process
+    train = avatars.load_avatars(tmp_path, "train", 3, 16)
+    monkeypatch.setattr(avatars, "ProcessPoolExecutor", lambda **_: ThreadPoolExecutor(1))
     held_out = avatars.load_avatars(tmp_path, "held-out", 3, 16)
     assert train.labels.tolist() == held_out.labels.tolist() == [0, 0, 0, 1, 1, 1]
     expected = [avatars.render(name, range(3), 16) for name in ("shadows", "stack")]

@@ -106,36 +106,24 @@ def test_latents_are_drawn_anew_from_their_deviations_at_every_step(tmp_path: Pa
     assert_standard_and_new_at_every_step(x0 / large - 3)
 
 
-def decoded(vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """A list that receives all latents which ``vae``, or a copy of its class, decodes."""
+def test_the_latents_that_are_decoded_are_drawn_anew_at_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the decoder's training and of the autoencoder's."""
+    vae = AutoencoderKL(VAEConfig(block_out_channels=(8, 8), norm_num_groups=4))
     seen: list[Tensor] = []
-    decode = type(vae).decode
+    decode = AutoencoderKL.decode
 
     def watched(self: AutoencoderKL, z: Tensor) -> Tensor:
         seen.append(z.detach().float())
         return decode(self, z)
 
-    monkeypatch.setattr(type(vae), "decode", watched)
-    return seen
-
-
-def test_the_decoder_s_latents_are_drawn_anew_at_every_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    vae = AutoencoderKL(VAEConfig(block_out_channels=(8, 8), norm_num_groups=4))
-    seen = decoded(vae, monkeypatch)
+    monkeypatch.setattr(AutoencoderKL, "decode", watched)
     data = ImageSet(np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4, int), ("a",))
     latents = torch.full((4, 4, 4, 4), 3.0), torch.full((4, 4, 4, 4), 2.0)
-    settings = LoopSettings(Budget(steps=12), 1e-9)
-    train_decoder(vae, data, latents, settings, tmp_path, 16)
+    train_decoder(vae, data, latents, LoopSettings(Budget(steps=12), 1e-9), tmp_path, 16)
     assert_standard_and_new_at_every_step((torch.stack(seen[:12]) - 3) / 2)
-
-
-def test_the_autoencoder_s_latents_are_drawn_from_what_it_encodes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    vae = AutoencoderKL(VAEConfig(block_out_channels=(8, 8), norm_num_groups=4))
-    seen = decoded(vae, monkeypatch)
+    seen.clear()
     shape = (16, 4, 4, 4)
     encoded = torch.full(shape, 3.0), torch.full(shape, 2 * math.log(2.0))
     monkeypatch.setattr(vae, "encode", lambda _: encoded)

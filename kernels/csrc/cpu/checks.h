@@ -1,4 +1,4 @@
-// Argument checks of the C interface.
+// Argument checks of the C interface, and which instructions this process may use.
 
 #pragma once
 
@@ -8,6 +8,11 @@
 #include "interface.h"
 
 namespace dit {
+
+// The level in use: the machine's (processor and operating system), or a lower one asked for.
+// At Isa::amx the process has the kernel's permission to use tile data.
+Isa isa();
+
 namespace {
 
 inline int64_t size_of(int dtype) { return dtype == Dtype::f32 ? 4 : 2; }
@@ -51,3 +56,6 @@ int check_pointers(const Pointer (&pointers)[count]) {
 
 #define DIT_CHECK(condition, error) \
     if (!(condition)) return error
+
+#define DIT_CHECK_POINTERS(...) \
+    if (const int error = check_pointers({__VA_ARGS__}); error != ok) return error

@@ -20,18 +20,12 @@ import torch
 from dit_kernels.checks import Unavailable
 
 LIBRARY = "libdit_kernels_cpu.so"
-NOT_BUILT = "libdit_kernels_cpu.txt"
-"""setup.py writes this file where it could not build the library: the reason, in one line."""
+NOT_BUILT = "libdit_kernels_cpu.txt"  # setup.py's reason why it could not build the library
 INTERFACE = Path(__file__).with_name("interface.h")
 
 # The next three repeat what interface.h says.
 ISAS = ("none", "avx2", "avx512", "avx512_bf16", "amx")
-DTYPE_CODES = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.int8: 3,
-}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 ERRORS = {
     -1: "a null pointer",
     -2: "a size that is negative, zero where it may not be, too great or does not divide",
@@ -43,7 +37,7 @@ ERRORS = {
     -8: "more memory than there is",
 }
 
-LETTERS = {"*": "p", "int64_t": "q", "int": "i", "float": "f"}
+LETTERS = {"int64_t": "q", "int": "i", "float": "f"}
 TYPES = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 RESULTS = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "const char*": ctypes.c_char_p}
 _PROTOTYPE = re.compile(r"^DIT_API ([\w ]+\*?) (\w+)\(([^)]*)\);", re.MULTILINE)
@@ -55,8 +49,8 @@ def prototypes() -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     for result, name, listed in _PROTOTYPE.findall(INTERFACE.read_text(encoding="utf-8")):
         arguments = [] if listed == "void" else listed.split(",")
-        kinds = ["*" if "*" in argument else argument.split()[0] for argument in arguments]
-        found[name] = (result, "".join(LETTERS[kind] for kind in kinds))
+        letters = ("p" if "*" in a else LETTERS[a.split()[0]] for a in arguments)
+        found[name] = (result, "".join(letters))
     return found
 
 
@@ -82,10 +76,20 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     """
     file = path()
     if not file.is_file():
-        return None, _why_not_built(file.with_name(NOT_BUILT))
+        note = file.with_name(NOT_BUILT)
+        if note.is_file():
+            reason = note.read_text(encoding="utf-8").strip()
+            return None, f"{LIBRARY} was not built when this package was built: {reason}"
+        return None, (
+            f"{LIBRARY} is not built: on Linux and x86-64, with g++ and CMake, "
+            "`pip install .` in the sources builds it"
+        )
     try:
         library = ctypes.CDLL(str(file))
-        if _interface_of(library) != interface_hash():
+        told = getattr(library, "dit_interface", None)  # a very old library has no such function
+        if told is not None:
+            told.restype = ctypes.c_char_p
+        if told is None or told().decode() != interface_hash():
             return None, (
                 f"{file} was built from other sources than this dit_kernels: `pip install .` in "
                 "the sources builds it again"
@@ -96,18 +100,18 @@ def load() -> tuple[ctypes.CDLL | None, str]:
             function.argtypes = [TYPES[letter] for letter in letters]
     except (OSError, AttributeError) as error:
         return None, f"{file} cannot be loaded: {error}"
-    _lower_isa(library)
+    if named := os.environ.get("DIT_KERNELS_ISA"):
+        possible = ISAS[1 : library.dit_isa() + 1]
+        if named not in possible:
+            raise ValueError(f"DIT_KERNELS_ISA {named!r}: this machine has {', '.join(possible)}")
+        library.dit_set_isa(ISAS.index(named))
     if library.dit_isa() == 0:
         return None, "this processor lacks AVX2, FMA or F16C"
     return library, ""
 
 
 def loaded() -> ctypes.CDLL:
-    """The library.
-
-    Raises:
-        Unavailable: there is none (`why_not`).
-    """
+    """The library. Raises `Unavailable` if there is none."""
     library, reason = load()
     if library is None:
         raise Unavailable(reason)
@@ -127,36 +131,6 @@ def available() -> bool:
 def isa() -> str:
     """The instruction set in use: "avx2", "avx512", "avx512_bf16" or "amx".
 
-    Raises:
-        Unavailable: there is no library.
+    Raises `Unavailable` if there is no library.
     """
     return ISAS[loaded().dit_isa()]
-
-
-def _why_not_built(note: Path) -> str:
-    if note.is_file():
-        reason = note.read_text(encoding="utf-8").strip()
-        return f"{LIBRARY} was not built when this package was built: {reason}"
-    return (
-        f"{LIBRARY} is not built: on Linux and x86-64, with g++ and CMake, "
-        "`pip install .` in the sources builds it"
-    )
-
-
-def _interface_of(library: ctypes.CDLL) -> str | None:
-    """The library's `interface_hash`, or None if it is so old that it does not tell."""
-    function = getattr(library, "dit_interface", None)
-    if function is None:
-        return None
-    function.restype = ctypes.c_char_p
-    return function().decode()
-
-
-def _lower_isa(library: ctypes.CDLL) -> None:
-    named = os.environ.get("DIT_KERNELS_ISA")
-    if not named:
-        return
-    possible = ISAS[1 : library.dit_isa() + 1]
-    if named not in possible:
-        raise ValueError(f"DIT_KERNELS_ISA {named!r}: this machine has {', '.join(possible)}")
-    library.dit_set_isa(ISAS.index(named))

@@ -17,46 +17,43 @@ import torch
 from torch import Tensor
 
 from dit_kernels import checks
-from dit_kernels.checks import DTYPES
+from dit_kernels.checks import FLOAT
 from dit_kernels.cpu.loader import available as available
 from dit_kernels.cpu.loader import isa as isa
 from dit_kernels.cpu.loader import why_not as why_not
 from dit_kernels.cpu.recording import call
 
 CODES = (torch.int8, torch.uint8)
+CPU = torch.device("cpu")
+Out = Tensor | None
+Outs = Sequence[Tensor] | None
 
 
 def layernorm_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Tensor | None = None
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Out = None
 ) -> Tensor:
     """x (N, T, D) → LayerNorm(x) · (1 + scale) + shift; out may be x."""
-    sizes = _tokens(x, shift=shift, scale=scale)
-    out = result("out", out, x.shape, x.dtype)
+    sizes = checks.check_norm(_on_cpu(x), shift=shift, scale=scale)
+    out = result(out, x.shape, x.dtype)
     call("dit_layernorm_modulate", x, shift, scale, out, *sizes, shift.stride(0), scale.stride(0),
          eps, x.dtype, shift.dtype, scale.dtype)  # fmt: skip
     return out
 
 
-def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, out: Tensor | None = None) -> Tensor:
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, out: Out = None) -> Tensor:
     """x + gate · y for x, y (N, T, D); out may be x or y."""
-    sizes = _tokens(x, y, gate=gate)
-    out = result("out", out, x.shape, x.dtype)
+    sizes = checks.check_norm(_on_cpu(x), y, gate=gate)
+    out = result(out, x.shape, x.dtype)
     call("dit_gate_residual", x, y, gate, out, *sizes, gate.stride(0), x.dtype, gate.dtype)
     return out
 
 
 def gate_residual_layernorm_modulate(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    eps: float,
-    *,
-    out: Sequence[Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float,
+    *, out: Outs = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(r = x + gate · y, its modulated norm); out is a pair: r may be x, the norm may be y."""
-    sizes = _tokens(x, y, gate=gate, shift=shift, scale=scale)
+    sizes = checks.check_norm(_on_cpu(x), y, gate=gate, shift=shift, scale=scale)
     residual, normed = results(out, (x.shape, x.dtype), (x.shape, x.dtype))
     call("dit_gate_residual_layernorm_modulate", x, y, gate, shift, scale, residual, normed, *sizes,
          gate.stride(0), shift.stride(0), scale.stride(0), eps,
@@ -65,18 +62,12 @@ def gate_residual_layernorm_modulate(
 
 
 def layernorm_modulate_quantize(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    eps: float,
-    dtype: torch.dtype = torch.int8,
-    *,
-    out: Sequence[Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype = torch.int8,
+    *, out: Outs = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Codes (N, T, D) and float32 scales (N, T) of `layernorm_modulate`'s unrounded result."""
-    sizes = _tokens(x, shift=shift, scale=scale)
-    checks.check_codes(dtype, CODES)
-    codes, scales = results(out, (x.shape, dtype), (x.shape[:-1], torch.float32))
+    sizes = checks.check_norm(_on_cpu(x), shift=shift, scale=scale)
+    codes, scales = results(out, *_codes_of(x, dtype))
     call("dit_layernorm_modulate_quantize", x, shift, scale, codes, scales, *sizes,
          shift.stride(0), scale.stride(0), eps, x.dtype, shift.dtype, scale.dtype,
          dtype == torch.uint8)  # fmt: skip
@@ -84,92 +75,68 @@ def layernorm_modulate_quantize(
 
 
 def gate_residual_layernorm_modulate_quantize(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    eps: float,
-    dtype: torch.dtype = torch.int8,
-    *,
-    out: Sequence[Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float,
+    dtype: torch.dtype = torch.int8, *, out: Outs = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(r = x + gate · y, codes (N, T, D) and scales (N, T) of its modulated norm).
 
     out is a triple, whose first may be x.
     """
-    sizes = _tokens(x, y, gate=gate, shift=shift, scale=scale)
-    checks.check_codes(dtype, CODES)
-    residual, codes, scales = results(
-        out, (x.shape, x.dtype), (x.shape, dtype), (x.shape[:-1], torch.float32)
-    )
+    sizes = checks.check_norm(_on_cpu(x), y, gate=gate, shift=shift, scale=scale)
+    residual, codes, scales = results(out, (x.shape, x.dtype), *_codes_of(x, dtype))
     call("dit_gate_residual_layernorm_modulate_quantize", x, y, gate, shift, scale, residual, codes,
          scales, *sizes, gate.stride(0), shift.stride(0), scale.stride(0), eps, x.dtype,
          gate.dtype, shift.dtype, scale.dtype, dtype == torch.uint8)  # fmt: skip
     return residual, codes, scales
 
 
-def gelu(x: Tensor, *, out: Tensor | None = None) -> Tensor:
+def gelu(x: Tensor, *, out: Out = None) -> Tensor:
     """½ x (1 + tanh(√(2/π) (x + 0.044715 x³))); out may be x."""
-    checks.check_dtype("x", x)
-    checks.check_contiguous("x", x)
-    _check_on_cpu("x", x)
-    out = result("out", out, x.shape, x.dtype)
+    checks.check("x", _on_cpu(x), x.shape)
+    out = result(out, x.shape, x.dtype)
     call("dit_gelu", x, out, x.numel(), x.dtype)
     return out
 
 
 def quantize_rows(
-    x: Tensor, dtype: torch.dtype = torch.int8, *, out: Sequence[Tensor] | None = None
+    x: Tensor, dtype: torch.dtype = torch.int8, *, out: Outs = None
 ) -> tuple[Tensor, Tensor]:
     """x (…, D) → codes (…, D) and float32 scales (…)."""
-    rows, d = _rows(x)
-    checks.check_codes(dtype, CODES)
-    codes, scales = results(out, (x.shape, dtype), (x.shape[:-1], torch.float32))
-    call("dit_quantize_rows", x, codes, scales, rows, d, x.dtype, dtype == torch.uint8)
+    checks.check_rows(_on_cpu(x))
+    codes, scales = results(out, *_codes_of(x, dtype))
+    call("dit_quantize_rows", x, codes, scales, scales.numel(), x.shape[-1], x.dtype,
+         dtype == torch.uint8)  # fmt: skip
     return codes, scales
 
 
 def dequantize_rows(
-    x: Tensor, scales: Tensor, bias: Tensor, gelu: bool, *, out: Tensor | None = None
+    x: Tensor, scales: Tensor, bias: Tensor, gelu: bool, *, out: Out = None
 ) -> Tensor:
     """x (R, M) · scales (R,) + bias (M,), through GELU if asked for; out may be x.
 
     scales are float32; bias may have another dtype than x.
     """
-    if x.ndim != 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}; (R, M) is needed")
+    checks.check("x", x, ("N", "M"), device=CPU)
     rows, d = x.shape
-    _vectors(x.shape, DTYPES, x=x)
-    _vectors((rows,), scales=scales)
-    _vectors((d,), DTYPES, bias=bias)
-    out = result("out", out, x.shape, x.dtype)
+    checks.check("scales", scales, (rows,), FLOAT, CPU)
+    checks.check("bias", bias, (d,), device=CPU)
+    out = result(out, x.shape, x.dtype)
     call("dit_dequantize_rows", x, scales, bias, out, rows, d, x.dtype, bias.dtype, gelu)
     return out
 
 
 def groupnorm_silu(
-    x: Tensor,
-    groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    *,
-    out: Tensor | None = None,
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, *, out: Out = None
 ) -> Tensor:
     """SiLU of GroupNorm of x (N, C, H, W) in channels-last memory.
 
     weight and bias (C,) have one dtype; out is in channels-last memory too and may be x.
     """
-    checks.check_images(x, groups, weight, bias)
-    checks.check_eps(eps)
-    _check_on_cpu("x", x)
-    checks.check_dtype("bias", bias, (weight.dtype,))
+    checks.check_images(_on_cpu(x), groups, weight, bias, eps)
+    checks.check("bias", bias, weight.shape, (weight.dtype,))
     if out is None:
         out = torch.empty_like(x, memory_format=torch.channels_last)
-    else:
-        checks.check_channels_last("out", out)
-        result("out", out.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1).shape, x.dtype)
+    checks.check("out", out, x.shape, (x.dtype,), CPU, torch.channels_last)
     n, c, height, width = x.shape
     call("dit_groupnorm_silu", x, weight, bias, out, n, height * width, c, groups, eps, x.dtype,
          weight.dtype)  # fmt: skip
@@ -177,23 +144,14 @@ def groupnorm_silu(
 
 
 def guided_step(
-    tokens: Tensor,
-    z: Tensor,
-    x0_before: Tensor,
-    noise: Tensor,
-    guidance_scale: Tensor,
-    coefficients: Tensor,
-    guided_channels: int,
-    patch_size: int,
-    *,
-    out: Sequence[Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+    tokens: Tensor, z: Tensor, x0_before: Tensor, noise: Tensor, guidance_scale: Tensor,
+    coefficients: Tensor, guided_channels: int, patch_size: int, *, out: Outs = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(z′, x₀) of `dit_kernels.guided_step`; out is a pair, which may be (z, x0_before)."""
     inputs = (tokens, z, x0_before, noise, guidance_scale, coefficients)
     checks.check_guided_step(*inputs, guided_channels, patch_size)
-    _check_on_cpu("z", z)
+    n, c, s, _ = _on_cpu(z).shape
     z_next, x0 = results(out, (z.shape, torch.float32), (z.shape, torch.float32))
-    n, c, s, _ = z.shape
     call("dit_guided_step", *inputs, z_next, x0, len(tokens), n, c,
          tokens.shape[2] // patch_size**2, s, patch_size, guided_channels,
          tokens.dtype)  # fmt: skip
@@ -201,86 +159,56 @@ def guided_step(
 
 
 def embed(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    positions: Tensor,
-    patch_size: int,
-    *,
-    out: Tensor | None = None,
+    z: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, patch_size: int, *, out: Out = None
 ) -> Tensor:
     """Latents z (N, C, S, S) → tokens (N, T, D): their patches · weight + bias + positions.
 
     z, weight (C·p·p, D), bias (D,) and positions (T, D) are float32; out may have any dtype.
     """
-    n, c, s = checks.check_latents(z, patch_size)
+    n, c, s = checks.check_latents(_on_cpu(z), patch_size)
     d, tokens = len(bias), (s // patch_size) ** 2
-    _vectors(z.shape, z=z)
-    _vectors((c * patch_size**2, d), weight=weight)
-    _vectors((d,), bias=bias)
-    _vectors((tokens, d), positions=positions)
-    out = result("out", out, (n, tokens, d), torch.float32 if out is None else out.dtype)
+    checks.check("weight", weight, (c * patch_size**2, d), FLOAT, CPU)
+    checks.check("bias", bias, (d,), FLOAT, CPU)
+    checks.check("positions", positions, (tokens, d), FLOAT, CPU)
+    out = result(out, (n, tokens, d), torch.float32 if out is None else out.dtype)
     call("dit_embed", z, weight, bias, positions, out, n, c, s, patch_size, d, out.dtype)
     return out
 
 
-def attention(qkv: Tensor, num_heads: int, *, out: Tensor | None = None) -> Tensor:
+def attention(qkv: Tensor, num_heads: int, *, out: Out = None) -> Tensor:
     """qkv (N, T, 3·H·d) → (N, T, H·d), d a multiple of 8 up to 128."""
-    n, t, d = checks.check_qkv(qkv, num_heads)
-    _check_on_cpu("qkv", qkv)
-    out = result("out", out, (n, t, num_heads * d), qkv.dtype)
+    n, t, d = checks.check_qkv(_on_cpu(qkv, "qkv"), num_heads)
+    out = result(out, (n, t, num_heads * d), qkv.dtype)
     call("dit_attention", qkv, out, n, t, num_heads, d, qkv.dtype)
     return out
 
 
-def _tokens(x: Tensor, y: Tensor | None = None, **modulation: Tensor) -> tuple[int, int, int]:
-    """(N, T, D) of x and y, after checks of all."""
-    sizes = checks.check_tokens("x", x)
-    _check_on_cpu("x", x)
-    if y is not None:
-        checks.check_same("y", y, x)
-    checks.check_modulation(x, **modulation)
-    return sizes
+def _on_cpu(x: Tensor, name: str = "x") -> Tensor:
+    if x.device.type != "cpu":
+        raise ValueError(f"{name} is on {x.device}; the CPU is needed")
+    return x
 
 
-def _rows(x: Tensor) -> tuple[int, int]:
-    _check_on_cpu("x", x)
-    return checks.check_rows("x", x)
+def _codes_of(x: Tensor, dtype: torch.dtype) -> tuple[tuple[torch.Size, torch.dtype], ...]:
+    """Shapes and dtypes of x's codes and scales."""
+    checks.check_codes(dtype, CODES)
+    return (x.shape, dtype), (x.shape[:-1], torch.float32)
 
 
-def _vectors(
-    shape: Sequence[int],
-    dtypes: Sequence[torch.dtype] = (torch.float32,),
-    **tensors: Tensor,
-) -> None:
-    for name, tensor in tensors.items():
-        checks.check_exact(name, tensor, shape, dtypes)
-        _check_on_cpu(name, tensor)
-
-
-def _check_on_cpu(name: str, tensor: Tensor) -> None:
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} is on {tensor.device}; the CPU is needed")
-
-
-def result(name: str, out: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def result(out: Out, shape: Sequence[int], dtype: torch.dtype, name: str = "out") -> Tensor:
     """``out`` if it is contiguous memory of this shape and dtype, or new memory if it is None."""
-    if dtype not in (*DTYPES, *CODES):
+    if dtype not in (*checks.DTYPES, *CODES):
         raise ValueError(f"dtype {dtype}: choose float32, bfloat16 or float16")
     if out is None:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    _vectors(shape, (dtype,), **{name: out})
+    checks.check(name, out, shape, (dtype,), CPU)
     return out
 
 
-def results(
-    out: Sequence[Tensor] | None, *needed: tuple[Sequence[int], torch.dtype]
-) -> list[Tensor]:
+def results(out: Outs, *needed: tuple[Sequence[int], torch.dtype]) -> list[Tensor]:
     """One `result` per (shape, dtype)."""
     given = [None] * len(needed) if out is None else out
     if len(given) != len(needed):
         raise ValueError(f"out has {len(given)} tensors; {len(needed)} are needed")
-    return [
-        result(f"out[{i}]", tensor, *each)
-        for i, (tensor, each) in enumerate(zip(given, needed, strict=True))
-    ]
+    pairs = zip(given, needed, strict=True)
+    return [result(tensor, *each, f"out[{i}]") for i, (tensor, each) in enumerate(pairs)]

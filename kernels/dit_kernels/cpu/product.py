@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_kernels.cpu import loader
-from dit_kernels.cpu.operators import result
+from dit_kernels.cpu.operators import Out, result
 from dit_kernels.cpu.recording import call
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
@@ -42,35 +42,26 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def linear(
-    x: Tensor, packed: Tensor, bias: Tensor, m: int, gelu: bool, out: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, packed: Tensor, bias: Tensor, m: int, gelu: bool, out: Out = None) -> Tensor:
     """x (…, K), packed weight, float32 bias (M,) → (…, M) in x's dtype."""
     if torch.compiler.is_compiling():
         return _whole_linear(x, packed, bias, m, gelu)
-    out = result("out", out, (*x.shape[:-1], m), x.dtype)
+    out = result(out, (*x.shape[:-1], m), x.dtype)
     k = x.shape[-1]
     call("dit_linear", x.contiguous(), packed, bias, out, x.numel() // k, k, m, x.dtype, gelu)
     return out
 
 
 def linear_int8(
-    codes: Tensor,
-    scales: Tensor,
-    packed: Tensor,
-    weight_scales: Tensor,
-    bias: Tensor,
-    dtype: torch.dtype,
-    gelu: bool,
-    out: Tensor | None = None,
-) -> Tensor:
+    codes: Tensor, scales: Tensor, packed: Tensor, weight_scales: Tensor, bias: Tensor,
+    dtype: torch.dtype, gelu: bool, out: Out = None,
+) -> Tensor:  # fmt: skip
     """codes (R, K) uint8 with scales (R,), packed int8 weight with scales (M,), float32 bias (M,)
     → (R, M) of ``dtype``, float32 or bfloat16."""
     if torch.compiler.is_compiling():
         return _whole_linear_int8(codes, scales, packed, weight_scales, bias, dtype, gelu)
-    r, k = codes.shape
-    m = len(weight_scales)
-    out = result("out", out, (r, m), dtype)
+    (r, k), m = codes.shape, len(weight_scales)
+    out = result(out, (r, m), dtype)
     call("dit_linear_int8", codes, scales, packed, weight_scales, bias, out, r, k, m, dtype, gelu)
     return out
 

@@ -35,18 +35,17 @@ def call(name: str, *arguments: Any) -> None:
         Unavailable: there is no library.
     """
     function = getattr(loaded(), name)
-    passed = tuple(_passed(argument) for argument in arguments)
+    passed = tuple(
+        a.data_ptr() if isinstance(a, Tensor)
+        else DTYPE_CODES[a] if isinstance(a, torch.dtype)
+        else a
+        for a in arguments
+    )  # fmt: skip
     code = function(*passed, torch.get_num_threads())
     if code != 0:
         raise ValueError(f"{name} refused {ERRORS.get(code, f'its arguments (code {code})')}")
     if (recording := current()) is not None:
         recording.add(function, passed)
-
-
-def _passed(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.data_ptr()
-    return DTYPE_CODES[argument] if isinstance(argument, torch.dtype) else argument
 
 
 class Recording:
@@ -76,8 +75,7 @@ class Recording:
     def replay(self) -> None:
         """Make the calls again, on ``torch.get_num_threads()`` threads.
 
-        Raises:
-            MemoryError: there is no memory for an operator's scratch.
+        Raises MemoryError if there is no memory for an operator's scratch.
         """
         address, _ = self._words.buffer_info()
         # The arguments were accepted before, so the only thing that can be missing is memory.

@@ -3,7 +3,6 @@
 #include <cstdlib>
 
 #include "checks.h"
-#include "simd/isa.h"
 
 namespace dit {
 namespace {
@@ -40,8 +39,7 @@ extern "C" DIT_API int dit_attention(const void* qkv, void* out, int64_t n, int6
     DIT_CHECK(heads >= 1 && d >= 8 && d <= attention_most_d && d % 8 == 0, bad_size);
     DIT_CHECK(sizes_fit(n, t, heads, d, 3), bad_size);
     if (n == 0 || t == 0) return ok;
-    const int wrong = check_pointers({{qkv, size_of(dtype)}, {out, size_of(dtype)}});
-    if (wrong != ok) return wrong;
+    DIT_CHECK_POINTERS({qkv, size_of(dtype)}, {out, size_of(dtype)});
     const AttentionCall call{qkv, out, n, t, heads, d, dtype, threads};
     const Isa level = isa();
     if (dtype == bf16 && level >= Isa::amx) return attention_bf16_amx(call);

@@ -1,18 +1,51 @@
-// bfloat16 attention on AMX tiles.
-//
-// Compiled with DIT_EMULATED_TILES, the same algorithm runs on attention_tiles_emulated.h; see
-// there what that proves.
+// bfloat16 attention on AMX tiles. Each tile is 16 rows of 64 bytes.
 
 #include "attention_pairs.h"
 
-#ifdef DIT_EMULATED_TILES
-#include "attention_tiles_emulated.h"
-#else
-#include "attention_tiles.h"
-#endif
-
 namespace dit {
 namespace {
+
+#ifndef DIT_EMULATED_TILES  // tests/kernels/amx_emulation.cpp has its own, for machines without AMX
+struct alignas(64) TileConfiguration {
+    uint8_t palette, first_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+};
+
+// Not a local variable, because the compiler does not know that _tile_loadconfig reads what its
+// pointer points to, and would drop the stores.
+const TileConfiguration tile_configuration = {
+    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+// Each thread calls this before any other; isa() has got the permission of the kernel.
+inline void tile_configure() {
+    __asm__ volatile("" : : "r"(&tile_configuration) : "memory");
+    _tile_loadconfig(&tile_configuration);
+}
+inline void tile_release() { _tile_release(); }
+
+// g++ 12's own tile intrinsics take the tile's number as a literal token and tell the compiler
+// nothing of the memory read or written; these do.
+template <int tile>
+inline void tile_zero() {
+    __asm__ volatile("tilezero %%tmm%c0" : : "i"(tile));
+}
+template <int tile>
+inline void tile_load(const float* from, int64_t row_bytes) {
+    __asm__ volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(tile), "r"(from), "r"(row_bytes)
+                     : "memory");
+}
+template <int tile>
+inline void tile_store(float* to, int64_t row_bytes) {
+    __asm__ volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(tile), "r"(to), "r"(row_bytes)
+                     : "memory");
+}
+// sum += a · b: (16, 32) bfloat16 by (16 pairs, 16, 2) bfloat16 into (16, 16) float32.
+template <int sum, int a, int b>
+inline void tile_dp() {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(a), "i"(b));
+}
+#endif
 
 constexpr int tile_rows = 16, tile_units = 16;
 
@@ -23,7 +56,7 @@ constexpr int tile_rows = 16, tile_units = 16;
 //
 // Tiles 0…3 sum, 4 and 5 hold A, 6 and 7 hold B.
 template <bool two_columns>
-static void tile_block(const Operands& o, int64_t row, int64_t column, bool add) {
+void tile_block(const Operands& o, int64_t row, int64_t column, bool add) {
     const int64_t lda = 4 * o.lda, ldb = 4 * o.ldb, ldc = 4 * o.ldc;  // bytes
     float* c0 = o.c + row * o.ldc + column;
     float* c1 = c0 + tile_rows * o.ldc;

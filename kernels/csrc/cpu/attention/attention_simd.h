@@ -1,70 +1,47 @@
-// The vector operations of attention: float32 lanes of AVX2 or AVX-512, as the file is compiled,
-// and groups of 4 and 8 elements of every dtype.
+// The vector operations of attention, and elements of every dtype in groups of 4 and 8.
 //
 // A "unit" is 32 bits of an operand: one float32, or two neighbouring bfloat16. Units are passed as
 // float, bit for bit; only Mac interprets them.
 
 #pragma once
 
-// The headers of g++ 12 make undefined vectors by `x = x`, which g++ 12 then warns of (bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
+#include "simd/vector.h"
 
-#include <cstdint>
-
-#define DIT_ALWAYS static inline __attribute__((always_inline))
+#define DIT_ALWAYS static DIT_INLINE
 
 namespace dit {
 namespace {
 
-#ifdef __AVX512F__
 struct Simd {
-    using Vec = __m512;
-    static constexpr int lanes = 16;
-    DIT_ALWAYS Vec load(const float* p) { return _mm512_loadu_ps(p); }
-    DIT_ALWAYS void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
-    DIT_ALWAYS Vec set(float v) { return _mm512_set1_ps(v); }
-    DIT_ALWAYS Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
-    DIT_ALWAYS Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
-    DIT_ALWAYS Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
-    DIT_ALWAYS Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // b where one is NaN
-    DIT_ALWAYS Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+    static constexpr int lanes = dit::lanes;
+    DIT_ALWAYS Vec load(const float* p) { return dit::load(p, Full{}); }
+    DIT_ALWAYS void store(float* p, Vec v) { dit::store(p, v, Full{}); }
+    DIT_ALWAYS Vec set(float v) { return dit::set(v); }
+    DIT_ALWAYS Vec add(Vec a, Vec b) { return a + b; }
+    DIT_ALWAYS Vec sub(Vec a, Vec b) { return a - b; }
+    DIT_ALWAYS Vec mul(Vec a, Vec b) { return a * b; }
+    DIT_ALWAYS Vec fma(Vec a, Vec b, Vec c) { return dit::fma(a, b, c); }
+    DIT_ALWAYS float sum_of(Vec v) { return dit::sum_of(v); }
+    // max(a, b) is b where one is NaN. power_of_two is 2^n for a whole n in −127 … 127, given as
+    // n + 127 + 1.5 · 2^23; 0 for −127.
+#ifdef __AVX512F__
+    DIT_ALWAYS Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
     DIT_ALWAYS float max_of(Vec v) { return _mm512_reduce_max_ps(v); }
-    DIT_ALWAYS float sum_of(Vec v) { return _mm512_reduce_add_ps(v); }
-    // 2^n for a whole n in −127 … 127, of n + 127 + 1.5 · 2^23; 0 for −127.
     DIT_ALWAYS Vec power_of_two(Vec shifted) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23));
     }
-};
 #else
-struct Simd {
-    using Vec = __m256;
-    static constexpr int lanes = 8;
-    DIT_ALWAYS Vec load(const float* p) { return _mm256_loadu_ps(p); }
-    DIT_ALWAYS void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
-    DIT_ALWAYS Vec set(float v) { return _mm256_set1_ps(v); }
-    DIT_ALWAYS Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
-    DIT_ALWAYS Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
-    DIT_ALWAYS Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
     DIT_ALWAYS Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-    DIT_ALWAYS Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
     DIT_ALWAYS float max_of(Vec v) {
         __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         m = _mm_max_ps(m, _mm_movehl_ps(m, m));
         return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
     }
-    DIT_ALWAYS float sum_of(Vec v) {
-        __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-        return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-    }
     DIT_ALWAYS Vec power_of_two(Vec shifted) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
     }
-};
 #endif
-
-using Vec = Simd::Vec;
+};
 
 // 2^v for v ≤ 0, within a factor of 1 ± 2e-8 and two roundings (degree 6) or 1 ± 1.1e-4 (degree 3,
 // a twentieth of a bfloat16's rounding). Exactly 1 at 0 and exactly 0 below −126.5; NaN stays NaN,
@@ -91,7 +68,7 @@ DIT_ALWAYS Vec exp2_of_negative(Vec v) {
     return Simd::mul(Simd::fma(f, p, Simd::set(1.0f)), Simd::power_of_two(shifted));
 }
 
-// What lies in memory, read as units of 32 bits: four at a time.
+// What lies in memory, read as units: four at a time.
 struct Float32 {
     static constexpr int bytes = 4, per_unit = 1;  // bytes of an element, elements in a unit
     DIT_ALWAYS __m128 load4(const char* p) {
@@ -100,45 +77,32 @@ struct Float32 {
     DIT_ALWAYS void store8(char* p, __m256 v) { _mm256_storeu_ps(reinterpret_cast<float*>(p), v); }
 };
 
-struct Bfloat16 {
-    static constexpr int bytes = 2, per_unit = 1;
+template <class T>
+struct Half {
+    static constexpr int bytes = 2;
+    DIT_ALWAYS void store8(char* p, __m256 v) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v, T{}));
+    }
+};
+
+struct Bfloat16 : Half<Bf16> {
+    static constexpr int per_unit = 1;
     DIT_ALWAYS __m128 load4(const char* p) {
         const __m128i half = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
         return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(half), 16));
     }
-    // To the nearest, ties to even; NaN stays NaN.
-    DIT_ALWAYS void store8(char* p, __m256 v) {
-#ifdef __AVX512BF16__
-        const __m128i packed = (__m128i)_mm256_cvtneps_pbh(v);
-#else
-        const __m256i bits = _mm256_castps_si256(v);
-        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-        const __m256i high = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
-        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-        const __m256i rounded = _mm256_blendv_epi8(high, _mm256_set1_epi32(0x7fc0), nan);
-        const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(rounded),
-                                                _mm256_extracti128_si256(rounded, 1));
-#endif
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
-    }
 };
 
-struct Float16 {
-    static constexpr int bytes = 2, per_unit = 1;
+struct Float16 : Half<F16> {
+    static constexpr int per_unit = 1;
     DIT_ALWAYS __m128 load4(const char* p) {
         return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     }
-    DIT_ALWAYS void store8(char* p, __m256 v) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0));
-    }
 };
 
-struct Bfloat16Pairs : Bfloat16 {
+struct Bfloat16Pairs : Half<Bf16> {
     static constexpr int per_unit = 2;
-    DIT_ALWAYS __m128 load4(const char* p) {
-        return _mm_loadu_ps(reinterpret_cast<const float*>(p));
-    }
+    DIT_ALWAYS __m128 load4(const char* p) { return Float32::load4(p); }
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-#include "pool.h"
+#include "parallel.h"
 
 #include <atomic>
 #include <csignal>

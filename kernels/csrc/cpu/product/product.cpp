@@ -5,7 +5,6 @@
 #include <cstring>
 
 #include "checks.h"
-#include "simd/isa.h"
 #include "pool/parallel.h"
 
 namespace dit {
@@ -50,13 +49,10 @@ int run(const ProductCall& call, int dtype) {
     DIT_CHECK(sizes_good(call.rows, call.k, call.m, dtype), bad_size);
     if (call.rows * call.m == 0) return ok;
     const int64_t size = element_bytes(dtype);
-    const int wrong = check_pointers({{call.x, size},
-                                      {call.packed, 64},
-                                      {call.bias, 4, false},
-                                      {call.out, size_of(call.out_dtype)},
-                                      {call.row_scale, 4, dtype == codes_dtype},
-                                      {call.col_scale, 4, dtype == codes_dtype}});
-    if (wrong != ok) return wrong;
+    DIT_CHECK_POINTERS({call.x, size}, {call.packed, 64}, {call.bias, 4, false},
+                       {call.out, size_of(call.out_dtype)},
+                       {call.row_scale, 4, dtype == codes_dtype},
+                       {call.col_scale, 4, dtype == codes_dtype});
     DIT_CHECK(isa() >= Isa::avx512_bf16, no_isa);
     return dtype == f32    ? product_f32_avx512bf16(call)
            : dtype == bf16 ? product_bf16_avx512bf16(call)
@@ -85,8 +81,7 @@ DIT_API int dit_pack_weight(const void* w, void* packed, int64_t m, int64_t k, i
     DIT_CHECK(sizes_good(1, k, m, dtype), bad_size);
     if (m == 0) return ok;
     const int64_t size = element_bytes(dtype), steps = steps_of(k, dtype);
-    const int wrong = check_pointers({{w, size}, {packed, 64}});
-    if (wrong != ok) return wrong;
+    DIT_CHECK_POINTERS({w, size}, {packed, 64});
     const int64_t vectors = divide_up(m, vector_width);
     char* const to = static_cast<char*>(packed);
     auto* const offsets = reinterpret_cast<int32_t*>(to + panel_bytes(m, k, dtype));

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "interface.h"
+#include "checks.h"
 
 namespace dit {
 
@@ -94,7 +94,12 @@ struct Kernels {
 
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
 
-// The kernels for isa(), or null if this machine has none.
-const Kernels* kernels();
-
 }  // namespace dit
+
+// Defines `table`: the kernels for isa().
+#define DIT_KERNELS(table) \
+    const Isa level = isa(); \
+    DIT_CHECK(level != Isa::none, no_isa); \
+    const Kernels* const table = level == Isa::avx2     ? &kernels_avx2 \
+                                 : level == Isa::avx512 ? &kernels_avx512 \
+                                                        : &kernels_avx512bf16

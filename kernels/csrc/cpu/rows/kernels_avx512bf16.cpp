@@ -1,9 +1,3 @@
-#include "simd/vector_avx512.h"
-
 #include "kernels_table.h"
 
-namespace dit {
-
-extern const Kernels kernels_avx512bf16 = make_kernels();
-
-}  // namespace dit
+const dit::Kernels dit::kernels_avx512bf16 = make_kernels();

@@ -1,16 +1,9 @@
-// Builds the table of kernels for the vectors of the vector_*.h that was included before.
+// The table of kernels for the vectors that the including file is compiled for.
 
 #pragma once
 
-#include "kernels.h"
-#include "simd/vector_math.h"
-
-#include "elementwise_kernels.h"
-#include "embed_kernels.h"
-#include "groupnorm_kernels.h"
-#include "guided_step_kernels.h"
-#include "norm_kernels.h"
-#include "quantize_kernels.h"
+#include "image_kernels.h"
+#include "token_kernels.h"
 
 namespace dit {
 namespace {

@@ -1,9 +1,9 @@
-#include "isa.h"
-
 #include <atomic>
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include "checks.h"
 
 namespace dit {
 namespace {
@@ -37,24 +37,14 @@ Isa of_machine() {
     return amx && permit_tiles() ? Isa::amx : Isa::avx512_bf16;
 }
 
-Isa machine() {
-    static std::atomic<int> found{-1};
-    int level = found.load(std::memory_order_relaxed);
-    if (level < 0) {
-        level = static_cast<int>(of_machine());
-        found.store(level, std::memory_order_relaxed);
-    }
-    return static_cast<Isa>(level);
-}
-
-std::atomic<int> highest{static_cast<int>(Isa::amx)};
+std::atomic<int> current{-1};  // −1: not known yet
 
 }  // namespace
 
 Isa isa() {
-    const int level = static_cast<int>(machine());
-    const int limit = highest.load(std::memory_order_relaxed);
-    return static_cast<Isa>(level < limit ? level : limit);
+    int level = current.load(std::memory_order_relaxed);
+    if (level < 0) current.store(level = static_cast<int>(of_machine()), std::memory_order_relaxed);
+    return static_cast<Isa>(level);
 }
 
 }  // namespace dit
@@ -68,7 +58,8 @@ DIT_API int dit_isa(void) { return static_cast<int>(dit::isa()); }
 // Tests run every level that the machine has.
 DIT_API int dit_set_isa(int level) {
     if (level < 0 || level > static_cast<int>(dit::Isa::amx)) return dit::bad_size;
-    dit::highest.store(level, std::memory_order_relaxed);
+    const int most = static_cast<int>(dit::of_machine());
+    dit::current.store(level < most ? level : most, std::memory_order_relaxed);
     return dit::ok;
 }
 }

@@ -1,16 +1,6 @@
-// Eight float32 lanes on AVX2, FMA and F16C. vector_avx512.h has the same names.
-//
-// A part is Full{} or a Tail of 1 to lanes − 1 elements: what lies beyond a tail is read as 0 and
-// never touched in memory, so the end of a row rounds as its middle does.
+// Eight float32 lanes on AVX2, FMA and F16C: half of vector.h. vector_avx512.h has the same names.
 
 #pragma once
-
-#include <cstring>
-#include <immintrin.h>
-
-#include "types.h"
-
-#define DIT_INLINE inline __attribute__((always_inline))
 
 namespace dit {
 namespace {
@@ -18,7 +8,6 @@ namespace {
 using Vec = __m256;
 constexpr int lanes = 8;
 
-struct Full {};
 struct Tail {
     int count;
 };
@@ -31,13 +20,7 @@ DIT_INLINE __m256i mask_of(Tail part) {
 }
 
 DIT_INLINE Vec set(float value) { return _mm256_set1_ps(value); }
-DIT_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
-DIT_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
-DIT_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
-DIT_INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 DIT_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-
-DIT_INLINE Vec keep(Vec v, Full) { return v; }
 DIT_INLINE Vec keep(Vec v, Tail part) { return _mm256_and_ps(v, _mm256_castsi256_ps(mask_of(part))); }
 
 // The greater magnitude; NaN is greater than all, because the bits are compared.
@@ -66,18 +49,6 @@ DIT_INLINE Vec widen(__m128i bits, Bf16) {
 }
 DIT_INLINE Vec widen(__m128i bits, F16) { return _mm256_cvtph_ps(bits); }
 
-// To the nearest, ties to even; NaN stays NaN.
-DIT_INLINE __m128i narrow(Vec v, Bf16) {
-    const __m256i bits = _mm256_castps_si256(v);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i carried = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i high = _mm256_blendv_epi8(_mm256_srli_epi32(carried, 16),
-                                            _mm256_set1_epi32(0x7fc0), nan);
-    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
-}
-DIT_INLINE __m128i narrow(Vec v, F16) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
-
 DIT_INLINE Vec load(const float* p, Full) { return _mm256_loadu_ps(p); }
 DIT_INLINE Vec load(const float* p, Tail part) { return _mm256_maskload_ps(p, mask_of(part)); }
 template <class T>
@@ -90,17 +61,6 @@ DIT_INLINE Vec load(const T* p, Tail part) {
     std::memcpy(&bits, p, part.count * sizeof(T));
     return widen(bits, T{});
 }
-// p − offset, subtracted as integers and then converted to float32.
-DIT_INLINE Vec load_less(const int32_t* p, const int32_t* offset, Full) {
-    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(offset));
-    return _mm256_cvtepi32_ps(_mm256_sub_epi32(a, b));
-}
-DIT_INLINE Vec load_less(const int32_t* p, const int32_t* offset, Tail part) {
-    const __m256i mask = mask_of(part);
-    const __m256i a = _mm256_maskload_epi32(p, mask), b = _mm256_maskload_epi32(offset, mask);
-    return _mm256_cvtepi32_ps(_mm256_sub_epi32(a, b));
-}
 
 DIT_INLINE void store(float* p, Vec v, Full) { _mm256_storeu_ps(p, v); }
 DIT_INLINE void store(float* p, Vec v, Tail part) { _mm256_maskstore_ps(p, mask_of(part), v); }
@@ -112,13 +72,6 @@ template <class T>
 DIT_INLINE void store(T* p, Vec v, Tail part) {
     const __m128i bits = narrow(v, T{});
     std::memcpy(p, &bits, part.count * sizeof(T));
-}
-
-// v as it would come back from memory after a store.
-DIT_INLINE Vec rounded(Vec v, float) { return v; }
-template <class T>
-DIT_INLINE Vec rounded(Vec v, T type) {
-    return widen(narrow(v, type), type);
 }
 
 // v within ±127, rounded to even, NaN to 0; flip is 0, or 0x80 for code + 128.
@@ -137,14 +90,6 @@ DIT_INLINE void store_codes(uint8_t* p, Vec v, uint8_t flip, Tail part) {
     std::memcpy(p, &bits, part.count);
 }
 
-// y · 2^n for whole n, |n| ≤ 253: in two factors, because 2^n alone may be out of range.
-DIT_INLINE Vec times_power(Vec y, __m256i n) {
-    const __m256i half = _mm256_srai_epi32(n, 1), bias = _mm256_set1_epi32(127);
-    const __m256i rest = _mm256_sub_epi32(n, half);
-    y = mul(y, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
-    return mul(y, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
-}
-
 // v within ±limit; NaN stays NaN, because min and max return their second operand then.
 DIT_INLINE Vec clamp(Vec v, float limit) {
     return _mm256_max_ps(set(-limit), _mm256_min_ps(set(limit), v));
@@ -153,7 +98,13 @@ DIT_INLINE Vec clamp(Vec v, float limit) {
 // v rounded to a whole number, ties to even.
 DIT_INLINE Vec round_even(Vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
-DIT_INLINE Vec scale_by_power(Vec y, Vec n) { return times_power(y, _mm256_cvtps_epi32(n)); }
+// y · 2^n for whole n, |n| ≤ 253: in two factors, because 2^n alone may be out of range.
+DIT_INLINE Vec scale_by_power(Vec y, Vec n) {
+    const __m256i whole = _mm256_cvtps_epi32(n), bias = _mm256_set1_epi32(127);
+    const __m256i half = _mm256_srai_epi32(whole, 1), rest = _mm256_sub_epi32(whole, half);
+    y = y * _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
+    return y * _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
+}
 
 struct Exp2Parts {
     Vec fraction, power;  // v = power + fraction, fraction in [0, 1]
@@ -161,11 +112,11 @@ struct Exp2Parts {
 DIT_INLINE Exp2Parts exp2_parts(Vec v) {
     v = clamp(v, 160);
     const Vec whole = _mm256_floor_ps(v);
-    return {sub(v, whole), whole};
+    return {v - whole, whole};
 }
 
 // The 12 bits of rcpps are too few even for bfloat16.
-DIT_INLINE Vec rough_reciprocal(Vec v) { return div(set(1), v); }
+DIT_INLINE Vec rough_reciprocal(Vec v) { return set(1) / v; }
 
 }  // namespace
 }  // namespace dit

@@ -1,13 +1,7 @@
-// Sixteen float32 lanes on AVX-512. vector_avx2.h has the same names and says what a part is. With
+// Sixteen float32 lanes on AVX-512: half of vector.h. vector_avx2.h has the same names. With
 // AVX512-BF16, conversion to bfloat16 is one instruction, which flushes subnormal numbers to zero.
 
 #pragma once
-
-#include <immintrin.h>
-
-#include "types.h"
-
-#define DIT_INLINE inline __attribute__((always_inline))
 
 namespace dit {
 namespace {
@@ -15,7 +9,6 @@ namespace {
 using Vec = __m512;
 constexpr int lanes = 16;
 
-struct Full {};
 struct Tail {
     __mmask16 mask;
 };
@@ -23,13 +16,7 @@ struct Tail {
 DIT_INLINE Tail tail(int64_t count) { return {static_cast<__mmask16>((1u << count) - 1)}; }
 
 DIT_INLINE Vec set(float value) { return _mm512_set1_ps(value); }
-DIT_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
-DIT_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
-DIT_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
-DIT_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 DIT_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-
-DIT_INLINE Vec keep(Vec v, Full) { return v; }
 DIT_INLINE Vec keep(Vec v, Tail part) { return _mm512_maskz_mov_ps(part.mask, v); }
 
 // The greater magnitude; NaN is greater than all, because the bits are compared.
@@ -51,7 +38,6 @@ DIT_INLINE Vec widen(__m256i bits, Bf16) {
 }
 DIT_INLINE Vec widen(__m256i bits, F16) { return _mm512_cvtph_ps(bits); }
 
-// To the nearest, ties to even; NaN stays NaN.
 DIT_INLINE __m256i narrow(Vec v, Bf16) {
 #ifdef __AVX512BF16__
     return (__m256i)_mm512_cvtneps_pbh(v);
@@ -76,14 +62,6 @@ template <class T>
 DIT_INLINE Vec load(const T* p, Tail part) {
     return widen(_mm256_maskz_loadu_epi16(part.mask, p), T{});
 }
-// p − offset, subtracted as integers and then converted to float32.
-DIT_INLINE Vec load_less(const int32_t* p, const int32_t* offset, Full) {
-    return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(p), _mm512_loadu_si512(offset)));
-}
-DIT_INLINE Vec load_less(const int32_t* p, const int32_t* offset, Tail part) {
-    const __m512i a = _mm512_maskz_loadu_epi32(part.mask, p);
-    return _mm512_cvtepi32_ps(_mm512_sub_epi32(a, _mm512_maskz_loadu_epi32(part.mask, offset)));
-}
 
 DIT_INLINE void store(float* p, Vec v, Full) { _mm512_storeu_ps(p, v); }
 DIT_INLINE void store(float* p, Vec v, Tail part) { _mm512_mask_storeu_ps(p, part.mask, v); }
@@ -94,13 +72,6 @@ DIT_INLINE void store(T* p, Vec v, Full) {
 template <class T>
 DIT_INLINE void store(T* p, Vec v, Tail part) {
     _mm256_mask_storeu_epi16(p, part.mask, narrow(v, T{}));
-}
-
-// v as it would come back from memory after a store.
-DIT_INLINE Vec rounded(Vec v, float) { return v; }
-template <class T>
-DIT_INLINE Vec rounded(Vec v, T type) {
-    return widen(narrow(v, type), type);
 }
 
 // v within ±127, rounded to even, NaN to 0; flip is 0, or 0x80 for code + 128.

@@ -1,8 +1,10 @@
-// Loops over a row, the exponential function, SiLU and GELU. Include a vector_*.h before it.
+// Loops over a row, the exponential function, SiLU and GELU.
 
 #pragma once
 
 #include <type_traits>
+
+#include "vector.h"
 
 namespace dit {
 namespace {

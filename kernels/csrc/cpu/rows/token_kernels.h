@@ -1,11 +1,83 @@
-// Gated residual, layer norm and modulation of rows, in one pass over memory.
+// The inner loops of the operators on tokens: conversion, GELU, int8 codes, the gated residual, layer
+// norm and modulation.
 
 #pragma once
 
-#include "quantize_kernels.h"
+#include "kernels.h"
+#include "simd/vector_math.h"
 
 namespace dit {
 namespace {
+
+template <class T>
+void to_float(const void* x, float* out, int64_t count) {
+    const T* from = static_cast<const T*>(x);
+    sweep(count, [&](int64_t i, auto part, int) __attribute__((always_inline)) {
+        store(out + i, load(from + i, part), part);
+    });
+}
+
+template <class T>
+void gelu_all(const void* x, void* out, int64_t count) {
+    const T* from = static_cast<const T*>(x);
+    T* to = static_cast<T*>(out);
+    sweep(count, [&](int64_t i, auto part, int) __attribute__((always_inline)) {
+        store(to + i, gelu<T>(load(from + i, part)), part);
+    });
+}
+
+template <bool has_gelu, class T>
+void dequantize_rows(const DequantizeArgs& a, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+        const T* x = static_cast<const T*>(a.x) + row * a.d;
+        T* out = static_cast<T*>(a.out) + row * a.d;
+        const Vec scale = set(a.scales[row]);
+        sweep(a.d, [&](int64_t i, auto part, int) __attribute__((always_inline)) {
+            Vec v = add(mul(load(x + i, part), scale), load(a.bias + i, part));
+            if constexpr (has_gelu) v = gelu<T>(v);
+            store(out + i, v, part);
+        });
+    }
+}
+
+template <class T>
+void dequantize(const DequantizeArgs& a, int64_t begin, int64_t end) {
+    if (a.gelu) {
+        dequantize_rows<true, T>(a, begin, end);
+    } else {
+        dequantize_rows<false, T>(a, begin, end);
+    }
+}
+
+// The scale of a row whose greatest magnitude is given; NaN stays NaN.
+DIT_INLINE float scale_of(float greatest) {
+    return (greatest < 1e-12f ? 1e-12f : greatest) / 127.0f;
+}
+
+// value(i, part) gives the numbers of a part.
+template <class F>
+DIT_INLINE void write_codes(uint8_t* codes, float scale, int64_t d, uint8_t flip, const F& value) {
+    const Vec inverse = set(1.0f / scale);
+    sweep(d, [&](int64_t i, auto part, int) __attribute__((always_inline)) {
+        store_codes(codes + i, mul(value(i, part), inverse), flip, part);
+    });
+}
+
+template <class T>
+void quantize(const QuantizeArgs& a, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+        const T* x = static_cast<const T*>(a.x) + row * a.d;
+        Maxima maxima;
+        sweep(a.d, [&](int64_t i, auto part, int k) __attribute__((always_inline)) {
+            maxima[k] = max_magnitude(maxima[k], load(x + i, part));
+        });
+        const float scale = a.scales[row] = scale_of(maxima.greatest());
+        write_codes(a.codes + row * a.d, scale, a.d, a.flip,
+                    [&](int64_t i, auto part) __attribute__((always_inline)) {
+                        return load(x + i, part);
+                    });
+    }
+}
 
 DIT_INLINE void widen_modulation(const Modulation& from, int64_t image, int64_t d, float plus,
                                  float* to) {

@@ -1,4 +1,5 @@
-// Group norm and SiLU over channels-last images.
+// The operators on images: the embedding of patches, group norm with SiLU over channels-last images,
+// and the guided step.
 
 #include <cmath>
 
@@ -41,6 +42,28 @@ using namespace dit;
 
 extern "C" {
 
+// z (n, c, s, s), weight (c·p·p, d), bias (d,), positions (T, d) with T = (s/p)², all float32 → out
+// (n, T, d).
+DIT_API int dit_embed(const float* z, const float* weight, const float* bias,
+                      const float* positions, void* out, int64_t n, int64_t c, int64_t s,
+                      int64_t p, int64_t d, int dtype, int threads) {
+    DIT_CHECK(known(dtype), bad_dtype);
+    DIT_CHECK(threads >= 1, bad_threads);
+    DIT_CHECK(c >= 1 && s >= 1 && p >= 1 && s % p == 0 && d >= 1, bad_size);
+    DIT_CHECK(sizes_fit(n, c, s, s) && sizes_fit(n, s, s, d) && sizes_fit(c, p, p, d), bad_size);
+    if (n == 0) return ok;
+    DIT_CHECK_POINTERS({z, 4}, {weight, 4}, {bias, 4}, {positions, 4}, {out, size_of(dtype)});
+    DIT_KERNELS(table);
+    const int64_t inputs = c * p * p, rows = n * (s / p) * (s / p);
+    const Scratch<float> scratch(inputs * threads);
+    DIT_CHECK(scratch.data() != nullptr, no_memory);
+    const EmbedArgs a{z, weight, bias, positions, out, c, s, p, d};
+    share(rows, rows_per_thread(d), threads, [&](int64_t begin, int64_t end, int member) {
+        table->embed[dtype](a, begin, end, scratch.data() + inputs * member);
+    });
+    return ok;
+}
+
 // x, out (n, pixels, c), contiguous; weight and bias (c,). out may be x.
 DIT_API int dit_groupnorm_silu(const void* x, const void* weight, const void* bias, void* out,
                                int64_t n, int64_t pixels, int64_t c, int64_t groups, float eps,
@@ -50,12 +73,8 @@ DIT_API int dit_groupnorm_silu(const void* x, const void* weight, const void* bi
     DIT_CHECK(c >= 1 && groups >= 1 && c % groups == 0 && sizes_fit(n, pixels, c), bad_size);
     if (n * pixels == 0) return ok;
     const int64_t size = size_of(dtype), weight_size = size_of(weight_dtype);
-    const int wrong = check_pointers(
-        {{x, size}, {out, size}, {weight, weight_size}, {bias, weight_size}});
-    if (wrong != ok) return wrong;
-    const Kernels* table = kernels();
-    DIT_CHECK(table != nullptr, no_isa);
-
+    DIT_CHECK_POINTERS({x, size}, {out, size}, {weight, weight_size}, {bias, weight_size});
+    DIT_KERNELS(table);
     const int64_t piece = piece_of(pixels), pieces = (pixels + piece - 1) / piece;
     const int64_t channels = c / groups;
     const Scratch<float> scratch(3 * c * threads), factors((2 * n + 2) * c);
@@ -112,6 +131,32 @@ DIT_API int dit_groupnorm_silu(const void* x, const void* weight, const void* bi
         table->normalize[dtype](static_cast<const char*>(x) + offset,
                                 static_cast<char*>(out) + offset, count, c, mean + at, factor + at,
                                 wide_bias);
+    });
+    return ok;
+}
+
+// tokens (m, T, p·p·c_out) with m = n or 2n (the conditional rows first), c_out = c or 2c; z,
+// x0_before, noise, z_next and x0 are (n, c, s, s) in float32; guidance_scale (n,), coefficients
+// (9,) in the order of reference.guided_step. z_next may be z, and x0 may be x0_before.
+DIT_API int dit_guided_step(const void* tokens, const float* z, const float* x0_before,
+                            const float* noise, const float* guidance_scale,
+                            const float* coefficients, float* z_next, float* x0, int64_t m,
+                            int64_t n, int64_t c, int64_t c_out, int64_t s, int64_t p,
+                            int64_t guided_channels, int dtype, int threads) {
+    DIT_CHECK(known(dtype), bad_dtype);
+    DIT_CHECK(threads >= 1, bad_threads);
+    DIT_CHECK(n >= 0 && c >= 1 && s >= 1 && p >= 1 && s % p == 0, bad_size);
+    DIT_CHECK(sizes_fit(n, c, s, s, 4) && sizes_fit(m, c_out, s, s), bad_size);
+    DIT_CHECK((m == n || m == 2 * n) && (c_out == c || c_out == 2 * c), bad_size);
+    DIT_CHECK(guided_channels >= 0 && guided_channels <= c, bad_size);
+    if (n == 0) return ok;
+    DIT_CHECK_POINTERS({tokens, size_of(dtype)}, {z, 4}, {x0_before, 4}, {noise, 4},
+                       {guidance_scale, 4}, {coefficients, 4}, {z_next, 4}, {x0, 4});
+    DIT_KERNELS(table);
+    const GuidedStepArgs a{tokens, z, x0_before, noise, guidance_scale, coefficients, z_next, x0,
+                           n, c, c_out, s, p, guided_channels, m == 2 * n, c_out == 2 * c};
+    share(n * s, rows_per_thread(16 * c * s), threads, [&](int64_t begin, int64_t end, int) {
+        table->guided_step[dtype](a, begin, end);
     });
     return ok;
 }

@@ -109,7 +109,7 @@ def test_one_row_for_each_subject_with_its_precision() -> None:
     rows = table_of("profile-amd-epyc", "Where the time of one forward goes")
     subjects = [f"{m}, batch 2, lean {p}" for m in ("XL/2", "S/2") for p in ("bf16", "int8")]
     assert [row["one forward"] for row in rows] == subjects
-    assert rows[1]["linears"] == "87.3%" and rows[1]["of it qkv"] == "22.2%"
+    assert rows[1]["linears"] == "89.2%" and rows[1]["of it qkv"] == "22.8%"
     busy = table_of("busy-amd-epyc", "Milliseconds, idle → beside busy programs")
     assert len(busy) == 3 and busy[0]["openvino bf16"] == "7.652 → 12.07 (1.70)"
     scaling = table_of("scaling", "FD-Lite0 against Gflops")
@@ -137,6 +137,7 @@ def test_what_all_rows_share_joins_the_title() -> None:
 
 def test_a_busy_machine_is_told_of() -> None:
     report = committed("cpu-amd-epyc")
+    del report["other_load"]  # what was seen during the run counts for more
     assert "Measure again" in report_markdown(report | {"load_average": 1.5})
     assert "Measure again" not in report_markdown(report | {"load_average": 0.1})
 

@@ -42,10 +42,9 @@ DIFFUSERS = ["diffusers==0.42.*; python_version >= '3.11'"]
 ONNX_TOOLS = ["onnx>=1.18", "onnxscript>=0.5"]
 ONNX = [*ONNX_TOOLS, "onnxruntime>=1.23"]
 TRITON_CLIENT = ["tritonclient[http,grpc]>=2.50"]  # of Triton Inference Server
-CUDA = ["cuda-core>=1.0; sys_platform == 'linux'", "cuda-bindings>=13; sys_platform == 'linux'"]
 # Exports are run with onnxruntime before engines are built. TensorRT for RTX builds them without a
 # GPU, so the tests use it.
-TENSORRT = ["tensorrt>=10.9; sys_platform == 'linux'", *CUDA, *ONNX]
+TENSORRT = ["tensorrt>=10.9; sys_platform == 'linux'", *ONNX]
 TENSORRT_RTX = f"tensorrt-rtx>=1.7; {ON_LINUX}"
 TEST = [
     "pytest>=8",
@@ -232,7 +231,7 @@ setup(
         "onnx-gpu": [*ONNX_TOOLS, "onnxruntime-gpu>=1.23"],  # in place of onnxruntime
         "triton-client": TRITON_CLIENT,
         "tensorrt": TENSORRT,
-        "tensorrt-rtx": [TENSORRT_RTX, *CUDA, *ONNX],
+        "tensorrt-rtx": [TENSORRT_RTX, *ONNX],
         "pycuda": ["pycuda>=2025.1"],
         "test": TEST,
         "lint": ["ruff==0.17.6", "basedpyright==1.40.2"],

@@ -38,7 +38,7 @@ SCHEMA = {
     "graphs": {"<file name>": "object"},
     "graphs{}": {
         "file": "file name", "dtype": DTYPES, "inputs": "list", "outputs": "list",
-        "error?": "object?", "accuracy?": "object?", "verified_by?": "line[]",
+        "error?": "object?", "verified_by?": "line[]",
     },
     "graphs{}.inputs[]": _TENSOR,
     "graphs{}.outputs[]": _TENSOR,
@@ -67,9 +67,8 @@ class Graph:
     Attributes:
         dtype: of the graph's arithmetic. Its inputs and outputs are always float32 or int64.
         error: {"against", "relative", "bound"} of the run after the export, where relative is
-            max |graph − torch| / max |torch|; None before that run.
-        accuracy: {"against", "relative", "rms"} of a quantised graph against the model without
-            rounding; its error is against torch with the same rounding.
+            max |graph − torch| / max |torch|; None before that run. Torch rounds as a quantised
+            graph does.
         verified_by: the programs that checked the graph after the export.
     """
 
@@ -79,21 +78,16 @@ class Graph:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     error: dict[str, Any] | None = None
-    accuracy: dict[str, Any] | None = None
     verified_by: tuple[str, ...] = ()
 
     @classmethod
     def from_dict(cls, name: str, values: dict[str, Any]) -> Graph:
-        def specs(key: str) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in values[key])
-
-        return cls(
-            name, values["file"], values["dtype"], specs("inputs"), specs("outputs"),
-            values.get("error"), values.get("accuracy"), tuple(values.get("verified_by", ())),
-        )  # fmt: skip
-
-    def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key != "name"}
+        inputs, outputs = (
+            tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in values[key])
+            for key in ("inputs", "outputs")
+        )
+        more = (values.get("error"), tuple(values.get("verified_by", ())))
+        return cls(name, values["file"], values["dtype"], inputs, outputs, *more)
 
 
 @dataclass(frozen=True)
@@ -140,7 +134,14 @@ class Bundle:
             if graph.file not in manifest["files"]:
                 raise ValueError(f"{path / MANIFEST}: {graph.file} is not among the files")
         for name, listed in manifest["files"].items() if verify else ():
-            _check_file(path / name, listed)
+            file = path / name
+            check_regular(file)
+            size = file.stat().st_size
+            if size != listed["bytes"] or file_hash(file) != listed["sha256"]:
+                raise ValueError(
+                    f"{file}: has changed since the export (SHA-256 differs; {size} bytes, where "
+                    f"{MANIFEST} has {listed['bytes']})"
+                )
         return bundle
 
     @classmethod
@@ -155,12 +156,10 @@ class Bundle:
         if names is not None and len(names) != config.num_classes:
             raise ValueError(f"{len(names)} label names for {config.num_classes} classes")
         graphs = {name: Graph.from_dict(name, g) for name, g in manifest["graphs"].items()}
-        for name in manifest["files"]:
-            if name not in FILES:
-                raise ValueError(f"file {shown(name)} is not a file of an export")
-        for graph in graphs.values():
-            if graph.file != f"{graph.name}.onnx":
-                raise ValueError(f"file {shown(graph.file)} of graph {shown(graph.name)}")
+        foreign = [name for name in manifest["files"] if name not in FILES]
+        foreign += [g.file for g in graphs.values() if g.file != f"{g.name}.onnx"]
+        if foreign:
+            raise ValueError(f"file {shown(foreign[0])} is not a file of an export")
         same = ("dtype", "opset", "target", "checkpoint", "guided_channels")
         return cls(
             path=path,
@@ -203,29 +202,19 @@ def _by_us(manifest: Any) -> bool:
     return isinstance(manifest, dict) and str(manifest.get("producer")).startswith("dit-engine")
 
 
-def _check_file(file: Path, listed: dict[str, Any]) -> None:
-    check_regular(file)
-    size = file.stat().st_size
-    if size != listed["bytes"]:
-        raise ValueError(f"{file}: {size} bytes, where {MANIFEST} has {listed['bytes']}")
-    if file_hash(file) != listed["sha256"]:
-        raise ValueError(f"{file}: has changed since the export (SHA-256 differs)")
-
-
 def write_manifest(directory: Path, values: dict[str, Any], graphs: list[Graph]) -> None:
     """Write ``manifest.json`` for the files in ``directory``; it must be the last file written."""
     files = {
         file.name: {"bytes": file.stat().st_size, "sha256": file_hash(file)}
         for file in sorted(directory.iterdir())
     }
-    manifest = {
-        "format": FORMAT,
-        "producer": f"dit-engine {__version__}",
-        **values,
-        "graphs": {graph.name: graph.to_dict() for graph in graphs},
-        "files": files,
-    }
-    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    described = {graph.name: asdict(graph) for graph in graphs}
+    for graph in described.values():
+        del graph["name"]
+    version = {"format": FORMAT, "producer": f"dit-engine {__version__}"}
+    text = json.dumps(
+        version | values | {"graphs": described, "files": files}, indent=2, ensure_ascii=False
+    )
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -234,19 +223,14 @@ def replaceable(overwrite: bool) -> Known:
 
     def known(path: Path) -> Mapping[str, str | None]:
         try:
-            earlier = _of_this_format(path)
+            files = _of_this_format(path)["files"]
         except ValueError:
             refuse_another_version(path / MANIFEST, FORMAT, "an export")
             return nothing_known(path)
         if not overwrite:
-            what = f"{earlier.get('dtype')} for {earlier.get('target')}"
-            raise ValueError(f"holds an export already ({what}); --overwrite replaces it")
-        listed = {name: earlier["files"].get(name) for name in FILES}
-        return {MANIFEST: None} | {
-            name: str(facts.get("sha256"))
-            for name, facts in listed.items()
-            if isinstance(facts, dict)
-        }
+            raise ValueError("holds an export already; --overwrite replaces it")
+        ours = {n: facts for n, facts in files.items() if n in FILES and isinstance(facts, dict)}
+        return {MANIFEST: None} | {name: str(facts.get("sha256")) for name, facts in ours.items()}
 
     return known
 

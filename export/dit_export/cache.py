@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from pathlib import Path
 
 import torch
 
 from dit_engine._version import __version__
-from dit_engine.config import ModelConfig
 from dit_engine.io.caches import private_cache, why_not_private
 from dit_engine.io.files import locked
 from dit_engine.model import DiT
@@ -33,7 +31,15 @@ def cached_export(model: DiT, options: ExportOptions) -> Bundle:
     path = private_cache("onnx") / _key(model, options, weights)
     with locked(path.with_name(f"{path.name}.lock")):
         try:
-            return _hit(path, weights, model.config, options)
+            bundle = Bundle.open(path)
+            claimed = (bundle.checkpoint, bundle.config, bundle.dtype, bundle.target)
+            if claimed != (weights, model.config, options.dtype, options.target):
+                raise ValueError(f"{path}: an export of another model, or with other options")
+            if (reason := why_not_private(path)) is not None:
+                raise ValueError(f"{path}: {reason}")
+            for graph in options.graphs or bundle.graphs:
+                check_metadata(bundle, graph)
+            return bundle
         except ValueError:
             # Missing or damaged. The directory is private, so every file in it is ours to remove.
             for leftover in [path, *path.parent.glob(f".{path.name}.*")]:  # of a killed process
@@ -46,25 +52,8 @@ def cached_export(model: DiT, options: ExportOptions) -> Bundle:
         return made
 
 
-def _hit(path: Path, weights: str, config: ModelConfig, options: ExportOptions) -> Bundle:
-    """Raises ValueError unless ``path`` holds what its name stands for."""
-    bundle = Bundle.open(path)
-    claimed = (bundle.checkpoint, bundle.config, bundle.dtype, bundle.target)
-    if claimed != (weights, config, options.dtype, options.target):
-        raise ValueError(f"{path}: an export of another model, or with other options")
-    if (reason := why_not_private(path)) is not None:
-        raise ValueError(f"{path}: {reason}")
-    for graph in options.graphs or bundle.graphs:
-        check_metadata(bundle, graph)
-    return bundle
-
-
-def _key(model: DiT, options: ExportOptions, weights: str | None = None) -> str:
-    """weights: `weights_hash` of the model, if it is known."""
-    facts = {
-        "weights": weights or weights_hash(model),
-        "config": model.config.to_dict(),
-        "options": repr(options),
-        "versions": [FORMAT, __version__, torch.__version__],
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+def _key(model: DiT, options: ExportOptions, weights: str) -> str:
+    versions = [FORMAT, __version__, torch.__version__]
+    facts = {"weights": weights, "config": model.config.to_dict(), "options": repr(options)}
+    text = json.dumps(facts | {"versions": versions}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -41,15 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         module_name, line = _COMMANDS[choice("command", name, _COMMANDS)]
         module = import_module(module_name)
-
-        def parser() -> Parser:
-            made = Parser(f"dit-export {name}", line[0].upper() + line[1:] + ".")
-            module.add_arguments(made)
-            return made
-
-        parsed = parser().parse_args(arguments[1:])
+        parser = Parser(f"dit-export {name}", f"{line[0].upper()}{line[1:]}.")
+        module.add_arguments(parser)
+        parsed = parser.parse_args(arguments[1:])
         output_is_a_file()
-        parsed.given = options_given(parser(), arguments[1:])
+        parsed.given = options_given(parser, arguments[1:])
         return module.run(parsed)
 
     return run_command(command)
@@ -59,7 +55,7 @@ def options_given(parser: argparse.ArgumentParser, words: list[str]) -> dict[str
     """The options among ``words``: attribute of the namespace → option ("queue_delay" →
     "--queue-delay"). An option that repeats the default is among them.
 
-    parser: used for nothing else, because it has no defaults afterwards.
+    The parser has no defaults afterwards.
     """
     options = {}
     for action in parser._actions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 from dit_engine.io.printable import printable, say
@@ -26,10 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target", default="onnxruntime", help=f"the runtime it is for: {', '.join(TARGETS)}")
     add("--opset", type=int, help="operator set; the best for dtype and target unless given")
     add("--graphs", nargs="+", metavar="GRAPH", help=f"some of {', '.join(GRAPHS)}; all there are")
-    add("--guidance-channels", type=int, default=3, metavar="COUNT",
+    add("--guidance-channels", dest="guided_channels", type=int, default=3, metavar="COUNT",
         help="latent channels that guided_step guides")  # fmt: skip
     add("--vae-dtype", help=f"{', '.join(FLOATS)}; bf16 with bf16, else fp32, unless given")
-    add("--external-data", type=int, default=512, metavar="MIB",
+    add("--external-data", dest="external_data_mib", type=int, default=512, metavar="MIB",
         help="graphs above this size keep their weights in a file beside them")  # fmt: skip
     add("--calibration-images", type=int, default=8, metavar="COUNT",
         help="int8, fp8: trajectories that the ranges of activations are taken from")  # fmt: skip
@@ -40,31 +41,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from dit_export.onnx.export import ExportOptions, export_onnx
 
-    options = ExportOptions(
-        dtype=arguments.dtype,
-        target=arguments.target,
-        opset=arguments.opset,
-        graphs=None if arguments.graphs is None else tuple(arguments.graphs),
-        guided_channels=arguments.guidance_channels,
-        vae_dtype=arguments.vae_dtype,
-        external_data_mib=arguments.external_data,
-        calibration_images=arguments.calibration_images,
-        calibration_steps=arguments.calibration_steps,
-    ).checked()
-    graphs, calibration = options.graphs or GRAPHS, ("calibration_images", "calibration_steps")
-    if options.dtype not in QUANTIZED:
-        reason = f"is for {' and '.join(QUANTIZED)}, and not for {options.dtype}"
-        refuse(arguments, calibration, reason)
-    if not set(graphs) & set(QUANTIZED_GRAPHS):
-        reason = f"is for graphs {', '.join(QUANTIZED_GRAPHS)}, which --graphs leaves out"
-        refuse(arguments, calibration, reason)
-    for option, graph in (("vae_dtype", VAE_GRAPH), ("guidance_channels", "guided_step")):
-        if graph not in graphs:
-            refuse(arguments, [option], f"is for graph {graph!r}, which --graphs leaves out")
+    arguments.graphs = arguments.graphs and tuple(arguments.graphs)
+    values = {field.name: getattr(arguments, field.name) for field in fields(ExportOptions)}
+    options = ExportOptions(**values).checked()
+    for names, users in (
+        (["calibration_images", "calibration_steps"], QUANTIZED_GRAPHS),
+        (["vae_dtype"], (VAE_GRAPH,)),
+        (["guided_channels"], ("guided_step",)),
+    ):
+        if not set(options.graphs or GRAPHS) & set(users):
+            refuse(arguments, names, f"is for {', '.join(users)}, which --graphs leaves out")
+        if options.dtype not in QUANTIZED and users is QUANTIZED_GRAPHS:
+            refuse(arguments, names, f"is for {' and '.join(QUANTIZED)}, and not {options.dtype}")
     source = load_source(arguments)
     if source.vae is None:
-        reason = f"is for graph {VAE_GRAPH!r}: this model has no VAE; give one with --vae"
-        refuse(arguments, ["vae_dtype"], reason)
+        refuse(arguments, ["vae_dtype"], "is for a VAE, and this model has none: give --vae")
     bundle = export_onnx(
         source.model, arguments.output, options, vae=source.vae, label_names=source.label_names,
         overwrite=arguments.overwrite, report=say,

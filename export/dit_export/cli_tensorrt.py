@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    parse_profiles(arguments.batch or [DEFAULT_BATCH], arguments.size)  # before anything is loaded
+    batches = arguments.batch or [DEFAULT_BATCH]
+    parse_profiles(batches, arguments.size)  # before anything is loaded
     choice("dtype", arguments.dtype, DTYPES)
     for graph in arguments.graphs or ():
         choice("graph", graph, GRAPHS)
@@ -59,12 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
             source = load_source(arguments)
             folder = stack.enter_context(scratch_beside(arguments.output))
             bundle = _export(source, arguments.dtype, folder / "onnx", graphs)
-        names = bundle.graphs if graphs is None else graphs
-        if VAE_GRAPH not in names:
+        if VAE_GRAPH not in (graphs or bundle.graphs):
             refuse(arguments, ["size"], f"is for {VAE_GRAPH}, and no such graph is built")
-        size = arguments.size or str(bundle.config.input_size)
         options = BuildOptions(
-            profiles=parse_profiles(arguments.batch or [DEFAULT_BATCH], size),
+            profiles=parse_profiles(batches, arguments.size or str(bundle.config.input_size)),
             workspace_gib=arguments.workspace_gb,
             capabilities=tuple(arguments.capability),
             device=arguments.device,

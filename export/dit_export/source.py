@@ -18,6 +18,8 @@ from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL
 from dit_export.bundle import Bundle
 
+_SHAPE = ("depth", "hidden_size", "num_heads", "patch_size")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -43,25 +45,19 @@ def load_source(arguments: argparse.Namespace) -> Source:
     if checkpoint is not None and not sized:
         raise ValueError(f"--model {name}: with --checkpoint it is one of {', '.join(PUBLISHED)}")
     loaded = load_checkpoint(checkpoint or name, **loading_options(arguments))
-    if sized:
-        _check_size(name, loaded.config, str(checkpoint))
+    if sized and _shape(loaded.config) != _shape(ModelConfig.named(name)):
+        raise ValueError(f"{checkpoint}: no {name}; it has {_shape(loaded.config)}")
     return Source(build_model(loaded), build_vae(loaded), loaded.label_names)
 
 
-def _check_size(name: str, config: ModelConfig, checkpoint: str) -> None:
-    named = ModelConfig.named(name)
-    shape = ("depth", "hidden_size", "num_heads", "patch_size")
-    if any(getattr(named, key) != getattr(config, key) for key in shape):
-        found = ", ".join(f"{key} {getattr(config, key)}" for key in shape)
-        raise ValueError(f"{checkpoint}: no {name}; it has {found}")
+def _shape(config: ModelConfig) -> dict[str, int]:
+    return {key: getattr(config, key) for key in _SHAPE}
 
 
 def model_name(config: ModelConfig) -> str:
     """ "DiT-XL/2" for a published shape, else DiT-<depth>x<width>/<patch>."""
     for name in PUBLISHED:
-        named = replace(ModelConfig.named(name), patch_size=config.patch_size)
-        fields = ("depth", "hidden_size", "num_heads")
-        if all(getattr(named, f) == getattr(config, f) for f in fields):
+        if _shape(replace(ModelConfig.named(name), patch_size=config.patch_size)) == _shape(config):
             return f"{name.split('/')[0]}/{config.patch_size}"
     return f"DiT-{config.depth}x{config.hidden_size}/{config.patch_size}"
 
@@ -77,13 +73,9 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def given_export(arguments: argparse.Namespace) -> Bundle:
-    """The export of --onnx. Raises ValueError for an option that says something else than it.
-
-    If --model or --checkpoint is given, that model is compared with the export. Otherwise, options
-    that need a model are refused.
-    """
-    path: Path = arguments.onnx
-    bundle = Bundle.open(path)
+    """The export of --onnx. Raises ValueError for an option that says something else than it, and
+    for one that names a model beside it."""
+    bundle = Bundle.open(arguments.onnx)
     facts = {
         "dtype": bundle.dtype,
         "opset": bundle.opset,
@@ -93,43 +85,11 @@ def given_export(arguments: argparse.Namespace) -> Bundle:
     }
     for name, fact in facts.items():
         if getattr(arguments, name, fact) != fact:
-            refuse(arguments, [name], f"{getattr(arguments, name)}: the export {path} has {fact}")
-    if {"model", "checkpoint"} & arguments.given.keys():
-        _check_source(bundle, load_source(arguments), arguments)
-    else:
-        names = ["vae", "vae_scaling_factor", "vae_shift_factor", "vae_groups"]
-        refuse(arguments, names, "beside --onnx needs --model, with which the export is compared")
+            said = f"{getattr(arguments, name)}: the export {bundle.path} has {fact}"
+            refuse(arguments, [name], said)
+    models = ["model", "checkpoint", "vae", "vae_scaling_factor", "vae_shift_factor", "vae_groups"]
+    refuse(arguments, models, "is not for --onnx, which names a finished export")
     return bundle
-
-
-def _check_source(bundle: Bundle, source: Source, arguments: argparse.Namespace) -> None:
-    path, config, vae = bundle.path, source.model.config, source.vae
-    if weights_hash(source.model) != bundle.checkpoint:
-        raise ValueError(f"{path}: is an export of another model than --model {arguments.model}")
-    if config != bundle.config:
-        ours, theirs = config.to_dict(), bundle.config.to_dict()
-        names = [n for n in sorted({*theirs, *ours}) if ours.get(n) != theirs.get(n)]
-        difference = ", ".join(f"{n} {theirs.get(n)!r} and not {ours.get(n)!r}" for n in names)
-        raise ValueError(f"{path}: is an export of --model {arguments.model} with {difference}")
-    if source.label_names != bundle.label_names:
-        difference = _label_difference(bundle.label_names, source.label_names)
-        raise ValueError(f"{path}: is an export of --model {arguments.model} with {difference}")
-    if vae is None:
-        return
-    if bundle.vae is None:
-        refuse(arguments, ["vae"], f"{arguments.vae}: the export {path} has no VAE")
-    elif vae.config != bundle.vae or weights_hash(vae) != bundle.vae_checkpoint:
-        owner = "--model" if arguments.vae is None else "--vae"
-        name = arguments.model if arguments.vae is None else arguments.vae
-        raise ValueError(f"{path}: is an export with another VAE than that of {owner} {name}")
-
-
-def _label_difference(theirs: tuple[str, ...] | None, ours: tuple[str, ...] | None) -> str:
-    """How label names differ; each is None or has one name per class."""
-    if theirs is None or ours is None:
-        return f"{'no' if theirs is None else 'other'} label names"
-    i = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
-    return f"label {i} {theirs[i]!r} and not {ours[i]!r}"
 
 
 def refuse(arguments: argparse.Namespace, names: Iterable[str], reason: str) -> None:

@@ -17,14 +17,12 @@ FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 QUANTIZED = ("int8", "fp8")
 DTYPES = (*FLOATS, *QUANTIZED)
 
-ATTENTION_OPSET = 23
-"""The first with an Attention operator."""
-HIGHEST_OPSET = 25
-"""The last that torch's exporter writes; beyond it, it falls back to 18 with no more than a log."""
-
 # bfloat16 convolutions came with 22, half-precision scales of QuantizeLinear with 19, and 18 is
 # where torch's exporter starts.
 _LOWEST = {"fp32": 18, "fp16": 18, "bf16": 22, "int8": 19, "fp8": 19}
+# The first opset with an Attention operator, and the last that torch's exporter writes: beyond it,
+# it falls back to 18 with no more than a log.
+_BEST, _HIGHEST = 23, 25
 
 
 def float_dtype(dtype: str, target: str) -> str:
@@ -38,10 +36,10 @@ def float_dtype(dtype: str, target: str) -> str:
     return "fp16" if target == "tensorrt" else "fp32"
 
 
-def vae_dtype(dtype: str, target: str) -> str:
+def vae_dtype(dtype: str) -> str:
     """As in `Engine.generate`, which does not decode in float16, because Stable Diffusion's decoder
     overflows it."""
-    return "bf16" if float_dtype(dtype, target) == "bf16" else "fp32"
+    return "bf16" if dtype == "bf16" else "fp32"
 
 
 def choose_opset(dtype: str, target: str, opset: int | None = None) -> int:
@@ -51,11 +49,11 @@ def choose_opset(dtype: str, target: str, opset: int | None = None) -> int:
     """
     choice("dtype", dtype, DTYPES)
     choice("target", target, TARGETS)
-    lowest, highest = _LOWEST[dtype], HIGHEST_OPSET
+    lowest, highest = _LOWEST[dtype], _HIGHEST
     if target == "tensorrt" and float_dtype(dtype, target) == "fp32":
         highest = 20  # TensorRT has no float32 kernel for the Attention operator
     if opset is None:
-        return min(highest, ATTENTION_OPSET)
+        return min(highest, _BEST)
     if not lowest <= opset <= highest:
         raise ValueError(
             f"opset {opset} for {dtype} and {target}: allowed is {lowest} to {highest}"

@@ -8,9 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -24,8 +22,7 @@ from dit_engine.backends.lean.backend import FusedLeanDenoiser, LeanBackend
 from dit_engine.backends.lean.cuda_graphs import GRAPH_LIMIT, StepGraph, StepGraphs
 from dit_engine.sampling.coefficients import step_coefficients
 from dit_engine.sampling.schedule import make_schedule
-from dit_export.tensorrt import memory as tensorrt_memory
-from dit_export.tensorrt.memory import CudaCoreMemory, TorchMemory
+from dit_export.tensorrt.memory import TorchMemory
 from dit_kernels import dispatch as choose
 from dit_kernels.cpu import operators as native
 from dit_kernels.cpu import product as native_product
@@ -355,16 +352,11 @@ def test_generate_through_graphs(steps: Steps, sampler: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
-def test_one_lock_for_all_captures_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    core = SimpleNamespace(
-        Device=lambda _: MagicMock(name="device"), LegacyPinnedMemoryResource=MagicMock
-    )
-    monkeypatch.setattr(tensorrt_memory, "import_module", lambda name: core)
+def test_one_lock_for_all_captures_of_the_process() -> None:
     captures = {
         "lean": lambda: Steps().graphed.graphs.of(1, False, 3),
         "benchmark": lambda: graphed(lambda x: x + 1, torch.ones(2))(),
         "tensorrt": lambda: TorchMemory("cpu").capture(lambda stream: log(("begin", None))),
-        "cuda-core": lambda: CudaCoreMemory().capture(lambda stream: log(("begin", None))),
     }
     with ThreadPoolExecutor(len(captures)) as pool:
         with one_capture():

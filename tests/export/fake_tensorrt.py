@@ -17,25 +17,17 @@ import numpy as np
 
 from dit_export.tensorrt.engine_files import EngineFile
 
-Function = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+Arrays = dict[str, np.ndarray]
 CAPTURING = -1  # the stream of a capture, on which work is noted and not done
 
 
-class Logger:
-    Severity = SimpleNamespace(INTERNAL_ERROR=0, ERROR=1, WARNING=2, INFO=3)
-
-    def __init__(self) -> None:
-        pass
-
-
 class FakeContext:
-    handle: weakref.ref[Handle]
-
-    def __init__(self, engine: FakeEngine, strategy: int | None) -> None:
-        self.engine, self.strategy = engine, strategy
-        self.profile, self.executions = -1, 0
+    def __init__(self, engine: FakeEngine, config: Any) -> None:
+        self.engine, self.captures, self.executions = engine, config is not None, 0
+        self.profile = -1
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+        self.set_tensor_address = self.addresses.__setitem__
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profile = profile
@@ -43,15 +35,12 @@ class FakeContext:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = shape
-        return shape[0] in self.engine.file.key.profiles[self.profile].batch
+        return shape[0] in self.engine.profiles[self.profile].batch
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         batch = next(iter(self.shapes.values()))[0]
-        free = self.engine.file.outputs.get(name, ())
+        free = self.engine.get_tensor_shape(name)
         return self.shapes.get(name) or tuple(batch if n == -1 else n for n in free)
-
-    def set_tensor_address(self, name: str, address: int) -> None:
-        self.addresses[name] = address
 
     def execute_async_v3(self, stream: int) -> bool:
         if stream != CAPTURING:
@@ -60,8 +49,8 @@ class FakeContext:
 
     def run(self) -> None:
         self.executions += 1
-        values = self.engine.function({n: self._array(n) for n in self.engine.file.inputs})
-        for name in self.engine.file.outputs:
+        values = self.engine.function({name: self._array(name) for name in self.engine.inputs})
+        for name in self.engine.outputs:
             np.copyto(self._array(name), values[name])
 
     def _array(self, name: str) -> np.ndarray:
@@ -82,51 +71,67 @@ class Handle:
 
 
 class FakeEngine:
-    """dtypes: those of inputs that are not float32."""
+    """inputs, outputs: name → shape, -1 for the batch; dtypes: of what is not float32."""
 
-    def __init__(self, file: EngineFile, function: Function, dtypes: dict[str, str]) -> None:
-        self.file, self.function = file, function
-        self.names = [*file.inputs, *file.outputs]
-        self.num_io_tensors = len(self.names)
-        self.get_tensor_name = self.names.__getitem__
-        self.dtypes = dict.fromkeys(self.names, "float32") | dtypes
+    def __init__(
+        self,
+        file: EngineFile,
+        function: Callable[[Arrays], Arrays],
+        inputs: dict[str, tuple[int, ...]],
+        outputs: dict[str, tuple[int, ...]],
+        dtypes: dict[str, str],
+    ) -> None:
+        self.profiles, self.function = file.key.profiles, function
+        self.inputs, self.outputs = inputs, outputs
+        self.num_io_tensors = len(inputs | outputs)
+        self.get_tensor_name = list(inputs | outputs).__getitem__
+        self.get_tensor_shape = (inputs | outputs).__getitem__
+        self.get_tensor_mode = lambda name: "in" if name in inputs else "out"
+        self.dtypes = dict.fromkeys(inputs | outputs, "float32") | dtypes
         self.contexts: list[FakeContext] = []
+        self.handles: list[weakref.ref[Handle]] = []
+        self.create_runtime_config = SimpleNamespace
 
     def get_tensor_dtype(self, name: str) -> Any:
         return SimpleNamespace(name={"float32": "FLOAT", "int64": "INT64"}[self.dtypes[name]])
 
-    def create_runtime_config(self) -> Any:
-        return SimpleNamespace(cuda_graph_strategy=0)
-
     def create_execution_context(self, config: Any = None) -> Handle:
-        self.contexts.append(FakeContext(self, config and config.cuda_graph_strategy))
+        self.contexts.append(FakeContext(self, config))
         handle = Handle(self.contexts[-1])
-        self.contexts[-1].handle = weakref.ref(handle)
+        self.handles.append(weakref.ref(handle))
         return handle
 
 
 class FakeFlavour:
-    """Stands for a `Flavour`; engines: what each serialised one turns into, None if refused."""
+    """Stands for a `Flavour`; engine: what a file turns into, None if it is refused."""
 
     name, version = "rtx", "1.7.1.116"
 
-    def __init__(self, engines: dict[bytes, FakeEngine | None], captures: bool = False) -> None:
+    def __init__(self, engine: FakeEngine | None, captures: bool = False) -> None:
+        class Logger:
+            Severity = SimpleNamespace(INTERNAL_ERROR=0, ERROR=1, WARNING=2, INFO=3)
+
+            def __init__(self) -> None:
+                pass
+
         class Runtime:
             def __init__(self, logger: Any) -> None:
                 self.logger = logger
 
-            def deserialize_cuda_engine(self, data: bytes) -> FakeEngine | None:
-                if engines[data] is None:
+            def deserialize_cuda_engine(self, _: bytes) -> FakeEngine | None:
+                if engine is None:
                     self.logger.log(Logger.Severity.ERROR, "Error Code 6: no such\narchitecture")
-                return engines[data]
+                return engine
 
         class Module:
             """A class, because one logger is kept for each module, as the key of a dict."""
 
-        self.module = Module()
-        self.module.ILogger, self.module.Runtime = Logger, Runtime  # pyright: ignore
+            ILogger, TensorIOMode = Logger, SimpleNamespace(INPUT="in")
+
+        self.module: Any = Module()
+        self.module.Runtime = Runtime
         if captures:
-            self.module.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE=1)  # pyright: ignore
+            self.module.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE=1)
 
     def load(self) -> Any:
         return self.module
@@ -141,13 +146,10 @@ class FakeMemory:
     As in CUDA, a captured graph does not keep the context whose memory it uses.
     """
 
-    captures = True
-
-    def __init__(self, engine: FakeEngine) -> None:
-        self.engine, self.stream, self.log = engine, id(self), []
+    def __init__(self, engine: FakeEngine, returned: Callable[[np.ndarray], Any] = np.copy) -> None:
+        self.engine, self.stream, self.log, self.read = engine, id(self), [], returned
 
     def current(self) -> nullcontext[None]:
-        self.log.append("enter")
         return nullcontext()
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -159,29 +161,17 @@ class FakeMemory:
     def write(self, buffer: np.ndarray, value: Any) -> None:
         np.copyto(buffer, np.asarray(value))
 
-    def read(self, buffer: np.ndarray) -> Any:
-        return buffer.copy()
-
     def capture(self, work: Callable[[int], None]) -> Callable[[], None]:
         work(CAPTURING)
-        context = self.engine.contexts[-1]
+        context, handle = self.engine.contexts[-1], self.engine.handles[-1]
         self.log.append("capture")
 
         def replay() -> None:
             self.log.append("replay")
-            assert context.handle() is not None, "the graph's context is gone"
+            assert handle() is not None, "the graph's context is gone"
             context.run()
 
         return replay
 
     def synchronize(self) -> None:
         self.log.append("synchronize")
-
-
-class FakeTorchMemory(FakeMemory):
-    """The same for CPU tensors."""
-
-    def read(self, buffer: np.ndarray) -> Any:
-        import torch
-
-        return torch.from_numpy(buffer.copy())

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import onnx
@@ -16,7 +14,7 @@ import pytest
 import torch
 from exports import exported, manifest, random_dit, random_vae, run
 from numerics import assert_close_to_reference, relative_error
-from tiny import NAMES, tiny_dit
+from tiny import NAMES
 
 from dit_engine import __version__
 from dit_engine.sampling.coefficients import step_coefficients
@@ -25,10 +23,8 @@ from dit_engine.sampling.noise import GivenNoise, PerImageNoise
 from dit_engine.sampling.samplers import SAMPLERS
 from dit_engine.sampling.schedule import make_schedule
 from dit_export.bundle import Bundle
-from dit_export.onnx import verify
 from dit_export.onnx.export import ExportOptions, export_onnx
 from dit_export.onnx.graphs import GuidedStep
-from dit_export.onnx.quantization import calibrate
 from dit_export.onnx.verify import upcast_file
 from dit_export.source import weights_hash
 
@@ -44,61 +40,39 @@ def fp32() -> Bundle:
 
 def exact(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
-        model = random_dit().double()
-        return model(x.double(), t, y)
+        return random_dit().double()(x.double(), t, y)
 
 
-def test_the_transformer_and_its_two_parts_are_the_model(fp32: Bundle) -> None:
-    for n in (1, 2, 5):
-        x, t, y = X[:n], T[:n], Y[:n]
-        (whole,) = run(fp32, "transformer", x=x, t=t, y=y)
-        (modulations,) = run(fp32, "conditioner", t=t, y=y)
-        assert modulations.shape == (n, 48 * (6 * 2 + 2))
-        (hoisted,) = run(fp32, "denoiser", x=x, modulations=modulations)
-        for output in (whole, hoisted):
-            assert_close_to_reference(output, exact(x, t, y), tolerance=1e-5)
+@pytest.mark.parametrize("n", [1, 5])
+def test_the_transformer_and_its_two_parts_are_the_model(fp32: Bundle, n: int) -> None:
+    x, t, y = X[:n], T[:n], Y[:n]
+    (whole,) = run(fp32, "transformer", x=x, t=t, y=y)
+    (modulations,) = run(fp32, "conditioner", t=t, y=y)
+    (hoisted,) = run(fp32, "denoiser", x=x, modulations=modulations)
+    for output in (whole, hoisted):
+        assert_close_to_reference(output, exact(x, t, y), tolerance=1e-5)
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_vae_decoder_divides_by_the_scale_and_takes_every_size(fp32: Bundle, n: int) -> None:
-    vae = random_vae().double()
-    z = torch.randn(n, 4, 6 + n, 9, generator=torch.Generator().manual_seed(2))
-    (images,) = run(fp32, "vae_decoder", z=z)
-    assert images.shape == (n, 3, 2 * (6 + n), 18) and images.dtype == torch.float32
-    with torch.inference_mode():
-        expected = vae.decode(z.double() / 0.18215)
-    assert_close_to_reference(images, expected, tolerance=1e-5)
-
-
-def test_a_model_without_a_null_class_has_no_guided_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_vae_decoder_takes_every_size_and_undoes_the_normalisation(
+    fp32: Bundle, tmp_path: Path
 ) -> None:
-    model = tiny_dit(has_null_class=False)
-    with pytest.raises(ValueError, match="graph 'guided_step': this model has no null class"):
-        export_onnx(model, tmp_path / "out", ExportOptions(graphs=("guided_step",)))
-    written: list[tuple[str, ...]] = []
-    monkeypatch.setattr(
-        "dit_export.onnx.export._Writer.write", lambda _, names: written.append(names)
-    )
-    with pytest.raises(TypeError):  # graphs are not written here
-        export_onnx(model, tmp_path / "out")
-    assert written == [("transformer", "conditioner", "denoiser")]
-    assert len(calibrate(model, images=2, steps=2)) == 8  # four linear layers in each block
-
-
-def test_vae_decoder_applies_shift_mean_and_deviation(tmp_path: Path) -> None:
     scale = {"latents_mean": (1.0, -2.0, 0.0, 3.0), "latents_std": (0.5, 1.0, 2.0, 4.0)}
     vae = random_vae()
     vae.config = replace(vae.config, shift_factor=0.25, **scale)
     options = ExportOptions("fp32", graphs=("vae_decoder",))
-    bundle = export_onnx(random_dit(), tmp_path / "out", options, vae=vae)
-    assert bundle.vae == vae.config
-    z = torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(2))
-    (images,) = run(bundle, "vae_decoder", z=z)
+    shifted = export_onnx(random_dit(), tmp_path / "out", options, vae=vae)
+    assert shifted.vae == vae.config
     mean, std = (torch.tensor(values).double().view(1, 4, 1, 1) for values in scale.values())
-    with torch.inference_mode():
-        expected = vae.double().decode(z.double() * std / 0.18215 + mean + 0.25)
-    assert_close_to_reference(images, expected, tolerance=1e-5)
+    z = torch.randn(3, 4, 7, 9, generator=torch.Generator().manual_seed(2))
+    for bundle, latents in (
+        (fp32, z.double() / 0.18215),
+        (shifted, z.double() * std / 0.18215 + mean + 0.25),
+    ):
+        (images,) = run(bundle, "vae_decoder", z=z)
+        assert images.shape == (3, 3, 14, 18) and images.dtype == torch.float32
+        with torch.inference_mode():
+            expected = random_vae().double().decode(latents)
+        assert_close_to_reference(images, expected, tolerance=1e-5)
 
 
 @pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.7), ("dpm++", 0.0)])
@@ -149,82 +123,40 @@ def test_rows_of_one_batch_may_be_at_different_steps(fp32: Bundle) -> None:
             assert relative_error(a[i : i + 1], b) < 1e-5
 
 
-def test_guided_channels_are_those_asked_for(fp32: Bundle) -> None:
-    """x0 differs from the unguided one in exactly the guided channels."""
-    coefficients = torch.tensor([1.0, -0.5, 1, 0, 0, 0, 0, 0, 0]).expand(5, 9)
-    y = Y.clamp(max=9)
-
-    def changed(step: Callable[[torch.Tensor], torch.Tensor]) -> list[bool]:
-        guided_x0, plain_x0 = step(torch.full((5,), 3.0)), step(torch.ones(5))
-        differs = (guided_x0 != plain_x0).flatten(2)
-        assert torch.equal(differs.any(-1), differs.all(-1))
-        return differs.all(-1).all(0).tolist()
-
-    def of_graph(scale: torch.Tensor) -> torch.Tensor:
-        return run(fp32, "guided_step", z=X, x0_before=X, noise=X, t=T, y=y, guidance_scale=scale,
-                   coefficients=coefficients)[1]  # fmt: skip
-
-    assert fp32.guided_channels == 3 and changed(of_graph) == [True, True, True, False]
-    for channels, expected in ((2, [True, True, False, False]), (4, [True] * 4)):
-        module = GuidedStep(random_dit(), channels)
-        with torch.inference_mode():
-            assert changed(lambda scale: module(X, X, X, T, y, scale, coefficients)[1]) == expected  # noqa: B023
-
-
-def test_a_scale_of_one_is_the_conditional_prediction_to_the_bit() -> None:
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_guided_channels_are_those_asked_for(channels: int) -> None:
+    """x0 differs from the unguided one in exactly the guided channels, and at scale 1 nowhere."""
     model = random_dit()
     model.y_embedder.embedding_table.weight.data[10] = 1e30  # what is not guided does not read it
     coefficients = torch.tensor([1.0, -0.5, 1, 0, 0, 0, 0, 0, 0]).expand(5, 9)
+    step, y = GuidedStep(model, channels), Y.clamp(max=9)
     with torch.inference_mode():
-        eps = model(X, T, Y.clamp(max=9))[:, :4]
-        module = GuidedStep(model, 3)
-        _, x0 = module(X, X, X, T, Y.clamp(max=9), torch.ones(5), coefficients)
-    torch.testing.assert_close(x0, X - 0.5 * eps)
+        plain = X - 0.5 * model(X, T, y)[:, :4]
+        at_one, at_three = (
+            step(X, X, X, T, y, torch.full((5,), s), coefficients)[1] for s in (1.0, 3.0)
+        )
+    torch.testing.assert_close(at_one, plain)
+    differs = (at_three != at_one).flatten(2)
+    assert torch.equal(differs.any(-1), differs.all(-1))
+    assert differs.all(-1).all(0).tolist() == [c < channels for c in range(4)]
 
 
-@pytest.fixture
-def fp16() -> Bundle:
-    return exported("fp16", "transformer", "vae_decoder", target="tensorrt")
-
-
-def test_fp16_is_within_its_tolerance_and_its_time_embedding_is_not_half(fp16: Bundle) -> None:
+def test_fp16_for_tensorrt() -> None:
+    """Within its tolerance, with a time embedding in float32. TensorRT takes Attention in fp16, and
+    not in fp32, which a VAE is beside an fp16 DiT."""
+    fp16 = exported("fp16", "transformer", "vae_decoder", target="tensorrt")
     (output,) = run(fp16, "transformer", x=X, t=T, y=Y)
     assert 1e-6 < relative_error(output, exact(X, T, Y)) < 5e-3
-    graph = onnx.load(fp16.file("transformer")).graph
-    types = {i.name: i.data_type for i in graph.initializer}
-    assert types["blocks.0.attn.qkv.weight"] == onnx.TensorProto.FLOAT16
-    frequencies = [name for name in types if name.endswith("1x128")]
-    assert [types[name] for name in frequencies] == [onnx.TensorProto.FLOAT]
-    for value in (*graph.input, *graph.output):
-        expected = onnx.TensorProto.INT64 if value.name in "ty" else onnx.TensorProto.FLOAT
-        assert value.type.tensor_type.elem_type == expected
-
-
-def test_each_graph_has_the_best_opset_for_its_own_dtype(fp16: Bundle) -> None:
-    """TensorRT takes Attention in fp16, and not in fp32, which a VAE is beside an fp16 DiT."""
     for name, opset, attends in (("transformer", 23, True), ("vae_decoder", 20, False)):
         model = onnx.load(fp16.file(name))
         assert [(o.domain, o.version) for o in model.opset_import] == [("", opset)]
         assert ("Attention" in {node.op_type for node in model.graph.node}) == attends
-    with pytest.raises(ValueError, match=r"^opset 23 for fp32 and tensorrt: allowed is 18 to 20$"):
-        ExportOptions("fp16", "tensorrt", opset=23).checked()
-
-
-def test_names_can_be_read(fp32: Bundle) -> None:
-    model = onnx.load(fp32.file("transformer"))
-    state = random_dit().state_dict()
-    weights = {i.name: tuple(i.dims) for i in model.graph.initializer if i.name in state}
-    assert weights.keys() == state.keys()
-    assert weights["blocks.1.mlp.fc1.weight"] == (48, 192)  # as MatMul reads it
-    names = Counter(node.name for node in model.graph.node)
-    assert max(names.values()) == 1
-    expected = {
-        "blocks.1.attn.qkv/MatMul", "blocks.0.attn/Attention", "t_embedder/Cos",
-        "blocks.0.adaLN_modulation.1/Gemm", "final_layer.linear/MatMul",
-    }  # fmt: skip
-    assert expected <= names.keys()
-    for value in (*names, *(i.name for i in model.graph.initializer)):
-        assert not re.search(r"val_|node_|_empty|\.py|e\+", value), value
+    graph = onnx.load(fp16.file("transformer")).graph
+    types = {i.name: i.data_type for i in graph.initializer}
+    assert types["blocks.0.attn.qkv.weight"] == onnx.TensorProto.FLOAT16
+    for value in (*graph.input, *graph.output):
+        expected = onnx.TensorProto.INT64 if value.name in "ty" else onnx.TensorProto.FLOAT
+        assert value.type.tensor_type.elem_type == expected
 
 
 @pytest.mark.parametrize("graph", ["transformer", "guided_step", "conditioner"])
@@ -236,32 +168,34 @@ def test_frequencies_of_the_time_step_are_torchs_to_the_bit(graph: str, fp32: Bu
     assert torch.equal(torch.from_numpy(found.copy()).flatten(), exponents.exp())
 
 
-def test_metadata_says_what_it_is_and_nothing_of_the_exporting_machine(fp32: Bundle) -> None:
+def test_names_can_be_read_and_nothing_is_said_of_the_exporting_machine(fp32: Bundle) -> None:
     for graph in fp32.graphs:
         content = fp32.file(graph).read_bytes()
         assert not any(word in content for word in (b"site-packages", b"stack_trace", b".py"))
-    model = onnx.load(fp32.file("denoiser"))
+    model = onnx.load(fp32.file("transformer"))
     assert {p.key: p.value for p in model.metadata_props} == {
-        "graph": "denoiser", "model": "DiT-2x48/2", "dtype": "fp32", "version": __version__,
+        "graph": "transformer", "model": "DiT-2x48/2", "dtype": "fp32", "version": __version__,
         "checkpoint": weights_hash(random_dit()),
     }  # fmt: skip
-    assert (model.producer_name, model.producer_version) == ("dit-engine", __version__)
-    other = random_dit()
-    other.final_layer.linear.bias.data[0] += 1e-3
-    assert weights_hash(other) != fp32.checkpoint
+    state = random_dit().state_dict()
+    weights = {i.name: tuple(i.dims) for i in model.graph.initializer if i.name in state}
+    assert weights.keys() == state.keys()
+    assert weights["blocks.1.mlp.fc1.weight"] == (48, 192)  # as MatMul reads it
+    names = Counter(node.name for node in model.graph.node)
+    assert max(names.values()) == 1
+    assert {"blocks.1.attn.qkv/MatMul", "blocks.0.attn/Attention", "t_embedder/Cos"} <= names.keys()
+    for value in (*names, *(i.name for i in model.graph.initializer)):
+        assert not re.search(r"val_|node_|_empty", value), value
 
 
 def test_the_manifest_says_what_was_verified(fp32: Bundle) -> None:
     values = manifest(fp32)
     assert values["vae"]["block_out_channels"] == [32, 64] and values["guided_channels"] == 3
-    assert values["label_names"] == list(NAMES) and fp32.label_names == NAMES
-    assert list(fp32.graphs) == ["transformer", "guided_step", "conditioner", "denoiser",
-                                 "vae_decoder"]  # fmt: skip
+    assert fp32.label_names == NAMES
     for graph in fp32.graphs.values():
         assert graph.error is not None and 0 < graph.error["relative"] <= 1e-5
         assert [v.split()[0] for v in graph.verified_by] == ["onnx.checker", "onnxruntime"]
-    step = fp32.graphs["guided_step"]
-    assert [(t.name, t.dtype, t.shape) for t in step.inputs] == [
+    assert [(t.name, t.dtype, t.shape) for t in fp32.graphs["guided_step"].inputs] == [
         ("z", "float32", ("batch", 4, 8, 8)), ("x0_before", "float32", ("batch", 4, 8, 8)),
         ("noise", "float32", ("batch", 4, 8, 8)), ("t", "int64", ("batch",)),
         ("y", "int64", ("batch",)), ("guidance_scale", "float32", ("batch",)),
@@ -271,35 +205,16 @@ def test_the_manifest_says_what_was_verified(fp32: Bundle) -> None:
 
 def test_weights_above_the_limit_have_a_file_of_their_own(fp32: Bundle) -> None:
     bundle = exported("fp32", "conditioner", external_data_mib=0)
-    assert {p.name for p in bundle.path.iterdir()} == {
-        "conditioner.onnx", "conditioner.onnx.data", "labels.json", "manifest.json",
-    }  # fmt: skip
     data = bundle.path / "conditioner.onnx.data"
     assert data.stat().st_size > 150_000 > 20_000 > bundle.file("conditioner").stat().st_size
     (outside,), (inside,) = (run(b, "conditioner", t=T, y=Y) for b in (bundle, fp32))
     assert torch.equal(outside, inside)
-    original = data.read_bytes()
-    data.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"conditioner\.onnx\.data: has changed since the export"):
-        Bundle.open(bundle.path)
-    data.write_bytes(original)
 
 
-@pytest.fixture
-def bf16(monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    """An export on a machine without OpenVINO, which runs bfloat16 as such."""
-    monkeypatch.setattr(verify, "find_spec", lambda name: None)
-    return exported("bf16", "transformer", "vae_decoder")
-
-
-def test_bf16_graphs_hold_the_model_rounded_to_bf16(bf16: Bundle, tmp_path: Path) -> None:
+def test_bf16_graphs_hold_the_model_rounded_to_bf16(tmp_path: Path) -> None:
     """The graphs' own nodes and weights, computed in float32: no rounding hides an error there."""
+    bf16 = exported("bf16", "transformer", "vae_decoder")
     assert [path.name for path in bf16.path.iterdir() if path.is_dir()] == []
-    for graph in bf16.graphs.values():
-        assert graph.verified_by[1] == f"onnxruntime {onnxruntime.__version__} in float32"
-        assert graph.error is not None and 1e-5 < graph.error["relative"] <= 5e-2
-        types = {i.data_type for i in onnx.load(bf16.file(graph.name)).graph.initializer}
-        assert onnx.TensorProto.BFLOAT16 in types
     z = torch.randn(2, 4, 7, 5, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         output = random_dit().bfloat16().double()(X.double(), T, Y)
@@ -308,17 +223,14 @@ def test_bf16_graphs_hold_the_model_rounded_to_bf16(bf16: Bundle, tmp_path: Path
         ("transformer", {"x": X, "t": T, "y": Y}, output),
         ("vae_decoder", {"z": z}, images),
     ):
+        error = bf16.graphs[name].error
+        assert bf16.graphs[name].verified_by[1].endswith(" in float32")
+        assert error is not None and 1e-5 < error["relative"] <= 5e-2
         path = tmp_path / f"{name}.onnx"
         upcast_file(bf16.file(name), path)
-        types = {i.data_type for i in onnx.load(path).graph.initializer}
-        assert onnx.TensorProto.BFLOAT16 not in types
+        for file, has in ((bf16.file(name), True), (path, False)):
+            types = {i.data_type for i in onnx.load(file).graph.initializer}
+            assert (onnx.TensorProto.BFLOAT16 in types) == has
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         (actual,) = session.run(None, {key: value.numpy() for key, value in inputs.items()})
         assert_close_to_reference(torch.from_numpy(actual), expected, tolerance=1e-5)
-
-
-@pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO runs bf16: extra peers")
-def test_bf16_in_bf16() -> None:
-    graph = exported("bf16", "transformer").graphs["transformer"]
-    assert graph.verified_by[1].startswith("OpenVINO")
-    assert graph.error is not None and 1e-4 < graph.error["relative"] <= 5e-2

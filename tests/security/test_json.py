@@ -28,6 +28,7 @@ from dit_export import bundle as bundles
 from dit_export.bundle import Bundle, Graph, TensorSpec, write_manifest
 from dit_export.server.repository import read_marker
 from dit_export.tensorrt.engine_files import EngineFile, EngineKey, find_engines, write_engine
+from dit_export.tensorrt.installed import CudaDevice
 from dit_export.tensorrt.profiles import parse_profiles
 
 DEEP = "[" * 100_000
@@ -186,16 +187,13 @@ def test_manifests(tmp_path: Path) -> None:
 
 
 def test_engine_descriptions(tmp_path: Path) -> None:
-    key = EngineKey("graph", "tensorrt", "10.9", "any", parse_profiles(["1,2,4"], "8"), 0, ("a",))
-    shapes = {"x": (-1, 4, 8, 8)}
-    engine = write_engine(
-        EngineFile(tmp_path / "g-1.engine", "g", "weights", "fp16", key, shapes, shapes, "", 0),
-        b"engine",
-    )
+    key = EngineKey("graph", "tensorrt", "10.9", "any", parse_profiles(["1,2,4"], "8"))
+    made = EngineFile(tmp_path / "g-1.engine", "g", "weights", "fp16", key)
+    engine = write_engine(made, b"engine")
 
     def read() -> None:
-        for found in find_engines(tmp_path, "g", "weights"):
-            found.check("tensorrt", "10.9")
+        for found in find_engines(tmp_path, "g", checkpoint="weights"):
+            found.check("tensorrt", "10.9", CudaDevice("NVIDIA H200", "9.0"))
             assert hash(found.key) and [p.shapes((-1, 4)) for p in found.key.profiles]
             found.read()
 

@@ -108,7 +108,7 @@ def test_names_that_no_export_has_are_refused(tmp_path: Path) -> None:
     for name in ("../transformer.onnx", "docs/thesis.tex", "thesis.tex", ".", ""):
         for place, entry, said in (
             ("files", {name: {"bytes": 0, "sha256": empty}}, "not a file( name| of an export)"),
-            ("graphs", None, "not file name|of graph 'denoiser'"),
+            ("graphs", None, "not file name|not a file of an export"),
         ):
             manifest = json.loads(before)
             if entry is None:
@@ -213,10 +213,10 @@ def test_weights_beside_a_graph_are_a_regular_file(tmp_path: Path, secret: Path)
 @pytest.mark.parametrize("linked", ["engine", "description"])
 def test_an_engine_is_a_regular_file(tmp_path: Path, secret: Path, linked: str) -> None:
     key = EngineKey("graph", "tensorrt", "10.9", "any", parse_profiles(["1"]))
-    made = EngineFile(tmp_path / "denoiser-1.engine", "denoiser", "", "fp16", key, {}, {}, "", 0)
+    made = EngineFile(tmp_path / "denoiser-1.engine", "denoiser", "", "fp16", key)
     made = write_engine(made, SECRET.encode())
     path = made.path if linked == "engine" else made.description
     path.rename(secret)
     path.symlink_to(secret)
-    with pytest.raises(EngineRefused, match=f"{path.name}: is a link"):
+    with pytest.raises(EngineRefused, match=rf"{path.name}: (cannot be read: )?.*is a link"):
         find_engines(tmp_path, "denoiser")

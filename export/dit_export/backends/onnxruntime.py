@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,19 +55,16 @@ class OnnxRuntimeBackend(Backend):
         self._lock = threading.Lock()
 
     def prepare(self, labels: Tensor, timesteps: Tensor) -> Denoiser:
-        return self._pair_for(torch.get_num_threads()).prepare(labels, timesteps)
-
-    def _pair_for(self, threads: int) -> GraphPair:
-        """Sessions with torch's number of threads, which the engine sets while it generates."""
+        threads = torch.get_num_threads()  # which the engine sets while it generates
         with self._lock:
             if self._pair is None or self._pair[0] != threads:
                 self._pair = threads, self._make_pair(threads)
-            return self._pair[1]
+            pair = self._pair[1]
+        return pair.prepare(labels, timesteps)
 
     def _make_pair(self, threads: int) -> GraphPair:
-        conditioner, denoiser = (
-            Session(self.bundle.file(graph), self.device, threads) for graph in GRAPHS
-        )
+        files = (self.bundle.file(graph) for graph in GRAPHS)
+        conditioner, denoiser = (Session(file, self.device, threads) for file in files)
 
         def condition(t: Tensor, y: Tensor) -> Tensor:
             output = torch.empty(len(t), pair.width, dtype=torch.float32, device=self.device)
@@ -87,8 +83,6 @@ class OnnxRuntimeBackend(Backend):
 
 def _opened(address: str, model: DiT, precision: str) -> Bundle:
     bundle = Bundle.open(Path(address))
-    for graph in GRAPHS:
-        bundle.graph(graph)
     if bundle.config != model.config or bundle.checkpoint != weights_hash(model):
         raise ValueError(f"{address}: an export of another model")
     if bundle.dtype != precision:
@@ -126,10 +120,8 @@ class Session:
         # Threads spin during a run and sleep between two, when torch's own threads need the cores.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         provider = _PROVIDERS[device.type]
-        asked: list[Any] = [provider]
-        if device.type == "cuda":
-            asked = [(provider, {"device_id": str(device.index or 0)})]
-        self.session = ort.InferenceSession(str(path), options, providers=asked)
+        settings = {} if device.type == "cpu" else {"device_id": str(device.index or 0)}
+        self.session = ort.InferenceSession(str(path), options, [(provider, settings)])
         if self.session.get_providers()[0] != provider:  # onnxruntime would go on without
             raise BackendUnavailable(
                 f"onnxruntime could not load {provider}; CUDA's or cuDNN's libraries are missing"
@@ -142,10 +134,8 @@ class Session:
         for tensors, bind in ((inputs, binding.bind_input), (outputs, binding.bind_output)):
             for name, tensor in tensors.items():
                 assert tensor.is_contiguous() and tensor.device.type == self.device.type
-                bind(
-                    name, self.device.type, self.device.index or 0, _NUMPY[tensor.dtype],
-                    tuple(tensor.shape), tensor.data_ptr(),
-                )  # fmt: skip
+                place = (self.device.type, self.device.index or 0)
+                bind(name, *place, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
         if self.device.type == "cuda":  # onnxruntime has a stream of its own
             torch.cuda.current_stream(self.device).synchronize()
         try:

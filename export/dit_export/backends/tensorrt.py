@@ -2,20 +2,17 @@
 
 The first use exports the graphs and builds the engines into ``DIT_ENGINE_CACHE`` (or
 ``~/.cache/dit-engine``), unless the backend's name says where engines are:
-``tensorrt:///path/to/engines``. These environment variables are the settings:
+``tensorrt:///path/to/engines``. Two environment variables are settings:
 
 ``DIT_TENSORRT_FLAVOUR``    auto, tensorrt or rtx
 ``DIT_TENSORRT_BATCH``      the profile's smallest, best and largest batch, "1,8,64"; guidance
                             doubles an image's rows; several profiles are separated by ";"
-``DIT_TENSORRT_STREAMS``    how many threads run at once
-``DIT_TENSORRT_REBUILD``    1: build again what is there; not for engines that were named
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +25,7 @@ from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
 from dit_export.backends.pair import GRAPHS, GraphPair
 from dit_export.source import weights_hash
-from dit_export.tensorrt.engine_files import EngineFile, EngineRefused, find_engines
+from dit_export.tensorrt.engine_files import EngineFile, find_engines
 from dit_export.tensorrt.installed import (
     FLAVOURS,
     CudaDevice,
@@ -38,37 +35,7 @@ from dit_export.tensorrt.installed import (
 )
 from dit_export.tensorrt.memory import TorchMemory
 from dit_export.tensorrt.profiles import Profiles, parse_profiles
-from dit_export.tensorrt.session import LoadedEngine, SessionPool
-
-DEFAULT_BATCH = "1,8,64"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of the environment; see the top of this file."""
-
-    flavour: str
-    profiles: Profiles
-    streams: int
-    rebuild: bool
-
-    @classmethod
-    def read(cls, environment: Mapping[str, str]) -> Settings:
-        """Raises ValueError, which names the variable."""
-        batch = environment.get("DIT_TENSORRT_BATCH", DEFAULT_BATCH)
-        try:
-            profiles = parse_profiles(batch.split(";"))
-        except ValueError as error:
-            raise ValueError(f"DIT_TENSORRT_BATCH: {error}") from None
-        streams = environment.get("DIT_TENSORRT_STREAMS", "1")
-        if not streams.isdecimal() or int(streams) < 1:
-            raise ValueError(f"DIT_TENSORRT_STREAMS {streams!r} is not a positive integer")
-        rebuild = environment.get("DIT_TENSORRT_REBUILD", "0")
-        if rebuild not in ("0", "1"):
-            raise ValueError(f"DIT_TENSORRT_REBUILD {rebuild!r}: 0 or 1")
-        flavour = environment.get("DIT_TENSORRT_FLAVOUR", "auto")
-        choice("DIT_TENSORRT_FLAVOUR", flavour, FLAVOURS)
-        return cls(flavour, profiles, int(streams), rebuild == "1")
+from dit_export.tensorrt.session import Session
 
 
 class TensorRTBackend(Backend):
@@ -77,35 +44,29 @@ class TensorRTBackend(Backend):
     def __init__(
         self, model: DiT, precision: str, device: torch.device, address: str | None = None
     ) -> None:
-        settings = Settings.read(os.environ)
-        if settings.rebuild and address is not None:
-            raise ValueError(
-                f"DIT_TENSORRT_REBUILD=1 is for engines in the cache, and those of {address} were "
-                "named: build them again with dit-export tensorrt --rebuild"
-            )
-        index = device.index or 0
-        gpu = require_device(index, "backend 'tensorrt'")
         try:
-            flavour = choose_flavour(settings.flavour)
-        except ImportError as error:
-            raise BackendUnavailable(f"backend 'tensorrt': {error}") from None
+            profiles = parse_profiles(os.environ.get("DIT_TENSORRT_BATCH", "1,8,64").split(";"))
+        except ValueError as error:
+            raise ValueError(f"DIT_TENSORRT_BATCH: {error}") from None
+        name = os.environ.get("DIT_TENSORRT_FLAVOUR", "auto")
+        choice("DIT_TENSORRT_FLAVOUR", name, FLAVOURS)
         if device.type != "cuda":
             raise BackendUnavailable(
                 f"backend 'tensorrt' runs on a CUDA device of torch, and this is {str(device)!r}"
             )
+        cuda = torch.device("cuda", device.index or 0)
+        gpu = require_device(cuda.index, "backend 'tensorrt'")
+        try:
+            flavour = choose_flavour(name)
+        except ImportError as error:
+            raise BackendUnavailable(f"backend 'tensorrt': {error}") from None
         if address is None:
-            engines = cached_engines(model, precision, index, flavour, settings)
+            engines = cached_engines(model, precision, cuda.index, flavour, profiles)
         else:
             engines = given_engines(model, precision, Path(address), flavour, gpu)
-        cuda = torch.device("cuda", index)
         with torch.cuda.device(cuda):  # engines are loaded onto the current one
             conditioner, denoiser = (
-                SessionPool(
-                    LoadedEngine(engines[graph], flavour, gpu),
-                    lambda: TorchMemory(cuda),
-                    settings.streams,
-                )
-                for graph in GRAPHS
+                Session(engines[graph], flavour, gpu, TorchMemory(cuda)) for graph in GRAPHS
             )
         self._pair = engine_pair(model.config, conditioner, denoiser, device)
 
@@ -114,10 +75,10 @@ class TensorRTBackend(Backend):
 
 
 def engine_pair(
-    config: ModelConfig, conditioner: SessionPool, denoiser: SessionPool, device: torch.device
+    config: ModelConfig, conditioner: Session, denoiser: Session, device: torch.device
 ) -> GraphPair:
-    profiles = conditioner.engine.file.key.profiles
-    sizes = [(profile.batch.smallest, profile.batch.largest) for profile in profiles]
+    batches = [profile.batch for profile in conditioner.file.key.profiles]
+    sizes = [(batch.smallest, batch.largest) for batch in batches]
     largest = max(high for _, high in sizes)
 
     def condition(t: Tensor, y: Tensor) -> Tensor:
@@ -143,7 +104,7 @@ def padding(rows: int, sizes: Sequence[tuple[int, int]]) -> int:
 
 
 def cached_engines(
-    model: DiT, precision: str, device: int, flavour: Flavour, settings: Settings
+    model: DiT, precision: str, device: int, flavour: Flavour, profiles: Profiles
 ) -> dict[str, EngineFile]:
     """The engines of this model in the cache, exported and built if they are not there.
 
@@ -155,7 +116,7 @@ def cached_engines(
     from dit_export.tensorrt.build import BuildOptions, build_bundle
 
     bundle = cached_export(model, ExportOptions(precision, "tensorrt", graphs=GRAPHS))
-    options = BuildOptions(settings.profiles, device=device, rebuild=settings.rebuild)
+    options = BuildOptions(profiles, device=device)
     return build_bundle(bundle, private_cache("tensorrt"), flavour, options, GRAPHS)
 
 
@@ -167,17 +128,10 @@ def given_engines(
     Raises `EngineRefused` if there is none of its weights, config and precision, or none that this
     TensorRT and this device can run.
     """
-    checkpoint, engines = weights_hash(model), {}
-    for graph in GRAPHS:
-        found = find_engines(directory, graph, checkpoint, precision, model.config.to_dict())
-        refused = []
-        for file in found:
-            try:
-                file.check(flavour.name, flavour.version, gpu)
-                engines[graph] = file
-                break
-            except EngineRefused as error:
-                refused.append(error)
-        else:
-            raise refused[0]
-    return engines
+    config = model.config.to_dict()
+    facts = {"checkpoint": weights_hash(model), "dtype": precision, "model": config}
+
+    def check(engine: EngineFile) -> None:
+        engine.check(flavour.name, flavour.version, gpu)
+
+    return {graph: find_engines(directory, graph, check, **facts)[0] for graph in GRAPHS}

@@ -24,6 +24,7 @@ from dit_export.bundle import LABELS, Bundle, Graph, replaceable, write_manifest
 from dit_export.onnx.exporter import to_onnx
 from dit_export.onnx.files import require_onnx, save
 from dit_export.onnx.graphs import (
+    LINEARS,
     MakeLayer,
     MatMulLinear,
     VAEDecoder,
@@ -31,7 +32,7 @@ from dit_export.onnx.graphs import (
     signature,
     transformer_graph,
 )
-from dit_export.onnx.quantization import Quantization
+from dit_export.onnx.quantization import calibrated, check_pairs
 from dit_export.onnx.verify import verify_graph
 from dit_export.source import model_name, weights_hash
 from dit_export.targets import (
@@ -39,7 +40,6 @@ from dit_export.targets import (
     GRAPHS,
     QUANTIZED,
     QUANTIZED_GRAPHS,
-    TRANSFORMER_GRAPHS,
     VAE_GRAPH,
     choose_opset,
     float_dtype,
@@ -86,15 +86,23 @@ class ExportOptions:
             choice("graph", graph, GRAPHS)
         if self.vae_dtype is not None:
             choice("vae_dtype", self.vae_dtype, FLOATS)
-        choose_opset(self.vae_dtype or vae_dtype(self.dtype, self.target), self.target, self.opset)
-        if not 0 <= self.external_data_mib < 2048:
-            raise ValueError(
-                f"external data above {self.external_data_mib} MiB: allowed is 0 to 2047"
-            )
-        for name, least in (("calibration_images", 1), ("calibration_steps", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)}: allowed is {least} or more")
+        choose_opset(self.graph_dtype(VAE_GRAPH), self.target, self.opset)
+        for name, least, most in (
+            ("external_data_mib", 0, 2047),
+            ("calibration_images", 1, None),
+            ("calibration_steps", 2, None),
+        ):
+            value = getattr(self, name)
+            if value < least or (most is not None and value > most):
+                allowed = f"{least} or more" if most is None else f"{least} to {most}"
+                raise ValueError(f"{name} {value}: allowed is {allowed}")
         return self
+
+    def graph_dtype(self, name: str) -> str:
+        if name == VAE_GRAPH:
+            return self.vae_dtype or vae_dtype(self.dtype)
+        quantized = name in QUANTIZED_GRAPHS
+        return self.dtype if quantized else float_dtype(self.dtype, self.target)
 
 
 @neutral()
@@ -144,13 +152,10 @@ def export_onnx(
         "label_names": None if label_names is None else list(label_names),
     }
     with new_directory(target, may_replace) as partial:
-        writer = _Writer(partial, model, vae, options, facts, report)
-        graphs = writer.write(names)
+        graphs = _write(partial, names, model, vae, options, facts, report)
         if label_names is not None:
             text = json.dumps(list(label_names), indent=2, ensure_ascii=False)
             (partial / LABELS).write_text(text + "\n", encoding="utf-8")
-        if writer.quantization is not None:
-            facts["quantization"] = writer.quantization.record
         write_manifest(partial, facts, graphs)
     return Bundle.open(target, verify=False)
 
@@ -170,101 +175,68 @@ def _graphs(options: ExportOptions, model: DiT, vae: AutoencoderKL | None) -> tu
     return tuple(g for g in GRAPHS if g in (asked or GRAPHS) and g not in impossible)
 
 
-@dataclass
-class _Writer:
-    """Writes one graph after the other, so that the memory of one is free before the next."""
+def _write(
+    directory: Path,
+    names: tuple[str, ...],
+    model: DiT,
+    vae: AutoencoderKL | None,
+    options: ExportOptions,
+    facts: dict[str, Any],
+    report: Report,
+) -> list[Graph]:
+    """Write and verify one graph after the other, so that the memory of one is free before the
+    next. The record of a quantisation is added to ``facts``."""
+    inside, target = FLOATS[facts["float_dtype"]], options.target
+    quantized, graphs = MatMulLinear, []
+    if options.dtype in QUANTIZED and set(names) & set(QUANTIZED_GRAPHS):
+        size = (options.calibration_images, options.calibration_steps)
+        unsigned = target != "tensorrt"
+        quantized, record = calibrated(model, options.dtype, inside, unsigned, *size)
+        facts["quantization"], latents = record, record["latents"]
+        report(
+            f"{options.dtype}: latents after {latents['steps']} paired steps differ from the "
+            f"model's by {latents['rms']:.1e} rms, {latents['relative']:.1e} at most"
+        )
 
-    directory: Path
-    model: DiT
-    vae: AutoencoderKL | None
-    options: ExportOptions
-    facts: dict[str, Any]
-    report: Report
-    quantization: Quantization | None = None
-
-    def write(self, names: tuple[str, ...]) -> list[Graph]:
-        options, dtype = self.options, FLOATS[self.facts["float_dtype"]]
-        if options.dtype in QUANTIZED and set(names) & set(QUANTIZED_GRAPHS):
-            self.quantization = Quantization.calibrated(
-                self.model, options.dtype, dtype, options.target != "tensorrt",
-                options.calibration_images, options.calibration_steps,
-            )  # fmt: skip
-            self.report(str(self.quantization))
-        if transformer := [name for name in names if name in TRANSFORMER_GRAPHS]:
-            layer = MatMulLinear if self.quantization is None else self.quantization.layer
-            twin = exportable(self.model, dtype, layer)
-            for name in transformer:
-                self._export(name, transformer_graph(name, twin, options.guided_channels))
-            del twin
-        if VAE_GRAPH in names:
-            self._export(VAE_GRAPH, self._vae_decoder(FLOATS[self._dtype(VAE_GRAPH)]))
-        return [self._verified(name) for name in names]
-
-    def _dtype(self, name: str) -> str:
+    def module(name: str, dtype: torch.dtype, layer: MakeLayer) -> nn.Module:
         if name == VAE_GRAPH:
-            return self.options.vae_dtype or vae_dtype(self.options.dtype, self.options.target)
-        return self.options.dtype if name in QUANTIZED_GRAPHS else self.facts["float_dtype"]
+            assert vae is not None
+            return VAEDecoder(vae, dtype).eval()
+        twin = exportable(model, dtype, layer)
+        return transformer_graph(name, twin, options.guided_channels)
 
-    def _vae_decoder(self, dtype: torch.dtype) -> nn.Module:
-        assert self.vae is not None
-        return VAEDecoder(self.vae, dtype).eval()
-
-    def _graph(self, name: str) -> Graph:
-        vae = None if self.vae is None else self.vae.config
-        tensors = signature(name, self.model.config, vae)
-        return Graph(name, f"{name}.onnx", self._dtype(name), *tensors)
-
-    def _export(self, name: str, module: nn.Module) -> None:
+    for name in names:
+        dtype, vaes = options.graph_dtype(name), name == VAE_GRAPH
+        tensors = signature(name, model.config, None if vae is None else vae.config)
+        graph = Graph(name, f"{name}.onnx", dtype, *tensors)
+        layer = quantized if name in QUANTIZED_GRAPHS else MatMulLinear
         # Each graph has an opset of its own: TensorRT takes no Attention operator in float32, in
         # which a VAE is beside an fp16 transformer.
-        opset = choose_opset(self._dtype(name), self.options.target, self.options.opset)
-        graph = self._graph(name)
-        model = to_onnx(module, name, graph.inputs, graph.outputs, opset)
-        if self.quantization is not None and name in QUANTIZED_GRAPHS:
-            self.quantization.check(model, name)
-        model.producer_name, model.producer_version = "dit-engine", __version__
-        model.metadata_props.update(
+        opset = choose_opset(dtype, target, options.opset)
+        made = module(name, FLOATS[dtype] if vaes else inside, layer)
+        exported = to_onnx(made, name, graph.inputs, graph.outputs, opset)
+        if layer is not MatMulLinear:
+            check_pairs(exported, name, len(LINEARS) * model.config.depth)
+        exported.producer_name, exported.producer_version = "dit-engine", __version__
+        exported.metadata_props.update(
             {
                 "graph": name,
-                "model": model_name(self.model.config),
-                "dtype": self._dtype(name),
-                "checkpoint": self.facts["vae_checkpoint" if name == VAE_GRAPH else "checkpoint"],
+                "model": model_name(model.config),
+                "dtype": dtype,
+                "checkpoint": facts["vae_checkpoint" if vaes else "checkpoint"],
                 "version": __version__,
             }
         )
-        save(model, self.directory / f"{name}.onnx", self.options.external_data_mib)
-
-    def _verified(self, name: str) -> Graph:
+        save(exported, directory / graph.file, options.external_data_mib)
+        del made, exported
         gc.collect()
-        exact = None
-        if name == VAE_GRAPH:
-            module = self._vae_decoder(torch.float32)
-        else:
-            # In float32, with the weights as they were before any rounding to the graph's dtype.
-            def reference(layer: MakeLayer) -> nn.Module:
-                twin = exportable(self.model, torch.float32, layer)
-                return transformer_graph(name, twin, self.options.guided_channels)
-
-            module = reference(MatMulLinear)
-            if self.quantization is not None and name in QUANTIZED_GRAPHS:
-                exact, module = module, reference(self.quantization.layer)
-        graph = verify_graph(self.directory, self._graph(name), module, exact)
-        self.report(_summary(graph, self.directory))
-        return graph
-
-
-def _summary(graph: Graph, directory: Path) -> str:
-    size = sum(file.stat().st_size for file in directory.glob(f"{graph.file}*"))
-    error, accuracy = graph.error, graph.accuracy
-    assert error is not None
-    line = (
-        f"{graph.name:12s} {graph.dtype:5s} {size / 2**20:8.1f} MiB  "
-        f"error {error['relative']:.1e} (bound {error['bound']:.0e}) against {error['against']}, "
-        f"by {graph.verified_by[-1]}"
-    )
-    if accuracy is not None:
-        line += (
-            f"; {accuracy['relative']:.1e} at most and {accuracy['rms']:.1e} rms "
-            f"against {accuracy['against']}"
+        # In float32, with the weights as they were before any rounding to the graph's dtype.
+        graph = verify_graph(directory, graph, module(name, torch.float32, layer))
+        graphs.append(graph)
+        size = sum(file.stat().st_size for file in directory.glob(f"{graph.file}*"))
+        error = graph.error or {}
+        report(
+            f"{name:12s} {dtype:5s} {size / 2**20:8.1f} MiB  error {error['relative']:.1e} "
+            f"(bound {error['bound']:.0e}) against {error['against']}, by {graph.verified_by[-1]}"
         )
-    return line
+    return graphs

@@ -21,8 +21,6 @@ from torch import nn
 from dit_export.bundle import ExportFailed, TensorSpec
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_ROOTS = ("dit", "vae")
-_SHOWN = 8  # at most so many values of a constant are part of its name
 
 
 def to_onnx(
@@ -39,27 +37,22 @@ def to_onnx(
     Raises ExportFailed if torch wrote another opset or fixed a dimension, which it only logs.
     """
     sizes = {"batch": 2, "height": 6, "width": 5}  # small, and all different
-    shapes = [[n if isinstance(n, int) else sizes[n] for n in spec.shape] for spec in inputs]
-    dtypes = [getattr(torch, spec.dtype) for spec in inputs]
-    dims: dict[str, Any] = {}
-    dynamic = tuple(
-        {
-            i: dims.setdefault(size, torch.export.Dim(size))
-            for i, size in enumerate(spec.shape)
-            if isinstance(size, str)
-        }
-        for spec in inputs
-    )
+    dims = {size: torch.export.Dim(size) for size in sizes}
+    examples, dynamic = [], []
+    for spec in inputs:
+        shape = [n if isinstance(n, int) else sizes[n] for n in spec.shape]
+        examples.append(torch.zeros(shape, dtype=getattr(torch, spec.dtype)))
+        dynamic.append({i: dims[n] for i, n in enumerate(spec.shape) if isinstance(n, str)})
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module,
-            tuple(torch.zeros(n, dtype=d) for n, d in zip(shapes, dtypes, strict=True)),
+            tuple(examples),
             dynamo=True,
             verbose=False,
             opset_version=opset,
             input_names=[spec.name for spec in inputs],
             output_names=[spec.name for spec in outputs],
-            dynamic_shapes=dynamic,
+            dynamic_shapes=tuple(dynamic),
         )
     assert program is not None
     model = program.model
@@ -108,7 +101,7 @@ def make_readable(model: Any) -> None:
     for i, value in enumerate(initializers):  # torch's names could be equal to new ones
         value.name = f"\0{i}"
     for value, name in initializers.items():
-        value.name = free(_rooted(name) or _constant_name(value.const_value))
+        value.name = free(_rooted(name) or value.const_value.dtype.name.lower())
     for node in graph:
         name = node.name = free(_module(node) + node.op_type)
         for i, value in enumerate(node.outputs):
@@ -134,14 +127,4 @@ def _module(node: Any) -> str:
 def _rooted(name: str) -> str:
     """The name without the module's root; nothing for a name that has none."""
     root, _, rest = name.partition(".")
-    return rest if root in _ROOTS else ""
-
-
-def _constant_name(tensor: Any) -> str:
-    kind = tensor.dtype.name.lower()
-    if tensor.size <= _SHOWN:
-        values = tensor.numpy().ravel()
-        whole = values.dtype.kind in "iub"
-        shown = "_".join(str(int(v)) if whole else f"{float(v):g}" for v in values)
-        return f"{kind}_{shown}"
-    return f"{kind}_{'x'.join(map(str, tensor.shape))}"
+    return rest if root in ("dit", "vae") else ""

@@ -14,9 +14,9 @@ from dit_export.bundle import Bundle
 from dit_export.targets import VAE_GRAPH
 
 
-def require_onnx() -> None:
+def require_onnx(*packages: str) -> None:
     """Raise ImportError, which names the extra, unless all that an export needs is installed."""
-    for package in ("onnx", "onnxscript", "onnxruntime"):
+    for package in packages or ("onnx", "onnxscript", "onnxruntime"):
         if find_spec(package) is None:
             raise ImportError(f"{package} is not installed: pip install 'dit-engine[onnx]'")
 
@@ -25,10 +25,9 @@ def save(model: Any, path: Path, external_data_mib: int) -> None:
     """Write an onnx_ir Model; if it is larger than the limit, its weights go to ``<path>.data``."""
     ir = import_module("onnx_ir")
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    if size > external_data_mib * 2**20:
-        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
-    else:
-        ir.save(model, path)
+    large = size > external_data_mib * 2**20
+    external = {"external_data": f"{path.name}.data", "size_threshold_bytes": 1024} if large else {}
+    ir.save(model, path, **external)
 
 
 def check_metadata(bundle: Bundle, name: str) -> None:
@@ -38,13 +37,13 @@ def check_metadata(bundle: Bundle, name: str) -> None:
     The SHA-256 in the manifest cannot show this: somebody may have put a file there and listed it.
     Raises ImportError, with the extra to install, without the package onnx.
     """
-    file, graph = bundle.file(name), bundle.graph(name)
+    file = bundle.file(name)
     model = _contained(file, f"{file.name}.data", bundle.manifest["files"])
     said = {pair.key: pair.value for pair in model.metadata_props}
     expected = {
         "graph": name,
         "checkpoint": bundle.vae_checkpoint if name == VAE_GRAPH else bundle.checkpoint,
-        "dtype": graph.dtype,
+        "dtype": bundle.graph(name).dtype,
     }
     for key, value in expected.items():
         if said.get(key) != value:
@@ -65,10 +64,8 @@ def check_contained(file: Path, weights: str | None = None) -> None:
 def _contained(file: Path, weights: str, others: Container[str]) -> Any:
     """The ModelProto of a file, checked. If its weights are in another file, that file must have
     the name ``weights`` and be among ``others``; it is not loaded."""
-    try:
-        onnx = import_module("onnx")
-    except ImportError:
-        raise ImportError("onnx is not installed: pip install 'dit-engine[onnx]'") from None
+    require_onnx("onnx")
+    onnx = import_module("onnx")
     check_regular(file)
     try:
         model = onnx.load(str(file), load_external_data=False)

@@ -68,12 +68,16 @@ def exportable(model: DiT, dtype: torch.dtype, layer: MakeLayer = MatMulLinear) 
     """
     with torch.device("meta"):
         twin = DiT(model.config).requires_grad_(False)  # weights may be inference tensors
-    state = {name: value.to("cpu", dtype) for name, value in model.state_dict().items()}
-    twin.load_state_dict(state, assign=True)
+    _load(twin, model, dtype)
     replace_linears(twin, LINEARS, layer)
     replace_linears(twin, ("final_layer.linear",), MatMulLinear)
     twin.register_module("t_embedder", ConstantFrequencies(twin.t_embedder))
     return twin.eval().requires_grad_(False)
+
+
+def _load(twin: nn.Module, original: nn.Module, dtype: torch.dtype) -> None:
+    state = {name: value.to("cpu", dtype) for name, value in original.state_dict().items()}
+    twin.load_state_dict(state, assign=True)
 
 
 def replace_linears(model: nn.Module, ends: tuple[str, ...], made: MakeLayer) -> None:
@@ -98,21 +102,12 @@ class Transformer(TransformerGraph):
 
 
 class GuidedStep(TransformerGraph):
-    """One whole step of any sampler, as `dit_kernels.guided_step`, but with a step for each row.
+    """One whole step of any sampler, as `dit_kernels.guided_step`, but each image has a step and so
+    a row of coefficients (N, 9) of its own: requests at different steps can share a batch.
 
     Every image is computed with and without its label; one whose scale is exactly 1 is not guided.
-    With ε the guided prediction, an image's row of coefficients (N, 9), float32, is, in this order,
-
-    ====  ==========  ==========================================================
-    0, 1  a, b        x0 = a·z + b·ε
-    2–5   c₁ … c₄     mean = c₁·x0 + c₂·z + c₃·ε + c₄·x0_before
-    6, 7  low, high   the logarithms between which the learned variance v in [−1, 1] chooses
-    8     s           z_next = mean + s·exp((low + (v + 1)/2·(high − low)) / 2)·noise
-    ====  ==========  ==========================================================
-
     At s = 0 the noise is not read. A model without a learned variance adds s·noise. The rows of a
-    schedule come from `dit_engine.sampling.coefficients.step_coefficients`. Requests at different
-    steps can share a batch, because each image has its own row.
+    schedule come from `dit_engine.sampling.coefficients.step_coefficients`.
     """
 
     def __init__(self, model: DiT, guided_channels: int) -> None:
@@ -184,13 +179,12 @@ class VAEDecoder(nn.Module):
 
     def __init__(self, vae: AutoencoderKL, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
         with torch.device("meta"):
             self.vae = AutoencoderKL(vae.config)
-        state = {name: value.to("cpu", dtype) for name, value in vae.state_dict().items()}
-        self.vae.load_state_dict(state, assign=True)
+        _load(self.vae, vae, dtype)
         replace_linears(self.vae, ("",), MatMulLinear)  # all of them: the mid block's attention
         self.vae.eval().requires_grad_(False)
-        self.dtype = dtype
 
     def forward(self, z: Tensor) -> Tensor:  # (N, c, h, w) → (N, 3, H, W)
         z = self.vae.config.denormalise(z).to(self.dtype)

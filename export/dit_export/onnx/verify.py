@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +19,7 @@ from dit_engine.sampling.schedule import make_schedule
 from dit_export.bundle import ExportFailed, Graph
 from dit_export.onnx.files import check_contained
 from dit_export.onnx.graphs import Conditioner, Denoiser
-from dit_export.targets import VAE_GRAPH
+from dit_export.targets import QUANTIZED, VAE_GRAPH
 
 BOUNDS = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2, "int8": 5e-2, "fp8": 5e-2}
 """Of max |graph − torch| / max |torch|, with torch in float32 and weights that are not rounded. A
@@ -32,51 +28,43 @@ value at the edge between two codes may be rounded either way, which is a whole 
 LARGE_BYTES = 512 * 2**20
 """Larger graphs are run without onnxruntime's optimisations, which takes less memory."""
 
-Runner = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 
+def verify_graph(directory: Path, graph: Graph, module: nn.Module) -> Graph:
+    """``graph`` with its error against ``module``, the same function in torch in float32, and with
+    what checked it.
 
-def verify_graph(
-    directory: Path, graph: Graph, module: nn.Module, exact: nn.Module | None = None
-) -> Graph:
-    """``graph`` with its errors and with what checked it.
-
-    Args:
-        module: the same function in torch, in float32.
-        exact: for a quantised graph, the function without rounding, in float32.
+    onnxruntime has very few bfloat16 operators for the CPU, so a bfloat16 graph is run in float32
+    with the weights that it has.
 
     Raises ExportFailed if it is not valid ONNX, cannot be run, or its error is too large.
     """
-    path = directory / graph.file
+    path, wide = directory / graph.file, graph.dtype == "bf16"
     check_contained(path)
     checker = check(path, graph.name)
-    relative, accuracy = 0.0, {"relative": 0.0, "rms": 0.0}
-    with _running(path, graph) as (run, runner):
-        for batch in (1, 3):  # the exporter has not seen a batch of 3
-            inputs = random_inputs(graph, module, batch)
-            actual = run({name: value.numpy() for name, value in inputs.items()})
-            for a, b in zip(actual, _call(module, inputs), strict=True):
-                relative = max(relative, relative_error(a, b))
-            for a, b in zip(actual, _call(exact, inputs) if exact else (), strict=False):
-                accuracy["relative"] = max(accuracy["relative"], relative_error(a, b))
-                accuracy["rms"] = max(accuracy["rms"], rms_error(a, b))
+    batches = [random_inputs(graph, module, n) for n in (1, 3)]  # the exporter has not seen 3
+    with TemporaryDirectory(dir=directory) if wide else nullcontext(directory) as folder:
+        if wide:
+            upcast_file(path, Path(folder) / path.name)
+        outputs = _run(Path(folder) / path.name, graph.name, batches)
+    relative = 0.0
+    for inputs, actual in zip(batches, outputs, strict=True):
+        with torch.inference_mode():
+            expected = module(*inputs.values())
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        for a, b in zip(actual, expected, strict=True):
+            relative = max(relative, relative_error(a, b))
     bound = BOUNDS[graph.dtype]
+    runner = f"onnxruntime {import_module('onnxruntime').__version__}"
     if not relative <= bound:
         raise ExportFailed(
             f"{graph.name}: {runner} and torch differ by {relative:.2e}, above {bound:.0e}"
         )
-    against = "torch in float32" + (", rounded alike" if exact else "")
+    against = "torch in float32" + (", rounded alike" if graph.dtype in QUANTIZED else "")
     return replace(
         graph,
         error={"against": against, "relative": relative, "bound": bound},
-        accuracy={"against": "torch in float32, not quantised"} | accuracy if exact else None,
-        verified_by=(checker, runner),
+        verified_by=(checker, runner + (" in float32" if wide else "")),
     )
-
-
-def _call(module: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    with torch.inference_mode():
-        outputs = module(*inputs.values())
-    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def check(path: Path, name: str) -> str:
@@ -95,12 +83,6 @@ def relative_error(actual: Any, expected: Tensor) -> float:
     if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
         return float("inf")
     return ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
-
-
-def rms_error(actual: Any, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖."""
-    a, b = torch.as_tensor(actual).double(), expected.double()
-    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
 
 
 def random_inputs(graph: Graph, module: nn.Module, batch: int) -> dict[str, Tensor]:
@@ -129,34 +111,8 @@ def random_inputs(graph: Graph, module: nn.Module, batch: int) -> dict[str, Tens
     return inputs
 
 
-@contextmanager
-def _running(path: Path, graph: Graph) -> Iterator[tuple[Runner, str]]:
-    """A function that runs the graph on this machine, and its name.
-
-    onnxruntime has very few bfloat16 operators for the CPU. OpenVINO, an optional package, has
-    them. Without it, the graph is run in float32 with the weights that it has.
-    """
-    openvino = graph.dtype == "bf16" and find_spec("openvino") is not None
-    wide = graph.dtype == "bf16" and not openvino
-    with TemporaryDirectory(dir=path.parent) if wide else nullcontext() as folder:
-        if folder is not None:
-            upcast_file(path, Path(folder) / path.name)
-            path = Path(folder) / path.name
-        run, name = _guarded(graph.name, _openvino if openvino else _onnxruntime, path)
-        yield partial(_guarded, graph.name, run), name + (" in float32" if wide else "")
-
-
-def _guarded(graph: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a runtime, whose exceptions share no base class but Exception."""
-    try:
-        return call(*arguments)
-    except (MemoryError, OSError):
-        raise
-    except Exception as error:
-        raise ExportFailed(f"{graph}: cannot be run: {one_line(error)}") from error
-
-
-def _onnxruntime(path: Path) -> tuple[Runner, str]:
+def _run(path: Path, name: str, batches: list[dict[str, Tensor]]) -> list[list[np.ndarray]]:
+    """The graph's outputs for each of several inputs, computed by onnxruntime on the CPU."""
     ort = import_module("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -167,28 +123,13 @@ def _onnxruntime(path: Path) -> tuple[Runner, str]:
         options.enable_cpu_mem_arena = False
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda inputs: session.run(None, inputs), f"onnxruntime {ort.__version__}"
-
-
-@functools.cache
-def _openvino_core() -> Any:
-    """One per process: if several are freed in another order than they were made, the thread loses
-    its stack for signals, and the next signal ends the process."""
-    return import_module("openvino").Core()
-
-
-def _openvino(path: Path) -> tuple[Runner, str]:
-    # Unless told, it would compute the float32 parts in bfloat16 too, and with them the time
-    # embedding's angles of up to 1000 radians.
-    hint = {"EXECUTION_MODE_HINT": "ACCURACY"}
-    compiled = _openvino_core().compile_model(str(path), "CPU", hint)
-
-    def run(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-        results = compiled(inputs)
-        return [results[output] for output in compiled.outputs]
-
-    return run, f"OpenVINO {import_module('openvino').__version__.split('-')[0]}"
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return [session.run(None, {k: v.numpy() for k, v in b.items()}) for b in batches]
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # those of onnxruntime share no other base class
+        raise ExportFailed(f"{name}: cannot be run: {one_line(error)}") from error
 
 
 def upcast_file(source: Path, target: Path) -> None:

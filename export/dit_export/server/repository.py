@@ -166,7 +166,7 @@ def find_plan(directory: Path, bundle: Bundle, graph: str, max_batch_size: int) 
     from dit_export.tensorrt.engine_files import find_engines
 
     checkpoint = bundle.vae_checkpoint if graph == "vae_decoder" else bundle.checkpoint
-    engines = find_engines(directory, graph, checkpoint)
+    engines = find_engines(directory, graph, checkpoint=checkpoint)
     wanted, side, reasons = graph_hash(bundle, graph), bundle.config.input_size, []
     for engine in engines:
         profile = engine.key.profiles[0]  # the server takes the first
@@ -175,8 +175,6 @@ def find_plan(directory: Path, bundle: Bundle, graph: str, max_batch_size: int) 
             reasons.append(f"was built from another export than {bundle.path}")
         elif engine.key.flavour != "tensorrt":
             reasons.append(f"is for {engine.key.flavour}; the server loads standard TensorRT's")
-        elif engine.key.plugins:
-            reasons.append("holds a plugin that the server does not have")
         elif not (batch.smallest == 1 and max_batch_size <= batch.largest):
             reasons.append(f"takes batches of {batch}; 1 to {max_batch_size} are needed")
         elif profile.size is not None and side not in profile.size:

@@ -6,14 +6,16 @@ import gc
 import hashlib
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from dit_export.bundle import Bundle, Graph
 from dit_export.onnx.files import check_metadata
 from dit_export.targets import QUANTIZED, VAE_GRAPH
 from dit_export.tensorrt.engine_files import (
-    REBUILD,
     EngineFile,
     EngineKey,
     EngineRefused,
@@ -21,22 +23,17 @@ from dit_export.tensorrt.engine_files import (
     read_description,
     write_engine,
 )
-from dit_export.tensorrt.installed import Flavour, make_current, require_device
+from dit_export.tensorrt.installed import Flavour, require_device
 from dit_export.tensorrt.network import build_serialized
 from dit_export.tensorrt.profiles import Profiles
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What an engine is built with, beside its graph.
+    """What an engine is built with, beside its graph; see ``dit-export tensorrt --help``.
 
-    Attributes:
-        profiles: of every graph; graphs whose size is fixed ignore the profile's size.
-        workspace_gib: limit of what layers may use beside weights and activations; None is none.
-        capabilities: compute capabilities such as "8.9", for TensorRT for RTX; empty is any.
-        device: the GPU that the standard TensorRT builds on and for.
-        rebuild: build again what is there, whatever its state.
-        quiet: no progress bar.
+    Graphs whose size is fixed ignore the profiles' size. Without capabilities (such as "8.9"),
+    TensorRT for RTX builds for any device.
     """
 
     profiles: Profiles
@@ -61,13 +58,11 @@ def build_bundle(
 ) -> dict[str, EngineFile]:
     """Engines in ``directory`` for some of a bundle's graphs (all, unless given), by name.
 
-    An engine that is there with the same key is verified and kept.
+    An engine that is there with the same key is verified and kept, if it has not changed.
 
     Raises:
         ValueError: a graph that is not there, or that TensorRT refuses (with the node's name), or
             an export for another runtime with graphs that TensorRT would refuse.
-        EngineRefused: an engine that is there, but has changed since it was written; see
-            ``rebuild``.
         BackendUnavailable: the standard TensorRT without a GPU.
     """
     if bundle.target != "tensorrt" and bundle.dtype in ("fp32", *QUANTIZED):
@@ -84,10 +79,13 @@ def build_bundle(
         key = engine_key(graph_hash(bundle, name), graph, flavour, options)
         weights = (bundle.vae_checkpoint if name == VAE_GRAPH else bundle.checkpoint) or ""
         path, model = engine_path(directory, name, key), bundle.config.to_dict()
-        wanted = EngineFile(path, name, weights, graph.dtype, key, {}, {}, "", 0, model)
+        wanted = EngineFile(path, name, weights, graph.dtype, key, model=model)
         engine, how = None if options.rebuild else existing(wanted), "is there already"
         if engine is None:
-            engine = build_engine(bundle.file(name), wanted, flavour, options)
+            with nullcontext() if flavour.builds_without_gpu else torch.cuda.device(options.device):
+                data = build_serialized(bundle.file(name), wanted, flavour, options.quiet)
+            gc.collect()
+            engine = write_engine(wanted, data)
             how = f"built in {time.perf_counter() - began:.1f} s"
         report(f"{name}: {engine.bytes / 2**20:.1f} MiB, {how} → {engine.path}")
         engines[name] = engine
@@ -124,30 +122,15 @@ def engine_key(
 
 
 def existing(wanted: EngineFile) -> EngineFile | None:
-    """The engine that is there, checked; None if it is missing, unfinished or for another config.
-
-    Raises `EngineRefused` if it has changed since it was built, or describes another engine.
-    """
-    if not wanted.description.exists():
-        return None
-    engine = read_description(wanted.path)
-    for name in ("key", "graph", "dtype", "checkpoint"):
-        if getattr(engine, name) != getattr(wanted, name):
-            raise EngineRefused(f"{engine.description}: describes another engine{REBUILD}")
-    if engine.model != wanted.model and engine.graph != VAE_GRAPH:  # models may share a VAE
-        return None
-    engine.read()
-    return engine
-
-
-def build_engine(
-    onnx: Path, wanted: EngineFile, flavour: Flavour, options: BuildOptions
-) -> EngineFile:
-    """Build one engine and write it with its description. Raises as `build_bundle` does."""
-    if not flavour.builds_without_gpu:
-        make_current(options.device)
+    """The engine that is there, checked; None if it is missing, unfinished, damaged or another."""
     try:
-        data, inputs, outputs = build_serialized(onnx, wanted, flavour, options.quiet)
-    finally:
-        gc.collect()
-    return write_engine(replace(wanted, inputs=inputs, outputs=outputs), data)
+        engine = read_description(wanted.path)
+        same = ("key", "graph", "dtype", "checkpoint")
+        if any(getattr(engine, name) != getattr(wanted, name) for name in same):
+            return None
+        if engine.model != wanted.model and engine.graph != VAE_GRAPH:  # models may share a VAE
+            return None
+        engine.read()
+        return engine
+    except EngineRefused:
+        return None

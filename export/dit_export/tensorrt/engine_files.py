@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +19,24 @@ from dit_engine.arguments import shown
 from dit_engine.io.files import atomic_path, check_regular, locked
 from dit_engine.io.json_files import check_schema, read_json
 from dit_export.tensorrt.installed import CudaDevice
-from dit_export.tensorrt.profiles import Profile, Profiles
+from dit_export.tensorrt.profiles import Profile, Profiles, Range
 
 FORMAT = 2
-SUFFIX = ".engine"
+# An earlier release could put an operator of its own into engines: then "plugins" named it.
 _SCHEMA = {
     "": {
-        "graph": "line", "checkpoint": "line", "dtype": "line", "model": "object", "key": "object",
-        "inputs": "object", "outputs": "object", "engine": "object",
+        "format": (FORMAT,), "graph": "line", "checkpoint": "line", "dtype": "line",
+        "model": "object", "key": "object", "engine": "object",
     },
     "key": {
         "graph": "line", "flavour": "line", "version": "line", "target": "line",
-        "profiles": "list", "workspace_bytes": "count", "plugins": "line[]",
+        "profiles": "list", "workspace_bytes": "count", "plugins": ([],),
     },
     "key.profiles[]": {"batch": "count[]", "size": "count[]?"},
-    "inputs": {"<line>": "integer[]"},
-    "outputs": {"<line>": "integer[]"},
     "engine": {"bytes": "count", "sha256": "line"},
 }  # fmt: skip
-REBUILD = "; build it again with dit-export tensorrt --rebuild, or with DIT_TENSORRT_REBUILD=1"
+_SAME = ("graph", "checkpoint", "dtype", "model")
+REBUILD = "; build it again with dit-export tensorrt"
 
 
 class EngineRefused(ValueError):
@@ -54,7 +54,6 @@ class EngineKey:
             "8.9 12.0", or "any" for every one that TensorRT for RTX knows.
         profiles: in the order in which they are in the engine.
         workspace_bytes: what layers may use beside inputs, outputs and weights; 0 is no limit.
-        plugins: always empty. An earlier release could put an operator of its own into engines.
     """
 
     graph: str
@@ -63,20 +62,24 @@ class EngineKey:
     target: str
     profiles: Profiles
     workspace_bytes: int = 0
-    plugins: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"profiles": [profile.to_dict() for profile in self.profiles]}
+        profiles = [
+            {"batch": astuple(p.batch), "size": None if p.size is None else astuple(p.size)}
+            for p in self.profiles
+        ]
+        return asdict(self) | {"profiles": profiles, "plugins": []}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EngineKey:
-        known = {field.name for field in fields(cls)}
-        if set(values) != known:
-            raise ValueError(f"key {shown(sorted(values))}; {sorted(known)} is needed")
-        profiles = tuple(Profile.from_dict(profile) for profile in values["profiles"])
+        profiles = tuple(
+            Profile(Range(*p["batch"]), None if p.get("size") is None else Range(*p["size"]))
+            for p in values["profiles"]
+        )
         if not profiles:
             raise ValueError("profiles [] is empty")
-        return cls(**values | {"profiles": profiles, "plugins": tuple(values["plugins"])})
+        facts: dict[str, Any] = {k: v for k, v in values.items() if k != "plugins"}
+        return cls(**facts | {"profiles": profiles})
 
     @property
     def digest(self) -> str:
@@ -92,7 +95,6 @@ class EngineFile:
         graph: which graph of an export it is, such as "denoiser".
         checkpoint: SHA-256 of the weights from which the export was made.
         dtype: of the graph.
-        inputs, outputs: name → shape, with -1 for free dimensions.
         sha256, bytes: of the engine.
         model: the transformer's config, because the same weights may be used with another.
     """
@@ -102,50 +104,36 @@ class EngineFile:
     checkpoint: str
     dtype: str
     key: EngineKey
-    inputs: dict[str, tuple[int, ...]]
-    outputs: dict[str, tuple[int, ...]]
-    sha256: str
-    bytes: int
+    sha256: str = ""
+    bytes: int = 0
     model: dict[str, Any] = field(default_factory=dict)
 
     @property
     def description(self) -> Path:
-        return description_path(self.path)
+        return self.path.with_name(f"{self.path.name}.json")
 
-    def check(self, flavour: str, version: str, device: CudaDevice | None = None) -> None:
-        """Raise `EngineRefused` unless this TensorRT can run it (on ``device``)."""
+    def check(self, flavour: str, version: str, device: CudaDevice) -> None:
+        """Raise `EngineRefused` unless this TensorRT can run it on ``device``."""
         built, here = f"{self.key.flavour} {self.key.version}", f"{flavour} {version}"
         if built != here:
             raise EngineRefused(f"{self.path}: built by TensorRT {built}, this is {here}{REBUILD}")
         target = self.key.target
-        if device is None or target in ("any", str(device)) or device.capability in target.split():
-            return
-        raise EngineRefused(f"{self.path}: built for {target}, this is {device}{REBUILD}")
+        if target not in ("any", str(device)) and device.capability not in target.split():
+            raise EngineRefused(f"{self.path}: built for {target}, this is {device}{REBUILD}")
 
     def read(self) -> bytes:
         """The engine itself; raises `EngineRefused` for a file that is not what was written."""
-        try:
-            data = self.path.read_bytes()
-        except FileNotFoundError:
-            raise EngineRefused(f"{self.path}: is missing{REBUILD}") from None
-        if len(data) != self.bytes:
-            how = "truncated" if len(data) < self.bytes else "changed"
-            raise EngineRefused(
-                f"{self.path}: {how}, {len(data)} bytes in place of {self.bytes}{REBUILD}"
-            )
+        if not self.path.exists():
+            raise EngineRefused(f"{self.path}: is missing{REBUILD}")
+        data = self.path.read_bytes()
         if hashlib.sha256(data).hexdigest() != self.sha256:
-            raise EngineRefused(
-                f"{self.path}: has changed since it was built (SHA-256 differs){REBUILD}"
-            )
+            size = f"{len(data)} bytes, built with {self.bytes}"
+            raise EngineRefused(f"{self.path}: has changed since it was built ({size}){REBUILD}")
         return data
 
 
-def description_path(engine: Path) -> Path:
-    return engine.with_name(engine.name + ".json")
-
-
 def engine_path(directory: Path, graph: str, key: EngineKey) -> Path:
-    return directory / f"{graph}-{key.digest}{SUFFIX}"
+    return directory / f"{graph}-{key.digest}.engine"
 
 
 def write_engine(engine: EngineFile, data: Any) -> EngineFile:
@@ -158,10 +146,8 @@ def write_engine(engine: EngineFile, data: Any) -> EngineFile:
     written = replace(engine, sha256=hashlib.sha256(view).hexdigest(), bytes=view.nbytes)
     values = {
         "format": FORMAT,
-        **{name: getattr(written, name) for name in ("graph", "checkpoint", "dtype", "model")},
+        **{name: getattr(written, name) for name in _SAME},
         "key": written.key.to_dict(),
-        "inputs": written.inputs,
-        "outputs": written.outputs,
         "engine": {"file": written.path.name, "bytes": written.bytes, "sha256": written.sha256},
     }
     with locked(engine.path.parent):
@@ -177,67 +163,50 @@ def write_engine(engine: EngineFile, data: Any) -> EngineFile:
 def read_description(engine: Path) -> EngineFile:
     """The description beside an engine file; raises `EngineRefused` if it is missing or has another
     format."""
-    path = description_path(engine)
+    path = engine.with_name(f"{engine.name}.json")
     try:
         for file in filter(os.path.lexists, (path, engine)):
             check_regular(file)
-    except ValueError as error:
-        raise EngineRefused(str(error)) from None
-    try:
         values = read_json(path)
-        if values.get("format") != FORMAT:
-            raise ValueError(f"format {shown(values.get('format'))}; {FORMAT} is what is read")
-        check_schema(values, _SCHEMA, "the description")
+        check_schema(values, _SCHEMA, path)
         key = EngineKey.from_dict(values["key"])
     except FileNotFoundError:
         raise EngineRefused(f"{engine}: no engine of ours, {path.name} is missing") from None
     except (ValueError, TypeError) as error:  # TypeError: of a range without three numbers
         reason = str(error).removeprefix(f"{path}: ")
         raise EngineRefused(f"{path}: cannot be read: {reason}{REBUILD}") from None
-    return EngineFile(
-        path=engine,
-        key=key,
-        inputs={name: tuple(shape) for name, shape in values["inputs"].items()},
-        outputs={name: tuple(shape) for name, shape in values["outputs"].items()},
-        sha256=values["engine"]["sha256"],
-        bytes=values["engine"]["bytes"],
-        **{name: values[name] for name in ("graph", "checkpoint", "dtype", "model")},
-    )
+    made, facts = values["engine"], {name: values[name] for name in _SAME}
+    return EngineFile(engine, key=key, sha256=made["sha256"], bytes=made["bytes"], **facts)
 
 
 def find_engines(
     directory: Path,
     graph: str,
-    checkpoint: str | None = None,
-    dtype: str | None = None,
-    model: dict[str, Any] | None = None,
+    check: Callable[[EngineFile], None] = lambda _: None,
+    **facts: Any,
 ) -> list[EngineFile]:
-    """The engines of ``graph`` in a directory, newest first; of these weights, this config and this
-    precision if given.
+    """The engines of ``graph`` in a directory, newest first, that have these ``facts`` (attributes
+    of `EngineFile`, such as ``checkpoint``) and for which ``check`` raises no `EngineRefused`.
 
     Raises `EngineRefused` if there is no such engine.
     """
-    paths = sorted(directory.glob(f"{graph}-*{SUFFIX}"), key=lambda p: -p.lstat().st_mtime_ns)
     found, refused = [], []
-    for path in paths:
+    for path in sorted(directory.glob(f"{graph}-*.engine"), key=lambda p: -p.lstat().st_mtime_ns):
         # Without a description, it is still being written, or its writer was killed.
-        if description_path(path).exists():
-            try:
-                found.append(read_description(path))
-            except EngineRefused as error:  # such as one of another format, beside ours
-                refused.append(error)
-    if not found and refused:
-        raise refused[0]
+        if not path.with_name(f"{path.name}.json").exists():
+            continue
+        try:
+            engine = read_description(path)
+            for name, fact in facts.items():
+                if (own := getattr(engine, name)) != fact:
+                    values = f" ({shown(own)}, and {shown(fact)} is asked for)"
+                    shorter = "" if name == "model" else values
+                    raise EngineRefused(f"{path}: was built of another {name}{shorter}")
+            check(engine)
+            found.append(engine)
+        except EngineRefused as error:  # such as one of another format, beside ours
+            refused.append(error)
     if not found:
-        raise EngineRefused(f"{directory}: holds no engine of {graph}; see dit-export tensorrt")
-    ours = [engine for engine in found if checkpoint in (None, engine.checkpoint)]
-    if not ours:
-        raise EngineRefused(f"{directory}: its {graph} was built from another model's weights")
-    ours = [engine for engine in ours if model in (None, engine.model)]
-    if not ours:
-        raise EngineRefused(f"{directory}: its {graph} has these weights with another config")
-    fitting = [engine for engine in ours if dtype in (None, engine.dtype)]
-    if not fitting:
-        there = ", ".join(sorted({engine.dtype for engine in ours}))
-        raise EngineRefused(f"{directory}: its {graph} is in {there}; precision {dtype!r} is asked")
-    return fitting
+        missing = f"{directory}: holds no engine of {graph}; see dit-export tensorrt"
+        raise refused[0] if refused else EngineRefused(missing)
+    return found

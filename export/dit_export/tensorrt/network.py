@@ -8,27 +8,19 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-import threading
 from collections import deque
 from pathlib import Path
 from typing import Any
 
-from dit_engine.io.files import atomic_path
-from dit_export.tensorrt.engine_files import EngineFile, EngineKey
+from dit_engine.io.printable import one_line
+from dit_export.tensorrt.engine_files import EngineFile
 from dit_export.tensorrt.installed import Flavour
 
-TIMING_CACHE = "timing.cache"
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} {postfix}"
 _LOG = logging.getLogger(__name__)
 
-Shapes = dict[str, tuple[int, ...]]
-"""By tensor name; -1 is free."""
 
-
-def build_serialized(
-    onnx: Path, wanted: EngineFile, flavour: Flavour, quiet: bool
-) -> tuple[Any, Shapes, Shapes]:
-    """(the engine as a buffer, its inputs, its outputs) of an ONNX file.
+def build_serialized(onnx: Path, wanted: EngineFile, flavour: Flavour, quiet: bool) -> Any:
+    """The engine, as a buffer, of an ONNX file.
 
     Raises ValueError, one line, for a graph or a profile that TensorRT refuses.
     """
@@ -36,62 +28,32 @@ def build_serialized(
     logger = process_logger(trt)
     logger.errors.clear()
     builder = trt.Builder(logger)
-    timings = wanted.path.with_name(TIMING_CACHE)
     network, parser = parse(trt, builder, logger, onnx)
     config = builder.create_builder_config()
     progress = make_progress(trt, wanted.graph, quiet)
     try:
         config.progress_monitor = progress
-        configure(trt, builder, network, config, wanted.key, logger)
-        if not flavour.builds_without_gpu:
-            attach_timing_cache(config, timings)
+        if wanted.key.workspace_bytes:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, wanted.key.workspace_bytes)
+        if flavour.builds_without_gpu:
+            set_capabilities(trt, config, wanted.key.target)
+        for profile in wanted.key.profiles:
+            bounds = builder.create_optimization_profile()
+            for tensor in map(network.get_input, range(network.num_inputs)):
+                bounds.set_shape(tensor.name, *profile.shapes(tuple(tensor.shape)))
+            if config.add_optimization_profile(bounds) < 0:
+                raise ValueError(f"TensorRT refuses the profile {profile}: {last_error(logger)}")
         data = builder.build_serialized_network(network, config)
         if progress.interrupted:
             raise KeyboardInterrupt
         if data is None:
             raise ValueError(f"{onnx}: {flavour} builds no engine: {last_error(logger)}")
-        if not flavour.builds_without_gpu:
-            save_timing_cache(config, timings)
-        outputs = [network.get_output(i) for i in range(network.num_outputs)]
-        inputs, outputs = (
-            {tensor.name: tuple(tensor.shape) for tensor in tensors}
-            for tensors in (_inputs(network), outputs)
-        )
-        return data, inputs, outputs
+        return data
     finally:
-        progress.close()
+        progress.bar.close()
         # The parser owns the weights that the network refers to, so they go in this order.
         del config, parser
         del network
-
-
-def configure(
-    trt: Any, builder: Any, network: Any, config: Any, key: EngineKey, logger: Any
-) -> None:
-    """Set limits, devices and profiles; raises ValueError for those that TensorRT refuses."""
-    if key.workspace_bytes:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, key.workspace_bytes)
-    if key.flavour == "rtx" and key.target != "any":
-        known = {
-            f"{name[2:-1]}.{name[-1]}": value
-            for name, value in trt.ComputeCapability.__members__.items()
-            if name.startswith("SM")
-        }
-        config.num_compute_capabilities = len(key.target.split())
-        for index, capability in enumerate(key.target.split()):
-            if capability not in known:
-                raise ValueError(f"capability {capability!r}: choose from {', '.join(known)}")
-            config.set_compute_capability(known[capability], index)
-    for profile in key.profiles:
-        bounds = builder.create_optimization_profile()
-        for tensor in _inputs(network):
-            bounds.set_shape(tensor.name, *profile.shapes(tuple(tensor.shape)))
-        if config.add_optimization_profile(bounds) < 0:
-            raise ValueError(f"TensorRT refuses the profile {profile}: {last_error(logger)}")
-
-
-def _inputs(network: Any) -> list[Any]:
-    return [network.get_input(i) for i in range(network.num_inputs)]
 
 
 def parse(trt: Any, builder: Any, logger: Any, onnx: Path) -> tuple[Any, Any]:
@@ -104,32 +66,31 @@ def parse(trt: Any, builder: Any, logger: Any, onnx: Path) -> tuple[Any, Any]:
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx)):
-        reasons = parser_errors(parser) or [last_error(logger)]
-        del parser, network
-        raise ValueError(f"{onnx}: TensorRT refuses it: {'; '.join(reasons)}")
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        reasons = [
+            f"node {e.node_name() or e.node()} ({e.node_operator()}): {e.desc()}" for e in errors
+        ]
+        del errors, parser, network
+        raise ValueError(
+            f"{onnx}: TensorRT refuses it: {one_line('; '.join(reasons) or last_error(logger))}"
+        )
     return network, parser
 
 
-def attach_timing_cache(config: Any, path: Path) -> None:
-    """Give a build the timings of earlier ones; a damaged file counts as none.
-
-    TensorRT leaves out those of another device or version.
-    """
-    for earlier in (path.read_bytes() if path.is_file() else b"", b""):
-        cache = config.create_timing_cache(earlier)
-        if cache is not None and config.set_timing_cache(cache, False):
-            return
-
-
-def save_timing_cache(config: Any, path: Path) -> None:
-    """Keep what a build has timed for the next one; no file is written if there is nothing."""
-    cache = config.get_timing_cache()
-    content = None if cache is None else cache.serialize()
-    if content is None:
+def set_capabilities(trt: Any, config: Any, target: str) -> None:
+    """target: "any" or compute capabilities, such as "8.9 12.0". Raises ValueError for others."""
+    if target == "any":
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as partial:
-        partial.write_bytes(content)
+    known = {
+        f"{name[2:-1]}.{name[-1]}": value
+        for name, value in trt.ComputeCapability.__members__.items()
+        if name.startswith("SM")
+    }
+    config.num_compute_capabilities = len(target.split())
+    for index, capability in enumerate(target.split()):
+        if capability not in known:
+            raise ValueError(f"capability {capability!r}: choose from {', '.join(known)}")
+        config.set_compute_capability(known[capability], index)
 
 
 @functools.cache
@@ -155,69 +116,34 @@ def process_logger(trt: Any) -> Any:
 
 
 def last_error(logger: Any) -> str:
-    """The newest of a logger's errors, in one line."""
-    return " ".join(logger.errors[-1].split()) if logger.errors else "it does not say why"
-
-
-def parser_errors(parser: Any) -> list[str]:
-    """One line per error: which node, of which operator, and what is wrong with it."""
-    lines = []
-    for error in map(parser.get_error, range(parser.num_errors)):
-        where = ""
-        if error.node_operator():
-            where = f"node {error.node_name() or error.node()} ({error.node_operator()}): "
-        lines.append(" ".join(f"{where}{error.desc()}".split()))
-    return lines
+    return one_line(logger.errors[-1]) if logger.errors else "it does not say why"
 
 
 def make_progress(trt: Any, title: str, quiet: bool) -> Any:
-    """An IProgressMonitor that shows the outermost phase as a bar, with the innermost one's name.
-
-    TensorRT calls it from several threads. It has ``close`` and, for a build that was interrupted,
-    ``interrupted``.
-    """
+    """An IProgressMonitor that shows the phase of a build and its time. Ctrl-C sets its
+    ``interrupted`` and ends the build."""
     from dit_engine.console.bars import Bar
 
     class Progress(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
+            shown = "{desc}: {elapsed}{postfix}"
             self.bar = Bar(
-                desc=title, total=1.0, file=sys.stderr, disable=quiet, leave=False, bar_format=_BAR
+                desc=title, file=sys.stderr, disable=quiet, leave=False, bar_format=shown
             )
-            self.close = self.bar.close
             self.interrupted = False
-            self._lock = threading.Lock()
-            self._phases: dict[str, list[Any]] = {}  # phase → [parent, steps, steps done]
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            with self._lock:
-                self._phases[phase_name] = [parent_phase, max(num_steps, 1), 0]
-                self.bar.set_postfix_str(phase_name, refresh=False)
+            self.bar.set_postfix_str(phase_name, refresh=False)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             try:
-                with self._lock:
-                    self._phases[phase_name][2] = step + 1
-                    self._show(self._fraction(None))
-                return True
+                self.bar.update()
             except KeyboardInterrupt:  # an exception cannot pass through TensorRT; False stops it
                 self.interrupted = True
-                return False
+            return not self.interrupted
 
         def phase_finish(self, phase_name: str) -> None:
-            with self._lock:
-                outermost = self._phases.pop(phase_name, [None])[0] is None
-                self._show(1.0 if outermost else self._fraction(None))
-
-        def _show(self, done: float) -> None:
-            if done > self.bar.n:  # phases that start again must not turn the bar back
-                self.bar.update(done - self.bar.n)
-
-        def _fraction(self, parent: str | None) -> float:
-            """The part that is done of the phases below ``parent``."""
-            for name, (above, steps, done) in self._phases.items():
-                if above == parent:
-                    return min(1.0, (done + min(self._fraction(name), 0.99)) / steps)
-            return 0.0
+            pass
 
     return Progress()

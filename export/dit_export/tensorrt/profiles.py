@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+"""By tensor name; -1 is free."""
 
 
 @dataclass(frozen=True)
@@ -23,23 +25,19 @@ class Range:
     def __post_init__(self) -> None:
         if not 1 <= self.smallest <= self.best <= self.largest:
             raise ValueError(
-                f"range {self.smallest},{self.best},{self.largest}: "
-                "smallest, best and largest must be positive and in this order"
+                f"range {astuple(self)}: smallest, best and largest must be positive and in order"
             )
 
     @classmethod
-    def parse(cls, text: str, name: str = "range") -> Range:
+    def parse(cls, text: str, name: str) -> Range:
         """ "1,2,8", or "4" for 4,4,4. Raises ValueError, which names ``name`` and the text."""
         try:
             numbers = [int(part) for part in text.split(",")]
-        except ValueError:
-            numbers = []
-        if len(numbers) not in (1, 3):
-            raise ValueError(f"{name} {text!r}: give one number or three, as in 1,2,8")
-        try:
-            return cls(*numbers if len(numbers) == 3 else numbers * 3)
-        except ValueError as error:
-            raise ValueError(f"{name} {text!r}: {error}") from None
+            return cls(*numbers * 3 if len(numbers) == 1 else numbers)
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"{name} {text!r}: give one number, or three in order, as in 1,2,8"
+            ) from None
 
     def __contains__(self, value: int) -> bool:
         return self.smallest <= value <= self.largest
@@ -57,16 +55,9 @@ class Profile:
     batch: Range
     size: Range | None = None
 
-    def holds(self, batch: int, size: Sequence[int] = ()) -> bool:
-        """size: the free sides of an input, none for a graph whose size is fixed."""
-        sides_fit = self.size is None or all(side in self.size for side in size)
-        return batch in self.batch and sides_fit
-
     def shapes(self, shape: Shape) -> tuple[Shape, Shape, Shape]:
         """An input's shape, with -1 for free dimensions (the batch first) → the smallest, the best
-        and the largest shape. Raises ValueError if a side is free and this profile has no size."""
-        if -1 in shape[1:] and self.size is None:
-            raise ValueError("a graph whose size is free needs a profile with a size")
+        and the largest shape."""
         sides = (0, 0, 0) if self.size is None else astuple(self.size)
 
         def at(batch: int, side: int) -> Shape:
@@ -76,20 +67,8 @@ class Profile:
         smallest, best, largest = map(at, astuple(self.batch), sides)
         return smallest, best, largest
 
-    def to_dict(self) -> dict[str, list[int] | None]:
-        size = None if self.size is None else list(astuple(self.size))
-        return {"batch": list(astuple(self.batch)), "size": size}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Sequence[int] | None]) -> Profile:
-        batch, size = values["batch"], values["size"]
-        if batch is None:
-            raise ValueError("a profile needs a batch")
-        return cls(Range(*batch), None if size is None else Range(*size))
-
     def __str__(self) -> str:
-        side = "" if self.size is None else f", size {self.size}"
-        return f"batch {self.batch}{side}"
+        return f"batch {self.batch}" + ("" if self.size is None else f", size {self.size}")
 
 
 Profiles = tuple[Profile, ...]
@@ -100,8 +79,6 @@ def parse_profiles(batches: Sequence[str], size: str | None = None) -> Profiles:
 
     Raises ValueError for what is not a range, and for a range that is given twice.
     """
-    if not batches:
-        raise ValueError("batch: give at least one range, as in 1,2,8")
     sides = None if size is None else Range.parse(size, "size")
     profiles = tuple(Profile(Range.parse(text, "batch"), sides) for text in batches)
     if len(set(profiles)) < len(profiles):
@@ -109,14 +86,26 @@ def parse_profiles(batches: Sequence[str], size: str | None = None) -> Profiles:
     return profiles
 
 
-def choose_profile(profiles: Profiles, batch: int, size: Sequence[int] = ()) -> int:
-    """The index of the narrowest profile that holds a batch of that many rows.
+def choose_profile(profiles: Profiles, inputs: Shapes, given: Shapes) -> int:
+    """The index of the narrowest profile that holds inputs of these shapes.
 
-    Raises ValueError, which names the profiles, if none does.
+    inputs: those of the engine. Raises ValueError, which names both and the profiles, if none does.
     """
-    fitting = [i for i, profile in enumerate(profiles) if profile.holds(batch, size)]
+
+    def holds(profile: Profile) -> bool:
+        for name, shape in given.items():
+            low, _, high = profile.shapes(inputs[name])
+            inside = [a <= n <= b for a, n, b in zip(low, shape, high, strict=False)]
+            if len(shape) != len(low) or not all(inside):
+                return False
+        return True
+
+    same = given.keys() == inputs.keys() and len({shape[:1] for shape in given.values()}) == 1
+    fitting = [i for i, profile in enumerate(profiles) if same and holds(profile)]
     if not fitting:
-        sides = f" of {'×'.join(map(str, size))}" if size else ""
         allowed = "; ".join(map(str, profiles))
-        raise ValueError(f"batch {batch}{sides} is outside the engine's profile: {allowed}")
+        raise ValueError(
+            f"inputs {dict(given)} do not fit the engine, which takes {dict(inputs)} (-1 is free) "
+            f"of one batch in {allowed}"
+        )
     return min(fitting, key=lambda i: profiles[i].batch.largest - profiles[i].batch.smallest)

@@ -58,16 +58,13 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} {value!r} is not a positive integer")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
-            )
-        if self.hidden_size % 4:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4")
-        if self.input_size % self.patch_size:
-            raise ValueError(
-                f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}"
-            )
+        for name, divisor, kind in (
+            ("hidden_size", self.num_heads, "num_heads "),
+            ("hidden_size", 4, ""),
+            ("input_size", self.patch_size, "patch_size "),
+        ):
+            if (value := getattr(self, name)) % divisor:
+                raise ValueError(f"{name} {value} is not a multiple of {kind}{divisor}")
         for name, most in (("mlp_ratio", 1e300), ("mlp_norm_eps", 1)):
             value = getattr(self, name)
             real = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -150,18 +147,13 @@ class ModelConfig:
         for key in known[:5]:
             if key not in values:
                 raise ValueError(f"config key {key!r} is missing")
-        given = values.get("diffusion")
-        if isinstance(given, dict):
+        if isinstance(given := values.get("diffusion"), dict):
             values = values | {"diffusion": Diffusion.from_dict(given)}
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Every field for `from_dict`, but for a published diffusion and a null class that is
         there, which have no key."""
-        values = asdict(self)
-        values["diffusion"] = self.diffusion.to_dict()
-        if not values["diffusion"]:
-            del values["diffusion"]
-        if self.has_null_class:
-            del values["has_null_class"]
-        return values
+        values = asdict(self) | {"diffusion": self.diffusion.to_dict()}
+        published = {"diffusion": {}, "has_null_class": True}
+        return {k: v for k, v in values.items() if k not in published or v != published[k]}

@@ -19,8 +19,6 @@ from dit_engine.sampling.coefficients import LARGEST
 from dit_engine.vae import AutoencoderKL
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from dit_engine.plan import Plan
 
 MakeDecoder = Callable[[AutoencoderKL, torch.dtype, torch.device], Decode | None]
@@ -37,8 +35,7 @@ class LatentDecoder:
 
     def __init__(self, vae: AutoencoderKL, device: torch.device) -> None:
         self.vae, self.device = vae, device
-        self._plain: dict[torch.dtype, AutoencoderKL] = {}
-        self._made: dict[tuple[MakeDecoder, torch.dtype], Decode | None] = {}
+        self._made: dict[tuple[MakeDecoder, torch.dtype], Any] = {}
         self._lock = threading.Lock()
 
     def images(self, z: Tensor, plan: Plan, make: MakeDecoder, at_once: int) -> Any:
@@ -56,7 +53,11 @@ class LatentDecoder:
         if plan.output == "pt":
             return (torch.cat(parts).clamp(-1, 1) + 1) / 2
         pixels = np.concatenate(parts)
-        return pixels if plan.output == "np" else to_pil(pixels)
+        if plan.output == "np":
+            return pixels
+        from PIL import Image
+
+        return [Image.fromarray(image) for image in pixels]
 
     def __call__(self, z: Tensor, precision: str, make: MakeDecoder | None = None) -> Tensor:
         """Sampler latents z (N, c, h, w) → float32 images (N, 3, H, W), about [-1, 1].
@@ -70,11 +71,13 @@ class LatentDecoder:
         """
         dtype = torch.float32 if precision in ("fp32", "fp16") else torch.bfloat16
         z = self.vae.config.denormalise(z)
-        whole = self._made_by(make, dtype) or self._plain_in(dtype).decode
+        whole = None if make is None else self._cached(make, dtype)
+        if whole is None:
+            whole = self._cached(_copy, dtype).decode
         tile = max(z.shape[-1] // 2, 4)
         attempts: list[tuple[str, Decode]] = [
             ("image by image", lambda z: torch.cat([whole(part) for part in z.split(1)])),
-            ("in tiles", lambda z: self._plain_in(dtype).decode_tiled(z, tile, tile // 4)),
+            ("in tiles", lambda z: self._cached(_copy, dtype).decode_tiled(z, tile, tile // 4)),
         ]
         if self.device.type != "cpu" or dtype != torch.float32:
             attempts.insert(0, ("whole", whole))
@@ -88,19 +91,15 @@ class LatentDecoder:
                     raise
         raise MemoryError(f"out of memory in the VAE with tiles of {tile} latents")
 
-    def _plain_in(self, dtype: torch.dtype) -> AutoencoderKL:
-        with self._lock:
-            if dtype not in self._plain:
-                self._plain[dtype] = copy.deepcopy(self.vae).to(self.device, dtype)
-            return self._plain[dtype]
-
-    def _made_by(self, make: MakeDecoder | None, dtype: torch.dtype) -> Decode | None:
-        if make is None:
-            return None
+    def _cached(self, make: MakeDecoder, dtype: torch.dtype) -> Any:
         with self._lock:
             if (make, dtype) not in self._made:
                 self._made[make, dtype] = make(self.vae, dtype, self.device)
             return self._made[make, dtype]
+
+
+def _copy(vae: AutoencoderKL, dtype: torch.dtype, device: torch.device) -> Any:
+    return copy.deepcopy(vae).to(device, dtype)
 
 
 def to_uint8(images: Tensor, names: Sequence[str] | None = None) -> np.ndarray:
@@ -111,13 +110,6 @@ def to_uint8(images: Tensor, names: Sequence[str] | None = None) -> np.ndarray:
     pixels = (127.5 * images + 128.0).clamp(0, 255).permute(0, 2, 3, 1)
     # On the images' device, from which a quarter of the bytes is then copied.
     return pixels.to(torch.uint8, memory_format=torch.contiguous_format).cpu().numpy()
-
-
-def to_pil(pixels: np.ndarray) -> list[Image.Image]:
-    """uint8 (N, H, W, 3) → PIL images."""
-    from PIL import Image
-
-    return [Image.fromarray(image) for image in pixels]
 
 
 def check_pixels(images: Tensor, names: Sequence[str] | None = None) -> None:
@@ -165,7 +157,7 @@ def _finite(images: Tensor) -> bool:
 
 def _which(images: Tensor, names: Sequence[str] | None) -> str:
     """The images that are not finite, as the subject of a sentence."""
-    bad = [i for i, finite in enumerate(map(_finite, images)) if not finite]
-    told = [f"image {i}" if names is None else names[i] for i in bad[:_SHOWN]]
+    bad = [i for i, image in enumerate(images) if not _finite(image)]
+    told = ", ".join(f"image {i}" if names is None else names[i] for i in bad[:_SHOWN])
     more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-    return f"{', '.join(told)}{more} {'is' if len(bad) == 1 else 'are'}"
+    return f"{told}{more} {'is' if len(bad) == 1 else 'are'}"

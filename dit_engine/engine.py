@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,11 @@ class Engine:
         self.label_names = label_names
         self.max_batch_size = positive("max_batch_size", max_batch_size)
         self.loading: dict[str, Any] = {}
-        self.sources = {"model": "memory"} if sources is None else _texts("sources", sources)
+        self.sources = {"model": "memory"} if sources is None else dict(sources)
         self._start()
 
     def _start(self) -> None:
-        """Decoder, backends and lock: what a copy or an unpickled engine makes for itself."""
+        """Make what a copy or an unpickled engine makes for itself."""
         self._decode = None if self.vae is None else LatentDecoder(self.vae, self.device)
         self._backends: dict[tuple[str, str], Backend] = {}
         self._lock = threading.Lock()
@@ -79,12 +79,11 @@ class Engine:
         survive_forks()
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = ("_decode", "_backends", "_lock", "_facts")
-        return {name: value for name, value in vars(self).items() if name not in made_again}
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        with neutral():  # what was copied in inference mode could never be trained, nor changed
+        with neutral():  # a tensor copied in inference mode could never be trained or changed
             for name in ("model", "vae"):
                 module = getattr(self, name)
                 if module is not None and any(p.is_inference() for p in module.parameters()):
@@ -129,25 +128,17 @@ class Engine:
             ValueError, OSError: one line that says what is wrong with the source.
         """
         loading: dict[str, Any] = {
-            "num_heads": num_heads,
-            "prediction": prediction,
-            "vae_scaling_factor": vae_scaling_factor,
-            "vae_shift_factor": vae_shift_factor,
-            "vae_groups": vae_groups,
-        }
+            "num_heads": num_heads, "prediction": prediction, "vae_groups": vae_groups,
+            "vae_scaling_factor": vae_scaling_factor, "vae_shift_factor": vae_shift_factor,
+        }  # fmt: skip
         checkpoint = load_checkpoint(
             source, vae=vae, numerics=numerics, check_finite=check_finite, **loading
         )
         told = str if record_paths else recorded
         sources = {"model": told(source)} | ({} if vae is None else {"vae": told(vae)})
+        model, decoder = build_model(checkpoint), build_vae(checkpoint)
         engine = cls(
-            build_model(checkpoint),
-            build_vae(checkpoint),
-            checkpoint.label_names,
-            device,
-            max_batch_size,
-            threads,
-            sources,
+            model, decoder, checkpoint.label_names, device, max_batch_size, threads, sources
         )
         engine.loading = {name: value for name, value in loading.items() if value is not None}
         return engine
@@ -220,23 +211,12 @@ class Engine:
             BackendUnavailable: a backend that cannot run here.
         """
         plan = self.plan(
-            labels,
-            steps=steps,
-            sampler=sampler,
-            spacing=spacing,
-            eta=eta,
-            guidance_scale=guidance_scale,
-            guidance_channels=guidance_channels,
-            guidance_interval=guidance_interval,
-            seed=seed,
-            seeds=seeds,
-            noise=noise,
-            latents=latents,
-            step_noise=step_noise,
-            backend=backend,
-            precision=precision,
+            labels, steps=steps, sampler=sampler, spacing=spacing, eta=eta,
+            guidance_scale=guidance_scale, guidance_channels=guidance_channels,
+            guidance_interval=guidance_interval, seed=seed, seeds=seeds, noise=noise,
+            latents=latents, step_noise=step_noise, backend=backend, precision=precision,
             output=output,
-        )
+        )  # fmt: skip
         if callback is not None and not callable(callback):
             raise ValueError(f"callback {shown(callback)} is not callable")
         if not plan.splittable and len(plan) > self.max_batch_size:
@@ -253,9 +233,9 @@ class Engine:
                 if callback is None:
                     return
                 with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-                    own = z.clone()  # an ordinary tensor, and none that the next step reads
-                    k, steps = step + 1, len(plan.schedule)
-                    callback(Progress(k, steps, first, count, len(plan), own))
+                    own = z.clone()  # an ordinary tensor, which no later step reads
+                    steps = len(plan.schedule)
+                    callback(Progress(step + 1, steps, first, count, len(plan), own))
 
             z = sample(runner, part, self.device, report)
             again = partial(sample, runner, part, self.device)
@@ -272,7 +252,7 @@ class Engine:
                     assert self._decode is not None
                     images = self._decode.images(z, plan, runner.decoder, self.max_batch_size)
             if isinstance(images, Tensor):
-                images = images.clone()  # an ordinary tensor: it can be changed, and learnt from
+                images = images.clone()  # an ordinary tensor, which can be changed and trained on
         return plan.result(images)
 
     def plan(self, labels: int | str | Iterable[int | str], **options: Any) -> Plan:
@@ -289,10 +269,3 @@ class Engine:
                     name, self.model, precision, self.device
                 )
             return self._backends[name, precision]
-
-
-def _texts(name: str, value: Any) -> dict[str, str]:
-    items = value.items() if isinstance(value, Mapping) else [(value, None)]
-    if not all(isinstance(text, str) for item in items for text in item):
-        raise ValueError(f"{name} {shown(value)} is not a dict of strings")
-    return dict(value)

@@ -15,7 +15,7 @@ from dit_engine.io.printable import one_line, printable
 # Of a name. For a text of combining accents, Unicode normalisation takes time that grows with the
 # square of its length.
 MOST_CHARACTERS = 500
-_NUMERAL = re.compile(r"(number:)?(-?\d+)")
+_NUMERAL = re.compile(r"(?:number:)?(-?\d+)")
 
 
 def resolve_labels(
@@ -30,8 +30,13 @@ def resolve_labels(
     Raises ValueError naming the label and what is allowed: for one that is out of range or unknown,
     a name that several classes have, and a numeral that is also the name of another class.
     """
+    if (dimensions(labels) or 0) > 1:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}; one dimension is needed")  # pyright: ignore[reportAttributeAccessIssue]
+    items = list(labels) if isinstance(labels, Iterator) else sequence(labels)
+    if items == []:
+        raise ValueError("labels is empty; give at least one class name or number")
     lookup = _lookup(tuple(names or ()))
-    return [_resolve(item, num_classes, lookup) for item in _items(labels)]
+    return [_resolve(each, num_classes, lookup) for each in ([labels] if items is None else items)]
 
 
 def class_order(names: Iterable[str]) -> list[str]:
@@ -92,6 +97,8 @@ class _Lookup:
                     self.folded.setdefault(_folded(alias), set()).add(number)
 
     def classes(self, name: str) -> set[int]:
+        if len(name) > MOST_CHARACTERS:
+            return set()
         return self.exact.get(_composed(name)) or self.folded.get(_folded(name)) or set()
 
 
@@ -103,30 +110,17 @@ def _composed(name: str) -> str:
 
 
 def _folded(name: str) -> str:
-    decomposed = unicodedata.normalize("NFD", name).casefold()
-    return _composed(decomposed)
-
-
-def _items(labels: Any) -> list[Any]:
-    """What one or many labels hold, without a look at each."""
-    if (dimensions(labels) or 0) > 1:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}; one dimension is needed")
-    items = list(labels) if isinstance(labels, Iterator) else sequence(labels)
-    if items is None:
-        return [labels]
-    if not items:
-        raise ValueError("labels is empty; give at least one class name or number")
-    return items
+    return _composed(unicodedata.normalize("NFD", name).casefold())
 
 
 def _resolve(label: Any, num_classes: int, lookup: _Lookup) -> int:
     label = scalar(label)
     if isinstance(label, str):
-        named = lookup.classes(label) if len(label) <= MOST_CHARACTERS else set[int]()
-        numeral = _NUMERAL.fullmatch(label.strip())
-        number = _number(numeral[2]) if numeral else -1
-        if named:
-            return _named(label, named, number if 0 <= number < num_classes else None, lookup)
+        classes, numeral = lookup.classes(label), _NUMERAL.fullmatch(label.strip())
+        # A longer number is no class.
+        number = int(numeral[1]) if numeral and len(numeral[1]) < 20 else -1
+        if classes:
+            return _named(label, classes, number if 0 <= number < num_classes else None, lookup)
         if numeral is None:
             raise ValueError(
                 f"label {shown(label)} is unknown; {_allowed(label, num_classes, lookup)}"
@@ -143,23 +137,16 @@ def _resolve(label: Any, num_classes: int, lookup: _Lookup) -> int:
 
 def _named(label: str, classes: set[int], number: int | None, lookup: _Lookup) -> int:
     """The class of a name that ``classes`` have, and which may also be read as a number."""
-    names = [f"{i} ({one_line(lookup.names[i])})" for i in sorted(classes)]
     if len(classes) > 1:
-        raise ValueError(
-            f"label {shown(label)} is a name of classes {' and '.join(names)}: give the number"
-        )
+        names = " and ".join(f"{i} ({one_line(lookup.names[i])})" for i in sorted(classes))
+        raise ValueError(f"label {shown(label)} is a name of classes {names}: give the number")
     (named,) = classes
     if number not in (None, named):
         raise ValueError(
             f"label {shown(label)} is the name of class {named} and the number of class {number} "
-            f"({one_line(lookup.names[number])}): give number:{named} or "
-            f"number:{number}, or an int"
+            f"({one_line(lookup.names[number])}): give number:{named} or number:{number}, or an int"
         )
     return named
-
-
-def _number(numeral: str) -> int:
-    return int(numeral) if len(numeral) < 20 else -1  # longer ones are no class
 
 
 def _allowed(label: str, num_classes: int, lookup: _Lookup) -> str:
@@ -169,9 +156,7 @@ def _allowed(label: str, num_classes: int, lookup: _Lookup) -> str:
     names = lookup.folded
     near = difflib.get_close_matches(_folded(label[:80])[:80], names)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    few = (
-        ", ".join(map(printable, names))
-        if len(names) <= 30
-        else f"{len(names)} names (see --list-labels)"
-    )
+    few = ", ".join(map(printable, names))
+    if len(names) > 30:
+        few = f"{len(names)} names (see --list-labels)"
     return f"{hint}allowed are {few} and {numbers}"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_engine.arguments import choice, dimensions, real_number, sequence, shown, whole_number
+from dit_engine.arguments import choice, real_number, sequence, shown, whole_number
 from dit_engine.backends import PRECISIONS, resolve_backend
 from dit_engine.config import NO_NULL_CLASS, ModelConfig
 from dit_engine.labels import resolve_labels
@@ -136,10 +136,10 @@ def make_plan(
         ValueError: an argument out of its range; the message names it and what is allowed.
     """
     numbers = resolve_labels(labels, config.num_classes, label_names)
-    n = len(numbers)
+    n, diffusion = len(numbers), config.diffusion
     backend = resolve_backend(backend)
     sampler = choice("sampler", sampler, SAMPLERS)
-    usual, diffusion = SAMPLERS[sampler], config.diffusion
+    usual = SAMPLERS[sampler]
     if spacing is None:
         spacing = usual.spacing
     else:
@@ -148,14 +148,13 @@ def make_plan(
     precision = choice("precision", precision, PRECISIONS)
     if output is None:
         output = "pil" if has_vae else "latent"
-    output = choice("output", output, OUTPUTS)
+    if choice("output", output, OUTPUTS) != "latent" and not has_vae:
+        raise ValueError(f"output {output!r} needs a VAE; without one only 'latent' works")
     if steps is None:
         steps = min(usual.default_steps, diffusion.num_train_steps)
-    schedule = make_schedule(_steps(steps, diffusion.num_train_steps), spacing, diffusion)
-    eta = _eta(eta, sampler)
+    schedule = make_schedule(steps, spacing, diffusion)
+    eta = _parse_eta(eta, sampler)
     channels = check_channels(guidance_channels, config.in_channels)
-    if output != "latent" and not has_vae:
-        raise ValueError(f"output {output!r} needs a VAE; without one only 'latent' works")
     interval = None if guidance_interval is None else parse_interval(guidance_interval)
     scales = parse_scales(guidance_scale, n)
     if not config.has_null_class and (scales != 1).any():
@@ -179,11 +178,15 @@ def make_plan(
     for name, tensor in (("latents", latents), ("step_noise", step_noise)):
         if tensor is not None:
             settings[f"{name}_sha256"] = digest(tensor)
+    names = None if label_names is None else [label_names[i] for i in numbers]
+    told = [f"label {i}" for i in numbers]
+    if names is not None:
+        told = [f"{label} {name!r}" for label, name in zip(told, names, strict=True)]
     return Plan(
         config=config,
         labels=numbers,
         seeds=image_seeds,
-        names=_image_names(numbers, label_names, image_seeds),
+        names=[f"image {i} ({told[i]}, seed {image_seeds[i]})" for i in range(n)],
         scales=scales,
         sampler=sampler,
         eta=eta,
@@ -199,33 +202,8 @@ def make_plan(
         latents=latents,
         step_noise=step_noise,
         record=origin | settings,
-        label_names=None if label_names is None else [label_names[i] for i in numbers],
+        label_names=names,
     )
-
-
-def _steps(steps: Any, most: int) -> int:
-    number = whole_number(steps)
-    if number is None or number.bit_length() > 64:
-        raise ValueError(f"steps {shown(steps)} is not an integer from 1 to {most}")
-    return number
-
-
-def _eta(eta: Any, sampler: str) -> float:
-    number = real_number(eta)
-    if number is None or not 0.0 <= number <= 1.0:
-        raise ValueError(f"eta {shown(eta)} is not in 0 to 1")
-    if number and sampler != "ddim":
-        raise ValueError(f"eta {number!r} is for sampler 'ddim', not {sampler!r}")
-    return number
-
-
-def _image_names(
-    labels: list[int], label_names: Sequence[str] | None, seeds: list[int]
-) -> list[str]:
-    return [
-        f"image {i} (label {label}{f' {label_names[label]!r}' if label_names else ''}, seed {seed})"
-        for i, (label, seed) in enumerate(zip(labels, seeds, strict=True))
-    ]
 
 
 def in_interval(interval: Interval | None, sigmas: np.ndarray) -> np.ndarray:
@@ -240,61 +218,50 @@ def in_interval(interval: Interval | None, sigmas: np.ndarray) -> np.ndarray:
     return (sigmas > low) & (sigmas <= high)
 
 
-def parse_scales(guidance_scale: float | Sequence[float] | Tensor, n: int) -> Tensor:
-    """One scale, or one per image, as a float64 tensor (N,).
-
-    Raises ValueError: not finite, negative, or neither 1 nor ``n`` of them.
-    """
-    one, many = real_number(guidance_scale), sequence(guidance_scale)
-    numbers = [one] if many is None else [real_number(each) for each in many]
-    flat = (dimensions(guidance_scale) or 0) < 2
-    if flat and None in numbers:
-        raise ValueError(
-            f"guidance_scale {shown(guidance_scale)} is neither a number nor one number per image"
-        )
-    if not flat or (many is not None and len(numbers) != n):
-        shape = tuple(getattr(guidance_scale, "shape", (len(numbers),)))
-        raise ValueError(
-            f"guidance_scale of shape {shape} for {n} images: give one number, or one per image"
-        )
-    for number in numbers:
-        if number is None or not math.isfinite(number):
-            raise ValueError(f"guidance_scale {number} is not a finite number")
-        if number < 0:
-            raise ValueError(
-                f"guidance_scale {number} is negative: 0 and above are allowed, 1 is none"
-            )
-    return torch.tensor(numbers, dtype=torch.float64, device="cpu").expand(n)
-
-
-def check_channels(channels: int | None, in_channels: int) -> int | None:
-    """``channels`` as an int, or None. Raises ValueError unless it is None or 1 … in_channels."""
-    if channels is None:
-        return None
-    number = whole_number(channels)
-    if number is None:
-        raise ValueError(
-            f"guidance_channels {shown(channels)} is not an integer from 1 to {in_channels}"
-        )
-    if not 1 <= number <= in_channels:
-        raise ValueError(
-            f"guidance_channels {shown(number)} is out of range: allowed is 1 to {in_channels}"
-        )
-    return number
-
-
 def parse_interval(interval: Interval) -> Interval:
     """The two bounds as floats. Raises ValueError unless 0 ≤ low < high."""
     bounds = [real_number(bound) for bound in sequence(interval) or ()]
     low, high = bounds if len(bounds) == 2 else (None, None)
-    if low is None or high is None:
-        raise ValueError(f"guidance_interval {shown(interval)} is not a pair (low, high)")
-    if math.isnan(low) or math.isnan(high):
-        raise ValueError(f"guidance_interval ({low}, {high}) holds a NaN")
-    if low < 0 or high < 0:
-        raise ValueError(f"guidance_interval ({low}, {high}) is negative: sigma is at least 0")
-    if low >= high:
-        raise ValueError(
-            f"guidance_interval ({low}, {high}) is upside down: low must be below high"
-        )
+    if low is None or high is None or not 0 <= low < high:
+        allowed = "a pair (low, high) with 0 ≤ low < high"
+        raise ValueError(f"guidance_interval {shown(interval)} is not {allowed}")
     return low, high
+
+
+def parse_scales(guidance_scale: float | Sequence[float] | Tensor, n: int) -> Tensor:
+    """One scale, or one per image, as a float64 tensor (N,).
+
+    Raises ValueError: not finite, negative, or neither one nor ``n`` of them.
+    """
+    many = sequence(guidance_scale)
+    if many is not None and len(many) != n:
+        raise ValueError(
+            f"guidance_scale {shown(guidance_scale)} for {n} images: give one number, or one per "
+            "image"
+        )
+    scales = []
+    for each in [guidance_scale] if many is None else many:
+        number = real_number(each)
+        if number is None or not 0 <= number < math.inf:
+            allowed = "a finite number of 0 or more, or one per image; 1 is no guidance"
+            raise ValueError(f"guidance_scale {shown(each)} is not {allowed}")
+        scales.append(number)
+    return torch.tensor(scales, dtype=torch.float64, device="cpu").expand(n)
+
+
+def check_channels(channels: int | None, in_channels: int) -> int | None:
+    """``channels`` as an int, or None. Raises ValueError unless it is None or 1 … in_channels."""
+    number = whole_number(channels)
+    if channels is not None and (number is None or not 1 <= number <= in_channels):
+        allowed = f"allowed is 1 to {in_channels}"
+        raise ValueError(f"guidance_channels {shown(channels)} is out of range: {allowed}")
+    return number
+
+
+def _parse_eta(eta: Any, sampler: str) -> float:
+    number = real_number(eta)
+    if number is None or not 0.0 <= number <= 1.0:
+        raise ValueError(f"eta {shown(eta)} is not in 0 to 1")
+    if number and sampler != "ddim":
+        raise ValueError(f"eta {number!r} is for sampler 'ddim', not {sampler!r}")
+    return number

@@ -28,7 +28,7 @@ _CAPTION_HEIGHT = 14
 _MARGIN = 4
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Progress:
     """What a callback is told after every step.
 
@@ -41,16 +41,10 @@ class Progress:
     first: int
     count: int
     total: int
-    latents: Tensor
-
-    def __repr__(self) -> str:
-        return (
-            f"Progress(step={self.step}, steps={self.steps}, first={self.first}, "
-            f"count={self.count}, total={self.total}, latents={_outline(self.latents)})"
-        )
+    latents: Tensor = field(repr=False)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Generation:
     """The outcome of `Engine.generate`.
 
@@ -63,7 +57,7 @@ class Generation:
         label_names: the names of the labels, where the model has names.
     """
 
-    images: Any
+    images: Any = field(repr=False)
     labels: list[int]
     seeds: list[int] | None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -86,7 +80,7 @@ class Generation:
 
         path = Path(path)
         if not isinstance(self.images, list):
-            raise ValueError(f"{path}: PNGs are of output 'pil', not of {_outline(self.images)}")
+            raise ValueError(f"{path}: only images of output 'pil' are saved as PNGs")
         if path == STDOUT:
             raise ValueError(f"{path} is no name: give a .png or a directory")
         check_destination(path, suffixes=(".png",))
@@ -101,22 +95,6 @@ class Generation:
             warnings.warn(f"{path} holds {n} of these images, which will be replaced", stacklevel=2)
         for target, image in zip(targets, self.images, strict=True):
             _write(target, _png(image))
-
-    def __repr__(self) -> str:
-        return (
-            f"Generation(images={_outline(self.images)}, labels={self.labels}, "
-            f"seeds={self.seeds}, settings={self.settings}, label_names={self.label_names})"
-        )
-
-
-def _outline(images: Any) -> str:
-    """Kind and shape of a tensor, an array, or a list of PIL images of one size."""
-    if images is None:
-        return "None"
-    if isinstance(images, list):
-        width, height = images[0].size
-        return f"[{len(images)} PIL of {width}x{height}]"
-    return f"<{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}>"
 
 
 def call_record(result: Generation) -> dict[str, Any]:
@@ -148,7 +126,7 @@ def digest(tensor: Tensor) -> str:
 
 
 def as_read(record: dict[str, Any]) -> dict[str, Any]:
-    """``record`` as `record_in` would return it: with lists in place of tuples."""
+    """``record`` as `record_in` would return it, with lists in place of tuples."""
     return parse_json(json.dumps(record), "the record", lenient=True)
 
 

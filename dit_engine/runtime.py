@@ -25,7 +25,12 @@ def parse_device(device: str | torch.device | None) -> torch.device:
 
     Raises ValueError, naming the allowed ones, for a device that is unknown or not there.
     """
-    counts = _counts()
+    counts = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "xpu": torch.xpu.device_count() if torch.xpu.is_available() else 0,
+    }
     if device is None:
         return with_index(torch.device("cuda" if counts["cuda"] else "cpu"))
     parsed = None
@@ -46,8 +51,7 @@ def with_index(device: torch.device) -> torch.device:
     torch looks a missing index up again at every use, in the thread that uses it: after another
     `torch.cuda.set_device`, the labels would be on another GPU than the weights.
     """
-    kinds = {"cuda": torch.cuda, "xpu": torch.xpu}
-    kind = kinds.get(device.type)
+    kind = {"cuda": torch.cuda, "xpu": torch.xpu}.get(device.type)
     if kind is None or device.index is not None or not kind.is_available():
         return device
     return torch.device(device.type, kind.current_device())
@@ -55,11 +59,11 @@ def with_index(device: torch.device) -> torch.device:
 
 @contextlib.contextmanager
 def neutral(device: torch.device | None = None) -> Iterator[None]:
-    """This thread without the modes of its caller that would change what is computed: autocast (of
-    the CPU and of ``device``), a default device, inference mode.
+    """Switch off, for this thread, the modes of its caller that would change what is computed:
+    autocast (of the CPU and of ``device``), a default device, inference mode.
 
-    It costs a few questions where there are none. A default dtype is the whole process's and
-    cannot be taken back for one thread: whatever makes a tensor names its dtype.
+    A default dtype belongs to the whole process and cannot be switched off for one thread:
+    whatever makes a tensor names its dtype.
     """
     with contextlib.ExitStack() as stack:
         for kind in {"cpu", "cpu" if device is None else device.type}:
@@ -74,17 +78,21 @@ def neutral(device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
+_setting = threading.Lock()
+_forked = False
+
+
 @contextlib.contextmanager
 def limited_threads(threads: int | None) -> Iterator[None]:
-    """So many CPU threads for this block, and what was set before after it; None changes nothing.
+    """Compute with so many CPU threads in this block, then with the number of before; None changes
+    nothing.
 
     It is the setting of the calling thread, which torch's OpenMP regions and the native kernels
     go by; other threads keep theirs, and those to come get the process's default as before. In a
     forked child it is one thread whatever is asked for, see `survive_forks`.
     """
-    if _process.forked:
-        threads = 1
     before = torch.get_num_threads()
+    threads = 1 if _forked else threads
     if threads is None or threads == before:
         yield
         return
@@ -95,18 +103,19 @@ def limited_threads(threads: int | None) -> Iterator[None]:
         _set_for_this_thread(before)
 
 
-class _Process:
-    """What a fork changes."""
+def _set_for_this_thread(threads: int) -> None:
+    """torch.set_num_threads sets the calling thread's number and the default of threads that have
+    not used torch yet; another thread puts that default back."""
 
-    forked = False
-    setting = threading.Lock()
+    def in_a_new_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+        with ThreadPoolExecutor(1) as fresh:
+            return fresh.submit(function, *arguments).result()
 
-    def in_child(self) -> None:
-        self.forked, self.setting = True, threading.Lock()  # a thread of the parent may hold it
-        torch.set_num_threads(1)
-
-
-_process = _Process()
+    with _setting:
+        default = in_a_new_thread(torch.get_num_threads)
+        torch.set_num_threads(threads)
+        if default != threads:
+            in_a_new_thread(torch.set_num_threads, default)
 
 
 @functools.cache
@@ -115,43 +124,22 @@ def survive_forks() -> None:
 
     OpenMP's threads are not in the child, and its torch would wait for them for ever.
     """
+
+    def in_child() -> None:
+        global _forked, _setting
+        _forked, _setting = True, threading.Lock()  # a thread of the parent may have held it
+        torch.set_num_threads(1)
+
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_process.in_child)
-
-
-def _set_for_this_thread(threads: int) -> None:
-    """torch.set_num_threads sets the calling thread's number and the default of threads that have
-    not used torch yet; another thread puts that default back."""
-
-    def run(function: Callable[..., Any], *arguments: Any) -> Any:
-        with ThreadPoolExecutor(1) as fresh:
-            return fresh.submit(function, *arguments).result()
-
-    with _process.setting:
-        default = run(torch.get_num_threads)
-        torch.set_num_threads(threads)
-        if default != threads:
-            run(torch.set_num_threads, default)
-
-
-def _counts() -> dict[str, int]:
-    """How many devices of each kind this torch can use here."""
-    return {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-        "mps": int(torch.backends.mps.is_available()),
-        "xpu": torch.xpu.device_count() if torch.xpu.is_available() else 0,
-    }
+        os.register_at_fork(after_in_child=in_child)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` is some allocator's refusal, on the CPU or on a GPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and (
-        "not enough memory" in text or "out of memory" in text or "can't allocate memory" in text
-    )
+    said = ("not enough memory", "out of memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in said)
 
 
 def in_halves(
@@ -166,22 +154,18 @@ def in_halves(
     first = 0
     while first < total:
         count = min(limit, total - first)
-        failed = False
         try:
             results.append(run(first, count))
+            first += count
+            continue
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             if count == 1 or not splittable:
                 raise MemoryError(f"out of memory with a batch of {count}: {error}") from error
-            failed = True
         # Outside the except block, where the traceback would keep the failed batch alive.
-        if failed:
-            limit = count // 2
-            warnings.warn(f"out of memory with a batch of {count}: going on with {limit}",
-                          stacklevel=3)  # fmt: skip
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        else:
-            first += count
+        limit = count // 2
+        warnings.warn(f"out of memory with a batch of {count}: going on with {limit}", stacklevel=3)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     return results

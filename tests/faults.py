@@ -34,11 +34,6 @@ FAULTS = {
             "min_log[k] + (1 - fraction) * max_log[k]»",
         "ddim noise at the last step": "if eta > 0« and k < len(schedule) - 1 → »:",
         "solver's ratio inverted": "float(0.5 «/ → *» ratio)"},
-    "engine/test_predictions": {
-        "v prediction, sign of x0": "pair = np.sqrt(now), «- → »np.sqrt(1.0 - now)",
-        "sample prediction, sign of epsilon": "«- → »np.sqrt(now / (1.0 - now))",
-        "epsilon's share of z lost": "rows[:, 3] «+ → »= rows[:, 4] * of_z",
-        "dpm++ clamps": 'if clip is None« or name == "dpm++" → »:'},
     "engine/test_schedule": {
         "official spacing truncated": "timesteps.append(«round → int»(position))",
         "trailing spacing truncated": "points(steps)«.round().astype → .astype»(np.int64) - 1"},
@@ -48,6 +43,10 @@ FAULTS = {
         "ddim stride, off by one": "np.where(t <« → =» 0, end, table[t])",
         "least signal of the solver": "SOLVER_LEAST_SIGNAL = 2.0**-«24 → 20»"},
     "engine/test_fused_sampling": {
+        "v prediction, sign of x0": "pair = np.sqrt(now), «- → »np.sqrt(1.0 - now)",
+        "sample prediction, sign of epsilon": "«- → »np.sqrt(now / (1.0 - now))",
+        "epsilon's share of z lost": "rows[:, 3] «+ → »= rows[:, 4] * of_z",
+        "dpm++ clamps": 'if clip is None« or name == "dpm++" → »:',
         "noise at the last step": "rows[-1, 8] «= 0.0 → *= 1.0»",
         "second order a step late": "(lambdas[k] - lambdas[k - 1]) if k > «0 → 1» else 0.0",
         "ddim direction without the noise's share": "np.sqrt(1 - before« - sigmas**2 → »)",

@@ -97,13 +97,6 @@ class Backend(Protocol):
         return None
 
 
-class _PrepareOnly(Backend):
-    """A backend that does not derive from `Backend` and has only `prepare`."""
-
-    def __init__(self, other: Backend) -> None:
-        self.prepare = other.prepare
-
-
 Factory = Callable[..., Backend]
 """(model, precision, device) → Backend, with ``address=`` where the name carried one."""
 
@@ -149,12 +142,14 @@ def create_backend(name: str, model: DiT, precision: str, device: torch.device) 
     kind, scheme, address = resolve_backend(name).partition("://")
     options = {"address": address} if scheme else {}
     # Ours first: no other package takes over a name of ours.
-    if kind not in _FACTORIES and (added := _added(kind)) is not None:
-        made = added.load()(model, precision, device, **options)
-        whole = hasattr(made, "fuse") and hasattr(made, "decoder")
-        return made if whole else _PrepareOnly(made)
-    if scheme:
-        raise ValueError(f"backend {name!r}: {kind} takes no address")
-    module, factory_name = _FACTORIES[kind]
-    factory: Factory = getattr(import_module(module), factory_name)
-    return factory(model, precision, device)
+    if kind in _FACTORIES:
+        if scheme:
+            raise ValueError(f"backend {name!r}: {kind} takes no address")
+        module, factory_name = _FACTORIES[kind]
+        return getattr(import_module(module), factory_name)(model, precision, device)
+    added = _added(kind)
+    assert added is not None
+    made = added.load()(model, precision, device, **options)
+    if not (hasattr(made, "fuse") and hasattr(made, "decoder")):  # it has only ``prepare``
+        made.fuse, made.decoder = (lambda *_: None), Backend.decoder
+    return made

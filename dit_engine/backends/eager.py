@@ -26,7 +26,7 @@ class EagerBackend(Backend):
             )
         self.dtype = DTYPES[precision]
         self.model = placed(model, self.dtype, device)
-        self.forward: Callable[[Tensor, Tensor, Tensor], Tensor] = self.model
+        self.forward: Callable[..., Tensor] = self.model  # (x, t, y) → the model's output
         self.one_by_one = device.type == "cpu" and self.dtype == torch.float32
 
     def prepare(self, labels: Tensor, timesteps: Tensor) -> Denoiser:

@@ -51,10 +51,14 @@ def uses_noise(coefficients: np.ndarray) -> np.ndarray:
     return coefficients[:, 8] != 0
 
 
-def _ddpm(schedule: Schedule, eta: float, learned: bool) -> np.ndarray:
-    del eta
+def _rows(schedule: Schedule) -> np.ndarray:
     rows = np.zeros((len(schedule), 9))
     rows[:, :2] = schedule.x0_weights
+    return rows
+
+
+def _ddpm(schedule: Schedule, _: float, learned: bool) -> np.ndarray:
+    rows = _rows(schedule)
     rows[:, 2] = schedule.posterior_mean_coef1
     rows[:, 3] = schedule.posterior_mean_coef2
     fixed = schedule.fixed_log_variance(learned)
@@ -67,22 +71,19 @@ def _ddpm(schedule: Schedule, eta: float, learned: bool) -> np.ndarray:
     return rows
 
 
-def _ddim(schedule: Schedule, eta: float, learned: bool) -> np.ndarray:
-    del learned
+def _ddim(schedule: Schedule, eta: float, _: bool) -> np.ndarray:
     # float32 in between, as in `samplers.ddim`: 1 − ᾱ near ᾱ = 1 shows the rounding.
     now = schedule.alphas_cumprod.astype(np.float32)
     before = schedule.ddim_alphas_cumprod_prev.astype(np.float32)
     sigmas = np.float32(eta) * np.sqrt((1 - before) / (1 - now)) * np.sqrt(1 - now / before)
-    rows = np.zeros((len(schedule), 9))
-    rows[:, :2] = schedule.x0_weights
+    rows = _rows(schedule)
     rows[:, 2] = np.sqrt(before)
     rows[:, 4] = np.sqrt(1 - before - sigmas**2)
     rows[:, 8] = sigmas
     return rows
 
 
-def _dpm_solver_pp(schedule: Schedule, eta: float, learned: bool) -> np.ndarray:
-    del eta, learned
+def _dpm_solver_pp(schedule: Schedule, _: float, __: bool) -> np.ndarray:
     now, before = schedule.solver_alphas_cumprod, schedule.alphas_cumprod_prev
     rows = np.zeros((len(schedule), 9))
     rows[:, 0] = 1 / np.sqrt(now)

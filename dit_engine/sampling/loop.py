@@ -8,7 +8,6 @@ clamped x₀ is not affine: it is added afterwards. Other backends run the refer
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,21 +17,25 @@ from torch import Tensor
 from dit_engine.backends import Backend, FusedDenoiser
 from dit_engine.sampling.coefficients import uses_noise
 from dit_engine.sampling.guidance import guided
-from dit_engine.sampling.noise import GivenNoise, NoiseSource, OfficialNoise, PerImageNoise
-from dit_engine.sampling.samplers import SAMPLERS, Noise, clamped
+from dit_engine.sampling.noise import GivenNoise, OfficialNoise, PerImageNoise
+from dit_engine.sampling.samplers import SAMPLERS, Callback, Noise, clamped
 
 if TYPE_CHECKING:
     from dit_engine.plan import Plan
 
-Report = Callable[[int, Tensor], None]
-"""(k, the latents after step k)."""
 
-
-def sample(backend: Backend, plan: Plan, device: torch.device, report: Report) -> Tensor:
+def sample(backend: Backend, plan: Plan, device: torch.device, report: Callback) -> Tensor:
     """Noise to latents (N, C, S, S) float32 for all images of ``plan`` as one batch."""
-    noise = _noise(plan, device)
+    labels, guides, shape = plan.labels, plan.guides, plan.config.latent_shape
+    if plan.noise == "official":
+        noise = OfficialNoise(
+            plan.seeds[0], len(plan), bool((plan.scales != 1).any()), shape, device
+        )
+    else:
+        noise = PerImageNoise(plan.seeds, shape, device)
+    if plan.latents is not None or plan.step_noise is not None:
+        noise = GivenNoise(plan.latents, plan.step_noise, noise)
     z = noise.start()  # (N, C, S, S)
-    labels, guides = plan.labels, plan.guides
     if guides.any():
         labels = labels + [plan.config.null_class] * len(plan)
     conditions = (
@@ -49,24 +52,13 @@ def sample(backend: Backend, plan: Plan, device: torch.device, report: Report) -
     return SAMPLERS[plan.sampler].function(denoise, z, plan.schedule, noise, report, **options)
 
 
-def _noise(plan: Plan, device: torch.device) -> NoiseSource:
-    if plan.noise == "official":
-        guides = bool((plan.scales != 1).any())
-        drawn = OfficialNoise(plan.seeds[0], len(plan), guides, plan.config.latent_shape, device)
-    else:
-        drawn = PerImageNoise(plan.seeds, plan.config.latent_shape, device)
-    if plan.latents is None and plan.step_noise is None:
-        return drawn
-    return GivenNoise(plan.latents, plan.step_noise, drawn)
-
-
 def sample_fused(
     denoiser: FusedDenoiser,
     z: Tensor,
     draws: np.ndarray,
     guides: np.ndarray,
     noise: Noise,
-    report: Report,
+    report: Callback,
     clip: tuple[float, np.ndarray] | None = None,
 ) -> Tensor:
     """z (N, C, S, S) float32, the starting noise → latents of the same shape.

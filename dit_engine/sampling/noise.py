@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ class Uploads:
 
     def send(self, fill: Callable[[Tensor], object]) -> Tensor:
         """What ``fill`` writes into the buffer that it is given, on the device."""
-        if len(self._ring) < AHEAD:  # a run without step noise needs but one
+        if len(self._ring) < AHEAD:  # a run without step noise needs only one
             # "blocking": the host sleeps while it waits for the device.
             self._ring.append((_page_locked(self.shape), torch.cuda.Event(blocking=True)))
         else:
@@ -77,12 +78,9 @@ class PerImageNoise:
         self._uploads: Uploads | None = None
 
     def start(self) -> Tensor:
-        return self._draw()
+        return self(-1)
 
     def __call__(self, step: int) -> Tensor:
-        return self._draw()
-
-    def _draw(self) -> Tensor:
         if self.device.type == "cuda":
             self._uploads = self._uploads or Uploads(self.shape, self.device)
             return self._uploads.send(self._fill)
@@ -136,21 +134,17 @@ def given_noise(name: str, value: Any, shape: tuple[int, ...]) -> Tensor | None:
     """
     if value is None:
         return None
+    given = value
     if not isinstance(value, Tensor):
-        try:
+        with contextlib.suppress(TypeError, ValueError, RuntimeError), np.errstate(over="ignore"):
             array = np.asarray(value)
-            if array.dtype.kind != "f":
-                raise TypeError
-            with np.errstate(over="ignore"):
+            if array.dtype.kind == "f":
                 value = torch.from_numpy(np.array(array, np.float32, order="C"))
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(
-                f"{name} {shown(value)} is no tensor or array of floating-point numbers"
-            ) from None
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    if not dense or not value.is_floating_point():
+        raise ValueError(f"{name} {shown(given)} is no tensor or array of floating-point numbers")
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; {shape} is needed")
-    if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
-        raise ValueError(f"{name} {shown(value)} on {value.device} holds no floating-point numbers")
     value = value.detach().float()
     if not value.isfinite().all():
         raise ValueError(f"{name} holds NaN or infinity")
@@ -195,24 +189,20 @@ def resolve_seeds(seed: int | None, seeds: Sequence[int] | None, n: int, noise: 
         if seeds is not None:
             raise ValueError("noise 'official' has one generator for the batch: give seed")
         return [_checked_seed("seed", 0 if seed is None else seed)] * n  # the reference's default
-    if seeds is None:
-        if (many := sequence(seed)) is not None:
-            raise ValueError(f"seed holds {len(many)} numbers: give them as seeds, one per image")
-        start = _checked_seed("seed", secrets.randbelow(2**31) if seed is None else seed)
-        if start + n > _SEED_LIMIT:
-            raise ValueError(
-                f"seed {start} counts up to {start + n - 1} for {n} labels; at most "
-                f"{_SEED_LIMIT - n} leaves one for each"
-            )
-        return [start + i for i in range(n)]
-    numbers = sequence(seeds)
-    if numbers is None:
-        raise ValueError(f"seeds {shown(seeds)} is not one number per label: give seed, or a list")
-    if len(numbers) != n:
-        found = f"{len(numbers)} number{'s' * (len(numbers) != 1)}"
-        needed = f"{n} label{'s' * (n != 1)}"
-        raise ValueError(f"seeds holds {found} for {needed}; one per label is needed")
-    return [_checked_seed("seeds:", each) for each in numbers]
+    if seeds is not None:
+        numbers = sequence(seeds)
+        if numbers is None or len(numbers) != n:
+            raise ValueError(f"seeds {shown(seeds)}: give one per label ({n}), or seed alone")
+        return [_checked_seed("seeds:", each) for each in numbers]
+    if sequence(seed) is not None:
+        raise ValueError(f"seed {shown(seed)} is not one number: give seeds, one per image")
+    start = _checked_seed("seed", secrets.randbelow(2**31) if seed is None else seed)
+    if start + n > _SEED_LIMIT:
+        raise ValueError(
+            f"seed {start} counts up to {start + n - 1} for {n} labels; at most "
+            f"{_SEED_LIMIT - n} leaves one for each"
+        )
+    return [start + i for i in range(n)]
 
 
 def _checked_seed(name: str, seed: Any) -> int:

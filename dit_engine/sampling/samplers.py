@@ -1,9 +1,10 @@
 """The samplers as they are defined: plain functions from noise to latents, over any denoiser.
 
-Each takes ``denoise(z, k)``, the model's already guided answer at step k, and never asks how it
-was computed. Coefficients are float64 until they meet a tensor, where ``ddpm`` and ``ddim`` round
-them to float32 as the reference does (facebookresearch/DiT, ``_extract_into_tensor``): without
-that rounding a float64 run drifts from the reference's by about 1e-7 a step.
+Each takes ``denoise(z, k)``, the guided prediction of the model at step k, and does not depend on
+how that was computed. Coefficients are float64 until they meet a tensor. There ``ddpm`` and
+``ddim`` round them to float32, as the reference does (facebookresearch/DiT,
+``_extract_into_tensor``): without that rounding, a float64 run drifts from the reference's by about
+1e-7 per step.
 
 Shape letters: N images, C latent channels, S latent side.
 """
@@ -22,24 +23,20 @@ from dit_engine.sampling.coefficients import LARGEST
 from dit_engine.sampling.schedule import Schedule
 
 Denoise = Callable[[Tensor, int], Tensor]
-"""(z (N, C, S, S), k) → what the diffusion predicts, as a rule epsilon, (N, C, S, S), or that and
-the variance (N, 2C, S, S)."""
+"""(z (N, C, S, S), k) → the prediction, of epsilon unless the diffusion says otherwise,
+(N, C, S, S), or the prediction and the variance (N, 2C, S, S)."""
 Noise = Callable[[int], Tensor]
-"""k → the standard normal draw (N, C, S, S) of step k; called only where one is used."""
+"""k → the standard normal draw (N, C, S, S) of step k; called only for steps that use one."""
 Callback = Callable[[int, Tensor], None]
 """(k, z after step k)."""
 
 
 def ddpm(
-    denoise: Denoise,
-    z: Tensor,
-    schedule: Schedule,
-    noise: Noise,
-    callback: Callback | None = None,
+    denoise: Denoise, z: Tensor, schedule: Schedule, noise: Noise, callback: Callback | None = None
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020) with the learned variance of Nichol & Dhariwal 2021.
 
-    A denoiser that gives no variance gets the fixed one, beta (the reference's FIXED_LARGE, its
+    For a denoiser without a variance it uses the fixed one, beta (the reference's FIXED_LARGE, its
     choice for ``learn_sigma=False``), unless the diffusion says otherwise. The last step adds no
     noise.
 
@@ -79,7 +76,7 @@ def ddim(
     callback: Callback | None = None,
     eta: float = 0.0,
 ) -> Tensor:
-    """Song et al. 2020 (arXiv 2010.02502), equation 12; the model's variance is not used.
+    """Song et al. 2020 (arXiv 2010.02502), equation 12. It does not use the model's variance.
 
     Args:
         z: (N, C, S, S) the starting noise; not modified.
@@ -93,7 +90,7 @@ def ddim(
     """
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta {eta!r} is out of range: allowed is 0 to 1")
-    # float32 from here on, as the reference computes them; each operation is correctly rounded.
+    # These are float32, as the reference computes them; each operation is correctly rounded.
     now = schedule.alphas_cumprod.astype(np.float32)
     prev = schedule.ddim_alphas_cumprod_prev.astype(np.float32)
     sigmas = np.float32(eta) * np.sqrt((1 - prev) / (1 - now)) * np.sqrt(1 - now / prev)
@@ -102,7 +99,7 @@ def ddim(
     for k in range(len(schedule)):
         output, _ = _split(denoise(z, k), z)
         eps = _predict_epsilon(output, z, schedule, k)
-        x0 = _clipped_x0(output, z, schedule, k)  # eps stays as it is, as in diffusers
+        x0 = _clipped_x0(output, z, schedule, k)  # eps is not clipped, as in diffusers
         step = float(roots[k]) * x0 + float(directions[k]) * eps
         if eta > 0 and k < len(schedule) - 1:
             step = step + float(sigmas[k]) * noise(k).to(z)
@@ -113,16 +110,13 @@ def ddim(
 
 
 def dpm_solver_pp(
-    denoise: Denoise,
-    z: Tensor,
-    schedule: Schedule,
-    noise: Noise,
-    callback: Callback | None = None,
+    denoise: Denoise, z: Tensor, schedule: Schedule, noise: Noise, callback: Callback | None = None
 ) -> Tensor:
     """DPM-Solver++(2M), deterministic: Lu et al. 2022 (arXiv 2211.01095), algorithm 2.
 
-    The first step is first order for want of a past, the last because it goes to zero noise, where
-    λ = log(signal/noise) is infinite; there the result is exactly the predicted x0.
+    The first step is of first order, because there is no step before it. So is the last one,
+    because it goes to zero noise, where λ = log(signal/noise) is infinite: its result is exactly
+    the predicted x0.
 
     Args:
         z: (N, C, S, S) the starting noise; not modified.
@@ -185,7 +179,7 @@ SAMPLERS = {
 
 
 def _float32(coefficients: np.ndarray) -> list[float]:
-    """Round to float32; as Python floats they take the dtype of the tensor that they meet."""
+    """Round to float32. Python floats do not change the dtype of the tensor that they multiply."""
     return coefficients.astype(np.float32).tolist()
 
 
@@ -200,7 +194,8 @@ def _clipped_x0(output: Tensor, z: Tensor, schedule: Schedule, k: int) -> Tensor
 
 
 def clamped(x0: Tensor, clip: float) -> Tensor:
-    """x0 within ±clip, but NaN where it is not below `LARGEST`: no overflow becomes a picture."""
+    """x0 clamped to ±clip, but NaN where |x0| is not below `LARGEST`, so that an overflow does not
+    become a picture."""
     return torch.where(x0.abs() < LARGEST, x0.clamp(-clip, clip), torch.nan)
 
 
@@ -220,6 +215,4 @@ def _split(output: Tensor, z: Tensor) -> tuple[Tensor, Tensor | None]:
             f"allowed are {channels} and {2 * channels}"
         )
     output = output.to(z.dtype)  # a half-precision model must not make the trajectory coarse
-    if output.shape[1] == channels:
-        return output, None
-    return output[:, :channels], output[:, channels:]
+    return output[:, :channels], output[:, channels:] if output.shape[1] > channels else None

@@ -212,7 +212,7 @@ BAD = [
     (["--steps", "ten"], "--steps: invalid int value: 'ten' (see dit-generate --help)"),
     (["--num-inference-steps", "10"], "(see dit-generate --help); did you mean --steps?"),
     (["--guidence-scale=3"], "(see dit-generate --help); did you mean --guidance-scale?"),
-    (["--guidance-scale", "-1"], "guidance_scale -1.0 is negative: 0 and above are allowed"),
+    (["--guidance-scale", "-1"], "guidance_scale -1.0 is not a finite number of 0 or more"),
     (["--backend", "onnx"], "backend 'onnx' is unknown; did you mean 'onnxruntime'? choose one of"),
     (["--sampler", "euler"], "sampler 'euler'"),
     (["--spacing", "odd"], "spacing 'odd'"),

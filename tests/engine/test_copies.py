@@ -1,14 +1,14 @@
-"""An engine that is copied, pickled or sent to another process makes the same images there."""
+"""An engine that is copied, pickled, sent to another process or forked makes the same images."""
 
 from __future__ import annotations
 
 import copy
-import multiprocessing
+import os
 import pickle
+import signal
 from collections.abc import Callable
-from multiprocessing.queues import Queue
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,25 +25,25 @@ def pickled(engine: Engine) -> Engine:
     return pickle.loads(pickle.dumps(engine))
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
-@pytest.mark.parametrize("backend", ["eager", "lean"])
-def test_a_copy_makes_the_same_images(
-    copied: Callable[[Engine], Engine], backend: str, tmp_path: Path
-) -> None:
+def sent(engine: Engine) -> Engine:
+    """As multiprocessing sends it, here to this process itself."""
+    return pickle.loads(ForkingPickler.dumps(engine))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled, sent])
+def test_a_copy_makes_the_same_images(copied: Callable[[Engine], Engine], tmp_path: Path) -> None:
+    """With weights that are mapped from their file."""
     save_pretrained(tmp_path / "m", tiny_dit(), tiny_vae(), NAMES)
     engine = Engine.from_pretrained(tmp_path / "m", device="cpu", max_batch_size=2, threads=1)
-    expected = engine.generate(["cat", 7, 1], backend=backend, **OPTIONS)
+    expected = engine.generate(["cat", 7, 1], **OPTIONS)
     twin = copied(engine)
-    result = twin.generate(["cat", 7, 1], backend=backend, **OPTIONS)
+    result = twin.generate(["cat", 7, 1], **OPTIONS)
     assert np.array_equal(result.images, expected.images)
-    assert result.settings == expected.settings
-    assert repr(twin) == repr(engine)
-    for name in ("device", "max_batch_size", "threads", "label_names", "sources", "config"):
+    assert result.settings == expected.settings and repr(twin) == repr(engine)
+    for name in ("max_batch_size", "threads", "label_names", "config"):
         assert getattr(twin, name) == getattr(engine, name)
     assert (twin.model is engine.model) is (copied is copy.copy)
     assert twin._lock is not engine._lock and twin._backends is not engine._backends
-    again = engine.generate(["cat", 7, 1], backend=backend, **OPTIONS)
-    assert np.array_equal(again.images, expected.images)
 
 
 def test_an_engine_without_a_vae_is_copied() -> None:
@@ -51,34 +51,10 @@ def test_an_engine_without_a_vae_is_copied() -> None:
     assert twin.vae is None and twin.generate(1, steps=1, seed=0).images.shape == (1, 4, 8, 8)
 
 
-def _generate(engine: Engine, results: Queue[Any]) -> None:
-    results.put(engine.generate([3, 8], **OPTIONS).images)
-
-
-def test_a_spawned_process_takes_an_engine(tmp_path: Path) -> None:
-    """With weights that are mapped from their file."""
-    save_pretrained(tmp_path / "m", tiny_dit(), tiny_vae(), NAMES)
-    engine = Engine.from_pretrained(tmp_path / "m", device="cpu")
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    process = context.Process(target=_generate, args=(engine, results))
-    process.start()
-    try:
-        images = results.get(timeout=120)
-    finally:
-        process.join(10)
-        process.kill()
-    assert process.exitcode == 0
-    assert np.array_equal(images, engine.generate([3, 8], **OPTIONS).images)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-def test_a_copy_made_in_inference_mode_can_be_trained(
-    copied: Callable[[Engine], Engine],
-) -> None:
+def test_a_copy_made_in_inference_mode_can_be_trained() -> None:
     engine = tiny_engine()
     with torch.inference_mode():
-        twin = copied(engine)
+        twin = copy.deepcopy(engine)
     for original, module in ((engine.model, twin.model), (engine.vae, twin.vae)):
         assert original is not None and module is not None
         assert not any(tensor.is_inference() for tensor in module.state_dict().values())
@@ -86,3 +62,33 @@ def test_a_copy_made_in_inference_mode_can_be_trained(
             assert torch.equal(one, other) and one.requires_grad == other.requires_grad
             other.data.add_(1)
     sum(p.square().sum() for p in twin.model.blocks.parameters()).backward()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore")  # of forks beside threads
+def test_a_forked_child_generates_on_one_thread() -> None:
+    """Its parent has run OpenMP's threads, for which the child would wait for ever."""
+    engine, before = tiny_engine(vae=False, threads=2), torch.get_num_threads()
+
+    def made() -> list[torch.Tensor]:
+        backends = ("lean", "eager")
+        return [engine.generate([1, 2], steps=2, seed=0, backend=b).images for b in backends]
+
+    try:
+        torch.set_num_threads(2)
+        torch.zeros(1 << 20).exp()
+        expected = made()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(20)
+                same = all(map(torch.equal, made(), expected))
+                torch.zeros(1 << 20).exp()
+                code = 0 if same and torch.get_num_threads() == 1 else 1
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        torch.set_num_threads(before)

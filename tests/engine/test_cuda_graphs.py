@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tiny import tiny_dit, tiny_engine
+from tiny import tiny_dit
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,8 +21,6 @@ from dit_bench.peers import graphed
 from dit_engine.backends.capture import one_capture
 from dit_engine.backends.lean.backend import FusedLeanDenoiser, LeanBackend
 from dit_engine.backends.lean.cuda_graphs import GRAPH_LIMIT, StepGraph, StepGraphs
-from dit_engine.sampling.coefficients import step_coefficients
-from dit_engine.sampling.schedule import make_schedule
 from dit_export.tensorrt.memory import TorchMemory
 from dit_kernels import dispatch as choose
 from dit_kernels.cpu import operators as native
@@ -38,20 +37,16 @@ class Stream:
 
     def wait_event(self, event: Event) -> None:
         log(("wait", self))
-        self.waited.append(event.recorded)
 
     def wait_stream(self, other: Stream) -> None:
         self.waited.append(other)
 
 
 class Event:
-    def __init__(self) -> None:
-        self.recorded: Stream | None = None
-        self.synchronised = 0
+    synchronised = 0
 
     def record(self, stream: Stream) -> None:
         log(("record", stream))
-        self.recorded = stream
 
     def synchronize(self) -> None:
         self.synchronised += 1
@@ -155,14 +150,14 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 
 class Steps:
-    """A tiny model's backend twice, with and without graphs, and steps of two to compare."""
+    """A tiny model's backend twice, with and without graphs, and steps of both to compare, whose
+    coefficients make every input matter."""
 
     def __init__(self) -> None:
         self.plain, self.graphed = (LeanBackend(tiny_dit(), "fp32", CPU) for _ in range(2))
-        self.graphed.graphs = StepGraphs(self.graphed.transformer)
-        schedule = make_schedule(4, "official")
-        self.timesteps = torch.tensor(schedule.timesteps)
-        self.coefficients = step_coefficients("ddpm", schedule, learned=True)
+        self.graphs = self.graphed.graphs = StepGraphs(self.graphed.transformer)
+        self.timesteps = torch.tensor([999, 666, 333, 0])
+        self.coefficients = np.random.default_rng(0).random((4, 9))
 
     def fused(self, backend: LeanBackend, n: int, seed: int = 0) -> FusedLeanDenoiser:
         labels = torch.arange(seed, seed + n) % 10
@@ -174,13 +169,14 @@ class Steps:
         draw = torch.Generator().manual_seed(seed)
         return torch.randn(3, n, 4, 8, 8, generator=draw)  # z, x0 before, noise
 
-    @torch.inference_mode()
-    def pair(self, n: int, step: int = 1, guide: bool = True, seed: int = 0) -> list[Any]:
-        """(z′, x0) of the graph and of the plain step."""
-        return [
-            self.fused(backend, n, seed).guided_step(*self.inputs(n, seed), step, guide)
-            for backend in (self.graphed, self.plain)
-        ]
+    def check(self, n: int, step: int = 1, guide: bool = True, seed: int = 0) -> None:
+        """(z′, x0) of the graph are those of the plain step."""
+        with torch.inference_mode():
+            found, expected = (
+                self.fused(backend, n, seed).guided_step(*self.inputs(n, seed), step, guide)
+                for backend in (self.graphed, self.plain)
+            )
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture
@@ -188,108 +184,68 @@ def steps() -> Steps:
     return Steps()
 
 
-def same(pair: list[Any]) -> None:
-    for actual, expected in zip(*pair, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
-
-
 def test_a_replay_computes_the_step_of_its_inputs(steps: Steps) -> None:
     for n, guide in ((1, True), (2, True), (2, False)):
         for step, seed in ((0, 0), (3, 1), (1, 2)):  # other steps, noise, labels, latents
-            same(steps.pair(n, step, guide, seed))
-    assert len(Capture.begun) == 3  # an image number and guidance each
+            steps.check(n, step, guide, seed)
+    assert len(Capture.begun) == 3  # one for each number of images and guidance
+    assert steps.graphs.of(2, True, 4).channels == 4  # and for each number of channels
 
 
 def test_results_are_the_callers_own_and_arguments_stay(steps: Steps) -> None:
     fused = steps.fused(steps.graphed, 2)
     z, before, noise = steps.inputs(2)
-    kept = steps.inputs(2)
     first = fused.guided_step(z, before, noise, 0, True)
     copies = [t.clone() for t in first]
     second = fused.guided_step(*first, noise, 1, True)
-    graph = steps.graphed.graphs.of(2, True, 3)
-    for tensor, copy in zip(first, copies, strict=True):
-        assert torch.equal(tensor, copy)  # not overwritten by the second replay
-    assert torch.equal(torch.stack([z, before, noise]), kept)
+    graph = steps.graphs.of(2, True, 3)
+    assert all(map(torch.equal, first, copies))  # not overwritten by the second replay
+    assert torch.equal(torch.stack([z, before, noise]), steps.inputs(2))
     for result in (*first, *second):
         assert all(result.data_ptr() != own.data_ptr() for own in (*graph.results, graph.z))
 
 
-def test_a_graph_is_of_its_images_guidance_and_channels(steps: Steps) -> None:
-    keys = [(1, True, 3), (1, False, 3), (1, True, 4), (2, True, 3)]
-    made = [steps.graphed.graphs.of(*key) for key in keys]
-    assert [(g.rows, g.channels) for g in made] == [(2, 3), (1, 3), (2, 4), (4, 3)]
-    assert [steps.graphed.graphs.of(*key) for key in keys] == made
-    assert {g.graph.pool() for g in made} == {made[0].graph.pool()}
-
-
 def test_the_graph_unused_for_longest_is_dropped(steps: Steps) -> None:
-    graphs = steps.graphed.graphs
-    kept = graphs.of(1, False, 3)
-    for n in range(2, GRAPH_LIMIT + 1):
+    graphs = steps.graphs
+    kept, done = graphs.of(1, False, 3), graphs._turns.done
+    for n in (*range(2, GRAPH_LIMIT + 1), 1):
         graphs.of(n, False, 3)
-    graphs.of(1, False, 3)
-    done = graphs._turns.done
     assert done.synchronised == 0
     graphs.of(GRAPH_LIMIT + 1, False, 3)
     assert list(graphs._graphs) == [(n, False, 3) for n in (*range(3, GRAPH_LIMIT + 1), 1, 9)]
     assert done.synchronised == 1  # its last replay had ended before its memory went
     assert graphs.of(1, False, 3) is kept
-    same(steps.pair(2, guide=False))  # captured again
-    assert len(Capture.begun) == GRAPH_LIMIT + 2
+    steps.check(2, guide=False)  # captured again
 
 
 def test_a_failed_capture_leaves_the_others(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
-    same(steps.pair(1))
+    steps.check(1)
     with monkeypatch.context() as patched:
         patched.setattr(StepGraph, "_step", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            steps.graphed.graphs.of(2, True, 3)
-    assert list(steps.graphed.graphs._graphs) == [(1, True, 3)]
-    current = current_stream()
-    assert current.waited[-1] is steps.graphed.graphs._turns.capture_stream
-    same(steps.pair(2))
-    same(steps.pair(1, step=2))
+            steps.graphs.of(2, True, 3)
+    assert list(steps.graphs._graphs) == [(1, True, 3)]
+    assert current_stream().waited[-1] is steps.graphs._turns.capture_stream
+    steps.check(2)
+    steps.check(1, step=2)
 
 
-def test_how_a_capture_is_begun(steps: Steps) -> None:
-    graphs = steps.graphed.graphs
-    first, second = graphs.of(1, True, 3), graphs.of(2, True, 3)
+def test_each_graph_has_workspaces_of_its_own(steps: Steps, cuda: list[Any]) -> None:
+    """They are cleared right before and after the capture, which is one turn."""
+    first, second = steps.graphs.of(1, True, 3), steps.graphs.of(2, True, 3)
+    expected = ["wait", "clear workspaces", "begin", "end", "clear workspaces", "record"]
+    assert [name for name, _ in cuda] == expected * 2 and gc.isenabled()
+    assert steps.graphs._turns.capture_stream.waited == [current_stream()] * 2
     assert {options["capture_error_mode"] for options in Capture.begun} == {"thread_local"}
-    streams = {id(options["stream"]) for options in Capture.begun}
-    assert streams == {id(graphs._turns.capture_stream)}
     assert [options["pool"] for options in Capture.begun] == [None, first.graph.pool()]
     assert second.graph.pool() == first.graph.pool()
-    other = StepGraphs(steps.graphed.transformer).of(1, True, 3)
-    assert other.graph.pool() != first.graph.pool()
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_workspaces_are_cleared_right_before_and_after_each_capture(
-    steps: Steps, cuda: list[Any], monkeypatch: pytest.MonkeyPatch, fails: bool
-) -> None:
-    """The first runs of the step, which fill the workspaces, come before; all is one turn."""
-    step = StepGraph._step
-
-    def logged(self: StepGraph) -> Any:
-        log(("step", None))
-        assert not (fails and Capture.underway.locked())
-        return step(self)
-
-    monkeypatch.setattr(StepGraph, "_step", logged)
-    with pytest.raises(AssertionError) if fails else nullcontext():
-        steps.graphed.graphs.of(1, True, 3)
-    expected = ["wait", "step", "step", "clear workspaces", "begin", "step", "end",
-                "clear workspaces", "record"]  # fmt: skip
-    assert [name for name, _ in cuda] == expected and gc.isenabled()
-    assert steps.graphed.graphs._turns.capture_stream.waited == [current_stream()]
-
-
-def test_copies_wait_for_the_replay_before_and_results_are_taken_before_the_next(
+def test_copies_wait_for_the_replay_before(
     steps: Steps, cuda: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fused, z = steps.fused(steps.graphed, 2), steps.inputs(2)
-    graph = steps.graphed.graphs.of(2, True, 3)
+    fused, z, other = steps.fused(steps.graphed, 2), steps.inputs(2), steps.inputs(2, seed=5)
+    graph = steps.graphs.of(2, True, 3)
     cuda.clear()
     seen: list[Tensor] = []
 
@@ -299,70 +255,39 @@ def test_copies_wait_for_the_replay_before_and_results_are_taken_before_the_next
 
     monkeypatch.setattr(Stream, "wait_event", wait)
     fused.guided_step(*z, 0, True)
-    other = steps.inputs(2, seed=5)
     with ThreadPoolExecutor(1) as elsewhere:
         elsewhere.submit(fused.guided_step, *other, 0, True).result()
     assert [name for name, _ in cuda] == ["wait", "replay", "record"] * 2
     streams = [item for name, item in cuda if name != "replay"]
-    here, there = current_stream(), streams[2]
-    assert streams[:2] == [here, here] and streams[2:] == [there, there] and here is not there
+    assert streams[0] is streams[1] is not streams[2] and streams[2] is streams[3]
     assert torch.equal(seen[1], z[0])  # the other's latents had not been copied yet
     assert torch.equal(graph.z, other[0])
 
 
-@pytest.mark.parametrize("own_engines", [False, True])
-def test_threads(steps: Steps, own_engines: bool) -> None:
-    """Captures and replays of several threads at once, of one backend or of one each."""
-    many = [Steps() for _ in range(4)] if own_engines else [steps] * 4
-    with torch.inference_mode():
-        expected = {
-            (n, seed): steps.fused(steps.plain, n, seed).guided_step(
-                *steps.inputs(n, seed), 1, True
-            )
-            for n in (1, 2)
-            for seed in range(4)
-        }
-    start = threading.Barrier(4)
+def test_threads(steps: Steps) -> None:
+    """Captures and replays of several threads at once, of one backend and of another one."""
+    many, start = [steps] * 3 + [Steps()], threading.Barrier(4)
 
-    def work(seed: int) -> list[Any]:
+    def work(seed: int) -> None:
         start.wait(timeout=60)
-        chosen, found = many[seed], []
-        for n in (1, 2) * 5:
-            fused, inputs = chosen.fused(chosen.graphed, n, seed), chosen.inputs(n, seed)
-            found.append((n, fused.guided_step(*inputs, 1, True)))
-        return found
+        for n in (1, 2) * 3:
+            many[seed].check(n, seed=seed)
 
     with ThreadPoolExecutor(4) as pool:
-        for seed, results in enumerate(pool.map(work, range(4))):
-            for n, result in results:
-                same([result, expected[n, seed]])
-
-
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
-def test_generate_through_graphs(steps: Steps, sampler: str) -> None:
-    engine = tiny_engine(vae=False)
-    settings: dict[str, Any] = {
-        "steps": 4, "sampler": sampler, "guidance_scale": [4.0, 1.0, 2.5], "seed": 3,
-        "guidance_interval": (0.5, 5.0), "output": "latent",
-    }  # fmt: skip
-    expected = engine.generate([0, 1, 2], backend="eager", **settings).images
-    engine._backends["lean", "fp32"] = steps.graphed
-    found = engine.generate([0, 1, 2], backend="lean", **settings).images
-    assert len(Capture.begun) == 2  # guided and unguided steps
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+        list(pool.map(work, range(4)))
 
 
 def test_one_lock_for_all_captures_of_the_process() -> None:
     captures = {
-        "lean": lambda: Steps().graphed.graphs.of(1, False, 3),
+        "lean": lambda: Steps().graphs.of(1, False, 3),
         "benchmark": lambda: graphed(lambda x: x + 1, torch.ones(2))(),
         "tensorrt": lambda: TorchMemory("cpu").capture(lambda stream: log(("begin", None))),
     }
     with ThreadPoolExecutor(len(captures)) as pool:
         with one_capture():
-            waiting = {name: pool.submit(capture) for name, capture in captures.items()}
+            waiting = [pool.submit(capture) for capture in captures.values()]
             time.sleep(0.3)
             assert "begin" not in [name for name, _ in _log]
-        for task in waiting.values():
+        for task in waiting:
             task.result(timeout=60)
-    assert [name for name, _ in _log].count("begin") == len(captures) + 1  # one says it twice
+    assert [name for name, _ in _log].count("begin") >= len(captures)

@@ -1,4 +1,5 @@
-"""One affine update a step against the samplers as they are written."""
+"""One affine update per step against the samplers as they are written, and one model written as
+epsilon, v or x0 prediction."""
 
 from __future__ import annotations
 
@@ -9,11 +10,12 @@ from numerics import relative_error
 from torch import Tensor
 
 from dit_engine.plan import in_interval
-from dit_engine.sampling.coefficients import step_coefficients, uses_noise
+from dit_engine.sampling.coefficients import clipping, step_coefficients, uses_noise
+from dit_engine.sampling.diffusion import Diffusion
 from dit_engine.sampling.guidance import guided
 from dit_engine.sampling.loop import sample_fused
 from dit_engine.sampling.samplers import SAMPLERS
-from dit_engine.sampling.schedule import make_schedule
+from dit_engine.sampling.schedule import Schedule, make_schedule
 from dit_kernels import guided_step
 
 N, C, S, P = 3, 4, 8, 2
@@ -21,21 +23,21 @@ SCALES = torch.tensor([1.0, 4.0, 1.5])
 
 
 class Model:
-    """A smooth random function of (z, k), as images and as the tokens that unpatchify to them."""
+    """A smooth random function of (z, k), which differs between rows, and so between the halves of
+    guidance; its epsilon is written as the diffusion's prediction."""
 
-    def __init__(self, learned: bool) -> None:
-        self.learned = learned
+    def __init__(self, schedule: Schedule, learned: bool) -> None:
+        self.schedule, self.learned = schedule, learned
 
-    def images(self, z: Tensor, k: int) -> Tensor:
+    def __call__(self, z: Tensor, k: int) -> Tensor:
         rows = torch.arange(len(z)).view(-1, 1, 1, 1)
-        eps = torch.tanh(z * (1 + 0.1 * rows)) + 0.01 * k
-        return torch.cat([eps, torch.tanh(3 * z)], 1) if self.learned else eps
-
-    def tokens(self, z: Tensor, k: int) -> Tensor:
-        images = self.images(z, k)
-        m, c = images.shape[:2]
-        patches = images.view(m, c, S // P, P, S // P, P).permute(0, 2, 4, 3, 5, 1)
-        return patches.reshape(m, (S // P) ** 2, P * P * c).contiguous()
+        eps, z = torch.tanh(z.double() * (1 + 0.1 * rows)) + 0.01 * k, z.double()
+        bar = float(self.schedule.alphas_cumprod[k])
+        signal, level = bar**0.5, (1 - bar) ** 0.5
+        x0 = (z - level * eps) / signal
+        told = {"epsilon": eps, "sample": x0, "v_prediction": signal * eps - level * x0}
+        output = told[self.schedule.diffusion.prediction]
+        return torch.cat([output, torch.tanh(3 * z)], 1) if self.learned else output
 
 
 class Fused:
@@ -46,51 +48,63 @@ class Fused:
     def guided_step(
         self, z: Tensor, x0: Tensor, noise: Tensor, step: int, guide: bool
     ) -> tuple[Tensor, Tensor]:
-        tokens = self.model.tokens(torch.cat([z, z]) if guide else z, step)
+        images = self.model(torch.cat([z, z]) if guide else z, step).float()
+        m, c = images.shape[:2]
+        patches = images.view(m, c, S // P, P, S // P, P).permute(0, 2, 4, 3, 5, 1)
+        tokens = patches.reshape(m, (S // P) ** 2, P * P * c).contiguous()
         return guided_step(tokens, z, x0, noise, SCALES, self.table[step], self.channels, P)
 
 
-class Draws:
-    def start(self) -> Tensor:
-        return self(-1)
-
-    def __call__(self, step: int) -> Tensor:
-        return torch.randn(N, C, S, S, generator=torch.Generator().manual_seed(100 + step))
+def draw(step: int) -> Tensor:
+    return torch.randn(N, C, S, S, generator=torch.Generator().manual_seed(100 + step))
 
 
-@pytest.mark.parametrize("interval", [None, (0.3, 5.0)])
-@pytest.mark.parametrize("channels", [3, 4])
+def both(
+    name: str, schedule: Schedule, learned: bool, eta: float, channels: int = 3,
+    interval: tuple[float, float] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The latents of the written sampler in float64, and those of the fused one in float32."""
+    model, guides = Model(schedule, learned), in_interval(interval, schedule.sigmas)
+    options = {"eta": eta} if name == "ddim" else {}
+    expected = SAMPLERS[name].function(
+        guided(model, SCALES, channels, guides), draw(-1).double(), schedule, draw, **options
+    )
+    table = step_coefficients(name, schedule, learned, eta)
+    fused, seen = Fused(model, table, channels), list[int]()
+    z = sample_fused(fused, draw(-1), uses_noise(table), guides, draw, lambda k, _: seen.append(k),
+                     clipping(name, schedule))  # fmt: skip
+    assert seen == list(range(len(schedule)))
+    return expected, z
+
+
+@pytest.mark.parametrize(("channels", "interval"), [(3, None), (4, (0.3, 5.0))])
 @pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.parametrize(
     ("name", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.7), ("dpm++", 0.0)]
 )
 @pytest.mark.parametrize("steps", [1, 2, 12])
-def test_equals_the_plain_samplers(
-    steps: int,
-    name: str,
-    eta: float,
-    learned: bool,
-    channels: int,
+def test_equals_the_written_samplers(
+    steps: int, name: str, eta: float, learned: bool, channels: int,
     interval: tuple[float, float] | None,
-) -> None:
+) -> None:  # fmt: skip
     schedule = make_schedule(steps, "linspace")
-    model, noise = Model(learned), Draws()
-    guides = in_interval(interval, schedule.sigmas)
-    denoise = guided(model.images, SCALES, channels, guides)
-    options = {"eta": eta} if name == "ddim" else {}
-    # In float64 the samplers themselves are exact but for their float32 coefficients.
-    expected = SAMPLERS[name].function(denoise, noise.start().double(), schedule, noise, **options)
-    table = step_coefficients(name, schedule, learned, eta)
-    seen: list[int] = []
-    z = sample_fused(Fused(model, table, channels), noise.start(), uses_noise(table), guides, noise,
-                     lambda k, z: seen.append(k))  # fmt: skip
-    assert seen == list(range(steps))
+    expected, z = both(name, schedule, learned, eta, channels, interval)
     assert relative_error(z, expected) < 2e-5
+    draws = uses_noise(step_coefficients(name, schedule, learned, eta)).tolist()
+    assert draws == [name == "ddpm" or eta > 0] * (steps - 1) + [False]
 
 
-def test_only_ddpm_and_stochastic_ddim_draw() -> None:
-    schedule = make_schedule(5)
-    for name, eta, draws in (("ddpm", 0.0, True), ("ddim", 0.5, True), ("ddim", 0.0, False),
-                             ("dpm++", 0.0, False)):  # fmt: skip
-        drawn = uses_noise(step_coefficients(name, schedule, True, eta))
-        assert drawn.tolist() == [draws] * 4 + [False]
+@pytest.mark.parametrize("clip", [None, 2.0])
+@pytest.mark.parametrize("variance", ["model", "fixed_small"])
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++"])
+def test_the_prediction_changes_nothing(
+    name: str, learned: bool, variance: str, clip: float | None
+) -> None:
+    results: list[Tensor] = []
+    for prediction in ("epsilon", "v_prediction", "sample"):
+        diffusion = Diffusion(prediction=prediction, variance=variance, clip=clip)  # pyright: ignore[reportArgumentType]
+        results += both(name, make_schedule(12, "leading", diffusion), learned, 0.5)
+    assert results[0].abs().max() > 0.5
+    for other in results[1:]:
+        assert relative_error(other, results[0]) < 5e-5

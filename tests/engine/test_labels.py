@@ -21,11 +21,11 @@ from dit_engine.training.data import load_image_folder
 BIRDS = ("crane, bird", "tench, Tinca tinca", "maillot", "maillot, tank suit", "crane, machine")
 CASES = ("polish", "Polish", "REINDEER", "Café", "straße")
 NUMERALS = ("0", "1", "10", "2", "77")  # as sorted text had them
+MANY = [f"class {i}" for i in range(31)]
 
 
-def one(label: object, names: Sequence[str] | None = NAMES, classes: int | None = None) -> int:
-    (number,) = resolve_labels(label, classes or len(names or ()), names)  # pyright: ignore[reportArgumentType]
-    return number
+def resolved(label: Any, names: Sequence[str] | None) -> list[int]:
+    return resolve_labels(label, len(names or NAMES), names)
 
 
 @pytest.mark.parametrize(
@@ -34,87 +34,55 @@ def one(label: object, names: Sequence[str] | None = NAMES, classes: int | None 
         (NAMES, "Cat", 2),
         (NAMES, "3", 3),
         (BIRDS, "tinca  TINCA", 1),
-        (BIRDS, "crane, bird", 0),
         (BIRDS, "Maillot, tank suit", 3),
         (CASES, "polish", 0),
         (CASES, "Polish", 1),
-        (CASES, "Reindeer", 2),
-        (CASES, unicodedata.normalize("NFD", "Café"), 3),
         (CASES, unicodedata.normalize("NFD", "CAFÉ"), 3),
         (tuple(unicodedata.normalize("NFD", name) for name in CASES), "café", 3),
         (CASES, "STRASSE", 4),
-        (NUMERALS, "0", 0),
         (NUMERALS, "77", 4),  # no class has that number
         (NUMERALS, "4", 4),  # no class has that name
         (NUMERALS, 2, 2),
         (NUMERALS, "number:2", 2),
-        (NUMERALS, "number:3", 3),
+        (NAMES, np.array("dog"), 3),
+        (NAMES, torch.tensor([3]), 3),
     ],
 )
 def test_what_a_label_means(names: tuple[str, ...], label: object, expected: int) -> None:
-    assert one(label, names) == expected
+    assert resolved(label, names) == [expected]
+
+
+def test_labels_come_in_arrays_and_iterators() -> None:
+    for many in (np.array([3, 5], np.uint8), np.array(["dog", "fox"]), (3, "5"), iter([3, 5])):
+        assert resolved(many, NAMES) == [3, 5]
 
 
 @pytest.mark.parametrize(
     ("names", "label", "message"),
     [
         (BIRDS, "crane", "label 'crane' is a name of classes 0 (crane, bird) and 4 (crane, "),
-        (BIRDS, "maillot", "classes 2 (maillot) and 3 (maillot, tank suit): give the number"),
-        (("ant", "bee", "ant"), "ant", "classes 0 (ant) and 2 (ant)"),
         (CASES, "POLISH", "classes 0 (polish) and 1 (Polish)"),
         (NUMERALS, "2", "label '2' is the name of class 3 and the number of class 2 (10): give"),
         (NUMERALS, "number:5", "label number:5 is out of range; allowed are 0 to 4"),
         (NAMES, "10", "label 10 is out of range; allowed are 0 to 9"),
-        (NAMES, "unicorn", "label 'unicorn' is unknown; allowed are ant, bee"),
         (NAMES, "Iibex", "label 'Iibex' is unknown; did you mean 'ibex'? allowed are ant, bee"),
         (NAMES, "--3", "label '--3' is unknown"),
         (NAMES, "", "label '' is unknown"),
         (NAMES, "9" * 5000, "is out of range; allowed are 0 to 9"),
-        pytest.param(NAMES, 10**5000, "label <int of too many digits> is out of", id="digits"),
         (NAMES, b"\x03", "label b'\\x03' is neither a name nor a whole number"),
-        (NAMES, None, "label None is neither a name nor a whole number"),
         (NAMES, 2.0, "label 2.0 is neither"),
-        (NAMES, True, "label True is neither"),
-        (NAMES, {"cat", "dog"}, "is neither"),
-        (NAMES, np.array([[3, 5]]), "labels has shape (1, 2); one dimension is needed"),
-        (NAMES, torch.tensor([[3]]), "labels has shape (1, 1)"),
-        (NAMES, torch.tensor([True, False]), "label True is neither"),
         (NAMES, np.array([True]), "label True is neither"),
-        (NAMES, np.array(False), "label False is neither"),
-        (NAMES, torch.tensor(True), "label True is neither"),
-        (NAMES, torch.tensor([1.0]), "label 1.0 is neither"),
-        (NAMES, [[3, 5]], "label [3, 5] is neither"),
+        (NAMES, np.array([[3, 5]]), "labels has shape (1, 2); one dimension is needed"),
         (NAMES, [torch.tensor([3])], "label <int64 (1,)> is neither"),
-        (NAMES, torch.empty(2, dtype=torch.int64, device="meta"), "is neither"),
-        (NAMES, [None], "label None is neither"),
         (NAMES, [], "labels is empty"),
-        (NAMES, np.array([], np.int64), "labels is empty"),
-        ([f"class {i}" for i in range(31)], "clas 30", "did you mean 'class 30' or"),
-        ([f"class {i}" for i in range(31)], "clas 30", "allowed are 31 names (see --list-labels)"),
-    ],
-)  # fmt: skip
-def test_what_is_refused(names: Sequence[str], label: object, message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        one(label, names)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-
-
-@pytest.mark.parametrize(
-    ("labels", "expected"),
-    [
-        *((one, [3]) for one in (np.int64(3), torch.tensor(3), np.array(3), np.array("dog"))),
-        (np.str_("dog"), [3]),
-        *((many, [3, 5]) for many in (np.array([3, 5], np.uint8), torch.tensor([3, 5]), (3, "5"))),
-        (np.array(["dog", "fox"]), [3, 5]),
+        (MANY, "clas 30", "allowed are 31 names (see --list-labels)"),
+        (None, "cat", "this model has no label names, use numbers 0 to 9"),
     ],
 )
-def test_labels_come_in_arrays_too(labels: Any, expected: list[int]) -> None:
-    assert resolve_labels(labels, 10, NAMES) == expected
-
-
-def test_a_model_without_names_says_so() -> None:
-    with pytest.raises(ValueError, match="this model has no label names, use numbers 0 to 9"):
-        one("cat", None, classes=10)
+def test_what_is_refused(names: Sequence[str] | None, label: object, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        resolved(label, names)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize(
@@ -122,13 +90,12 @@ def test_a_model_without_names_says_so() -> None:
     [
         (("crane", "tench"), "label_names holds 2 for 3 classes"),
         ("abc", "label_names 'abc' is not a list of names"),
-        (7, "label_names 7 is not a list of names"),
         (("a", "b", 3), "label_names holds 3, which is not a string"),
     ],
 )
-def test_an_engine_takes_one_name_a_class(names: object, message: str) -> None:
+def test_an_engine_takes_one_name_per_class(names: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        Engine(tiny_dit(num_classes=3), label_names=names)  # pyright: ignore[reportArgumentType]
+        Engine(tiny_dit(num_classes=3), label_names=names)
 
 
 def test_folders_named_by_numbers_are_in_their_order(tmp_path: Path) -> None:
@@ -136,11 +103,11 @@ def test_folders_named_by_numbers_are_in_their_order(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         shade = 255 if name == "other" else 20 * int(name)
         Image.new("RGB", (4, 4), (shade,) * 3).save(tmp_path / name / "a.png")
-    read = load_image_folder(tmp_path, 4)
-    assert read.class_names == ("0", "1", "2", "10", "other")
-    assert read.images[:, 0, 0, 0].tolist() == [0, 20, 40, 200, 255]
     before = ("0", "1", "10", "2", "other")  # of a run that began when names were sorted as text
-    again = load_image_folder(tmp_path, 4, before)
-    assert again.class_names == before
-    assert again.images[:, 0, 0, 0].tolist() == [0, 20, 200, 40, 255]
+    for earlier, names, shades in (
+        ((), ("0", "1", "2", "10", "other"), [0, 20, 40, 200, 255]),
+        (before, before, [0, 20, 200, 40, 255]),
+    ):
+        read = load_image_folder(tmp_path, 4, earlier)
+        assert read.class_names == names and read.images[:, 0, 0, 0].tolist() == shades
     assert class_order(["b", "007", "6", "a"]) == ["6", "007", "a", "b"]

@@ -17,7 +17,6 @@ from torch import Tensor
 import dit_engine.backends.lean.conditioning as conditioning_module
 from dit_engine.backends import create_backend
 from dit_engine.backends.lean.conditioning import GRAIN, ModulationTable
-from dit_engine.config import ModelConfig
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
 from dit_engine.sampling.samplers import SAMPLERS
@@ -25,31 +24,28 @@ from dit_kernels.cpu import operators as native
 from dit_kernels.cpu import product as native_product
 
 CPU = torch.device("cpu")
-WIDTHS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # published widths and their heads
+WIDTHS = {384: 6, 1152: 16}  # the narrowest and the widest published model: heads of 64 and of 72
 
 
-def inputs(model: DiT, n: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    config = model.config
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(n, 4, config.input_size, config.input_size, generator=generator)
-    timesteps = torch.tensor([999, 400, 0])
-    labels = torch.tensor([1, config.null_class, 1, 5][:n])
-    return x, timesteps, labels
+def inputs(model: DiT) -> tuple[Tensor, Tensor, Tensor]:
+    side = model.config.input_size
+    x = torch.randn(3, 4, side, side, generator=torch.Generator().manual_seed(1))
+    return x, torch.tensor([999, 400, 0]), torch.tensor([1, model.config.null_class, 1])
 
 
-def run(backend: str, model: DiT, precision: str, n: int = 3) -> Tensor:
-    x, timesteps, labels = inputs(model, n)
+def run(backend: str, model: DiT, precision: str) -> Tensor:
+    x, timesteps, labels = inputs(model)
     denoise = create_backend(backend, model, precision, CPU).prepare(labels, timesteps)
     with torch.inference_mode():
         return torch.stack([denoise(x, k) for k in range(len(timesteps))])
 
 
-def exact(model: DiT, n: int = 3) -> Tensor:
+def exact(model: DiT) -> Tensor:
     """float64, from float32 embeddings of t as everywhere."""
-    x, timesteps, labels = inputs(model, n)
+    x, timesteps, labels = inputs(model)
     wide = copy.deepcopy(model).double()
     with torch.no_grad():
-        return torch.stack([wide(x.double(), t.expand(n), labels) for t in timesteps])
+        return torch.stack([wide(x.double(), t.expand(3), labels) for t in timesteps])
 
 
 @pytest.fixture(params=["own products", "library's products"])
@@ -78,9 +74,8 @@ def test_float32_equals_eager(shape: dict[str, object]) -> None:
     assert relative_error(run("lean", model, "fp32"), run("eager", model, "fp32")) < 1e-5
 
 
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
-def test_float32_equals_eager_whatever_the_weights_are_stored_in(stored: torch.dtype) -> None:
-    model = tiny_dit().to(stored)
+def test_float32_equals_eager_whatever_the_weights_are_stored_in() -> None:
+    model = tiny_dit().half()
     assert relative_error(run("lean", model, "fp32"), run("eager", model, "fp32")) < 2e-6
 
 
@@ -111,63 +106,43 @@ def test_the_model_is_left_as_it_is() -> None:
         assert torch.equal(value, before[name])
 
 
-@pytest.mark.parametrize("limit", [1, 50_000])
-def test_a_table_of_few_steps_gives_the_same_bits(
-    monkeypatch: pytest.MonkeyPatch, limit: int
-) -> None:
+def test_a_table_of_few_steps_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_dit()
     whole = run("lean", model, "fp32")
-    monkeypatch.setattr(conditioning_module, "TABLE_BYTES", limit)
+    monkeypatch.setattr(conditioning_module, "TABLE_BYTES", 1)
     assert torch.equal(run("lean", model, "fp32"), whole)
 
 
 @torch.inference_mode()
-def test_float32_tables_hold_several_steps_and_no_other_label_changes_a_bit() -> None:
-    model = tiny_dit(hidden_size=1152, num_heads=16, depth=1)
-    conditioning = create_backend("lean", model, "fp32", CPU).conditioning
-    steps = torch.arange(999, 979, -1)
-    alone = ModulationTable(conditioning, torch.tensor([3]), steps, by_label=True)
-    among = ModulationTable(conditioning, torch.tensor([1, 3, 5, 3]), steps, by_label=True)
-    for k in range(len(steps)):
-        row = alone.step(k, 1)
-        assert torch.equal(among.step(k, 4)[[1, 3]], row.expand(2, -1))
-    assert alone.chunk == among.chunk == len(steps) - len(steps) % GRAIN
-    short = ModulationTable(conditioning, torch.tensor([3]), steps, by_label=True)
-    short.chunk = GRAIN
-    assert all(torch.equal(short.step(k, 1), alone.step(k, 1)) for k in range(len(steps)))
-    # DiT-XL/2, eight labels and the null one, 250 steps: 0.75 MiB a row.
-    conditioning.width = 28 * 6 * 1152 + 2 * 1152
-    many = ModulationTable(conditioning, torch.arange(9), torch.arange(250), by_label=True)
-    assert many.chunk == 32
-    assert many.chunk * 9 * conditioning.width * 4 <= conditioning_module.TABLE_BYTES
-
-
-@torch.inference_mode()
-def test_a_label_alone_is_a_product_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a product whose results depend on its number of rows, as some libraries' do."""
+def test_tables_hold_several_steps_within_their_bound_and_no_other_label_changes_a_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also with a product whose results depend on its number of rows, as some libraries' do."""
     conditioning = create_backend("lean", tiny_dit(), "fp32", CPU).conditioning
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(x, weight, bias) + 1e-3 * x.numel()
 
-    stand_in = SimpleNamespace(linear=linear, silu=F.silu)
-    monkeypatch.setattr(conditioning_module, "F", stand_in)
-    steps = torch.arange(20)
-    alone = ModulationTable(conditioning, torch.tensor([3]), steps, by_label=True)
-    among = ModulationTable(conditioning, torch.tensor([1, 3]), steps, by_label=True)
-    assert all(torch.equal(alone.step(k, 1)[0], among.step(k, 2)[1]) for k in range(20))
+    monkeypatch.setattr(conditioning_module, "F", SimpleNamespace(linear=linear, silu=F.silu))
+    steps = torch.arange(999, 979, -1)
 
+    def table(*labels: int) -> ModulationTable:
+        return ModulationTable(conditioning, torch.tensor(labels), steps, by_label=True)
 
-def test_the_table_stays_within_its_bound() -> None:
-    model = DiT(ModelConfig.named("DiT-S/8", image_size=256)).eval()
-    backend = create_backend("lean", model, "bf16", CPU)
-    steps = torch.arange(999, -1, -1)
-    denoise = backend.prepare(torch.arange(8), steps)
-    for k in (0, 500, 999):
-        denoise(torch.zeros(8, 4, 32, 32), k)
-        table = denoise.table._table
-        assert 0 < table.nbytes <= conditioning_module.TABLE_BYTES
-        assert len(table) < len(steps)
+    alone, among, short = table(3), table(1, 3, 5, 3), table(3)
+    assert alone.chunk == among.chunk == len(steps) - len(steps) % GRAIN
+    short.chunk = GRAIN
+    for k in range(len(steps)):
+        row = alone.step(k, 1)
+        assert torch.equal(among.step(k, 4)[[1, 3]], row.expand(2, -1))
+        assert torch.equal(short.step(k, 1), row)
+    # DiT-XL/2, eight labels and the null one, 250 steps: 0.75 MiB a row.
+    conditioning.width = 28 * 6 * 1152 + 2 * 1152
+    many = ModulationTable(conditioning, torch.arange(9), torch.arange(250), by_label=True)
+    assert many.chunk == 32
+    assert many.chunk * 9 * conditioning.width * 4 <= conditioning_module.TABLE_BYTES
+    many = ModulationTable(conditioning, torch.arange(9), torch.arange(250), by_label=False)
+    assert many.chunk == conditioning_module.TABLE_BYTES // (9 * conditioning.width * 4)
 
 
 # Any strides.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
-from types import MethodType
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from numerics import assert_close_to_reference
 from tiny import tiny_vae
 from torch import Tensor
 
-from dit_engine.backends.lean import vae as lean_vae
 from dit_engine.backends.lean.vae import LeanDecoder
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
@@ -69,22 +68,16 @@ def test_equals_the_reference(config: VAEConfig, shape: tuple[int, int, int]) ->
     check_both_precisions(vae, latents(vae, *shape))
 
 
-def test_strided_latents_of_another_dtype() -> None:
-    vae = tiny_vae()
-    z = latents(vae, 2, 6, 6).double()[:, :, 1:, ::2]
-    decoder = LeanDecoder(vae, torch.float32, "cpu")
-    assert torch.equal(decoder(z), decoder(z.float().contiguous()))
-
-
-@pytest.mark.parametrize("config", [BUILTIN, tiny_vae().config], ids=["builtin", "tiny"])
-def test_float32_bits_do_not_depend_on_the_batch(config: VAEConfig) -> None:
-    vae = random_vae(config)
+def test_float32_bits_do_not_depend_on_the_batch() -> None:
+    vae = random_vae(tiny_vae().config)
     decoder = LeanDecoder(vae, torch.float32, "cpu")
     z = latents(vae, 3, 8, 8)
     together = decoder(z)
     for i in range(3):
         assert torch.equal(together[i : i + 1], decoder(z[i : i + 1]))
-    assert torch.equal(together, decoder(z))
+    wide = torch.zeros(3, 4, 9, 16, dtype=torch.float64)  # other strides, another dtype
+    wide[:, :, 1:, ::2] = z
+    assert torch.equal(together, decoder(wide[:, :, 1:, ::2]))
 
 
 def test_inputs_and_weights_stay_as_they_are() -> None:
@@ -104,43 +97,23 @@ def test_inputs_and_weights_stay_as_they_are() -> None:
     assert torch.equal(decoder(z), images)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("config", [VAEConfig(), BUILTIN], ids=["stable_diffusion", "builtin"])
-def test_one_copy_of_the_weights(config: VAEConfig, dtype: torch.dtype) -> None:
+def test_one_copy_of_the_weights() -> None:
+    """In bfloat16. Biases and norms are in float32 at most, and narrow layers are padded."""
+    config = VAEConfig(block_out_channels=(64, 128), layers_per_block=1)
     vae = random_vae(config)
-    parts = (vae.decoder, vae.post_quant_conv)
-    elements = sum(p.numel() for part in parts for p in part.parameters())
-    summed_taps = sum(
-        (16 - 9) * c * c for c in config.block_out_channels[1:]
-    )  # 4×4 of the upsamplers for 3×3
-    decoder = LeanDecoder(vae, dtype, "cpu")
-    held = list(held_tensors(decoder))
-    assert not any(isinstance(t, torch.nn.Parameter) for t in held)
-    vectors = sum(p.numel() for part in parts for p in part.parameters() if p.ndim == 1)
-    # Weights once, biases and norms in float32 at most; narrow layers are padded when packed.
-    needed = (elements + summed_taps - vectors) * dtype.itemsize
-    held_bytes = sum(t.numel() * t.element_size() for t in held)
-    assert needed <= held_bytes <= needed + 4 * vectors + 4096
-
-
-def held_tensors(root: object) -> list[Tensor]:
-    """Every tensor that ``root`` keeps alive through attributes, bound methods and containers."""
-    seen: dict[int, object] = {}
-    tensors, queue = [], [root]
-    while queue:
-        item = queue.pop()
-        if id(item) in seen:
-            continue
-        seen[id(item)] = item
-        if isinstance(item, Tensor):
-            tensors.append(item)
-        elif isinstance(item, list | tuple):
-            queue += item
-        elif isinstance(item, MethodType):
-            queue.append(item.__self__)
-        elif type(item).__module__.startswith(("dit_engine.", "dit_kernels.")):
-            queue += vars(item).values()
-    return tensors
+    before = [t for t in gc.get_objects() if type(t) is Tensor]
+    decoder = LeanDecoder(vae, torch.bfloat16, "cpu")
+    known = {id(t) for t in before}
+    held: dict[int, int] = {}  # views of one storage count once
+    for t in [t for t in gc.get_objects() if type(t) is Tensor and id(t) not in known]:
+        key = t.untyped_storage().data_ptr() if t.layout == torch.strided else id(t)
+        held[key] = max(held.get(key, 0), t.nbytes)
+    weights = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    vectors = sum(p.numel() for p in weights if p.ndim == 1)
+    upsampler = (16 - 9) * 128 * 128  # 4×4 for 3×3
+    needed = 2 * (sum(p.numel() for p in weights) + upsampler - vectors)
+    assert needed <= sum(held.values()) <= needed + 4 * vectors + 4096
+    assert decoder(torch.zeros(1, 4, 4, 4)).isfinite().all()
 
 
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,33 +123,14 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     check_both_precisions(vae, latents(vae, 2, 5, 7))
 
 
-@pytest.mark.parametrize("over", [False, True])
-def test_a_norm_takes_any_memory_format(over: bool) -> None:
-    """cuDNN may answer a channels-last convolution in contiguous memory."""
-    layer = random_vae(BUILTIN).decoder.conv_norm_out
-    norm = lean_vae._Norm(layer, torch.device("cpu"))
-    x = torch.randn(2, 32, 5, 7, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = torch.nn.functional.silu(layer(x))
-        result = (norm.over if over else norm)(x)
-        assert_close_to_reference(result, expected, tolerance=1e-5)
-        last = x.contiguous(memory_format=torch.channels_last)
-        assert (norm.over(last) is last) and torch.equal(last, result)  # no copy of it
-
-
-def test_nan_stays_in_its_image() -> None:
+def test_nan_stays_in_its_image_and_what_is_refused() -> None:
     vae = tiny_vae()
     z = latents(vae, 2, 8, 8)
     z[0, 0, 0, 0] = torch.nan
-    for dtype in (torch.float32, torch.bfloat16):
-        images = LeanDecoder(vae, dtype, "cpu")(z)
-        assert images[0].isnan().all() and images[1].isfinite().all()
-
-
-def test_empty_batch_and_what_is_refused() -> None:
-    decoder = LeanDecoder(tiny_vae(), torch.float32, "cpu")
-    images = decoder(torch.empty(0, 4, 8, 6))
-    assert images.shape == (0, 3, 16, 12) and images.dtype == torch.float32
+    images = LeanDecoder(vae, torch.bfloat16, "cpu")(z)
+    assert images[0].isnan().all() and images[1].isfinite().all()
+    decoder = LeanDecoder(vae, torch.float32, "cpu")
+    assert decoder(torch.empty(0, 4, 8, 6)).shape == (0, 3, 16, 12)
     for shape in ((1, 3, 8, 8), (4, 8, 8), (1, 4, 0, 8)):
         with pytest.raises(ValueError, match=rf"z has shape {re.escape(str(shape))}"):
             decoder(torch.zeros(shape))

@@ -73,54 +73,11 @@ def meta_model(config: ModelConfig) -> DiT:
         return DiT(config)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_parameter_counts_are_the_papers(name: str) -> None:
-    config = ModelConfig.named(name)
-    trained = sum(p.numel() for p in meta_model(config).parameters() if p.requires_grad)
-    assert round(trained / 1e6) == GMACS_AND_MILLIONS[name][1]
-    # Counted by hand: embedders, blocks (attention 4D², MLP 8D², adaLN 6D²), final layer.
-    d, p2 = config.hidden_size, config.patch_size**2
-    embedders = (4 * p2 * d + d) + (256 * d + d + d * d + d) + 1001 * d
-    block = (4 * d * d + 4 * d) + (8 * d * d + 5 * d) + (6 * d * d + 6 * d)
-    final = (8 * p2 * d + 8 * p2) + (2 * d * d + 2 * d)
-    assert trained == embedders + config.depth * block + final
-
-
-def expected_shapes(depth: int, d: int, p: int, t: int, classes: int, out: int) -> dict:
-    shapes = {
-        "x_embedder.proj.weight": (d, 4, p, p), "x_embedder.proj.bias": (d,),
-        "pos_embed": (1, t, d),
-        "t_embedder.mlp.0.weight": (d, 256), "t_embedder.mlp.0.bias": (d,),
-        "t_embedder.mlp.2.weight": (d, d), "t_embedder.mlp.2.bias": (d,),
-        "y_embedder.embedding_table.weight": (classes + 1, d),
-        "final_layer.linear.weight": (p * p * out, d), "final_layer.linear.bias": (p * p * out,),
-        "final_layer.adaLN_modulation.1.weight": (2 * d, d),
-        "final_layer.adaLN_modulation.1.bias": (2 * d,),
-    }  # fmt: skip
-    linears = {"attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc1": (4 * d, d),
-               "mlp.fc2": (d, 4 * d), "adaLN_modulation.1": (6 * d, d)}  # fmt: skip
-    for i in range(depth):
-        for name, shape in linears.items():
-            shapes[f"blocks.{i}.{name}.weight"] = shape
-            shapes[f"blocks.{i}.{name}.bias"] = shape[:1]
-    return shapes
-
-
-@pytest.mark.parametrize(
-    ("image_size", "overrides", "tokens", "classes", "out"),
-    [
-        (512, {}, 1024, 1000, 8),
-        (256, {"num_classes": 24, "learn_sigma": False}, 256, 24, 4),
-    ],
-)
-def test_xl_2_state_dict(
-    image_size: int, overrides: dict, tokens: int, classes: int, out: int
-) -> None:
-    model = meta_model(ModelConfig.named("DiT-XL/2", image_size, **overrides))
-    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    assert len(shapes) == 292
-    assert shapes == expected_shapes(28, 1152, 2, tokens, classes, out)
-    assert not model.pos_embed.requires_grad
+def test_parameter_counts_are_the_papers() -> None:
+    for name in PUBLISHED:
+        parameters = meta_model(ModelConfig.named(name)).parameters()
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        assert round(trained / 1e6) == GMACS_AND_MILLIONS[name][1]
 
 
 @pytest.mark.parametrize(("d", "side"), [(48, 4), (1152, 16)])
@@ -138,13 +95,6 @@ def test_position_embedding_by_a_scalar_formula(d: int, side: int) -> None:
                 assert got == pytest.approx(expected, abs=6e-8)
 
 
-def test_position_embedding_is_the_one_in_the_vectors(vectors: Vectors) -> None:
-    stored = vectors["state_dict.pos_embed"]
-    side = vectors.config.input_size // vectors.config.patch_size
-    ours = position_embedding(vectors.config.hidden_size, side)
-    assert_close_to_reference(ours, stored, tolerance=1e-7)
-
-
 @pytest.mark.parametrize(("spacing", "shift"), [(128, 0), (127, 1)])
 def test_timestep_embedding_is_diffusers_with_its_frequency_shift(spacing: int, shift: int) -> None:
     Timesteps = pytest.importorskip("diffusers.models.embeddings").Timesteps
@@ -155,18 +105,6 @@ def test_timestep_embedding_is_diffusers_with_its_frequency_shift(spacing: int, 
     # Frequencies may round differently by an ulp, which t multiplies by up to 999: 6e-5.
     assert (ours - theirs).abs().max() < 6.2e-5
     assert (ours[:100] - theirs[:100]).abs().max() < 6.2e-6
-
-
-def test_the_two_numerics_are_different_functions_of_time() -> None:
-    official, diffusers = (timestep_embedding(torch.tensor([999]), s) for s in (128, 127))
-    assert torch.cosine_similarity(official, diffusers).item() == pytest.approx(0.49, abs=0.01)
-    config = ModelConfig(1, 24, 2, 2, 4)
-    spacings = {
-        n: ModelConfig(**{**config.to_dict(), "numerics": n}) for n in ("official", "diffusers")
-    }
-    assert {n: DiT(c).t_embedder.spacing for n, c in spacings.items()} == {
-        "official": 128, "diffusers": 127,
-    }  # fmt: skip
 
 
 def test_a_new_model_starts_as_the_papers_identity() -> None:

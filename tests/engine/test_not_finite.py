@@ -11,14 +11,12 @@ import torch
 from tiny import NAMES, tiny_dit, tiny_engine, tiny_vae
 
 from dit_bench.quality.fd_lite0 import reconstruct
-from dit_engine import Engine, decode
+from dit_engine import Engine
 from dit_engine.backends import Backend, create_backend
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.cli.generate import main
 from dit_engine.decode import to_uint8
 from dit_engine.errors import NotFinite
-
-OUTPUTS = ("pil", "np", "pt", "latent")
 
 
 def broken(part: str, key: str, value: float = torch.nan) -> Engine:
@@ -27,8 +25,7 @@ def broken(part: str, key: str, value: float = torch.nan) -> Engine:
     return engine
 
 
-@pytest.mark.parametrize("backend", ["lean", "eager"])
-@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize(("backend", "output"), [("lean", "pil"), ("eager", "latent")])
 def test_a_nan_weight(backend: str, output: str) -> None:
     engine = broken("model", "blocks.1.attn.qkv.weight")
     told = (
@@ -59,14 +56,11 @@ class Overflowing(Backend):
         return overflows
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
-def test_the_step_is_found_by_sampling_once_more(
-    sampler: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_step_is_found_by_sampling_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny_engine(max_batch_size=2)
     backend = Overflowing(engine, step=2, label=5)
     monkeypatch.setattr(engine, "_backend", lambda *_: backend)
-    options = {"seeds": [1, 2, 3, 4, 5], "steps": 4, "sampler": sampler, "output": "latent"}
+    options = {"seeds": [1, 2, 3, 4, 5], "steps": 4, "output": "latent"}
     steps: list[tuple[int, int]] = []
 
     def callback(progress: Any) -> None:
@@ -82,59 +76,26 @@ def test_the_step_is_found_by_sampling_once_more(
     assert steps == list(itertools.product((0, 2), (1, 2, 3, 4)))  # not called again
 
 
-def test_many_images_are_not_all_named() -> None:
-    engine = broken("model", "blocks.1.attn.qkv.weight")
-    with pytest.raises(NotFinite, match=r"image 3 \(.*\) and 5 more are not finite") as caught:
-        engine.generate([1] * 9, seed=0, steps=1)
-    assert len(str(caught.value)) < 400
-
-
-@pytest.mark.parametrize("backend", ["lean", "eager"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("output", ["pil", "np", "pt"])
-def test_nan_in_the_vae(backend: str, precision: str, output: str) -> None:
+@pytest.mark.parametrize(("backend", "output"), [("lean", "np"), ("eager", "pt")])
+def test_nan_in_the_vae(backend: str, output: str) -> None:
     engine = broken("vae", "decoder.conv_in.bias")
-    options = {"seed": 7, "steps": 1, "backend": backend, "precision": precision}
+    options = {"seed": 7, "steps": 1, "backend": backend}
     engine.generate(3, output="latent", **options)
     told = r"^image 0 \(label 3 'dog', seed 7\) is not finite after the VAE's decoding: what helps"
     with pytest.raises(NotFinite, match=told):
         engine.generate(3, output=output, **options)
 
 
-@pytest.mark.parametrize("backend", ["lean", "eager", "onnxruntime"])
-@pytest.mark.parametrize("scale", [1e38, [1.0, 1e300]])
-def test_guidance_that_overflows(
-    backend: str, scale: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    if backend == "onnxruntime":
-        pytest.importorskip("onnxruntime")
-        monkeypatch.setenv("DIT_ENGINE_CACHE", str(tmp_path))
-    with pytest.raises(NotFinite, match=r"^image .* not finite .*a smaller guidance_scale"):
-        tiny_engine().generate([3, 4], seed=0, steps=3, backend=backend, guidance_scale=scale)
-
-
 @pytest.mark.parametrize("backend", ["lean", "eager"])
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_guidance_that_overflows_is_not_clamped(
-    backend: str, sampler: str, prediction: str, clip: float | None
-) -> None:
-    model = tiny_dit(diffusion={"prediction": prediction, "clip": clip})
-    options = {"seed": 0, "steps": 3, "backend": backend, "sampler": sampler}
+def test_guidance_that_overflows_is_not_clamped(backend: str, clip: float | None) -> None:
+    model = tiny_dit(diffusion={"clip": clip})
+    options = {"seed": 0, "steps": 3, "backend": backend}
     engine = Engine(model, device="cpu")
     engine.generate([3, 4], guidance_scale=1e6, **options)
-    for scale in (1e38, 1e300):
+    for scale in (1e38, [1.0, 1e300]):
         with pytest.raises(NotFinite, match=r"not finite .*a smaller guidance_scale"):
             engine.generate([3, 4], guidance_scale=scale, **options)
-
-
-@pytest.mark.parametrize("backend", ["lean", "eager"])
-def test_overflow_of_float16(backend: str) -> None:
-    engine = broken("model", "blocks.1.mlp.fc1.weight", 7e4)  # more than float16 holds
-    engine.generate([3], seed=0, steps=2, backend=backend)
-    with pytest.raises(NotFinite, match="precision 'bf16' or 'fp32'"):
-        engine.generate([3], seed=0, steps=2, backend=backend, precision="fp16")
 
 
 def test_pixels_that_are_not_finite_never_become_bytes() -> None:
@@ -148,18 +109,7 @@ def test_pixels_that_are_not_finite_never_become_bytes() -> None:
         reconstruct(torch.zeros(2, 8, 8, 3, dtype=torch.uint8).numpy(), vae)
 
 
-@pytest.mark.parametrize("output", ["pil", "np", "pt"])
-def test_pixels_are_looked_through_once(monkeypatch: pytest.MonkeyPatch, output: str) -> None:
-    looked: list[torch.Size] = []
-    all_finite = decode._finite
-    monkeypatch.setattr(
-        decode, "_finite", lambda tensor: looked.append(tensor.shape) or all_finite(tensor)
-    )
-    tiny_engine().generate([1, 2], seed=0, steps=1, output=output)
-    assert looked == [(2, 4, 8, 8), (2, 3, 16, 16)]  # latents, pixels
-
-
-@pytest.mark.parametrize("output", ["out", "sheet.png", "z.safetensors", "z.npy"])
+@pytest.mark.parametrize("output", ["out", "sheet.png"])
 def test_the_command_keeps_what_was_finished(
     output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,8 +21,6 @@ from dit_engine.sampling.guidance import guided
 from dit_engine.sampling.samplers import SAMPLERS, ddim, ddpm, dpm_solver_pp
 from dit_engine.sampling.schedule import Schedule, make_schedule
 
-# Against the original ------------------------------------------------------------------------
-
 
 def denoiser_of(model: DiT, schedule: Schedule, labels: Tensor) -> Callable[[Tensor, int], Tensor]:
     def denoise(z: Tensor, k: int) -> Tensor:
@@ -78,9 +76,6 @@ def test_float32_trajectories_are_the_originals(vectors: Vectors, run: str) -> N
     assert_close_to_reference(out, vectors[f"{run}.out"], tolerance=1e-4)
 
 
-# Against diffusers ---------------------------------------------------------------------------
-
-
 def toy(z: Tensor, t: int) -> Tensor:
     """A smooth, bounded, non-linear epsilon that depends on position and time."""
     where = torch.linspace(-1, 1, z.shape[-1], dtype=z.dtype)
@@ -97,11 +92,11 @@ def draws(k: int) -> Tensor:
 
 
 BETAS = {"beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"}
-STEP_COUNTS = [1, 2, 20, 50]
+STEP_COUNTS = [1, 2, 20]
 
 
 @pytest.mark.parametrize("steps", STEP_COUNTS)
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.5])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 6e-7), (torch.float32, 2e-6)])
 def test_ddim_is_diffusers(steps: int, eta: float, dtype: torch.dtype, tolerance: float) -> None:
     """diffusers computes ᾱ in float32, as a product of 1000 factors: its own error is 3e-7."""
@@ -148,105 +143,59 @@ def test_dpm_solver_is_diffusers(steps: int, spacing: str) -> None:
         assert_close_to_reference(ours, expected, tolerance=2e-6)
 
 
-# Behaviour -----------------------------------------------------------------------------------
-
-
-def run(name: str, steps: int, spacing: str | None = None, **options: Any) -> tuple[Tensor, list]:
+def run(name: str, steps: int, spacing: str | None = None, **options: Any) -> Tensor:
     schedule = make_schedule(steps, spacing or SAMPLERS[name].spacing)
-    asked: list[int] = []
-
-    def noise(k: int) -> Tensor:
-        asked.append(k)
-        return draws(k)
-
     z = start(torch.float32)
-    before = z.clone()
     out = SAMPLERS[name].function(
-        lambda z, k: toy(z, int(schedule.timesteps[k])), z, schedule, noise, **options
+        lambda z, k: toy(z, int(schedule.timesteps[k])), z, schedule, draws, **options
     )
-    assert torch.equal(z, before)
-    return out, asked
+    assert torch.equal(z, start(torch.float32))  # not modified
+    return out
 
 
-def test_noise_is_asked_for_only_where_it_is_used() -> None:
-    assert run("ddpm", 5)[1] == [0, 1, 2, 3]
-    assert run("ddim", 5, eta=0.3)[1] == [0, 1, 2, 3]
-    assert run("ddim", 5)[1] == []
-    assert run("dpm++", 5)[1] == []
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("steps", [1, 2, 3, 1000])
-def test_any_number_of_steps_is_finite(name: str, steps: int) -> None:
-    out, _ = run(name, steps)
-    assert out.dtype == torch.float32
-    assert out.isfinite().all()
-
-
-def test_full_noise_ddim_is_finite_where_the_radicand_is_nearly_zero() -> None:
+def test_any_number_of_steps_is_finite() -> None:
+    """Also for ddim with full noise, where a radicand is nearly zero."""
+    for name in SAMPLERS:
+        assert run(name, 1000).isfinite().all()
     for steps in range(1, 60):
         for spacing in ("official", "trailing", "linspace", "leading"):
-            out, _ = run("ddim", steps, spacing, eta=1.0)
-            assert out.isfinite().all(), (steps, spacing)
+            assert run("ddim", steps, spacing, eta=1.0).isfinite().all(), (steps, spacing)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_one_step_is_the_predicted_x0(name: str) -> None:
-    out, _ = run(name, 1, "trailing")
-    a = make_schedule(1000).alphas_cumprod[0]  # t = 999
-    z = start(torch.float64)
-    x0 = (z - math.sqrt(1 - a) * toy(z, 999)) / math.sqrt(a)
-    assert_close_to_reference(out, x0, tolerance=1e-5)
+def test_the_last_step_gives_the_predicted_x0_and_the_callback_sees_each(name: str) -> None:
+    schedule, states = make_schedule(6, "linspace"), [start(torch.float64)]
+    seen: list[int] = []
 
+    def callback(k: int, z: Tensor) -> None:
+        seen.append(k)
+        states.append(z)
 
-def test_the_last_dpm_step_is_exactly_the_predicted_x0() -> None:
-    schedule = make_schedule(6, "linspace")
-    states: list[Tensor] = []
-    out = dpm_solver_pp(
-        lambda z, k: toy(z, int(schedule.timesteps[k])), start(torch.float64), schedule, draws,
-        lambda k, z: states.append(z),
-    )  # fmt: skip
+    out = SAMPLERS[name].function(
+        lambda z, k: toy(z, int(schedule.timesteps[k])), states[0], schedule, draws, callback
+    )
+    assert seen == list(range(6)) and torch.equal(states[-1], out)
     before, a = states[-2], schedule.alphas_cumprod[-1]
     x0 = (before - math.sqrt(1 - a) * toy(before, int(schedule.timesteps[-1]))) / math.sqrt(a)
-    assert relative_error(out, x0) < 1e-15
+    # ddpm and ddim round their coefficients to float32.
+    assert relative_error(out, x0) < (1e-15 if name == "dpm++" else 1e-6)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_callback_sees_every_step_in_order(name: str) -> None:
-    seen: list[tuple[int, Tensor]] = []
-    out, _ = run(name, 4, callback=lambda k, z: seen.append((k, z)))
-    assert [k for k, _ in seen] == [0, 1, 2, 3]
-    assert torch.equal(seen[-1][1], out)
-    assert len({z.data_ptr() for _, z in seen}) == 4
-
-
-def test_fixed_variance_is_the_references_large_one() -> None:
-    """One step from 999 to 0 with unit noise: the distance from the mean is √beta."""
-    schedule = make_schedule(2)
-    z = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    states: list[Tensor] = []
-    ddpm(
-        lambda z, k: torch.zeros_like(z), z, schedule, lambda k: torch.ones_like(z),
-        lambda k, z: states.append(z),
-    )  # fmt: skip
-    full = make_schedule(1000).alphas_cumprod
-    assert states[0].item() == pytest.approx(math.sqrt(1 - full[0] / full[-1]), rel=1e-6)
-
-
-@pytest.mark.parametrize(("variance", "bound"), [(-1.0, "posterior"), (1.0, "beta")])
-def test_learned_variance_reaches_from_the_posterior_to_beta(variance: float, bound: str) -> None:
+def test_variances_of_ddpm() -> None:
+    """The distance from the mean after one step with unit noise: √beta where the variance is fixed,
+    and from the posterior's to beta where it is learned."""
     schedule = make_schedule(10)
     z = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    states: list[Tensor] = []
-    answer = torch.tensor([0.0, variance], dtype=torch.float64).view(1, 2, 1, 1)
-    ddpm(
-        lambda z, k: answer, z, schedule, lambda k: torch.ones_like(z),
-        lambda k, z: states.append(z),
-    )  # fmt: skip
     a, prev = schedule.alphas_cumprod[0], schedule.alphas_cumprod_prev[0]
     beta = 1 - a / prev
-    expected = beta if bound == "beta" else beta * (1 - prev) / (1 - a)
-    assert states[0].item() == pytest.approx(math.sqrt(expected), rel=1e-6)
+    for told, expected in ((None, beta), (1.0, beta), (-1.0, beta * (1 - prev) / (1 - a))):
+        states: list[Tensor] = []
+        answer = torch.tensor([0.0] if told is None else [0.0, told], dtype=torch.float64)
+        ddpm(
+            lambda z, k: answer.view(1, -1, 1, 1), z, schedule, lambda k: torch.ones_like(z),  # noqa: B023
+            lambda k, z: states.append(z),  # noqa: B023
+        )  # fmt: skip
+        assert states[0].item() == pytest.approx(math.sqrt(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -299,15 +248,11 @@ def test_coefficients_meet_the_latents_in_float32() -> None:
     assert_close_to_reference(states[0], expected, tolerance=1e-14)
 
 
-@pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])
-def test_bad_eta(eta: float) -> None:
-    with pytest.raises(ValueError, match=r"^eta .* is out of range: allowed is 0 to 1$"):
-        run("ddim", 2, eta=eta)
-
-
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_denoiser_with_a_wrong_number_of_channels(name: str) -> None:
     with pytest.raises(ValueError, match=r"^denoiser gave 3 channels for latents of 4"):
         SAMPLERS[name].function(
             lambda z, k: z[:, :3], start(torch.float32), make_schedule(2), draws
         )
+    with pytest.raises(ValueError, match=r"^eta 1.1 is out of range: allowed is 0 to 1$"):
+        run("ddim", 2, eta=1.1)

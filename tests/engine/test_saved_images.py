@@ -43,13 +43,10 @@ def test_several_images(tmp_path: Path) -> None:
     files = sorted((tmp_path / "new" / "images").iterdir())
     assert [file.name for file in files] == ["00000-cat-seed4.png", "00001-hen-seed5.png"]
     assert [record_of(file)["seed"] for file in files] == [4, 5]
-    with pytest.raises(ValueError, match=r"PNGs are of output 'pil', not of <uint8 \(1, 16, 16, 3"):
+    with pytest.raises(ValueError, match="only images of output 'pil' are saved"):
         tiny_engine().generate(1, steps=1, output="np").save(tmp_path / "c.png")
     with pytest.raises(ValueError, match=r"\.jpg files are not written"):
         result.save(tmp_path / "c.jpg")
-    for name in ("x.npy", "y.safetensors"):
-        with pytest.raises(ValueError, match=f"{name}: .* are not written; use .png or a dir"):
-            result.save(tmp_path / name)
     with pytest.raises(ValueError, match="- is no name"):
         result.save("-")
     assert {path.name for path in tmp_path.iterdir()} == {"sheet.png", "new"}

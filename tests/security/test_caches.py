@@ -18,9 +18,9 @@ from tiny import tiny_dit
 from torch._inductor import codecache
 from torch._inductor.runtime import cache_dir_utils, runtime_utils
 
-from dit_engine.backends import compiler_cache
-from dit_engine.backends.compiler_cache import VARIABLE as COMPILED
-from dit_engine.backends.compiler_cache import use_private_cache
+from dit_engine.backends import compile as compile_backend
+from dit_engine.backends.compile import CACHE_VARIABLE as COMPILED
+from dit_engine.backends.compile import use_private_cache
 from dit_engine.io.caches import VARIABLE, cache_directory, private_cache, private_directory
 from dit_engine.model import DiT
 from dit_export import cache as cache_module
@@ -297,7 +297,7 @@ def test_without_a_private_place_a_temporary_one_serves(
             use_private_cache()
     temporary = Path(os.environ[COMPILED])
     assert temporary.is_dir() and mode(temporary) == 0o700 and tmp_path not in temporary.parents
-    assert places() == {str(temporary)} == {compiler_cache._temporary()}
+    assert places() == {str(temporary)} == {compile_backend._temporary()}
     monkeypatch.setenv(VARIABLE, "~nobody-of-this-name/cache")  # nor is there a home
     with pytest.warns(UserWarning, match="home"):
         use_private_cache()

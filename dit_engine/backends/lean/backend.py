@@ -1,4 +1,5 @@
-"""The lean backend: packed weights and fused operators; on CUDA each step is one graph."""
+"""The lean backend: packed weights and fused operators. On CUDA each step is one graph, and on the
+CPU a forward is a recording of its native calls."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ from torch import Tensor
 from dit_engine.backends import Backend
 from dit_engine.backends.eager import DTYPES
 from dit_engine.backends.lean.conditioning import Conditioning, ModulationTable
-from dit_engine.backends.lean.forward import LeanTransformer
-from dit_engine.backends.lean.replay import RecordedForwards
+from dit_engine.backends.lean.forward import Activations, LeanTransformer
 from dit_engine.backends.lean.vae import LeanDecoder
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
 from dit_kernels.cpu import operators as native
+from dit_kernels.cpu.recording import Recording, record
 from dit_kernels.dispatch import launcher
 from dit_kernels.quantized import quantized_why_not
 
@@ -94,7 +95,11 @@ class LeanDenoiser:
         if self._recorded is not None:
             return self._recorded(x, self.table, step, rows)
         transformer, modulation = self.backend.transformer, self.table.step(step, rows)
-        tokens = self._buffer(rows)  # (M, T, D)
+        if rows not in self._tokens:
+            shape = rows, transformer.config.num_tokens, transformer.config.hidden_size
+            device = self.backend.device
+            self._tokens[rows] = torch.empty(*shape, dtype=transformer.dtype, device=device)
+        tokens = self._tokens[rows]  # (M, T, D)
         alone = self.backend.one_by_one
         for half in tokens.split(max(len(x), 1)):
             for z, into in zip(x.split(1), half.split(1), strict=True) if alone else [(x, half)]:
@@ -104,13 +109,61 @@ class LeanDenoiser:
         each = zip(tokens.split(1), modulation.split(1), strict=True)
         return torch.cat([transformer.forward(*row) for row in each])
 
-    def _buffer(self, m: int) -> Tensor:
-        if m not in self._tokens:
-            config, backend = self.backend.config, self.backend
-            self._tokens[m] = torch.empty(
-                m, config.num_tokens, config.hidden_size, dtype=backend.dtype, device=backend.device
-            )
-        return self._tokens[m]
+
+class RecordedForwards:
+    """Forwards on the CPU of up to ``rows`` rows in one set of buffers. The native calls are
+    recorded for each number of rows; then they are only replayed.
+
+    Beside the modulations, the buffers hold 7·M·T·D numbers, and 5·M·T·D bytes of codes where the
+    forward is quantised. For one thread at a time.
+    """
+
+    def __init__(self, transformer: LeanTransformer, rows: int) -> None:
+        self.transformer = transformer
+        config, dtype = transformer.config, transformer.dtype
+        d, wide = config.hidden_size, max(3 * config.hidden_size, config.mlp_hidden_size)
+        tokens = rows * config.num_tokens
+        self._narrow = torch.empty(3, rows, config.num_tokens, d, dtype=dtype)
+        self._wide = torch.empty(tokens * wide, dtype=dtype)
+        self._modulation = torch.empty(rows, (6 * config.depth + 2) * d, dtype=dtype)
+        self._codes = self._scales = torch.empty(0)
+        if transformer.quantized:
+            self._codes = torch.empty(tokens * (d + config.mlp_hidden_size), dtype=torch.uint8)
+            self._scales = torch.empty(2, rows, config.num_tokens, dtype=torch.float32)
+        self._recordings: dict[int, Recording] = {}
+
+    def __call__(self, x: Tensor, table: ModulationTable, step: int, rows: int) -> Tensor:
+        """As `LeanDenoiser.forward`."""
+        transformer = self.transformer
+        tokens, narrow, attended = self._narrow[:, :rows]
+        modulation = table.step(step, rows, out=self._modulation[:rows])
+        for half in tokens.split(max(len(x), 1)):
+            transformer.embed(x, half)
+        recording = self._recordings.get(rows)
+        if recording is not None:
+            recording.replay()
+        else:
+            memory = self._activations(rows, narrow, attended)
+            with record() as recording:
+                transformer.trunk(tokens, modulation, memory)
+            self._recordings[rows] = recording
+        return transformer.final(narrow)
+
+    def _activations(self, rows: int, narrow: Tensor, attended: Tensor) -> Activations:
+        config = self.transformer.config
+        d, hidden = config.hidden_size, config.mlp_hidden_size
+
+        def of(memory: Tensor, first: int, width: int) -> Tensor:
+            """(M, T, width) of ``memory``, which begins with ``first`` numbers per token."""
+            count = rows * config.num_tokens
+            part = memory[count * first : count * (first + width)]
+            return part.view(rows, config.num_tokens, width)
+
+        made = Activations(narrow, attended, of(self._wide, 0, 3 * d), of(self._wide, 0, hidden))
+        if self.transformer.quantized:
+            made.codes = of(self._codes, 0, d), self._scales[0, :rows]
+            made.hidden_codes = of(self._codes, d, hidden), self._scales[1, :rows]
+        return made
 
 
 class FusedLeanDenoiser:
@@ -128,12 +181,11 @@ class FusedLeanDenoiser:
         self, z: Tensor, x0_before: Tensor, noise: Tensor, step: int, guide: bool
     ) -> tuple[Tensor, Tensor]:
         denoiser, backend = self.denoiser, self.denoiser.backend
-        rows = len(z) * (2 if guide else 1)
         if backend.graphs is not None:
             graph = backend.graphs.of(len(z), guide, self.channels)
             return graph(z, x0_before, noise, self.coefficients[step], self.scales,
                          denoiser.table, step)  # fmt: skip
-        tokens = denoiser.forward(z, step, rows)
+        tokens = denoiser.forward(z, step, len(z) * (2 if guide else 1))
         return backend.update(
             tokens, z, x0_before, noise, self.scales, self.coefficients[step], self.channels,
             backend.config.patch_size,

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_engine.config import ModelConfig
 from dit_engine.model import Block, DiT, FinalLayer
@@ -27,19 +27,16 @@ number of rows, so this number must not depend on the other labels of a batch.""
 
 
 class Conditions(Protocol):
-    """What computes a `ModulationTable`: width numbers of ``dtype`` for a time step and a label."""
+    """What computes a `ModulationTable`, as `Conditioning` does: ``width`` numbers of ``dtype`` for
+    a time step and a label."""
 
     config: ModelConfig
     dtype: torch.dtype
     width: int
 
-    def embed(self, timesteps: Tensor) -> Tensor:
-        """Time steps (K,) → what `rows` takes of them, (K, …)."""
-        ...
+    def embed(self, timesteps: Tensor) -> Tensor: ...
 
-    def rows(self, t: Tensor, labels: Tensor, by_label: bool) -> Tensor:
-        """Modulations (K, L, width) of `embed`ded time steps × labels (L,)."""
-        ...
+    def rows(self, t: Tensor, labels: Tensor, by_label: bool) -> Tensor: ...
 
 
 class Conditioning:
@@ -54,16 +51,12 @@ class Conditioning:
         self.dtype, self.device = dtype, device
         self.t_embedder = copy.deepcopy(model.t_embedder).float()
         self.y_embedder = copy.deepcopy(model.y_embedder).float()
-        heads: list[nn.Linear] = []
+        self.heads: list[tuple[Tensor, Tensor]] = []
         for layer in [*model.blocks, model.final_layer]:
             assert isinstance(layer, Block | FinalLayer)
             head = layer.adaLN_modulation[1]
-            assert isinstance(head, nn.Linear)
-            heads.append(head)
-        self.heads = [
-            (h.weight.to(device, dtype, copy=True), h.bias.to(device, dtype, copy=True))
-            for h in heads
-        ]
+            weight, bias = (p.to(device, dtype, copy=True) for p in (head.weight, head.bias))
+            self.heads.append((weight, bias))
         self.width = sum(len(bias) for _, bias in self.heads)
 
     def embed(self, timesteps: Tensor) -> Tensor:
@@ -124,8 +117,8 @@ class ModulationTable:
             self._table = self.conditioning.rows(t, self.labels, self.by_label)
             self._first = first
         if out is not None and out.device.type == "cpu":
-            # numpy copies with one thread; torch would wake and await others at every step. The
-            # views as int16 are for bfloat16, which numpy has not.
+            # numpy copies with one thread; torch would wake others, and wait for them, at each
+            # step. The views as int16 are for bfloat16, which numpy does not have.
             table, into = (v.view(torch.int16).numpy() for v in (self._table[k - first], out))
             np.take(table, self.index[:rows].numpy(), axis=0, out=into, mode="clip")
             return out

@@ -18,16 +18,16 @@ from dit_kernels.dispatch import launcher
 
 GRAPH_LIMIT = 8
 """How many graphs of one transformer are kept; the one unused for longest is dropped. Each has
-inputs of its own (latents, tokens, modulations). All share one memory pool for their
-activations, which is as large as the largest batch needs."""
+inputs of its own (latents, tokens, modulations). All share one memory pool for their activations,
+which is as large as the largest batch needs."""
 
 
 class Turns:
     """Lets one user after another have the graphs' common memory, across threads and streams.
 
     The lock puts the launches in order, and the event puts what they launch in order: on the
-    device, the copies into a graph's inputs wait for the replay before them. The
-    host waits for nothing.
+    device, the copies into a graph's inputs wait for the replay before them. The host waits for
+    nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -80,29 +80,22 @@ class StepGraph:
     """
 
     def __init__(
-        self,
-        transformer: LeanTransformer,
-        n: int,
-        guide: bool,
-        channels: int,
-        turns: Turns,
+        self, transformer: LeanTransformer, n: int, guide: bool, channels: int, turns: Turns,
         pool: Any = None,
-    ) -> None:
-        config, device = transformer.config, transformer.device
+    ) -> None:  # fmt: skip
+        config, dtype = transformer.config, transformer.dtype
         self.transformer, self.channels, self.turns = transformer, channels, turns
         self.rows = 2 * n if guide else n
-        shape = (n, config.in_channels, config.input_size, config.input_size)
-        self.z, self.x0_before, self.noise = (
-            torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(3)
-        )
-        self.coefficients = torch.zeros(9, dtype=torch.float32, device=device)
-        self.scales = torch.ones(n, dtype=torch.float32, device=device)
+
+        def static(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=transformer.device)
+
+        self.z, self.x0_before, self.noise = (static(n, *config.latent_shape) for _ in range(3))
+        self.coefficients, self.scales = static(9), static(n)
         width = (6 * config.depth + 2) * config.hidden_size
-        self.modulation = torch.zeros(self.rows, width, dtype=transformer.dtype, device=device)
-        self.tokens = torch.empty(
-            self.rows, config.num_tokens, config.hidden_size, dtype=transformer.dtype, device=device
-        )
-        self.update: Callable[..., tuple[Tensor, Tensor]] = launcher("guided_step", device)
+        self.modulation = static(self.rows, width, dtype=dtype)
+        self.tokens = static(self.rows, config.num_tokens, config.hidden_size, dtype=dtype)
+        self.update: Callable[..., Any] = launcher("guided_step", transformer.device)
         with turns.take(), torch.inference_mode():
             self.graph, self.results = capture_graph(self._step, turns.capture_stream, pool)
 
@@ -116,15 +109,9 @@ class StepGraph:
         )  # fmt: skip
 
     def __call__(
-        self,
-        z: Tensor,
-        x0_before: Tensor,
-        noise: Tensor,
-        coefficients: Tensor,
-        scales: Tensor,
-        table: ModulationTable,
-        step: int,
-    ) -> tuple[Tensor, Tensor]:
+        self, z: Tensor, x0_before: Tensor, noise: Tensor, coefficients: Tensor, scales: Tensor,
+        table: ModulationTable, step: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The step on these inputs; the results are the caller's own tensors."""
         with self.turns.take(), torch.inference_mode():
             for static, given in (

@@ -26,13 +26,12 @@ Run = Callable[..., Any]
 
 
 class Product(Protocol):
-    """A linear layer from what a norm or an activation gives to ``dtype``.
-
-    native: whether it is one call of the native library.
-    """
+    """A linear layer that takes what a norm or an activation gives."""
 
     @property
-    def native(self) -> bool: ...
+    def native(self) -> bool:
+        """Whether it is one call of the native library."""
+        ...
 
     def __call__(self, h: Any, /, gelu: bool = False, out: Tensor | None = None) -> Tensor: ...
 
@@ -58,16 +57,14 @@ class LeanTransformer:
     ) -> None:
         self.config, self.dtype, self.device = model.config, dtype, device
         self.quantized = quantized
-        self.norms: Norms = QuantizedNorms(device, quantized) if quantized else Norms(device)
+        self.norms = _norms(device, quantized)
         self.attention = _attention(model, device)
 
         def packed(layer: nn.Linear) -> Product:
-            weight, bias = layer.weight.to(device, dtype), layer.bias.to(device, dtype)
             if quantized is None:
-                return PackedLinear(weight, bias)
-            return _QuantizedProduct(
-                QuantizedLinear(layer.weight.to(device), layer.bias.to(device), quantized, dtype)
-            )
+                return PackedLinear(layer.weight.to(device, dtype), layer.bias.to(device, dtype))
+            weight, bias = layer.weight.to(device), layer.bias.to(device)
+            return _QuantizedProduct(QuantizedLinear(weight, bias, quantized, dtype))
 
         self.blocks: list[LeanBlock] = []
         for b in model.blocks:
@@ -209,62 +206,46 @@ def _attention(model: DiT, device: torch.device) -> Run:
     return by_torch
 
 
+@dataclass
 class Norms:
-    """adaLN between the products: updates x in place and returns its modulated norm.
+    """adaLN between the products. Each updates x in place and returns what the next product takes:
+    the modulated norm, or its codes and row scales.
 
-    ``attended`` and ``hidden`` turn the results of attention and of the hidden layer into what the
-    next product takes.
+    Attributes:
+        first: (x, shift, scale, eps, memory). next: (x, y, gate, shift, scale, eps, memory), after
+            the branch y. last: the same without memory, of the final layer, never quantised.
+        attended, hidden: (h, memory), for the results of attention and of the hidden layer.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._first: Run = launcher("layernorm_modulate", device)
-        self._next: Run = launcher("gate_residual_layernorm_modulate", device)
+    first: Run
+    next: Run
+    last: Run
+    attended: Run
+    hidden: Run
 
-    def first(
-        self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, memory: Activations
-    ) -> Any:
-        return self._first(x, shift, scale, eps, out=memory.narrow)
 
-    def next(
-        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float,
-        memory: Activations,
-    ) -> Any:  # fmt: skip
-        return self.last(x, y, gate, shift, scale, eps)
+def _norms(device: torch.device, quantized: str | None) -> Norms:
+    norm = launcher("layernorm_modulate", device)
+    gated = launcher("gate_residual_layernorm_modulate", device)
 
-    def last(
-        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
-    ) -> Tensor:
+    def last(x: Tensor, y: Tensor, *gate_shift_scale_eps: Any) -> Tensor:
         # Each row of y is read before it is written, so the norm can overwrite y.
-        self._next(x, y, gate, shift, scale, eps, out=(x, y))
+        gated(x, y, *gate_shift_scale_eps, out=(x, y))
         return y
 
-    def attended(self, h: Tensor, memory: Activations) -> Any:
-        return h
-
-    def hidden(self, h: Tensor, memory: Activations) -> Any:
-        return h
-
-
-class QuantizedNorms(Norms):
-    """`Norms` that give (codes, row scales) for the next product."""
-
-    def __init__(self, device: torch.device, kind: str) -> None:
-        super().__init__(device)
-        self._quantize = Quantizer(kind, device)
-
-    def first(
-        self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, memory: Activations
-    ) -> Codes:
-        return self._quantize.norm(x, shift, scale, eps, out=memory.codes)
-
-    def next(
-        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float,
-        memory: Activations,
-    ) -> Codes:  # fmt: skip
-        return self._quantize.gated_norm(x, y, gate, shift, scale, eps, out=memory.codes)
-
-    def attended(self, h: Tensor, memory: Activations) -> Codes:
-        return self._quantize.rows(h, out=memory.codes)
-
-    def hidden(self, h: Tensor, memory: Activations) -> Codes:
-        return self._quantize.rows(h, out=memory.hidden_codes)
+    if quantized is None:
+        return Norms(
+            first=lambda *given: norm(*given[:-1], out=given[-1].narrow),
+            next=lambda *given: last(*given[:-1]),
+            last=last,
+            attended=lambda h, memory: h,
+            hidden=lambda h, memory: h,
+        )
+    quantize = Quantizer(quantized, device)
+    return Norms(
+        first=lambda *given: quantize.norm(*given[:-1], out=given[-1].codes),
+        next=lambda *given: quantize.gated_norm(*given[:-1], out=given[-1].codes),
+        last=last,
+        attended=lambda h, memory: quantize.rows(h, out=memory.codes),
+        hidden=lambda h, memory: quantize.rows(h, out=memory.hidden_codes),
+    )

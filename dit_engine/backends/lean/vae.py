@@ -1,10 +1,10 @@
-"""The VAE's decoder as it runs fastest: what `AutoencoderKL.decode` computes, in packed layers.
+"""The fast decoder of a VAE: it computes what `AutoencoderKL.decode` computes, in packed layers.
 
-Activations stay in channels-last memory throughout, so a 1×1 convolution is a linear layer over
-pixels and the mid block's tokens are a view. Group norm and SiLU are one operator; a block's skip
-is added by its last convolution, into the skip's own memory. Doubling and its 3×3 convolution are
-one transposed convolution (see `_Upsample`). On x86 oneDNN reads weights in its own blocked layout,
-and only that copy of them is held.
+All activations are in channels-last memory, so a 1×1 convolution is a linear layer over the pixels,
+and the tokens of the attention are a view. Group norm and SiLU are one operator. The last
+convolution of a residual block adds its result to the block's input, in the memory of that input.
+Doubling the size and the 3×3 convolution after it are one transposed convolution (see `_Upsample`).
+On x86, oneDNN reads weights in a layout of its own, and the decoder holds only that copy of them.
 
 Shape letters: N images, H and W pixels, C channels, c latent channels, h and w latent rows and
 columns.
@@ -24,19 +24,21 @@ from dit_kernels.dispatch import launcher
 from dit_kernels.linear import onednn_takes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# oneDNN is told an input size when it chooses a weight's layout; inputs of any size run with it.
 TYPICAL_SIDE = 32
-# oneDNN adds up a channels-last convolution's products one after another, 9 · C_in of them. Chains
-# of this many input channels halve the float32 error of a 512-wide one, for some percent of time.
+"""oneDNN chooses the layout of the weights for this input size; inputs of any size run with it."""
 FLOAT32_CHAIN = 128
+"""Input channels of one float32 convolution. oneDNN adds up the products of a channels-last
+convolution one after another, 9 · C_in of them. Shorter sums halve the error of a convolution of
+512 channels and cost a few percent of its time."""
 
 
 class LeanDecoder:
     """The decoder of ``vae`` with weights of its own, in ``dtype`` on ``device``.
 
-    It holds no reference to ``vae`` and changes nothing of it. The weights take what the decoder's
-    parameters take in ``dtype``, but 16/9 of it for those of the upsampling convolutions: 8 % more
-    for Stable Diffusion's decoder. Calls keep no state: threads may share one.
+    It keeps no reference to ``vae`` and does not change it. The weights take the memory of the
+    decoder's parameters in ``dtype``, except that those of the upsampling convolutions take 16/9 of
+    it, which is 8 % more for the whole decoder of Stable Diffusion. A call keeps no state, so
+    threads may share one decoder.
 
     Raises ValueError for a dtype other than float32, bfloat16 and float16 (in which Stable
     Diffusion's decoder overflows).
@@ -61,8 +63,8 @@ class LeanDecoder:
     def __call__(self, z: Tensor) -> Tensor:
         """The network's latents z (N, c, h, w) → float32 images (N, 3, H, W) on the device.
 
-        In float32 on the CPU it goes image by image, so that an image's bits do not depend on the
-        batch. Raises ValueError for a shape that the decoder does not take.
+        In float32 on the CPU the images are decoded one by one, so that the bits of an image do not
+        depend on the batch. Raises ValueError for a shape that the decoder does not take.
         """
         if z.ndim != 4 or z.shape[1] != self.config.latent_channels or 0 in z.shape[2:]:
             raise ValueError(
@@ -73,9 +75,8 @@ class LeanDecoder:
         shape = (n, self.config.out_channels, f * h, f * w)
         images = torch.empty(shape, dtype=torch.float32, device=self.device)
         alone = self.device.type == "cpu" and self.dtype == torch.float32
-        for part, pixels in (
-            zip(z.split(1), images.split(1), strict=True) if alone else [(z, images)]
-        ):
+        at_once = 1 if alone else max(n, 1)
+        for part, pixels in zip(z.split(at_once), images.split(at_once), strict=True):
             if n > 0:
                 x = part.to(self.device, self.dtype, memory_format=torch.channels_last)
                 for layer in self._layers:
@@ -85,7 +86,7 @@ class LeanDecoder:
 
 
 def _modules(decoder: Decoder) -> Iterator[nn.Module]:
-    """What lies between the decoder's first convolution and its last norm, in order."""
+    """The modules between the decoder's first convolution and its last norm, in order."""
     first, last = decoder.mid_block.resnets
     yield first
     yield from getattr(decoder.mid_block, "attentions", ())
@@ -107,7 +108,7 @@ def _layer(
 
 
 class _Norm:
-    """Group norm and SiLU; weight and bias stay in float32, in which the operator computes."""
+    """Group norm and SiLU. Weight and bias stay in float32, in which the operator computes."""
 
     def __init__(self, norm: nn.GroupNorm, device: torch.device) -> None:
         self.groups, self.eps = norm.num_groups, norm.eps
@@ -119,19 +120,19 @@ class _Norm:
         return self.run(_channels_last(x), self.groups, self.weight, self.bias, self.eps)
 
     def over(self, x: Tensor) -> Tensor:
-        """The same, written over x where that is channels-last, as convolutions leave it."""
+        """The same, written over x if x is channels-last, as convolutions leave it."""
         x = _channels_last(x)
         return self.run(x, self.groups, self.weight, self.bias, self.eps, out=x)
 
 
 class _Conv:
-    """A 3×3 convolution of padding 1."""
+    """A 3×3 convolution with padding 1."""
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, device: torch.device) -> None:
         self.bias = _copy(conv.bias, dtype, device)
         self.packed = device.type == "cpu" and onednn_takes(dtype)
-        width = FLOAT32_CHAIN if self.packed and dtype == torch.float32 else conv.in_channels
-        self.parts = [_copy(part, dtype, device) for part in conv.weight.split(width, dim=1)]
+        self.width = FLOAT32_CHAIN if self.packed and dtype == torch.float32 else conv.in_channels
+        self.parts = [_copy(part, dtype, device) for part in conv.weight.split(self.width, dim=1)]
         if self.packed:  # each (C_out, up to ``width``, 3, 3)
             self.parts = [
                 torch.ops.mkldnn._reorder_convolution_weight(
@@ -139,7 +140,6 @@ class _Conv:
                 )
                 for part in self.parts
             ]
-        self.width = width
 
     def __call__(self, x: Tensor) -> Tensor:  # (N, C_in, H, W) → (N, C_out, H, W)
         if not self.packed:
@@ -172,12 +172,12 @@ def _add_convolution(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | No
 class _Upsample:
     """Nearest-neighbour doubling and a 3×3 convolution, as one transposed convolution of stride 2.
 
-    Along a side, output row 2y reads input rows y−1, y, y and row 2y+1 reads y, y, y+1: taps that
-    meet the same row are summed beforehand, which leaves 2×2 of 3×3 products a pixel, and the
-    doubled tensor is never made. Zero padding means the same to both.
+    Along a side, output row 2y reads the input rows y−1, y, y, and output row 2y+1 reads y, y, y+1.
+    The taps that read the same row are added up beforehand. That leaves 2×2 of the 3×3 products per
+    pixel, and the doubled tensor is never made. Zero padding has the same effect in both forms.
     """
 
-    # Rows: taps of the transposed convolution; columns: the taps of the convolution they sum.
+    # Each row is a tap of the transposed convolution, and a 1 marks a tap that it adds up.
     SUMS = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, device: torch.device) -> None:
@@ -220,7 +220,8 @@ class _Resnet:
         shortcut = getattr(block, "conv_shortcut", None)
         self.shortcut = None if shortcut is None else _Pointwise(shortcut, dtype, device)
 
-    def __call__(self, x: Tensor) -> Tensor:  # (N, C_in, H, W) → (N, C_out, H, W), over x or not
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) → (N, C_out, H, W). It may write over x."""
         if self.shortcut is None:
             skip, y = x, self.norm1(x)
         else:
@@ -229,7 +230,7 @@ class _Resnet:
 
 
 class _Attention:
-    """Single-head self-attention over the pixels, from one packed projection."""
+    """Single-head self-attention over the pixels, with one packed projection to q, k and v."""
 
     def __init__(self, module: Attention, dtype: torch.dtype, device: torch.device) -> None:
         norm, out = module.group_norm, module.to_out[0]
@@ -241,7 +242,7 @@ class _Attention:
         self.qkv = PackedLinear(_copy(weight, dtype, device), _copy(bias, dtype, device))
         self.out = PackedLinear(_copy(out.weight, dtype, device), _copy(out.bias, dtype, device))
 
-    def __call__(self, x: Tensor) -> Tensor:  # (N, C, H, W) → (N, C, H, W), over x
+    def __call__(self, x: Tensor) -> Tensor:  # (N, C, H, W) → (N, C, H, W), written over x
         n, c, h, w = x.shape
         y = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
         tokens = y.permute(0, 2, 3, 1).reshape(n, h * w, c)
@@ -251,12 +252,12 @@ class _Attention:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """x itself, but where a library's convolution chose another memory format."""
+    """x itself, unless the convolution of a library has chosen another memory format."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def _copy(tensor: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A weight of its own memory, channels-last where it has four dimensions."""
+    """A weight in memory of its own, channels-last if it has four dimensions."""
     assert tensor is not None
     layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
     return tensor.detach().to(device, dtype, copy=True, memory_format=layout)

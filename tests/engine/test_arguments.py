@@ -1,0 +1,211 @@
+"""Whatever is given as an argument is taken, or a ValueError of one line names the argument."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_dit, tiny_engine, tiny_vae
+
+from dit_engine import Engine, Generation
+from dit_engine.errors import NotFinite
+from dit_engine.results import call_record
+
+Z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+NOISE = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+TWO = {"labels": [1, 2], "steps": 2, "output": "latent"}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return tiny_engine()
+
+
+SCALE, INTERVAL = "is not a finite number of 0 or more", "is not a pair (low, high) with 0 ≤ low"
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"labels": -1}, "label -1 is out of range; allowed are 0 to 9"),
+    *(({"steps": n}, "is out of range: allowed is 1 to 1000") for n in (0, 1001, 2.5, "50", True)),
+    ({"sampler": "euler"}, "sampler 'euler': choose one of ddpm, ddim, dpm"),
+    ({"eta": -1.0}, "eta -1.0"),
+    ({"eta": 0.5}, "eta 0.5 is for sampler 'ddim', not 'ddpm'"),
+    ({"spacing": "cosine"}, "spacing 'cosine': choose one of official"),
+    ({"guidance_scale": [1.0, 2.0, 3.0]}, "guidance_scale [1.0, 2.0, 3.0] for 2 images"),
+    ({"guidance_scale": [4, -0.5]}, f"guidance_scale -0.5 {SCALE}"),
+    ({"guidance_scale": math.nan}, f"guidance_scale nan {SCALE}"),
+    ({"guidance_scale": math.inf}, f"guidance_scale inf {SCALE}"),
+    ({"guidance_scale": torch.ones(2, 1)}, SCALE),
+    ({"guidance_scale": np.ma.masked_array([4.0, 2.0], [False, True])}, SCALE),
+    ({"guidance_channels": 5}, "guidance_channels 5 is out of range: allowed is 1 to 4"),
+    ({"guidance_channels": 2.0}, "guidance_channels 2.0 is out of range"),
+    ({"guidance_interval": (5.0, 0.5)}, f"guidance_interval (5.0, 0.5) {INTERVAL}"),
+    *(({"guidance_interval": i}, INTERVAL) for i in ((1.0, 1.0), (math.nan, 1), (-1, 1), (1,), 3)),
+    ({"guidance_interval": (2, 1), "guidance_scale": 1.0}, INTERVAL),
+    ({"seed": -1}, "seed -1 is not a whole number"),
+    ({"seed": 1.0}, "seed 1.0 is not a whole number"),
+    ({"seed": 2**63 - 1}, "seed 9223372036854775807 counts up to 9223372036854775808 for 2 labels"),
+    ({"seed": [1, 2]}, "seed [1, 2] is not one number: give seeds, one per image"),
+    ({"seed": 1, "seeds": [1, 2]}, "give one of the two"),
+    ({"seeds": [1]}, "seeds [1]: give one per label (2), or seed"),
+    ({"seeds": [1, 2], "noise": "official"}, "one generator for the batch: give seed"),
+    ({"noise": "pink"}, "noise 'pink': choose one of per-image, official"),
+    ({"latents": torch.zeros(1, 4, 8, 8)}, "latents has shape (1, 4, 8, 8); (2, 4, 8, 8)"),
+    ({"latents": torch.full((2, 4, 8, 8), torch.nan)}, "latents holds NaN"),
+    *(({"latents": z}, "is no tensor or array of floating-point numbers")
+      for z in (Z.long(), Z.to("meta"), Z.to_sparse(), Z.to(torch.complex64), [[1.0], [1.0, 2]])),
+    ({"step_noise": torch.zeros(3, 2, 4, 8, 8)}, "step_noise has shape (3, 2, 4, 8, 8)"),
+    ({"backend": "onnx"}, "backend 'onnx' is unknown; did you mean 'onnxruntime'? choose one"),
+    ({"backend": "torch.compile"}, "did you mean 'compile'?"),
+    ({"precision": "fp4"}, "precision 'fp4': choose one of fp32, bf16, fp16"),
+    ({"output": "gif"}, "output 'gif': choose one of pil, np, pt, latent"),
+    ({"callback": 3}, "callback 3 is not callable"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[m[:40] for _, m in BAD])
+def test_bad_input_is_one_line(engine: Engine, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        engine.generate(**(TWO | options))
+    assert "\n" not in str(caught.value)
+
+
+class Odd:
+    """Answers every question with an error."""
+
+    def __index__(self) -> int:
+        raise TypeError("no index")
+
+    def __float__(self) -> float:
+        raise ValueError("no float")
+
+    def __iter__(self) -> Any:
+        raise TypeError("no iteration")
+
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("no comparison")
+
+    def __bool__(self) -> bool:
+        raise ValueError("no truth")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+ODD: tuple[Any, ...] = (
+    True, 1, -1, 10**5000, math.nan, 1e38, 1j, "", "9" * 5000, "a\nb", b"2", [], [1], (0.5, 2),
+    [None], [[1], [1, 2]], {1: 2}, {1}, (i for i in range(1)), id, np.ndarray, object(), Odd(),
+    [Odd()], np.float16(0.5), np.array("fp32"), np.array([True]), np.ones((1, 1)), np.zeros(0),
+    np.array([None], object), np.datetime64("2026-01-01"), torch.tensor(1), torch.tensor([True]),
+    torch.tensor([1j]), torch.empty((), device="meta"), torch.ones(1).to_sparse(), Z,
+)  # fmt: skip
+ARGUMENTS = (
+    "labels", "steps", "sampler", "spacing", "eta", "guidance_scale", "guidance_channels",
+    "guidance_interval", "seed", "seeds", "noise", "latents", "step_noise", "backend", "precision",
+    "output", "callback",
+)  # fmt: skip
+
+
+def refused(argument: str, call: Callable[[], Any]) -> bool:
+    """Whether it raises, which is then a ValueError of one line that names the argument."""
+    try:
+        call()
+    except NotFinite:
+        return False  # 1e38 is a scale
+    except ValueError as error:
+        text = str(error)
+        assert argument.rstrip("s") in text and "\n" not in text and len(text) < 400, text
+        return True
+    return False
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_odd_values_of_generate(engine: Engine, argument: str) -> None:
+    usual = {"labels": [1], "steps": 2, "output": "latent", "sampler": "ddim"}
+    for value in ODD:
+        if argument == "callback" and callable(value):
+            continue  # and would be called
+        made: list[Generation] = []
+        call = lambda: made.append(engine.generate(**(usual | {argument: value})))  # noqa: B023, E731
+        if refused(argument, call):
+            continue
+        assert value is not True and type(value) not in (object, Odd)
+        for each in made:
+            json.dumps(call_record(each))
+
+
+@pytest.mark.parametrize(
+    "argument", ["device", "max_batch_size", "threads", "label_names", "model"]
+)
+def test_odd_values_of_engine(argument: str) -> None:
+    usual = {"model": tiny_dit(), "vae": tiny_vae(), "device": "cpu"}
+    for value in ODD:
+        refused(argument, lambda: Engine(**(usual | {argument: value})))  # noqa: B023
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"steps": torch.tensor(2)}, {"steps": 2}),
+        ({"guidance_scale": torch.tensor([2.5], requires_grad=True)}, {"guidance_scale": 2.5}),
+        ({"guidance_scale": [Fraction(5, 2)]}, {"guidance_scale": 2.5}),
+        ({"guidance_channels": np.int64(4)}, {"guidance_channels": 4}),
+        ({"guidance_interval": torch.tensor([0.5, 2.0])}, {"guidance_interval": (0.5, 2.0)}),
+        ({"sampler": np.str_("ddpm"), "steps": 2}, {"sampler": "ddpm"}),
+        ({"seeds": np.array([7], np.uint64)}, {}),
+    ],
+)
+def test_numbers_of_every_type_are_plain_in_the_record(
+    engine: Engine, options: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    usual = {"labels": [1], "steps": 2, "sampler": "ddim", "output": "latent"}
+    made = engine.generate(**(usual | options))
+    for name, value in expected.items():
+        assert made.settings[name] == value
+        assert type(made.settings[name]) in (int, float, tuple, str)
+    assert all(type(seed) is int for seed in made.seeds or [])
+    json.dumps(call_record(made))
+
+
+@pytest.mark.parametrize(
+    "kind", [lambda t: t.double().numpy(), lambda t: t.tolist(), lambda t: t.numpy().astype(">f4")]
+)
+def test_noise_is_taken_as_any_array(engine: Engine, kind: Any) -> None:
+    usual = {"labels": [1], "steps": 2, "output": "latent"}
+    expected = engine.generate(**usual, latents=Z, step_noise=NOISE)
+    made = engine.generate(**usual, latents=kind(Z), step_noise=kind(NOISE))
+    assert torch.equal(made.images, expected.images)
+    assert made.settings == expected.settings  # the digests too
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_heads", 0), ("num_heads", 2.0), ("vae_groups", "8"), ("vae_scaling_factor", 0.0),
+        ("vae_shift_factor", float("inf")), ("check_finite", 1), ("vae", 3), ("vae", ""),
+        ("numerics", 1), ("prediction", "velocity"), ("threads", 0), ("source", None),
+    ],
+)  # fmt: skip
+def test_odd_loading_arguments_are_named(name: str, value: object) -> None:
+    options = {"source": "builtin", "device": "cpu"} | {name: value}
+    with pytest.raises(ValueError, match=rf"^{'model' if name == 'source' else name} "):
+        Engine.from_pretrained(**options)
+
+
+def test_numpys_numbers_are_taken_in_loading() -> None:
+    engine = Engine.from_pretrained(
+        "builtin", device="cpu", num_heads=np.int64(4), vae_scaling_factor=np.float32(0.5)
+    )
+    assert engine.config.num_heads == 4
+    assert engine.vae is not None and engine.vae.config.scaling_factor == 0.5
+
+
+@pytest.mark.parametrize(("keyword", "ours"), [("num_inference_steps", "steps"), ("step", "steps")])
+def test_other_projects_keywords(engine: Engine, keyword: str, ours: str) -> None:
+    message = rf"^generate\(\) has no keyword '{keyword}'; it is called '{ours}' here$"
+    with pytest.raises(TypeError, match=message):
+        engine.generate([1], **{keyword: 3})

@@ -188,6 +188,7 @@ def test_precisions_stay_near_float32(engine: Engine, precision: str, bound: flo
     assert 0 < ((rounded - exact).norm() / exact.norm()).item() < bound
 
 
+@pytest.mark.slow
 def test_compile_equals_eager_in_autocast_too() -> None:
     engine = Engine(tiny_dit(depth=1), device="cpu")
     options = {"seed": 0, "steps": 2, "guidance_scale": 1.0}

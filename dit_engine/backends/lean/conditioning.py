@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_engine.config import ModelConfig
 from dit_engine.model import Block, DiT, FinalLayer
@@ -55,6 +55,7 @@ class Conditioning:
         for layer in [*model.blocks, model.final_layer]:
             assert isinstance(layer, Block | FinalLayer)
             head = layer.adaLN_modulation[1]
+            assert isinstance(head, nn.Linear)
             weight, bias = (p.to(device, dtype, copy=True) for p in (head.weight, head.bias))
             self.heads.append((weight, bias))
         self.width = sum(len(bias) for _, bias in self.heads)

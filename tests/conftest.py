@@ -72,7 +72,7 @@ def no_proxy() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def server_environment() -> Path:
+def server_environment(no_proxy: None) -> Path:
     if not (SERVER_ENVIRONMENT / ".done").exists():
         pytest.skip("no Triton Inference Server here: make server installs one (Linux, x86-64)")
     return SERVER_ENVIRONMENT
@@ -96,7 +96,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def served(no_proxy: None, server_environment: Path, repository: Path) -> Iterator[Served]:
+def served(server_environment: Path, repository: Path) -> Iterator[Served]:
     """A real Triton Inference Server of ``repository``, started once for all tests."""
     from serving import Served
 
@@ -106,5 +106,8 @@ def served(no_proxy: None, server_environment: Path, repository: Path) -> Iterat
 
     engine = Engine.from_pretrained(repository.with_name("model"), device="cpu")
     server = find_server(server_environment)
-    with running_server(repository, server, log=repository.with_name("log")) as running:
+    with (
+        repository.with_name("log").open("w") as log,
+        running_server(repository, server, show=lambda line: print(line, file=log)) as running,
+    ):
         yield Served(repository, running, engine)

@@ -27,7 +27,7 @@ from dit_engine.console.bars import Bar
 from dit_engine.engine import Engine
 from dit_engine.io.printable import first_line, one_line, printable, say
 from dit_export.cli import main as export
-from dit_export.server import command, process
+from dit_export.server import process
 from dit_export.targets import TARGETS
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
@@ -261,19 +261,10 @@ def test_manifests_of_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_what_a_server_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = tmp_path / "log"
     log.write_bytes(HOSTILE.replace("\r", "").encode() + b"\xff\n")
-
-    def fails() -> None:
-        with command._last_lines(verbose=False) as path:
-            assert path is not None
-            path.write_bytes(log.read_bytes())
-            raise process.ServerFailed("ended", path)
-
-    with pytest.raises(process.ServerFailed):
-        fails()
     with process._output(None) as descriptor:
         subprocess.run(["cat", str(log)], stdout=descriptor, check=True)
     told = capsys.readouterr().err
-    assert told.count("owned") == told.count("\n") == 2
+    assert told.count("owned") == told.count("\n") == 1
     assert all(printable(line) == line for line in told.split("\n"))
 
 

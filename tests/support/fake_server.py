@@ -9,21 +9,23 @@ _READY = """
 import http.server, os, signal, sys
 from pathlib import Path
 
+folder, kind, *options = sys.argv[1:]
+options = dict(option.split("=", 1) for option in options if "=" in option)
+
 class Ready(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
+        Path(folder, "ready").touch()
 
     def log_message(self, *_):
         pass
 
-folder, kind, *options = sys.argv[1:]
-options = dict(option.split("=", 1) for option in options if "=" in option)
 regions, prefix = Path("/dev/shm"), options["--backend-config"].rpartition("=")[2]
 if regions.is_dir():
     (regions / f"{prefix}region").touch()
 if kind == "stubborn":
-    signal.signal(signal.SIGINT, lambda *_: (Path(folder) / "asked").touch())
+    signal.signal(signal.SIGINT, lambda *_: Path(folder, "asked").touch())
 address = options["--http-address"], int(options["--http-port"])
 http.server.HTTPServer(address, Ready).serve_forever()
 """
@@ -41,12 +43,12 @@ def fake_server(folder: Path, script: str) -> Path:
 
 
 def ready_server(folder: Path, stubborn: bool = False) -> Path:
-    """A tritonserver that prints a line, makes a region of shared memory and is then ready.
+    """A tritonserver that makes a region of shared memory, and the file ``folder``/ready when it is
+    asked whether it is ready.
 
     stubborn: on SIGINT it does not end, but makes the file ``folder``/asked.
     """
     kind = "stubborn" if stubborn else "obedient"
-    script = f'echo a wide table; exec {sys.executable} -S {folder}/ready.py {folder} {kind} "$@"'
-    path = fake_server(folder, script)
+    path = fake_server(folder, f'exec {sys.executable} -S {folder}/ready.py {folder} {kind} "$@"')
     (folder / "ready.py").write_text(_READY)
     return path

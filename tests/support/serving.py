@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -39,10 +40,9 @@ def served_model() -> DiT:
     return model
 
 
-def names(*labels: str | bytes) -> np.ndarray:
+def names(*labels: str) -> np.ndarray:
     """(N, 1), one row per image, as `numbers` and `scales`."""
-    values = [label.encode() if isinstance(label, str) else label for label in labels]
-    return np.array(values, dtype=object)[:, None]
+    return np.array([label.encode() for label in labels], dtype=object)[:, None]
 
 
 def numbers(*values: int) -> np.ndarray:
@@ -51,6 +51,15 @@ def numbers(*values: int) -> np.ndarray:
 
 def scales(*values: float) -> np.ndarray:
     return np.array(values, dtype=np.float32)[:, None]
+
+
+def tensors(inputs: dict[str, np.ndarray], protocol: str) -> list[Any]:
+    """tritonclient's tensors of a request."""
+    make = import_module(f"tritonclient.{protocol}").InferInput
+    made = [make(name, list(v.shape), KINDS[v.dtype.name]) for name, v in inputs.items()]
+    for tensor, value in zip(made, inputs.values(), strict=True):
+        tensor.set_data_from_numpy(value)
+    return made
 
 
 def infer(
@@ -62,12 +71,8 @@ def infer(
 ) -> np.ndarray:
     """Raises tritonclient's InferenceServerException for what the server refuses."""
     module: Any = import_module(f"tritonclient.{protocol}")
-    tensors = []
-    for name, value in inputs.items():
-        tensors.append(module.InferInput(name, list(value.shape), KINDS[value.dtype.name]))
-        tensors[-1].set_data_from_numpy(value)
     with module.InferenceServerClient(address) as client:
-        return client.infer(model, tensors).as_numpy(output)
+        return client.infer(model, tensors(inputs, protocol)).as_numpy(output)
 
 
 def executions(address: str, model: str) -> tuple[int, int]:
@@ -85,3 +90,10 @@ def settled(address: str, *models: str) -> dict[str, tuple[int, int]]:
         time.sleep(0.3)
         found, before = {model: executions(address, model) for model in models}, found
     return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

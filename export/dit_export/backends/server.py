@@ -6,6 +6,7 @@ the channels that are asked for, else to "dit_transformer", and the step is then
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -53,10 +54,7 @@ class TritonBackend(Backend):
             if (reason := self._difference(config, checkpoint, precision)) is not None:
                 raise self.server.error(f"its {name} {reason}")
         self.largest = min(config["max_batch_size"] for config in served.values())
-        guided, most = _parameter(served[STEP], "guided_channels") or "0", model.config.in_channels
-        if guided not in map(str, range(most + 1)):
-            raise self.server.error(f"its {STEP} has guided_channels {shown(guided)} of {most}")
-        self.guided_channels = int(guided)
+        self.guided_channels = int(_parameter(served[STEP], "guided_channels") or 0)
 
     def _difference(self, config: dict[str, Any], checkpoint: str, precision: str) -> str | None:
         """Why a served model, with this configuration, cannot be used here; None if it can."""
@@ -66,6 +64,7 @@ class TritonBackend(Backend):
         except ValueError as error:
             return f"cannot be used: {error}"
         served, dtype = _parameter(config, "checkpoint"), _parameter(config, "dtype")
+        guided, most = _parameter(config, "guided_channels") or "0", self.config.in_channels
         if config["max_batch_size"] < 1:
             return "takes no batches (max_batch_size 0)"
         if served != checkpoint:
@@ -75,10 +74,12 @@ class TritonBackend(Backend):
             return "has these weights with another config"
         if dtype != precision:
             return f"is in {dtype!r}: ask for that precision, not for {precision!r}"
+        if guided not in map(str, range(most + 1)):
+            return f"has guided_channels {shown(guided)} of {most}"
         return None
 
     def prepare(self, labels: Tensor, timesteps: Tensor) -> RemoteDenoiser:
-        return RemoteDenoiser(self, labels, timesteps)
+        return self.fuse(labels, timesteps, np.empty((0, 9)), torch.empty(0), 0)
 
     def fuse(
         self,
@@ -87,8 +88,10 @@ class TritonBackend(Backend):
         coefficients: np.ndarray,
         scales: Tensor,
         guided_channels: int,
-    ) -> FusedRemoteDenoiser:
-        return FusedRemoteDenoiser(self, labels, timesteps, coefficients, scales, guided_channels)
+    ) -> RemoteDenoiser:
+        y, t = (each.cpu().numpy().astype(np.int64) for each in (labels, timesteps))
+        table, scales = coefficients.astype(np.float32), scales.float().cpu()
+        return RemoteDenoiser(self, y, t, table, scales, guided_channels)
 
     def infer(
         self, model: str, inputs: dict[str, np.ndarray], outputs: list[str], channels: int
@@ -113,48 +116,31 @@ class TritonBackend(Backend):
         return [torch.from_numpy(column).to(self.device) for column in columns]
 
 
+@dataclass(frozen=True)
 class RemoteDenoiser:
-    """See `dit_engine.backends.Denoiser`."""
+    """See `dit_engine.backends.Denoiser` and `FusedDenoiser`. labels: (N,), or (2N,) with guidance;
+    timesteps (steps,), coefficients (steps, 9), scales (N,)."""
 
-    def __init__(self, backend: TritonBackend, labels: Tensor, timesteps: Tensor) -> None:
-        self.backend = backend
-        self.labels = labels.cpu().numpy().astype(np.int64)  # (N,), or (2N,) with guidance
-        self.timesteps = timesteps.cpu().numpy().astype(np.int64)  # (steps,)
+    backend: TritonBackend
+    labels: np.ndarray
+    timesteps: np.ndarray
+    coefficients: np.ndarray
+    scales: Tensor
+    channels: int
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
-        channels = self.backend.config.out_channels
-        if len(x) == 0:  # a request cannot be empty
-            return x.new_empty(0, channels, *x.shape[2:])
         inputs = {"x": _array(x), **self._conditions(len(x), step)}
+        channels = self.backend.config.out_channels
         (output,) = self.backend.infer(TRANSFORMER, inputs, ["output"], channels)
         return output.to(x.dtype)
 
     def _conditions(self, rows: int, step: int) -> dict[str, np.ndarray]:
         return {"t": np.full((rows, 1), self.timesteps[step]), "y": self.labels[:rows, None]}
 
-
-class FusedRemoteDenoiser(RemoteDenoiser):
-    """See `dit_engine.backends.FusedDenoiser`."""
-
-    def __init__(
-        self,
-        backend: TritonBackend,
-        labels: Tensor,
-        timesteps: Tensor,
-        coefficients: np.ndarray,
-        scales: Tensor,
-        channels: int,
-    ) -> None:
-        super().__init__(backend, labels, timesteps)
-        self.coefficients = coefficients.astype(np.float32)
-        self.scales, self.channels = scales.float().cpu(), channels
-
     def guided_step(
         self, z: Tensor, x0_before: Tensor, noise: Tensor, step: int, guide: bool
     ) -> tuple[Tensor, Tensor]:
         n, backend, row = len(z), self.backend, self.coefficients[step]
-        if n == 0:
-            return z, z
         if guide and self.channels == backend.guided_channels:
             inputs = {
                 "z": _array(z),

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from dit_export.server.sources import BACKEND, packages, source_of, write_text
 
-_PYTRITON = "pytriton/tritonserver"
-
 
 @dataclass(frozen=True)
 class ServerBinary:
@@ -49,8 +47,7 @@ def find_server(given: Path | None = None) -> ServerBinary:
 
 
 def _of_environment(python: Path) -> ServerBinary:
-    """The server of the package nvidia-pytriton in the environment of the interpreter
-    ``python``."""
+    """The server of the package nvidia-pytriton beside the interpreter ``python``."""
     probe = (
         "import sysconfig as s, sys; print(s.get_path('purelib'), s.get_config_var('LIBDIR'), "
         "'%d.%d' % sys.version_info[:2], sep='\\n')"
@@ -61,7 +58,7 @@ def _of_environment(python: Path) -> ServerBinary:
     except (OSError, subprocess.CalledProcessError):
         raise FileNotFoundError(f"{where}: no virtual environment") from None
     site, libraries, version = done.stdout.splitlines()
-    root = Path(site) / _PYTRITON
+    root = Path(site) / "pytriton" / "tritonserver"
     stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.is_file():
         raise FileNotFoundError(
@@ -71,9 +68,8 @@ def _of_environment(python: Path) -> ServerBinary:
     path = root / "bin" / "tritonserver"
     if not os.access(path, os.X_OK):  # installers may drop the permission
         path.chmod(path.stat().st_mode | 0o755)
-    shared = [f"{Path(site) / 'nvidia_pytriton.libs'}", libraries]
     environment = {
-        "LD_LIBRARY_PATH": ":".join(filter(None, shared)),
+        "LD_LIBRARY_PATH": f"{site}/nvidia_pytriton.libs:{libraries}",
         # The Python inside the server ignores PYTHONPATH. It takes the packages of the environment
         # whose python3 comes first on PATH.
         "PATH": f"{python.parent.absolute()}:{os.environ.get('PATH', os.defpath)}",
@@ -90,9 +86,7 @@ def assemble_backends(server: ServerBinary, folder: Path) -> Path:
         if (server.backends / backend).is_dir():
             shutil.copytree(server.backends / backend, folder / backend)
     if server.stub is not None:
-        stub = folder / "python" / server.stub.name
-        shutil.copyfile(server.stub, stub)
-        stub.chmod(0o755)
+        Path(shutil.copy2(server.stub, folder / "python")).chmod(0o755)
     source = source_of("dit_export.server.onnxruntime_backend")
     for name, text in {"model.py": source, **packages(BACKEND)}.items():
         write_text(folder / "onnxruntime" / name, text)

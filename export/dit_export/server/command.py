@@ -6,16 +6,13 @@ import argparse
 import shlex
 import signal
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections import deque
 from pathlib import Path
+from typing import Any
 
-from dit_engine.io.directories import scratch_beside
+from dit_engine.io.directories import check_destination, scratch_beside
 from dit_engine.io.printable import printable, say
-from dit_export.bundle import Bundle
-from dit_export.server.configuration import ACCELERATORS, PLATFORMS
+from dit_export.server.configuration import ACCELERATORS, GRAPHS, PLATFORMS, ServingOptions
 from dit_export.source import add_source_arguments, given_export, load_source, refuse
 from dit_export.targets import DTYPES
 
@@ -67,8 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _write(arguments: argparse.Namespace) -> int:
-    from dit_export.server.configuration import ServingOptions
-    from dit_export.server.repository import check_dtypes, check_free, write_repository
+    """Invalid options and models are refused before anything is exported or written."""
+    from dit_export.server.repository import replaceable, write_repository
 
     names = ("platform", "accelerator", "max_batch_size", "instances", "pipelines")
     given = {name: getattr(arguments, name) for name in names}
@@ -82,28 +79,25 @@ def _write(arguments: argparse.Namespace) -> int:
     else:
         refuse(arguments, ["engines"], "are for --platform tensorrt")
     path: Path = arguments.output
-    check_free(path, arguments.overwrite)
+    check_destination(path, replaceable(arguments.overwrite))
     more = {"engines": arguments.engines, "overwrite": arguments.overwrite}
     if arguments.onnx is not None:
         write_repository(given_export(arguments), path, options, **more)
     else:
-        check_dtypes([arguments.dtype], options)
-        export = _own_export(arguments)
-        with scratch_beside(path) as folder:
-            write_repository(export(folder / "onnx"), path, options, **more, move=True)
+        _write_model(arguments, options, **more)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     command = f"dit-export triton --serve {shlex.quote(str(path))}"
     say(printable(f"4 models, {size / 2**20:.1f} MiB → {path} ({command})"))
     return 0
 
 
-def _own_export(arguments: argparse.Namespace) -> Callable[[Path], Bundle]:
-    """A function that exports --model into a directory. Invalid options and models are refused
-    before it is called."""
+def _write_model(arguments: argparse.Namespace, options: ServingOptions, **more: Any) -> None:
+    """Export --model, and make its graphs a repository."""
     from dit_export.onnx.export import ExportOptions, export_onnx
-    from dit_export.server.configuration import GRAPHS
+    from dit_export.server.repository import check_dtypes, write_repository
 
-    options = ExportOptions(
+    check_dtypes([arguments.dtype], options)
+    graphs = ExportOptions(
         dtype=arguments.dtype,
         opset=arguments.opset,
         guided_channels=arguments.guidance_channels,
@@ -112,8 +106,12 @@ def _own_export(arguments: argparse.Namespace) -> Callable[[Path], Bundle]:
     source = load_source(arguments)
     if source.vae is None:
         raise ValueError(f"{arguments.model}: has no VAE; give one with --vae")
-    model, vae, names = source.model, source.vae, source.label_names
-    return partial(export_onnx, model, options=options, vae=vae, label_names=names, report=say)
+    vae, names = source.vae, source.label_names
+    with scratch_beside(arguments.output) as folder:
+        made = export_onnx(
+            source.model, folder / "onnx", options=graphs, vae=vae, label_names=names, report=say
+        )
+        write_repository(made, arguments.output, options, **more, move=True)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -133,42 +131,25 @@ def _serve(arguments: argparse.Namespace) -> int:
     check_marker(arguments.serve)
     server = find_server(arguments.server)
     ports = (arguments.http_port, arguments.grpc_port, arguments.metrics_port)
-    options = (arguments.host, ports, arguments.ready_timeout)
+    last = deque[str](maxlen=_LAST_LINES)
+    show = None if arguments.verbose else last.append
+    options = (arguments.host, ports, arguments.ready_timeout, show, arguments.trust)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        with (
-            _last_lines(arguments.verbose) as log,
-            running_server(arguments.serve, server, *options, log, arguments.trust) as running,
-        ):
+        with running_server(arguments.serve, server, *options) as running:
             say(f"ready: http {running.http}, gRPC {running.grpc}, metrics {running.metrics}")
             client = printable(shlex.quote(str(arguments.serve / "client.py")))
             say(f"python {client} {running.http} images.png 50 0; Ctrl-C ends it", flush=True)
-            raise ServerFailed(f"the server ended with code {running.process.wait()}", log)
+            raise ServerFailed(f"the server ended with code {running.process.wait()}")
     except KeyboardInterrupt:
         return 0
-    except ServerFailed as error:
-        raise OSError(error.what) from None
+    except ServerFailed:
+        for line in last:
+            say(line, sys.stderr)
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _last_lines(verbose: bool) -> Iterator[Path | None]:
-    """A log for a server, of which the last lines are printed if the block fails; None if
-    ``verbose``, because all lines are printed then."""
-    if verbose:
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="triton-log-") as folder:
-        log = Path(folder) / "log"
-        try:
-            yield log
-        except RuntimeError:
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-            for line in lines[-_LAST_LINES:]:
-                say(line, sys.stderr)
-            raise

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dit_engine.arguments import choice, positive, shown, whole_number
+from dit_engine.arguments import choice, shown, whole_number
 from dit_export.bundle import Bundle, TensorSpec
 from dit_export.server.origin import HEADER_INPUTS
 
@@ -26,14 +26,12 @@ ENGINE_CACHE = "trt-cache"
 """Where onnxruntime's TensorRT provider keeps its engines, relative to the directory that the
 server runs in. In /tmp, others could put engines there beforehand."""
 
-_TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64"}
-_MOST = 2**31 - 1  # the limit of every number in a configuration
-
-Fields = Sequence[tuple[str, Any]] | Mapping[str, Any]
-
 
 class Enum(str):
     """A word that is written without quotation marks; only this module makes them."""
+
+
+_TYPES = {"float32": Enum("TYPE_FP32"), "int64": Enum("TYPE_INT64")}
 
 
 @dataclass(frozen=True)
@@ -63,19 +61,13 @@ class ServingOptions:
         """The same options; ValueError that names the first option out of its range."""
         choice("platform", self.platform, PLATFORMS)
         choice("accelerator", self.accelerator, ACCELERATORS)
-        counts = {
-            name: positive(name, getattr(self, name))
-            for name in ("max_batch_size", "instances", "pipelines", "queue_size")
-        }
-        delay = whole_number(self.queue_delay_us)
-        if delay is None or delay < 0:
-            raise ValueError(
-                f"queue_delay_us {shown(self.queue_delay_us)} is not a whole number of 0 or more"
-            )
-        counts["queue_delay_us"] = delay
-        for name, value in counts.items():
-            if value > _MOST:
-                raise ValueError(f"{name} {shown(value)} is above {_MOST}")
+        counts = {}
+        for name in ("max_batch_size", "instances", "pipelines", "queue_delay_us", "queue_size"):
+            least, most = int(name != "queue_delay_us"), 2**31 - 1
+            value = whole_number(given := getattr(self, name))
+            if value is None or not least <= value <= most:
+                raise ValueError(f"{name} {shown(given)} is not a number from {least} to {most}")
+            counts[name] = value
         return replace(self, **counts)
 
 
@@ -93,23 +85,28 @@ def graph_config(name: str, bundle: Bundle, options: ServingOptions) -> str:
     }
     side = bundle.config.input_size
     pixels = side if bundle.vae is None else side * bundle.vae.downsampling
-    fields: list[tuple[str, Any]] = [
-        ("name", name),
-        ("platform", "onnxruntime_onnx" if onnx else "tensorrt_plan"),
-        ("max_batch_size", options.max_batch_size),
-        *(("input", _tensor(spec, side)) for spec in graph.inputs),
-        *(("output", _tensor(spec, pixels)) for spec in graph.outputs),
-        ("version_policy", {"latest": {"num_versions": 1}}),
-        ("dynamic_batching", {"max_queue_delay_microseconds": options.queue_delay_us}),
-        ("instance_group", {"kind": Enum("KIND_AUTO" if onnx else "KIND_GPU"),
-                            "count": options.instances}),
-        ("optimization", _optimization(graph.dtype, options)),
-        *(("model_warmup", _warmup(graph.inputs, n, side))
-          for n in sorted({1, options.max_batch_size})),
-        *(("parameters", {"key": key, "value": {"string_value": value}})
-          for key, value in parameters.items()),
+    inputs = [_tensor(spec, side) for spec in graph.inputs]
+    zeros = [  # a valid label and time step, too
+        {"key": tensor["name"],
+         "value": {"data_type": tensor["data_type"], "dims": tensor["dims"], "zero_data": True}}
+        for tensor in inputs
     ]  # fmt: skip
-    return to_pbtxt(fields)
+    return to_pbtxt({
+        "name": name,
+        "platform": "onnxruntime_onnx" if onnx else "tensorrt_plan",
+        "max_batch_size": options.max_batch_size,
+        "input": inputs,
+        "output": [_tensor(spec, pixels) for spec in graph.outputs],
+        "version_policy": {"latest": {"num_versions": 1}},
+        "dynamic_batching": {"max_queue_delay_microseconds": options.queue_delay_us},
+        "instance_group": {"kind": Enum("KIND_AUTO" if onnx else "KIND_GPU"),
+                           "count": options.instances},
+        "optimization": _optimization(graph.dtype, options),
+        "model_warmup": [{"name": f"{n} at once", "batch_size": n, "inputs": zeros}
+                         for n in sorted({1, options.max_batch_size})],
+        "parameters": [{"key": key, "value": {"string_value": value}}
+                       for key, value in parameters.items()],
+    })  # fmt: skip
 
 
 def pipeline_config(bundle: Bundle, options: ServingOptions) -> str:
@@ -125,56 +122,41 @@ def pipeline_config(bundle: Bundle, options: ServingOptions) -> str:
         | ({} if name == "seeds" else {"optional": True})
         for name, kind in kinds.items()
     ]
-    fields: list[tuple[str, Any]] = [
-        ("name", "dit"),
-        ("backend", "python"),
-        ("max_batch_size", options.max_batch_size),
-        ("input", columns),
-        ("output", {"name": "images", "data_type": Enum("TYPE_UINT8"),
-                    "dims": [side, side, bundle.vae.out_channels]}),
-        ("version_policy", {"latest": {"num_versions": 1}}),
-        ("dynamic_batching", {
+    return to_pbtxt({
+        "name": "dit",
+        "backend": "python",
+        "max_batch_size": options.max_batch_size,
+        "input": columns,
+        "output": {"name": "images", "data_type": Enum("TYPE_UINT8"),
+                   "dims": [side, side, bundle.vae.out_channels]},
+        "version_policy": {"latest": {"num_versions": 1}},
+        "dynamic_batching": {
             "max_queue_delay_microseconds": 5 * options.queue_delay_us,
             "default_queue_policy": {"max_queue_size": options.queue_size},
-        }),
-        ("instance_group", {"kind": Enum("KIND_CPU"), "count": options.pipelines}),
-        ("parameters", {"key": "checkpoint", "value": {"string_value": bundle.checkpoint}}),
-    ]  # fmt: skip
-    return to_pbtxt(fields)
+        },
+        "instance_group": {"kind": Enum("KIND_CPU"), "count": options.pipelines},
+        "parameters": {"key": "checkpoint", "value": {"string_value": bundle.checkpoint}},
+    })  # fmt: skip
 
 
 def _tensor(spec: TensorSpec, side: int) -> dict[str, Any]:
-    """An input or output; side: what stands for its free dimensions."""
-    value = {"name": _name(spec), "data_type": Enum(_TYPES[spec.dtype])}
-    if dims := _dims(spec, side):
+    """An input or output; side: what stands for its free dimensions.
+
+    Raises ValueError for a name that no tensor in our graphs can have.
+    """
+    if not (isinstance(spec.name, str) and re.fullmatch(r"[A-Za-z_][A-Za-z_0-9]{0,63}", spec.name)):
+        raise ValueError(f"tensor name {shown(spec.name)}: letters, digits and _ are allowed")
+    value = {"name": spec.name, "data_type": _TYPES[spec.dtype]}
+    if dims := [size if isinstance(size, int) else side for size in spec.shape[1:]]:
         return value | {"dims": dims}
     # One number per row: a client sends (N, 1), the graph reads (N,).
     return value | {"dims": [1], "reshape": {"shape": []}}
 
 
-def _warmup(inputs: Sequence[TensorSpec], batch: int, side: int) -> dict[str, Any]:
-    """A first batch of zeros, which are a valid label and time step too."""
-
-    def entry(spec: TensorSpec) -> dict[str, Any]:
-        kind, dims = Enum(_TYPES[spec.dtype]), _dims(spec, side) or [1]
-        return {
-            "key": _name(spec),
-            "value": {"data_type": kind, "dims": dims, "zero_data": True},
-        }
-
-    entries = [entry(spec) for spec in inputs]
-    return {"name": f"{batch} at once", "batch_size": batch, "inputs": entries}
-
-
-def _dims(spec: TensorSpec, side: int) -> list[int]:
-    """The dimensions without the batch's."""
-    return [size if isinstance(size, int) else side for size in spec.shape[1:]]
-
-
 def _optimization(dtype: str, options: ServingOptions) -> dict[str, Any]:
-    if options.platform == "tensorrt":
-        return {"cuda": {"graphs": True}, "input_pinned_memory": {"enable": True}}
     value: dict[str, Any] = {"input_pinned_memory": {"enable": True}}
+    if options.platform == "tensorrt":
+        return value | {"cuda": {"graphs": True}}
     if options.accelerator == "none":
         return value
     parameters = {"use_ep_level_unified_stream": "1"}
@@ -191,7 +173,7 @@ def _optimization(dtype: str, options: ServingOptions) -> dict[str, Any]:
     return value | {"execution_accelerators": {"gpu_execution_accelerator": [accelerator]}}
 
 
-def to_pbtxt(fields: Fields, indent: str = "") -> str:
+def to_pbtxt(fields: Mapping[str, Any], indent: str = "") -> str:
     """Protocol buffers' text format. A list of messages becomes a field that repeats; a list of
     numbers is written in brackets.
 
@@ -199,7 +181,7 @@ def to_pbtxt(fields: Fields, indent: str = "") -> str:
     one of our own words, or a string whose quotation marks are escaped.
     """
     lines: list[str] = []
-    for key, value in fields.items() if isinstance(fields, Mapping) else fields:
+    for key, value in fields.items():
         messages = isinstance(value, list) and value and isinstance(value[0], Mapping)
         for item in value if messages else [value]:
             if isinstance(item, Mapping):
@@ -210,25 +192,14 @@ def to_pbtxt(fields: Fields, indent: str = "") -> str:
 
 
 def _scalar(value: Any) -> str:
-    if isinstance(value, Enum) or type(value) is int:
-        return str(value)
     if isinstance(value, bool):
-        return "true" if value else "false"
-    if type(value) is str:
-        return f'"{_quoted(value)}"'
+        return str(value).lower()
+    if isinstance(value, Enum | int):
+        return str(value)
     if isinstance(value, list) and all(type(each) is int for each in value):
         return str(value)
-    raise ValueError(f"{shown(value)} is not a value of a config.pbtxt")
-
-
-def _quoted(text: str) -> str:
-    """C's escapes of UTF-8 bytes, which all programs that read these files understand."""
-    data = text.replace("\\", r"\\").replace('"', r"\"").encode("utf-8", "surrogatepass")
-    return "".join(chr(byte) if 32 <= byte < 127 else f"\\{byte:03o}" for byte in data)
-
-
-def _name(spec: TensorSpec) -> str:
-    """The name of a tensor. Raises ValueError if no tensor in our graphs can have it."""
-    if not (isinstance(spec.name, str) and re.fullmatch(r"[A-Za-z_][A-Za-z_0-9]{0,63}", spec.name)):
-        raise ValueError(f"tensor name {shown(spec.name)}: letters, digits and _ are allowed")
-    return spec.name
+    if not isinstance(value, str):
+        raise ValueError(f"{shown(value)} is not a value of a config.pbtxt")
+    # C's escapes of UTF-8 bytes, which all programs that read these files understand.
+    data = value.replace("\\", r"\\").replace('"', r"\"").encode("utf-8", "surrogatepass")
+    return '"' + "".join(chr(b) if 32 <= b < 127 else f"\\{b:03o}" for b in data) + '"'

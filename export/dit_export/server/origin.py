@@ -35,13 +35,11 @@ def refusal(request: Any, named: bool = False) -> str | None:
     `FORWARDS` them. The server forwards none for requests to /generate. Requests from its own
     model "dit" have none either, so the models that "dit" asks do not set this.
     """
-    # Some versions of Triton have no parameters.
-    said = request.parameters() if hasattr(request, "parameters") else "{}"
     # A list keeps both values where a client gives a parameter the name of a header.
-    given = json.loads(said, object_pairs_hook=list)
-    hosts = [value for name, value in given if name.lower() == "host"]
+    given = json.loads(request.parameters(), object_pairs_hook=list)
+    hosts = [str(value) for name, value in given if name.lower() == "host"]
     for host in hosts:
-        if not _is_ours(str(host)):
+        if not _is_ours(host):
             return (
                 f"Host {shown(host)} is not a name of this server: use its address or localhost, "
                 f"or start the server with {NAMES}=NAME in its environment"
@@ -49,8 +47,7 @@ def refusal(request: Any, named: bool = False) -> str | None:
     for origin in (value for name, value in given if name.lower() == "origin"):
         if not hosts or any(origin not in (f"http://{host}", f"https://{host}") for host in hosts):
             return f"Origin {shown(origin)}: requests from web pages are refused"
-    headers = {name for name, _ in given}
-    if named and FORWARDS in os.environ and headers.isdisjoint(HEADER_INPUTS):
+    if named and FORWARDS in os.environ and {name for name, _ in given}.isdisjoint(HEADER_INPUTS):
         return "the request has neither Host nor User-Agent: send it to /infer, with both"
     return None
 
@@ -65,3 +62,13 @@ def _is_ours(host: str) -> bool:
     except ValueError:
         others = os.environ.get(NAMES, "").lower().split(",")
         return name == "localhost" or name.endswith(".localhost") or name in filter(None, others)
+
+
+def failed(error: object, mistake: bool) -> Any:
+    """An answer with an error; mistake: whether it is the client's (HTTP's 400) or ours (500)."""
+    import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
+
+    codes = pb_utils.TritonError
+    code = codes.INVALID_ARG if mistake else codes.INTERNAL
+    message = " ".join(str(error).split()) or type(error).__name__
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))

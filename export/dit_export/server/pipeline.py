@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,50 +16,18 @@ import numpy as np
 
 from dit_engine.arguments import choice, shown
 from dit_engine.labels import resolve_labels
-from dit_engine.sampling.diffusion import PUBLISHED_DIFFUSION, Diffusion
-from dit_engine.sampling.schedule import make_schedule
-from dit_export.server.origin import refusal
-from dit_export.server.sampling import Row, sample, to_uint8
+from dit_engine.sampling.diffusion import Diffusion
+from dit_export.server.origin import failed, refusal
+from dit_export.server.sampling import Facts, Row, sample, to_uint8
 
 STEP_MODEL, DECODER_MODEL = "dit_guided_step", "vae_decoder"
 DEFAULT_GUIDANCE_SCALE = 4.0
 
-
-@dataclass(frozen=True)
-class Facts:
-    """The content of pipeline.json.
-
-    Attributes:
-        shape: (C, S, S) of the latents.
-        learn_sigma: whether the model predicts a variance.
-        samplers: name → [usual number of steps, spacing].
-        diffusion: the model's; in the file, its `Diffusion.to_dict`.
-    """
-
-    shape: tuple[int, int, int]
-    learn_sigma: bool
-    num_classes: int
-    label_names: list[str] | None
-    samplers: dict[str, list[Any]]
-    diffusion: Diffusion = PUBLISHED_DIFFUSION
-
-    @classmethod
-    def read(cls, path: Path) -> Facts:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        diffusion = Diffusion.from_dict(values.get("diffusion", {}))
-        return cls(**(values | {"shape": tuple(values["shape"]), "diffusion": diffusion}))
-
-
-# Input → the kinds of numpy's dtypes that it may have, and their name in messages.
-_TEXT, _WHOLE = ("OSU", "texts"), ("iu", "whole numbers")
+_TEXT, _WHOLE, _REAL = "object", "int64", "float32"
 _INPUTS = {
-    "labels": _WHOLE,
-    "label_names": _TEXT,
-    "seeds": _WHOLE,
-    "steps": _WHOLE,
-    "guidance_scale": ("fiu", "real numbers"),
-    "sampler": _TEXT,
-}
+    "labels": _WHOLE, "label_names": _TEXT, "seeds": _WHOLE, "steps": _WHOLE,
+    "guidance_scale": _REAL, "sampler": _TEXT,
+}  # fmt: skip
 
 
 def parse_rows(inputs: dict[str, np.ndarray], facts: Facts) -> list[Row]:
@@ -69,57 +35,42 @@ def parse_rows(inputs: dict[str, np.ndarray], facts: Facts) -> list[Row]:
 
     Raises ValueError, one line that names the value and what is allowed.
     """
-    columns = {name: _column(name, tensor) for name, tensor in inputs.items()}
-    if ("labels" in columns) == ("label_names" in columns):
+    if ("labels" in inputs) == ("label_names" in inputs):
         raise ValueError("give one of labels (numbers) and label_names")
-    if "seeds" not in columns:
+    if "seeds" not in inputs:
         raise ValueError("seeds is missing: give one per image")
-    asked = columns["labels"] if "labels" in columns else columns["label_names"]
+    n = len(inputs["seeds"])
+    columns = {name: _column(name, tensor, n) for name, tensor in inputs.items()}
+    asked = columns["labels" if "labels" in columns else "label_names"]
     labels = resolve_labels(asked, facts.num_classes, facts.label_names)
-    n = len(labels)
-    for name, column in columns.items():
-        if len(column) != n:
-            raise ValueError(f"{name} has {len(column)} rows for {n} labels; one each is needed")
     for seed in columns["seeds"]:
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed {seed} is not a whole number from 0 to {2**63 - 1}")
+        if seed < 0:
+            raise ValueError(f"seed {seed} is not 0 or more")
     scales = columns.get("guidance_scale", [DEFAULT_GUIDANCE_SCALE] * n)
     for scale in scales:
         if not (math.isfinite(scale) and scale >= 0):
             raise ValueError(f"guidance_scale {scale} is not a finite number of 0 or more")
     names = columns.get("sampler", ["ddpm"] * n)
     samplers = [choice("sampler", name, facts.samplers) for name in names]
-    spacings = [facts.samplers[name][1] for name in samplers]
     most = facts.diffusion.num_train_steps
     steps = columns.get("steps", [min(facts.samplers[name][0], most) for name in samplers])
-    for count, spacing in zip(steps, spacings, strict=True):
-        make_schedule(count, spacing, facts.diffusion)  # raises for a number that it cannot make
-    rows = zip(labels, columns["seeds"], steps, scales, samplers, spacings, strict=True)
-    return [Row(*values) for values in rows]
+    rows = zip(labels, columns["seeds"], steps, scales, samplers, strict=True)
+    return [Row(facts, *values) for values in rows]
 
 
-def _column(name: str, tensor: np.ndarray) -> list[Any]:
-    """The values of an input, one per row."""
+def _column(name: str, tensor: np.ndarray, n: int) -> list[Any]:
+    """The values of an input, one per row. Triton gives texts as bytes in an array of objects."""
     if name not in _INPUTS:
         raise ValueError(f"input {name!r} is unknown; known are {', '.join(_INPUTS)}")
-    if tensor.ndim == 0 or tensor.shape[1:] not in ((), (1,)):
-        raise ValueError(f"{name} has shape {tensor.shape}; (N, 1) is needed, one row per image")
-    kinds, wanted = _INPUTS[name]
-    if tensor.dtype.kind not in kinds:
-        raise ValueError(f"{name} holds {tensor.dtype}; {wanted} are needed")
-    values = tensor.reshape(-1).tolist()
-    return [_text(name, value) for value in values] if _INPUTS[name] is _TEXT else values
-
-
-def _text(name: str, value: Any) -> str:
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            raise ValueError(f"{name}: text {shown(value)} is not UTF-8") from None
-    if not isinstance(value, str):
-        raise ValueError(f"{name} holds {shown(value)}; text is needed")
-    return value
+    wanted = _INPUTS[name]
+    if tensor.shape != (n, 1) or tensor.dtype != wanted:
+        found = f"{tensor.dtype} {tensor.shape}"
+        raise ValueError(f"{name} is {found}; {wanted} {(n, 1)} is needed, a row for each seed")
+    values = tensor[:, 0].tolist()
+    try:
+        return [value.decode() for value in values] if wanted == _TEXT else values
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: text {shown(error.object)} is not UTF-8") from None
 
 
 class Failed(Exception):
@@ -130,100 +81,79 @@ class TritonPythonModel:
     """The class that the Python backend creates and calls."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        folder = Path(args["model_repository"]) / args["model_version"]
-        self.facts = Facts.read(folder / "pipeline.json")
+        file = Path(args["model_repository"]) / args["model_version"] / "pipeline.json"
+        values = json.loads(file.read_text(encoding="utf-8"))
+        diffusion = Diffusion.from_dict(values["diffusion"])
+        values |= {"shape": tuple(values["shape"]), "diffusion": diffusion}
+        self.facts = Facts(**values)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """All requests go through the loop together, but none fails for another's mistake.
 
         A client's mistake is answered with INVALID_ARG (HTTP's 400), every other error with
-        INTERNAL (500).
+        INTERNAL (500). The loop ends early when all clients have cancelled their requests.
         """
-        asked = [self._rows(request) for request in requests]
-        good = {i: rows for i, rows in enumerate(asked) if isinstance(rows, list)}
+        answers: list[Any] = [None] * len(requests)
+        asked: dict[int, list[Row]] = {}
+        for i, request in enumerate(requests):
+            try:
+                asked[i] = self._rows(request)
+            except Exception as error:  # noqa: PERF203
+                answers[i] = failed(error, mistake=isinstance(error, ValueError))
+        try:
+            latents = self._latents(asked, requests)
+        except Exception as error:
+            return [answer or failed(error, mistake=False) for answer in answers]
+        for i, rows in asked.items():
+            own, latents = latents[: len(rows)], latents[len(rows) :]
+            try:
+                answers[i] = _images(rows, own)
+            except Exception as error:
+                answers[i] = failed(error, mistake=False)
+        return answers
+
+    def _rows(self, request: Any) -> list[Row]:
+        if (reason := refusal(request, named=True)) is not None:
+            raise ValueError(reason)
+        inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        return parse_rows(inputs, self.facts)
+
+    def _latents(self, asked: dict[int, list[Row]], requests: list[Any]) -> np.ndarray:
+        """(ΣN, C, S, S) of all rows, in their order."""
 
         def unwanted() -> bool:
-            return all(requests[i].is_cancelled() for i in good)
+            return all(requests[i].is_cancelled() for i in asked)
 
-        made = dict(zip(good, self._images(list(good.values()), unwanted), strict=True))
-        results = (made[i] if isinstance(rows, list) else rows for i, rows in enumerate(asked))
-        return [_response(result) for result in results]
-
-    def _rows(self, request: Any) -> list[Row] | Exception:
-        try:
-            if (reason := refusal(request, named=True)) is not None:
-                return ValueError(reason)
-            inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            return parse_rows(inputs, self.facts)
-        except ValueError as error:
-            return error
-        except Exception as error:  # a fault of ours, which must not fail the other requests
-            return Failed(f"{type(error).__name__}: {error}")
-
-    def _images(
-        self, requests: list[list[Row]], unwanted: Callable[[], bool]
-    ) -> list[np.ndarray | Exception]:
-        """For each request, uint8 images (N, H, W, 3) or the error."""
-        if not requests:
-            return []
-
-        def step(inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-            z, x0 = _infer(STEP_MODEL, inputs, ["z_next", "x0"])
-            return z, x0
-
-        rows, facts = [row for part in requests for row in part], self.facts
-        try:
-            latents, lost = sample(
-                rows, facts.shape, facts.learn_sigma, step, unwanted, facts.diffusion
-            )  # latents (ΣN, C, S, S)
-        except Exception as error:
-            failed = error if isinstance(error, Failed) else Failed(f"the sampling loop: {error}")
-            return [failed] * len(requests)
-        made, first = list[np.ndarray | Exception](), 0
-        for part in requests:
-            places = {i: lost[first + i] for i in range(len(part)) if first + i in lost}
-            images = latents[first : first + len(part)]
-            made.append(_not_finite(part, places) if places else _decode(images))
-            first += len(part)
-        return made
+        rows = [row for part in asked.values() for row in part]
+        return sample(rows, _step, unwanted) if rows else np.empty(0)
 
 
-def _response(result: np.ndarray | Exception) -> Any:
+def _step(inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    z, x0 = _infer(STEP_MODEL, inputs, ["z_next", "x0"])
+    return z, x0
+
+
+def _images(rows: list[Row], latents: np.ndarray) -> Any:
+    """An answer with uint8 images (N, H, W, 3) from latents (N, C, S, S)."""
     import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
 
-    if isinstance(result, Exception):
-        message = " ".join(str(result).split()) or type(result).__name__
-        codes = pb_utils.TritonError
-        code = codes.INVALID_ARG if isinstance(result, ValueError) else codes.INTERNAL
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
-    return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("images", result)])
-
-
-def _not_finite(rows: list[Row], places: dict[int, int]) -> Failed:
-    """places: number of the image in its request → the first step that was not finite."""
-    i, step = min(places.items(), key=lambda place: place[1])
-    images = "image" if len(places) == 1 else "images"
-    return Failed(
-        f"the latents of {images} {', '.join(map(str, places))} of {len(rows)} are not finite, "
-        f"first at step {step + 1} of {rows[i].steps} with guidance_scale {rows[i].scale:g}: "
-        "a smaller guidance_scale, or a model that is served in fp32, is needed"
-    )
-
-
-def _decode(latents: np.ndarray) -> np.ndarray | Exception:
-    """Latents (N, C, S, S) → uint8 images (N, H, W, 3), or the error."""
-    try:
-        (images,) = _infer(DECODER_MODEL, {"z": latents}, ["images"])
-    except Failed as error:
-        return error
-    wrong = [str(i) for i, image in enumerate(images) if not np.isfinite(image).all()]
-    if wrong:
-        numbers = f"image{'s' * (len(wrong) > 1)} {', '.join(wrong)} of {len(images)}"
-        return Failed(
-            f"{DECODER_MODEL}: the pixels of {numbers} are not finite, though the latents are: "
-            "a decoder that is served in fp32 is needed"
+    if (i := _not_finite(latents)) is not None:
+        raise Failed(
+            f"the latents of image {i} of {len(rows)} are not finite with guidance_scale "
+            f"{rows[i].scale:g}: a smaller one, or a model that is served in fp32, is needed"
         )
-    return to_uint8(images)
+    (images,) = _infer(DECODER_MODEL, {"z": latents}, ["images"])
+    if (i := _not_finite(images)) is not None:
+        raise Failed(
+            f"{DECODER_MODEL}: the pixels of image {i} of {len(rows)} are not finite, though the "
+            "latents are: a decoder that is served in fp32 is needed"
+        )
+    return pb_utils.InferenceResponse([pb_utils.Tensor("images", to_uint8(images))])
+
+
+def _not_finite(images: np.ndarray) -> int | None:
+    """The first of the images that is not."""
+    return next((i for i, image in enumerate(images) if not np.isfinite(image).all()), None)
 
 
 def _infer(model: str, inputs: dict[str, np.ndarray], outputs: list[str]) -> list[np.ndarray]:

@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.request
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -29,21 +29,13 @@ from dit_export.server.repository import check_marker
 from dit_export.server.trust import check_repository, served_copy
 
 _STOP_SECONDS = supervisor.ASK_SECONDS + 5
-_LONGEST_LINE = 1 << 16
 # No client of ours needs these endpoints. Before Triton 25.07, clients could read and overwrite the
 # memory of the Python backend through the first.
 _CLOSED = "shared-memory,model-repository,trace,logging"
 
 
-class ServerFailed(RuntimeError):
-    """The server ended, or was not ready in time.
-
-    what: the message without the path of the log, which str() includes.
-    """
-
-    def __init__(self, what: str, log: Path | None) -> None:
-        super().__init__(what if log is None else f"{what}; see {log}")
-        self.what = what
+class ServerFailed(OSError):
+    """The server ended, or was not ready in time."""
 
 
 @dataclass(frozen=True)
@@ -63,25 +55,23 @@ def running_server(
     host: str = "127.0.0.1",
     ports: tuple[int, int, int] = (0, 0, 0),
     ready_seconds: float = 300.0,
-    log: Path | None = None,
+    show: Callable[[str], object] | None = None,
     trust: bool = False,
 ) -> Iterator[Running]:
     """Start a server of ``repository``, wait until it is ready, and stop it when the block ends.
 
-    If this process is killed, the server ends too (see `supervisor`). The endpoints for shared
-    memory, loading of models, traces and logging are closed, and requests from web pages get no
-    images (see `origin`). A warning says if other machines can reach ``host``.
+    If this process is killed, the server ends too (see `supervisor`). A warning says if other
+    machines can reach ``host``.
 
     Args:
         ports: for HTTP, gRPC and metrics; 0 means any free port.
         ready_seconds: the time that loading and warming up may take.
-        log: the file for the server's output; None means standard error.
-        trust: run whatever code the repository has. Otherwise its code must be what this version
-            writes (see `trust.check_repository`).
+        show: is called, in another thread, with each line that the server prints; None means that
+            they are printed on standard error.
+        trust: run whatever code the repository has (otherwise see `trust.check_repository`).
 
     Raises:
-        ValueError: ``repository`` is not a repository of ours or has other code, or a port is out
-            of range or taken.
+        ValueError: ``repository`` is not ours or has other code, or a port is invalid or taken.
         ServerFailed: the server ended, or was not ready in time.
     """
     check_marker(repository)
@@ -94,13 +84,14 @@ def running_server(
             stacklevel=3,
         )
     prefix = f"dit-{secrets.token_hex(8)}-"
-    with tempfile.TemporaryDirectory(prefix="triton-") as folder, _output(log) as output:
+    with tempfile.TemporaryDirectory(prefix="triton-") as folder, _output(show) as output:
         models, backends, here = (Path(folder) / name for name in ("models", "backends", "here"))
         for made in (models, backends, here):
             made.mkdir()
         served = repository if files is None else served_copy(repository, files, models)
-        if _keeps_engines(served):
-            with suppress(OSError, ValueError):  # without a private cache, nothing is kept
+        with suppress(OSError, ValueError):  # without a private cache, nothing is kept
+            config = (served / "dit_transformer" / "config.pbtxt").read_text("utf-8")
+            if f'"{ENGINE_CACHE}"' in config:
                 (here / ENGINE_CACHE).symlink_to(private_cache("triton"))
         command = [
             *(sys.executable, "-I", "-S", supervisor.__file__, prefix),
@@ -118,17 +109,12 @@ def running_server(
         )
         try:
             http, grpc, metrics = (f"{host}:{port}" for port in chosen)
-            _wait_until_ready(process, http, ready_seconds, log)
+            _wait_until_ready(process, http, ready_seconds)
             supervisor.hide_regions(prefix)
             yield Running(http, grpc, metrics, process)
         finally:
             _stop(process)
             supervisor.remove_regions(prefix)
-
-
-def _keeps_engines(repository: Path) -> bool:
-    config = repository / "dit_transformer" / "config.pbtxt"
-    return config.is_file() and f'"{ENGINE_CACHE}"' in config.read_text("utf-8", "replace")
 
 
 def _command(
@@ -162,43 +148,38 @@ def _command(
 
 
 @contextmanager
-def _output(log: Path | None) -> Iterator[int]:
-    """A descriptor for the server's output: the log, or a pipe whose lines are printed escaped."""
-    if log is not None:
-        with log.open("wb") as file:
-            yield file.fileno()
-        return
+def _output(show: Callable[[str], object] | None) -> Iterator[int]:
+    """A descriptor for a server's output; show: see `running_server`."""
     reading, writing = os.pipe()
 
-    def show() -> None:
+    def read() -> None:
         with os.fdopen(reading, "rb") as lines:
-            while line := lines.readline(_LONGEST_LINE):
-                say(line.decode("utf-8", "replace").rstrip("\r\n"), sys.stderr)
+            while data := lines.readline(1 << 16):
+                line = data.decode("utf-8", "replace").rstrip("\r\n")
+                say(line, sys.stderr) if show is None else show(line)
 
-    shown = threading.Thread(target=show, daemon=True)
-    shown.start()
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
     try:
         yield writing
     finally:
         os.close(writing)
-        shown.join(1.0)
+        reader.join(1.0)
 
 
-def _wait_until_ready(
-    process: subprocess.Popen[bytes], address: str, seconds: float, log: Path | None
-) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], address: str, seconds: float) -> None:
     # No proxy, because a proxy cannot reach this machine's own addresses.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if (code := process.poll()) is not None:
-            raise ServerFailed(f"the server ended with code {code} before it was ready", log)
+            raise ServerFailed(f"the server ended with code {code} before it was ready")
         try:
             with direct.open(f"http://{address}/v2/health/ready", timeout=5):
                 return
         except (OSError, HTTPException):
             time.sleep(0.1)
-    raise ServerFailed(f"the server was not ready after {seconds:g} s", log)
+    raise ServerFailed(f"the server was not ready after {seconds:g} s")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -220,19 +201,12 @@ def choose_ports(host: str, ports: Sequence[int]) -> tuple[int, ...]:
     Raises ValueError for a port that is out of range, taken, or given twice.
     """
     chosen = list(ports)
-    with ExitStack() as held:  # all stay open until the end, so that no port is chosen twice
-        for i in sorted(range(len(ports)), key=lambda i: ports[i] == 0):  # the given ones first
-            if not 0 <= ports[i] < 65536:
-                raise ValueError(f"port {ports[i]}: allowed is 0 (any free one) to 65535")
-            if ports[i] and ports.count(ports[i]) > 1:
-                raise ValueError(f"port {ports[i]} is given twice")
-            listener = held.enter_context(socket.socket())
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with ExitStack() as held:  # all are listened on until the end, so that they are different
+        for i, port in sorted(enumerate(ports), key=lambda each: each[1] == 0):  # given ones first
             try:
-                listener.bind((host, ports[i]))
-                listener.listen(1)  # with SO_REUSEADDR, only this tells whether the port is free
-            except OSError as error:
-                reason = error.strerror or error
-                raise ValueError(f"{host}:{ports[i]}: cannot be listened on: {reason}") from None
+                listener = held.enter_context(socket.create_server((host, port)))
+            except (OSError, OverflowError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise ValueError(f"{host}:{port}: cannot be listened on: {reason}") from None
             chosen[i] = listener.getsockname()[1]
     return tuple(chosen)

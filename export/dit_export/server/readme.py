@@ -22,6 +22,11 @@ def readme(bundle: Bundle, options: ServingOptions) -> str:
     config, vae, names = bundle.config, bundle.vae, bundle.label_names
     assert vae is not None
     onnx = options.platform == "onnxruntime"
+    said, arguments = "this model has none", ["0", "1"]
+    if names is not None:
+        said = ", ".join(markdown_text(name.split(",")[0]) for name in names[:4])
+        said += f" … ({len(names)} in all)" if len(names) > 4 else ""
+        arguments = list(map(_argument, range(2), names))
     template = Path(__file__).with_name("repository_readme.md").read_text(encoding="utf-8")
     return template.format(
         model=model_name(config),
@@ -32,16 +37,11 @@ def readme(bundle: Bundle, options: ServingOptions) -> str:
         batch=options.max_batch_size,
         last=config.num_classes - 1,
         train_steps=config.diffusion.num_train_steps,
-        names="this model has none" if names is None else _some(names),
+        names=said,
         gpu=" (without a GPU, leave out `--gpus all`)" if onnx else "",
         needs=_ONNX_NEEDS.format(opset=bundle.opset) if onnx else _PLAN_NEEDS,
-        example=" ".join(["0", "1"] if names is None else map(_argument, range(2), names)),
+        example=" ".join(arguments),
     )
-
-
-def _some(names: tuple[str, ...]) -> str:
-    first = ", ".join(markdown_text(name.split(",")[0]) for name in names[:4])
-    return first + (f" … ({len(names)} in all)" if len(names) > 4 else "")
 
 
 def _argument(number: int, name: str) -> str:

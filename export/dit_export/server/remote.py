@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from http.client import HTTPException
 from importlib import import_module
 from ipaddress import ip_address
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,7 +22,7 @@ TOTAL_SECONDS = 1200.0  # for a request over HTTP; ANSWER_SECONDS are between tw
 # An answer may have some times as many bytes as its request: it has about as many numbers, but as
 # text they take five times the space.
 _TIMES_THE_QUESTION, _LEAST_BYTES = 16, 16 * 2**20
-_ERROR_BYTES, _BLOCK_BYTES = 64 * 2**10, 2**16
+_BLOCK_BYTES = 2**16
 _TYPES = {"float32": "FP32", "int64": "INT64"}
 _GRPC = "grpc+"
 # The first two are tritonclient's own, which would be lost otherwise. The last: use no proxy.
@@ -64,8 +64,6 @@ class RemoteServer:
 
     def config(self, model: str) -> dict[str, Any]:
         """The configuration of a model that is loaded."""
-        if not self._ask(lambda client: client.is_server_live()):
-            raise self.error("the server is not live")
         if not self._ask(lambda client: client.is_model_ready(model)):
             raise self.error(f"model {model!r} is not loaded there")
         if self.protocol == "grpc":
@@ -77,16 +75,15 @@ class RemoteServer:
     ) -> list[np.ndarray]:
         tensors = []
         for name, value in inputs.items():
-            tensor = self.module.InferInput(name, list(value.shape), _TYPES[value.dtype.name])
-            tensor.set_data_from_numpy(np.ascontiguousarray(value))
-            tensors.append(tensor)
+            tensors.append(self.module.InferInput(name, [*value.shape], _TYPES[value.dtype.name]))
+            tensors[-1].set_data_from_numpy(np.ascontiguousarray(value))
         wanted = [self.module.InferRequestedOutput(name) for name in outputs]
         limit = {"client_timeout": ANSWER_SECONDS} if self.protocol == "grpc" else {}
         result = self._ask(lambda client: client.infer(model, tensors, outputs=wanted, **limit))
         return [self._ask(lambda _, name=name: result.as_numpy(name)) for name in outputs]
 
     def error(self, reason: str) -> BackendUnavailable:
-        return _unavailable(self.address, reason)
+        return BackendUnavailable(f"{self.address}: {reason}")
 
     def _ask(self, question: Callable[[Any], T]) -> T:
         try:
@@ -102,11 +99,10 @@ class RemoteServer:
         except (OSError, HTTPException) as error:  # timeouts too
             reason = one_line(getattr(error, "strerror", None) or error)
             raise self.error(f"no Triton Inference Server answers there: {reason}") from None
-        except (BackendUnavailable, ImportError, MemoryError):
+        except (ImportError, MemoryError):
             raise
         except Exception as error:  # tritonclient does not check the structure of an answer
-            reason = f"{type(error).__name__}: {one_line(error)}"
-            raise self.error(f"its answer cannot be read ({reason})") from None
+            raise self.error(f"its answer cannot be read ({one_line(repr(error))})") from None
 
     def _client(self) -> Any:
         if not hasattr(self._own, "client"):
@@ -115,72 +111,50 @@ class RemoteServer:
                 limits = {"connection_timeout": CONNECT_SECONDS, "network_timeout": ANSWER_SECONDS}
             elif is_loopback(self.url.rpartition(":")[0]):
                 limits = {"channel_args": _DIRECT}
-            client = self.module.InferenceServerClient(self.url, **limits)
+            self._own.client = client = self.module.InferenceServerClient(self.url, **limits)
             if self.protocol == "http":
-                # Not self.error: the cycle would keep connections open after the last use.
-                error = partial(_unavailable, self.address)
-                client._client_stub = _Bounded(client._client_stub, error)
-            self._own.client = client
+                client._client_stub = _Bounded(client._client_stub)
         return self._own.client
-
-
-def _unavailable(address: str, reason: str) -> BackendUnavailable:
-    return BackendUnavailable(f"{address}: {reason}")
 
 
 class _Bounded:
     """tritonclient's HTTP connection with the limits that it lacks, for the size and the time of
-    answers; error: makes the exception to raise from a reason."""
+    answers."""
 
-    def __init__(self, connection: Any, error: Callable[[str], Exception]) -> None:
-        self._connection, self._error = connection, error
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._connection, name)
 
-    def get(self, *arguments: Any, **options: Any) -> _Answer:
-        with self._in_time():
-            return self._read(self._connection.get(*arguments, **options), _LEAST_BYTES)
+    def get(self, *arguments: Any, **options: Any) -> Any:
+        return self._bounded(partial(self._connection.get, *arguments, **options), _LEAST_BYTES)
 
-    def post(self, *arguments: Any, body: bytes, **options: Any) -> _Answer:
-        with self._in_time():
-            response = self._connection.post(*arguments, body=body, **options)
-            return self._read(response, _LEAST_BYTES + _TIMES_THE_QUESTION * len(body))
+    def post(self, *arguments: Any, body: bytes, **options: Any) -> Any:
+        ask = partial(self._connection.post, *arguments, body=body, **options)
+        return self._bounded(ask, _LEAST_BYTES + _TIMES_THE_QUESTION * len(body))
 
-    @contextmanager
-    def _in_time(self) -> Iterator[None]:
+    def _bounded(self, ask: Callable[[], Any], limit: int) -> Any:
+        """The parts of a response that tritonclient uses."""
         from gevent import Timeout  # installed with tritonclient's HTTP client
 
+        body = bytearray()
         try:
             with Timeout(TOTAL_SECONDS):
-                yield
+                response = ask()
+                if response.get("Content-Encoding") is not None:
+                    raise ValueError("it is compressed, though we did not ask for that")
+                while block := response.read(_BLOCK_BYTES):
+                    body += block
+                    if len(body) > limit:
+                        raise ValueError(f"it has more than {limit >> 20} MiB")
         except Timeout:
-            raise self._error(f"its answer took more than {TOTAL_SECONDS:g} seconds") from None
-
-    def _read(self, response: Any, limit: int) -> _Answer:
-        failed = response.status_code != 200
-        if not failed and response.get("Content-Encoding") is not None:
-            raise self._error("its answer is compressed, though we did not ask for that")
-        body = bytearray()
-        while block := response.read(_BLOCK_BYTES):
-            body += block
-            if failed and len(body) > _ERROR_BYTES:
-                break  # the beginning is enough for a message
-            if len(body) > limit:
-                raise self._error(f"its answer has more than {limit >> 20} MiB")
-        return _Answer(response, bytes(body))
-
-
-class _Answer:
-    """The parts of a response that tritonclient uses."""
-
-    def __init__(self, response: Any, body: bytes) -> None:
-        self.status_code: int = response.status_code
-        self.get: Callable[[str], Any] = response.get
-        self._body = io.BytesIO(body)
-
-    def read(self, length: int = -1) -> bytes:
-        return self._body.read(length)
+            raise ValueError(f"it took more than {TOTAL_SECONDS:g} seconds") from None
+        data = io.BytesIO(body)
+        return SimpleNamespace(
+            status_code=response.status_code, get=response.get,
+            read=lambda length=-1: data.read(length),
+        )  # fmt: skip
 
 
 def is_loopback(host: str) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_engine._version import __version__
-from dit_engine.io.directories import Known, check_destination, new_directory, nothing_known
+from dit_engine.io.directories import Known, new_directory, nothing_known
 from dit_engine.io.files import check_regular, file_hash
 from dit_engine.io.json_files import check_schema, read_json_value
 from dit_export.bundle import Bundle, refuse_another_version
@@ -40,9 +40,7 @@ from dit_export.targets import DTYPES, QUANTIZED
 
 MARKER = "repository.json"
 PRODUCER = f"dit-engine {__version__}"
-TRUST = (
-    "write the repository again to another directory, or look at its code and serve it with --trust"
-)
+TRUST = "write the repository again elsewhere, or look at what is there and serve it with --trust"
 FORMAT = 2  # format 1 had no hashes and not the facts that the configurations are made from
 
 # The schema of repository.json, for `dit_engine.io.json_files`. Its entry "export" is checked by
@@ -82,14 +80,16 @@ def write_repository(
         overwrite: replace an earlier repository. Anything else in ``directory`` is refused.
         move: move the graphs' files out of the bundle, which is unusable afterwards.
 
-    Raises:
-        ValueError: an option is out of its range, the bundle lacks a graph, an engine does not fit,
-            or the destination holds something else.
-        OSError: the repository cannot be written.
+    Raises ValueError for an option out of its range, a bundle or an engine that does not fit, and a
+    destination that holds something else.
     """
     options = (options or ServingOptions()).checked()
     target = Path(directory)
-    check_bundle(bundle, options)
+    if bundle.vae is None:
+        raise ValueError(f"{bundle.path}: has no VAE, and a server of images needs one")
+    check_dtypes([bundle.graph(graph).dtype for graph in GRAPHS.values()], options)
+    for graph in GRAPHS.values():
+        check_metadata(bundle, graph)
     data = _graph_files(bundle, options, engines)
     texts = repository_texts(bundle, options)
     with new_directory(target, replaceable(overwrite)) as partial:
@@ -107,34 +107,18 @@ def write_repository(
     return target
 
 
-def check_bundle(bundle: Bundle, options: ServingOptions) -> None:
-    """Raises ValueError unless the graphs that a repository needs are there, and of one model."""
-    if bundle.vae is None:
-        raise ValueError(f"{bundle.path}: has no VAE, and a server of images needs one")
-    check_dtypes([bundle.graph(graph).dtype for graph in GRAPHS.values()], options)
-    for graph in GRAPHS.values():
-        check_metadata(bundle, graph)
-
-
 def check_dtypes(dtypes: Iterable[str], options: ServingOptions) -> None:
     """Raises ValueError for a graph's number format that the platform does not run."""
-    for dtype in dtypes if options.platform == "onnxruntime" else ():
-        if dtype == "bf16":
-            allowed = ", ".join(name for name in DTYPES if name != dtype)
+    if options.platform == "tensorrt":
+        return
+    refused = ["bf16", *(QUANTIZED if options.accelerator == "tensorrt" else ())]
+    allowed = ", ".join(name for name in DTYPES if name not in refused)
+    for dtype in dtypes:
+        if dtype in refused:
             raise ValueError(
-                f"{dtype} graphs are not served: the server's onnxruntime has no operators for "
-                f"them; choose one of {allowed}, or --platform tensorrt"
+                f"{dtype} graphs are not served by onnxruntime with accelerator "
+                f"{options.accelerator!r}: choose one of {allowed}, or --platform tensorrt"
             )
-        if dtype in QUANTIZED and options.accelerator == "tensorrt":
-            raise ValueError(
-                f"accelerator 'tensorrt': onnxruntime's does not take {dtype} graphs; choose "
-                "cuda or none, or --platform tensorrt"
-            )
-
-
-def check_free(directory: str | Path, overwrite: bool) -> None:
-    """Raises ValueError, before any work, where `write_repository` would refuse to write."""
-    check_destination(Path(directory), replaceable(overwrite))
 
 
 def _graph_files(
@@ -142,18 +126,13 @@ def _graph_files(
 ) -> dict[str, tuple[Path, str]]:
     """Name in the repository → the file to put there, and its SHA-256."""
     if options.platform == "onnxruntime":
-        listed, names = bundle.manifest["files"], ONNX_FILES | WEIGHTS
-        return {
-            name: (bundle.path / file, listed[file]["sha256"])
-            for name, file in names.items()
-            if file in listed
-        }
+        listed = bundle.manifest["files"]
+        names = {name: file for name, file in (ONNX_FILES | WEIGHTS).items() if file in listed}
+        return {n: (bundle.path / file, listed[file]["sha256"]) for n, file in names.items()}
     if engines is None:
         raise ValueError("platform 'tensorrt' needs --engines, the directory of built engines")
-    return {
-        name: find_plan(Path(engines), bundle, graph, options.max_batch_size)
-        for name, graph in PLANS.items()
-    }
+    most, folder = options.max_batch_size, Path(engines)
+    return {name: find_plan(folder, bundle, graph, most) for name, graph in PLANS.items()}
 
 
 def find_plan(directory: Path, bundle: Bundle, graph: str, max_batch_size: int) -> tuple[Path, str]:
@@ -167,23 +146,21 @@ def find_plan(directory: Path, bundle: Bundle, graph: str, max_batch_size: int) 
 
     checkpoint = bundle.vae_checkpoint if graph == "vae_decoder" else bundle.checkpoint
     engines = find_engines(directory, graph, checkpoint=checkpoint)
-    wanted, side, reasons = graph_hash(bundle, graph), bundle.config.input_size, []
+    wanted, side = graph_hash(bundle, graph), bundle.config.input_size
     for engine in engines:
-        profile = engine.key.profiles[0]  # the server takes the first
-        batch = profile.batch
-        if engine.key.graph != wanted:
-            reasons.append(f"was built from another export than {bundle.path}")
-        elif engine.key.flavour != "tensorrt":
-            reasons.append(f"is for {engine.key.flavour}; the server loads standard TensorRT's")
-        elif not (batch.smallest == 1 and max_batch_size <= batch.largest):
-            reasons.append(f"takes batches of {batch}; 1 to {max_batch_size} are needed")
-        elif profile.size is not None and side not in profile.size:
-            reasons.append(f"takes latents of size {profile.size}; {side} is needed")
-        elif file_hash(engine.path) != engine.sha256:
-            reasons.append("has changed since it was built (SHA-256 differs)")
-        else:
+        key, profile = engine.key, engine.key.profiles[0]  # the server takes the first
+        fits = key.graph == wanted and key.flavour == "tensorrt"
+        batches = profile.batch.smallest == 1 and max_batch_size <= profile.batch.largest
+        if fits and batches and (profile.size is None or side in profile.size):
+            if file_hash(engine.path) != engine.sha256:
+                raise ValueError(f"{engine.path}: has changed since it was built (SHA-256 differs)")
             return engine.path, engine.sha256
-    raise ValueError(f"{engines[0].path}: {reasons[0]}")
+    newest, key = engines[0].path, engines[0].key
+    export = "this export" if key.graph == wanted else "another export"
+    raise ValueError(
+        f"{newest}: was built from {export} for {key.flavour}, {key.profiles[0]}; the server needs "
+        f"this export's for tensorrt, batches of 1 to {max_batch_size} and latents of size {side}"
+    )
 
 
 def repository_texts(bundle: Bundle, options: ServingOptions) -> dict[str, str]:
@@ -191,23 +168,10 @@ def repository_texts(bundle: Bundle, options: ServingOptions) -> dict[str, str]:
 
     Only those facts about ``bundle`` are used that repository.json holds, and none of its files.
     """
-    return {
-        **{f"{name}/config.pbtxt": graph_config(name, bundle, options) for name in GRAPHS},
-        "dit/config.pbtxt": pipeline_config(bundle, options),
-        "dit/1/model.py": LOOP_ENTRY,
-        "dit/1/pipeline.json": _pipeline_facts(bundle),
-        **{f"dit/1/{name}": text for name, text in packages(LOOP).items()},
-        "README.md": readme(bundle, options),
-        "client.py": source_of("dit_export.server.client"),
-    }
-
-
-def _pipeline_facts(bundle: Bundle) -> str:
-    """The content of pipeline.json, which `dit_export.server.pipeline.Facts` reads."""
     from dit_engine.sampling.samplers import SAMPLERS
 
     config = bundle.config
-    facts = {
+    facts = {  # `dit_export.server.pipeline` reads them
         "shape": [config.in_channels, config.input_size, config.input_size],
         "learn_sigma": config.learn_sigma,
         "num_classes": config.num_classes,
@@ -215,7 +179,15 @@ def _pipeline_facts(bundle: Bundle) -> str:
         "samplers": {name: [s.default_steps, s.spacing] for name, s in SAMPLERS.items()},
         "diffusion": config.diffusion.to_dict(),
     }
-    return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+    return {
+        **{f"{name}/config.pbtxt": graph_config(name, bundle, options) for name in GRAPHS},
+        "dit/config.pbtxt": pipeline_config(bundle, options),
+        "dit/1/model.py": LOOP_ENTRY,
+        "dit/1/pipeline.json": _json(facts),
+        **{f"dit/1/{name}": text for name, text in packages(LOOP).items()},
+        "README.md": readme(bundle, options),
+        "client.py": source_of("dit_export.server.client"),
+    }
 
 
 def _marker(hashes: dict[str, str], bundle: Bundle, options: ServingOptions) -> str:
@@ -224,7 +196,7 @@ def _marker(hashes: dict[str, str], bundle: Bundle, options: ServingOptions) -> 
     Its entry "export" is the part of the bundle's manifest that the generated files depend on.
     """
     graphs = {graph: bundle.manifest["graphs"][graph] for graph in GRAPHS.values()}
-    marker = {
+    return _json({
         "format": FORMAT,
         "producer": PRODUCER,
         "checkpoint": bundle.checkpoint,
@@ -234,8 +206,11 @@ def _marker(hashes: dict[str, str], bundle: Bundle, options: ServingOptions) -> 
         "options": asdict(options),
         "export": {**bundle.manifest, "graphs": graphs, "files": {}},
         "files": dict(sorted(hashes.items())),
-    }
-    return json.dumps(marker, indent=2, ensure_ascii=False) + "\n"
+    })  # fmt: skip
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
 def check_marker(path: Path) -> None:
@@ -260,22 +235,16 @@ def replaceable(overwrite: bool) -> Known:
 
     def known(path: Path) -> Mapping[str, str | None]:
         try:
-            marker = read_marker(path)
+            listed = read_marker(path)["files"]
         except ValueError:
             refuse_another_version(path / MARKER, FORMAT, "a model repository")
             return nothing_known(path)
         if not overwrite:
             raise ValueError("holds a model repository; --overwrite replaces it")
-        listed = marker["files"]
-        return {MARKER: None} | {n: listed[n] for n in file_names() if n in listed}
+        modules = [f"{module.replace('.', '/')}.py" for module in EARLIER]
+        names = ["README.md", "client.py", "dit/config.pbtxt", *ONNX_FILES, *WEIGHTS, *PLANS]
+        names += [f"{model}/config.pbtxt" for model in GRAPHS]
+        names += [f"dit/1/{n}" for n in ("model.py", "pipeline.json", *packages(LOOP), *modules)]
+        return {MARKER: None} | {name: listed[name] for name in names if name in listed}
 
     return known
-
-
-def file_names() -> list[str]:
-    """Every file that a repository may hold, except `MARKER`."""
-    names = ["README.md", "client.py", "dit/config.pbtxt", "dit/1/model.py", "dit/1/pipeline.json"]
-    names += [f"dit/1/{name}" for name in packages(LOOP)]
-    names += [f"dit/1/{module.replace('.', '/')}.py" for module in EARLIER]
-    names += [f"{model}/config.pbtxt" for model in GRAPHS]
-    return [*names, *ONNX_FILES, *WEIGHTS, *PLANS]

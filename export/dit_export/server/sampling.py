@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from dit_engine.sampling.coefficients import LARGEST, clipping, step_coefficients
-from dit_engine.sampling.diffusion import PUBLISHED_DIFFUSION, Diffusion
+from dit_engine.sampling.coefficients import LARGEST, clipping, step_coefficients, uses_noise
+from dit_engine.sampling.diffusion import Diffusion
 from dit_engine.sampling.schedule import make_schedule
 from dit_export.server.torch_random import TorchGenerator
 
@@ -23,95 +23,95 @@ Step = Callable[[dict[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What pipeline.json says about the model that is served.
+
+    Attributes:
+        shape: (C, S, S) of the latents.
+        learn_sigma: whether the model predicts a variance.
+        samplers: name → [usual number of steps, spacing].
+    """
+
+    shape: tuple[int, int, int]
+    learn_sigma: bool
+    num_classes: int
+    label_names: list[str] | None
+    samplers: dict[str, list[Any]]
+    diffusion: Diffusion
+
+
 class Row:
-    """What one image is made from; spacing: see `dit_engine.sampling.schedule.space_timesteps`."""
+    """One image on its way through its own schedule.
 
-    label: int
-    seed: int
-    steps: int
-    scale: float
-    sampler: str
-    spacing: str
-
-
-class _Run:
-    """One row's way through its own schedule."""
+    Raises ValueError for a number of steps that the sampler's spacing cannot make.
+    """
 
     def __init__(
-        self, row: Row, shape: tuple[int, int, int], learned: bool, diffusion: Diffusion
+        self, facts: Facts, label: int, seed: int, steps: int, scale: float, sampler: str
     ) -> None:
-        self.row, self.shape = row, shape
-        schedule = _schedule(row.steps, row.spacing, diffusion)
-        self.timesteps = schedule.timesteps  # (steps,)
-        self.coefficients = _coefficients(row.sampler, schedule, learned)  # (steps, 9)
-        self.clip = clipping(row.sampler, schedule)
-        self.generator = TorchGenerator(row.seed)
-        self.z = self.generator.randn(shape)  # (C, S, S)
-        self.x0 = self.zeros = np.zeros(shape, dtype=np.float32)
+        self.label, self.steps, self.scale = label, steps, scale
+        spacing = facts.samplers[sampler][1]
+        plan = _plan(sampler, steps, spacing, facts.diffusion, facts.learn_sigma)
+        self.timesteps, self.coefficients, self.clip = plan
+        self.draws = uses_noise(self.coefficients)
+        self.generator = TorchGenerator(seed)
+        self.z = self.generator.randn(facts.shape)  # (C, S, S)
+        self.x0 = self.zeros = np.zeros_like(self.z)
+        self.finite = True
 
     def inputs(self, step: int) -> dict[str, Any]:
         # As in `Engine.generate`, noise is drawn only for the steps that add it.
-        drawn = self.coefficients[step, 8] != 0
+        noise = self.generator.randn(self.z.shape) if self.draws[step] else self.zeros
         return {
             "z": self.z,
             "x0_before": self.x0,
-            "noise": self.generator.randn(self.shape) if drawn else self.zeros,
+            "noise": noise,
             "t": np.int64(self.timesteps[step]),
-            "y": np.int64(self.row.label),
-            "guidance_scale": np.float32(self.row.scale),
+            "y": np.int64(self.label),
+            "guidance_scale": np.float32(self.scale),
             "coefficients": self.coefficients[step].astype(np.float32),
         }
 
     def take(self, step: int, z: np.ndarray, x0: np.ndarray) -> None:
-        """Take over the result of a step."""
+        """Take over the result of a step. Latents that are not finite become NaN as a whole."""
         if self.clip is not None:
             limit, weights = self.clip
             within = np.where(np.abs(x0) < LARGEST, np.clip(x0, -limit, limit), np.float32("nan"))
             z = z + np.float32(weights[step]) * within
-        self.z, self.x0 = z, x0
+        self.finite = bool((np.abs(z) < LARGEST).all())
+        self.z, self.x0 = z if self.finite else np.full_like(z, np.nan), x0
 
 
-def sample(
-    rows: Sequence[Row],
-    shape: tuple[int, int, int],
-    learned: bool,
-    step: Step,
-    stop: Callable[[], bool] = lambda: False,
-    diffusion: Diffusion = PUBLISHED_DIFFUSION,
-) -> tuple[np.ndarray, dict[int, int]]:
-    """Latents (N, C, S, S) float32, as `Engine.generate` makes them from the same rows; and for
-    each row that is not finite, its number → the first step that was not finite.
+@lru_cache(maxsize=64)
+def _plan(
+    sampler: str, steps: int, spacing: str, diffusion: Diffusion, learned: bool
+) -> tuple[np.ndarray, np.ndarray, tuple[float, np.ndarray] | None]:
+    """Time steps (steps,), coefficients (steps, 9) and `clipping`."""
+    schedule = make_schedule(steps, spacing, diffusion)
+    table = step_coefficients(sampler, schedule, learned)
+    return schedule.timesteps, table, clipping(sampler, schedule)
+
+
+def sample(rows: Sequence[Row], step: Step, stop: Callable[[], bool] = lambda: False) -> np.ndarray:
+    """Latents (N, C, S, S) float32, as `Engine.generate` makes them from the same rows; NaN for
+    rows that are not finite.
 
     A row leaves the batch after its last step, or when it is no longer finite.
 
-    Args:
-        shape: (C, S, S).
-        learned: whether the model predicts a variance.
-        stop: is called before every step. Once it returns True, the latents are returned as they
-            are.
-        diffusion: the model's.
-
-    Raises ValueError for a number of steps that a row's spacing cannot make.
+    stop: is called before every step. Once it returns True, the latents are returned as they are.
     """
-    runs, lost = [_Run(row, shape, learned, diffusion) for row in rows], dict[int, int]()
-    for k in range(max((row.steps for row in rows), default=0)):
-        active = {i: run for i, run in enumerate(runs) if k < run.row.steps and i not in lost}
+    for k in range(max(row.steps for row in rows)):
+        active = [row for row in rows if k < row.steps and row.finite]
         if stop() or not active:
             break
-        inputs = [run.inputs(k) for run in active.values()]
-        z, x0 = step({name: np.stack([row[name] for row in inputs]) for name in inputs[0]})
-        for (i, run), z_row, x0_row in zip(active.items(), z, x0, strict=True):
-            run.take(k, z_row, x0_row)
-            if not (np.abs(run.z) < LARGEST).all():
-                lost[i] = k
-    return np.stack([run.z for run in runs]), lost
+        inputs = [row.inputs(k) for row in active]
+        z, x0 = step({name: np.stack([each[name] for each in inputs]) for name in inputs[0]})
+        for row, z_row, x0_row in zip(active, z, x0, strict=True):
+            row.take(k, z_row, x0_row)
+    return np.stack([row.z for row in rows])
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """Images (N, 3, H, W) in [-1, 1] → uint8 (N, H, W, 3), as `dit_engine.decode.to_uint8`."""
     pixels = np.clip(np.float32(127.5) * images + np.float32(128.0), 0, 255)
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1).astype(np.uint8))
-
-
-_schedule = lru_cache(maxsize=64)(make_schedule)
-_coefficients = lru_cache(maxsize=64)(step_coefficients)  # a schedule is equal only to itself

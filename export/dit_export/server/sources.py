@@ -8,16 +8,12 @@ from pathlib import Path
 
 from dit_engine._version import __version__
 
+BACKEND = ("dit_engine.arguments", "dit_engine.io.printable", "dit_export.server.origin")
+"""The modules beside `dit_export.server.onnxruntime_backend`. They need only numpy."""
 LOOP = (
-    "dit_engine.arguments",
-    "dit_engine.sampling.coefficients",
-    "dit_engine.sampling.diffusion",
-    "dit_engine.labels",
-    "dit_engine.io.printable",
-    "dit_engine.sampling.schedule",
-    "dit_export.server.origin",
-    "dit_export.server.pipeline",
-    "dit_export.server.sampling",
+    *BACKEND,
+    *("dit_engine.sampling.coefficients", "dit_engine.sampling.diffusion", "dit_engine.labels"),
+    *("dit_engine.sampling.schedule", "dit_export.server.pipeline", "dit_export.server.sampling"),
     "dit_export.server.torch_random",
 )
 """The modules of the model "dit", which a repository holds as they are installed here. So the loop
@@ -29,8 +25,6 @@ EARLIER = (
     "dit_export.triton.torch_random",
 )
 """The modules of repositories that were written when these had other names."""
-BACKEND = ("dit_engine.arguments", "dit_engine.io.printable", "dit_export.server.origin")
-"""The modules beside `dit_export.server.onnxruntime_backend`. They need only numpy, too."""
 
 LOOP_ENTRY = f'''"""The loop on the server. Beside this file: parts of DiT Engine {__version__}."""
 

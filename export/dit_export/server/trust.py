@@ -11,9 +11,8 @@ have no effect, and neither have compiled Python files in it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from dit_engine.io.files import file_hash
@@ -33,7 +32,6 @@ from dit_export.server.repository import (
     repository_texts,
 )
 
-_MOVE = "move it elsewhere, or look at it and serve it with --trust"
 _UNCOMPARED = {MARKER, "README.md"}  # the source of the facts, and a text that is not run
 
 
@@ -48,14 +46,20 @@ def check_repository(path: Path) -> dict[str, bytes | None]:
     if (producer := marker.get("producer")) != PRODUCER:
         raise ValueError(f"{path}: written by {printable(producer)}, not {PRODUCER}: {TRUST}")
     files, hashes = _expected(path, marker)
-    parents = {str(parent) for name in files for parent in PurePosixPath(name).parents}
-    missing = files.keys() - _UNCOMPARED
-    for name, entry in _entries(path):
-        if reason := _difference(name, entry, files, parents):
-            ours = name in {*files, *parents, MARKER}
-            raise ValueError(f"{path / printable(name)}: {reason}: {TRUST if ours else _MOVE}")
-        missing.discard(name)
-    if missing:
+    there = _entries(path)
+    for name in there:
+        file = path / name
+        if name not in {*files, MARKER} or file.is_symlink() or not file.is_file():
+            raise ValueError(
+                f"{path / printable(name)}: is a link or not part of what this version writes: "
+                f"{TRUST}"
+            )
+        content = None if name in _UNCOMPARED else files[name]
+        if content is None:  # not compared here
+            continue
+        if file.stat().st_size != len(content) or file.read_bytes() != content:
+            raise ValueError(f"{file}: differs from what this version writes: {TRUST}")
+    if missing := files.keys() - _UNCOMPARED - {*there}:
         raise ValueError(
             f"{path / min(missing)}: is missing: write the repository again with --overwrite"
         )
@@ -92,42 +96,25 @@ def _expected(path: Path, marker: dict[str, Any]) -> tuple[dict[str, bytes | Non
         bundle = Bundle.from_manifest(path, marker["export"])
         options = ServingOptions(**marker["options"]).checked()
         texts = {name: text.encode() for name, text in repository_texts(bundle, options).items()}
-        graphs = PLANS if options.platform == "tensorrt" else ONNX_FILES
+        weights = [name for name in WEIGHTS if name in listed]
+        graphs = PLANS if options.platform == "tensorrt" else [*ONNX_FILES, *weights]
         hashes = {name: listed[name] for name in graphs}
-        if graphs is ONNX_FILES:
-            hashes |= {name: listed[name] for name in WEIGHTS if name in listed}
     except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path / MARKER}: cannot be read: {one_line(repr(error))}") from None
     return texts | dict.fromkeys(hashes), hashes
 
 
-def _difference(
-    name: str, entry: os.DirEntry[str], files: dict[str, bytes | None], parents: set[str]
-) -> str | None:
-    """Why the file or directory ``name`` does not belong there; None if it does."""
-    if entry.is_symlink():
-        return "is a link (cp -RL copies what links point to)"
-    if name in parents and entry.is_dir():
-        return None
-    if name not in {*files, MARKER} or not entry.is_file():
-        return "is not part of what this version writes"
-    content = None if name in _UNCOMPARED else files[name]
-    if content is None:  # not compared here
-        return None
-    same = entry.stat().st_size == len(content) and Path(entry).read_bytes() == content
-    return None if same else "differs from what this version writes"
-
-
-def _entries(folder: Path, parent: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """All files and directories below ``folder``, as (path from there with "/", entry). Links are
-    not entered. Hidden names at the top (.git, .DS_Store) are left out: they are never served."""
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            name = f"{parent}{entry.name}"
-            if entry.name == "__pycache__" and parent.startswith("dit/1/"):
-                continue  # made by a server that was started by hand on this repository
-            if not parent and name.startswith("."):
-                continue
-            yield name, entry
-            if entry.is_dir(follow_symlinks=False):
-                yield from _entries(folder / entry.name, f"{name}/")
+def _entries(path: Path) -> list[str]:
+    """The files below ``path``, and links, which are not entered, with "/". Left out are hidden
+    names at the top (.git, .DS_Store), which are never served, and what a server that was started
+    by hand on this repository has compiled."""
+    found = []
+    for folder, folders, files in os.walk(path):
+        inside = Path(folder).relative_to(path)
+        names = [*files, *(name for name in folders if Path(folder, name).is_symlink())]
+        if inside.parts[:2] == ("dit", "1"):
+            folders[:] = [name for name in folders if name != "__pycache__"]
+        if not inside.parts:
+            folders[:], names = ([n for n in each if n[0] != "."] for each in (folders, names))
+        found += [(inside / name).as_posix() for name in names]
+    return sorted(found)

@@ -120,46 +120,39 @@ def test_fp8_by_torchs_own_operator(monkeypatch: pytest.MonkeyPatch, gelu: bool)
     assert relative_error(layer(a, a_scales, gelu).view(3, 5, 32), exact) < 2**-7
 
 
-BAD_LAYERS: list[tuple[tuple[int, int], str, torch.dtype, str]] = [
-    ((32, 48), "int4", torch.float32, r"^kind 'int4': choose one of int8, fp8$"),
-    ((32, 48), "int8", torch.float16, r"^dtype torch.float16: results of 'int8' are float32, bf"),
-    ((32, 48), "fp8", torch.float32, r"^dtype torch.float32: results of 'fp8' are bfloat16$"),
-    ((40, 32), "fp8", torch.bfloat16, r"^weight has shape .*; 'fp8' needs multiples of 16$"),
-    ((32, 0), "int8", torch.bfloat16, r"^x is .*\(0, 0\)"),
-]
-
-
 def test_what_layers_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    full, half, brain = torch.float32, torch.float16, torch.bfloat16
+    linear, packed = dit_kernels.linear, PackedLinear(WEIGHT, BIAS)
+
+    def layer(m: int, k: int, kind: str, dtype: torch.dtype) -> QuantizedLinear:
+        return QuantizedLinear(random(m, k), random(m), kind, dtype)
+
     with pytest.raises(Unavailable, match=r"^fp8 products are for CUDA"):
-        QuantizedLinear(WEIGHT, BIAS, "fp8", torch.bfloat16)
+        layer(32, 48, "fp8", brain)
     with pytest.raises(Unavailable, match="products of unpacked weights stay with the library"):
-        dit_kernels.linear(X, WEIGHT, BIAS, impl="native")
-    for weight, bias, message in (
-        (WEIGHT[:, :3], BIAS, r"^weight is torch.float32 \(24, 3\) on cpu; float32 \(N, 64\)"),
-        (WEIGHT.half(), BIAS, "^weight is torch.float16"),
-        (WEIGHT, BIAS[:3], r"^bias is torch.float32 \(3,\) on cpu; float32 \(24\) on cpu is"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            dit_kernels.linear(X, weight, bias)
-    with pytest.raises(ValueError, match=r"^x is torch.float32 \(2, 3\) on cpu; .* \(2, 64\)"):
-        PackedLinear(WEIGHT, BIAS)(random(2, 3))
+        linear(X, WEIGHT, BIAS, impl="native")
+    codes = torch.zeros(N, T, D, dtype=torch.int8), torch.zeros(N, T)
     monkeypatch.setattr(quantized, "quantized_why_not", lambda *_: None)
-    for shape, kind, dtype, message in BAD_LAYERS:
+    refused: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
+        (linear, (X, WEIGHT[:, :3], BIAS), r"^weight is torch.float32 \(24, 3\) on .*\(N, 64\)"),
+        (linear, (X, WEIGHT.half(), BIAS), "^weight is torch.float16"),
+        (linear, (X, WEIGHT, BIAS[:3]), r"^bias is torch.float32 \(3,\) on cpu; float32 \(24\) on"),
+        (packed, (random(2, 3),), r"^x is torch.float32 \(2, 3\) on cpu; .* \(2, 64\)"),
+        (layer, (32, 48, "int4", full), r"^kind 'int4': choose one of int8, fp8$"),
+        (layer, (32, 48, "int8", half), r"^dtype torch.float16: results of 'int8' are float32, bf"),
+        (layer, (32, 48, "fp8", full), r"^dtype torch.float32: results of 'fp8' are bfloat16$"),
+        (layer, (40, 32, "fp8", brain), r"^weight has shape .*; 'fp8' needs multiples of 16$"),
+    ]
+    if has_int8():
+        int8 = QuantizedLinear(WEIGHT, BIAS, "int8", full)
+        refused += [
+            (int8, (codes[0][..., :8], codes[1]), r"^codes is torch\.int8 .*; .*\(2, 5, 64\)"),
+            (int8, (codes[0].float(), codes[1]), "^codes is torch.float32"),
+            (int8, (codes[0], codes[1][:, :1]), r"^scales is .* \(2, 1\) on cpu; float32 \(2, 5\)"),
+        ]
+    for run, arguments, message in refused:
         with pytest.raises(ValueError, match=message):
-            QuantizedLinear(random(*shape), random(shape[0]), kind, dtype)
-
-
-def test_what_a_quantized_layer_refuses_of_its_codes() -> None:
-    require_int8()
-    layer = QuantizedLinear(WEIGHT, BIAS, "int8", torch.float32)
-    codes, scales = dit_kernels.layernorm_modulate_quantize(X, SHIFT, SCALE)
-    for bad, message in (
-        ((codes[..., :8], scales), r"codes is torch\.int8 \(2, 5, 8\) on cpu; .*\(2, 5, 64\)"),
-        ((codes.float(), scales), "codes is torch.float32"),
-        ((codes, scales[:, :1]), r"scales is torch\.float32 \(2, 1\) on cpu; float32 \(2, 5\)"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            layer(*bad)
+            run(*arguments)
 
 
 SATURATING = """

@@ -86,10 +86,8 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         )
     try:
         library = ctypes.CDLL(str(file))
-        told = getattr(library, "dit_interface", None)  # a very old library has no such function
-        if told is not None:
-            told.restype = ctypes.c_char_p
-        if told is None or told().decode() != interface_hash():
+        library.dit_interface.restype = ctypes.c_char_p
+        if library.dit_interface().decode() != interface_hash():
             return None, (
                 f"{file} was built from other sources than this dit_kernels: `pip install .` in "
                 "the sources builds it again"

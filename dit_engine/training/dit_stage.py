@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_engine.config import ModelConfig
 from dit_engine.model import DiT
-from dit_engine.training.loop import LoopSettings, Trainer
+from dit_engine.training.loop import LoopSettings, M, Trainer
 from dit_engine.training.loss import DiffusionLoss
 
 LABEL_DROPOUT = 0.1
@@ -26,7 +26,7 @@ def train_dit(
     settings: LoopSettings,
     directory: Path,
     batch_size: int = 64,
-    sheet: Callable[[nn.Module, Path], None] | None = None,
+    sheet: Callable[[DiT, Path], None] | None = None,
     device: torch.device | str = "cpu",
 ) -> DiT:
     """Train on ``latents`` = (means, deviations), each (N, C, S, S), and return the EMA model.
@@ -41,29 +41,27 @@ def train_dit(
     torch.manual_seed(settings.seed)
     model = DiT(config)
     model.initialize_weights()
-    trained = train_denoiser(
+    return train_denoiser(
         model.to(device), config.null_class, latents, labels, settings, directory, batch_size, sheet
     )
-    assert isinstance(trained, DiT)
-    return trained
 
 
 def train_denoiser(
-    model: nn.Module,
+    model: M,
     null_class: int,
     latents: tuple[Tensor, Tensor],
     labels: Tensor,
     settings: LoopSettings,
     directory: Path,
     batch_size: int,
-    sheet: Callable[[nn.Module, Path], None] | None = None,
-) -> nn.Module:
+    sheet: Callable[[M, Path], None] | None = None,
+) -> M:
     """`train_dit` for any network (x (N, C, S, S), t (N,), y (N,)) → (N, C or 2C, S, S)."""
     device = next(model.parameters()).device
     diffusion = DiffusionLoss(device)
     means, deviations = latents
 
-    def loss(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    def loss(model: M, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.randint(len(means), (batch_size,), generator=generator)
         jitter = torch.randn((batch_size, *means.shape[1:]), generator=generator)
         x0 = (means[chosen].float() + deviations[chosen].float() * jitter).to(device)

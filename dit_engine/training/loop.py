@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from dit_engine.io.files import atomic_path, save_tensors
 from dit_engine.training.log import add_row, drop_rows_after, plot_losses
 from dit_engine.training.stopping import Stopped, signals_noted
 from dit_engine.training.threads import ThreadsByLoad
+
+M = TypeVar("M", bound=nn.Module)
 
 CHECKPOINT = "last.pt"
 LOG_STEPS = 50  # a row of the log, and the losses that are shown, are the means of so many steps
@@ -76,7 +78,7 @@ class LoopSettings:
     follow_load: bool = False
 
 
-class Trainer:
+class Trainer(Generic[M]):
     """AdamW on ``model`` with an EMA copy; one file holds everything that a resumption needs.
 
     Args:
@@ -90,11 +92,11 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
-        loss: Callable[[nn.Module, torch.Generator], dict[str, Tensor]],
+        model: M,
+        loss: Callable[[M, torch.Generator], dict[str, Tensor]],
         settings: LoopSettings,
         directory: Path,
-        sheet: Callable[[nn.Module, Path], None] | None = None,
+        sheet: Callable[[M, Path], None] | None = None,
     ) -> None:
         self.model, self.loss, self.settings, self.sheet = model, loss, settings, sheet
         self.directory = directory
@@ -110,7 +112,7 @@ class Trainer:
         if (directory / CHECKPOINT).exists():
             self._load()
 
-    def run(self, description: str) -> nn.Module:
+    def run(self, description: str) -> M:
         """Train until the budget is spent; returns the model with its EMA weights.
 
         Ctrl-C and SIGTERM end it after the current step: the checkpoint is written, and `Stopped`

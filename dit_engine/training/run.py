@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_engine.arguments import shown
 from dit_engine.checkpoint import save_pretrained
@@ -71,14 +71,11 @@ class TrainSettings:
     def __post_init__(self) -> None:
         self.vae_config()
         self.model_config(1)
+        counts = "images_per_class", "vae_batch_size", "batch_size"
+        weights = "vae_learning_rate", "learning_rate", "kl_weight"
         for names, least, most, allowed in (
-            (("images_per_class", "vae_batch_size", "batch_size"), 1, math.inf, "1 or more"),
-            (
-                ("vae_learning_rate", "learning_rate", "kl_weight"),
-                0,
-                sys.float_info.max,
-                "0 or more",
-            ),
+            (counts, 1, math.inf, "1 or more"),
+            (weights, 0, sys.float_info.max, "0 or more"),
             (("ema_decay",), 0, 1, "0 to 1"),
             (("seed",), -_LARGEST_SEED, _LARGEST_SEED, f"{-_LARGEST_SEED} to {_LARGEST_SEED}"),
         ):
@@ -181,7 +178,7 @@ def _begin(settings: TrainSettings, directory: Path) -> tuple[ImageSet, tuple[st
     told = asdict(settings) | {"data": recorded(settings.data)}
     _check_same(told, begun)  # before images are rendered or read
     if settings.data == "avatars":
-        _flipped(settings.flip, CLASSES)
+        _flipped(settings.flip, CLASSES)  # likewise
         count, size = settings.images_per_class, settings.size
         data = load_avatars(directory / "data", "train", count, size)
     else:
@@ -263,12 +260,11 @@ def _latents(
     return read_latents(path, len(data.class_names))
 
 
-def _sheet_maker(vae: AutoencoderKL, names: tuple[str, ...]) -> Callable[[nn.Module, Path], None]:
+def _sheet_maker(vae: AutoencoderKL, names: tuple[str, ...]) -> Callable[[DiT, Path], None]:
     """A function (transformer, path) that draws a sheet of images of all classes."""
     labels = [i % len(names) for i in range(max(16, 2 * len(names)))][:64]
 
-    def sheet(model: nn.Module, path: Path) -> None:
-        assert isinstance(model, DiT)
+    def sheet(model: DiT, path: Path) -> None:
         engine = Engine(model, vae, names, next(model.parameters()).device)
         images = engine.generate(
             labels, steps=20, sampler="dpm++", guidance_scale=2.0, seed=0, output="pt"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_engine.arguments import shown
 from dit_engine.checkpoint.weights import read_weights
@@ -37,8 +37,7 @@ def train_vae(
     vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     may_flip = torch.tensor([name in flip for name in data.class_names])[data.labels]  # (N,)
 
-    def loss(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        assert isinstance(model, AutoencoderKL)
+    def loss(model: AutoencoderKL, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.randint(len(data), (batch_size,), generator=generator)
         images = data.tensor(chosen.numpy())
         mirrored = may_flip[chosen] & (torch.rand(batch_size, generator=generator) < 0.5)
@@ -47,7 +46,6 @@ def train_vae(
 
     sheet = _sheet_maker(data, lambda model, images, _: model.encode(images.to(device))[0])
     trained = Trainer(vae, loss, settings, directory, sheet).run("autoencoder")
-    assert isinstance(trained, AutoencoderKL)
     normalise_latents(trained, data)
     return trained
 
@@ -72,8 +70,7 @@ def train_decoder(
     means, deviations = latents
     device = vae.quant_conv.weight.device
 
-    def loss(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        assert isinstance(model, AutoencoderKL)
+    def loss(model: AutoencoderKL, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.randint(len(data), (batch_size,), generator=generator)
         images = data.tensor(chosen.numpy()).to(device)
         noise = torch.randn(batch_size, *means.shape[1:], generator=generator)
@@ -83,21 +80,18 @@ def train_decoder(
         return reconstruction_losses(rebuilt, images)
 
     sheet = _sheet_maker(data, lambda _model, _images, shown: means[shown].float().to(device))
-    trained = Trainer(vae.train(), loss, settings, directory, sheet).run("decoder")
-    assert isinstance(trained, AutoencoderKL)
-    return trained
+    return Trainer(vae.train(), loss, settings, directory, sheet).run("decoder")
 
 
 def _sheet_maker(
     data: ImageSet, encode: Callable[[AutoencoderKL, Tensor, np.ndarray], Tensor]
-) -> Callable[[nn.Module, Path], None]:
+) -> Callable[[AutoencoderKL, Path], None]:
     """A function (model, path) that draws 32 images of ``data``, and below each row what the model
     makes of it. encode: (model, images, their numbers) → latents."""
     shown = np.linspace(0, len(data) - 1, 32).astype(int)
     examples = data.tensor(shown)
 
-    def sheet(model: nn.Module, path: Path) -> None:
-        assert isinstance(model, AutoencoderKL)
+    def sheet(model: AutoencoderKL, path: Path) -> None:
         with torch.no_grad():
             rebuilt = model.decode(encode(model, examples, shown)).cpu()
         rows = [t for pair in zip(examples.split(8), rebuilt.split(8), strict=True) for t in pair]

@@ -17,7 +17,6 @@ from dit_export.cli import main
 from dit_export.onnx import export as export_module
 from dit_export.onnx import files
 from dit_export.onnx.export import ExportOptions, export_onnx
-from dit_export.onnx.verify import check
 from dit_export.source import model_name
 from dit_export.targets import choose_opset, float_dtype
 
@@ -157,16 +156,6 @@ def test_what_an_export_finds_wrong_is_one_line(
     ):
         export_onnx(tiny_dit(), tmp_path / "out", options)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_checker_finds_a_broken_file(tmp_path: Path) -> None:
-    node = onnx.helper.make_node("Relu", ["x"], ["y"])
-    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
-    z = onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, [1])  # made by no node
-    graph = onnx.helper.make_graph([node], "broken", [x], [z])
-    (tmp_path / "broken.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
-    with pytest.raises(ExportFailed, match=r"^broken: no valid ONNX: "):
-        check(tmp_path / "broken.onnx", "broken")
 
 
 def test_defaults() -> None:

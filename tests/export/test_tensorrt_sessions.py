@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from fake_tensorrt import Arrays, FakeEngine, FakeFlavour, FakeMemory
+from fake_tensorrt import Arrays, FakeEngine, FakeMemory, fake_flavour
 from tiny import tiny_dit, tiny_engine
 
 from dit_engine.errors import BackendUnavailable
@@ -46,8 +45,8 @@ def load(folder: Path, captures: bool = False, **options) -> tuple[Session, Fake
     file = engine_file(folder, **options)
     shapes = {"x": (-1, 3), "k": (-1,)}, {"out": (-1, 3)}
     fake = FakeEngine(file, scaled, *shapes, {"k": "int64"})
-    flavour, memory = FakeFlavour(fake, captures), FakeMemory(fake)
-    return Session(file, flavour, GPU, memory), fake  # pyright: ignore[reportArgumentType]
+    memory: Any = FakeMemory(fake)
+    return Session(file, fake_flavour(fake, captures), GPU, memory), fake
 
 
 def inputs(rows: int) -> Arrays:
@@ -72,26 +71,27 @@ def test_a_step_is_captured_once_and_its_outputs_belong_to_the_caller(tmp_path: 
     # Other shapes have a context and a graph of their own, and leave the first ones alone.
     check(run, 5)
     check(run, 2)
-    assert len(fake.contexts) == 2 and log.count("capture") == 2
+    assert len(fake.chosen) == 2 and log.count("capture") == 2
 
 
 def test_rtx_captures_by_itself(tmp_path: Path) -> None:
     run, fake = load(tmp_path, captures=True)
     for _ in range(2):
         check(run, 3)
-    assert fake.contexts[0].captures and run.memory.log == []  # pyright: ignore
+    assert fake.config.cuda_graph_strategy == 1
+    assert run.memory.log == []  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_contexts_have_the_narrowest_profile_and_few_are_kept(tmp_path: Path) -> None:
     run, fake = load(tmp_path, batch="1,2,64;1,1,2;16,32,64")
     for rows in (1, 3, 20, 4, 5):
         check(run, rows)
-    assert [context.profile for context in fake.contexts] == [1, 0, 2, 0, 0]
+    assert fake.chosen == [1, 0, 2, 0, 0]
     check(run, 3)
-    assert len(fake.contexts) == 5
+    assert len(fake.chosen) == 5
     check(run, 1)  # the one unused for longest had been dropped
     check(run, 3)
-    assert len(fake.contexts) == 6
+    assert len(fake.chosen) == 6
     with pytest.raises(ValueError, match="do not fit the engine"):
         run.run(inputs(65))
 
@@ -103,46 +103,25 @@ def test_threads_take_turns(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
-    file, memory = engine_file(tmp_path), SimpleNamespace()
-    other: Any = FakeFlavour(None)
-    with pytest.raises(EngineRefused, match=r"cannot load it on NVIDIA H200 .*: .* no such arch"):
-        Session(file, other, GPU, memory)  # pyright: ignore
-    other.version = "1.8.0.1"
-    with pytest.raises(EngineRefused, match=r"built by TensorRT rtx 1\.7\.1\.116, this is rtx 1"):
-        Session(file, other, GPU, memory)  # pyright: ignore
+    for version, reason in (
+        ("1.7.1.116", r"cannot load it on NVIDIA H200 .*: .* no such arch"),
+        ("1.8.0.1", r"built by TensorRT rtx 1\.7\.1\.116, this is rtx 1\.8"),
+    ):
+        memory, flavour = cast("Any", None), fake_flavour(None, version=version)
+        with pytest.raises(EngineRefused, match=reason):
+            Session(engine_file(tmp_path), flavour, GPU, memory)
 
 
 def test_engines_run_on_numpy_through_pycuda(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of pycuda's driver, which needs CUDA, the buffers are here those of the host."""
-
-    def copied(to: np.ndarray, start: np.ndarray, _: object) -> None:
-        np.copyto(to, start)
-
-    class Address(np.ndarray):
-        def __int__(self) -> int:
-            return self.ctypes.data
-
-    device = SimpleNamespace(
-        name=lambda: "NVIDIA H200", compute_capability=lambda: (9, 0),
-        retain_primary_context=lambda: SimpleNamespace(push=lambda: None),
-    )  # fmt: skip
-    driver = SimpleNamespace(
-        init=lambda: None, Device=lambda _: device, Context=SimpleNamespace(pop=lambda: None),
-        Stream=lambda: SimpleNamespace(handle=1, synchronize=lambda: None),
-        pagelocked_empty=np.empty, mem_alloc=lambda size: np.zeros(size, np.uint8).view(Address),
-        memcpy_htod_async=lambda to, start, _: copied(to, start.reshape(-1).view(np.uint8), _),
-        memcpy_dtoh_async=lambda to, start, _: copied(to.reshape(-1).view(np.uint8), start, _),
-    )  # fmt: skip
-    monkeypatch.setitem(sys.modules, "pycuda.driver", driver)
     run, fake = load(tmp_path)
-    monkeypatch.setattr(session, "choose_flavour", lambda _: FakeFlavour(fake))
+    memory: Any = FakeMemory(fake)
+    memory.gpu = GPU
+    monkeypatch.setattr(session, "choose_flavour", lambda _: fake_flavour(fake))
+    monkeypatch.setattr(session, "PycudaMemory", lambda _: memory)
     engine = TensorRTEngine(run.file.path)
-    for rows in (1, 8, 8):
-        np.testing.assert_array_equal(
-            engine.run(**inputs(rows))["out"], scaled(inputs(rows))["out"]
-        )
+    np.testing.assert_array_equal(engine.run(**inputs(8))["out"], scaled(inputs(8))["out"])
     monkeypatch.setitem(sys.modules, "pycuda.driver", None)
     with pytest.raises(ImportError, match=r"pip install 'dit-engine\[pycuda\]'"):
         PycudaMemory()
@@ -191,8 +170,7 @@ def test_the_pair_equals_the_model(batch: str, computed: int, tmp_path: Path) ->
 
         fake = fakes[name] = FakeEngine(file, call, *shapes, {s.name: s.dtype for s in specs[0]})
         memory: Any = FakeMemory(fake, lambda buffer: torch.from_numpy(buffer.copy()))
-        flavour: Any = FakeFlavour(fake)
-        sessions.append(Session(file, flavour, GPU, memory))
+        sessions.append(Session(file, fake_flavour(fake), GPU, memory))
     pair = engine_pair(model.config, *sessions, torch.device("cpu"))
     labels = torch.tensor([3, 7, 3, model.config.null_class, 0])
     timesteps = torch.tensor([999, 500, 20])
@@ -204,8 +182,7 @@ def test_the_pair_equals_the_model(batch: str, computed: int, tmp_path: Path) ->
         got = denoise(x[:m].double(), step)
         assert got.dtype == torch.float64
         torch.testing.assert_close(got.float(), wanted, rtol=1e-5, atol=1e-5)
-    rows = sum(c.executions * c.shapes["t"][0] for c in fakes["conditioner"].contexts)
-    assert rows == computed and denoise(x[:0], 0).shape == (0, 8, 8, 8)
+    assert fakes["conditioner"].rows == computed and denoise(x[:0], 0).shape == (0, 8, 8, 8)
 
 
 def test_given_engines_must_fit(tmp_path: Path) -> None:

@@ -79,7 +79,8 @@ class EngineKey:
         if not profiles:
             raise ValueError("profiles [] is empty")
         facts: dict[str, Any] = {k: v for k, v in values.items() if k != "plugins"}
-        return cls(**facts | {"profiles": profiles})
+        facts["profiles"] = profiles
+        return cls(**facts)
 
     @property
     def digest(self) -> str:

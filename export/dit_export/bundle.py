@@ -66,9 +66,8 @@ class Graph:
 
     Attributes:
         dtype: of the graph's arithmetic. Its inputs and outputs are always float32 or int64.
-        error: {"against", "relative", "bound"} of the run after the export, where relative is
-            max |graph − torch| / max |torch|; None before that run. Torch rounds as a quantised
-            graph does.
+        error: {"against", "relative", "bound"} of the run after the export; relative is
+            max |graph − torch| / max |torch|.
         verified_by: the programs that checked the graph after the export.
     """
 
@@ -94,13 +93,9 @@ class Graph:
 class Bundle:
     """An export directory that has been read and, by default, checked.
 
-    Attributes:
-        dtype: the format that was asked for: "fp32", "fp16", "bf16", "int8" or "fp8".
-        target: the runtime that the graphs were written for.
-        checkpoint: SHA-256 of the transformer's weights (`dit_export.source.weights_hash`).
-        vae_checkpoint: SHA-256 of the VAE's weights; None without a VAE.
-        guided_channels: the number of latent channels that ``guided_step`` guides.
-        manifest: all of manifest.json.
+    dtype and target are what was asked for, the checkpoints are `dit_export.source.weights_hash` of
+    the transformer and the VAE, and guided_channels is how many latent channels ``guided_step``
+    guides.
     """
 
     path: Path

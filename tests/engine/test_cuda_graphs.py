@@ -21,7 +21,7 @@ from dit_bench.peers import graphed
 from dit_engine.backends.capture import one_capture
 from dit_engine.backends.lean.backend import FusedLeanDenoiser, LeanBackend
 from dit_engine.backends.lean.cuda_graphs import GRAPH_LIMIT, StepGraph, StepGraphs
-from dit_export.tensorrt.memory import TorchMemory
+from dit_export.tensorrt.session import TorchMemory
 from dit_kernels import dispatch as choose
 from dit_kernels.cpu import operators as native
 from dit_kernels.cpu import product as native_product

@@ -14,11 +14,9 @@ from tiny import tiny_dit
 from dit_export import cli, cli_tensorrt
 from dit_export.bundle import Bundle
 from dit_export.onnx.export import ExportOptions, export_onnx
-from dit_export.tensorrt import network
-from dit_export.tensorrt.build import BuildOptions, build_bundle, engine_key, graph_hash
+from dit_export.tensorrt.build import BuildOptions, build_bundle, engine_key, graph_hash, parse
 from dit_export.tensorrt.engine_files import find_engines, read_description
-from dit_export.tensorrt.installed import Flavour, choose_flavour
-from dit_export.tensorrt.network import process_logger
+from dit_export.tensorrt.installed import Flavour, choose_flavour, process_logger
 from dit_export.tensorrt.profiles import parse_profiles
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -93,7 +91,7 @@ def test_what_tensorrt_refuses_is_said(parts: Bundle, flavour: Flavour, tmp_path
     onnx.save(model, str(path))
     logger = process_logger(trt)
     with pytest.raises(ValueError, match=rf"node {node.name} \(Nonesuch\): ") as caught:
-        network.parse(trt, trt.Builder(logger), logger, path)
+        parse(trt, trt.Builder(logger), logger, path)
     assert "\n" not in str(caught.value)
 
 

@@ -21,9 +21,8 @@ from dit_export.source import weights_hash
 from dit_export.tensorrt import session
 from dit_export.tensorrt.engine_files import EngineFile, EngineKey, EngineRefused, write_engine
 from dit_export.tensorrt.installed import CudaDevice, Flavour, choose_flavour
-from dit_export.tensorrt.memory import PycudaMemory
 from dit_export.tensorrt.profiles import parse_profiles
-from dit_export.tensorrt.session import Session, TensorRTEngine
+from dit_export.tensorrt.session import PycudaMemory, Session, TensorRTEngine
 
 GPU = CudaDevice("NVIDIA H200", "9.0")
 RTX = Flavour("rtx", "tensorrt_rtx", "1.7.1.116")

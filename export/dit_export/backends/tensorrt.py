@@ -33,9 +33,8 @@ from dit_export.tensorrt.installed import (
     choose_flavour,
     require_device,
 )
-from dit_export.tensorrt.memory import TorchMemory
 from dit_export.tensorrt.profiles import Profiles, parse_profiles
-from dit_export.tensorrt.session import Session
+from dit_export.tensorrt.session import Session, TorchMemory
 
 
 class TensorRTBackend(Backend):

@@ -51,20 +51,16 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to write.
+    """What to write; see ``dit-export onnx --help``.
 
     Attributes:
         dtype: "fp32", "fp16", "bf16", or "int8" or "fp8", which quantise the blocks' linear layers.
         target: the runtime, which decides the opset and what surrounds quantised products.
-        opset: None is the best for dtype and target.
-        graphs: some of `GRAPHS`; None is all that the model has.
-        guided_channels: the number of latent channels that ``guided_step`` guides.
-        vae_dtype: None is "bf16" with bf16, else "fp32" (see `targets.vae_dtype`).
+        opset, graphs, vae_dtype: None is the best opset, all graphs that the model has, and
+            `targets.vae_dtype`.
         external_data_mib: a larger graph has its weights in a file of its own. A protobuf file may
             have at most 2 GiB, and writing it takes five times its size in memory, while weights
             are written one by one.
-        calibration_images, calibration_steps: the size of the trajectories from which int8 and fp8
-            take the ranges of their activations.
     """
 
     dtype: str = "fp16"

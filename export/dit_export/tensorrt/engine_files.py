@@ -90,14 +90,8 @@ class EngineKey:
 
 @dataclass(frozen=True)
 class EngineFile:
-    """An engine on disk.
-
-    Attributes:
-        graph: which graph of an export it is, such as "denoiser".
-        checkpoint: SHA-256 of the weights from which the export was made.
-        dtype: of the graph.
-        sha256, bytes: of the engine.
-        model: the transformer's config, because the same weights may be used with another.
+    """An engine on disk, of an export's graph such as "denoiser". checkpoint is the SHA-256 of the
+    weights, and model the transformer's config, because the same weights may be used with another.
     """
 
     path: Path

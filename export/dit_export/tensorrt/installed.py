@@ -1,4 +1,4 @@
-"""Which TensorRT and which NVIDIA GPUs are here.
+"""Which TensorRT and which NVIDIA GPUs are here, and TensorRT's log.
 
 There are two TensorRTs with the same interface: the standard one (module ``tensorrt``) and TensorRT
 for RTX.
@@ -6,13 +6,16 @@ for RTX.
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections import deque
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from dit_engine.arguments import choice
 from dit_engine.errors import BackendUnavailable
-from dit_engine.io.printable import first_line
+from dit_engine.io.printable import first_line, one_line
 
 # name → (module, extra, lowest major version), in the order in which "auto" looks
 _FLAVOURS = {
@@ -20,17 +23,12 @@ _FLAVOURS = {
     "rtx": ("tensorrt_rtx", "tensorrt-rtx", 1),
 }
 FLAVOURS = ("auto", *_FLAVOURS)
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Flavour:
-    """A TensorRT that can be imported.
-
-    Attributes:
-        name: "tensorrt" or "rtx".
-        module_name: what is imported.
-        version: such as "10.13.2.6"; an engine runs only with exactly this version.
-    """
+    """A TensorRT that can be imported: "tensorrt" or "rtx", and a version such as "10.13.2.6"."""
 
     name: str
     module_name: str
@@ -93,3 +91,29 @@ def require_device(index: int = 0, what: str = "TensorRT") -> CudaDevice:
         )
     capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
     return CudaDevice(torch.cuda.get_device_name(index), capability)
+
+
+@functools.cache
+def process_logger(trt: Any) -> Any:
+    """An ILogger that keeps the last errors for the exception that follows, and logs the rest.
+
+    There is one per process, because TensorRT keeps a process's first logger for itself.
+    """
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: deque[str] = deque(maxlen=16)
+
+        def log(self, severity: Any, msg: str) -> None:
+            levels = trt.ILogger.Severity
+            if severity in (levels.ERROR, levels.INTERNAL_ERROR):
+                self.errors.append(msg)
+            else:
+                _LOG.log(logging.INFO if severity == levels.WARNING else logging.DEBUG, msg)
+
+    return Logger()
+
+
+def last_error(logger: Any) -> str:
+    return one_line(logger.errors[-1]) if logger.errors else "it does not say why"

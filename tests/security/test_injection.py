@@ -32,7 +32,7 @@ from dit_export.server.configuration import (
     pipeline_config,
     to_pbtxt,
 )
-from dit_export.server.readme import readme
+from dit_export.server.repository import readme
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 made_up = import_module("made_up")

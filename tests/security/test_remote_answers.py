@@ -18,7 +18,6 @@ from tiny import tiny_dit
 from dit_engine.errors import BackendUnavailable
 from dit_export.backends import server as backend_module
 from dit_export.backends.server import STEP, TRANSFORMER, TritonBackend
-from dit_export.server import remote
 from dit_export.source import weights_hash
 
 pytest.importorskip("tritonclient.http")
@@ -154,7 +153,7 @@ CONFIGURATIONS: list[tuple[Any, str | None]] = [
     (b"<html>", "cannot be read"), (b"[" * 200_000, "cannot be read"), (None, "not an object"),
     ({}, "has no 'max_batch_size'"), (config(max_batch_size=0), "takes no batches"),
     (config(parameters={"model": []}), "is list"), (parameter("checkpoint", 7), "is int, not text"),
-    (parameter("checkpoint", "x"), "another model: its weights are x"),
+    (parameter("checkpoint", "x"), "is of another model, x…"),
     (parameter("model", "{}"), "these weights with another config"),
     (parameter("model", "[" * 99_999), "nested"), (parameter("model", "\ud800"), None),
     (parameter("dtype", "a\n\x1b[31mb"), "ask for that precision, not for 'fp32'"),
@@ -227,7 +226,7 @@ def test_an_answer_without_an_end(server: Server, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["config", "infer"])
 def test_an_answer_that_drips(server: Server, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every byte comes within the time that is allowed between two of them."""
-    monkeypatch.setattr(remote, "TOTAL_SECONDS", 0.3)
+    monkeypatch.setattr(backend_module, "TOTAL_SECONDS", 0.3)
 
     def drips() -> Iterator[bytes]:
         for _ in range(100):

@@ -17,7 +17,8 @@ from tiny import tiny_engine
 
 from dit_engine.engine import Engine
 from dit_engine.errors import BackendUnavailable
-from dit_export.server.remote import RemoteServer, is_loopback
+from dit_export.backends.server import RemoteServer
+from dit_export.server.origin import is_loopback
 
 PROTOCOLS = ("http", "grpc")
 

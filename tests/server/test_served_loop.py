@@ -14,8 +14,7 @@ from dit_engine.engine import Engine
 from dit_engine.sampling.diffusion import PUBLISHED_DIFFUSION, Diffusion
 from dit_engine.sampling.samplers import SAMPLERS
 from dit_export.onnx.graphs import GuidedStep
-from dit_export.server.sampling import Facts, Row, sample, to_uint8
-from dit_export.server.torch_random import TorchGenerator
+from dit_export.server.sampling import Facts, Row, TorchGenerator, sample, to_uint8
 
 USUAL = {name: [s.default_steps, s.spacing] for name, s in SAMPLERS.items()}
 FACTS = Facts((4, 8, 8), True, 10, list(NAMES), USUAL, PUBLISHED_DIFFUSION)

@@ -29,7 +29,7 @@ class Served:
     engine: Engine
 
     def address(self, protocol: str) -> str:
-        """As `dit_export.server.remote.RemoteServer` takes it; protocol: "http" or "grpc"."""
+        """As `dit_export.backends.server.RemoteServer` takes it; protocol: "http" or "grpc"."""
         return self.running.http if protocol == "http" else f"grpc+{self.running.grpc}"
 
 

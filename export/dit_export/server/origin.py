@@ -72,3 +72,11 @@ def failed(error: object, mistake: bool) -> Any:
     code = codes.INVALID_ARG if mistake else codes.INTERNAL
     message = " ".join(str(error).split()) or type(error).__name__
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine itself, which no proxy can reach."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

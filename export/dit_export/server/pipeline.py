@@ -73,10 +73,6 @@ def _column(name: str, tensor: np.ndarray, n: int) -> list[Any]:
         raise ValueError(f"{name}: text {shown(error.object)} is not UTF-8") from None
 
 
-class Failed(Exception):
-    """An error that is not the client's mistake, such as that of another model of this server."""
-
-
 class TritonPythonModel:
     """The class that the Python backend creates and calls."""
 
@@ -93,6 +89,10 @@ class TritonPythonModel:
         A client's mistake is answered with INVALID_ARG (HTTP's 400), every other error with
         INTERNAL (500). The loop ends early when all clients have cancelled their requests.
         """
+
+        def unwanted() -> bool:
+            return all(requests[i].is_cancelled() for i in asked)
+
         answers: list[Any] = [None] * len(requests)
         asked: dict[int, list[Row]] = {}
         for i, request in enumerate(requests):
@@ -100,8 +100,10 @@ class TritonPythonModel:
                 asked[i] = self._rows(request)
             except Exception as error:  # noqa: PERF203
                 answers[i] = failed(error, mistake=isinstance(error, ValueError))
+        if not asked:
+            return answers
         try:
-            latents = self._latents(asked, requests)
+            latents = sample([row for rows in asked.values() for row in rows], _step, unwanted)
         except Exception as error:
             return [answer or failed(error, mistake=False) for answer in answers]
         for i, rows in asked.items():
@@ -118,15 +120,6 @@ class TritonPythonModel:
         inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         return parse_rows(inputs, self.facts)
 
-    def _latents(self, asked: dict[int, list[Row]], requests: list[Any]) -> np.ndarray:
-        """(ΣN, C, S, S) of all rows, in their order."""
-
-        def unwanted() -> bool:
-            return all(requests[i].is_cancelled() for i in asked)
-
-        rows = [row for part in asked.values() for row in part]
-        return sample(rows, _step, unwanted) if rows else np.empty(0)
-
 
 def _step(inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     z, x0 = _infer(STEP_MODEL, inputs, ["z_next", "x0"])
@@ -138,13 +131,13 @@ def _images(rows: list[Row], latents: np.ndarray) -> Any:
     import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
 
     if (i := _not_finite(latents)) is not None:
-        raise Failed(
+        raise RuntimeError(
             f"the latents of image {i} of {len(rows)} are not finite with guidance_scale "
             f"{rows[i].scale:g}: a smaller one, or a model that is served in fp32, is needed"
         )
     (images,) = _infer(DECODER_MODEL, {"z": latents}, ["images"])
     if (i := _not_finite(images)) is not None:
-        raise Failed(
+        raise RuntimeError(
             f"{DECODER_MODEL}: the pixels of image {i} of {len(rows)} are not finite, though the "
             "latents are: a decoder that is served in fp32 is needed"
         )
@@ -157,7 +150,8 @@ def _not_finite(images: np.ndarray) -> int | None:
 
 
 def _infer(model: str, inputs: dict[str, np.ndarray], outputs: list[str]) -> list[np.ndarray]:
-    """Ask another model of this server. Raises `Failed`."""
+    """Ask another model of this server. Raises RuntimeError, or Triton's own exception if the model
+    is not loaded."""
     import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
 
     tensors = [
@@ -170,11 +164,8 @@ def _infer(model: str, inputs: dict[str, np.ndarray], outputs: list[str]) -> lis
     request = pb_utils.InferenceRequest(
         model_name=model, requested_output_names=outputs, inputs=tensors, preferred_memory=host
     )
-    try:
-        response = request.exec()
-    except pb_utils.TritonModelException as error:  # it is not loaded
-        raise Failed(f"{model}: {error}") from None
+    response = request.exec()
     if response.has_error():
-        raise Failed(f"{model}: {response.error().message()}")
+        raise RuntimeError(f"{model}: {response.error().message()}")
     found = [pb_utils.get_output_tensor_by_name(response, name) for name in outputs]
     return [np.array(each.as_numpy()) for each in found]  # the response's memory is the server's

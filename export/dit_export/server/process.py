@@ -24,7 +24,6 @@ from dit_engine.io.printable import say
 from dit_export.server import origin, supervisor
 from dit_export.server.binary import ServerBinary, assemble_backends
 from dit_export.server.configuration import ENGINE_CACHE
-from dit_export.server.remote import is_loopback
 from dit_export.server.repository import check_marker
 from dit_export.server.trust import check_repository, served_copy
 
@@ -77,7 +76,7 @@ def running_server(
     check_marker(repository)
     files = None if trust else check_repository(repository)
     chosen = choose_ports(host, ports)
-    if not is_loopback(host):
+    if not origin.is_loopback(host):
         warnings.warn(
             f"whoever reaches {host} can ask this server for images and, if it is older than "
             "Triton 25.07, end it with one request: it is meant for your own machine only",
@@ -122,7 +121,7 @@ def _command(
 ) -> list[str]:
     """The server's command without its addresses; prefix: of its regions of shared memory."""
     names = {*os.environ.get(origin.NAMES, "").split(","), host}
-    if not is_loopback(host):
+    if not origin.is_loopback(host):
         names |= {socket.gethostname(), socket.getfqdn()}
     environment = server.environment | {origin.NAMES: ",".join(names), origin.FORWARDS: "1"}
     # Requests to closed endpoints need a header named "for:nobody". No client can send it, because

@@ -13,6 +13,7 @@ Every file except the graphs is generated from the facts in repository.json, so 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from dit_engine._version import __version__
 from dit_engine.io.directories import Known, new_directory, nothing_known
 from dit_engine.io.files import check_regular, file_hash
 from dit_engine.io.json_files import check_schema, read_json_value
+from dit_engine.io.printable import markdown_text, printable
 from dit_export.bundle import Bundle, refuse_another_version
 from dit_export.onnx.files import check_metadata
 from dit_export.server.configuration import (
@@ -34,8 +36,8 @@ from dit_export.server.configuration import (
     graph_config,
     pipeline_config,
 )
-from dit_export.server.readme import readme
 from dit_export.server.sources import EARLIER, LOOP, LOOP_ENTRY, packages, source_of, write_text
+from dit_export.source import model_name
 from dit_export.targets import DTYPES, QUANTIZED
 
 MARKER = "repository.json"
@@ -62,6 +64,14 @@ WEIGHTS = {f"{m}/1/{graph}.onnx.data": f"{graph}.onnx.data" for m, graph in GRAP
 of weights, so that name cannot be changed here."""
 PLANS = {f"{model}/1/model.plan": graph for model, graph in GRAPHS.items()}
 """File in the repository → graph of which it is the TensorRT engine."""
+
+
+_ONNX_NEEDS = """\
+Its onnxruntime must know ONNX opset {opset} (1.23 knows 23; the release notes name the version).
+Up to 1.24 it computes opset 23's Attention on the CPU even if there is a GPU:
+`dit-export triton --opset 22` writes graphs without it."""
+_PLAN_NEEDS = """\
+Engines load only in the TensorRT version that built them: take the release whose notes name it."""
 
 
 def write_repository(
@@ -188,6 +198,40 @@ def repository_texts(bundle: Bundle, options: ServingOptions) -> dict[str, str]:
         "README.md": readme(bundle, options),
         "client.py": source_of("dit_export.server.client"),
     }
+
+
+def readme(bundle: Bundle, options: ServingOptions) -> str:
+    """README.md of a repository: repository_readme.md with the facts of an export."""
+    config, vae, names = bundle.config, bundle.vae, bundle.label_names
+    assert vae is not None
+    onnx = options.platform == "onnxruntime"
+    said, arguments = "this model has none", ["0", "1"]
+    if names is not None:
+        said = ", ".join(markdown_text(name.split(",")[0]) for name in names[:4])
+        said += f" … ({len(names)} in all)" if len(names) > 4 else ""
+        arguments = list(map(_argument, range(2), names))
+    template = Path(__file__).with_name("repository_readme.md").read_text(encoding="utf-8")
+    return template.format(
+        model=model_name(config),
+        pixels=config.input_size * vae.downsampling,
+        platform="ONNX" if onnx else "TensorRT engines",
+        dtype=bundle.dtype,
+        guided=f"the first {bundle.guided_channels} of {config.in_channels}",
+        batch=options.max_batch_size,
+        last=config.num_classes - 1,
+        train_steps=config.diffusion.num_train_steps,
+        names=said,
+        gpu=" (without a GPU, leave out `--gpus all`)" if onnx else "",
+        needs=_ONNX_NEEDS.format(opset=bundle.opset) if onnx else _PLAN_NEEDS,
+        example=" ".join(arguments),
+    )
+
+
+def _argument(number: int, name: str) -> str:
+    """A label as an argument in a shell command: quoted, or as its number if its name could end the
+    block of code or be taken for an option."""
+    plain = name == printable(name) and name.strip() and "`" not in name and name[0] != "-"
+    return shlex.quote(name) if plain else str(number)
 
 
 def _marker(hashes: dict[str, str], bundle: Bundle, options: ServingOptions) -> str:

@@ -1,11 +1,12 @@
 """The sampling loop in numpy: rows of any sampler and number of steps side by side in one batch.
 
-It runs in the Python backend of a server, without torch. Shape letters: N rows, C latent channels,
-S latent side.
+It runs in the Python backend of a server, without torch, but with the random numbers of torch on
+the CPU. Shape letters: N rows, C latent channels, S latent side.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,8 +17,8 @@ import numpy as np
 from dit_engine.sampling.coefficients import LARGEST, clipping, step_coefficients, uses_noise
 from dit_engine.sampling.diffusion import Diffusion
 from dit_engine.sampling.schedule import make_schedule
-from dit_export.server.torch_random import TorchGenerator
 
+_BLOCK = 16
 Step = Callable[[dict[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]
 """The inputs of the graph ``guided_step`` → (z_next, x0), each (N, C, S, S) float32."""
 
@@ -115,3 +116,42 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     """Images (N, 3, H, W) in [-1, 1] → uint8 (N, H, W, 3), as `dit_engine.decode.to_uint8`."""
     pixels = np.clip(np.float32(127.5) * images + np.float32(128.0), 0, 255)
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1).astype(np.uint8))
+
+
+class TorchGenerator:
+    """``torch.Generator().manual_seed(seed)``, which uses only the lower 32 bits of the seed: the
+    Mersenne Twister (Matsumoto & Nishimura 1998)."""
+
+    def __init__(self, seed: int) -> None:
+        self._bits = np.random.MT19937()
+        np.random.RandomState(self._bits).seed(seed & 0xFFFFFFFF)  # by Knuth's recurrence
+
+    def randn(self, shape: tuple[int, ...]) -> np.ndarray:
+        """``torch.randn(shape, generator=…)``, float32.
+
+        The numbers are equal to torch's within the rounding of float32, because torch's vectorised
+        logarithm and sine are not exact in the last bit. Raises ValueError for fewer than 16
+        numbers, which torch makes in another way.
+        """
+        size = math.prod(shape)
+        if size < _BLOCK:
+            raise ValueError(f"noise of shape {shape}: at least {_BLOCK} numbers are needed")
+        numbers = self._uniform(size)
+        whole = size - size % _BLOCK
+        numbers[:whole] = _box_muller(numbers[:whole])
+        if whole < size:  # torch draws the last 16 anew, over those that are there
+            numbers[-_BLOCK:] = _box_muller(self._uniform(_BLOCK))
+        return numbers.reshape(shape)
+
+    def _uniform(self, size: int) -> np.ndarray:
+        """Numbers in [0, 1), float32, from the lower 24 bits of each word."""
+        words = self._bits.random_raw(size) & 0xFFFFFF
+        return words.astype(np.float32) * np.float32(2.0**-24)
+
+
+def _box_muller(uniform: np.ndarray) -> np.ndarray:
+    """Blocks of 8 and 8 uniform numbers → blocks of 8 cosines and 8 sines (Box & Muller 1958)."""
+    first, second = np.moveaxis(uniform.reshape(-1, 2, _BLOCK // 2), 1, 0)
+    radius = np.sqrt(np.float32(-2.0) * np.log(np.float32(1.0) - first))
+    angle = np.float32(2.0 * math.pi) * second
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)

@@ -14,7 +14,6 @@ LOOP = (
     *BACKEND,
     *("dit_engine.sampling.coefficients", "dit_engine.sampling.diffusion", "dit_engine.labels"),
     *("dit_engine.sampling.schedule", "dit_export.server.pipeline", "dit_export.server.sampling"),
-    "dit_export.server.torch_random",
 )
 """The modules of the model "dit", which a repository holds as they are installed here. So the loop
 on the server is the engine's own. They need only numpy."""
@@ -22,7 +21,7 @@ EARLIER = (
     *("dit_engine.coefficients", "dit_engine.diffusion", "dit_engine.printable"),
     *("dit_engine.schedule", "dit_export.triton.__init__", "dit_export.triton.origin"),
     *("dit_export.triton.pipeline", "dit_export.triton.sampling"),
-    "dit_export.triton.torch_random",
+    *("dit_export.triton.torch_random", "dit_export.server.torch_random"),
 )
 """The modules of repositories that were written when these had other names."""
 

@@ -218,7 +218,7 @@ BAD = [
     (["--spacing", "odd"], "spacing 'odd'"),
     (["--guidance-channels", "foo"], "'foo' is neither a number of latent channels (1, 2, …)"),
     (["--guidance-channels", "5"], "guidance_channels 5 is out of range: allowed is 1 to 4"),
-    (["--guidance-interval", "5", "1"], "upside down"),
+    (["--guidance-interval", "5", "1"], "is not a pair (low, high) with 0 ≤ low < high"),
     (["--device", "foo"], "device 'foo' is not available; allowed: cpu"),
     (["--device", "cuda:99"], "device 'cuda:99' is not available; allowed: cpu"),
     (["--latents", "nowhere.npy"], "nowhere.npy does not exist"),

@@ -142,22 +142,11 @@ def test_no_unconditional_half_where_guidance_is_off(
     assert rows_by_step(guidance_interval=(0.999 * levels[2], 1.001 * levels[1])) == [2, 4, 4, 2]
 
 
-def test_pixels_leave_the_device_as_bytes() -> None:
-    """Whatever is copied to the host is uint8 already; 127.5·x + 128, clamped and truncated."""
-    copied: list[torch.dtype] = []
+def test_pixels_are_those_of_the_reference() -> None:
+    """127.5·x + 128, clamped and truncated, as its sample_ddp.py."""
     decoded = torch.linspace(-1.2, 1.2, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
-
-    class OnDevice(torch.Tensor):
-        @classmethod
-        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None):
-            if func is torch.Tensor.cpu or (func is torch.Tensor.to and "cpu" in map(str, args)):
-                copied.append(args[0].dtype)
-            return super().__torch_function__(func, types, args, kwargs or {})
-
-    made = to_uint8(decoded.as_subclass(OnDevice))
     expected = np.clip(127.5 * decoded.numpy() + np.float32(128), 0, 255).astype(np.uint8)
-    np.testing.assert_array_equal(made, expected.transpose(0, 2, 3, 1))
-    assert copied == [torch.uint8]
+    np.testing.assert_array_equal(to_uint8(decoded), expected.transpose(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])

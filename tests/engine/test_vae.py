@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch import Tensor
 from dit_engine.backends.lean.vae import LeanDecoder
 from dit_engine.checkpoint import build_vae, load_checkpoint, save_pretrained
 from dit_engine.decode import LatentDecoder
-from dit_engine.engine import Engine
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 SHAPES = [
@@ -51,13 +51,6 @@ def loaded(source: Path, in_channels: int = 4) -> AutoencoderKL:
     return vae
 
 
-def waves(n: int, h: int, w: int) -> Tensor:
-    """Latents (n, 4, h, w) that repeat every 8 rows and columns, so all tiles see alike values."""
-    rows, columns = torch.arange(h)[:, None] * torch.pi / 4, torch.arange(w) * torch.pi / 4
-    phases = torch.arange(4 * n).view(n, 4, 1, 1)
-    return (torch.sin(rows + phases) + torch.cos(columns - 2 * phases)).double()
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: str(s["block_out_channels"]))
 def test_encoder_and_decoder_equal_diffusers(shape: dict[str, Any], tmp_path: Path) -> None:
     reference = theirs(**shape)
@@ -72,9 +65,7 @@ def test_encoder_and_decoder_equal_diffusers(shape: dict[str, Any], tmp_path: Pa
         mean, log_variance = ours.encode(images)
         assert_close_to_reference(mean, expected.mean, tolerance=1e-10)
         assert_close_to_reference(log_variance, expected.logvar, tolerance=1e-10)
-        decoded = reference.decode(z).sample
-        assert decoded.shape[-2:] == (4 * f, 6 * f)
-        assert_close_to_reference(ours.decode(z), decoded, tolerance=1e-10)
+        assert_close_to_reference(ours.decode(z), reference.decode(z).sample, tolerance=1e-10)
 
 
 def test_old_attention_keys(tmp_path: Path) -> None:
@@ -133,67 +124,44 @@ def test_scale_and_shift_of_the_latents(scale: dict[str, Any], make: Any, tmp_pa
     assert unset.isdisjoint(json.loads((tmp_path / "again" / "vae" / "config.json").read_text()))
 
 
-def test_options_of_a_file_without_config(tmp_path: Path) -> None:
-    groups, scale, shift = 8, 0.3611, 0.1159
-    reference = theirs(block_out_channels=(16, 24), layers_per_block=1, norm_num_groups=groups)
-    save_file(reference.state_dict(), tmp_path / "vae.safetensors")
-    save_pretrained(tmp_path / "dit", tiny_dit())
-    options = {"vae_groups": groups, "vae_scaling_factor": scale, "vae_shift_factor": shift}
-
-    def load(**chosen: Any) -> Engine:
-        vae = tmp_path / "vae.safetensors"
-        return Engine.from_pretrained(tmp_path / "dit", vae=vae, device="cpu", **chosen)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nothing is guessed
-        engine = load(**options)
-    z = torch.randn(1, 4, 8, 8)
-    assert engine.vae is not None
-    scaled = z.double() / scale + shift
-    with torch.no_grad():
-        expected = reference.decode(scaled).sample
-        ours = engine.vae.decode(engine.vae.config.denormalise(z.double()))
-    assert_close_to_reference(ours, expected, tolerance=1e-10)
-    with pytest.warns(
-        UserWarning, match=r"Diffusion's 0\.18215 as the scaling factor \(give vae_sc"
-    ):
-        load(vae_groups=groups)
-    with (
-        pytest.warns(UserWarning, match="32 norm groups"),
-        pytest.raises(ValueError, match="16 is not a positive multiple of norm_num_groups 32"),
-    ):
-        load()
-    with pytest.raises(ValueError, match=r"scaling_factor 0\.2 is of a VAE, and .*dit has none"):
-        load_checkpoint(tmp_path / "dit", vae_scaling_factor=0.2)
-    reference.save_pretrained(tmp_path / "vae")  # whose config.json the options replace
-    config = load_checkpoint(
-        tmp_path / "dit", vae=tmp_path / "vae", vae_scaling_factor=0.13025
-    ).vae_config
-    assert config is not None
-    assert (config.scaling_factor, config.norm_num_groups) == (0.13025, groups)
-
-
 def test_a_file_without_config(tmp_path: Path) -> None:
-    """Shapes are read from the tensors; 32 groups and the scaling factor are Stable Diffusion's,
-    unless the file or a config.json beside it tells them."""
+    """Shapes are read from the tensors. The rest is from the options, the file or a config.json
+    beside it, or else Stable Diffusion's, with a warning."""
     reference = theirs(block_out_channels=(32, 64), layers_per_block=1)
     state = {key: tensor.contiguous() for key, tensor in reference.state_dict().items()}
-    save_file(state, tmp_path / "vae.safetensors")
-    torch.save({"state_dict": state | {"scale_factor": torch.tensor(0.25)}}, tmp_path / "a.pt")
-    with pytest.warns(UserWarning, match="32 norm groups and 0.18215 as the scaling factor .give"):
-        ours = loaded(tmp_path / "vae.safetensors")
-    assert ours.config == VAEConfig(block_out_channels=(32, 64), layers_per_block=1)
+    file, told = tmp_path / "vae.safetensors", tmp_path / "told.pt"
+    save_file(state, file)
+    torch.save({"state_dict": state | {"scale_factor": torch.tensor(0.25)}}, told)
+    save_pretrained(tmp_path / "dit", tiny_dit())
+    usual = VAEConfig(block_out_channels=(32, 64), layers_per_block=1)
+    given = {"vae_groups": 16, "vae_scaling_factor": 0.5, "vae_shift_factor": 0.1}
+    asked = replace(usual, norm_num_groups=16, scaling_factor=0.5, shift_factor=0.1)
+
+    def config(path: Path = file, **options: Any) -> VAEConfig | None:
+        return load_checkpoint(tmp_path / "dit", vae=path, **options).vae_config
+
+    guessed = r"Stable Diffusion's 32 norm groups and 0\.18215 as the scaling factor \(give vae_gr"
+    with pytest.warns(UserWarning, match=guessed):
+        ours = loaded(file)
+    assert ours.config == usual
+    with pytest.warns(UserWarning, match=r"'s 0\.18215 as the scaling factor \(give vae_scaling"):
+        assert config(vae_groups=16) == replace(usual, norm_num_groups=16)
+    with pytest.warns(UserWarning, match=r"'s 32 norm groups \(give vae_groups"):
+        assert config(told) == replace(usual, scaling_factor=0.25)
     z = torch.randn(1, 4, 3, 3, dtype=torch.float64)
     with torch.no_grad():
         assert_close_to_reference(ours.decode(z), reference.decode(z).sample, tolerance=1e-10)
-    with pytest.warns(UserWarning, match=r"Stable Diffusion's 32 norm groups \(give vae_groups"):
-        assert loaded(tmp_path / "a.pt").config.scaling_factor == 0.25
-    text = '{"scaling_factor": 0.7, "norm_num_groups": 16, "shift_factor": 0.1}'
-    (tmp_path / "config.json").write_text(text)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is guessed
-        config = loaded(tmp_path / "vae.safetensors").config
-    assert (config.scaling_factor, config.norm_num_groups, config.shift_factor) == (0.7, 16, 0.1)
+        assert config(**given) == asked
+        text = '{"scaling_factor": 0.7, "norm_num_groups": 16, "shift_factor": 0.1}'
+        (tmp_path / "config.json").write_text(text)
+        assert config() == replace(asked, scaling_factor=0.7)
+        assert config(vae_scaling_factor=0.5) == asked
+    with pytest.raises(ValueError, match="32 is not a positive multiple of norm_num_groups 24"):
+        config(vae_groups=24)
+    with pytest.raises(ValueError, match=r"scaling_factor 0\.2 is of a VAE, and .*dit has none"):
+        load_checkpoint(tmp_path / "dit", vae_scaling_factor=0.2)
 
 
 def test_diffusers_reads_what_we_write(tmp_path: Path) -> None:
@@ -257,7 +225,7 @@ def decoder() -> AutoencoderKL:
 
 
 def test_slices_and_a_single_tile_are_exact(decoder: AutoencoderKL) -> None:
-    z = waves(3, 12, 16)
+    z = torch.randn(3, 4, 12, 16, dtype=torch.float64)
     assert_close_to_reference(decoder.decode_sliced(z, 2), decoder.decode(z), tolerance=1e-12)
     assert torch.equal(decoder.decode_tiled(z, tile=16, overlap=4), decoder.decode_sliced(z))
 
@@ -280,22 +248,9 @@ def test_tiles_are_exact_where_a_pixel_depends_on_one_latent(
     assert_close_to_reference(tiled, expected, tolerance=1e-6)
 
 
-def test_tiles_are_close_for_the_real_decoder(decoder: AutoencoderKL) -> None:
-    """Tiles see alike statistics here, so what is left is their borders, and blending hides those.
-
-    Measured: mean 0.09 and maximum 1.04 of the image's deviation; 0.19 and 5.0 without overlap.
-    """
-    z = waves(1, 48, 72)
-    whole = decoder.decode(z)
-    blended = (decoder.decode_tiled(z) - whole).abs() / whole.std()
-    abrupt = (decoder.decode_tiled(z, overlap=0) - whole).abs() / whole.std()
-    assert blended.mean() < 0.12
-    assert blended.max() < 0.4 * abrupt.max()
-
-
 def test_what_decoding_and_encoding_refuse(decoder: AutoencoderKL) -> None:
-    for overlap in (-1, 16, 20):
+    for overlap in (-1, 16):
         with pytest.raises(ValueError, match=f"overlap {overlap} is not in"):
-            decoder.decode_tiled(waves(1, 20, 20), tile=16, overlap=overlap)
+            decoder.decode_tiled(torch.zeros(1, 4, 20, 20), tile=16, overlap=overlap)
     with pytest.raises(ValueError, match=r"image size \(10, 8\) is not a multiple of 4"):
         decoder.encode(torch.zeros(1, 3, 10, 8, dtype=torch.float64))

@@ -1,11 +1,11 @@
-"""Read the values that callers give, of whatever numeric type, and name them in messages; a
-mistyped or foreign keyword gets a hint."""
+"""Read the values that callers give, of whatever numeric type, and name them in messages."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import operator
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -38,47 +38,35 @@ def dimensions(value: Any) -> int | None:
     return getattr(value, "ndim", None) if array else None
 
 
+class _Bounded(reprlib.Repr):
+    """Lists that each hold the next one twice take little memory, but have a repr of gigabytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxlong, self.maxother = 3, 400, 400, 400
+        self.maxlist = self.maxtuple = self.maxset = self.maxdict = 30
+
+    def repr1(self, x: Any, level: int) -> str:
+        if dimensions(x):
+            return f"<{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}>"
+        kind = type(x)
+        if kind.__name__ == "Namespace":
+            return f"Namespace({self.repr_dict(vars(x), level)})"
+        if isinstance(x, dict) and kind is not dict:
+            return f"{kind.__name__}({self.repr_dict(x, level)})"
+        return super().repr1(x, level)
+
+
 def shown(value: Any) -> str:
     """``value`` for a message: its repr in one line of bounded length, of arrays their shape."""
-    if dimensions(value):
-        return f"<{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}>"
     try:
-        text = printable(" ".join(_beginning(value).split()))
+        text = printable(" ".join(_BOUNDED.repr(value).split()))
     except ValueError:  # Python refuses to print integers of several thousand digits
         return f"<{type(value).__name__} of too many digits>"
     return text if len(text) <= _LIMIT else f"{text[: _LIMIT - 1]}…"
 
 
-def _beginning(value: Any) -> str:
-    """The repr of ``value``, cut to little more than a message needs: lists that each hold the next
-    one twice take little memory, but have a repr of gigabytes."""
-    text = ""
-    for piece in _pieces(value):
-        text += piece
-        if len(text) > 2 * _LIMIT:
-            break
-    return text
-
-
-def _pieces(value: Any) -> Iterator[str]:
-    kind = type(value)
-    if kind.__name__ == "Namespace" or (isinstance(value, dict) and kind is not dict):
-        yield f"{kind.__name__}("
-        yield from _pieces(dict(value if isinstance(value, dict) else vars(value)))
-        yield ")"
-        return
-    brackets = {list: "[]", tuple: "()", set: "{}", dict: "{}"}.get(kind)
-    if brackets is None or not value:
-        yield repr(value[: 2 * _LIMIT] if kind in (str, bytes) else value)
-        return
-    yield brackets[0]
-    for i, item in enumerate(value):
-        yield ", " if i else ""
-        yield from _pieces(item)
-        if kind is dict:
-            yield ": "
-            yield from _pieces(value[item])
-    yield ",)" if kind is tuple and len(value) == 1 else brackets[1]
+_BOUNDED = _Bounded()
 
 
 def choice(name: str, value: Any, allowed: Iterable[str]) -> str:

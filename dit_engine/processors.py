@@ -10,13 +10,10 @@ from pathlib import Path
 def busy_seconds(
     processors: Set[int] | None = None, stat: Path = Path("/proc/stat")
 ) -> float | None:
-    """How long processors have worked for all programs together since the system started.
+    """How long processors have worked for all programs together since the system started, without
+    idle time and waiting for disks; None where the system does not say.
 
-    Idle time and waiting for disks do not count. Returns None where the system does not say.
-
-    Args:
-        processors: their numbers; None is all of them.
-        stat: the system's file of counters.
+    processors: their numbers; None is all of them. stat: the system's file of counters.
     """
     names = {"cpu"} if processors is None else {f"cpu{number}" for number in processors}
     ticks = []
@@ -33,31 +30,23 @@ def busy_seconds(
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """How many processors' time the control groups (of a container, say) allow this process.
-
-    Returns None for no limit. root: the directory that stands for "/".
-    """
+    """How many processors' time the control groups (of a container, say) allow this process; None
+    for no limit. root: the directory that stands for "/"."""
     quotas = []
     groups = root / "sys/fs/cgroup"
     for line in _text(root / "proc/self/cgroup").splitlines():
-        if line.count(":") < 2:
-            continue
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if controllers and "cpu" not in controllers.split(","):
             continue
+        # Version 1 has a tree for each controller and two files, version 2 has one of each.
         base = groups / "cpu" if controllers else groups
+        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
         own = base / path.lstrip("/")
         # In a container the path may be the host's; then the mount itself is the group.
-        for group in (own, *own.parents):
-            if group == base.parent:
-                break
-            if controllers:
-                limit = f"{_text(group / 'cpu.cfs_quota_us')} {_text(group / 'cpu.cfs_period_us')}"
-            else:
-                limit = _text(group / "cpu.max")
-            allowed, _, period = " ".join(limit.split()).partition(" ")
-            if allowed.isdecimal() and period.isdecimal() and int(period):
-                quotas.append(int(allowed) / int(period))
+        for group in (own, *own.parents[: len(own.parents) - len(base.parents)]):
+            limit = " ".join(_text(group / file) for file in files).split()
+            if len(limit) == 2 and all(map(str.isdecimal, limit)) and int(limit[1]):
+                quotas.append(int(limit[0]) / int(limit[1]))
     return min(quotas, default=None)
 
 

@@ -17,12 +17,9 @@ from typing import BinaryIO
 import torch
 
 from dit_engine.checkpoint.pickles import Pickle, Refused
+from dit_engine.io.printable import first_line
 
 DATA = "data.pkl"
-# What a compressed archive may hold: this many times its own size, and this much besides. Weights
-# that are compressed take more than half of their size, pickles a tenth.
-MOST_INFLATED, INFLATED_SLACK_BYTES = 4, 16 * 2**20
-
 # The records at the end of an archive: the last one, what points to the one for large archives,
 # and that one.
 _END, _LOCATOR = struct.Struct("<4s4H2IH"), struct.Struct("<4sIQI")
@@ -35,17 +32,15 @@ _OLD_PICKLES = 5
 def check_file(path: Path) -> bool:
     """Raise a one-line ValueError if the file is damaged or asks for more memory than it has bytes.
 
-    Returns whether it can be mapped into memory: it is a zip archive, the format since torch 1.6,
-    and nothing in it is compressed. Raises OSError if the file cannot be read.
+    Returns whether it can be mapped into memory: it is a zip archive, the format since torch 1.6.
     """
     try:
+        size = path.stat().st_size
         with path.open("rb") as file:
-            size = path.stat().st_size
-            zipped = file.read(4) == b"PK\x03\x04"
-            if zipped:
-                data, records = _read_archive(path)
-                Pickle(data, size, min(size, len(data)), records)
-                return records is None
+            if file.read(4) == b"PK\x03\x04":
+                data = _read_archive(file, size)
+                Pickle(data, size, len(data))
+                return True
             # Mapped, because read() of a file allocates whatever length the pickle states.
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                 for _ in range(_OLD_PICKLES):
@@ -57,36 +52,30 @@ def check_file(path: Path) -> bool:
     except (MemoryError, OSError):
         raise
     except Exception as error:  # damage can raise almost anything
-        reason = (str(error).splitlines() or [""])[0][:160] or type(error).__name__
-        raise ValueError(f"{path}: damaged or not a PyTorch file ({reason})") from None
+        raise ValueError(f"{path}: damaged or not a PyTorch file ({first_line(error)})") from None
 
 
-def _read_archive(path: Path) -> tuple[bytes, dict[str, int] | None]:
-    """The pickle of an archive and, if something in it is compressed, the bytes of each storage.
-
-    Raises `Refused` if it would take much more memory than the file has bytes, or if another reader
-    could find something else in it. Raises other exceptions if it is damaged.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+def _read_archive(file: BinaryIO, size: int) -> bytes:
+    """The pickle of an archive, if the archive takes no more memory than the file has bytes, and no
+    reader can find something else in it."""
+    with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         _check_end(file, size, len(members))
+        # torch's reader does not tell capitals from small letters.
+        names = Counter(m.orig_filename.lower() for m in members)
+        for name, times in names.most_common(1):
+            if times > 1:
+                raise Refused(f"its archive holds {name[:80]!r} twice")
         found = [m for m in members if m.orig_filename.lower().rpartition("/")[2] == DATA]
         if len(found) != 1:
             raise ValueError(f"it holds {len(found)} of {DATA}; one is needed")
-        # torch's reader does not tell capitals from small letters.
-        names = [m.orig_filename.lower() for m in members]
-        for name, times in Counter(names).most_common(1):
-            if times > 1:
-                raise Refused(f"its archive holds {name[:80]!r} twice")
         for member in members:
-            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise Refused(f"{member.filename[:80]!r} in it is neither stored nor deflated")
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise Refused(f"{member.filename[:80]!r} in it is compressed; torch.save does not")
             if _large_fields(member.extra) > 1:
                 raise Refused(f"{member.filename[:80]!r} in it has two sizes")
-        compressed = any(m.compress_type != zipfile.ZIP_STORED for m in members)
         holds = sum(m.file_size for m in members)
-        if holds > (MOST_INFLATED * size + INFLATED_SLACK_BYTES if compressed else size):
+        if holds > size:
             raise Refused(f"it has {size} bytes, and says that {holds} are in it")
         try:
             data = archive.read(found[0])
@@ -95,17 +84,12 @@ def _read_archive(path: Path) -> tuple[bytes, dict[str, int] | None]:
         file.seek(0)
         if torch._C.PyTorchFileReader(file).get_record(DATA) != data:
             raise Refused(f"two readers find different {DATA} in it")
-    if not compressed:
-        return data, None
-    before = len(found[0].orig_filename) - len(DATA)
-    return data, {m.orig_filename[before:]: m.file_size for m in members}
+    return data
 
 
 def _check_end(file: BinaryIO, size: int, members: int) -> None:
     """Refuse an archive whose directory is not where its last record says, or not of that length.
-
-    There is no comment behind the record, so that there is only one place where it can be.
-    """
+    No comment may follow the record, so that there is only one place where it can be."""
 
     def record(kind: struct.Struct, signature: bytes, before: int) -> tuple[int, ...] | None:
         if before < kind.size:
@@ -114,10 +98,11 @@ def _check_end(file: BinaryIO, size: int, members: int) -> None:
         found, *values = kind.unpack(file.read(kind.size))
         return tuple(values) if found == signature else None
 
+    wrong = Refused("its archive does not end with its directory")
     end = record(_END, b"PK\5\6", size)
     if end is None or end[-1] != 0:
-        raise Refused("its archive does not end with its directory")
-    _, _, here, total, length, offset, _ = end
+        raise wrong
+    *_, here, total, length, offset, _ = end
     place = size - _END.size
     locator = record(_LOCATOR, b"PK\6\7", place)
     if locator is not None:
@@ -125,7 +110,7 @@ def _check_end(file: BinaryIO, size: int, members: int) -> None:
         large = record(_END64, b"PK\6\6", place)
         place -= _END64.size
         if large is None or locator[1] != place or large[0] != _END64.size - 12:
-            raise Refused("its archive does not end with its directory")
+            raise wrong
         *_, here, total, length, offset = large
     if offset + length != place or here != total or total != members:
         raise Refused("its archive has a directory at another place than it says")

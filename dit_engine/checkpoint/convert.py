@@ -42,7 +42,6 @@ _BLOCK = {
     "mlp.fc1": ("ff.net.0.proj",),
     "mlp.fc2": ("ff.net.2",),
 }
-_FIRST_BLOCK = "blocks.0."
 # A buffer that newer diffusers recomputes and older ones stored.
 STORED_POSITIONS = "pos_embed.pos_embed"
 # A position embedding may take this much, or as much as the weights if these take more.
@@ -50,13 +49,11 @@ LEAST_POSITIONS_BYTES = 256 * 2**20
 
 
 def config_from_diffusers(values: Mapping[str, Any]) -> ModelConfig:
-    """ModelConfig (numerics "diffusers") of a ``DiTTransformer2DModel`` config.json.
+    """ModelConfig (numerics "diffusers") of a ``DiTTransformer2DModel`` config.json; ValueError if
+    it is of a network that is not a DiT.
 
     ``norm_eps`` is the epsilon of the norm before the MLP (norm3) and of no other: norm1 and the
     final norm are built with 1e-6 whatever it says.
-
-    Raises:
-        ValueError: the file asks for a network that is not a DiT.
     """
     needed = {
         "norm_type": "ada_norm_zero",
@@ -67,8 +64,8 @@ def config_from_diffusers(values: Mapping[str, Any]) -> ModelConfig:
     for key, value in needed.items():
         if values.get(key, value) != value:
             raise ValueError(f"{key} is {values[key]!r}; a DiT has {value!r}")
-    usual = {"num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4}
-    numbers = {key: values.get(key, default) for key, default in usual.items()}
+    numbers = {"num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4}
+    numbers = {key: values.get(key, default) for key, default in numbers.items()}
     numbers["out_channels"] = values.get("out_channels") or numbers["in_channels"]
     for key, value in numbers.items():
         if not isinstance(value, int):
@@ -104,13 +101,9 @@ def model_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Official key → shape. Only one block is built, so that any depth costs little."""
     shapes: dict[str, torch.Size] = {}
     one = shapes_of(lambda whole: DiT(replace(whole, depth=1)), config)
-    block = [key.removeprefix(_FIRST_BLOCK) for key in one if key.startswith(_FIRST_BLOCK)]
     for key, shape in one.items():
-        if key == f"{_FIRST_BLOCK}{block[0]}":
-            names = ((i, name) for i in range(config.depth) for name in block)
-            shapes |= {f"blocks.{i}.{name}": one[f"{_FIRST_BLOCK}{name}"] for i, name in names}
-        elif not key.startswith(_FIRST_BLOCK):
-            shapes[key] = shape
+        blocks = config.depth if key.startswith("blocks.0.") else 1
+        shapes |= {key.replace(".0.", f".{i}.", 1) if i else key: shape for i in range(blocks)}
     return shapes
 
 
@@ -127,10 +120,9 @@ def state_from_diffusers(state: Mapping[str, Tensor], config: ModelConfig) -> di
     """Official state dict of a diffusers one. Only q, k and v are copied (into one tensor).
 
     diffusers keeps the time and label embedders once per block. They must be equal bit for bit,
-    because a DiT has one of each. ``pos_embed`` is computed unless the file has it.
-
-    Raises:
-        ValueError: missing or unknown keys, wrong shapes, embedders that differ between blocks.
+    because a DiT has one of each. ``pos_embed`` is computed unless the file has it; its size is
+    then limited, because only the config states it. Raises ValueError for keys, shapes or
+    embedders that are not a DiT's.
     """
     official_shapes = model_shapes(config)
     key_map = {**dict(official_to_diffusers(config.depth)), "pos_embed": (STORED_POSITIONS,)}
@@ -138,38 +130,27 @@ def state_from_diffusers(state: Mapping[str, Tensor], config: ModelConfig) -> di
     for official, names in key_map.items():
         first, *rest = official_shapes[official]
         shapes |= dict.fromkeys(names, torch.Size([first // len(names), *rest]))
-    for i in range(1, config.depth):
-        for official, name in _EMBEDDERS.items():
-            shapes[_embedder(i, name)] = official_shapes[official]
-    if STORED_POSITIONS not in state:
-        del shapes[STORED_POSITIONS]
+    copies = [(i, *names) for i in range(1, config.depth) for names in _EMBEDDERS.items()]
+    shapes |= {_embedder(i, name): official_shapes[official] for i, official, name in copies}
+    positions = shapes.pop(STORED_POSITIONS) if STORED_POSITIONS not in state else None
     check_shapes(state, shapes)
-    if STORED_POSITIONS not in state:
-        state = {**state, STORED_POSITIONS: _computed_positions(state, config)}
-
-    for i in range(1, config.depth):
-        for name in _EMBEDDERS.values():
-            if not _same_bits(state[_embedder(i, name)], state[_embedder(0, name)]):
-                raise ValueError(
-                    f"{_embedder(i, name)} differs from block 0's; a DiT has one embedder"
-                )
+    if positions is not None:
+        weights = sum(tensor.nbytes for tensor in state.values())
+        if 4 * positions.numel() > max(weights, LEAST_POSITIONS_BYTES):
+            raise ValueError(
+                f"sample_size {config.input_size} with patch_size {config.patch_size} needs a "
+                f"position embedding of {positions.numel() / 2**18:.0f} MiB, but the weights have "
+                f"{weights / 2**20:.0f} MiB"
+            )
+        table = position_embedding(config.hidden_size, config.input_size // config.patch_size)
+        state = {**state, STORED_POSITIONS: table.to(state["pos_embed.proj.weight"])}
+    for i, _, name in copies:
+        if not _same_bits(state[_embedder(i, name)], state[_embedder(0, name)]):
+            raise ValueError(f"{_embedder(i, name)} differs from block 0's; a DiT has one embedder")
     return {
         official: state[names[0]] if len(names) == 1 else torch.cat([state[n] for n in names])
         for official, names in key_map.items()
     }
-
-
-def _computed_positions(state: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
-    """The position embedding (1, T, D). Its size is limited, because only the config states T."""
-    size = 4 * config.num_tokens * config.hidden_size
-    weights = sum(tensor.nbytes for tensor in state.values())
-    if size > max(weights, LEAST_POSITIONS_BYTES):
-        raise ValueError(
-            f"sample_size {config.input_size} with patch_size {config.patch_size} needs a position "
-            f"embedding of {size / 2**20:.0f} MiB, but the weights have {weights / 2**20:.0f} MiB"
-        )
-    table = position_embedding(config.hidden_size, config.input_size // config.patch_size)
-    return table.to(state["pos_embed.proj.weight"])
 
 
 def state_to_diffusers(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:

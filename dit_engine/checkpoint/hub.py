@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from dit_engine.checkpoint.convert import DIFFUSERS_CLASSES
 from dit_engine.checkpoint.save import NATIVE_CLASS
@@ -40,9 +39,7 @@ def locate(source: str | Path, kind: str = "model") -> Path:
     Raises:
         FileNotFoundError: nothing here has this name, and it is not a hub id.
         OSError: the path may not be read, or is too long.
-        ValueError: the hub does not have it, or neither the hub nor the cache can be reached; or
-            ``source`` is the name of a size, empty, neither a string nor a path, or in an unknown
-            home directory.
+        ValueError: the hub does not give it, or ``source`` cannot be a name of a model.
     """
     if source == BUILTIN:
         if not BUILTIN_DIRECTORY.is_dir():
@@ -67,40 +64,39 @@ def locate(source: str | Path, kind: str = "model") -> Path:
             "path such as DiT-XL-2-256x256.pt or a hub id such as facebook/DiT-XL-2-256"
         )
     if isinstance(source, str) and HUB_ID.fullmatch(source) and path.suffix not in SUFFIXES:
-        return download(source)
+        return _download(source)
     raise FileNotFoundError(f"{kind} {str(source)!r} does not exist; {allowed}")
 
 
-def download(repo_id: str) -> Path:
+def _download(repo_id: str) -> Path:
     """The directory with a model's configs and weights; safetensors are preferred to pickles.
 
     Half-precision variants and files of other frameworks are left out. Files in the cache are not
     fetched again, and without a network only the cache is used.
     """
-    patterns = ["model_index.json", "labels.json", "model.safetensors", f"scheduler/{CONFIG}"]
-    for prefix in COMPONENTS:
-        patterns += [f"{prefix}config.json", *_patterns(prefix, "safetensors")]
-    path = _snapshot(repo_id, patterns)
-    pickled = [
-        pattern
-        for prefix in COMPONENTS
-        if (path / prefix / "config.json").exists()
-        and not any((path / prefix).glob("*.safetensors"))
-        for pattern in _patterns(prefix, "bin")
-    ]
-    return _snapshot(repo_id, pickled) if pickled else path
-
-
-def _patterns(prefix: str, suffix: str) -> list[str]:
-    stem = f"{prefix}diffusion_pytorch_model"
-    return [f"{stem}.{suffix}", f"{stem}-?????-of-?????.{suffix}", f"{stem}.{suffix}.index.json"]
-
-
-def _snapshot(repo_id: str, patterns: list[str]) -> Path:
     import huggingface_hub  # slow to import, and only needed here
 
-    try:
+    def snapshot(patterns: list[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=patterns))
+
+    def weights(prefix: str, suffix: str) -> list[str]:
+        stem = f"{prefix}diffusion_pytorch_model"
+        return [f"{stem}{part}" for part in (f".{suffix}", f"-?????-of-?????.{suffix}",
+                                             f".{suffix}.index.json")]  # fmt: skip
+
+    patterns = ["model_index.json", "labels.json", "model.safetensors", f"scheduler/{CONFIG}"]
+    for prefix in COMPONENTS:
+        patterns += [f"{prefix}config.json", *weights(prefix, "safetensors")]
+    try:
+        path = snapshot(patterns)
+        pickled = [
+            pattern
+            for prefix in COMPONENTS
+            if (path / prefix / "config.json").exists()
+            and not any((path / prefix).glob("*.safetensors"))
+            for pattern in weights(prefix, "bin")
+        ]
+        return snapshot(pickled) if pickled else path
     except MemoryError:
         raise
     except Exception as error:  # the library that raises depends on the version of the hub's
@@ -114,22 +110,33 @@ def open_directory(path: Path) -> tuple[Path, Path | None, tuple[str, ...] | Non
     """(weight file, VAE directory, label names) of a native directory, of a diffusers pipeline or
     of a diffusers transformer."""
     vae = path / "vae" if (path / "vae").is_dir() else None
-    index = path / "model_index.json"
+    index, config, labels = (path / f"{n}.json" for n in ("model_index", "config", "labels"))
     if index.is_file():
         values = read_json(index)
         if not (path / "transformer").is_dir():
             name = one_line(values.get("_class_name"))
             raise ValueError(f"{path}: a {name} without transformer/; a DiTPipeline is needed")
-        return find_weights(path / "transformer"), vae, _names_from_ids(values, index)
-    if not (path / "config.json").is_file():
+        names = None
+        if ids := values.get("id2label"):  # {"0": "tench, Tinca tinca", …}
+            try:
+                names = tuple(str(ids[str(i)]) for i in range(len(ids)))
+            except (KeyError, TypeError, IndexError):
+                raise ValueError(f"{index}: id2label does not name the classes 0, 1, …") from None
+        return find_weights(path / "transformer"), vae, names
+    if not config.is_file():
         raise ValueError(
             f"{path}: no model directory; it needs config.json or model_index.json, "
             f"it holds {listing(path)}"
         )
-    kind = read_json(path / "config.json", lenient=True).get("_class_name")
+    kind = read_json(config, lenient=True).get("_class_name")
     if kind not in (known := (NATIVE_CLASS, *DIFFUSERS_CLASSES)):
         raise ValueError(f"{path}: config.json is of class {kind!r}; known are {', '.join(known)}")
-    return find_weights(path), vae, _read_names(path / "labels.json")
+    if not labels.is_file():
+        return find_weights(path), vae, None
+    names = read_json_value(labels)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{labels}: not a list of names")
+    return find_weights(path), vae, tuple(names)
 
 
 def find_weights(directory: Path) -> Path:
@@ -146,22 +153,3 @@ def find_weights(directory: Path) -> Path:
 def listing(directory: Path) -> str:
     """For messages: the first three names in a directory that are not hidden, or "nothing"."""
     return some_of(sorted(p.name for p in directory.iterdir() if not p.name.startswith(".")))
-
-
-def _read_names(path: Path) -> tuple[str, ...] | None:
-    if not path.is_file():
-        return None
-    names = read_json_value(path)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path}: not a list of names")
-    return tuple(names)
-
-
-def _names_from_ids(index: dict[str, Any], path: Path) -> tuple[str, ...] | None:
-    """Names in class order from a pipeline's id2label, {"0": "tench, Tinca tinca", …}."""
-    if not (ids := index.get("id2label")):
-        return None
-    try:
-        return tuple(str(ids[str(i)]) for i in range(len(ids)))
-    except (KeyError, TypeError, IndexError):
-        raise ValueError(f"{path}: id2label does not name the classes 0, 1, …") from None

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_engine.arguments import choice, positive, shown
 from dit_engine.checkpoint.convert import (
@@ -26,14 +27,16 @@ from dit_engine.checkpoint.infer import count_blocks, infer_config
 from dit_engine.checkpoint.options import options_of
 from dit_engine.checkpoint.save import NATIVE_CLASS
 from dit_engine.checkpoint.scheduler import read_diffusion, scheduler_beside
-from dit_engine.checkpoint.training_args import check_prediction
 from dit_engine.checkpoint.vae import OPTIONS, given_fields, read_vae
 from dit_engine.checkpoint.weights import check_shapes, without_storage
 from dit_engine.checkpoint.wrappers import MODEL_MARKS, read_state
 from dit_engine.config import NUMERICS, ModelConfig
 from dit_engine.model import DiT
 from dit_engine.runtime import neutral
+from dit_engine.sampling.diffusion import PREDICTIONS
 from dit_engine.vae import AutoencoderKL, VAEConfig
+
+Module = TypeVar("Module", bound=nn.Module)
 
 # Along each side of an image. A small file can ask for huge images, because each level of a VAE
 # doubles the side and takes only a few kilobytes.
@@ -93,7 +96,11 @@ def load_checkpoint(
     """
     if numerics is not None:
         choice("numerics", numerics, NUMERICS)
-    check_prediction(prediction)
+    if prediction is not None and prediction not in PREDICTIONS:
+        raise ValueError(
+            f"prediction {prediction!r}: choose one of {', '.join(PREDICTIONS)}; flow models, "
+            "which predict a velocity or a score over a path, are not sampled here"
+        )
     if not isinstance(check_finite, bool):
         raise ValueError(f"check_finite {shown(check_finite)} is neither True nor False")
     num_heads = None if num_heads is None else positive("num_heads", num_heads)
@@ -107,7 +114,16 @@ def load_checkpoint(
     vae_config, vae_state = None, None
     if vae_path is not None:
         vae_config, vae_state = read_vae(vae_path, check_finite, given)
-        _check_pair(config, vae_config, vae_path)
+        if vae_config.latent_channels != config.in_channels:
+            raise ValueError(
+                f"{vae_path}: the VAE has {vae_config.latent_channels} latent channels, "
+                f"the model {config.in_channels}"
+            )
+        if (side := config.input_size * vae_config.downsampling) > MOST_PIXELS:
+            raise ValueError(
+                f"{vae_path}: makes images of {shown(side)} pixels a side from latents of "
+                f"{config.input_size}; at most {MOST_PIXELS} are allowed"
+            )
     elif given:
         field, value = next(iter(given.items()))
         raise ValueError(f"{OPTIONS[field]} {value!r} is of a VAE, and {source} has none; give vae")
@@ -151,9 +167,7 @@ def build_model(
     """
     with without_storage():
         model = DiT(checkpoint.config)
-    dtype = dtype or checkpoint.state_dict["x_embedder.proj.weight"].dtype
-    _assign(model, checkpoint.state_dict, dtype, device)
-    return model.eval()
+    return _filled(model, checkpoint.state_dict, "x_embedder.proj.weight", dtype, device)
 
 
 @neutral()
@@ -167,32 +181,20 @@ def build_vae(
         return None
     with without_storage():
         vae = AutoencoderKL(checkpoint.vae_config)
-    dtype = dtype or checkpoint.vae_state_dict["decoder.conv_in.weight"].dtype
-    _assign(vae, checkpoint.vae_state_dict, dtype, device)
-    return vae.eval()
+    return _filled(vae, checkpoint.vae_state_dict, "decoder.conv_in.weight", dtype, device)
 
 
-def _assign(
-    module: torch.nn.Module,
+def _filled(
+    module: Module,
     state: dict[str, Tensor],
-    dtype: torch.dtype,
+    first: str,
+    dtype: torch.dtype | None,
     device: torch.device | str,
-) -> None:
+) -> Module:
+    dtype = dtype or state[first].dtype
     moved = {key: tensor.to(device=device, dtype=dtype) for key, tensor in state.items()}
     module.load_state_dict(moved, assign=True)
-
-
-def _check_pair(config: ModelConfig, vae: VAEConfig, path: Path) -> None:
-    if vae.latent_channels != config.in_channels:
-        raise ValueError(
-            f"{path}: the VAE has {vae.latent_channels} latent channels, "
-            f"the model {config.in_channels}"
-        )
-    if (side := config.input_size * vae.downsampling) > MOST_PIXELS:
-        raise ValueError(
-            f"{path}: makes images of {shown(side)} pixels a side from latents of "
-            f"{config.input_size}; at most {MOST_PIXELS} are allowed"
-        )
+    return module.eval()
 
 
 def _read_transformer(
@@ -202,18 +204,23 @@ def _read_transformer(
     content, state, values = read_state(weights, MODEL_MARKS, check_finite)
     kind = values.pop("_class_name", None)
     try:
-        if any(key.startswith(DIFFUSERS_MARK) for key in state):
+        if theirs := any(key.startswith(DIFFUSERS_MARK) for key in state):
             if kind not in DIFFUSERS_CLASSES:
                 raise ValueError("a diffusers transformer needs its config.json beside it")
             config = config_from_diffusers(values)
-            _check_depth(config, state, r"transformer_blocks\.(\d+)\.")
-            state = state_from_diffusers(state, config)
         elif kind == NATIVE_CLASS:
             config = ModelConfig.from_dict(values)
-            _check_depth(config, state, r"blocks\.(\d+)\.")
         else:
             args = options_of(content, weights.name, prediction, num_heads)
             config = infer_config(state, num_heads, args)
+        # Checked before anything of the config's size is built, so the file's size is the limit.
+        blocks = count_blocks(state, rf"{'transformer_' if theirs else ''}blocks\.(\d+)\.")
+        if blocks != config.depth:
+            raise ValueError(
+                f"the config's depth is {config.depth}, the file holds {blocks} blocks"
+            )
+        if theirs:
+            state = state_from_diffusers(state, config)
         if num_heads is not None:
             config = replace(config, num_heads=num_heads)
         check_shapes(state, model_shapes(config))
@@ -228,10 +235,3 @@ def _read_transformer(
             raise ValueError(f"{weights}: with prediction {prediction!r}, {error}") from None
         config = replace(config, diffusion=diffusion)
     return config, state
-
-
-def _check_depth(config: ModelConfig, state: dict[str, Tensor], pattern: str) -> None:
-    # Checked before anything of the config's size is built, so that the file's size is the limit.
-    blocks = count_blocks(state, pattern)
-    if blocks != config.depth:
-        raise ValueError(f"the config's depth is {config.depth}, the file holds {blocks} blocks")

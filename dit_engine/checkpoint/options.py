@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from dit_engine.arguments import positive, scalar, shown
@@ -29,19 +28,22 @@ PREDICTION_NAMES = (
     "prediction_target", "model_output", "mean_type", "model_mean_type",
 )  # fmt: skip
 PREDICTION_FLAGS = {
-    "predict_xstart": "sample",
-    "predict_x0": "sample",
-    "predict_v": "v_prediction",
-    "v_pred": "v_prediction",
-    "v_prediction": "v_prediction",
-    "v_parameterization": "v_prediction",
+    **dict.fromkeys(("predict_xstart", "predict_x0"), "sample"),
+    **dict.fromkeys(("predict_v", "v_pred", "v_prediction", "v_parameterization"), "v_prediction"),
+}
+# Options by which diffusers' scripts name fields of `Diffusion`.
+DIFFUSION_FIELDS = {
+    "num_train_timesteps": "num_train_steps",
+    "beta_schedule": "beta_schedule",
+    "beta_start": "beta_start",
+    "beta_end": "beta_end",
+    "rescale_betas_zero_snr": "zero_terminal_snr",
 }
 _READ = {
-    *PREDICTION_NAMES, *PREDICTION_FLAGS, "num_classes", "class_dropout_prob", "num_heads",
-    "diffusion_steps", "noise_schedule", "num_train_timesteps", "beta_schedule", "beta_start",
-    "beta_end", "rescale_betas_zero_snr", "rescale_timesteps", "sigma_small",
+    *PREDICTION_NAMES, *PREDICTION_FLAGS, *DIFFUSION_FIELDS, "num_classes", "class_dropout_prob",
+    "num_heads", "diffusion_steps", "noise_schedule", "rescale_timesteps", "sigma_small",
 }  # fmt: skip
-MODEL_NAMES = ("model", "model_name", "model_type", "arch", "architecture", "network", "name")
+_MODEL_NAMES = ("model", "model_name", "model_type", "arch", "architecture", "network", "name")
 # Groups of options that belong to other networks, or to the optimizer.
 _OTHERS = re.compile(r"vae|autoencoder|first_stage|text|clip|optim|(^|_)lr(_|$)|discriminator")
 # Options whose values people choose freely.
@@ -63,7 +65,10 @@ _NO_FLOWS = (
     "it has a DiT's tensors, and predicts along a flow in a time from 0 to 1; this engine samples "
     f"models that undo noise step by step and predict {', '.join(PREDICTIONS)}"
 )
+_UNLESS = " (give prediction if it is none)"
 _DEEPEST = 6
+
+Option = tuple[str, str, Any]  # its place in the file, for messages, its name and its value
 
 
 class Options(dict[str, Any]):
@@ -71,7 +76,7 @@ class Options(dict[str, Any]):
 
     def __init__(self, values: Mapping[str, Any] | None = None) -> None:
         super().__init__(values or {})
-        self.places = {name: f"args.{name}" for name in self}
+        self.places: dict[str, str] = {}
 
     def place(self, name: str) -> str:
         return self.places.get(name, f"args.{name}")
@@ -98,16 +103,6 @@ class Options(dict[str, Any]):
             raise ValueError(f"{self.told(name)} and {self.told(other)} contradict each other")
 
 
-@dataclass(frozen=True)
-class _Option:
-    place: str
-    name: str
-    value: Any
-
-    def __str__(self) -> str:
-        return f"{self.place} {shown(self.value)}"
-
-
 def options_of(
     content: Mapping[Any, Any],
     file_name: str,
@@ -116,11 +111,8 @@ def options_of(
 ) -> Options:
     """The options in what a weight file holds, without those that are None.
 
-    prediction, num_heads: what the user gives, which replaces what the options say.
-
-    Raises:
-        ValueError: the options, or the name of the file alone, are those of a flow model, or two
-            of one name have different values.
+    prediction, num_heads: what the user gives, which replaces what the options say. Raises
+    ValueError for a flow model, and if two options of one name have different values.
     """
     options = list(_all_options(content))
     _refuse_flow_models(options, trusted=prediction is not None)
@@ -128,93 +120,79 @@ def options_of(
     if prediction is not None:
         ignored |= {*PREDICTION_NAMES, *PREDICTION_FLAGS}
     read = Options()
-    for option in options:
-        name = option.name
+    for place, name, value in options:
         if name not in _READ or name in ignored:
             continue
-        if name not in read:
-            read[name], read.places[name] = option.value, option.place
-        elif not _same(read[name], option.value):
-            first = _Option(read.places[name], name, read[name])
+        known, plain = read.get(name, value), (str, int, float)
+        both_plain = isinstance(known, plain) and isinstance(value, plain)
+        if known is not value and not (both_plain and known == value):
             raise ValueError(
-                f"the options of its training contradict each other: {first}, {option}"
+                "the options of its training contradict each other: "
+                f"{read.told(name)}, {place} {shown(value)}"
             )
-    names = [o for o in options if o.name in MODEL_NAMES and isinstance(o.value, str)]
-    for option in sorted(names, key=lambda o: "DiT" not in o.value):
-        read.setdefault("model", option.value)
-        read.places.setdefault("model", option.place)
+        read.setdefault(name, value)
+        read.places.setdefault(name, place)
+    names = [o for o in options if o[1] in _MODEL_NAMES and isinstance(o[2], str)]
+    for place, _, value in sorted(names, key=lambda option: "DiT" not in option[2])[:1]:
+        read["model"], read.places["model"] = value, place
     if prediction is not None:
         read["prediction"] = prediction
     elif "model" not in read and (named := _FLOW_FILE.search(file_name)):
-        raise ValueError(
-            f"a {named[1]} checkpoint, by its name; {_NO_FLOWS} (give prediction if it is none)"
-        )
+        raise ValueError(f"a {named[1]} checkpoint, by its name; {_NO_FLOWS}{_UNLESS}")
     return read
 
 
-def _refuse_flow_models(options: list[_Option], trusted: bool) -> None:
+def _refuse_flow_models(options: list[Option], trusted: bool) -> None:
     """trusted: the user says what is predicted, so only the names of models and paths count."""
     found, kind, certain = [], "flow model", False
     for option in options:
-        name, value = option.name, option.value
+        _, name, value = option
         if _FREE.search(name):
             continue
-        match = _FLOW_MODEL.search(value) if isinstance(value, str) else None
-        if match:
+        text = value if isinstance(value, str) else ""
+        if match := _FLOW_MODEL.search(text):
             kind = match[1] or match[2]
-        word = isinstance(value, str) and name not in PREDICTION_NAMES and _FLOW_WORD.search(value)
-        if match or word or (_FLOW_OPTION.search(name) and _is_on(value)):
+        word = name not in PREDICTION_NAMES and _FLOW_WORD.search(text)
+        plain = isinstance(value, (str, int, float, Mapping, list, tuple))
+        on = not plain or (value and text.lower() not in ("0", "no", "none", "off", "false"))
+        if match or word or (_FLOW_OPTION.search(name) and on):
             found.append(option)
             certain = certain or bool(match) or name == "path_type"
-    if not found or (trusted and not certain):
-        return
-    told = found[:2] + [option for option in options if option.name == "prediction"][:1]
-    hint = "" if certain else " (give prediction if it is none)"
-    raise ValueError(f"a {kind} checkpoint ({', '.join(map(str, told))}); {_NO_FLOWS}{hint}")
+    if found and (certain or not trusted):
+        found = found[:2] + [option for option in options if option[1] == "prediction"][:1]
+        told = ", ".join(f"{place} {shown(value)}" for place, _, value in found)
+        raise ValueError(f"a {kind} checkpoint ({told}); {_NO_FLOWS}{'' if certain else _UNLESS}")
 
 
-def _is_on(value: Any) -> bool:
-    if isinstance(value, str):
-        return value.lower() not in ("", "0", "no", "none", "off", "false")
-    return bool(value) if isinstance(value, (int, float, Mapping, list, tuple)) else True
-
-
-def _same(a: Any, b: Any) -> bool:
-    plain = (str, int, float)
-    return a is b or (isinstance(a, plain) and isinstance(b, plain) and a == b)
-
-
-def _all_options(content: Mapping[Any, Any]) -> Iterator[_Option]:
+def _all_options(content: Mapping[Any, Any]) -> Iterator[Option]:
     """All options in `PLACES`, and the plain values in every dict that may hold the weights."""
     seen: set[int] = set()
-    for level in levels(content):
+    for _, level in levels(content):
         for name, value in level.items():
-            if not isinstance(name, str):
-                continue
             if name in PLACES:
                 yield from _options_in(value, name, name, seen)
-            elif isinstance(value, (str, int, float)):
-                yield _Option(_written(name), name, value)
+            elif isinstance(name, str) and isinstance(value, (str, int, float)):
+                yield _written(name), name, value
 
 
-def _options_in(value: Any, place: str, name: str, seen: set[int]) -> Iterator[_Option]:
+def _options_in(value: Any, place: str, name: str, seen: set[int]) -> Iterator[Option]:
     """``value`` itself, unless it only holds others, and the options that it holds."""
     if isinstance(value, argparse.Namespace):
         value = vars(value)
-    inner: Iterator[tuple[str, str, Any]] | None = None
+    inner: list[Option] = []
     if isinstance(value, Mapping):
-        inner = ((f"{place}.{_written(str(key))}", str(key), v) for key, v in value.items())
+        inner = [(f"{place}.{_written(str(key))}", str(key), v) for key, v in value.items()]
     elif isinstance(value, (list, tuple)):
-        inner = ((place, name, v) for v in value if isinstance(v, (str, Mapping)))
-    if inner is None or name in _READ or name not in PLACES:
-        if value is not None:
-            yield _Option(place, name, value)
-        if inner is None or name in _READ:
-            return
-    state_of_optimizer = isinstance(value, Mapping) and "param_groups" in value
-    if id(value) in seen or place.count(".") > _DEEPEST or state_of_optimizer:
+        inner = [(place, name, v) for v in value if isinstance(v, (str, Mapping))]
+    container = isinstance(value, (Mapping, list, tuple))
+    if value is not None and not (container and name in PLACES):
+        yield place, name, value
+    if name in _READ or id(value) in seen or place.count(".") > _DEEPEST:
         return
-    seen.add(id(value))
+    if isinstance(value, Mapping) and "param_groups" in value:  # the state of an optimizer
+        return
+    if container:
+        seen.add(id(value))
     for its_place, its_name, v in inner:
         many = isinstance(v, (Mapping, list, tuple, argparse.Namespace))
         if not (many and _OTHERS.search(its_name)):

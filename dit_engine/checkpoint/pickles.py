@@ -17,8 +17,7 @@ from typing import Any
 # are allowed if each has the bytes of a long log's entries.
 MOST_OBJECTS, LEAST_OBJECT_BYTES = 300_000, 8
 # Keys that can be slow to hash, or have the same hash as others: tuples and fractions.
-MOST_SLOW_KEYS = 10_000
-MOST_KEY_ITEMS, MOST_KEY_LEVELS = 8, 3
+MOST_SLOW_KEYS, MOST_KEY_ITEMS, MOST_KEY_LEVELS = 10_000, 8, 3
 MOST_DIMENSIONS = 64
 _SLACK = 1000
 
@@ -28,23 +27,11 @@ _BYTES = {"Double": 8, "Long": 8, "Float": 4, "Int": 4, "Half": 2, "BFloat16": 2
 
 _LITERALS = {"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
              "BINUNICODE", "SHORT_BINSTRING"}  # fmt: skip
-_EMPTY = {"EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"}
 _VIEWS = {f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3")}
-# These read or convert their tensors, which for an expanded tensor takes more than it has stored.
-_COPIERS = {"torch._utils._rebuild_sparse_tensor",
-            "torch._utils._rebuild_device_tensor_from_cpu_tensor"}  # fmt: skip
-_QUANTISED = "torch._utils._rebuild_qtensor"
 _WITH_STATE = "torch._utils._rebuild_parameter_with_state"
-_LAYOUT = "torch.serialization._get_layout"
-# Which of their arguments must be a name.
-_PRINTED = {_LAYOUT: 0, "torch._utils._rebuild_sparse_tensor": 0, _QUANTISED: 4}
 _OF_TYPE = "torch._tensor._rebuild_from_type_v2"
-_TORCH = {
-    *_VIEWS, *_COPIERS, _QUANTISED, _OF_TYPE, "torch._utils._rebuild_parameter",
-    _WITH_STATE, "torch.nn.parameter.Parameter",
-    "torch._utils._rebuild_meta_tensor_no_storage", _LAYOUT,
-    "torch.Size", "torch.device",
-}  # fmt: skip
+_TORCH = {*_VIEWS, _OF_TYPE, _WITH_STATE, "torch._utils._rebuild_parameter",
+          "torch.nn.parameter.Parameter", "torch.Size", "torch.device"}  # fmt: skip
 _USUAL = ("torch", "collections", "builtins", "__builtin__", "_codecs", "argparse")
 
 
@@ -54,6 +41,10 @@ class Refused(Exception):
 
 class _Name(str):
     """The full name of a function or class that the pickle asks for."""
+
+
+class _Elements(int):
+    """A storage or a tensor: the number of elements that it claims."""
 
 
 class _Made:
@@ -69,34 +60,25 @@ class _Made:
         return len(self.items) + self.more
 
 
-class _Elements(int):
-    """A storage or a tensor: the number of elements that it claims."""
-
-
 class Pickle:
     """Executes one pickle, of at most ``pickle_bytes`` bytes, on sizes only.
-
-    records: the bytes of each storage, if torch inflates them as wholes.
 
     Attributes:
         made: objects that it makes.
         stored: bytes of its storages.
         copied: items and characters that its calls copy.
-        converted: elements of tensors that `_COPIERS` read.
         slow_keys: keys that are slow to hash.
     """
 
-    def __init__(
-        self, source: Any, file_bytes: int, pickle_bytes: int, records: dict[str, int] | None = None
-    ) -> None:
-        self.file_bytes, self.records = file_bytes, records
-        most = max(MOST_OBJECTS, pickle_bytes // LEAST_OBJECT_BYTES)
+    def __init__(self, source: Any, file_bytes: int, pickle_bytes: int) -> None:
+        self.file_bytes = file_bytes
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[Any, Any] = {}
         self.names: list[_Name] = []
         self.storages: dict[Any, int] = {}
-        self.made, self.stored, self.copied, self.converted, self.slow_keys = 0, 0, 0, 0, 0
+        self.made, self.stored, self.copied, self.slow_keys = 0, 0, 0, 0
+        most = max(MOST_OBJECTS, pickle_bytes // LEAST_OBJECT_BYTES)
         for opcode, value, position in pickletools.genops(source):
             self.step(opcode.name, ord(opcode.code), value)
             if self.made > most:
@@ -106,54 +88,57 @@ class Pickle:
 
     def step(self, name: str, code: int, value: Any) -> None:
         stack = self.stack
-        if name in _LITERALS:
-            stack.append(value)
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            self.memo[value] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(self.memo[value])
-        elif name == "MARK":
-            self.made += 1
-            self.marks.append(stack)
-            self.stack = []
-        elif name == "TUPLE":
-            items = self.marked()
-            self.stack.append(tuple(items))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            self.made += 1
-            count = int(name[-1])
-            stack[-count:] = [tuple(stack[-count:])]
-        elif name == "EMPTY_TUPLE":
-            stack.append(())
-        elif name in _EMPTY:
-            self.made += 1
-            stack.append(_Made())
-        elif name == "BINPERSID":
-            stack.append(self.storage(stack.pop()))
-        elif name == "GLOBAL":
-            self.names.append(_Name(value.replace(" ", ".")))
-            stack.append(self.names[-1])
-        elif name in ("REDUCE", "NEWOBJ"):
-            self.made += 1
-            arguments = stack.pop()
-            stack[-1] = self.call(stack[-1], arguments)
-        elif name == "BUILD":
-            state = stack.pop()
-            self.copied += _size(state)
-            self.check_keys(map(_first, _items(state)))
-        elif name == "APPEND":
-            item = stack.pop()
-            stack[-1].items.append(item)
-        elif name == "APPENDS":
-            items = self.marked()
-            self.stack[-1].items.extend(items)
-        elif name == "SETITEM":
-            _, key = stack.pop(), stack.pop()
-            self.set_keys([key])
-        elif name == "SETITEMS":
-            self.set_keys(self.marked()[::2])
-        elif name not in ("PROTO", "STOP"):
-            raise ValueError(f"Unsupported operand {code}")
+        match name:
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[value] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(self.memo[value])
+            case "MARK":
+                self.made += 1
+                self.marks.append(stack)
+                self.stack = []
+            case "TUPLE":
+                items = self.marked()
+                self.stack.append(tuple(items))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                self.made += 1
+                count = int(name[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
+                self.made += 1
+                stack.append(_Made())
+            case "BINPERSID":
+                stack.append(self.storage(stack.pop()))
+            case "GLOBAL":
+                self.names.append(_Name(value.replace(" ", ".")))
+                stack.append(self.names[-1])
+            case "REDUCE" | "NEWOBJ":
+                self.made += 1
+                arguments = stack.pop()
+                stack[-1] = self.call(stack[-1], arguments)
+            case "BUILD":
+                state = stack.pop()
+                self.copied += _size(state)
+                self.check_keys(map(_first, _items(state)))
+            case "APPEND":
+                item = stack.pop()
+                stack[-1].items.append(item)
+            case "APPENDS":
+                items = self.marked()
+                self.stack[-1].items.extend(items)
+            case "SETITEM":
+                _, key = stack.pop(), stack.pop()
+                self.set_keys([key])
+            case "SETITEMS":
+                self.set_keys(self.marked()[::2])
+            case "PROTO" | "STOP":
+                pass
+            case _ if name in _LITERALS:
+                stack.append(value)
+            case _:
+                raise ValueError(f"Unsupported operand {code}")
 
     def marked(self) -> list[Any]:
         items, self.stack = self.stack, self.marks.pop()
@@ -182,13 +167,6 @@ class Pickle:
         if not isinstance(kind, _Name) or not all(isinstance(k, str | int) for k in keys):
             raise ValueError("a storage without a name")
         size = elements * _BYTES.get(str(kind).rpartition(".")[2].removesuffix("Storage"), 1)
-        if self.records is not None:
-            # torch inflates the whole record, whatever part of it the pickle asks for, and does so
-            # again for another key with the same name, such as 0 and "0".
-            if not isinstance(key, str) or self.records.get(f"data/{key}") != size:
-                raise ValueError(f"storage {str(key)[:20]!r} is not in it")
-            self.storages[key] = size
-            return _Elements(elements)
         self.stored += max(0, size - self.storages.get(key, 0))
         self.storages[key] = max(size, self.storages.get(key, 0))
         if self.stored > self.file_bytes:
@@ -201,7 +179,7 @@ class Pickle:
         if function.startswith("torch.") and function not in _TORCH:
             foreign = (name for name in self.names if name.partition(".")[0] not in _USUAL)
             asked = str(next(foreign, function))
-            raise Refused(f"the pickle asks for {asked!r}; only tensors are loaded")
+            raise Refused(f"the pickle asks for {asked!r}; only dense tensors are loaded")
         if function in (_OF_TYPE, _WITH_STATE):
             state = arguments[3]
             if isinstance(state, tuple) and len(state) != 2:  # torch prints it
@@ -209,41 +187,24 @@ class Pickle:
         if function == _OF_TYPE:
             return self.call(arguments[0], arguments[2])
         short = function.rpartition(".")[2]
-        if short in ("encode", "bytearray") and not (
-            not arguments or (isinstance(arguments[0], str | _Made) and _is_latin(arguments[1:]))
-        ):
-            raise Refused(f"the pickle makes bytes by {str(function)!r} of other than latin1 text")
+        if short in ("encode", "bytearray") and arguments:
+            latin = arguments[1:] in ((), ("latin1",), ("latin-1",))
+            if not latin or not isinstance(arguments[0], str | _Made):
+                raise Refused(f"the pickle makes bytes by {str(function)!r} of other than latin1")
         self.copied += sum(map(_size, arguments))
-        made = _Elements(0)
-        if function in _VIEWS or function == _QUANTISED:
-            made = _tensor(_items(arguments[2]))
-        if function in _COPIERS or function == _QUANTISED:
-            # A quantised tensor is allocated before it gets its storage.
-            self.converted += made + sum(map(_elements, arguments))
-            if self.converted > self.file_bytes:
-                raise Refused("its tensors claim more numbers than it has bytes")
+        items = [item for argument in arguments for item in _items(argument)]
         if short in ("set", "Counter"):
-            self.check_keys(item for argument in arguments for item in _items(argument))
+            self.check_keys(items)
         elif short == "OrderedDict":
-            self.check_keys(_first(item) for argument in arguments for item in _items(argument))
-        if function == "torch.Size":
+            self.check_keys(map(_first, items))
+        elif function == "torch.Size":
             return tuple(_items(arguments[0]))
-        if function in _PRINTED:
-            # torch hashes this, and prints it if it is of another kind.
-            kind = arguments[_PRINTED[function]]
-            if function == _QUANTISED:
-                kind = kind[0]
-            if not isinstance(kind, str):
-                raise ValueError(f"{str(function)!r} of something that is not a name")
-            if function == _LAYOUT:
-                return _Name(kind)
-        if function in _VIEWS or function == _QUANTISED:
-            return made
+        elif function in _VIEWS:
+            sizes = _items(arguments[2])
+            if len(sizes) > MOST_DIMENSIONS or not all(isinstance(n, int) for n in sizes):
+                raise ValueError("a tensor without a shape")
+            return _Elements(abs(math.prod(sizes)))
         return _Made(sum(map(_size, arguments)))
-
-
-def _is_latin(rest: tuple[Any, ...]) -> bool:
-    return rest in ((), ("latin1",), ("latin-1",))
 
 
 def _size(value: Any) -> int:
@@ -253,24 +214,12 @@ def _size(value: Any) -> int:
     return len(value) if isinstance(value, str | _Made) else 1
 
 
-def _elements(value: Any) -> int:
-    if isinstance(value, tuple):
-        return sum(item for item in value if isinstance(item, _Elements))
-    return value if isinstance(value, _Elements) else 0
-
-
 def _items(value: Any) -> Sequence[Any]:
     return value.items if isinstance(value, _Made) else value if isinstance(value, tuple) else ()
 
 
 def _first(pair: Any) -> Any:
     return next(iter(_items(pair)), None)
-
-
-def _tensor(sizes: Sequence[Any]) -> _Elements:
-    if len(sizes) > MOST_DIMENSIONS or not all(isinstance(n, int) for n in sizes):
-        raise ValueError("a tensor without a shape")
-    return _Elements(abs(math.prod(sizes)))
 
 
 def _check_slow_key(key: Any, level: int = 1) -> None:

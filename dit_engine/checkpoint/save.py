@@ -49,9 +49,8 @@ def save_pretrained(
         label_names: one for each of the model's classes.
         dtype: of all weights in the files; None keeps the modules' own.
 
-    Raises:
-        ValueError: the directory holds something else, or the names do not fit the classes.
-        OSError: it cannot be written.
+    Raises ValueError if the directory holds something else or the names do not fit the classes,
+    OSError if it cannot be written.
     """
     target = Path(directory)
     if label_names is not None and len(label_names) != model.config.num_classes:
@@ -72,11 +71,8 @@ def save_pretrained(
 
 
 def _native_files(directory: Path) -> Mapping[str, None]:
-    """A `Known` for `new_directory`: the files of an earlier native directory.
-
-    Their hashes are not stored anywhere, so each file must instead have the format that belongs to
-    its name. Raises ValueError for another directory, or a file that does not.
-    """
+    """A `Known`: the files of an earlier native directory. Their hashes are not stored anywhere, so
+    each file must instead have the format that belongs to its name."""
     config = directory / "config.json"
     if not config.is_file() or not _is_native(config):
         return nothing_known(directory)
@@ -88,7 +84,6 @@ def _native_files(directory: Path) -> Mapping[str, None]:
 
 
 def _is_native(path: Path) -> bool:
-    """Whether a file with one of the `NATIVE_FILES` names has the format that is written there."""
     if path.suffix == ".safetensors":
         return format_of(path) == SAFETENSORS
     try:

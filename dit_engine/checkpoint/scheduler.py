@@ -29,7 +29,6 @@ _SAMPLERS = {
     "DDPMParallelScheduler": "ddpm",
     "DPMSolverMultistepScheduler": "dpm++",
 }
-_SPACINGS = ("leading", "linspace", "trailing")
 # Schedulers of the same diffusion with solvers that are not here. The second group has other betas
 # where its files name none.
 _OTHERS = (
@@ -44,26 +43,31 @@ _CLIPPING = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMPar
              "HeunDiscreteScheduler")  # fmt: skip
 CLASSES = (*_SAMPLERS, *_OTHERS, *_LATENT_BETAS)
 
-# Key → field of `Diffusion`, where the names differ.
+# Key → field of `Diffusion`.
 _FIELDS = {
+    **{key: key for key in ("beta_start", "beta_end", "beta_schedule", "trained_betas",
+                            "steps_offset")},
     "num_train_timesteps": "num_train_steps",
     "prediction_type": "prediction",
     "rescale_betas_zero_snr": "zero_terminal_snr",
-    "clip_sample_range": "clip",
-}
-_SAME = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "steps_offset")
-
-# Key → the values that dpm++ implements, diffusers' default first.
-_SOLVER_NEEDS: dict[str, tuple[Any, ...]] = {
-    "solver_order": (2,),
-    "algorithm_type": ("dpmsolver++", "deis"),
-    "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # all of them are taken for the first
-    "final_sigmas_type": ("zero",),
-    "lambda_min_clipped": (-math.inf, "-Infinity", "-inf", None),
-    "use_karras_sigmas": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
+}  # fmt: skip
+# Key → the values that every scheduler may have, diffusers' default first; for Euler and dpm++,
+# those that they may have besides.
+_OFF = (False, None)
+_NEEDS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "": {"thresholding": _OFF, "use_flow_sigmas": _OFF},
+    "EulerDiscreteScheduler": {"timestep_type": ("discrete",)},
+    "DPMSolverMultistepScheduler": {
+        "solver_order": (2,),
+        "algorithm_type": ("dpmsolver++", "deis"),
+        "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # all are taken for the first
+        "final_sigmas_type": ("zero",),
+        "lambda_min_clipped": (-math.inf, "-Infinity", "-inf", None),
+        "use_karras_sigmas": _OFF,
+        "use_exponential_sigmas": _OFF,
+        "use_beta_sigmas": _OFF,
+        "use_lu_lambdas": _OFF,
+    },
 }
 _VARIANCES = {
     "fixed_small": "fixed_small",
@@ -79,55 +83,55 @@ _WITHOUT_EFFECT = (
     "sigma_min", "sigma_max", "noise_sampler_seed",  # of other solvers
 )  # fmt: skip
 _KNOWN = {
-    *_FIELDS, *_SAME, *_SOLVER_NEEDS, *_WITHOUT_EFFECT, "clip_sample", "set_alpha_to_one",
-    "thresholding", "timestep_spacing", "timestep_type", "use_flow_sigmas", "variance_type",
+    *_FIELDS, *(key for needs in _NEEDS.values() for key in needs), *_WITHOUT_EFFECT,
+    "clip_sample", "clip_sample_range", "set_alpha_to_one", "timestep_spacing", "variance_type",
 }  # fmt: skip
 
 
 def scheduler_beside(weights: Path) -> Path | None:
-    """The scheduler's file of the pipeline that this transformer's weight file belongs to.
-
-    Warns where the pipeline's index names a scheduler whose file is missing, and where there is a
-    scheduler's file but no index.
-    """
+    """The scheduler's file of the pipeline that this transformer's weight file belongs to. Warns if
+    the pipeline's index names a scheduler whose file is missing, or is itself missing."""
     folder = weights.parent  # not the file's own target: the hub's cache links files to blobs
-    for place in dict.fromkeys((folder.absolute(), folder.resolve())):
+    for place in (folder.absolute(), folder.resolve()):
         path = place.parent / "scheduler" / CONFIG
         index = place.parent / "model_index.json"
         if place.name != "transformer" or not (index.is_file() or path.is_file()):
             continue
-        if not path.is_file():
-            named = read_json(index).get("scheduler")
-            if isinstance(named, list) and any(named):
-                told = f"{index} names a scheduler, {named[-1]!r}, but there is no {path}"
-                warnings.warn(f"{told}: the published diffusion is taken", stacklevel=2)
-            return None
-        if not index.is_file():
-            told = f"{path} is taken for this model's, although there is no {index}"
-            warnings.warn(told, stacklevel=2)
-        return path
+        named = read_json(index).get("scheduler") if index.is_file() else None
+        if path.is_file():
+            if not index.is_file():
+                told = f"{path} is taken for this model's, although there is no {index}"
+                warnings.warn(told, stacklevel=2)
+            return path
+        if isinstance(named, list) and any(named):
+            told = f"{index} names a scheduler, {named[-1]!r}, but there is no {path}"
+            warnings.warn(f"{told}: the published diffusion is taken", stacklevel=2)
+        return None
     return None
 
 
 def read_diffusion(path: Path, config: ModelConfig) -> Diffusion:
     """The diffusion of a ``scheduler_config.json`` for the transformer of ``config``.
 
-    A key that is unknown has no effect here or in diffusers; a warning names it.
-
-    Raises:
-        ValueError: one line that names the file, the key and the value, and what is allowed.
+    A key that is unknown has no effect here or in diffusers; a warning names it. Raises ValueError,
+    one line that names the file, the key and the value, and what is allowed.
     """
     values = read_json(path, lenient=True)  # lambda_min_clipped is -Infinity
     try:
-        return _diffusion(values, config, path)
+        chosen, unknown = _fields(values, config)
+        if unknown:
+            told = one_line(", ".join(unknown))
+            warnings.warn(f"{path}: unknown, without effect: {told}", stacklevel=2)
+        return Diffusion(**chosen)
     except ValueError as error:
         message = str(error)
-        for key, field in _FIELDS.items():
+        for key, field in {**_FIELDS, "clip_sample_range": "clip"}.items():
             message = re.sub(rf"\b{field}\b", key, message)
         raise ValueError(f"{path}: {message}") from None
 
 
-def _diffusion(values: dict[str, Any], config: ModelConfig, path: Path) -> Diffusion:
+def _fields(values: dict[str, Any], config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
+    """The fields of `Diffusion`, and the keys without effect."""
     kind = values.get("_class_name")
     if kind not in CLASSES:
         raise ValueError(
@@ -136,53 +140,37 @@ def _diffusion(values: dict[str, Any], config: ModelConfig, path: Path) -> Diffu
         )
     sampler = _SAMPLERS.get(kind)
     unknown = [key for key in values if key not in _KNOWN and not key.startswith("_")]
-    clips = kind in _CLIPPING and _flag(values, "clip_sample", default=sampler is not None)
+    for key, allowed in (_NEEDS[""] | _NEEDS.get(kind, {})).items():
+        _need(values, key, allowed)
+    chosen: dict[str, Any] = {}
+    if kind in _LATENT_BETAS:
+        chosen = {"beta_start": 0.00085, "beta_end": 0.012}
+    chosen |= {field: values[key] for key, field in _FIELDS.items() if key in values}
     if kind not in _CLIPPING and values.get("clip_sample"):
         unknown.append("clip_sample")
-    if unknown:
-        warnings.warn(
-            f"{path}: unknown, without effect: {one_line(', '.join(unknown))}", stacklevel=2
-        )
-    _need(values, "thresholding", (False, None))
-    _need(values, "use_flow_sigmas", (False, None))
-    if kind == "EulerDiscreteScheduler":
-        _need(values, "timestep_type", ("discrete",))
-    if sampler == "dpm++":
-        for key, allowed in _SOLVER_NEEDS.items():
-            _need(values, key, allowed)
-    chosen: dict[str, Any] = {key: values[key] for key in _SAME if key in values}
-    if kind in _LATENT_BETAS:
-        chosen = {"beta_start": 0.00085, "beta_end": 0.012} | chosen
-    for key, field in _FIELDS.items():
-        if key in values and field != "clip":
-            chosen[field] = values[key]
-    if clips:
+    elif kind in _CLIPPING and _flag(values, "clip_sample", default=sampler is not None):
         chosen["clip"] = values.get("clip_sample_range", 1.0)
         if chosen["clip"] is None:
-            raise ValueError("clip_sample_range None is not a finite number above 0")
+            raise ValueError("clip None is not a finite number above 0")
     chosen["end_at_first"] = not _flag(values, "set_alpha_to_one", default=True)
     if sampler is not None:
         usual = "linspace" if sampler == "dpm++" else "leading"
-        spacing = _need(values, "timestep_spacing", (usual, *_SPACINGS))
-        scheduler = f"{sampler} {spacing}"
+        allowed = (usual, "leading", "linspace", "trailing")
+        scheduler = f"{sampler} {_need(values, 'timestep_spacing', allowed)}"
         chosen["scheduler"] = scheduler if scheduler in OWN_SPACINGS else None
     if sampler == "ddpm":
-        chosen["variance"] = _variance(values, config)
-    return Diffusion(**chosen)
-
-
-def _variance(values: dict[str, Any], config: ModelConfig) -> str:
-    kind = _need(values, "variance_type", tuple(_VARIANCES))
-    if kind == "learned_range" and not config.learn_sigma:
-        raise ValueError("variance_type 'learned_range': the transformer learns no variance")
-    ends_above_0 = values.get("timestep_spacing") == "trailing" or values.get("steps_offset")
-    if kind == "fixed_large" and ends_above_0:
-        raise ValueError(
-            "variance_type 'fixed_large': DDPMScheduler adds noise at its last step unless that is "
-            "step 0, as timestep_spacing 'leading' with steps_offset 0 has it; the ddpm here adds "
-            "none"
-        )
-    return _VARIANCES[kind]
+        variance = _need(values, "variance_type", tuple(_VARIANCES))
+        if variance == "learned_range" and not config.learn_sigma:
+            raise ValueError("variance_type 'learned_range': the transformer learns no variance")
+        ends_above_0 = values.get("timestep_spacing") == "trailing" or values.get("steps_offset")
+        if variance == "fixed_large" and ends_above_0:
+            raise ValueError(
+                "variance_type 'fixed_large': DDPMScheduler adds noise at its last step unless "
+                "that is step 0, as timestep_spacing 'leading' with steps_offset 0 has it; the "
+                "ddpm here adds none"
+            )
+        chosen["variance"] = _VARIANCES[variance]
+    return chosen, unknown
 
 
 def _need(values: dict[str, Any], key: str, allowed: tuple[Any, ...]) -> Any:

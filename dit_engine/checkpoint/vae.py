@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dit_engine.arguments import positive, real_number, shown
@@ -46,10 +45,7 @@ _ORIGINAL_NAMES = (
 
 
 def given_fields(groups: Any, scaling_factor: Any, shift_factor: Any) -> dict[str, Any]:
-    """The fields of the config that a caller gives, without those that are None.
-
-    Raises ValueError for a value that the field cannot have.
-    """
+    """The fields of the config that a caller gives, without those that are None, checked."""
     given: dict[str, Any] = {}
     if groups is not None:
         given["norm_num_groups"] = positive("vae_groups", groups)
@@ -57,10 +53,10 @@ def given_fields(groups: Any, scaling_factor: Any, shift_factor: Any) -> dict[st
         if value is None:
             continue
         given[field] = number = real_number(value)
-        if number is None or not math.isfinite(number):
-            raise ValueError(f"{OPTIONS[field]} {shown(value)} is not a finite number")
-        if field == "scaling_factor" and number <= 0:
-            raise ValueError(f"{OPTIONS[field]} {shown(value)} is not a finite number above 0")
+        above = field == "scaling_factor"
+        if number is None or not math.isfinite(number) or (above and number <= 0):
+            allowed = "a finite number above 0" if above else "a finite number"
+            raise ValueError(f"{OPTIONS[field]} {shown(value)} is not {allowed}")
     return given
 
 
@@ -69,8 +65,7 @@ def read_vae(
 ) -> tuple[VAEConfig, dict[str, Tensor]]:
     """Config and state dict of an AutoencoderKL's file, directory, or pipeline directory.
 
-    given: fields of the config that replace those of the file. Raises ValueError for anything that
-    is not an AutoencoderKL.
+    given: fields of the config that replace those of the file.
     """
     if path.is_dir():
         path = path / "vae" if (path / "vae").is_dir() else path
@@ -86,34 +81,25 @@ def read_vae(
         if values.get("_class_name") == VAE_CLASS:
             config = VAEConfig.from_dict(values | given)
         else:
-            config = infer_vae_config(state, **(_told(content, values) | given))
-        _check_size(config, state)
+            told: dict[str, Any] = {}
+            if (scale := latent_scale(content)) is not None:
+                told["scaling_factor"] = scale.item() if isinstance(scale, Tensor) else scale
+            if "_class_name" not in values:
+                told |= {name: values[name] for name in FIELDS if name in values}
+            config = infer_vae_config(state, **(told | given))
+        # Refuse a config of many more tensors than the file holds, before a module of its size is
+        # built. If only a few are missing, `check_shapes` names them.
+        levels, layers = len(config.block_out_channels), config.layers_per_block
+        needed = 8 * levels * (2 * layers + 1)  # in the residual blocks, as a lower bound
+        if needed > 1000 + 10 * len(state):
+            raise ValueError(
+                f"{levels} block_out_channels with layers_per_block {shown(layers)} need "
+                f"{shown(needed)} tensors; the file holds {len(state)}"
+            )
         check_shapes(state, shapes_of(AutoencoderKL, config))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
     return config, state
-
-
-def _told(content: Mapping[Any, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Fields from a latent-diffusion checkpoint, and from a config that names no class."""
-    told: dict[str, Any] = {}
-    if (scale := latent_scale(content)) is not None:
-        told["scaling_factor"] = scale.item() if isinstance(scale, torch.Tensor) else scale
-    if "_class_name" not in values:
-        told |= {name: values[name] for name in FIELDS if name in values}
-    return told
-
-
-def _check_size(config: VAEConfig, state: dict[str, Tensor]) -> None:
-    """Refuse a config that asks for many more tensors than the file holds, before a module of its
-    size is built. If only a few are missing, `check_shapes` names them."""
-    levels, layers = len(config.block_out_channels), config.layers_per_block
-    needed = 8 * levels * (2 * layers + 1)  # in the residual blocks, as a lower bound
-    if needed > 1000 + 10 * len(state):
-        raise ValueError(
-            f"{levels} block_out_channels with layers_per_block {shown(layers)} need "
-            f"{shown(needed)} tensors; the file holds {len(state)}"
-        )
 
 
 def infer_vae_config(state: Mapping[str, Tensor], **given: Any) -> VAEConfig:
@@ -121,8 +107,6 @@ def infer_vae_config(state: Mapping[str, Tensor], **given: Any) -> VAEConfig:
 
     The number of norm groups and the scaling factor cannot be read from them. Unless they are
     ``given``, they are Stable Diffusion's 32 and 0.18215, and a warning says so.
-
-    Raises ValueError where the tensors are not those of an AutoencoderKL.
     """
 
     def width(key: str, dimension: int) -> int:
@@ -160,36 +144,26 @@ def normalised(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Files from before diffusers 0.12 say query, key, value and proj_attn. Files from the original
     Stable Diffusion may hold these weights as 1×1 convolutions, (C, C, 1, 1), and may have the
-    names of CompVis/latent-diffusion.
+    names of CompVis/latent-diffusion (``diffusionmodules/model.py``). There the decoder's levels
+    are numbered from the finest one, and the file of a training may hold the discriminator of its
+    loss.
     """
-    if any(key.startswith(("encoder.down.", "decoder.up.")) for key in state):
-        state = _from_original_names(state)
+    original = any(key.startswith(("encoder.down.", "decoder.up.")) for key in state)
+    up = re.compile(r"decoder\.up\.(\d{1,4})\.")
+    last = max((int(match[1]) for key in state if (match := up.match(key))), default=0)
     renamed: dict[str, Tensor] = {}
     for key, tensor in state.items():
+        if original:
+            if key.startswith(("loss.", "model_ema.")):
+                continue
+            if match := up.match(key):
+                key = f"decoder.up_blocks.{last - int(match[1])}.{key[match.end() :]}"
+            for pattern, name in _ORIGINAL_NAMES:
+                key = re.sub(pattern, name, key)
         match = re.fullmatch(r"(.+\.attentions\.\d+)\.(\w+)(?:\.0)?\.(weight|bias)", key)
         if match and match[2] != "group_norm":
             module = _OLD_ATTENTION.get(match[2])
             key = f"{match[1]}.{module}.{match[3]}" if module else key
             tensor = tensor[:, :, 0, 0] if tensor.shape[2:] == (1, 1) else tensor
-        renamed[key] = tensor
-    return renamed
-
-
-def _from_original_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' names for latent-diffusion's (``diffusionmodules/model.py``).
-
-    There the decoder's levels are numbered from the finest one, and the file of a training may
-    hold the discriminator of its loss.
-    """
-    levels = [int(m[1]) for key in state if (m := re.match(r"decoder\.up\.(\d{1,4})\.", key))]
-    last = max(levels, default=0)
-    renamed: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        if key.startswith(("loss.", "model_ema.")):
-            continue
-        if match := re.fullmatch(r"decoder\.up\.(\d{1,4})\.(.+)", key):
-            key = f"decoder.up_blocks.{last - int(match[1])}.{match[2]}"
-        for pattern, name in _ORIGINAL_NAMES:
-            key = re.sub(pattern, name, key)
         renamed[key] = tensor
     return renamed

@@ -33,18 +33,22 @@ MOST_TIED, TIED_SLACK_BYTES = 4, 64 * 2**20
 def read_weights(path: Path) -> dict[Any, Any]:
     """What a ``.pt``, ``.bin`` or ``.safetensors`` file or a shard index holds, unchanged.
 
-    Tensors are mapped from the file, unless it is compressed, and take memory when they are first
-    used. Pickles are read with ``weights_only``: beside tensors they may hold plain containers,
-    numbers, strings and the ``argparse.Namespace`` of a training's options.
-
-    Raises:
-        ValueError: the file is damaged, is something else, asks to run code, or holds no dict.
-        OSError: it cannot be opened.
+    Tensors are mapped from the file and take memory when they are first used. Pickles are read with
+    ``weights_only``: beside tensors they may hold plain containers, numbers, strings and the
+    ``argparse.Namespace`` of a training's options. Raises ValueError for any other file.
     """
     if path.name.endswith(".index.json"):
         return _read_shards(path)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        # Imported here, because a model that does not come from a file needs no such package.
+        import safetensors
+        import safetensors.torch
+
+        check_header(path)
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path}: damaged safetensors file ({first_line(error)})") from None
     if path.suffix in SUFFIXES:
         content = read_pickle(path)
         if not isinstance(content, dict):
@@ -58,20 +62,15 @@ def read_weights(path: Path) -> dict[Any, Any]:
 
 
 def check_tensors(state: Mapping[Any, Any], source: object) -> dict[str, Tensor]:
-    """``state`` without gradients.
-
-    Raises ValueError for anything but named, dense, real tensors, and for tensors that claim more
-    memory than is stored, such as expanded ones.
-    """
+    """``state`` without gradients. Raises ValueError for all but named tensors of real numbers, and
+    for tensors that claim more memory than is stored, such as expanded ones."""
     claimed, held = 0, {}
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{source}: {name!r} is a {type(tensor).__name__}, not a named tensor")
-        if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(
-                f"{source}: tensor {name!r} is {tensor.dtype} ({tensor.layout}, "
-                f"{tensor.device.type}); dense {', '.join(map(str, DTYPES))} are known"
-            )
+        if tensor.dtype not in DTYPES:
+            known = ", ".join(map(str, DTYPES))
+            raise ValueError(f"{source}: tensor {name!r} is {tensor.dtype}; {known} are known")
         storage = tensor.untyped_storage()
         has = storage.nbytes()
         if tensor.nbytes > has + TIED_SLACK_BYTES:
@@ -87,18 +86,6 @@ def check_tensors(state: Mapping[Any, Any], source: object) -> dict[str, Tensor]
             "save a copy of each, made with clone()"
         )
     return {name: tensor.detach() for name, tensor in state.items()}
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    # Imported here, because a model that does not come from a file needs no such package.
-    import safetensors
-    import safetensors.torch
-
-    check_header(path)
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: damaged safetensors file ({first_line(error)})") from None
 
 
 def check_header(path: Path) -> None:
@@ -120,7 +107,7 @@ def read_pickle(path: Path) -> Any:
         # A Namespace is attributes and nothing else; the published training script stores one.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols: what matters raises
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except MemoryError:
         raise
     except Exception as error:  # a damaged pickle can make the reader raise almost anything
@@ -133,48 +120,44 @@ def read_pickle(path: Path) -> Any:
         why = re.search(r"Unsupported .*$", str(error), re.MULTILINE)
         reason = why[0] if why else first_line(error)
         raise ValueError(f"{path}: damaged or not a PyTorch file ({reason})") from None
-    return content
 
 
 def _read_shards(index: Path) -> dict[Any, Any]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: holds no weight_map")
-    state: dict[Any, Any] = {}
     for name in weight_map.values():
         if not is_file_name(name) or name.endswith(".index.json"):
             raise ValueError(f"{index}: shard {shown(name)} is not a file name")
+    state: dict[Any, Any] = {}
     for name in sorted(set(weight_map.values())):
         before = len(state)
         state |= read_weights(index.parent / name)
-        if len(state) == before:
+        if len(state) == before:  # thousands of names may be links to one file
             raise ValueError(
                 f"{index}: shard {shown(name)} holds no tensors that other shards lack"
             )
-    absent = [key for key in weight_map if key not in state]
-    if absent:
+    if absent := [key for key in weight_map if key not in state]:
         raise ValueError(f"{index}: the shards lack {some_of(absent)}")
     return state
 
 
 def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
     """Raise ValueError where names or shapes are not those ``expected``, in one line."""
-    faults = []
     missing = [key for key in expected if key not in state]
-    if missing:
-        faults.append(f"{len(missing)} keys missing: {some_of(missing)}")
     extra = [key for key in state if key not in expected]
-    if extra:
-        faults.append(f"{len(extra)} keys too many: {some_of(extra)}")
     wrong = [
         f"{key} is {tuple(state[key].shape)} instead of {tuple(shape)}"
         for key, shape in expected.items()
         if key in state and state[key].shape != shape
     ]
-    if wrong:
-        faults.append(f"{len(wrong)} wrong shapes: {some_of(wrong, quote=False)}")
-    if faults:
-        raise ValueError("; ".join(faults))
+    faults = ("keys missing", missing), ("keys too many", extra), ("wrong shapes", wrong)
+    if told := [
+        f"{len(names)} {fault}: {some_of(names, quote=names is not wrong)}"
+        for fault, names in faults
+        if names
+    ]:
+        raise ValueError("; ".join(told))
 
 
 class _SkipNormal(TorchFunctionMode):
@@ -197,24 +180,11 @@ def without_storage() -> Iterator[None]:
 
 
 def load_into(module: nn.Module, path: Path) -> None:
-    """Load the weights of ``module`` from a file that holds exactly its tensors.
-
-    Raises a one-line ValueError with the path for any other file, and OSError if it cannot be read.
-    """
+    """Load the weights of ``module`` from a file that holds exactly its tensors; a one-line
+    ValueError with the path for any other file."""
     state = check_tensors(read_weights(path), path)
     try:
         check_shapes(state, {name: tensor.shape for name, tensor in module.state_dict().items()})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     module.load_state_dict(state)
-
-
-def check_all_finite(state: Mapping[str, Tensor], source: object) -> None:
-    """Raise ValueError that names the first tensor with a NaN or an infinity."""
-    for name, tensor in state.items():
-        if not bool(torch.isfinite(tensor).all()):
-            nan = int(torch.isnan(tensor).sum())
-            infinite = int(torch.isinf(tensor).sum())
-            raise ValueError(
-                f"{source}: tensor {name!r} holds {nan} NaN and {infinite} infinite values"
-            )

@@ -9,24 +9,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from dit_engine.checkpoint.weights import check_all_finite, check_tensors, read_weights
+from dit_engine.checkpoint.weights import check_tensors, read_weights
 from dit_engine.io.json_files import read_json
 from dit_engine.io.printable import some_of
 
-# Names under which a training checkpoint holds weights; those to sample with come first.
-AVERAGED = (
-    "ema",
-    "model_ema",
-    "ema_model",
-    "ema_state_dict",
-    "state_dict_ema",
-    "model_ema_state_dict",
-    "ema_model_state_dict",
-)
+# Names under which a training checkpoint holds weights, in the order of preference. An average by
+# any name is preferred to what is none.
+WRAPPERS = ("ema", "model", "model_state_dict", "state_dict", "module", "net", "network")
 _AVERAGE_WORDS = {"ema", "averaged", "average", "swa", "polyak"}
-WRAPPERS = (*AVERAGED, "model", "model_state_dict", "state_dict", "module", "net", "network")
 # torch puts these modules around others, at any depth of a model, when it compiles them, cuts them
 # into shards, or computes them again in the backward pass.
 _AROUND = re.compile(
@@ -36,13 +29,14 @@ _AROUND = re.compile(
 MODEL_MARKS = ("x_embedder.proj.weight", "transformer_blocks.0.norm1.linear.weight")
 VAE_MARKS = ("encoder.conv_in.weight", "decoder.conv_in.weight")
 
+_DEEPEST = 4  # levels of dicts in dicts; a pickle may hold the same dict under a thousand names
 _MOST_COPIES = 100  # of a model in one file, because each tensor is compared with each copy's name
 SCALE = "scale_factor"  # of the latents, in latent-diffusion's checkpoints
 
 
-def is_averaged(name: str) -> bool:
+def is_averaged(name: object) -> bool:
     """Whether a dict, or a part of a model, of this name is an average of the weights."""
-    return not _AVERAGE_WORDS.isdisjoint(re.split(r"[^a-z]+", name.lower()))
+    return not _AVERAGE_WORDS.isdisjoint(re.split(r"[^a-z]+", str(name).lower()))
 
 
 def read_state(
@@ -50,12 +44,16 @@ def read_state(
 ) -> tuple[dict[Any, Any], dict[str, Tensor], dict[str, Any]]:
     """(everything that a weight file holds, the state dict in it, the config.json beside it or {}).
 
-    Raises ValueError as `read_weights`, `unwrapped` and `check_tensors` do.
+    check_finite: a NaN or an infinity in a tensor raises ValueError.
     """
     content = read_weights(path)
     state = check_tensors(unwrapped(content, marks, path), path)
-    if check_finite:
-        check_all_finite(state, path)
+    for name, tensor in state.items() if check_finite else ():
+        if not bool(torch.isfinite(tensor).all()):
+            nan, infinite = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+            raise ValueError(
+                f"{path}: tensor {name!r} holds {nan} NaN and {infinite} infinite values"
+            )
     beside = path.parent / "config.json"
     return content, state, read_json(beside, lenient=True) if beside.is_file() else {}
 
@@ -63,110 +61,84 @@ def read_state(
 def unwrapped(content: Mapping[Any, Any], marks: tuple[str, ...], path: Path) -> dict[Any, Any]:
     """The state dict in what a file holds, under its own names.
 
-    Dicts with names in `WRAPPERS`, and averages by any name, are opened, also inside one another.
-    Then the prefix before ``marks`` is dropped if all names have it; an autoencoder is also taken
-    out of a larger model. If there are an averaged and a plain copy, the averaged one is used.
-    Single numbers beside the weights, such as ``n_averaged``, and averages without weights are left
-    out with a warning.
-
-    Raises:
-        ValueError: there are several copies of a model, and not exactly one is an average.
+    It is looked for in the dicts of `levels`, behind any prefix of its names. Of several copies,
+    the averaged one is used. Single numbers beside the weights, such as ``n_averaged``, and
+    averages without weights are left out with a warning, and all that is beside an autoencoder.
+    Raises ValueError if there are several copies and not exactly one is preferred.
     """
-    found = _opened(content, marks, path)
-    state = {
-        _AROUND.sub("", name) if isinstance(name, str) else name: value
-        for name, value in found.items()
-    }
-    if len(state) < len(found):
-        raise ValueError(f"{path}: holds the same weights twice, once of a compiled model")
-    prefixes = _prefixes(state, marks)
-    if not prefixes:
-        return state  # the names tell what is wrong
-    prefix = _chosen(prefixes, path)
-
-    def owner(name: Any) -> str | None:
-        return max((p for p in prefixes if str(name).startswith(p)), key=len, default=None)
-
-    state = {name: value for name, value in state.items() if owner(name) in (prefix, None)}
-    ours = {name for name in state if owner(name) == prefix}
-    modules = {_module(name, prefix) for name in ours if not _is_single(name, state[name])} - {""}
-    counters = [
-        name
-        for name, value in state.items()
-        if _is_single(name, value) and not (name in ours and _module(name, prefix) in modules)
-    ]
-    state = {name: value for name, value in state.items() if name not in counters}
-    if marks is VAE_MARKS:
-        counters = [name for name in counters if not _is_scale(name)]
-    if counters:
+    copies: list[tuple[tuple[Any, ...], str, str, dict[Any, Any]]] = []
+    for names, level in levels(content):
+        state = {_AROUND.sub("", n) if isinstance(n, str) else n: v for n, v in level.items()}
+        for prefix in _prefixes(state, marks):
+            order = [WRAPPERS.index(n) if n in WRAPPERS else len(WRAPPERS) for n in names]
+            plain = not is_averaged(prefix)
+            rank = plain and not any(map(is_averaged, names)), order, plain
+            copies.append((rank, ".".join((*names, prefix)), prefix, state))
+            if len(state) < len(level):
+                raise ValueError(f"{path}: holds the same weights twice, once of a compiled model")
+    if not copies:  # the names of the first tensors tell what is wrong
+        tensors = (d for _, d in levels(content) if any(isinstance(v, Tensor) for v in d.values()))
+        return dict(next(tensors, content))
+    best = min(rank for rank, *_ in copies)
+    chosen = [copy for copy in copies if copy[0] == best]
+    if len(chosen) > 1 or len(copies) > _MOST_COPIES:
+        places = sorted(place for _, place, *_ in copies)
+        raise ValueError(f"{path}: holds several models, under {some_of(places)}; one is needed")
+    (rank, place, prefix, state) = chosen[0]
+    if rank[0] and (empty := [*_empty_averages(content)]):
+        warnings.warn(
+            f"{path}: {some_of(empty)} holds no weights; taking those of {place.rstrip('.')!r}, "
+            "which are not averaged",
+            stacklevel=4,
+        )
+    prefixes = [each for _, _, each, of in copies if of is state]
+    found: dict[Any, Any] = {}
+    counters: list[str] = []
+    for name, value in state.items():
+        owner = max((p for p in prefixes if str(name).startswith(p)), key=len, default=None)
+        if owner not in (prefix, None) or (marks is VAE_MARKS and owner is None):
+            continue
+        ours = name.removeprefix(prefix) if owner == prefix and isinstance(name, str) else name
+        if _is_single(name, value) and (owner is None or "." not in ours):
+            counters.append(name)
+        else:
+            found[ours] = value
+    if counters and marks is not VAE_MARKS:
         warnings.warn(f"{path}: left out beside the weights: {some_of(counters)}", stacklevel=4)
-    if marks is not VAE_MARKS and not ours.issuperset(state):
-        return state
-    return {name.removeprefix(prefix): value for name, value in state.items() if name in ours}
+    return found
 
 
 def latent_scale(content: Mapping[Any, Any]) -> Any:
     """What a latent-diffusion checkpoint multiplies latents by; None if it does not say."""
-    for level in levels(content):
+    for _, level in levels(content):
         for name, value in level.items():
-            if isinstance(name, str) and _is_scale(name) and _is_single(name, value):
+            if str(name).rpartition(".")[2] == SCALE and _is_single(name, value):
                 return value
     return None
 
 
-def levels(content: Mapping[Any, Any]) -> Iterator[Mapping[Any, Any]]:
-    """Every dict in a file that may hold the weights or the options beside them."""
+def levels(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+    """Every dict in a file that may hold the weights or the options beside them, and the names
+    under which it is found; each dict once, by the name of an average if it has one."""
     seen: set[int] = set()
-    waiting = deque([content])
+    waiting: deque[tuple[tuple[str, ...], Mapping[Any, Any]]] = deque([((), content)])
     while waiting:
-        level = waiting.popleft()
+        names, level = waiting.popleft()
         if id(level) in seen:  # a pickle may hold itself
             continue
         seen.add(id(level))
-        yield level
-        waiting += [
-            value
-            for name, value in level.items()
-            if isinstance(value, Mapping) and (name in WRAPPERS or is_averaged(str(name)))
-        ]
+        yield names, level
+        inner = [name for name in level if name in WRAPPERS or is_averaged(name)]
+        for name in sorted(inner, key=is_averaged, reverse=True):
+            if isinstance(level[name], Mapping) and len(names) < _DEEPEST:
+                waiting.append(((*names, str(name)), level[name]))
 
 
-def _opened(
-    content: Mapping[Any, Any],
-    marks: tuple[str, ...],
-    path: Path,
-    depth: int = 0,
-    seen: set[tuple[int, int]] | None = None,
-) -> Mapping[Any, Any]:
-    """The first dict with tensors that is found under the names of `WRAPPERS`; else ``content``.
-
-    An average with a name of its own is preferred to what is no average, if it is of this model.
-    seen: dicts that were searched before, with their depth. A pickle may hold the same dict under
-    a thousand names.
-    """
-    seen = set() if seen is None else seen
-    averages = [name for name in content if is_averaged(str(name)) and name not in WRAPPERS]
-    empty = []
-    for name in (*AVERAGED, *averages, *WRAPPERS[len(AVERAGED) :]):
-        inner = content.get(name)
-        place = id(inner), depth
-        if isinstance(inner, Mapping) and depth < 4 and place not in seen:  # a dict may hold itself
-            seen.add(place)
-            found = _opened(inner, marks, path, depth + 1, seen)
-            if any(isinstance(value, Tensor) for value in found.values()) and (
-                name in WRAPPERS or _prefixes(found, marks)
-            ):
-                if empty:
-                    warnings.warn(
-                        f"{path}: {some_of(empty)} holds no weights; taking those of {name!r}, "
-                        "which are not averaged",
-                        stacklevel=5,
-                    )
-                return found
-        listed = isinstance(inner, (Mapping, list, tuple)) and name in averages
-        if (name in content and name in AVERAGED) or listed:
-            empty.append(name)
-    return content
+def _empty_averages(content: Mapping[Any, Any]) -> Iterator[str]:
+    for _, level in levels(content):
+        for name, value in level.items():
+            if name == "ema" or (is_averaged(name) and isinstance(value, (Mapping, list, tuple))):
+                yield name
 
 
 def _prefixes(state: Mapping[Any, Any], marks: tuple[str, ...]) -> set[str]:
@@ -177,25 +149,6 @@ def _prefixes(state: Mapping[Any, Any], marks: tuple[str, ...]) -> set[str]:
         for mark in marks
         if isinstance(name, str) and (name == mark or name.endswith(f".{mark}"))
     }
-
-
-def _chosen(prefixes: set[str], path: Path) -> str:
-    """The prefix of the averaged copy, or the only prefix."""
-    averaged = {prefix for prefix in prefixes if any(map(is_averaged, prefix.split(".")))}
-    if len(prefixes) > _MOST_COPIES or (len(prefixes) > 1 and len(averaged) != 1):
-        raise ValueError(
-            f"{path}: holds several models, under {some_of(sorted(prefixes))}; one is needed"
-        )
-    return next(iter(averaged or prefixes))
-
-
-def _module(name: str, prefix: str) -> str:
-    """The first part of a name in the model; "" if it is not in one of its modules."""
-    return name.removeprefix(prefix).rpartition(".")[0].partition(".")[0]
-
-
-def _is_scale(name: str) -> bool:
-    return name.rpartition(".")[2] == SCALE
 
 
 def _is_single(name: Any, value: Any) -> bool:

@@ -10,20 +10,17 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dit_engine.io.files import regular_size
 from dit_engine.io.printable import first_line, one_line
-
-T = TypeVar("T")
 
 _KINDS = "biufcU"  # of dtypes: numbers and text, which hold no pointers to other objects
 _DIMENSIONS = 8
@@ -33,10 +30,7 @@ _PACKED, _INFLATED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED), 1040
 
 @dataclass(frozen=True)
 class StoredArray:
-    """An array in an open file, whose data has not been read yet.
-
-    source: names the array in messages.
-    """
+    """An array in an open file, whose data has not been read yet. ``source`` is for messages."""
 
     file: IO[bytes]
     source: str
@@ -49,27 +43,24 @@ class StoredArray:
 
     def read(self) -> NDArray[Any]:
         """The whole array, read-only."""
-        order = "F" if self.fortran else "C"
-        return self._next(math.prod(self.shape)).reshape(self.shape, order=order)
+        return self._next(self.shape, "F" if self.fortran else "C")
 
     def rows(self, count: int) -> NDArray[Any]:
         """The next ``count`` entries of the first dimension, read-only. Not for Fortran order."""
-        part = (count, *self.shape[1:])
-        return self._next(math.prod(part)).reshape(part)
+        return self._next((count, *self.shape[1:]), "C")
 
-    def _next(self, count: int) -> NDArray[Any]:
-        size = count * self.dtype.itemsize
+    def _next(self, shape: tuple[int, ...], order: Any) -> NDArray[Any]:
+        size = math.prod(shape) * self.dtype.itemsize
         data = self.file.read(size)
         if len(data) != size:
             raise ValueError(f"{self.source} ends early; the file is damaged")
-        return np.frombuffer(data, self.dtype, count)
+        return np.frombuffer(data, self.dtype, math.prod(shape)).reshape(shape, order=order)
 
 
 def array_in(file: IO[bytes], size: int, source: str) -> StoredArray:
     """The array in ``file``, which has ``size`` bytes in all and is read up to the array's data.
 
-    Raises ValueError if it is not an array, if it holds anything but numbers or text, and if it
-    claims more data than the file has.
+    Raises ValueError if it is not an array of numbers or text, or claims more than the file has.
     """
     try:
         version = np.lib.format.read_magic(file)
@@ -86,9 +77,7 @@ def array_in(file: IO[bytes], size: int, source: str) -> StoredArray:
         raise ValueError(f"{source} holds {one_line(dtype)[:160]}; numbers are needed")
     if len(shape) > _DIMENSIONS:
         raise ValueError(f"{source} has {len(shape)} dimensions; {_DIMENSIONS} are allowed")
-    if any(type(n) is not int for n in shape):  # NumPy lets True pass
-        raise ValueError(f"{stored}; whole numbers are needed in its shape")
-    if any(not 0 <= n <= size for n in shape):
+    if any(type(n) is not int or not 0 <= n <= size for n in shape):  # NumPy lets True pass
         raise ValueError(f"{stored}, which a file of {size} bytes cannot hold")
     if math.prod(shape) * dtype.itemsize > size - file.tell():
         raise ValueError(f"{stored} and ends early, after {size} bytes")
@@ -96,17 +85,14 @@ def array_in(file: IO[bytes], size: int, source: str) -> StoredArray:
 
 
 def map_npy(path: Path) -> NDArray[Any]:
-    """The array in a .npy file, mapped into memory, read-only.
-
-    Raises ValueError as `array_in` does, OSError if the file cannot be read.
-    """
+    """The array in a .npy file, mapped into memory, read-only. Raises ValueError as `array_in`."""
     size = regular_size(path)
     with path.open("rb") as file:
         stored = array_in(file, size, str(path))
         offset = file.tell()
-    order = "F" if stored.fortran else "C"
     if 0 in stored.shape:  # an empty array cannot be mapped
         return np.empty(stored.shape, stored.dtype)
+    order = "F" if stored.fortran else "C"
     return np.memmap(path, stored.dtype, "r", offset, stored.shape, order)
 
 
@@ -115,18 +101,19 @@ def open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open an .npz as a zip archive. ValueError if it is damaged, also where the block finds it."""
     regular_size(path)
     try:
-        with _opened(path, partial(zipfile.ZipFile, path)) as archive:
+        with zipfile.ZipFile(path) as archive:
             yield archive
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise _damaged(path, error) from None
+    except Exception as error:  # false entries of its directory can raise almost anything
+        ours = isinstance(error, MemoryError) or str(error).startswith(str(path))
+        if ours or (isinstance(error, OSError) and error.filename):  # raised by the system
+            raise
+        raise ValueError(f"{path} is damaged or not an .npz ({first_line(error)})") from None
 
 
 @contextmanager
 def open_member(path: Path, name: str) -> Iterator[StoredArray]:
-    """The array ``name`` of an .npz, of which only the header has been read.
-
-    Raises ValueError as `array_in` does, and if the archive is damaged or its sizes are wrong.
-    """
+    """The array ``name`` of an .npz, of which only the header has been read. Raises ValueError as
+    `array_in`, and if the archive is damaged or its sizes are wrong."""
     source = f"{path}: {name}"
     with open_npz(path) as archive:
         found = [member for member in archive.infolist() if member.filename == f"{name}.npy"]
@@ -139,22 +126,5 @@ def open_member(path: Path, name: str) -> Iterator[StoredArray]:
             )
         if member.file_size > _INFLATED * regular_size(path):
             raise ValueError(f"{source} has {member.file_size} bytes, more than its file can hold")
-        with _opened(path, partial(archive.open, member)) as file:
+        with archive.open(member) as file:
             yield array_in(file, member.file_size, source)
-
-
-def _opened(path: Path, function: Callable[[], T]) -> T:
-    """What ``function`` returns. Its exceptions become ValueErrors: a false entry in the directory
-    of an archive can raise almost anything."""
-    try:
-        return function()
-    except MemoryError:
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.filename:  # raised by the system
-            raise
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is damaged or not an .npz ({first_line(error)})")

@@ -34,10 +34,7 @@ def cache_directory() -> Path:
 
 
 def private_cache(*names: str) -> Path:
-    """The directory names[0]/names[1]/… in `cache_directory`, made if it is missing.
-
-    Raises as `private_directory` does, for each of these directories.
-    """
+    """The directory names[0]/names[1]/… in `cache_directory`; each is a `private_directory`."""
     path = cache_directory()
     try:
         path = private_directory(path)
@@ -52,14 +49,10 @@ def private_cache(*names: str) -> Path:
 
 
 def private_directory(path: Path) -> Path:
-    """``path`` as an absolute path, checked that only this user may write there.
+    """``path`` as an absolute path; missing directories are made, with mode 0700.
 
-    Missing directories are made, with mode 0700. Another user's directory is refused for root too:
-    root would run what the owner puts there.
-
-    Raises:
-        ValueError: one line: ``path`` is not a directory, or the reason from `why_not_private`.
-        OSError: it cannot be made.
+    Raises ValueError, one line, if it is not a directory or others may write there (for root too:
+    root would run what the owner puts there), OSError if it cannot be made.
     """
     path = path.expanduser().absolute()
     missing = list(takewhile(lambda place: not os.path.lexists(place), (path, *path.parents)))
@@ -75,30 +68,28 @@ def private_directory(path: Path) -> Path:
 
 
 def why_not_private(path: Path) -> str | None:
-    """Why another user, except root, could have made or changed ``path``, and what to do about it.
-
-    None if no other user could, and on systems without such owners and modes (Windows). Whoever
-    owns a directory above ``path`` could still replace it between this check and its use.
-    """
+    """Why another user, except root, could have made or changed ``path``, and what to do about it;
+    None if no other user could, and on systems without such owners and modes (Windows)."""
     if not hasattr(os, "geteuid"):
         return None
     user = os.geteuid()
     for place in _way(path.absolute()):
         facts = place.lstat()
+        mode = stat.S_IMODE(facts.st_mode)
         if stat.S_ISLNK(facts.st_mode):
             if facts.st_uid not in (user, 0):
                 return f"user {facts.st_uid} made the link {place}; {_ELSEWHERE}"
-        elif facts.st_mode & stat.S_IWOTH and not facts.st_mode & stat.S_ISVTX:
+        elif mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
             # With the sticky bit, as in /tmp, only the owner of a file may rename it.
-            reason = f"anyone may write in {place} (mode {stat.S_IMODE(facts.st_mode):o})"
-            if user not in (0, facts.st_uid):  # chmod is for its owner
-                return f"{reason}; {_ELSEWHERE}"
-            return f"{reason}; run chmod o-w {quote(str(place))}, or {_ELSEWHERE}"
+            return (
+                f"anyone may write in {place} (mode {mode:o}); run chmod o-w {quote(str(place))}, "
+                f"or {_ELSEWHERE}"
+            )
     facts = path.stat()
     if facts.st_uid != user:
         return f"it belongs to user {facts.st_uid}, and you are user {user}; {_ELSEWHERE}"
-    if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        reason = f"others may write in it (mode {stat.S_IMODE(facts.st_mode):o})"
+    if (mode := stat.S_IMODE(facts.st_mode)) & (stat.S_IWGRP | stat.S_IWOTH):
+        reason = f"others may write in it (mode {mode:o})"
         return f"{reason}; run chmod go-w {quote(str(path))}, or {_ELSEWHERE}"
     return None
 

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-NAME_SHOWN = 48  # characters of 4 bytes at most; a whole file name may have 255 bytes
-_PART_BYTES = 1 << 20
+_NAME_SHOWN = 48  # characters of 4 bytes at most; a whole file name may have 255 bytes
 _NO_LINKS: int = getattr(os, "O_NOFOLLOW", 0)  # Windows has none of these
 _DIRECTORY: int = getattr(os, "O_DIRECTORY", 0)
 _NO_WAITING: int = getattr(os, "O_NONBLOCK", 0)  # opening a pipe would wait for its other end
@@ -28,12 +27,10 @@ _NO_WAITING: int = getattr(os, "O_NONBLOCK", 0)  # opening a pipe would wait for
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path; the file written there is renamed to ``path`` when the block ends.
 
-    If the block raises, the temporary file is removed and ``path`` stays as it was. If ``path`` is
-    a link, the link is replaced and its target stays as it is. The temporary file is in a
-    `hidden_directory`, so it is safe to open it by name more than once.
+    If the block raises, ``path`` stays as it was. A link is replaced, and its target stays as it
+    is. The temporary file is in a `hidden_directory`, so it may be opened by name more than once.
 
-    Raises OSError if the file cannot be written, or if ``path`` is a device or a pipe, which the
-    file would replace.
+    Raises OSError if the file cannot be written, or if ``path`` is a device or a pipe.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(errno.EINVAL, "Is a device or a pipe, which no file may replace", str(path))
@@ -69,13 +66,11 @@ def hidden_directory(target: Path) -> Iterator[tuple[Path, Path]]:
     """An empty private directory beside ``target``, removed when the block ends.
 
     Its name, ``.NAME.TOKEN.partial``, cannot be guessed, so nobody can put a link there beforehand,
-    and nobody else may write into it (mode 0700). A killed process leaves its directory behind;
-    that can be removed.
+    and nobody else may write into it (mode 0700). A killed process leaves it behind.
 
-    Yields two paths: the directory's name, and a path that stays valid if it is renamed, but only
-    in this process.
+    Yields two paths: its name, and one that stays valid if it is renamed, but only in this process.
     """
-    name = f".{target.name[:NAME_SHOWN]}.{secrets.token_hex(8)}.partial"
+    name = f".{target.name[:_NAME_SHOWN]}.{secrets.token_hex(8)}.partial"
     folder = target.absolute().with_name(name)
     try:
         # On Windows, files made inside would inherit mode 0700 and keep it in their final place.
@@ -98,12 +93,9 @@ def hidden_directory(target: Path) -> Iterator[tuple[Path, Path]]:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[Path]:
-    """A path to the new directory ``folder`` that stays valid if ``folder`` is renamed.
-
-    In a directory that others may write in and that has no sticky bit, they may rename ``folder``
-    and put a directory with links in its place. On Linux, /proc has a path for every open
-    directory, which leads to that directory and to no other; elsewhere this is ``folder`` itself.
-    """
+    """A path to the new directory ``folder`` that stays valid if others rename ``folder`` and put a
+    directory with links in its place. On Linux, /proc has such a path for every open directory;
+    elsewhere this is ``folder`` itself."""
     if not os.access("/proc/self/fd", os.X_OK):
         yield folder
         return
@@ -138,11 +130,8 @@ def no_links(path: str, flags: int) -> int:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a directory or a file; other processes and threads wait for it.
-
-    A file is made if it is missing, and must not be a link (OSError). Where the system has no
-    flock, as on Windows, nothing is locked.
-    """
+    """Hold an exclusive lock on a directory or a file, which is made if it is missing and must not
+    be a link (OSError). Where the system has no flock, as on Windows, nothing is locked."""
     try:
         import fcntl
     except ImportError:
@@ -162,14 +151,12 @@ def locked(path: Path) -> Iterator[None]:
 def check_regular(path: Path) -> None:
     """Raise a one-line ValueError unless ``path`` is a regular file. Links are refused because in
     files from others they could point to any file of this user."""
-    try:
-        mode = path.lstat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path}: is missing") from None
-    if stat.S_ISLNK(mode):
+    if path.is_symlink():
         raise ValueError(f"{path}: is a link, and only regular files are accepted; cp -RL copies "
                          "what links point to")  # fmt: skip
-    if not stat.S_ISREG(mode):
+    if not path.exists():
+        raise ValueError(f"{path}: is missing")
+    if not path.is_file():
         raise ValueError(f"{path}: is not a regular file")
 
 
@@ -177,7 +164,7 @@ def file_hash(path: Path) -> str:
     """The file's SHA-256, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while part := file.read(_PART_BYTES):
+        while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
 
@@ -192,8 +179,9 @@ def save_tensors(
     with atomic_path(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode
-        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(whole, partial, metadata)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata
+        )
         partial.chmod(mode)
 
 
@@ -202,10 +190,8 @@ class NotRegular(ValueError):
 
 
 def regular_size(path: Path) -> int:
-    """The size in bytes of a file; links are followed.
-
-    Raises `NotRegular` unless it is a regular file, OSError if it does not exist.
-    """
+    """The size in bytes of a file; links are followed. Raises `NotRegular` unless it is a regular
+    file, OSError if it does not exist."""
     facts = path.stat()
     if not stat.S_ISREG(facts.st_mode):
         raise NotRegular(f"{path} is not a regular file")

@@ -6,14 +6,13 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dit_engine.io.files import NotRegular, regular_size
+from dit_engine.io.formats import check_format, format_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,10 +30,8 @@ _STRIP = 2**22  # pixels whose colours are converted at once
 
 BACKGROUND = "white"  # behind what is transparent
 
-_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 _ORIENTATION = 0x0112  # the EXIF tag
-_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
-_TILE_WIDTH, _TILE_HEIGHT = 322, 323
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _TILE_WIDTH, _TILE_HEIGHT = 258, 262, 339, 322, 323  # of TIFF
 
 
 class Unreadable(ValueError):
@@ -48,8 +45,7 @@ def open_image(path: Path, content: bytes | None = None) -> Iterator[Image]:
     All pictures are opened here. Everything that Pillow raises, here or in the block, becomes a
     one-line ValueError that names the file. Pillow's warnings name no file, and are dropped.
 
-    Args:
-        content: of the file, if it is in memory; ``path`` then only names it in errors.
+    content: of the file, if it is in memory; ``path`` then only names it in errors.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -69,39 +65,47 @@ def open_image(path: Path, content: bytes | None = None) -> Iterator[Image]:
     except NotRegular:
         raise
     except Exception as error:  # damage can raise almost anything
-        if isinstance(error, UnidentifiedImageError) and content is None:
-            _check_kind(path)
+        unknown = isinstance(error, UnidentifiedImageError) and content is None
+        if unknown and not (format_of(path) or "").endswith(" image"):
+            check_format(path, "an image")  # says what it is, where that is recognised
         damaged = opened and not isinstance(error, Unreadable)
         what = "is damaged" if damaged else "is not a readable image"
-        raise ValueError(f"{path} {what} ({_reason(error)})") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        reason = " ".join(reason.split(" '")[0].split())  # without Pillow's "… file 'path'"
+        raise ValueError(f"{path} {what} ({reason or type(error).__name__})") from None
 
 
 def check_pixels(width: int, height: int, size: int) -> None:
     """Raise `Unreadable` if a picture, or a tile of it, has more pixels than are allowed in a file
     of ``size`` bytes. (A tile of a TIFF is decoded as a whole, and may be larger than the picture.)
     """
-    bound = max(FREE_PIXELS, _PIXELS_PER_BYTE * size)
-    if width * height > min(bound, MAX_PIXELS):
-        told = f"{MAX_PIXELS} in all are allowed"
-        if bound < MAX_PIXELS:
-            told = f"{bound} in all are allowed in a file of {size} bytes"
-        raise Unreadable(f"{width}×{height} pixels; {told}")
+    bound = min(max(FREE_PIXELS, _PIXELS_PER_BYTE * size), MAX_PIXELS)
+    if width * height > bound:
+        raise Unreadable(
+            f"{width}×{height} pixels; {bound} in all are allowed in a file of {size} bytes"
+        )
 
 
 def read_rgb(path: Path) -> Image:
     """A picture as a viewer shows it, in mode RGB.
 
-    It is turned by its EXIF orientation, 12 and 16 bits are scaled to 8, and what is transparent
+    It is turned by its EXIF orientation, grey of 16 bits is scaled to 8, and what is transparent
     lies on `BACKGROUND`. Colour profiles are not applied.
 
-    Raises ValueError for what `open_image` refuses, for pixels without a known range (signed or
-    32-bit integers, floating point), and for a transparent colour of 16 bits, of which Pillow keeps
-    8.
+    Raises ValueError for what `open_image` or `_conversion` refuses, and for transparent values of
+    16 bits, of which Pillow keeps 8.
     """
+    from PIL.Image import Transpose
+
+    turns = (
+        None, None, Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM,
+        Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90,
+    )  # fmt: skip
     with open_image(path) as image:
         _scale_transparent(image)
         image.load()  # which also turns the pixels of a TIFF
-        return _upright(_on_background(image), _orientation(image))
+        rgb, turn = _on_background(image), turns[_orientation(image)]
+        return rgb if turn is None else rgb.transpose(turn)
 
 
 def has_orientation(image: Image) -> bool:
@@ -109,19 +113,10 @@ def has_orientation(image: Image) -> bool:
     return "exif" in image.info and _orientation(image) != 1
 
 
-def _check_kind(path: Path) -> None:
-    """Raise a ValueError that says what a file is, if it is known to be no picture at all."""
-    from dit_engine.io.formats import check_format, format_of
-
-    if not (format_of(path) or "").endswith(" image"):
-        check_format(path, "an image")
-
-
 def _on_background(image: Image) -> Image:
-    """A picture in RGB, on `BACKGROUND` where it is transparent. It is converted in strips, because
-    intermediate copies of a large picture would take many times its memory."""
     from PIL import Image
 
+    # In strips, because intermediate copies of a large picture would take many times its memory.
     convert = _conversion(image)
     width, height = image.size
     rows = max(_STRIP // width, 1)
@@ -135,23 +130,16 @@ def _on_background(image: Image) -> Image:
 
 
 def _conversion(image: Image) -> Callable[[Image], Image]:
-    """The function that converts this picture, or a strip of it, to RGB."""
-    from PIL import ImageCms
-
-    if image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        most = 4095 if _tag(image, _BITS, 16) == (12,) else 65535
-        white_is_0 = image.format == "TIFF" and _tag(image, _PHOTOMETRIC, 0) == (0,)
-        return partial(_eight_bits, most=most, white_is_0=white_is_0)
-    if image.mode in ("I", "F") or 2 in _tag(image, _SAMPLE_FORMAT, 1):
+    sixteen = image.mode.startswith("I;16")
+    if sixteen or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        usual = _tag(image, _BITS, 16) == (16,) and _tag(image, _PHOTOMETRIC, 1) == (1,)
+        if usual or image.format != "TIFF":
+            return _eight_bits
+    if sixteen or image.mode in ("I", "F", "LAB") or 2 in _tag(image, _SAMPLE_FORMAT, 1):
         raise Unreadable(
-            f"mode {image.mode}: signed, 32-bit and floating-point pixels have no known range; "
-            "save 8 or 16 bits"
+            f"mode {image.mode}: LAB, grey of 12 bits or with white at 0, and signed, 32-bit and "
+            "floating-point pixels are not supported; save 8 or 16 bits"
         )
-    if image.mode == "LAB":
-        to_rgb = ImageCms.buildTransform(
-            ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"
-        )
-        return to_rgb.apply
     return _flattened if image.has_transparency_data else lambda part: part.convert("RGB")
 
 
@@ -165,7 +153,6 @@ def _flattened(image: Image) -> Image:
 
 
 def _tag(image: Image, tag: int, default: int) -> tuple[int, ...]:
-    """The numbers of a TIFF's tag; the default if there is no such tag."""
     value = getattr(image, "tag_v2", {}).get(tag, default)
     return value if isinstance(value, tuple) else (value,)
 
@@ -175,32 +162,21 @@ def _scale_transparent(image: Image) -> None:
 
     To be called before the pixels are read: what they are in the file is not known afterwards.
     """
-    clear = image.info.get("transparency")
-    if image.format != "PNG" or clear is None:
+    clear, tiles = image.info.get("transparency"), getattr(image, "tile", None)
+    if image.format != "PNG" or clear is None or not tiles:
         return
-    tiles = getattr(image, "tile", None)
-    stored = tiles[0].args if tiles else None
-    if stored == "RGB;16B":
-        raise Unreadable("a transparent colour of 16 bits is not supported; save an alpha channel")
+    stored: Any = tiles[0].args
+    if stored in ("RGB;16B", "I;16B"):
+        raise Unreadable("a transparent value of 16 bits is not supported; save an alpha channel")
     if stored in ("L;2", "L;4"):
         image.info["transparency"] = clear * (85 if stored == "L;2" else 17)
 
 
-def _eight_bits(image: Image, most: int, white_is_0: bool) -> Image:
-    """Grey of 12 or 16 bits, rounded to 8; a value that means "transparent" becomes the background.
-
-    Pillow gives it as it stands in the file, 12 bits up to 4095 and also where white is 0.
-    """
+def _eight_bits(image: Image) -> Image:
     from PIL import Image
 
-    values: NDArray[Any] = np.asarray(image).astype(np.uint32)
-    grey = ((values * 255 + most // 2) // most).astype(np.uint8)
-    if white_is_0:
-        grey = 255 - grey
-    rgb = Image.fromarray(grey).convert("RGB")
-    if (clear := image.info.get("transparency")) is not None:
-        rgb.paste(BACKGROUND, mask=Image.fromarray(values == clear))
-    return rgb
+    values = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
 
 
 def _orientation(image: Image) -> int:
@@ -210,20 +186,3 @@ def _orientation(image: Image) -> int:
     except Exception:  # damaged EXIF data; the pixels may still be good
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def _upright(image: Image, orientation: int) -> Image:
-    from PIL.Image import Transpose
-
-    turns = {
-        2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }  # fmt: skip
-    return image.transpose(turns[orientation]) if orientation in turns else image
-
-
-def _reason(error: Exception) -> str:
-    """Pillow's message without the path, as in "cannot identify image file 'path'"."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split(" '")[0].split()) or type(error).__name__

@@ -29,12 +29,8 @@ from typing import Any
 from dit_engine.arguments import shown
 from dit_engine.io.formats import JSON, check_format
 
-DEPTH = 64
-"""Most levels of lists and objects; our own files and those of model hubs have less than ten."""
-
-LIMIT_BYTES = 16 * 2**20
-"""Most bytes of a text; parsed, ``[{},{},…`` takes twenty times its size in memory."""
-
+DEPTH = 64  # most levels of lists and objects; our files and those of hubs have less than ten
+LIMIT_BYTES = 16 * 2**20  # of a text; parsed, "[{},{},…" takes twenty times its size in memory
 DIGITS = 1000  # of one number
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -46,12 +42,9 @@ def parse_json(text: str | bytes, source: object, lenient: bool = False) -> Any:
     """The value of a JSON text. If a key occurs twice in an object, the last one counts.
 
     Integers must fit into 64 bits, other numbers must be finite, and strings must be valid Unicode.
-
-    Args:
-        source: names the text in messages, such as the path of its file.
-        lenient: also accept NaN, Infinity, integers of up to `DIGITS` digits, and lone surrogates
-            (Python writes these for the bytes of a path that are not UTF-8). The caller must then
-            check every value that it uses.
+    ``lenient`` also accepts NaN, Infinity, integers of up to `DIGITS` digits, and lone surrogates
+    (which Python writes for the bytes of a path that are not UTF-8); the caller must then check
+    every value that it uses.
 
     Raises ValueError, one line that names ``source``, for everything else.
     """
@@ -78,10 +71,7 @@ def parse_json(text: str | bytes, source: object, lenient: bool = False) -> Any:
 
 
 def read_json_value(path: Path, lenient: bool = False, pipe: bool = False) -> Any:
-    """`parse_json` of a file; pipe: also accept a pipe or a device, such as /dev/stdin.
-
-    Raises ValueError as `parse_json` does, and OSError if the file cannot be read.
-    """
+    """`parse_json` of a file; pipe: also accept a pipe or a device, such as /dev/stdin."""
     try:
         kind = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -99,9 +89,9 @@ def read_json_value(path: Path, lenient: bool = False, pipe: bool = False) -> An
         raise
 
 
-def read_json(path: Path, lenient: bool = False, pipe: bool = False) -> dict[str, Any]:
+def read_json(path: Path, lenient: bool = False) -> dict[str, Any]:
     """`read_json_value` of a file that holds an object; else ValueError."""
-    values = read_json_value(path, lenient, pipe)
+    values = read_json_value(path, lenient)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds a {type(values).__name__}, not a JSON object")
     return values
@@ -113,8 +103,8 @@ def check_schema(values: Any, schema: Schema, source: object, top: str = "") -> 
     top: the place of ``values`` in the source, for messages, if they are only a part of it.
     """
     for place, keys in schema.items():
-        for name, value in _at(values, place, source, top):
-            _check_object(f"{source}: {name}" if name else str(source), value, keys)
+        for where, value in _at(values, place.split(".") if place else [], source, top):
+            _check_object(where, value, keys)
 
 
 def is_file_name(value: Any) -> bool:
@@ -199,55 +189,48 @@ def _is_of(value: Any, kind: str | tuple[Any, ...]) -> bool:
     return any(_KINDS[name](value) for name in kind.split("|"))
 
 
-def _at(values: Any, place: str, source: object, top: str) -> Iterator[tuple[str, Any]]:
-    """Name and value of everything at ``place``. Keys that are missing or null are skipped."""
-    found = [(top, values)]
-    for part in place.split(".") if place else ():
-        key, many = re.fullmatch(r"(.*?)(\[\]|\{\})?", part).groups()  # pyright: ignore[reportOptionalMemberAccess]
-        following: list[tuple[str, Any]] = []
-        for name, value in found:
-            if not isinstance(value, dict):
-                raise ValueError(
-                    f"{source}: {name} is not an object" if name else f"{source} is not an object"
-                )
-            if (held := value.get(key)) is None:
-                continue
-            child = f"{name}.{key}" if name else key
-            if many is None:
-                following.append((child, held))
-            elif many == "[]" and isinstance(held, list):
-                following += [(f"{child}[{i}]", entry) for i, entry in enumerate(held)]
-            elif many == "{}" and isinstance(held, dict):
-                following += [(f"{child}[{shown(i)}]", entry) for i, entry in held.items()]
-            else:
-                raise ValueError(
-                    f"{source}: {child} is not {'a list' if many == '[]' else 'an object'}"
-                )
-        found = following
-    yield from found
+def _at(value: Any, parts: list[str], source: object, name: str) -> Iterator[tuple[str, Any]]:
+    """Place and value of everything at a place. Keys that are missing or null are skipped."""
+    where = f"{source}: {name}" if name else str(source)
+    if not parts:
+        yield where, value
+        return
+    many = parts[0][-2:] if parts[0].endswith(("[]", "{}")) else ""
+    key = parts[0].removesuffix(many)
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is not an object")
+    if (held := value.get(key)) is None:
+        return
+    child = f"{name}.{key}" if name else key
+    if not many:
+        yield from _at(held, parts[1:], source, child)
+    elif not isinstance(held, list if many == "[]" else dict):
+        raise ValueError(f"{source}: {child} is not {'a list' if many == '[]' else 'an object'}")
+    else:
+        for i, entry in enumerate(held) if many == "[]" else held.items():
+            yield from _at(entry, parts[1:], source, f"{child}[{shown(i)}]")
 
 
 def _check_object(where: str, value: Any, keys: Mapping[str, str | tuple[Any, ...]]) -> None:
     if not isinstance(value, dict):
         raise ValueError(f"{where} is not an object")
     for key, kind in keys.items():
+        names = [key.removesuffix("?")]
         if key.startswith("<"):
-            for name in value:
-                if not _is_of(name, key[1:-1]):
-                    raise ValueError(f"{where} has {shown(name)}, which is not a {key[1:-1]}")
-            named = list(value)
-        else:
-            optional, key = key.endswith("?"), key.removesuffix("?")
-            if key not in value and not optional:
+            names = list(value)
+            if wrong := [name for name in names if not _is_of(name, key[1:-1])]:
+                raise ValueError(f"{where} has {shown(wrong[0])}, which is not a {key[1:-1]}")
+        elif names[0] not in value:
+            if key == names[0]:
                 raise ValueError(f"{where} has no {key!r}")
-            named = [key] if key in value else []
-        for name in named:
-            if not _is_of(value[name], kind):
-                raise ValueError(f"{where}: {shown(name)} is {_mismatch(value[name], kind)}")
-
-
-def _mismatch(value: Any, kind: str | tuple[Any, ...]) -> str:
-    if isinstance(kind, tuple):
-        return f"{shown(value)}, not one of {', '.join(map(repr, kind))}"
-    value_too = "" if value is None else f" ({shown(value)})"
-    return f"{type(value).__name__}, not {kind.removesuffix('?')}{value_too}"
+            continue
+        for name in names:
+            held = value[name]
+            if _is_of(held, kind):
+                continue
+            if isinstance(kind, tuple):
+                told = f"{shown(held)}, not one of {', '.join(map(repr, kind))}"
+            else:
+                told = f"{type(held).__name__}, not {kind.removesuffix('?')}"
+                told += "" if held is None else f" ({shown(held)})"
+            raise ValueError(f"{where}: {shown(name)} is {told}")

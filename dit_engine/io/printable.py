@@ -25,9 +25,8 @@ def printable(text: object) -> str:
     """``text`` with escapes in place of characters that are invisible or act on a terminal.
 
     Control characters (newline and tab too), bidirectional controls, separators of lines, lone
-    surrogates and unassigned code points become "\\x1b", "\\n", "\\u202e" and so on, as in Python's
-    strings. Letters of all scripts stay as they are, and so do backslashes and joiners that follow
-    a character which they can join.
+    surrogates and unassigned code points become "\\x1b", "\\n", "\\u202e" and so on. Letters of all
+    scripts and backslashes stay as they are, and so do joiners that follow what they can join.
     """
     text = str(text)
     if text.isprintable() and _BLANK.isdisjoint(text):
@@ -80,11 +79,9 @@ def markdown_values(value: Any) -> Any:
 
 
 def show_plainly(figure: Figure) -> Figure:
-    """Show every text in ``figure`` literally and `printable`, except the numbers at its axes.
-
-    Matplotlib reads text between two "$" as a formula, and raises if it cannot be parsed. Call this
-    when the figure is complete, before it is laid out or drawn. Returns ``figure``.
-    """
+    """Show every text in ``figure`` literally and `printable`, except the numbers at its axes:
+    Matplotlib reads text between two "$" as a formula. Call this when the figure is complete,
+    before it is laid out or drawn. Returns ``figure``."""
     from matplotlib.text import Text
     from matplotlib.ticker import LogFormatter
 

@@ -85,38 +85,26 @@ STABLE = {
 }  # fmt: skip
 V = {"prediction_type": "v_prediction"}
 ZERO = V | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-COSINE = {"beta_schedule": "squaredcos_cap_v2"}
-
+UNLEARNED = {"variance_type": "fixed_large", "clip_sample": False}
 
 CASES = [
     (DDIM, {}, 7),  # clip_sample is True unless a file says otherwise
-    (DDIM, {"clip_sample": False}, 7),
     (DDIM, {"trained_betas": BETAS, "num_train_timesteps": 400}, 7),
-    (DDIM, {"num_train_timesteps": 100}, 7),
-    (DDIM, {"num_train_timesteps": 2000, "clip_sample": False}, 7),
     (DDIM, STABLE, 7),
-    (DDIM, V, 7),
     (DDIM, {"prediction_type": "sample"}, 7),
     (DDIM, ZERO | {"clip_sample": False}, 5),
-    (DDIM, ZERO, 7),
-    (DDIM, COSINE | V | {"clip_sample": False}, 7),
-    (DDIM, {"timestep_spacing": "trailing", "clip_sample": False}, 7),
+    (DDIM, {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False} | V, 7),
     (DDIM, {"timestep_spacing": "linspace", "clip_sample": False}, 21),
     (DDIM, {"steps_offset": 3}, 9),
     (DDPM, {}, 7),
-    (DDPM, {"clip_sample": False, "variance_type": "fixed_large"}, 7),
-    (DDPM, {"clip_sample": False, "variance_type": "fixed_small_log"}, 7),
+    (DDPM, UNLEARNED, 7),
     (DDPM, V | {"clip_sample_range": 2.0}, 7),
-    (DDPM, {"prediction_type": "sample", "clip_sample": False}, 7),
     (DDPM, ZERO, 7),
     (DDPM, {"timestep_spacing": "linspace", "clip_sample": False}, 7),
     (DDPM, STABLE, 7),
     (SOLVER, {}, 7),
-    (SOLVER, V, 7),
     (SOLVER, {"prediction_type": "sample"}, 7),
-    (SOLVER, STABLE, 7),
     (SOLVER, {"timestep_spacing": "leading", "steps_offset": 1}, 7),
-    (SOLVER, {"timestep_spacing": "trailing"}, 7),
     (SOLVER, ZERO, 7),
 ]
 
@@ -124,7 +112,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("variance", "kind", "values", "steps"),
     [("learned", *case) for case in CASES]
-    + [("unlearned", *case) for case in CASES if case[0] == DDPM or case[1] == V],
+    + [("unlearned", DDPM, {}, 7), ("unlearned", DDPM, UNLEARNED, 7)],
     ids=lambda value: str(value)[:90],
 )
 def test_the_pipelines_own_images(
@@ -156,9 +144,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction': choose one"),
     ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid': choose one of linear, scaled"),
     ({"num_train_timesteps": "1000"}, "num_train_timesteps '1000' is not a whole number"),
-    ({"num_train_timesteps": 10**12}, "num_train_timesteps 1000000000000 is not a whole"),
     ({"beta_start": math.nan}, "beta_start nan is not between 0 and 1"),
-    ({"beta_start": -1e-4}, "beta_start -0.0001 is not between 0 and 1"),
     ({"beta_start": 0.1}, "beta_start 0.1 is above beta_end 0.02"),
     ({"beta_end": 0.9}, "the betas leave ᾱ = .* after the last step"),
     ({"trained_betas": [0.1] * 5}, "trained_betas holds 5 numbers for 1000 steps"),
@@ -166,7 +152,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"trained_betas": [1e-3] * 999 + [2]}, r"trained_betas\[999\] 2 is not between 0 and 1"),
     ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True needs prediction_type 'v_"),
     ({"clip_sample": "yes"}, "clip_sample 'yes' is neither true nor false"),
-    ({"clip_sample_range": -1}, "clip_sample_range -1 is not a finite number above 0"),
     ({"clip_sample": True, "clip_sample_range": None}, "clip_sample_range None is not a fin"),
     ({"thresholding": True}, "thresholding True is not what the samplers do: False is"),
     ({"steps_offset": -1}, "steps_offset -1 is not a whole number from 0 to 999"),
@@ -174,11 +159,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *(({"_class_name": kind, key: value}, re.escape(f"{key} {value!r} is not"))
       for kind, key, value in (
         ("EulerDiscreteScheduler", "timestep_type", "continuous"),
-        (DDPM, "variance_type", "fixed_large_log"), (DDPM, "variance_type", "learned"),
-        (SOLVER, "solver_order", 3), (SOLVER, "algorithm_type", "sde-dpmsolver++"),
-        (SOLVER, "solver_type", "heun"), (SOLVER, "use_karras_sigmas", True),
-        (SOLVER, "use_flow_sigmas", True), (SOLVER, "final_sigmas_type", "sigma_min"),
-        (SOLVER, "lambda_min_clipped", -5.1))),
+        (DDPM, "variance_type", "learned"), (SOLVER, "algorithm_type", "sde-dpmsolver++"),
+        (SOLVER, "use_karras_sigmas", True), (SOLVER, "lambda_min_clipped", -5.1))),
     ({"_class_name": DDPM, "variance_type": "fixed_large", "steps_offset": 1},
      "variance_type 'fixed_large': DDPMScheduler adds noise at its last step"),
 ]  # fmt: skip
@@ -235,11 +217,10 @@ def test_the_pipeline_is_found_from_its_transformer(
     weights = directory / "transformer" / name
     link.symlink_to(directory / "transformer")
     monkeypatch.chdir(directory / "transformer")
-    for source in (directory, directory / "transformer", weights, ".", name, link):
-        assert load_model(source).config.diffusion == expected
     blob = weights.rename(tmp_path / "blob")  # as in the hub's cache
     weights.symlink_to(blob)
-    assert load_model(directory).config.diffusion == expected
+    for source in (directory, directory / "transformer", weights, ".", name, link):
+        assert load_model(source).config.diffusion == expected
     (directory / "model_index.json").unlink()
     with pytest.warns(UserWarning, match=r"is taken for this model's, although there is no"):
         assert load_model(link).config.diffusion == expected
@@ -249,25 +230,19 @@ def test_keys_without_effect_are_named(directory: Path) -> None:
     unknown = r"scheduler_config\.json: unknown, without effect: "
     with pytest.warns(UserWarning, match=rf"{unknown}zeta, eta$"):
         load_model(change(directory, zeta=1, _private=2, eta=0.5))
-    change(directory, zeta=None, eta=None)
-    for kind in (SOLVER, "EulerDiscreteScheduler"):  # which do not clip
-        with pytest.warns(UserWarning, match=rf"{unknown}.*clip_sample$"):
-            model = load_model(change(directory, _class_name=kind, clip_sample=True))
-        assert model.config.diffusion.clip is None
+    with pytest.warns(UserWarning, match=rf"{unknown}.*clip_sample$"):  # SOLVER does not clip
+        model = load_model(change(directory, _class_name=SOLVER, clip_sample=True))
+    assert model.config.diffusion.clip is None
 
 
-def test_the_diffusion_is_saved_and_recorded(directory: Path, tmp_path_factory: Any) -> None:
+def test_the_diffusion_is_saved_and_recorded(directory: Path, tmp_path: Path) -> None:
     change(directory, trained_betas=BETAS, num_train_timesteps=400, prediction_type="v_prediction")
     engine = Engine.from_pretrained(directory, device="cpu")
-    native = tmp_path_factory.mktemp("saved") / "native"
-    save_pretrained(native, engine.model, engine.vae)
-    again = Engine.from_pretrained(native, device="cpu")
+    save_pretrained(tmp_path / "native", engine.model, engine.vae)
+    again = Engine.from_pretrained(tmp_path / "native", device="cpu")
     assert again.config == engine.config
     assert again.config.diffusion.trained_betas == tuple(BETAS)
-    options: dict[str, Any] = {"sampler": "ddim", "steps": 3, "seed": 1, "output": "np"}
-    made = engine.generate([3], **options)
-    assert (made.images == again.generate([3], **options).images).all()
-    record = made.settings["diffusion"]
+    record = engine.generate([3], sampler="ddim", steps=3, output="latent").settings["diffusion"]
     assert record["prediction"] == "v_prediction"
     assert record["num_train_steps"] == 400
     assert len(record["trained_betas_sha256"]) == 64
@@ -284,14 +259,10 @@ def test_the_spacing_where_a_file_names_none(directory: Path) -> None:
 
 
 def test_a_sampler_takes_no_more_steps_than_the_model_has(directory: Path) -> None:
-    engine = Engine.from_pretrained(change(directory, num_train_timesteps=100), device="cpu")
-    made = engine.generate([3], seed=0, output="latent")  # ddpm's usual count is 250
-    assert made.settings["steps"] == 100
-    with pytest.raises(ValueError, match="steps 101 is out of range: allowed is 1 to 100"):
-        engine.generate([3], steps=101)
-
-
-def test_offsets_leave_room_for_the_last_step() -> None:
+    engine = Engine.from_pretrained(change(directory, num_train_timesteps=30), device="cpu")
+    assert engine.generate([3], seed=0, output="latent").settings["steps"] == 30  # usually 250
+    with pytest.raises(ValueError, match="steps 31 is out of range: allowed is 1 to 30"):
+        engine.generate([3], steps=31)
     offset = Diffusion(steps_offset=1)
     assert make_schedule(500, "leading", offset).timesteps[[0, -1]].tolist() == [999, 1]
     with pytest.raises(ValueError, match="steps 501: allowed is 1 to 500 for spacing 'leading'"):

@@ -38,12 +38,14 @@ def saved(path: Path, state: dict[str, Tensor] = STATE, **args: Any) -> Path:
     return put(path, {"model": state, "ema": state, "opt": {}, "args": Namespace(**args)})
 
 
-@pytest.mark.parametrize("place", ["args", "hyper_parameters"])
-@pytest.mark.parametrize("form", [dict, lambda **d: Namespace(**d)])
 @pytest.mark.filterwarnings("error")
-def test_classes_and_heads(place: str, form: Any, tmp_path: Path) -> None:
-    path = put(tmp_path / "m.pt", {"ema": STATE, place: form(num_classes=10, **HEADS)})
-    assert load_checkpoint(path).config == tiny_dit(num_heads=4).config
+def test_classes_and_heads(tmp_path: Path) -> None:
+    for args in ({"args": Namespace(num_classes=10, **HEADS)}, {"hyper_parameters": HEADS}):
+        path = put(tmp_path / "m.pt", {"ema": STATE} | args)
+        assert load_checkpoint(path).config == tiny_dit(num_heads=4).config
+    for beside in (None, [], ["--model", "x"], "text", 3, {3: 4}):  # which tell nothing
+        path = put(tmp_path / "m.pt", {"ema": STATE, "args": beside})
+        assert load_checkpoint(path, num_heads=4).config == tiny_dit(num_heads=4).config
 
 
 @pytest.mark.parametrize("args", [{"num_classes": 10}, {"class_dropout_prob": 0.0}])
@@ -52,33 +54,22 @@ def test_a_table_without_a_null_class(args: dict[str, Any], tmp_path: Path) -> N
     path = saved(tmp_path / "m.pt", WITHOUT_NULL, **args, **HEADS)
     engine = Engine.from_pretrained(path, device="cpu")
     assert (engine.config.num_classes, engine.config.has_null_class) == (10, False)
-    assert engine.model.y_embedder.embedding_table.weight.shape[0] == 10
     options = {"steps": 3, "seed": 1, "guidance_scale": 1}
     plain = Engine(tiny_dit(num_heads=4), device="cpu").generate([9, 0], **options).images
     for backend in ("eager", "lean"):
         images = engine.generate([9, 0], backend=backend, **options).images
         assert torch.allclose(images, plain, atol=1e-5)
-    for scale, shown in ((4.0, "4"), ([1, 2], "2"), (0.0, "0"), (None, "4")):
+    for scale, shown in (([1, 2], "2"), (0.0, "0"), (None, "4")):
         given = {} if scale is None else {"guidance_scale": scale}
         said = f"^guidance_scale {shown}: the model has no null class .*; give guidance_scale 1$"
         with pytest.raises(ValueError, match=said):
             engine.generate([9, 0], steps=3, **given)
     with pytest.raises(ValueError, match="label 10 is out of range; allowed are 0 to 9"):
         engine.generate(10, guidance_scale=1)
-    with pytest.raises(ValueError, match="the model has no null class"):
-        _ = engine.config.null_class
-
-
-def test_a_native_directory_without_a_null_class(tmp_path: Path) -> None:
-    model = load_model(saved(tmp_path / "m.pt", WITHOUT_NULL, num_classes=10, **HEADS))
-    save_pretrained(tmp_path / "m", model)
-    path = tmp_path / "m" / "config.json"
-    values = json.loads(path.read_text())
-    assert values["has_null_class"] is False and values["num_classes"] == 10
-    assert load_checkpoint(tmp_path / "m").config == model.config
-    save_pretrained(tmp_path / "usual", tiny_dit())
-    assert "has_null_class" not in (tmp_path / "usual" / "config.json").read_text()
-    path.write_text(json.dumps(values | {"has_null_class": "no"}))
+    save_pretrained(tmp_path / "m", engine.model)
+    assert load_checkpoint(tmp_path / "m").config == engine.config
+    values = json.loads((tmp_path / "m" / "config.json").read_text()) | {"has_null_class": "no"}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="has_null_class 'no' is neither True nor False"):
         load_checkpoint(tmp_path / "m")
 
@@ -88,7 +79,7 @@ def test_a_published_name_tells_the_heads() -> None:
         state = DiT(ModelConfig.named("B/4", num_classes=3)).state_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for name in ("DiT-B/4", "B/4", "DiT-B-4", "my-model", {"width": 3}, 7):
+        for name in ("DiT-B/4", "B-4", "my-model", {"width": 3}):
             assert infer_config(state, args=Options({"model": name})).num_heads == 12
     for name, has in (("DiT-B/2", "patch_size 2"), ("DiT-L/4", "depth 24, hidden_size 1024")):
         said = rf"^args.model '{name}' has .*{has}.*; the weights ha"
@@ -97,7 +88,7 @@ def test_a_published_name_tells_the_heads() -> None:
         assert infer_config(state, num_heads=6, args=Options({"model": name})).num_heads == 6
 
 
-@pytest.mark.parametrize("steps", [100, 1000, 4000])
+@pytest.mark.parametrize("steps", [100, 1000])
 def test_diffusion_steps_are_those_of_the_reference(steps: int, tmp_path: Path) -> None:
     """guided-diffusion's "linear": betas that are divided by the number of steps."""
     path = saved(tmp_path / "m.pt", diffusion_steps=steps, noise_schedule="linear", **HEADS)
@@ -105,8 +96,6 @@ def test_diffusion_steps_are_those_of_the_reference(steps: int, tmp_path: Path) 
     scale = 1000 / steps
     betas = np.linspace(scale * 0.0001, scale * 0.02, steps, dtype=np.float64)
     assert np.allclose(diffusion.alphas_cumprod, np.cumprod(1 - betas), rtol=1e-12)
-    with pytest.raises(ValueError, match=f"steps {steps + 1}"):
-        Engine.from_pretrained(path, device="cpu").generate(1, steps=steps + 1)
 
 
 def test_options_of_diffusers_scripts(tmp_path: Path) -> None:
@@ -117,7 +106,6 @@ def test_options_of_diffusers_scripts(tmp_path: Path) -> None:
     diffusion = load_checkpoint(path).config.diffusion
     betas = np.linspace(8.5e-4**0.5, 0.012**0.5, 500) ** 2
     assert np.allclose(diffusion.alphas_cumprod, np.cumprod(1 - betas), rtol=1e-12)
-    assert diffusion.prediction == "v_prediction"
 
 
 def args(**values: Any) -> dict[str, Any]:
@@ -136,15 +124,15 @@ def args(**values: Any) -> dict[str, Any]:
         (args(objective="pred_v"), "v_prediction"),
         ({"opt": {"state": {}, "param_groups": [{"prediction": "x"}]}}, "epsilon"),
         (args(exp_name="a flow", vae={"num_heads": 1}), "epsilon"),
-        *((args(predict_xstart=yes), "sample") for yes in (True, 1, "True", "true")),
-        *((args(predict_xstart=no), "epsilon") for no in (False, 0, "False")),
+        *((args(predict_xstart=yes), "sample") for yes in (1, "True")),
+        (args(predict_xstart="False"), "epsilon"),
     ],
     ids=str,
 )
 def test_what_is_predicted(beside: dict[str, Any], prediction: str, tmp_path: Path) -> None:
     path = put(tmp_path / "m.pt", {"model": STATE} | beside)
     assert load_checkpoint(path, num_heads=4).config.diffusion.prediction == prediction
-    for given in ("epsilon", "v_prediction", "sample"):
+    for given in ("epsilon", "v_prediction"):
         config = load_checkpoint(path, num_heads=4, prediction=given).config
         assert config.diffusion.prediction == given
 
@@ -152,14 +140,11 @@ def test_what_is_predicted(beside: dict[str, Any], prediction: str, tmp_path: Pa
 def test_prediction_of_bare_weights_and_directories(tmp_path: Path) -> None:
     save_pretrained(tmp_path / "m", tiny_dit())
     for source in (put(tmp_path / "m.pt", STATE), tmp_path / "m"):
-        given = {"num_heads": 4, "prediction": "v_prediction", "device": "cpu"}
-        engine = Engine.from_pretrained(source, **given)
-        assert engine.config.diffusion.prediction == "v_prediction"
-        assert load_model(source, num_heads=4).config.diffusion.prediction == "epsilon"
-        for wrong in ("velocity", "score", "", "x"):
-            said = f"prediction '{wrong}': choose one of epsilon, v_"
-            with pytest.raises(ValueError, match=said):
-                Engine.from_pretrained(source, **given | {"prediction": wrong})
+        for given in ("v_prediction", None):
+            model = load_model(source, num_heads=4, prediction=given)
+            assert model.config.diffusion.prediction == (given or "epsilon")
+    with pytest.raises(ValueError, match="prediction 'velocity': choose one of epsilon, v_"):
+        Engine.from_pretrained(tmp_path / "m", prediction="velocity", device="cpu")
 
 
 SIT = {"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity"}
@@ -168,23 +153,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     # Flow models, by the names in their options.
     (args(**SIT),
      r"a SiT checkpoint \(args\.model 'SiT-XL/2', args\.path_type 'Linear', args\.pred.*epsilon"),
-    (args(model="SiT-B/4", path_type="GVP", prediction="score", loss_weight=None), "a SiT"),
-    (args(model="SiT-S/8", path_type="VP", prediction="noise"), "a SiT checkpoint"),
     (args(model="XL/2", path_type="linear", prediction="v"), FLOW),
     (args(model="sit-xl/2"), r"a sit checkpoint \(args\.model 'sit-xl/2'\)"),
-    (args(model="LightningDiT-XL/1"), "a LightningDiT checkpoint"),
     (args(prediction="velocity"), "args.prediction 'velocity' is not one of epsilon"),
-    (args(prediction_type="flow_matching"), "args.prediction_type 'flow_matching' is not one of"),
     # The same in any place.
     ({"state_dict": {"model": STATE} | args(**SIT)}, HIDDEN),
-    (args(lr=1e-4) | {"hyper_parameters": SIT}, HIDDEN),
-    *(({place: SIT}, HIDDEN) for place in ("config", "cfg", "opt", "hparams", "training_args")),
     ({"hyper_parameters": args(x=1) | {"args": Namespace(**SIT)}}, HIDDEN),
     (args(model={"name": "SiT-S/2"}), HIDDEN),
     (args(transport={"path_type": "Linear"}), HIDDEN),
     *((args(**{name: value}), HIDDEN) for name, value in (
-        ("model", "models.SiT-XL/2"), ("arch", "SiT-XL/2"), ("model_name", "SiT-XL/2"),
-        ("loss_type", "flow_matching"), ("loss", [{"kind": "rectified_flow"}]))),
+        ("model", "models.SiT-XL/2"), ("loss_type", "flow_matching"),
+        ("loss", [{"kind": "rectified_flow"}]))),
     ({"arch": "SiT-XL/2"}, HIDDEN),
     # Options that cannot be meant.
     (args(num_classes=10) | {"cfg": {"num_classes": 11}},
@@ -192,10 +171,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (args(predict_xstart=True, prediction_type="epsilon"), ".*contradict"),
     (args(num_classes=11, class_dropout_prob=0.1),
      r"args\.num_classes is 11, .* 11 rows; with args\.class_dropout_prob 0\.1 one more"),
-    *((args(num_classes=n), rf"args\.num_classes is {n}, and y_embedder.* has 11 rows; {n + 1} are")
-      for n in (9, 12, 1000)),
-    *((args(**{name: "perhaps"}), rf"args\.{name} 'perhaps' is neither True nor False")
-      for name in ("predict_xstart", "sigma_small")),
+    (args(num_classes=9), r"args\.num_classes is 9, and y_embedder.* has 11 rows; 10 are"),
+    (args(sigma_small="perhaps"), r"args\.sigma_small 'perhaps' is neither True nor False"),
     (args(diffusion_steps=4000, rescale_timesteps=True),
      r"args\.rescale_timesteps with diffusion_steps 4000"),
 ]  # fmt: skip
@@ -209,34 +186,28 @@ def test_options_that_are_refused(beside: dict[str, Any], message: str, tmp_path
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
-@pytest.mark.parametrize("name", ["SiT-XL-2-256x256.pt", "sit_b2.pt", "JiT-B-16.pt"])
-def test_flow_models_by_the_name_of_the_file(name: str, tmp_path: Path) -> None:
-    """The published weights have no options."""
-    path = put(tmp_path / name, STATE)
-    with pytest.raises(ValueError, match=f"{name}: a .* checkpoint, by its name; .*give predict"):
-        load_checkpoint(path, num_heads=4)
-    load_checkpoint(path, num_heads=4, prediction="epsilon")
-    for other in ("situation.pt", "jit.pt", "repa.pt", "jit_last.pt"):
+def test_flow_models_that_are_named_by_the_user(tmp_path: Path) -> None:
+    """The published weights have no options, only the name of the file."""
+    for name in ("SiT-XL-2-256x256.pt", "sit_b2.pt"):
+        path = put(tmp_path / name, STATE)
+        with pytest.raises(ValueError, match=f"{name}: a .* checkpoint, by its name; .*give pred"):
+            load_checkpoint(path, num_heads=4)
+        load_checkpoint(path, num_heads=4, prediction="epsilon")
+    for other in ("situation.pt", "jit_last.pt"):
         load_checkpoint(put(tmp_path / other, STATE), num_heads=4)
-
-
-ODD: list[Any] = ["1000", 0, -1, True, 2.5, [10], {"n": 10}, torch.ones(3), "a\nb"]
+    path = put(tmp_path / "m.pt", {"model": STATE} | args(loss_type="flow_matching"))
+    load_checkpoint(path, num_heads=4, prediction="epsilon")
+    path = put(tmp_path / "m.pt", {"model": STATE} | args(**SIT))
+    with pytest.raises(ValueError, match="a SiT checkpoint"):  # which is certain
+        load_checkpoint(path, num_heads=4, prediction="epsilon")
 
 
 @pytest.mark.parametrize("name", ["num_classes", "num_heads", "diffusion_steps",
                                   "num_train_timesteps", "noise_schedule", "beta_schedule",
-                                  "beta_start", "prediction", "prediction_type"])  # fmt: skip
+                                  "beta_start", "prediction"])  # fmt: skip
 def test_options_of_odd_types(name: str, tmp_path: Path) -> None:
-    for value in ODD:
+    for value in (-1, True, 2.5, [10], {"n": 10}, torch.ones(3), "a\nb"):
         path = saved(tmp_path / "m.pt", **HEADS | {name: value})
         with pytest.raises(ValueError, match=r"m\.pt: args") as caught:
             load_checkpoint(path)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-
-
-@pytest.mark.filterwarnings("error")
-def test_options_that_tell_nothing(tmp_path: Path) -> None:
-    for beside in (None, [], ["--model", "x"], "text", 3, {}, {3: 4}):
-        path = put(tmp_path / "m.pt", {"ema": STATE, "args": beside})
-        assert load_checkpoint(path, num_heads=4).config == tiny_dit(num_heads=4).config
-    load_checkpoint(saved(tmp_path / "n.pt", model=[1], rescale_timesteps=True, **HEADS))

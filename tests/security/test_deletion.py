@@ -62,12 +62,10 @@ KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None], str | Non
 }
 
 FOREIGN = {
-    "model": ["thesis.tex", "docs/thesis.tex", "vae/thesis.tex", "vae/more/thesis.tex",
-              "vae/model.safetensors", "vae/README.md", "labels.json/thesis.tex"],
-    "export": ["thesis.tex", "docs/thesis.tex", "denoiser.onnx.data", "labels.json/thesis.tex",
-               "other.onnx"],
-    "repository": ["thesis.tex", "docs/thesis.tex", "dit/1/thesis.py", "dit/2/model.py",
-                   "dit_transformer/1/transformer.onnx.data", "vae_decoder/1/model.plan"],
+    "model": ["docs/thesis.tex", "vae/model.safetensors", "vae/README.md",
+              "labels.json/thesis.tex"],
+    "export": ["thesis.tex", "denoiser.onnx.data", "other.onnx"],
+    "repository": ["dit/1/thesis.py", "dit/2/model.py", "dit_transformer/1/transformer.onnx.data"],
 }  # fmt: skip
 
 
@@ -212,31 +210,7 @@ def test_what_python_compiled_is_removed_with_its_source(tmp_path: Path) -> None
     assert contents(path).keys() == {"new"}
 
 
-def test_messages_say_how_many_files_and_which_are_links(tmp_path: Path) -> None:
-    path = native(tmp_path / "out")
-    more = [path / f"{i:02}" for i in range(14)]
-    for file in more:
-        file.touch()
-    unchanged(path, save_again, r"\(00, 01, 02 and 11 more\): move")
-    for file in more:
-        file.unlink()
-    (path / "config.json").rename(tmp_path / "blob")
-    (path / "config.json").symlink_to(tmp_path / "blob")
-    unchanged(path, save_again, r"holds links \(config\.json\), and only regular files")
-
-
-def test_what_a_killed_process_left_is_named(tmp_path: Path) -> None:
-    for name in ("out", "other"):
-        left = tmp_path / f".{name}.{'0a' * 8}.partial"
-        left.mkdir()
-        os.utime(left, (0, 0))
-    with pytest.warns(UserWarning, match=r"an ended process left .*\(\.out\.(0a){8}\.partial\)"):
-        native(tmp_path / "out")
-    (tmp_path / f".out.{'0a' * 8}.partial").touch()  # perhaps another process at work
-    native(tmp_path / "out")
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["model", "repository"])
 def test_files_added_during_a_replacement_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -274,24 +248,22 @@ def test_a_directory_that_cannot_be_read_is_not_taken_for_empty(
         check_destination(path, lambda _: {"vae/config.json": None})
 
 
-# ---- nothing is made before the inputs are known to be right
-
-BAD_GENERATE = (["--labels", "nobody"], ["--labels", "99"], ["--steps", "0"], ["--sampler", "x"],
+BAD_GENERATE = (["--labels", "nobody"], ["--steps", "0"], ["--sampler", "x"],
                 ["--seeds", "1", "2"], ["--model", "nowhere"], ["--device", "x"])  # fmt: skip
 BAD_EXPORT = {
-    "onnx": (["--model", "nowhere"], ["--dtype", "x"], ["--opset", "1"], ["--graphs", "x"],
-             ["--guidance-channels", "99"]),
-    "triton": (["--model", "nowhere"], ["--dtype", "x"], ["--onnx", "nowhere"],
-               ["--max-batch-size", "0"], ["--guidance-channels", "99"]),
+    "onnx": (["--model", "nowhere"], ["--dtype", "x"], ["--opset", "1"], ["--graphs", "x"]),
+    "triton": (["--model", "nowhere"], ["--onnx", "nowhere"], ["--max-batch-size", "0"],
+               ["--guidance-channels", "99"]),
 }  # fmt: skip
 BAD_TRAIN = (["--data", "nowhere"], ["--flip", "x"], ["--learning-rate", "-1"],
-             ["--vae-learning-rate", "nan"], ["--kl-weight", "-1"], ["--ema-decay", "2"],
-             ["--seed", str(2**70)], ["--num-heads", "7"], ["--size", "15"])  # fmt: skip
+             ["--vae-learning-rate", "nan"], ["--ema-decay", "2"], ["--num-heads", "7"],
+             ["--size", "15"])  # fmt: skip
 
 
 def test_bad_inputs_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Nothing is made before the inputs are known to be right."""
     empty, data, common = tmp_path / "empty", tmp_path / "images", ["--model", str(tmp_path / "m")]
     native(tmp_path / "m")
     empty.mkdir()
@@ -301,8 +273,7 @@ def test_bad_inputs_leave_nothing(
     monkeypatch.chdir(empty)
     training = ["--data", str(data), "--size", "8", "--dit-steps", "1"]
     calls = [
-        *((generate, [*common, "--labels", "1", *bad, "-o", out])
-          for bad in BAD_GENERATE for out in ("deep/out", "sheet.png")),
+        *((generate, [*common, "--labels", "1", *bad, "-o", "deep/out"]) for bad in BAD_GENERATE),
         *((export, [command, *([] if "--onnx" in bad else common), *bad, "-o", "deep/out"])
           for command, all_bad in BAD_EXPORT.items() for bad in all_bad),
         *((train, [*training, *bad, "-o", "deep/out"]) for bad in BAD_TRAIN),

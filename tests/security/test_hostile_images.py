@@ -51,7 +51,7 @@ def eps(path: Path) -> Path:
 def test_no_picture_starts_a_program(
     ghostscript: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("a.png", "a.jpg", "a.webp", "a.tif"):
+    for name in ("a.png", "a.tif"):
         data = eps(tmp_path / name / "class" / name)
         for read in (
             lambda path: load_image_folder(path.parents[1], 8),  # of a training
@@ -121,13 +121,6 @@ def tiff(data: bytes, **tags: int) -> bytes:
     return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + directory + bytes(4) + data
 
 
-def many_entries(count: int = 20_000, size: int = 400_000) -> bytes:
-    """A TIFF with many entries that all point to the same bytes."""
-    start = 8 + 2 + 12 * count + 4
-    entries = (struct.pack("<HHII", tag, 7, size, start) for tag in range(1000, 1000 + count))
-    return b"II*\0\x08\0\0\0" + struct.pack("<H", count) + b"".join(entries) + bytes(4 + size)
-
-
 def pillow(kind: str, mode: str = "L", side: int = SIDE, **options: Any) -> bytes:
     file = io.BytesIO()
     Image.new(mode, (side, side)).save(file, kind, **options)
@@ -137,8 +130,6 @@ def pillow(kind: str, mode: str = "L", side: int = SIDE, **options: Any) -> byte
 TOO_MANY = r"not a readable image \(13300×13300 pixels; 33554432 in all are allowed in a file of "
 BOMBS = {
     "one bit": ("a.png", lambda: zeros_png(1, 0), TOO_MANY),
-    "16 bits": ("a.png", lambda: png(SIDE, 16, 0, b""), TOO_MANY),
-    "transparent": ("a.png", lambda: png(SIDE, 8, 6, b""), TOO_MANY),
     "header alone": ("a.ppm", lambda: b"P6 13300 13300 255\n", TOO_MANY),
     "GIF": ("a.gif.png", lambda: b"GIF89a" + struct.pack("<HHBBB", SIDE, SIDE, 0, 0, 0) + b",",
             r"is not a readable image \("),
@@ -147,13 +138,8 @@ BOMBS = {
     "tile": ("a.tif", lambda: tiff(zlib_stream(2**27), tile_width=46336, tile_height=46336),
              r"\(46336×46336 pixels; 33554432 in all are allowed in a file"),
     "strip": ("a.tif", lambda: tiff(zlib_stream(2**27), rows=2**26), "ok|does not fit in memory"),
-    "entries": ("a.tif", many_entries, "is not a readable image"),
-    "negative": ("a.bmp", lambda: b"BM" + bytes(8) + struct.pack("<IIiiHHIIiiII", 54, 40, -9, -9,
-                 1, 24, 0, 0, 0, 0, 0, 0), "is (not a readable image|damaged)"),
     "text": ("a.png", lambda: zeros_png(8, 2, *[packed(b"zTXt", 2**20)] * 70, side=8),
              "is not a readable image .*text"),
-    "long text": ("a.png", lambda: zeros_png(8, 2, packed(b"zTXt", 2**27), side=8),
-                  "is not a readable image .*large"),
     "profile": ("a.png", lambda: zeros_png(8, 2, packed(b"iCCP", 2**27), side=8),
                 "is not a readable image .*large"),
 }  # fmt: skip
@@ -190,19 +176,10 @@ def test_a_flat_frame_of_8k_is_read_in_strips(tmp_path: Path) -> None:
 
 
 def test_strips_join_without_a_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(0)
-    bands = [Image.fromarray(rng.integers(0, 256, (23, 7), np.uint8)) for _ in range(4)]
-    for mode in ("RGBA", "LA", "P", "I;16", "LAB", "CMYK", "1"):
-        path, more = tmp_path / "a.tif", {}
-        if mode == "I;16":
-            image = Image.fromarray(rng.integers(0, 2**16, (23, 7), np.uint16))
-        elif mode in ("P", "1"):
-            path, more = tmp_path / "a.png", {"transparency": 9} if mode == "P" else {}
-            image = bands[0].convert(mode)
-        else:
-            image = Image.merge(mode, bands[: len(Image.new(mode, (1, 1)).getbands())])
-        image.save(path, **more)
-        whole = np.asarray(read_rgb(path))
+    values = np.random.default_rng(0).integers(0, 2**16, (23, 7, 4), np.uint16)
+    for image in (Image.fromarray(values.astype(np.uint8)), Image.fromarray(values[..., 0])):
+        image.save(tmp_path / "a.tif")
+        whole = np.asarray(read_rgb(tmp_path / "a.tif"))
         with monkeypatch.context() as patch:
             patch.setattr(images, "_STRIP", 3 * 7)
-            np.testing.assert_array_equal(np.asarray(read_rgb(path)), whole)
+            np.testing.assert_array_equal(np.asarray(read_rgb(tmp_path / "a.tif")), whole)

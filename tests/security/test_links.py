@@ -104,18 +104,15 @@ def test_a_file_that_becomes_a_link_is_not_copied(
 
 def test_names_that_no_export_has_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "onnx")
-    before, empty = (path / MANIFEST).read_text(), hashlib.sha256(b"").hexdigest()
-    for name in ("../transformer.onnx", "docs/thesis.tex", "thesis.tex", ".", ""):
-        for place, entry, said in (
-            ("files", {name: {"bytes": 0, "sha256": empty}}, "not a file( name| of an export)"),
-            ("graphs", None, "not file name|not a file of an export"),
+    before, empty = json.loads((path / MANIFEST).read_text()), hashlib.sha256(b"").hexdigest()
+    for name in ("../transformer.onnx", "thesis.tex", "."):
+        files = before["files"] | {name: {"bytes": 0, "sha256": empty}}
+        graphs = {"denoiser": before["graphs"]["denoiser"] | {"file": name}}
+        for key, value, said in (
+            ("files", files, "not a file( name| of an export)"),
+            ("graphs", before["graphs"] | graphs, "not file name|not a file of an export"),
         ):
-            manifest = json.loads(before)
-            if entry is None:
-                manifest["graphs"]["denoiser"]["file"] = name
-            else:
-                manifest[place] |= entry
-            (path / MANIFEST).write_text(json.dumps(manifest))
+            (path / MANIFEST).write_text(json.dumps(before | {key: value}))
             with pytest.raises(ValueError, match=said):
                 Bundle.open(path)
 
@@ -153,7 +150,6 @@ HOSTILE: dict[str, Callable[[Any], object]] = {
     "absolute": weights("/etc/shadow"),
     "upwards": weights("../shadow"),
     "another file": weights("vae_decoder.onnx"),
-    "memory": weights("*/_ORT_MEM_ADDR_/*"),
     "its own weights, which nothing lists": weights("transformer.onnx.data"),
     "two places": weights("transformer.onnx.data", "/etc/x"),
     "no place": weights(),
@@ -162,13 +158,9 @@ HOSTILE: dict[str, Callable[[Any], object]] = {
     "attribute": node("Constant", [], ["c"], value=SHADOW),
     "sparse attribute": node("Constant", [], ["c"], sparse_value=sparse(SHADOW)),
     "subgraphs": lambda m: m.graph.node.add(op_type="Loop").attribute.append(nested(SHADOW)),
-    "function": lambda m: m.functions.add(name="f", domain="x").node.append(
-        helper.make_node("Constant", [], ["c"], value=SHADOW)
-    ),
+    "function": lambda m: m.functions.add(name="f", domain="x"),
     "training": lambda m: m.training_info.add().algorithm.initializer.append(SHADOW),
-    "a runtime's operator": node("EPContext", [], ["c"], domain="com.microsoft",
-                                 ep_cache_context="/a.so"),
-    "a plugin": node("x", [], ["c"], domain="dit"),
+    "a runtime's operator": node("EPContext", [], ["c"], domain="com.microsoft"),
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -55,15 +56,6 @@ def test_tensors_that_claim_more_than_they_have(
         refused(lambda: load_checkpoint(path), f"tensor '{EMBEDDING}' of shape")
 
 
-def test_a_sparse_tensor_that_claims_more_than_it_has(tmp_path: Path) -> None:
-    indices, values = torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**31), torch.zeros(1)
-    claims = torch.sparse_coo_tensor(
-        indices, values.expand(2**31), (4,), check_invariants=False
-    )  # fmt: skip
-    torch.save({"w": claims}, tmp_path / "m.pt")
-    refused(lambda: load_checkpoint(tmp_path / "m.pt"), "claim more numbers than it has bytes")
-
-
 def test_an_old_file_whose_storage_claims_more_than_it_has(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(70_000)}, tmp_path / "m.pt", _use_new_zipfile_serialization=False)
     data = (tmp_path / "m.pt").read_bytes()
@@ -81,15 +73,6 @@ def test_a_hundred_layers_in_one_storage(tmp_path: Path) -> None:
     refused(lambda: load_checkpoint(tmp_path / "m.pt"), "its tensors share their memory")
 
 
-def test_layers_that_are_tied_still_load(tmp_path: Path) -> None:
-    model = tiny_dit(depth=12)
-    shared = {k: v for k, v in model.state_dict().items() if not k.startswith("blocks.")}
-    first = {k: v for k, v in model.state_dict().items() if k.startswith("blocks.0.")}
-    tied = {k.replace(".0.", f".{i}.", 1): v for i in range(12) for k, v in first.items()}
-    torch.save(shared | tied, tmp_path / "m.pt")
-    assert load_checkpoint(tmp_path / "m.pt", num_heads=2).config.depth == 12
-
-
 def test_dicts_under_a_thousand_names(tmp_path: Path) -> None:
     level: dict[str, Any] = {}
     for _ in range(5):
@@ -98,13 +81,14 @@ def test_dicts_under_a_thousand_names(tmp_path: Path) -> None:
     refused(lambda: load_checkpoint(tmp_path / "m.pt"), "not a named tensor")
 
 
-@pytest.mark.parametrize("kind", [list, tuple, dict, OrderedDict])
-def test_options_without_end(kind: type, state: State, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [list, tuple, dict, OrderedDict, Namespace])
+def test_options_without_end(kind: Any, state: State, tmp_path: Path) -> None:
     value: Any = 1
     for _ in range(50):
-        pair = [value, value]
-        value = kind(pair if kind in (list, tuple) else zip("ab", pair, strict=True))
-    for name in ("num_classes", "num_train_timesteps", "beta_schedule"):
+        pair = {"a": value, "b": value}
+        value = Namespace(**pair) if kind is Namespace else kind(pair)
+        value = kind(pair.values()) if kind in (list, tuple) else value
+    for name in ("num_classes", "beta_schedule"):
         torch.save({"model": state, "args": {name: value}}, tmp_path / "m.pt")
         refused(lambda: load_checkpoint(tmp_path / "m.pt"), f"args.{name} ")
 
@@ -141,18 +125,13 @@ def test_shards_that_are_one_file(state: State, tmp_path: Path) -> None:
 NATIVE = {
     "depth": "the config's depth is",
     "hidden_size": r"x_embedder.proj.bias is \(48,\)|hidden_size=10+.* cannot be built",
-    "patch_size": "not a multiple of patch_size [12]0+",
     "input_size": r"pos_embed is .* instead of|input_size=10+.* cannot be built",
-    "in_channels": "x_embedder.proj.weight is .* instead of|in_channels=10+.* cannot be built",
     "num_classes": "embedding_table.weight is .* instead of|num_classes=10+.* cannot be built",
     "mlp_ratio": "mlp.fc1.weight is .* instead of|mlp_ratio=1e.* cannot be built",
-    "num_heads": "not a multiple of num_heads [12]0+",
 }
 DIFFUSERS = {
     "num_layers": "the config's depth is",
     "num_attention_heads": r"is \(48, 256\) instead of \(48|hidden_size=240+.* cannot be built",
-    "attention_head_dim": r"is \(48, 256\) instead of \(40000,|hidden_size=20+.* cannot be built",
-    "in_channels": "is neither in_channels [12]0+ nor twice that",
     "num_embeds_ada_norm": "embedding_table.weight is .* inst|num_classes=10+.* cannot be built",
     "sample_size": "needs a position embedding of|input_size=10+.* cannot be built",
 }
@@ -199,23 +178,19 @@ def test_vae_configs_that_ask_for_more_than_their_file_holds(tmp_path: Path) -> 
     save_pretrained(tmp_path / "m", tiny_dit(), tiny_vae())
     path = tmp_path / "m" / "vae" / "config.json"
     config = json.loads(path.read_text())
-    changes = {
-        "need": [{"layers_per_block": 10**9}, {"layers_per_block": 20_000},
-                 {"block_out_channels": [32] * 100_000}],
-        "wrong shapes": [{name: 2**40} for name in ("in_channels", "out_channels")],
-        "is not a positive multiple": [{"norm_num_groups": 2**40}],
-        r"latent_channels=1099511627776,.* cannot be built": [{"latent_channels": 2**40}],
-        r"block_out_channels=\(1099511627776,.* cannot be built": [
-            {"block_out_channels": [2**40, 2**40]}],
-    }  # fmt: skip
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"layers_per_block": 10**9}, "need"),
+        ({"block_out_channels": [32] * 100_000}, "need"),
+        ({"in_channels": 2**40}, "wrong shapes"),
+        ({"block_out_channels": [2**40, 2**40]}, r"\(1099511627776,.* cannot be built"),
+    ]
 
     def load_all() -> None:
-        for message, each in changes.items():
-            for change in each:
-                path.write_text(json.dumps(config | change))
-                with pytest.raises(ValueError, match=message) as caught:
-                    load_checkpoint(tmp_path / "m")
-                assert "\n" not in str(caught.value)
+        for change, message in changes:
+            path.write_text(json.dumps(config | change))
+            with pytest.raises(ValueError, match=message) as caught:
+                load_checkpoint(tmp_path / "m")
+            assert "\n" not in str(caught.value)
 
     assert outcome(load_all) == "ok"
 

@@ -73,48 +73,33 @@ def copied(module: str, name: str, value: bytes) -> bytes:
 
 NUMBERS = b"(" + b"K\x01" * 50_000 + b"t"
 LIST = b"](" + b"K\x01" * 50_000 + b"e"
-DICT = b"}(" + b"".join(b"M" + struct.pack("<H", i) + b"N" for i in range(50_000)) + b"u"
 STORAGE = b"(" + text("storage") + python("torch", "FloatStorage") + text("0") + text("cpu")
-QUANTIZED = called(
-    "torch._utils", "_rebuild_qtensor", STORAGE + b"K\x01tQ", b"K\x00", whole(5 * 10**9) + b"\x85",
-    b"K\x01\x85", b"(" + python("torch", "per_tensor_affine") + b"G" + bytes(8) + b"K\x00t",
-    b"\x89", b"N",
-)  # fmt: skip
 _OLD = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
 BEGINNING = b"".join(pickle.dumps(part, protocol=2) for part in _OLD)  # before torch 1.6
+KEY = "a large tuple as a key"
 PICKLES: dict[str, tuple[bytes, str]] = {
     "a text, encoded again and again": (hexadecimal(), "_codecs.encode"),
     "bytes by number": (called("builtins", "bytearray", whole(5 * 10**9)), "builtins.bytearray"),
-    "bytes by number, in Python 2": (called("__builtin__", "bytearray", whole(10**10)), "bytearr"),
     "a tensor by number": (called("torch", "FloatTensor", whole(10**9)), "'torch.FloatTensor'"),
-    "storage by number": (called("torch.storage", "UntypedStorage", whole(10**10)), "UntypedStor"),
-    "a quantised tensor": (QUANTIZED, "claim more numbers"),
+    "a quantised tensor": (called("torch._utils", "_rebuild_qtensor", b"N"), "_rebuild_qtensor"),
     "by way of a type": (
         called("torch._tensor", "_rebuild_from_type_v2", python("builtins", "bytearray"),
                python("torch", "Tensor"), whole(10**10) + b"\x85", b"}"), "builtins.bytearray"),
     "copies of a tuple": (copied("torch", "Size", NUMBERS), "copies more than it holds"),
     "copies of a set": (copied("builtins", "set", LIST), "copies more than it holds"),
-    "copies of a dict": (copied("collections", "OrderedDict", DICT), "copies more than it holds"),
     "copies of a text": (copied("torch", "device", text("c" * 99999)), "copies more than it hol"),
     "attributes of objects": (
-        b"](" + DICT + b"q\x01" + python("collections", "OrderedDict") + b"q\x02"
+        b"](" + LIST + b"q\x01" + python("collections", "OrderedDict") + b"q\x02"
         + 20_000 * b"h\x02)Rh\x01b" + b"e", "copies more than it holds"),
     "a text by its length": (b"X" + number(2**32 - 1), "damaged or not a PyTorch file"),
     "lists": (b"](" + b"]" * 2_000_000 + b"e", "makes more than 300000 objects"),
-    "a key that is never hashed": (b"}" + doubled(b"N") + b"Ns", "a large tuple as a key"),
-    "a member that is never hashed": (
-        called("builtins", "set", b"](" + doubled(b"N") + b"e"), "a large tuple as a key"),
+    "a key that is never hashed": (b"}" + doubled(b"N") + b"Ns", KEY),
+    "a member that is never hashed": (called("builtins", "set", b"](" + doubled(b"N") + b"e"), KEY),
     "a pair that is never hashed": (
-        called("collections", "OrderedDict", b"](](" + doubled(b"N") + b"Nee"), "as a key"),
-    "a long key, again and again": (
-        b"}" + NUMBERS + b"q\x01N" + b"s" + 20_000 * b"h\x01Ns", "a large tuple as a key"),
-    "a long member, again and again": (
-        called("collections", "Counter", b"](" + NUMBERS + b"q\x01" + 20_000 * b"h\x01" + b"e"),
-        "a large tuple as a key"),
-    "members in a tuple": (
-        called("builtins", "set", b"(" + doubled(b"N") + b"t"), "a large tuple as a key"),
+        called("collections", "OrderedDict", b"](](" + doubled(b"N") + b"Nee"), KEY),
+    "a long key, again and again": (b"}" + NUMBERS + b"q\x01N" + b"s" + 20_000 * b"h\x01Ns", KEY),
     "attributes in pairs": (
-        python("collections", "OrderedDict") + b")R](](" + doubled(b"N") + b"Neeb", "as a key"),
+        python("collections", "OrderedDict") + b")R](](" + doubled(b"N") + b"Neeb", KEY),
     "keys of one hash": (
         b"}(" + b"".join(b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"N"
                         for i in range(1, 20_000)) + b"u", "whole number of more than 60 bits"),
@@ -124,12 +109,10 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "a storage by a long name": (
         b"(" + text("storage") + python("torch", "FloatStorage") + doubled(b"N") + text("cpu")
         + b"K\x01tQ", "a storage without a name"),
-    "a layout by a long name": (
-        called("torch.serialization", "_get_layout", doubled(b"N")), "that is not a name"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["zip", "compressed", "before torch 1.6"])
+@pytest.mark.parametrize("form", ["zip", "before torch 1.6"])
 def test_all_that_a_training_may_save_is_still_read(
     form: str, state: State, tmp_path: Path
 ) -> None:
@@ -149,19 +132,13 @@ def test_all_that_a_training_may_save_is_still_read(
         "set": {1, "a", 2.5}, "empty": bytearray(),
         "size": torch.Size([2, 3]), "dtype": torch.bfloat16, "device": torch.device("cpu"),
         "sizes": {(256, 256): 1, ((1, 2), 0.5): 2}, "complex": 1 + 2j, "big": 2**200, "none": None,
-        "sparse": torch.eye(20).to_sparse(), "parameter": parameter, "tensor": tensor,
+        "parameter": parameter, "tensor": tensor,
         "rng": torch.get_rng_state(), "bools": torch.ones(5, dtype=torch.bool),
         "view": torch.arange(100).view(10, 10).t()[2:5], "nested": [[[[(1, (2, (3,)))]]]],
         "betas": [shared, shared], "text": "ä" * 5000, "scalar": torch.tensor(3.0),
     }  # fmt: skip
     path = tmp_path / "m.pt"
     torch.save(everything, path, _use_new_zipfile_serialization=form != "before torch 1.6")
-    if form == "compressed":
-        with zipfile.ZipFile(path) as archive:
-            members = {name: archive.read(name) for name in archive.namelist()}
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, data in members.items():
-                archive.writestr(name, data)
     loaded = load_checkpoint(path, num_heads=2)
     assert loaded.config.depth == 2 and set(loaded.state_dict) == set(state)
 
@@ -193,19 +170,15 @@ def test_compressed_archives(state: State, tmp_path: Path) -> None:
     write_archive(path, data, zipfile.ZIP_DEFLATED)
     save_file(state, good)
     for source, vae in ((path, None), (good, path)):
-        refused(lambda s=source, v=vae: load_checkpoint(s, num_heads=2, vae=v), "bytes, and says")
+        refused(lambda s=source, v=vae: load_checkpoint(s, num_heads=2, vae=v), "is compressed")
 
 
 def test_members_of_one_name(tmp_path: Path) -> None:
     """We cannot know which of them torch would read."""
-    for name, message in (
-        ("ARCHIVE/DATA.PKL", "holds 2 of data.pkl"),
-        ("ARCHIVE/VERSION", "holds 'archive/version' twice"),
-    ):
-        path = write_archive(tmp_path / "m.pt", b"\x80\x02}.")
-        with zipfile.ZipFile(path, "a") as archive:
-            archive.writestr(name, b"\x80\x02}" + text("x") + hexadecimal() + b"s.")
-        refused(lambda path=path: load_checkpoint(path), message)
+    path = write_archive(tmp_path / "m.pt", b"\x80\x02}.")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("ARCHIVE/DATA.PKL", b"\x80\x02}" + text("x") + hexadecimal() + b"s.")
+    refused(lambda: load_checkpoint(path), "holds 'archive/data.pkl' twice")
 
 
 def test_tensors_larger_than_the_file(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import secrets
 import stat
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NoReturn
 
@@ -175,20 +175,6 @@ def test_a_block_that_changes_the_current_directory(
 
 
 @linux
-@pytest.mark.parametrize("begin", BEGINS)
-def test_a_directory_of_ours_that_is_put_there_is_not_removed(
-    tmp_path: Path, victim: Path, begin: Begin
-) -> None:
-    hidden = Path()
-    with suppress(OSError), begin(tmp_path / "x.bin"):
-        (hidden,) = tmp_path.glob(".*")
-        hidden.rename(tmp_path / "away")
-        hidden.mkdir()
-        victim.rename(hidden / "thesis")
-    assert (hidden / "thesis").read_text() == "precious"
-
-
-@linux
 @pytest.mark.skipif(os.name == "posix" and os.geteuid() != 0, reason="other owners need root")
 def test_a_directory_that_is_exchanged_before_we_write(
     tmp_path: Path, victim: Path, monkeypatch: pytest.MonkeyPatch
@@ -257,22 +243,15 @@ def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
 
 
 def test_names_as_long_as_they_may_be(tmp_path: Path) -> None:
-    for name in ("n" * 246, "é" * 123):  # bytes; a few are for the temporary name
-        with atomic_path(tmp_path / name) as partial:
-            partial.write_text("new")
-        assert (tmp_path / name).read_text() == "new"
-    for name in ("m" * 255, "à" * 127):
-        with new_directory(tmp_path / name) as new:
-            (new / "file").touch()
-        assert (tmp_path / name / "file").exists()
+    with atomic_path(tmp_path / ("é" * 123)) as partial:  # a few bytes are for the temporary name
+        partial.touch()
+    with new_directory(tmp_path / "a" / ("à" * 127)) as new:
+        (new / "file").touch()
     long = tmp_path / ("n" * 255)
     with pytest.raises(OSError, match="too long") as caught, atomic_path(long) as partial:
         partial.touch()
     assert caught.value.filename == str(long)
-
-
-def test_unneeded_parent_directories_are_removed(tmp_path: Path) -> None:
-    for begin in BEGINS[1:]:
-        with pytest.raises(ValueError, match="bad model"), begin(tmp_path / "a" / "b" / "out"):
+    for begin in BEGINS[1:]:  # which remove the parents that they made
+        with pytest.raises(ValueError, match="bad model"), begin(tmp_path / "b" / "c" / "out"):
             raise ValueError("bad model")
-        assert not only(tmp_path)
+        assert not (tmp_path / "b").exists()

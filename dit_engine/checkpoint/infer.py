@@ -74,7 +74,9 @@ def infer_config(
     told = {"depth": depth, "hidden_size": hidden_size, "patch_size": p}
     num_classes, null_class = _classes(args, shape("y_embedder.embedding_table.weight", 2)[0])
     return ModelConfig(
-        **told,
+        depth=depth,
+        hidden_size=hidden_size,
+        patch_size=p,
         num_heads=num_heads or _named_heads(args, told) or infer_heads(hidden_size),
         input_size=math.isqrt(tokens) * p,
         in_channels=in_channels,

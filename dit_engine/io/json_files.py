@@ -207,7 +207,7 @@ def _at(value: Any, parts: list[str], source: object, name: str) -> Iterator[tup
     elif not isinstance(held, list if many == "[]" else dict):
         raise ValueError(f"{source}: {child} is not {'a list' if many == '[]' else 'an object'}")
     else:
-        for i, entry in enumerate(held) if many == "[]" else held.items():
+        for i, entry in held.items() if isinstance(held, dict) else enumerate(held):
             yield from _at(entry, parts[1:], source, f"{child}[{shown(i)}]")
 
 

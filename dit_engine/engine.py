@@ -38,7 +38,7 @@ class Engine:
         device: "cpu", "cuda", …; None chooses CUDA where there is one.
         max_batch_size: more images than this are made in several batches.
         threads: CPU threads while generating, 1 or more; None leaves torch's setting alone.
-        sources: where the weights came from, recorded with every result.
+        sources: where the weights came from and how they were read, recorded with every result.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Engine:
         device: torch.device | str | None = None,
         max_batch_size: int = 32,
         threads: int | None = None,
-        sources: dict[str, str] | None = None,
+        sources: dict[str, Any] | None = None,
     ) -> None:
         if not isinstance(model, DiT):
             raise ValueError(f"model {shown(model)} is not a dit_engine.model.DiT")
@@ -64,7 +64,6 @@ class Engine:
         self.config = model.config
         self.label_names = label_names
         self.max_batch_size = positive("max_batch_size", max_batch_size)
-        self.loading: dict[str, Any] = {}
         self.sources = {"model": "memory"} if sources is None else dict(sources)
         self._start()
 
@@ -73,9 +72,9 @@ class Engine:
         self._decode = None if self.vae is None else LatentDecoder(self.vae, self.device)
         self._backends: dict[tuple[str, str], Backend] = {}
         self._lock = threading.Lock()
-        self._facts: dict[str, Any] = {"numerics": self.config.numerics, "version": __version__}
+        self._origin = self.sources | {"numerics": self.config.numerics, "version": __version__}
         if diffusion := self.config.diffusion.record():  # what is not the published one's
-            self._facts["diffusion"] = diffusion
+            self._origin["diffusion"] = diffusion
         survive_forks()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -135,13 +134,16 @@ class Engine:
             source, vae=vae, numerics=numerics, check_finite=check_finite, **loading
         )
         told = str if record_paths else recorded
-        sources = {"model": told(source)} | ({} if vae is None else {"vae": told(vae)})
-        model, decoder = build_model(checkpoint), build_vae(checkpoint)
-        engine = cls(
-            model, decoder, checkpoint.label_names, device, max_batch_size, threads, sources
+        sources = {"model": told(source), "vae": None if vae is None else told(vae)} | loading
+        return cls(
+            build_model(checkpoint),
+            build_vae(checkpoint),
+            checkpoint.label_names,
+            device,
+            max_batch_size,
+            threads,
+            {name: value for name, value in sources.items() if value is not None},
         )
-        engine.loading = {name: value for name, value in loading.items() if value is not None}
-        return engine
 
     def __repr__(self) -> str:
         c = self.config
@@ -258,8 +260,10 @@ class Engine:
     def plan(self, labels: int | str | Iterable[int | str], **options: Any) -> Plan:
         """What `generate` would do; nothing is run. ``options`` are all of its keywords except
         ``callback``, and none of them has a default here."""
-        origin = copy.deepcopy(self.sources | self.loading | self._facts)  # results may be changed
-        has_vae = self.vae is not None
+        origin, has_vae = (
+            copy.deepcopy(self._origin),
+            self.vae is not None,
+        )  # results may be changed
         return make_plan(labels, self.config, self.label_names, origin, has_vae, **options)
 
     def _backend(self, name: str, precision: str) -> Backend:

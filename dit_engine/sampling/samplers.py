@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -156,15 +156,9 @@ def dpm_solver_pp(
     return z
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """A sampler and the settings that it is meant to be used with.
-
-    Attributes:
-        function: called as ``function(denoise, z, schedule, noise, callback)``.
-        default_steps: a sensible number of steps.
-        spacing: argument of ``make_schedule``.
-    """
+class Sampler(NamedTuple):
+    """A sampler, called as ``function(denoise, z, schedule, noise, callback)``, and the number of
+    steps and the spacing (of ``make_schedule``) that it is meant to be used with."""
 
     function: Callable[..., Tensor]
     default_steps: int

@@ -52,4 +52,3 @@ def test_few_files_lead_from_generate_to_a_native_kernel() -> None:
     assert len(files) <= MOST_FILES_TO_A_KERNEL, " ".join(files)
     assert frames <= MOST_FRAMES_TO_A_KERNEL
     assert len(entered) <= MOST_FILES, sorted(entered)
-    assert len(entered) <= MOST_FILES, sorted(entered)

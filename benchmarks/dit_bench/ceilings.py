@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_bench.timing import Function, interleave, spread
+from dit_engine.io.printable import one_line
 from dit_kernels.quantized import FAST_ACCUMULATION
 
 FP8 = torch.float8_e4m3fn
@@ -37,10 +38,7 @@ class Ceilings:
 
     def better(self, other: Ceilings) -> Ceilings:
         """The higher rate of each: other load on the machine only ever lowers them."""
-        rates = {
-            kind: max(rate, other.matmul_tflop_s.get(kind, rate))
-            for kind, rate in self.matmul_tflop_s.items()
-        }
+        rates = {k: max(v, other.matmul_tflop_s.get(k, v)) for k, v in self.matmul_tflop_s.items()}
         return replace(self, copy_gb_s=max(self.copy_gb_s, other.copy_gb_s), matmul_tflop_s=rates)
 
 
@@ -57,24 +55,25 @@ def measure_ceilings(
     A product so slow that ``rounds`` of it would take long gets fewer.
     """
     cuda = device.type == "cuda"
-    size = size or (8192 if cuda else 1024)
-    copy_mib = copy_mib or (2048 if cuda else 256)
-    usual = (torch.bfloat16, torch.float16, FP8) if cuda else (torch.float32, torch.bfloat16)
-    rates: dict[str, float] = {}
-    missing: dict[str, str] = {}
+    size, copy_mib = size or (8192 if cuda else 1024), copy_mib or (2048 if cuda else 256)
+    if dtypes is None:
+        dtypes = (torch.bfloat16, torch.float16, FP8) if cuda else (torch.float32, torch.bfloat16)
 
     def median_ms(function: Function) -> float:
         taken = interleave({"": function}, rounds, device=device, visit_ms=0, pause_s=0, warmup=2,
                            seconds=_SECONDS)  # fmt: skip
         return spread(taken[""]).median
 
+    rates: dict[str, float] = {}
+    missing: dict[str, str] = {}
+
     def measure(dtype: torch.dtype) -> None:
         try:
             rates[NAMES[dtype]] = 2 * size**3 / median_ms(matmul(device, dtype, size)) / 1e9
         except (RuntimeError, NotImplementedError) as error:
-            missing[NAMES[dtype]] = str(error).strip().split("\n")[0][:200]
+            missing[NAMES[dtype]] = one_line(error)[:200]
 
-    for dtype in usual if dtypes is None else dtypes:
+    for dtype in dtypes:
         measure(dtype)
     source = torch.randint(256, (copy_mib * 2**20,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -92,8 +91,7 @@ def matmul(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[], 
     if dtype != FP8:
         out = torch.empty(size, size, dtype=dtype, device=device)
         return lambda: torch.mm(a, b, out=out)
-    one = torch.ones((), device=device)
-    columns = b.t()  # _scaled_mm takes its second operand column by column
+    one, columns = torch.ones((), device=device), b.t()  # the second operand goes by columns
     return lambda: torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         a, columns, one, one, out_dtype=torch.bfloat16, use_fast_accum=FAST_ACCUMULATION
     )

@@ -19,7 +19,7 @@ COMMANDS = {
     "cpu": ("dit_bench.speed.cpu", "The lean forward beside its peers on this CPU."),
     "gpu": ("dit_bench.speed.gpu", "Check and time DiT Engine on a CUDA device."),
     "operators": ("dit_bench.speed.operators", "Check the operators, then time them."),
-    "gflops": ("dit_bench.gflops", "The paper's table of twelve models beside ours."),
+    "gflops": ("dit_bench.cost", "The paper's table of twelve models beside ours."),
     "compare": ("dit_bench.compare", "Two reports: which times are regressions."),
     "parity": ("dit_bench.quality.parity", "Images beside eager float32's, noise being equal."),
     "quality": ("dit_bench.quality.fd_lite0", "FD-Lite0 of a model against held-out images."),

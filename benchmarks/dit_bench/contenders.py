@@ -43,9 +43,9 @@ class Contender:
     """``build`` makes the function that is timed.
 
     Attributes:
-        role: as in a report (`dit_bench.report`).
+        role: as in a report (`dit_bench.report`); of a part of the work or another network, nothing
+            is known that its result could be compared with.
         precision: what its numbers are in.
-        checked: whether its result is compared with float32 eager.
         check: result → (error, bound), in place of the comparison with what is expected.
         flops: of one call, one multiply-add counted as two.
         weight_bytes: of one pass over the weights that every call needs.
@@ -55,7 +55,6 @@ class Contender:
     role: str
     precision: str
     build: Callable[[], Function]
-    checked: bool = True
     check: Callable[[Any], tuple[float, float]] | None = None
     flops: int = 0
     weight_bytes: int = 0
@@ -64,7 +63,7 @@ class Contender:
 @dataclass
 class Built:
     """The contenders that may be timed, and what became of each one: "setup_s", "first_call_s",
-    "error" and "bound", or why it was left out ("reason")."""
+    "error" and "bound", and why it was left out ("reason")."""
 
     functions: dict[str, Function] = field(default_factory=dict)
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -90,26 +89,25 @@ def build(
         try:
             with torch.inference_mode():
                 function = contender.build()
-                record["setup_s"] = round(time.perf_counter() - start, 3)
+                setup = time.perf_counter() - start
                 output = function()
                 if isinstance(output, Tensor) and output.is_cuda:
                     torch.cuda.synchronize(output.device)
-                spent = time.perf_counter() - start
-                record["first_call_s"] = max(0.0, round(spent - record["setup_s"], 3))
+            spent = time.perf_counter() - start
         # What a contender raises where it cannot run; anything else is a fault of this program.
         except (ImportError, ValueError, RuntimeError, OSError, MemoryError) as error:
-            record.clear()
             record["reason"] = one_line(error)[:200] or type(error).__name__
             log(f"  {contender.name}: skipped: {record['reason']}")
             continue
-        if contender.checked:
-            if contender.check is None:
+        record |= {"setup_s": round(setup, 3), "first_call_s": round(spent - setup, 3)}
+        if contender.role in ("subject", "peer"):
+            if contender.check is not None:
+                with torch.inference_mode():
+                    record["error"], record["bound"] = contender.check(output)
+            else:
                 assert expected is not None
                 record["error"] = relative_error(output, expected)
                 record["bound"] = allowed_error(contender.precision, bf16_error)
-            else:
-                with torch.inference_mode():
-                    record["error"], record["bound"] = contender.check(output)
             text = f"error {record['error']:.2e}, bound {record['bound']:.2e}"
             if not record["error"] <= record["bound"]:  # NaN fails too
                 record["reason"] = f"computes another function ({text})"
@@ -140,37 +138,30 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def known_peers() -> tuple[str, ...]:
-    return (*LIBRARIES, *(name for name in known_backends() if name != "auto"))
-
-
 def parse_peers(text: str, precision: str) -> list[Name]:
     """ "diffusers,onnxruntime/fp32" → names with their precisions, ``precision`` unless given.
 
     Where that one is quantised, peers have the precision of its activations. Raises ValueError.
     """
-    usual = {"int8": "bf16", "fp8": "bf16"}.get(precision, precision)
-    found: list[Name] = []
+    usual = "bf16" if precision in ("int8", "fp8") else precision
+    found: dict[Name, None] = {}
     for part in text.split(","):
         name, _, own = part.strip().partition("/")
         try:
             resolved = name if name in LIBRARIES else resolve_backend(name)
         except ValueError:
-            known = ", ".join(known_peers())
+            known = ", ".join([*LIBRARIES, *(each for each in known_backends() if each != "auto")])
             raise ValueError(f"peer {name!r} is unknown; choose among {known}") from None
         if own and own not in PRECISIONS:
             known = ", ".join(PRECISIONS)
             raise ValueError(f"peer {part!r}: precision {own!r} is none of {known}")
-        if (pair := (resolved, own or usual)) not in found:
-            found.append(pair)
-    return found
+        found[resolved, own or usual] = None
+    return list(found)
 
 
 def check_backend(name: str, precision: str, device: torch.device) -> None:
-    """Raise what the backend says of this machine before a large model is made for it.
-
-    Its warnings are dropped here, because it will repeat them for the model itself.
-    """
+    """Raise what the backend says of this machine before a large model is made for it, without the
+    warnings, which it will repeat for the model itself."""
     with torch.device("meta"):
         model = DiT(ModelConfig(1, 64, 1, 2, 8, num_classes=1)).eval().requires_grad_(False)
     try:

@@ -1,34 +1,62 @@
-"""Parameters and arithmetic of a DiT and of a VAE's decoder, by formula.
+"""Parameters and arithmetic of networks, and ``dit-bench gflops``: the paper's table beside ours.
 
-A MAC is one multiply-add of a matrix product or convolution: what the DiT paper (arXiv
-2212.09748) calls a flop, so that its "118.6 Gflops" for XL/2 are GMACs. True FLOPs are twice
-that. Elementwise work (norms, activations, softmax, modulation, biases) is not counted.
+A MAC is one multiply-add of a matrix product or convolution: what the DiT paper (Peebles & Xie
+2022, arXiv 2212.09748) calls a flop, so that its "118.6 Gflops" for XL/2 are GMACs. True FLOPs are
+twice that. Elementwise work (norms, activations, softmax, modulation, biases) is not counted.
 
-Letters: T tokens, D hidden size, C channels, k kernel side.
+A DiT's cost follows from a formula, which torch's operator counting confirms; other networks are
+counted by torch alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import argparse
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dit_engine.config import ModelConfig
+from dit_bench.report import PARTS, Report, Row, new_report
+from dit_engine.config import PUBLISHED, ModelConfig
+from dit_engine.console.output import STDOUT
 from dit_engine.model import FREQUENCY_EMBEDDING_SIZE, DiT
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
-CONDITIONS = ("conditioning", "adaln")
-"""Parts of a network that depend on time step and label alone."""
+SIZES = (256, 512)
+SOURCE = "Peebles & Xie 2022, arXiv 2212.09748, appendix, table of all models; 512 px: section 5.1"
+# The appendix's "Flops (G)", which are multiply-adds, and "Params (M)", which leave out the fixed
+# position table.
+GFLOPS = {
+    256: {
+        "S/8": 0.36, "S/4": 1.41, "S/2": 6.06,
+        "B/8": 1.42, "B/4": 5.56, "B/2": 23.01,
+        "L/8": 5.01, "L/4": 19.70, "L/2": 80.71,
+        "XL/8": 7.39, "XL/4": 29.05, "XL/2": 118.64,
+    },
+    512: {"XL/2": 524.60},
+}  # fmt: skip
+MILLION_PARAMETERS = {
+    "S/8": 33, "S/4": 33, "S/2": 33,
+    "B/8": 131, "B/4": 130, "B/2": 130,
+    "L/8": 459, "L/4": 458, "L/2": 458,
+    "XL/8": 676, "XL/4": 675, "XL/2": 675,
+}  # fmt: skip
+UNET = "LDM-4 U-Net"
+"""The network that the paper compares with, of Rombach et al. 2022, for 256 px, by class."""
+UNET_GFLOPS, UNET_MILLIONS = 103.6, 400  # in the DiT paper
+UNET_SHAPE, CONTEXT = (3, 64, 64), 512  # of its latents (downsampling 4), and of its class
 TOLERANCE = 1e-3
 """Formula and counter may differ by so much."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one part of a network, for one image and one forward pass."""
+    """Of a network or a part of one, for one image and one forward pass."""
 
     parameters: int = 0
     macs: int = 0
@@ -47,25 +75,7 @@ class Cost:
 
 
 def total(parts: Mapping[str, Cost] | Iterable[Cost]) -> Cost:
-    """The sum of all parts."""
-    costs = parts.values() if isinstance(parts, Mapping) else parts
-    return sum(costs, Cost())
-
-
-def linear(inputs: int, outputs: int, rows: int) -> Cost:
-    """A linear layer with bias, applied to ``rows`` vectors."""
-    return Cost((inputs + 1) * outputs, inputs * outputs * rows)
-
-
-def convolution(inputs: int, outputs: int, kernel: int, side: int) -> Cost:
-    """A square convolution with bias whose output is side × side."""
-    weights = inputs * outputs * kernel * kernel
-    return Cost(weights + outputs, weights * side * side)
-
-
-def attention_core(tokens: int, width: int) -> Cost:
-    """QKᵀ and the weighted sum of V, all heads together: 2·T²·D MACs, no parameters."""
-    return Cost(macs=2 * tokens * tokens * width)
+    return sum(parts.values() if isinstance(parts, Mapping) else parts, Cost())
 
 
 def dit_cost(config: ModelConfig) -> dict[str, Cost]:
@@ -73,129 +83,159 @@ def dit_cost(config: ModelConfig) -> dict[str, Cost]:
 
     "patch_embed" holds the frozen position table; "conditioning" is the embedding of time step
     and label; "adaln" holds the modulations of every block and of the final layer. Both of these
-    depend on nothing but (t, y), so a sampler may compute them before its loop.
+    depend on nothing but (t, y), so a sampler may compute them before its loop. The core of
+    attention is QKᵀ and the weighted sum of V.
     """
     d, t, depth = config.hidden_size, config.num_tokens, config.depth
-    patch = config.patch_size**2
+    patch, hidden = config.patch_size**2, config.mlp_hidden_size
+
+    def linear(inputs: int, outputs: int, rows: int) -> Cost:
+        return Cost((inputs + 1) * outputs, inputs * outputs * rows)
+
     return {
-        "patch_embed": linear(config.in_channels * patch, d, t) + Cost(parameters=t * d),
+        "patch_embed": linear(config.in_channels * patch, d, t) + Cost(t * d),
         "conditioning": linear(FREQUENCY_EMBEDDING_SIZE, d, 1)
         + linear(d, d, 1)
-        + Cost(parameters=config.label_rows * d),
+        + Cost(config.label_rows * d),
         "adaln": linear(d, 6 * d, 1) * depth + linear(d, 2 * d, 1),
         "attention_linear": (linear(d, 3 * d, t) + linear(d, d, t)) * depth,
-        "attention_core": attention_core(t, d) * depth,
-        "mlp": (linear(d, config.mlp_hidden_size, t) + linear(config.mlp_hidden_size, d, t))
-        * depth,
+        "attention_core": Cost(macs=2 * t * t * d) * depth,
+        "mlp": (linear(d, hidden, t) + linear(hidden, d, t)) * depth,
         "final": linear(d, patch * config.out_channels, t),
     }
-
-
-def vae_decoder_cost(config: VAEConfig, latent_side: int) -> dict[str, Cost]:
-    """Costs of `AutoencoderKL.decode`'s parts for latents of ``latent_side``²: post_quant_conv
-    and decoder.
-
-    Raises ValueError for a side below 1.
-    """
-    if latent_side < 1:
-        raise ValueError(f"latent_side {latent_side} is not a positive number of latent pixels")
-    widths, side = config.block_out_channels[::-1], latent_side
-    parts = {
-        "post_quant_conv": convolution(config.latent_channels, config.latent_channels, 1, side),
-        "conv_in": convolution(config.latent_channels, widths[0], 3, side),
-        "mid_resnets": _resnet(widths[0], widths[0], side) * 2,
-    }
-    if config.mid_block_add_attention:
-        width, tokens = widths[0], side * side
-        parts["mid_attention"] = (
-            linear(width, width, tokens) * 4 + attention_core(tokens, width) + _group_norm(width)
-        )
-    before = widths[0]
-    for i, width in enumerate(widths):
-        level = _resnet(before, width, side) + _resnet(width, width, side) * config.layers_per_block
-        if i < len(widths) - 1:
-            side *= 2
-            level += convolution(width, width, 3, side)
-        parts[f"up_block_{i}"] = level
-        before = width
-    parts["conv_out"] = _group_norm(before) + convolution(before, config.out_channels, 3, side)
-    return parts
-
-
-def _group_norm(channels: int) -> Cost:
-    return Cost(parameters=2 * channels)
-
-
-def _resnet(inputs: int, outputs: int, side: int) -> Cost:
-    cost = _group_norm(inputs) + convolution(inputs, outputs, 3, side)
-    cost += _group_norm(outputs) + convolution(outputs, outputs, 3, side)
-    return cost + (convolution(inputs, outputs, 1, side) if inputs != outputs else Cost())
-
-
-def model_parts(config: ModelConfig) -> dict[str, Cost]:
-    """`dit_cost` with the two halves of attention in one."""
-    parts = dit_cost(config)
-    attention = parts.pop("attention_linear") + parts.pop("attention_core")
-    order = ("patch_embed", "conditioning", "adaln", "attention", "mlp", "final")
-    parts["attention"] = attention
-    return {name: parts[name] for name in order}
-
-
-def count_model(config: ModelConfig) -> dict[str, int]:
-    """True FLOPs of one forward of one image by part, counted on tensors without storage."""
-    with torch.device("meta"):
-        model = DiT(config).eval().requires_grad_(False)
-        x = torch.empty(1, config.in_channels, config.input_size, config.input_size)
-        index = torch.empty(1, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
-        model(x, index, index)
-    found = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-
-    def of(ending: str) -> int:
-        return sum(v for k, v in found.items() if k.startswith("DiT.") and k.endswith(ending))
-
-    return {
-        "patch_embed": found["DiT.x_embedder"],
-        "conditioning": found["DiT.t_embedder"],
-        "adaln": of(".adaLN_modulation"),
-        "attention": of(".attn"),
-        "mlp": of(".mlp") - found["DiT.t_embedder.mlp"],
-        "final": found["DiT.final_layer.linear"],
-    }
-
-
-def count_decoder(config: VAEConfig, latent_side: int) -> int:
-    """True FLOPs of one decode of one image."""
-    with torch.device("meta"):
-        vae = AutoencoderKL(config).eval().requires_grad_(False)
-        z = torch.empty(1, config.latent_channels, latent_side, latent_side)
-    with FlopCounterMode(display=False) as counter:
-        vae.decode(z)
-    return counter.get_total_flops()
-
-
-def model_record(config: ModelConfig) -> dict[str, Any]:
-    """Costs as JSON, by part and in all, of one image and one forward."""
-    parts, seen = model_parts(config), count_model(config)
-    return {
-        "parts": {name: _record(cost, seen[name]) for name, cost in parts.items()},
-        "total": _record(total(parts), sum(seen.values())),
-    }
-
-
-def decoder_record(config: VAEConfig, latent_side: int) -> dict[str, Any]:
-    return _record(total(vae_decoder_cost(config, latent_side)), count_decoder(config, latent_side))
-
-
-def _record(cost: Cost, counted_flops: int) -> dict[str, Any]:
-    if abs(counted_flops - cost.flops) > TOLERANCE * cost.flops:
-        raise AssertionError(f"formula {cost.flops} FLOPs, torch counts {counted_flops}")
-    return asdict(cost) | {"flops": cost.flops, "counted_flops": counted_flops}
 
 
 def needed_weights(config: ModelConfig) -> int:
     """Parameters that every forward must read. Those of the conditioning, a third of the model, are
     left out: a sampler may compute it before its loop. They would flatter whoever never reads them.
     """
-    parts = dit_cost(config)
-    return sum(part.parameters for name, part in parts.items() if name not in CONDITIONS)
+    hoisted = ("conditioning", "adaln")
+    return total(part for name, part in dit_cost(config).items() if name not in hoisted).parameters
+
+
+def counted(module: nn.Module, run: Callable[[], object]) -> Cost:
+    """The parameters of ``module``, and by torch's count what ``run`` computes of one image."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return Cost(sum(p.numel() for p in module.parameters()), counter.get_total_flops() // 2)
+
+
+def model_record(config: ModelConfig) -> dict[str, Any]:
+    """Costs as JSON, by part and in all, of one image and one forward.
+
+    Raises AssertionError where formula and counter differ.
+    """
+    costs = dit_cost(config)
+    costs["attention"] = costs["attention_linear"] + costs["attention_core"]
+    parts = {name: costs[name] for name in PARTS}
+    with torch.device("meta"):
+        model = DiT(config).eval().requires_grad_(False)
+        x = torch.empty(1, config.in_channels, config.input_size, config.input_size)
+        index = torch.empty(1, dtype=torch.long)
+    formula, seen = total(parts), counted(model, lambda: model(x, index, index))
+    if abs(seen.macs - formula.macs) > TOLERANCE * formula.macs:
+        raise AssertionError(f"formula {formula.macs} MACs, torch counts {seen.macs}")
+    record = {name: asdict(cost) | {"flops": cost.flops} for name, cost in parts.items()}
+    return {"parts": record, "total": _record(formula, seen)}
+
+
+def decoder_record(config: VAEConfig, latent_side: int) -> dict[str, Any]:
+    """The cost of `AutoencoderKL.decode` as JSON, for latents of ``latent_side``²."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(config).eval().requires_grad_(False)
+        z = torch.empty(1, config.latent_channels, latent_side, latent_side)
+    return _record(counted(nn.ModuleList([vae.post_quant_conv, vae.decoder]),
+                           lambda: vae.decode(z)))  # fmt: skip
+
+
+def _record(cost: Cost, seen: Cost | None = None) -> dict[str, Any]:
+    return asdict(cost) | {"flops": cost.flops, "counted_flops": (seen or cost).flops}
+
+
+def make_unet() -> Any:
+    """(latents (N, 3, 64, 64), time steps (N,), encoder_hidden_states=(N, 1, 512)) → latents.
+
+    Its published configuration in diffusers' UNet2DConditionModel, with random weights.
+    """
+    try:
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install 'dit-engine[diffusers]'") from error
+    return UNet2DConditionModel(
+        sample_size=UNET_SHAPE[1],
+        in_channels=UNET_SHAPE[0],
+        out_channels=UNET_SHAPE[0],
+        block_out_channels=(192, 384, 576, 960),
+        layers_per_block=2,
+        cross_attention_dim=CONTEXT,
+        attention_head_dim=1,  # diffusers takes it for the number of heads
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
+        up_block_types=(*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
+    )
+
+
+@functools.cache
+def unet_cost() -> Cost:
+    """Of the U-Net, without the table of its classes. Raises ImportError without diffusers."""
+    with torch.device("meta"):
+        unet = make_unet().requires_grad_(False)
+        x, t, context = torch.empty(1, *UNET_SHAPE), torch.empty(1), torch.empty(1, 1, CONTEXT)
+    return counted(unet, lambda: unet(x, t, encoder_hidden_states=context))
+
+
+def gflops_report(sizes: tuple[int, ...] = SIZES) -> Report:
+    """What is published (None where nothing is), our formula and torch's count."""
+    from dit_bench.machine import describe
+
+    report = new_report("gflops", describe(torch.device("cpu")), {"source": SOURCE})
+    rows = report["rows"]
+    for size in sizes:
+        for full in PUBLISHED:
+            name, config = full.removeprefix("DiT-"), ModelConfig.named(full, size)
+            rows.append(_row(name, size, model_record(config), GFLOPS[size].get(name),
+                             MILLION_PARAMETERS[name],
+                             untrained=config.num_tokens * config.hidden_size))  # fmt: skip
+    for size in sizes:
+        record = {"total": decoder_record(VAEConfig(), size // 8)}
+        rows.append(_row("VAE decoder (Stable Diffusion)", size, record))
+    try:
+        record = {"total": _record(unet_cost())}
+        rows.append(_row(UNET, 256, record, UNET_GFLOPS, UNET_MILLIONS))
+    except ImportError as error:
+        rows.append({"section": "cost", "case": UNET, "contender": "", "size": 256,
+                     "status": "skipped", "reason": str(error)})  # fmt: skip
+    report["complete"] = True
+    return report
+
+
+def _row(
+    name: str, size: int, record: dict[str, Any], gflops: float | None = None,
+    millions: float | None = None, untrained: int = 0,
+) -> Row:  # fmt: skip
+    total = record["total"] | {"trained_parameters": record["total"]["parameters"] - untrained}
+    return {
+        "section": "cost", "case": name, "contender": "formula and torch's count", "status": "ok",
+        "model": name, "size": size, "published_gflops": gflops,
+        "published_million_parameters": millions, "parts": {}, **record, "total": total,
+    }  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--size", type=int, nargs="+", choices=SIZES, default=list(SIZES), help="pixels")
+    add("--wide", action="store_true", help="all columns, wider than the terminal")
+    add("--json", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from dit_bench.outputs import check_outputs
+    from dit_bench.report import write
+    from dit_bench.show.reports import report_tables
+    from dit_bench.show.tables import show
+
+    check_outputs([arguments.json])
+    report = gflops_report(tuple(dict.fromkeys(arguments.size)))
+    if arguments.json != STDOUT:
+        show(report_tables(report), wide=arguments.wide)
+    write(report, arguments.json)
+    return 0

@@ -39,28 +39,23 @@ class OtherLoad:
 
     @contextmanager
     def sampled(self) -> Iterator[None]:
-        start, own, busy = time.perf_counter(), self._own(), self._busy()
+        before = self._seconds()
         try:
             yield
         finally:
-            wall, own = time.perf_counter() - start, self._own() - own
-            found, self.last = self._busy(), None
-            if busy is not None and found is not None and wall > 0:
-                busy = found - busy
-                if busy >= own / 2:  # in a sandbox the file may hold nothing but zeros
-                    others = max(0.0, busy - own)
-                    self._others += others
-                    self._wall += wall
-                    self.last = others / wall if wall >= _LEAST_S else None
+            wall, own, busy = (b - a for a, b in zip(before, self._seconds(), strict=True))
+            self.last = None
+            # In a sandbox the system's file may hold nothing but zeros.
+            if self._known and wall > 0 and busy >= own / 2:
+                others = max(0.0, busy - own)
+                self._others += others
+                self._wall += wall
+                self.last = others / wall if wall >= _LEAST_S else None
 
-    def _busy(self) -> float | None:
-        """Seconds of all processors since the system began; None where it does not tell."""
-        return busy_seconds(stat=self._stat) if self._known else None
-
-    @staticmethod
-    def _own() -> float:
-        times = os.times()
-        return times.user + times.system + times.children_user + times.children_system
+    def _seconds(self) -> tuple[float, float, float]:
+        """On the clock; of this process and its children; of all processors, or NaN."""
+        busy = busy_seconds(stat=self._stat)
+        return time.perf_counter(), sum(os.times()[:4]), float("nan") if busy is None else busy
 
 
 def not_quoted(report: dict[str, Any]) -> str | None:

@@ -41,10 +41,9 @@ def check_folder(path: Path | None) -> None:
     """Raise a one-line ValueError or OSError for a folder that could not be written into."""
     if path is None:
         return
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file; --plot needs a directory")
-    if path.suffix.lower() in (".png", ".svg", ".pdf", ".jpg") and not path.is_dir():
-        raise ValueError(f"{path} is the name of a picture; --plot needs a directory for several")
+    picture = path.suffix.lower() in (".png", ".svg", ".pdf", ".jpg")
+    if path.is_file() or (picture and not path.is_dir()):
+        raise ValueError(f"{path} is a file; --plot needs a directory, for several pictures")
     check_destination(path / "figures")  # a name without a suffix: a folder, made as needed
 
 
@@ -58,14 +57,8 @@ def write_text(text: str, path: Path | None) -> None:
 
 
 def json_text(value: Any) -> str:
-    """JSON that is safe to print: characters that are not `printable` become JSON's escapes."""
-    lines = json.dumps(value, indent=1, ensure_ascii=False).split("\n")
-    shown = (line if printable(line) == line else _escaped(line) for line in lines)
-    return "\n".join(shown) + "\n"
-
-
-def _escaped(line: str) -> str:
-    return "".join(c if printable(c) == c else json.dumps(c)[1:-1] for c in line)
+    """JSON in ASCII, with escapes for all other characters, so that it is safe to print."""
+    return json.dumps(value, indent=1) + "\n"
 
 
 def finite(value: Any) -> Any:
@@ -86,11 +79,9 @@ def csv_text(report: dict[str, Any]) -> str:
     writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in report["rows"]:
-        ms, ratio = row.get("ms", {}), row.get("ratio", {})
-        flat = dict(row) | {"n": ms.get("n")}
-        for quantile in ("p5", "median", "p95"):
-            flat[f"{quantile}_ms"] = ms.get(quantile)
-            flat[f"ratio_{quantile}"] = ratio.get(quantile)
+        flat = row | {f"{key}_ms": value for key, value in row.get("ms", {}).items()}
+        flat |= {f"ratio_{key}": value for key, value in row.get("ratio", {}).items()}
+        flat["n"] = flat.get("n_ms")
         writer.writerow({column: _cell(value) for column, value in flat.items()})
     return text.getvalue()
 

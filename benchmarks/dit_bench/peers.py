@@ -1,4 +1,5 @@
-"""Other libraries and compilers on our weights, and the modules that their exporters take."""
+"""What the engine's backends are compared with: other libraries and compilers on our weights, and
+the paper's U-Net."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_bench.contenders import Function
+from dit_bench.cost import CONTEXT, UNET_SHAPE, make_unet
 from dit_bench.subjects import twin
 from dit_engine.backends.capture import capture_graph
 from dit_engine.backends.compile import compile_static
@@ -22,28 +24,7 @@ from dit_engine.vae import AutoencoderKL
 
 M = TypeVar("M", bound=nn.Module)
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class Conditioned(nn.Module):
-    """`DiT.forward_conditioned` as a forward, for exporters."""
-
-    def __init__(self, model: DiT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return self.model.forward_conditioned(x, c)
-
-
-class Decode(nn.Module):
-    """`AutoencoderKL.decode` as a forward, for exporters."""
-
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z)
+CLASSES = 1000  # of the U-Net
 
 
 def compiled(module: DiT, form: str, *inputs: Tensor) -> Forward:
@@ -106,22 +87,18 @@ def diffusers_transformer(model: DiT) -> Any:
         raise ValueError(f"numerics {config.numerics!r}: diffusers computes only 'diffusers'")
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-    theirs: Any
-    with torch.device("meta"):
-        theirs = DiTTransformer2DModel(
-            num_attention_heads=config.num_heads,
-            attention_head_dim=config.hidden_size // config.num_heads,
-            in_channels=config.in_channels,
-            out_channels=config.out_channels,
-            num_layers=config.depth,
-            sample_size=config.input_size,
-            patch_size=config.patch_size,
-            num_embeds_ada_norm=config.num_classes,
-            norm_eps=config.mlp_norm_eps,
-        )
-    theirs.load_state_dict(diffusers_state(model.state_dict(), config.depth), assign=True)
+    options: dict[str, Any] = {
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.hidden_size // config.num_heads,
+        "in_channels": config.in_channels, "out_channels": config.out_channels,
+        "num_layers": config.depth, "sample_size": config.input_size,
+        "patch_size": config.patch_size, "num_embeds_ada_norm": config.num_classes,
+        "norm_eps": config.mlp_norm_eps,
+    }  # fmt: skip
+    state = diffusers_state(model.state_dict(), config.depth)
+    theirs = _on_tensors(lambda: DiTTransformer2DModel(**options), state)
     theirs.pos_embed.pos_embed = model.pos_embed.detach()
-    return theirs.eval().requires_grad_(False)
+    return theirs
 
 
 def diffusers_state(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
@@ -140,16 +117,22 @@ def diffusers_autoencoder(vae: AutoencoderKL) -> Any:
     """diffusers' AutoencoderKL on the tensors of ``vae``. Raises ImportError without diffusers."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Theirs
 
-    config = vae.config
-    depth = len(config.block_out_channels)
-    values = {key: value for key, value in asdict(config).items() if key != "scaling_factor"}
-    values["down_block_types"] = ("DownEncoderBlock2D",) * depth
-    values["up_block_types"] = ("UpDecoderBlock2D",) * depth
-    theirs: Any
+    depth = len(vae.config.block_out_channels)
+    return _on_tensors(
+        lambda: Theirs(
+            **asdict(vae.config),
+            down_block_types=("DownEncoderBlock2D",) * depth,
+            up_block_types=("UpDecoderBlock2D",) * depth,
+        ),
+        vae.state_dict(),
+    )
+
+
+def _on_tensors(make: Callable[[], Any], state: Mapping[str, Tensor]) -> Any:
     with torch.device("meta"):
-        theirs = Theirs(**values)
-    theirs.load_state_dict(vae.state_dict(), assign=True)
-    return theirs.eval().requires_grad_(False)
+        module = make()
+    module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(False)
 
 
 def channels_last(module: M) -> M:
@@ -158,6 +141,17 @@ def channels_last(module: M) -> M:
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return module
+
+
+class Method(nn.Module):
+    """One method of ``module`` as a forward, for exporters."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__()
+        self.module, self.name = module, name
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return getattr(self.module, self.name)(*inputs)
 
 
 @functools.cache
@@ -192,10 +186,9 @@ def openvino_function(
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its exporter's parts
         converted = openvino.convert_model(torch.export.export(module, arguments))
     options = {
-        "INFERENCE_PRECISION_HINT": hint,
-        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
-    }
+    }  # fmt: skip
     compiled_model = openvino_core().compile_model(converted, "CPU", options)
     used = compiled_model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if used != hint:
@@ -207,4 +200,27 @@ def openvino_function(
         outputs = request.infer(inputs, share_inputs=True, share_outputs=True)
         return torch.from_numpy(outputs[0])
 
+    return run
+
+
+def unet_forward(images: int, device: torch.device, dtype: torch.dtype) -> Function:
+    """The U-Net on random latents and classes of N images, in eager torch with channels-last
+    weights, with which its convolutions are quicker. Raises RuntimeError for a result that is not
+    finite, which is all that there is to check."""
+    draw = torch.Generator().manual_seed(images)
+    latents = torch.randn(images, *UNET_SHAPE, generator=draw).to(device)
+    y = torch.randint(CLASSES, (images,), generator=draw).to(device)
+    t = torch.full((images,), 400, device=device)
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet, table = make_unet(), nn.Embedding(CLASSES + 1, CONTEXT)
+    unet, table = (m.to(device, dtype).eval().requires_grad_(False) for m in (unet, table))
+    unet.to(memory_format=torch.channels_last)
+
+    def run() -> Tensor:
+        x = latents.to(dtype, memory_format=torch.channels_last)
+        return unet(x, t, encoder_hidden_states=table(y).unsqueeze(1)).sample.float()
+
+    if not bool(run().isfinite().all()):
+        raise RuntimeError("its result is not finite")
     return run

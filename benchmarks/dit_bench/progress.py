@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ LONGEST = 2.0
 
 
 class Progress:
-    """One bar over the stages of a run, and one over the rounds of the stage."""
+    """One bar over the stages of a run."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -75,27 +75,21 @@ class Progress:
         if not self.quiet:
             tqdm.write(printable(text), sys.stderr)
 
-    @contextmanager
-    def rounds(self, total: int, name: str, seconds: float) -> Iterator[Any]:
-        """Yields ``go_on`` for `dit_bench.timing.interleave`: False after so many seconds and
+    def rounds(self, seconds: float) -> Callable[[], bool]:
+        """``go_on`` for `dit_bench.timing.interleave`: False after so many seconds and
         `LEAST_ROUNDS`, where another round as long as those before would end after `LONGEST` times
         the seconds, or when the run was interrupted."""
-        from dit_engine.console.bars import Bar
-
         start, done = time.perf_counter(), 0
-        with Bar(total=total, desc=name, unit="round", file=sys.stderr, delay=DELAY_S,
-                 leave=False, disable=self.quiet) as bar:  # fmt: skip
 
-            def go_on() -> bool:
-                nonlocal done
-                done += 1
-                bar.update()
-                spent = time.perf_counter() - start
-                late = spent >= seconds and done >= LEAST_ROUNDS
-                too_long = spent * (done + 1) / done > LONGEST * seconds
-                return not (self.interrupted or late or too_long)
+        def go_on() -> bool:
+            nonlocal done
+            done += 1
+            spent = time.perf_counter() - start
+            late = spent >= seconds and done >= LEAST_ROUNDS
+            too_long = spent * (done + 1) / done > LONGEST * seconds
+            return not (self.interrupted or late or too_long)
 
-            yield go_on
+        return go_on
 
     def _interrupt(self, *_: object) -> None:
         self.interrupted = True

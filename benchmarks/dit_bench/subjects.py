@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from dit_engine.config import PUBLISHED, ModelConfig
 from dit_engine.model import DiT, position_embedding
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
+M = TypeVar("M", bound=nn.Module)
 _SIZE = re.compile(r"(?:DiT-)?[A-Za-z]{1,3}[/-]\d+")
 
 
@@ -51,30 +53,26 @@ def load_subject(
     Raises:
         ValueError, OSError: an unknown name, which lists the known ones, or a bad checkpoint.
     """
-    check_name(name, size, vae)
-    if is_size(name):
-        config = ModelConfig.named(name, size or 256)
-        autoencoder = random_vae(VAEConfig()) if with_vae else None
-        short = name.removeprefix("DiT-").replace("-", "/")
-        return Subject(short, "random", random_model(config), autoencoder, size=size or 256)
     from dit_engine.checkpoint import build_model, build_vae, load_checkpoint
 
+    check_name(name, size, vae)
+    if _is_size(name):
+        size = size or 256
+        model = random_model(ModelConfig.named(name, size))
+        short = name.removeprefix("DiT-").replace("-", "/")
+        return Subject(short, "random", model, random_vae(VAEConfig()) if with_vae else None,
+                       size=size)  # fmt: skip
     checkpoint = load_checkpoint(name, vae=vae)
-    model = build_model(checkpoint).float().eval().requires_grad_(False)
-    own = build_vae(checkpoint)
-    own = None if own is None else own.float().eval().requires_grad_(False)
+    model, own = build_model(checkpoint), build_vae(checkpoint)
+    for module in filter(None, (model, own)):
+        module.float().eval().requires_grad_(False)
     pixels = None if own is None else model.config.input_size * own.config.downsampling
     return Subject(name, checkpoint.source, model, own, checkpoint.label_names, pixels)
 
 
-def is_size(name: str) -> bool:
-    """Whether ``name`` looks like a published size, known or not, rather than a path."""
-    return _SIZE.fullmatch(name) is not None and not Path(name).exists()
-
-
 def check_name(name: str, size: int | None = None, vae: str | None = None) -> None:
     """Raise what is wrong with the name and its options, before any work."""
-    if is_size(name):
+    if _is_size(name):
         ModelConfig.named(name, size or 256)
         if vae is not None:
             raise ValueError(f"--vae is for checkpoints; {name!r} gets random weights")
@@ -86,6 +84,11 @@ def check_name(name: str, size: int | None = None, vae: str | None = None) -> No
         )
     if size is not None:
         raise ValueError(f"--size is for published models; {name!r} has its own")
+
+
+def _is_size(name: str) -> bool:
+    """Whether ``name`` looks like a published size, known or not, rather than a path."""
+    return _SIZE.fullmatch(name) is not None and not Path(name).exists()
 
 
 def in_numerics(model: DiT, numerics: str) -> DiT:
@@ -104,39 +107,38 @@ def twin(model: DiT, config: ModelConfig | None = None) -> DiT:
     return made.eval().requires_grad_(False)
 
 
-def random_model(config: ModelConfig, seed: int = 0) -> DiT:
+def random_model(config: ModelConfig) -> DiT:
     """A float32 DiT whose every weight is random, in eval mode."""
     with without_storage():
         model = DiT(config)
     model.to_empty(device="cpu")
     side = config.input_size // config.patch_size
     model.pos_embed.data.copy_(position_embedding(config.hidden_size, side))
-    randomise(model, seed)
-    return model.eval().requires_grad_(False)
+    return _randomised(model)
 
 
-def random_vae(config: VAEConfig, seed: int = 0) -> AutoencoderKL:
+def random_vae(config: VAEConfig) -> AutoencoderKL:
     """Random weights; the norms' scales lie around one, as a trained network's do."""
-    vae = AutoencoderKL(config)
-    randomise(vae, seed)
+    vae = _randomised(AutoencoderKL(config))
     with torch.no_grad():
         for module in vae.modules():
             if isinstance(module, nn.GroupNorm):
                 module.weight.add_(1)
-    return vae.eval().requires_grad_(False)
+    return vae
 
 
-def randomise(module: nn.Module, seed: int = 0) -> None:
-    """Random weights in place, adaLN's too (at their initial zeros every block is the identity).
+def _randomised(module: M) -> M:
+    """With random weights, adaLN's too (at their initial zeros every block is the identity).
 
     Embedders are large, so that a wrong time step or label shows above the rounding of bf16.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for name, parameter in module.named_parameters():
-        if name == "pos_embed":
-            continue
-        gain = 2.0 if name.startswith("t_embedder") else 0.5
-        scale = gain * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+        scale = 0.5 * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+        if name.startswith("t_embedder") and parameter.ndim > 1:
+            scale *= 4
         with torch.no_grad():
-            parameter.normal_(std=1.0 if name.startswith("y_embedder") else scale,
-                              generator=generator)  # fmt: skip
+            if name != "pos_embed":
+                std = 1.0 if name.startswith("y_embedder") else scale
+                parameter.normal_(std=std, generator=generator)
+    return module.eval().requires_grad_(False)

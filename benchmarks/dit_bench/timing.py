@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 Function = Callable[[], object]
@@ -58,20 +59,10 @@ class Spread:
     p95: float
     n: int
 
-    @property
-    def relative(self) -> float:
-        """(p95 − p5) / median."""
-        return (self.p95 - self.p5) / self.median
-
 
 def spread(values: Sequence[float]) -> Spread:
-    """Raises ValueError for no values."""
-    if not values:
-        raise ValueError("quantiles of no values: at least one is needed")
-    found = torch.tensor(values, dtype=torch.float64)
-    points = torch.tensor((0.05, 0.5, 0.95), dtype=torch.float64)
-    p5, median, p95 = found.quantile(points).tolist()
-    return Spread(p5, median, p95, len(values))
+    """Raises IndexError for no values."""
+    return Spread(*np.quantile(values, (0.05, 0.5, 0.95)).tolist(), len(values))
 
 
 def ratio(one: Sequence[float], other: Sequence[float]) -> Spread:
@@ -105,15 +96,8 @@ def interleave(
         seconds: no new round begins after so long, warm-up not counted; the first always runs.
         go_on: asked before every round but the first: none follows where it says no.
         clock: seconds, for CPU samples and for ``seconds``.
-        visit: name → milliseconds, in place of the visit that is described here.
-
-    Raises:
-        ValueError: no functions, or less than one round.
+        visit: name → milliseconds, in place of the CPU's visit that is described here.
     """
-    if not functions:
-        raise ValueError("no functions to time: at least one is needed")
-    if rounds < 1:
-        raise ValueError(f"rounds {rounds} is not a positive integer")
     device = torch.device(device)
     cuda = device.type == "cuda"
     for function in functions.values():
@@ -128,14 +112,13 @@ def interleave(
         if i > 0 and ((seconds is not None and clock() - start >= seconds) or not go_on()):
             break
         shuffle(order)
-        if cuda and visit is None:
+        if cuda:
             taken = _cuda_round([functions[name] for name in order], scratch, device)
             for name, ms in zip(order, taken, strict=True):
                 samples[name].append(ms)
             continue
         for name in order:
-            if pause_s:
-                time.sleep(pause_s)
+            time.sleep(pause_s)
             ms = visit(name) if visit else _visit(functions[name], visit_ms, clock)
             samples[name].append(ms)
     return samples

@@ -9,7 +9,8 @@ import pytest
 from tiny import NAMES, tiny_dit, tiny_vae
 
 from dit_bench.ceilings import measure_ceilings
-from dit_bench.speed import models, operators
+from dit_bench.speed import latency, models, operators
+from dit_bench.timing import interleave
 from dit_engine.checkpoint import save_pretrained
 
 
@@ -21,11 +22,12 @@ def lines_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def small_ceilings() -> Iterator[None]:
-    """Measured, on less."""
+    """Measured on less, and every visit of a contender is one call."""
     small = partial(measure_ceilings, size=64, copy_mib=2, rounds=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "measure_ceilings", small)
         patch.setattr(operators, "measure_ceilings", small)
+        patch.setattr(latency, "interleave", partial(interleave, visit_ms=0, pause_s=0))
         yield
 
 

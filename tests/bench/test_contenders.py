@@ -15,15 +15,12 @@ from torch import Tensor
 from dit_bench import peers
 from dit_bench.contenders import (
     BF16_TIMES_EAGER,
-    FP32_BOUND,
     Contender,
     allowed_error,
     build,
-    known_peers,
     parse_peers,
     relative_error,
 )
-from dit_bench.cost import needed_weights
 from dit_bench.speed.forward import CHANNELS, SCALE, STEP, Networks, Work
 from dit_bench.subjects import in_numerics, load_subject, random_model, random_vae
 from dit_engine.config import ModelConfig
@@ -35,8 +32,10 @@ CONFIG = ModelConfig(
     depth=2, hidden_size=48, num_heads=2, patch_size=2, input_size=8, num_classes=10,
     numerics="diffusers",
 )  # fmt: skip
-needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="no diffusers")
-needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="no openvino")
+LIBRARIES = [
+    pytest.param(name, marks=[*more, pytest.mark.skipif(find_spec(name) is None, reason="missing")])
+    for name, more in (("diffusers", ()), ("openvino", [pytest.mark.slow]))
+]
 EXPECTED = torch.tensor([3.0, 4.0])
 
 
@@ -59,58 +58,47 @@ def test_a_wrong_time_step_or_label_shows_above_the_bound(work: Work) -> None:
         assert relative_error(model(work.x, t, labels), expected) > 3 * bound
 
 
-LIBRARIES = [
-    pytest.param("diffusers", marks=needs_diffusers),
-    pytest.param("openvino", marks=needs_openvino),
-]
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ["lean", *LIBRARIES])
 def test_everyone_computes_the_forward_and_the_decode(name: str, work: Work) -> None:
     for function in (work.forward, work.decode):
         expected = function("eager", "fp32")()
-        assert relative_error(function(name, "fp32")(), expected) < 1e-5
+        if name != "openvino":  # whose conversions take seconds
+            assert relative_error(function(name, "fp32")(), expected) < 1e-5
         error = relative_error(function(name, "bf16")(), expected)
         plain = relative_error(function("eager", "bf16")(), expected)
         assert 1e-4 < error <= BF16_TIMES_EAGER * plain  # and it did run in bf16
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(
-    "form", ["compile blocks", pytest.param("compile frozen", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("form", ["compile blocks", "compile frozen"])
 def test_compiled_models_compute_the_forward(
     form: str, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    graphs: list[object] = []
+    """By what is traced, without Inductor's half of a minute."""
+    from torch._inductor import config
+
+    frozen: list[bool] = []
     compiler = torch.compile
 
-    def counted(graph: torch.fx.GraphModule, inputs: object) -> object:
-        graphs.append(graph)
+    def traced(graph: torch.fx.GraphModule, inputs: object) -> object:
+        frozen.append(config.freezing)
         return graph.forward
 
-    if form == "compile frozen":  # as little as shows it, since Inductor takes its time
-        small = ModelConfig(1, 32, 1, 2, 4, num_classes=3, numerics="diffusers")
-        work = Work(Networks(Engine(random_model(small), device="cpu")), 2)
-    else:  # what is traced, without Inductor's half of a minute
-        monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=counted, **how))
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=traced, **how))
     expected = work.forward("eager", "fp32")()
     error = relative_error(work.forward(form, "bf16")(), expected)
     assert error <= allowed_error("bf16", relative_error(work.forward("eager", "bf16")(), expected))
-    if form == "compile blocks":
-        assert len(graphs) == 1  # one compilation serves both blocks
-        assert all("forward" not in vars(block) for block in work.engine.model.blocks)
+    assert frozen == [form == "compile frozen"]  # and one compilation serves both blocks
+    assert all("forward" not in vars(block) for block in work.engine.model.blocks)
 
 
-@needs_diffusers
+@pytest.mark.skipif(find_spec("diffusers") is None, reason="no diffusers")
 def test_diffusers_shares_our_weights(work: Work) -> None:
     state = work.engine.model.state_dict()
     theirs = peers.diffusers_state(state, CONFIG.depth)
     ours = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
     assert all(tensor.untyped_storage().data_ptr() in ours for tensor in theirs.values())
-    key = theirs["transformer_blocks.1.attn1.to_k.weight"]
-    assert torch.equal(key, state["blocks.1.attn.qkv.weight"][48:96])
     with pytest.raises(ValueError, match="numerics 'official': diffusers computes only"):
         Work(Networks(tiny_engine(vae=False)), 1).forward("diffusers", "fp32")
 
@@ -132,32 +120,18 @@ def test_a_guided_step_is_ddpms_mean(work: Work) -> None:
         assert relative_error(work.guided_step(name, "fp32")(), expected) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("precision", "output", "timed"),
-    [
-        ("fp32", EXPECTED + 2e-4, True),  # relative error 5.7e-5
-        ("fp32", EXPECTED + 6e-4, False),
-        ("bf16", EXPECTED * 1.03, True),  # bf16 eager is off by 0.01
-        ("bf16", EXPECTED * 1.05, False),
-        ("fp16", EXPECTED * 1.004, True),
-        ("fp16", EXPECTED * 1.006, False),
-        ("int8", EXPECTED * 1.09, True),
-        ("int8", EXPECTED * 1.11, False),
-        ("fp8", EXPECTED * 1.24, True),
-        ("fp8", EXPECTED * 1.26, False),
-        ("fp32", EXPECTED * torch.nan, False),
-        (None, torch.zeros(3), True),
-    ],
-)
-def test_a_wrong_result_is_not_timed(precision: str | None, output: Tensor, timed: bool) -> None:
-    said: list[str] = []
-    contender = Contender("one", "peer", precision or "fp32", lambda: lambda: output,
-                          checked=precision is not None)  # fmt: skip
-    built = build([contender], EXPECTED, 0.01, said.append)
-    assert ("one" in built.functions) is timed is ("reason" not in built.records["one"])
-    if not timed:
-        assert "computes another function" in built.records["one"]["reason"]
-        assert len(said) == 1 and "not timed" in said[0]
+def test_a_wrong_result_is_not_timed() -> None:
+    """bf16 eager is off by 0.01 here, which four times over is the bound of bf16."""
+    bounds = {"fp32": 1e-4, "bf16": 0.04, "fp16": 0.005, "int8": 0.1, "fp8": 0.25}
+    for precision, bound in bounds.items():
+        for factor in (1 + 0.9 * bound, 1 + 1.1 * bound, torch.nan):
+            one = Contender("one", "peer", precision, lambda f=factor: lambda: EXPECTED * f)
+            built = build([one], EXPECTED, 0.01, lambda _: None)
+            timed = factor == 1 + 0.9 * bound
+            assert ("one" in built.functions) is timed is ("reason" not in built.records["one"])
+    assert allowed_error("bf16", 0.0) == allowed_error("fp16", 0.0) == 1e-4
+    part = Contender("one", "part", "fp32", lambda: lambda: torch.zeros(3))  # is not compared
+    assert "one" in build([part], EXPECTED, 0.01, lambda _: None).functions
 
 
 def test_what_cannot_run_is_skipped_and_named_but_a_fault_of_our_own_is_raised() -> None:
@@ -168,11 +142,7 @@ def test_what_cannot_run_is_skipped_and_named_but_a_fault_of_our_own_is_raised()
         return Contender("other", "peer", "fp32", fail)
 
     good = Contender("good", "peer", "fp32", lambda: lambda: EXPECTED)
-    for error in (
-        ImportError("No module named 'x'"),
-        ValueError("bad"),
-        RuntimeError("two\nlines"),
-    ):
+    for error in (ImportError("No module named 'x'"), RuntimeError("two\nlines")):
         said: list[str] = []
         built = build([raising(error), good], EXPECTED, 0.01, said.append)
         assert list(built.functions) == ["good"]
@@ -182,40 +152,17 @@ def test_what_cannot_run_is_skipped_and_named_but_a_fault_of_our_own_is_raised()
         build([raising(AttributeError("x"))], EXPECTED, 0.01)
 
 
-def test_errors_are_of_norms_and_bounds_are_at_least_that_of_float32() -> None:
-    assert relative_error(torch.tensor([3.0, 5.0]), EXPECTED) == pytest.approx(0.2)
-    with pytest.raises(ValueError, match=r"shapes \(1, 2\) and \(2,\) differ"):
-        relative_error(EXPECTED[None], EXPECTED)
-    assert allowed_error("bf16", 0.0) == allowed_error("fp16", 0.0) == FP32_BOUND
-
-
 def test_peers_have_the_precision_of_activations() -> None:
     found = parse_peers("diffusers, eager/fp32,trt,diffusers", "int8")
     assert found == [("diffusers", "bf16"), ("eager", "fp32"), ("tensorrt", "bf16")]
-    assert {"diffusers", "openvino", "unet", "compile", "onnxruntime"} <= set(known_peers())
-
-
-def test_weights_that_every_forward_reads() -> None:
-    model, hoisted = tiny_dit(), ("t_embedder", "y_embedder")
-    read = sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if not name.startswith(hoisted) and "adaLN_modulation" not in name
-    )
-    assert needed_weights(model.config) == read
-
-
-@pytest.mark.parametrize("name", ["S/8", "DiT-S/8", "S-8"])
-def test_a_published_size_has_random_weights(name: str) -> None:
-    subject = load_subject(name, size=512, with_vae=False)
-    assert (subject.name, subject.size, subject.trained) == ("S/8", 512, False)
-    assert subject.model.config == ModelConfig.named("S/8", 512)
 
 
 @torch.inference_mode()
-def test_a_checkpoint_keeps_its_weights_and_a_twin_in_other_numerics_shares_them(
-    model: str,
-) -> None:
+def test_a_size_has_random_weights_and_a_checkpoint_its_own(model: str) -> None:
+    """A twin in other numerics shares them."""
+    size = load_subject("DiT-S-8", size=512, with_vae=False)
+    assert (size.name, size.size, size.trained) == ("S/8", 512, False)
+    assert size.model.config == ModelConfig.named("S/8", 512)
     subject, own = load_subject(model), tiny_dit()
     assert subject.size == 16 and subject.trained and subject.label_names == NAMES
     assert torch.equal(subject.model.blocks[0].mlp.fc1.weight, own.blocks[0].mlp.fc1.weight)  # pyright: ignore
@@ -248,7 +195,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.slow
-@needs_openvino
+@pytest.mark.skipif(find_spec("openvino") is None, reason="no openvino")
 def test_ctrl_c_is_heard_after_openvino() -> None:
     """OpenVINO's plugins replace the stack for signals, and may leave one that is freed."""
     done = subprocess.run([sys.executable, "-c", AFTER_OPENVINO], capture_output=True, text=True,

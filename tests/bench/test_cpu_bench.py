@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,14 +17,14 @@ import torch.nn.functional as F
 from numerics import assert_close_to_reference
 
 from dit_bench import cli, machine
-from dit_bench.report import read, validate
-from dit_bench.speed import cpu, gpu, models
-from dit_bench.speed.busy import Neighbours, busy_rows
+from dit_bench.report import read
+from dit_bench.speed import busy, cpu, gpu, models
+from dit_bench.speed.busy import busy_rows, neighbours, working
 from dit_bench.speed.forward import STEPS
 from dit_bench.speed.latency import Timer
-from dit_bench.speed.memory import Sampler, measure, needed_bytes, resident_bytes
-from dit_bench.speed.operator_cases import block_cases
-from dit_bench.speed.profile import Linears, forward_parts, profile_row, shares
+from dit_bench.speed.memory import measure, needed_bytes, peak_of, resident_bytes
+from dit_bench.speed.operator_cases import cases_of
+from dit_bench.speed.profile import linear_inputs, linears_alone, profile_row, shares
 from dit_bench.subjects import random_model
 from dit_bench.timing import Budget
 from dit_engine.backends.lean.forward import LeanTransformer
@@ -38,6 +35,7 @@ from dit_kernels.quantized import quantized_why_not
 CPU = torch.device("cpu")
 TINY = ModelConfig(depth=2, hidden_size=64, num_heads=1, patch_size=2, input_size=8,
                    num_classes=10, numerics="diffusers")  # fmt: skip
+needs_proc = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc")
 
 
 def timed(name: str, *ms: float, role: str = "peer", **more: Any) -> dict[str, Any]:
@@ -55,15 +53,19 @@ def test_ratios_are_taken_within_rounds_and_of_the_quickest_of_several() -> None
     rows = [
         timed("lean bf16", 10, 10, 20, 20), timed("diffusers bf16", 20, 20, 40, 40),
         timed("compile bf16", 25, 25, 50, 50), timed("compile frozen bf16", 50, 50, 99, 99),
+        timed("lean int8 start", 1, role="part"), skipped("lean int8", "no int8 here"),
     ]  # fmt: skip
-    row = cpu.ratio_row("c", rows, "lean bf16", "diffusers bf16", 0.5)
-    assert row["ratio"] == {"p5": 0.5, "median": 0.5, "p95": 0.5} and row["result"] == "pass"
-    assert "conditioned" not in row
-    row = cpu.ratio_row("c", rows, "lean bf16", "compile", 0.3)
-    assert row["theirs"] == "compile bf16" and row["ratio"]["median"] == pytest.approx(0.4)
-    assert row["result"] == "miss"
-    assert cpu.result(0.5, 0.5) == "pass" and cpu.result(math.nan, 0.5) == "miss"
-    assert cpu.result(3.0, None) == ""
+    ratios = {(row["ours"], row["theirs"]): row for row in cpu.ratio_rows(rows)}
+    row = ratios["lean bf16", "diffusers bf16"]
+    assert row["ratio"] == {"p5": 0.5, "median": 0.5, "p95": 0.5}
+    assert (row["goal"], row["result"]) == (0.5, "pass") and "conditioned" not in row
+    row = ratios["lean bf16", "compile bf16"]
+    assert row["ratio"]["median"] == pytest.approx(0.4) and row["result"] == "pass"
+    assert ratios["lean int8", "diffusers bf16"]["reason"] == "lean int8: no int8 here"
+    assert ratios["lean bf16", "openvino bf16"]["reason"] == "openvino bf16: not asked for"
+    assert cpu.result(0.51, 0.5) == "miss"
+    other = cpu.ratio_rows([timed("lean bf16", 1, model="S/2", case="S/2, batch 2")])
+    assert all(row["goal"] is None for row in other)
 
 
 def test_conditioning_is_spread_over_the_steps() -> None:
@@ -79,50 +81,24 @@ def test_conditioning_is_spread_over_the_steps() -> None:
         assert "conditioned" not in cpu.ratio_row("c", rows, "lean bf16", theirs, None)
 
 
-def test_a_ratio_says_why_it_is_missing() -> None:
-    rows = [
-        timed("lean bf16", 100), skipped("compile bf16", "no compiler"),
-        skipped("compile frozen bf16", "computes another function"),
-        timed("lean int8 start", 1, role="part"), skipped("lean int8", "no int8 here"),
-    ]  # fmt: skip
-    for ours, theirs, why in (
-        ("lean bf16", "compile", "compile: no compiler; computes another function"),
-        ("lean int8", "lean bf16", "lean int8: no int8 here"),
-        ("lean bf16", "openvino bf16", "openvino bf16: not asked for"),
-    ):
-        row = cpu.ratio_row("c", rows, ours, theirs, 0.5)
-        assert (row["reason"], row["result"]) == (why, "skipped")
-    goals = {(r["ours"], r["theirs"]): r["goal"] for r in cpu.ratio_rows([timed("lean bf16", 1)])}
-    assert goals["lean bf16", "openvino bf16"] == 0.66 and len(goals) == 6
-    other = cpu.ratio_rows([timed("lean bf16", 1, model="S/2", case="S/2, batch 2")])
-    assert all(row["goal"] is None for row in other)
-
-
-def arguments(*options: str) -> Any:
+def test_what_a_run_measures_and_where_its_json_goes(tmp_path: Path) -> None:
     parser = cli.Parser("dit-bench cpu", "")
     cpu.add_arguments(parser)
-    return parser.parse_args(options)
 
-
-def test_what_a_run_measures_and_where_its_json_goes(tmp_path: Path) -> None:
     def planned(*options: str) -> list[tuple[Any, ...]]:
-        found = cpu.plans(arguments(*options))
+        found = cpu.plans(parser.parse_args(options))
         return [(*plan.models, plan.batches, *plan.kinds, plan.rounds) for plan in found]
 
     assert planned() == [
         ("XL/2", (2,), "forward", 15), ("S/2", (2, 16), "forward", 15),
         ("builtin", (2, 16), "forward", 15), ("S/8", (1,), "decode", 15),
     ]  # fmt: skip
-    assert planned("--quick") == [("S/2", (2,), "forward", 3)]
-    assert planned("--only", "builtin", "--rounds", "4") == [("builtin", (2, 16), "forward", 4)]
-    (plan,) = cpu.plans(arguments("--quick"))
-    assert ("compile", "bf16") in plan.peers and ("compile frozen", "bf16") not in plan.peers
-    whole = cpu.destination(arguments())
+    assert planned("--only", "vae", "memory", "--rounds", "4") == [("S/8", (1,), "decode", 4)]
+    whole = cpu.destination(parser.parse_args([]))
     assert whole is not None and whole.parent.name == "results" and whole.name.startswith("cpu-")
-    for options in (["--quick"], ["--only", "vae"], ["--profile"], ["--busy", "1"]):
-        assert cpu.destination(arguments(*options)) is None
+    assert cpu.destination(parser.parse_args(["--profile"])) is None
     asked = tmp_path / "a.json"
-    assert cpu.destination(arguments("--quick", "--json", str(asked))) == asked
+    assert cpu.destination(parser.parse_args(["--json", str(asked)])) == asked
 
 
 def test_the_cpu_command(
@@ -134,23 +110,20 @@ def test_the_cpu_command(
     monkeypatch.setattr(machine.os, "getloadavg", lambda: (1.5, 0.0, 0.0))
     monkeypatch.setattr(machine.time, "sleep", waits.append)
     monkeypatch.setattr(cpu, "PEERS", (("lean", "int8"), ("eager", "bf16")))
+    monkeypatch.setattr(cpu, "model_of", lambda _: None)
     monkeypatch.setattr(cpu, "measure_memory", lambda *_: (_ for _ in ()).throw(ValueError("no")))
-    path = tmp_path / "cpu.json"
-    options = ["cpu", "--only", "builtin", "memory", "--rounds", "1", "--threads", "1"]
     monkeypatch.setattr(cpu, "BATCHES", {"builtin": (2,)})
-    monkeypatch.setattr(cpu, "memory_row", lambda *_, own=cpu.memory_row: own("builtin", 1))
-    assert cli.main([*options, "--json", str(path)]) == 0
+    path = tmp_path / "cpu.json"
+    options = ["--only", "builtin", "memory", "--rounds", "1", "--threads", "1"]
+    assert cli.main(["cpu", *options, "--json", str(path)]) == 0
     assert sum(waits[:36]) == machine.SETTLE_S
     report = read(path, "cpu")
     assert report["machine"]["threads"] == 1 and report["load_average"] == 1.5
     rows = {row["contender"]: row for row in report["rows"] if row["section"] == "forward"}
     assert rows["lean bf16"]["role"] == "subject" and rows["lean bf16"]["conditioning_ms"] >= 0
-    assert rows["linears alone"]["role"] == "part"
-    skipped_one = next(row for row in report["ratios"] if row["theirs"] == "openvino bf16")
-    assert skipped_one["reason"] == "openvino bf16: not asked for"
+    assert rows["linears alone"]["role"] == "part" and len(report["ratios"]) == 6
     assert report["rows"][-1]["section"] == "memory" and report["rows"][-1]["reason"] == "no"
-    shown = capsys.readouterr().out
-    assert "linears alone" in shown and "180 s at most" in shown
+    assert "linears alone" in capsys.readouterr().out
 
 
 PARTS = {"qkv": 10.0, "attention": 6.0, "proj": 5.0, "fc1": 12.0, "fc1 + gelu": 14.0, "fc2": 12.0,
@@ -158,13 +131,10 @@ PARTS = {"qkv": 10.0, "attention": 6.0, "proj": 5.0, "fc1": 12.0, "fc1 + gelu": 
 
 
 def test_shares_sum_to_the_forward() -> None:
-    found = {part: (ms, share) for part, ms, share in shares(PARTS, 80.0)}
+    found = {row["part"]: (row["ms"], row["share"]) for row in shares(PARTS, 80.0)}
     assert found["linears"] == (40.0, 0.5)
     assert found["gelu"] == (2.0, 0.025)
     assert found["rest"] == (29.0, pytest.approx(0.3625))
-    assert sum(share for _, share in found.values()) == pytest.approx(1)
-    with pytest.raises(ValueError, match="forward 0 ms is not above 0"):
-        shares(PARTS, 0)
 
 
 @torch.inference_mode()
@@ -175,18 +145,17 @@ def test_every_part_of_the_profile_runs(quantized: str | None) -> None:
     model = random_model(TINY)
     lean = LeanTransformer(model, torch.float32, CPU, quantized)
     if quantized is None:
-        linears, last = Linears(lean, 2), model.final_layer.linear
-        expected = F.linear(linears.last.double(), last.weight.double(), last.bias.double())
-        assert_close_to_reference(linears.all(), expected, tolerance=1e-5)
-        block, wide = model.blocks[1].mlp.fc2, linears.wide.double()  # pyright: ignore
-        expected = F.linear(wide, block.weight.double(), block.bias.double())
-        assert_close_to_reference(linears.blocks[1].fc2(linears.wide), expected, tolerance=1e-5)
-    forward = forward_parts(lean, 2)["qkv"]
-    row = profile_row(forward, lean, 2, "fp32", Timer(CPU, 1, 1.0))
+        last, (_, wide, rows) = model.final_layer.linear, linear_inputs(lean, 2)
+        expected = F.linear(rows.double(), last.weight.double(), last.bias.double())
+        assert_close_to_reference(linears_alone(lean, 2)(), expected, tolerance=1e-5)
+        block = model.blocks[1].mlp.fc2  # pyright: ignore
+        expected = F.linear(wide.double(), block.weight.double(), block.bias.double())
+        assert_close_to_reference(lean.blocks[1].fc2(wide), expected, tolerance=1e-5)
+    row = profile_row(linears_alone(lean, 2), lean, 2, "fp32", Timer(CPU, 1, 1.0))
     assert set(row["operators_ms"]) == set(PARTS) and row["ms"]["n"] == 1
 
 
-def test_needed_and_resident_bytes() -> None:
+def test_needed_bytes() -> None:
     config = ModelConfig.named("S/2", num_classes=7)
     needed = needed_bytes(config, 4, torch.bfloat16)
     with torch.device("meta"):
@@ -195,23 +164,18 @@ def test_needed_and_resident_bytes() -> None:
     rows = sum(t.shape[0] for n, t in DiT(TINY).state_dict().items() if n.endswith("n.1.weight"))
     assert needed_bytes(TINY, 4, torch.float32)["modulations"] == 4 * STEPS * 3 * rows
     assert needed["activations"] == 4 * 256 * (3 + 4) * 384 * 2
-    text = "Name:\tpython\nVmRSS:\t    2048 kB\nRssAnon:\t    1024 kB\n"
-    assert resident_bytes(text) == {"total": 2 * 2**20, "anonymous": 2**20}
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+@needs_proc
 def test_a_passing_allocation_is_seen() -> None:
-    level = resident_bytes()["anonymous"] + 192 * 2**20  # what else is freed meanwhile is less
-    with Sampler() as sampler:
-        block, end = torch.ones(256 * 2**20, dtype=torch.uint8), time.monotonic() + 5
-        while sampler.peak["anonymous"] < level and time.monotonic() < end:
-            time.sleep(0.005)
-        del block
-    assert sampler.peak["anonymous"] >= level, "256 MiB were not seen"
+    before, size = resident_bytes(), 256 * 2**20
+    length, peak = peak_of(lambda: len(torch.ones(size, dtype=torch.uint8)))
+    assert length == size  # what else is freed meanwhile is less than a quarter
+    assert all(0.75 * size < peak[key] - before[key] < 1.25 * size for key in before)
 
 
+@needs_proc
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 def test_memory_is_measured_in_a_child() -> None:
     measured = measure(random_model(TINY), 2, "bf16", 1)
     assert measured["needed"] == needed_bytes(TINY, 2, torch.bfloat16)
@@ -225,46 +189,25 @@ def processor_seconds(pid: int) -> float:
 
 
 def test_neighbours_work_inside_the_block_alone_and_end_with_it() -> None:
-    with Neighbours(2) as neighbours:
-        pids = [program.pid for program in neighbours._programs]
+    with neighbours(2) as programs:
+        pids = [program.pid for program in programs]
         end = time.monotonic() + 10  # on a busy machine they wait for their turn
-        with neighbours.working():
+        with working(programs):
             while min(map(processor_seconds, pids)) < 0.12 and time.monotonic() < end:
                 time.sleep(0.05)
         worked = [processor_seconds(pid) for pid in pids]
         time.sleep(0.3)
         assert [processor_seconds(pid) for pid in pids] == pytest.approx(worked, abs=0.02)
         assert min(worked) > 0.1
-        neighbours._programs[0].kill()
-        neighbours._programs[0].wait()
-        with pytest.raises(RuntimeError, match="ended before"), neighbours.working():
+        programs[0].kill()
+        programs[0].wait()
+        with pytest.raises(RuntimeError, match="ended before"), working(programs):
             pass
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-
-
-def test_a_neighbour_ends_with_a_program_that_is_killed() -> None:
-    code = (
-        "import os; from dit_bench.speed.busy import Neighbours\n"
-        "with Neighbours(1) as n, n.working():\n"
-        "    print(n._programs[0].pid, flush=True); os.kill(os.getpid(), 9)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    pid = int(done.stdout)
-    for _ in range(100):
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1]
-        except (FileNotFoundError, ProcessLookupError):
-            return
-        if state.split()[0] == "Z":
-            return
-        time.sleep(0.05)
-    os.kill(pid, 9)
-    pytest.fail("the neighbour still runs")
-
-
-def test_busy_rows_hold_the_medians_of_both_kinds_and_the_rounds_ratios() -> None:
+    # It ends with the program that started it, however that ends.
+    subprocess.run([sys.executable, "-c", busy._NEIGHBOUR, "1"], check=True, timeout=60)
     (row,) = busy_rows("c", {"sleep": lambda: time.sleep(0.01)}, 2, 1, visit_ms=30)
     assert row["neighbours"] == 1 and min(row["idle_ms"], row["busy_ms"]) >= 10
     assert row["ratio"]["median"] == pytest.approx(row["busy_ms"] / row["idle_ms"], rel=0.5)
@@ -273,13 +216,8 @@ def test_busy_rows_hold_the_medians_of_both_kinds_and_the_rounds_ratios() -> Non
 # /proc/cpuinfo's name, vendor, family, model and stepping, as published for these machines → ours.
 PROCESSORS = [
     ("AMD EPYC", "AuthenticAMD", 25, 17, 1, "AMD EPYC (family 25, model 17: Zen 4)"),
-    ("AMD EPYC", "AuthenticAMD", 23, 49, 0, "AMD EPYC (family 23, model 49: Zen 2)"),
-    ("AMD EPYC", "AuthenticAMD", 25, 1, 1, "AMD EPYC (family 25, model 1: Zen 3)"),
-    ("AMD EPYC", "AuthenticAMD", 26, 2, 1, "AMD EPYC (family 26, model 2: Zen 5)"),
     ("AMD EPYC", "AuthenticAMD", 99, 1, 1, "AMD EPYC (family 99, model 1)"),
     ("AMD EPYC 9654 96-Core", "AuthenticAMD", 25, 17, 1, "AMD EPYC 9654 96-Core"),
-    ("Intel(R) Xeon(R) Processor @ 2.20GHz", "GenuineIntel", 6, 143, 8,
-        "Intel(R) Xeon(R) Processor @ 2.20GHz (family 6, model 143: Sapphire Rapids)"),
     ("Intel(R) Xeon(R) CPU @ 2.20GHz", "GenuineIntel", 6, 85, 7,
         "Intel(R) Xeon(R) CPU @ 2.20GHz (family 6, model 85: Cascade Lake)"),
 ]  # fmt: skip
@@ -329,34 +267,35 @@ def test_a_gpu_whose_torch_and_driver_tell_little(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def as_gpu(monkeypatch: pytest.MonkeyPatch, small_ceilings: None) -> Callable[..., int]:
-    """``dit-bench gpu`` as it is, but for sizes, on a CPU that passes for CUDA."""
-    tiny = replace(TINY, depth=1)
-    cases = block_cases(2, 5, 48, 2, torch.bfloat16, timed=True)[:2]
+def as_gpu(monkeypatch: pytest.MonkeyPatch, small_ceilings: None, tmp_path: Path) -> Any:
+    """Rows of ``dit-bench gpu`` as it is, but for sizes, on a CPU that passes for CUDA."""
     subject = SimpleNamespace(
-        name="S/8", weights="random", model=random_model(tiny), vae=None, label_names=None,
-        size=16, trained=False,
+        name="S/8", weights="random", model=random_model(replace(TINY, depth=1)), vae=None,
+        label_names=None, size=16, trained=False,
     )  # fmt: skip
     compiler = torch.compile  # what is traced, without Inductor's half of a minute
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend="eager", **how))
     monkeypatch.setattr(gpu, "cuda_device", lambda: CPU)
-    monkeypatch.setattr(gpu, "all_cases", lambda _: cases)
+    monkeypatch.setattr(gpu, "all_cases", lambda _: cases_of(2, 5, 64, 2, torch.bfloat16)[:1])
     monkeypatch.setattr(gpu, "MANY", 4)
     monkeypatch.setattr(gpu, "ROUNDS", 2)
-    monkeypatch.setattr(gpu, "PEERS", (*gpu.PEERS[:4],))
+    monkeypatch.setattr(gpu, "PEERS", gpu.PEERS[:4])
     monkeypatch.setattr(gpu, "LATE_PEERS", ())
     monkeypatch.setattr("dit_bench.speed.operators.opponents", lambda *_: {})
-    monkeypatch.setattr(gpu, "load_subject", lambda *_, **__: subject)
     monkeypatch.setattr(models, "load_subject", lambda *_, **__: subject)
-    return lambda *options: cli.main(["gpu", *options])
+
+    def run() -> list[dict[str, Any]]:
+        path = tmp_path / "gpu.json"
+        assert cli.main(["gpu", "--json", str(path), "--sizes", "S/8"]) == 0
+        report = read(path, "gpu")
+        assert report["complete"] and not (tmp_path / "gpu.json.partial").exists()
+        return report["rows"]
+
+    return run
 
 
-def test_a_gpu_run_from_end_to_end(as_gpu: Any, tmp_path: Path) -> None:
-    path = tmp_path / "gpu.json"
-    assert as_gpu("--json", str(path), "--sizes", "S/8", "--minutes", "9") == 0
-    report = read(path, "gpu")
-    assert report["complete"] and not (tmp_path / "gpu.json.partial").exists()
-    found = {(row["section"], row.get("images"), row["contender"]): row for row in report["rows"]}
+def test_a_gpu_run_from_end_to_end(as_gpu: Any) -> None:
+    found = {(row["section"], row.get("images"), row["contender"]): row for row in as_gpu()}
     for images in (2, 4):
         for name in ("lean bf16", "eager bf16", "diffusers bf16"):
             assert found["forward", images, name]["ms"]["median"] > 0
@@ -366,31 +305,9 @@ def test_a_gpu_run_from_end_to_end(as_gpu: Any, tmp_path: Path) -> None:
     assert found["operator", None, "native"]["rate"] > 0
 
 
-def test_a_gpu_check_times_nothing(as_gpu: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    path = tmp_path / "check.json"
-    assert as_gpu("--check", "--json", str(path)) == 0
-    rows = read(path, "gpu")["rows"]
-    assert not any("ms" in row for row in rows)
-    by_name = {(row["case"], row["contender"]): row["status"] for row in rows}
-    assert by_name["forward of S/8", "lean bf16"] == "ok"
-    assert by_name["bits of an image, alone and in a batch", "lean bf16"] == "ok"
-    assert sum(row["section"] == "operator" for row in rows) == 2
-    monkeypatch.setattr(torch, "equal", lambda *_: False)
-    assert as_gpu("--check", "--json", str(path)) == 1
-    assert [r["reason"] for r in read(path)["rows"] if r["status"] == "wrong"] == [
-        "bits differ"
-    ] * 2
-
-
-def test_without_time_everything_is_skipped_and_said_so(as_gpu: Any, tmp_path: Path) -> None:
-    path = tmp_path / "gpu.json"
-    keep = gpu.Budget
-    try:
-        gpu.Budget = lambda _: Budget(0)  # pyright: ignore
-        assert as_gpu("--json", str(path), "--sizes", "S/8") == 0
-    finally:
-        gpu.Budget = keep
-    rows = read(path)["rows"]
+def test_without_time_everything_is_skipped(as_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "Budget", lambda _: Budget(0))
+    rows = as_gpu()
     assert {row["reason"] for row in rows} == {"no time was left"}
     assert {"forward", "step", "image", "operator"} <= {row["section"] for row in rows}
 
@@ -398,42 +315,30 @@ def test_without_time_everything_is_skipped_and_said_so(as_gpu: Any, tmp_path: P
 def test_the_gpu_command_refuses_what_it_cannot_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "gpu.json"
+    assert cli.main(["gpu", "--json", str(path)]) == 2
+    assert capsys.readouterr().err.startswith("error: no CUDA device: ") and not path.exists()
     monkeypatch.setattr(gpu, "cuda_device", lambda: CPU)
     for options, said in ((["--sizes", "M/2"], "model 'M/2' is unknown"),
                           (["--minutes", "0.1"], "minutes 0.1 is not above 0.5")):  # fmt: skip
         assert cli.main(["gpu", *options]) == 2
         assert said in capsys.readouterr().err
-    monkeypatch.undo()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    path = tmp_path / "gpu.json"
-    assert cli.main(["gpu", "--json", str(path)]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("error: no CUDA device: ")
-    assert not path.exists()
+
+
+HANGS = """
+import sys, time, torch
+from dit_bench import cli
+from dit_bench.speed import gpu
+gpu.cuda_device = lambda: torch.device("cpu")
+gpu.START_SECONDS = gpu.RESERVE_SECONDS = 0.0
+gpu.measure = lambda *_: time.sleep(120)
+cli.main(["gpu", "--minutes", "0.01", "--json", sys.argv[1]])
+"""
 
 
 @pytest.mark.slow
-def test_the_timer_ends_a_process_that_hangs(tmp_path: Path) -> None:
-    """What was measured until then gets its name; a failed check keeps its exit code."""
-    report = {
-        "schema": "dit-bench/3", "kind": "gpu", "created": "", "command": [], "settings": {},
-        "machine": {"cpu": "x", "device": "cpu", "threads": 1, "instruction_sets": [],
-                    "versions": {}},
-        "rows": [{"section": "check", "case": "c", "contender": "lean bf16", "role": "subject",
-                  "status": "ok"}], "complete": False,
-    }  # fmt: skip
-    for status, code in (("ok", gpu.LATE), ("failed", 1)):
-        report["rows"][0] |= {"status": status, "reason": "r"}
-        validate(report)
-        path = tmp_path / "gpu.json"
-        path.with_name("gpu.json.partial").write_text(json.dumps(report))
-        script = (
-            "import sys, time; from pathlib import Path\n"
-            "from dit_bench.speed.gpu import stop_late\n"
-            "stop_late(Path(sys.argv[1]), 0.2); time.sleep(120)"
-        )
-        done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True,
-                              text=True, timeout=100)  # fmt: skip
-        assert done.returncode == code and "LATE: did not end in 0 s" in done.stdout
-        assert "did not end" in read(path)["failure"]
-        assert not path.with_name("gpu.json.partial").exists()
+def test_a_run_that_hangs_ends_and_says_where(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", HANGS, str(tmp_path / "gpu.json")],
+                          capture_output=True, text=True, timeout=100)  # fmt: skip
+    assert done.returncode == 1 and "Timeout" in done.stderr and "gpu.py" in done.stderr

@@ -168,7 +168,7 @@ def published_table(report: Report, rows: Iterable[Row]) -> Table:
     return table_of(
         "What the paper calls Gflops are multiply-adds (MACs), here in 10⁹", rows, columns,
         f"paper: {report['settings']['source']}; parameters without the fixed position table",
-        "ours: by formula, but for the U-Net, which torch alone has counted",
+        "ours: by formula; VAE and U-Net are counted by torch alone",
         short=("network", "px", "ours M", "paper Gflops", "ours (MACs)", "torch (MACs)"),
     )  # fmt: skip
 

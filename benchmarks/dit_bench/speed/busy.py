@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from dit_bench.report import Row
@@ -22,46 +22,38 @@ from dit_bench.timing import PAUSE_S, interleave, ratio, spread
 VISIT_MS = 300.0
 # It ends with the program that started it, however that ends.
 _NEIGHBOUR = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): sum(range(10000))"
+Programs = Sequence[subprocess.Popen[bytes]]
 
 
-class Neighbours:
+@contextmanager
+def neighbours(count: int) -> Iterator[Programs]:
     """``count`` programs of one thread each, which work only inside `working`."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._programs: list[subprocess.Popen[bytes]] = []
-
-    def __enter__(self) -> Neighbours:
-        try:
-            for _ in range(self._count):
-                command = [sys.executable, "-I", "-c", _NEIGHBOUR, str(os.getpid())]
-                self._programs.append(subprocess.Popen(command))
-            self._send(signal.SIGSTOP)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for program in self._programs:
+    programs: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in range(count):
+            command = [sys.executable, "-I", "-c", _NEIGHBOUR, str(os.getpid())]
+            programs.append(subprocess.Popen(command))
+            programs[-1].send_signal(signal.SIGSTOP)
+        yield programs
+    finally:
+        for program in programs:
             program.kill()
             program.wait()
 
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """Raises RuntimeError if one of them has ended."""
-        self._send(signal.SIGCONT)
-        try:
-            time.sleep(PAUSE_S)
-            yield
-            if any(program.poll() is not None for program in self._programs):
-                raise RuntimeError("a busy neighbour ended before the measurement did")
-        finally:
-            self._send(signal.SIGSTOP)
 
-    def _send(self, number: int) -> None:
-        for program in self._programs:
-            program.send_signal(number)
+@contextmanager
+def working(programs: Programs) -> Iterator[None]:
+    """Raises RuntimeError if one of them has ended."""
+    for program in programs:
+        program.send_signal(signal.SIGCONT)
+    try:
+        time.sleep(PAUSE_S)
+        yield
+        if any(program.poll() is not None for program in programs):
+            raise RuntimeError("a busy neighbour ended before the measurement did")
+    finally:
+        for program in programs:
+            program.send_signal(signal.SIGSTOP)
 
 
 def busy_rows(
@@ -76,12 +68,10 @@ def busy_rows(
     both = {
         (name, busy): function for name, function in functions.items() for busy in (False, True)
     }
-    with Neighbours(count) as neighbours:
+    with neighbours(count) as programs:
 
         def visit(key: tuple[str, bool]) -> float:
-            if not key[1]:
-                return _mean_ms(both[key], visit_ms)
-            with neighbours.working():
+            with working(programs if key[1] else ()):
                 return _mean_ms(both[key], visit_ms)
 
         samples = interleave(both, rounds, visit=visit)

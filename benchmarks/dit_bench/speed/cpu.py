@@ -17,21 +17,26 @@ from typing import Any
 
 import torch
 
+from dit_bench.contenders import Contender, build
 from dit_bench.machine import cpu_model, describe, settle, slug
 from dit_bench.options import check_threads, positive
 from dit_bench.progress import Progress
 from dit_bench.report import Report, Row, new_report
 from dit_bench.speed.busy import busy_rows
-from dit_bench.speed.forward import STEPS, Work
-from dit_bench.speed.latency import Timer, quantiles
+from dit_bench.speed.forward import STEPS, Networks, Work
+from dit_bench.speed.latency import Timer, quantiles, reference
 from dit_bench.speed.memory import measure as measure_memory
 from dit_bench.speed.models import Plan, measure
-from dit_bench.speed.profile import Linears, profile_row
+from dit_bench.speed.profile import linears_alone, profile_row
 from dit_bench.subjects import in_numerics, load_subject
 from dit_bench.timing import ratio
+from dit_engine.engine import Engine
 from dit_engine.io.printable import one_line
+from dit_engine.model import DiT
+from dit_engine.runtime import limited_threads
 from dit_kernels.quantized import quantized_why_not
 
+CPU = torch.device("cpu")
 # Models with the batches that they are measured at; then what is measured otherwise.
 BATCHES = {"XL/2": (2,), "S/2": (2, 16), "builtin": (2, 16)}
 WORKLOADS = (*BATCHES, "vae", "memory")
@@ -41,6 +46,7 @@ SUBJECT = ("lean", "bf16")
 # that otherwise it changes nothing here.
 PEERS = (("lean", "int8"), ("openvino", "bf16"), ("compile", "bf16"), ("compile frozen", "bf16"),
          ("diffusers", "fp32"), ("diffusers", "bf16"), ("eager", "bf16"))  # fmt: skip
+DECODE_PEERS = (("openvino", "bf16"), ("diffusers", "bf16"), ("eager", "bf16"))
 BUSY_PEERS = (("lean", "int8"), ("openvino", "bf16"), ("diffusers", "bf16"))
 # Ours over theirs, and the largest ratio that is a "pass" for DiT-XL/2 at 256 px and batch 2. A
 # name may begin several names ("compile"): the quickest of these is meant.
@@ -54,19 +60,7 @@ GOALS = (
 )
 DECODE_GOALS = (("lean bf16", "openvino bf16", 0.85), ("lean bf16", "diffusers bf16", None))
 MEMORY_GOAL = 1.15
-ROUNDS, QUICK_ROUNDS = 15, 3
 RESULTS = Path(__file__).parents[2] / "results"
-
-
-def _linears(work: Work) -> Callable[[], Any]:
-    return Linears(lean_transformer(work, "bf16"), work.images).all
-
-
-PARTS = (
-    ("lean bf16 start", lambda work: work.start("lean", "bf16")),
-    ("lean int8 start", lambda work: work.start("lean", "int8")),
-    ("linears alone", _linears),
-)
 
 
 def lean_transformer(work: Work, precision: str) -> Any:
@@ -75,24 +69,28 @@ def lean_transformer(work: Work, precision: str) -> Any:
     return backend.transformer
 
 
+PARTS = (
+    ("lean bf16 start", lambda work: work.start("lean", "bf16")),
+    ("lean int8 start", lambda work: work.start("lean", "int8")),
+    ("linears alone", lambda work: linears_alone(lean_transformer(work, "bf16"), work.images)),
+)
+
+
 def plans(arguments: argparse.Namespace) -> list[Plan]:
     """The forwards and the decode that are measured, in order."""
-    quick = arguments.quick
     common: dict[str, Any] = {
-        "device": torch.device("cpu"), "subject": SUBJECT, "seconds": math.inf,
-        "rounds": arguments.rounds or (QUICK_ROUNDS if quick else ROUNDS),
+        "device": CPU, "subject": SUBJECT, "seconds": math.inf, "rounds": arguments.rounds,
         "threads": arguments.threads, "half_null": True,
     }  # fmt: skip
-    chosen = arguments.only or (["S/2"] if quick else WORKLOADS)
-    peers = tuple(peer for peer in PEERS if not (quick and peer[0] == "compile frozen"))
+    chosen = arguments.only or WORKLOADS
     found = [
-        Plan((name,), peers=peers, batches=batches[:1] if quick else batches, kinds=("forward",),
-             parts=PARTS, **common)
+        Plan((name,), peers=PEERS, batches=batches, kinds=("forward",), parts=PARTS, **common)
         for name, batches in BATCHES.items() if name in chosen
     ]  # fmt: skip
     if "vae" in chosen:  # of any model: this one is made quickly
-        found.append(Plan(("S/8",), title="VAE, 256 px", peers=(PEERS[1], PEERS[5], PEERS[6]),
-                          kinds=("decode",), **common))  # fmt: skip
+        found.append(
+            Plan(("S/8",), title="VAE, 256 px", peers=DECODE_PEERS, kinds=("decode",), **common)
+        )
     return found
 
 
@@ -127,12 +125,11 @@ def ratio_row(case: str, rows: Sequence[Row], ours: str, theirs: str, goal: floa
     one, other = chosen
     taken = ratio(one["samples_ms"], other["samples_ms"])
     found |= {
-        "theirs": other["contender"], "ratio": quantiles(taken),
-        "ours_ms": one["ms"]["median"], "theirs_ms": other["ms"]["median"],
-        "result": result(taken.median, goal),
+        "theirs": other["contender"], "ratio": quantiles(taken), "ours_ms": one["ms"]["median"],
+        "theirs_ms": other["ms"]["median"], "result": result(taken.median, goal),
     }  # fmt: skip
     whole = other["role"] != "part" and not other["contender"].startswith("openvino")
-    if (hoisted := one.get("conditioning_ms")) is not None and whole:
+    if whole and (hoisted := one.get("conditioning_ms")) is not None:
         found["conditioned"] = taken.median * (1 + hoisted / STEPS / found["ours_ms"])
     return found
 
@@ -148,44 +145,40 @@ def add_conditioning(rows: Sequence[Row]) -> None:
 
 def result(value: float, goal: float | None) -> str:
     """ "pass" at or under the goal, "miss" above it, "" without one."""
-    if goal is None:
-        return ""
-    return "pass" if value <= goal else "miss"
+    return "" if goal is None else "pass" if value <= goal else "miss"
 
 
-def memory_row(name: str, threads: int) -> Row:
-    """Resident memory of the lean forward, in a child process."""
-    goal = MEMORY_GOAL if name == "XL/2" else None
-    row: Row = {"section": "memory", "case": f"{name}, batch 2", "contender": "lean bf16",
-                "goal": goal}  # fmt: skip
-    model = in_numerics(load_subject(name, with_vae=False).model, "diffusers")
+def model_of(name: str) -> DiT:
+    """One that every peer can compute."""
+    return in_numerics(load_subject(name, with_vae=False).model, "diffusers")
+
+
+def memory_row(threads: int) -> Row:
+    """Resident memory of the lean forward of XL/2, in a child process."""
+    row: Row = {"section": "memory", "case": "XL/2, batch 2", "contender": "lean bf16",
+                "goal": MEMORY_GOAL}  # fmt: skip
     try:
-        found = measure_memory(model, 2, "bf16", threads)
+        found = measure_memory(model_of("XL/2"), 2, "bf16", threads)
     except (RuntimeError, ValueError) as error:
         return row | {"status": "skipped", "reason": one_line(error), "result": "skipped"}
-    return row | {"status": "ok", **found, "result": result(found["value"], goal)}
+    return row | {"status": "ok", **found, "result": result(found["value"], MEMORY_GOAL)}
 
 
 def works(
-    arguments: argparse.Namespace, batches: Mapping[str, tuple[int, ...]], usual: list[str]
+    names: Sequence[str], batches: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Work]]:
-    """The chosen models at their batches, one after the other."""
-    from dit_bench.speed.forward import Networks
-    from dit_engine.engine import Engine
-
-    for name in arguments.only or usual:
-        model = in_numerics(load_subject(name, with_vae=False).model, "diffusers")
-        networks = Networks(Engine(model, device="cpu"))
+    """The models at their batches, one after the other, each with its name as a case."""
+    for name in names:
+        networks = Networks(Engine(model_of(name), device="cpu"))
         for batch in batches[name]:
             yield f"{name}, batch {batch}", Work(networks, batch, half_null=True)
 
 
-def fill_profile(arguments: argparse.Namespace, report: Report, timer: Timer) -> None:
-    batches = dict.fromkeys(BATCHES, (2,))
-    for case, work in works(arguments, batches, ["S/2" if arguments.quick else "XL/2"]):
+def fill_profile(names: Sequence[str], report: Report, timer: Timer) -> None:
+    for case, work in works(names, dict.fromkeys(BATCHES, (2,))):
         for precision in ("bf16", "int8"):
             row: Row = {"section": "profile", "case": case, "contender": f"lean {precision}"}
-            if precision == "int8" and (why := quantized_why_not("int8", torch.device("cpu"))):
+            if precision == "int8" and (why := quantized_why_not("int8", CPU)):
                 report["rows"].append(row | {"status": "skipped", "reason": why})
                 continue
             transformer = lean_transformer(work, precision)
@@ -193,70 +186,55 @@ def fill_profile(arguments: argparse.Namespace, report: Report, timer: Timer) ->
             report["rows"].append(row | profile_row(forward, transformer, 2, precision, timer))
 
 
-def fill_busy(arguments: argparse.Namespace, report: Report, timer: Timer) -> None:
-    from dit_bench.contenders import Contender, build, relative_error
-
-    usual = ["S/2"] if arguments.quick else list(BUSY_WORKLOADS)
-    for case, work in works(arguments, BUSY_WORKLOADS, usual):
-        with torch.inference_mode():
-            expected = work.forward("eager", "fp32")()
-            error = relative_error(work.forward("eager", "bf16")(), expected)
+def fill_busy(names: Sequence[str], report: Report, timer: Timer, count: int) -> None:
+    for case, work in works(names, BUSY_WORKLOADS):
         found = [Contender(f"{name} {precision}", "peer", precision,
                            partial(work.forward, name, precision))
                  for name, precision in (SUBJECT, *BUSY_PEERS)]  # fmt: skip
-        built = build(found, expected, error, timer.progress.say)
-        rows = busy_rows(case, built.functions, timer.rounds, arguments.busy)
-        report["rows"] += [row | {"error": built.records[row["contender"]]["error"]}
-                           for row in rows]  # fmt: skip
+        built = build(found, *reference(work.forward, found), timer.progress.say)
+        for row in busy_rows(case, built.functions, timer.rounds, count):
+            report["rows"].append(row | {"error": built.records[row["contender"]]["error"]})
 
 
 def fill(
     arguments: argparse.Namespace, report: Report, progress: Progress, keep: Callable[[], object]
 ) -> None:
-    found = plans(arguments)
+    only = arguments.only
     if arguments.profile or arguments.busy:
-        timer = Timer(found[0].device, found[0].rounds, math.inf, None, progress)
-        with progress.run(1), torch.inference_mode():
-            (fill_profile if arguments.profile else fill_busy)(arguments, report, timer)
+        timer = Timer(CPU, arguments.rounds, math.inf, None, progress)
+        with limited_threads(arguments.threads), progress.run(1), torch.inference_mode():
+            if arguments.profile:
+                fill_profile(only or ["XL/2"], report, timer)
+            else:
+                fill_busy(only or list(BUSY_WORKLOADS), report, timer, arguments.busy)
         report["other_load"] = timer.load.mean
         return
-    if found:
+    if found := plans(arguments):
         measure(found, report, progress, keep)
         add_conditioning(report["rows"])
         report["ratios"] = ratio_rows(report["rows"])
-    chosen = arguments.only or ([] if arguments.quick else WORKLOADS)
-    if "memory" in chosen:
+    if only is None or "memory" in only:
         progress.say("measuring memory in a process of its own")
-        report["rows"].append(memory_row("S/2" if arguments.quick else "XL/2", arguments.threads))
+        report["rows"].append(memory_row(arguments.threads))
 
 
 def destination(arguments: argparse.Namespace) -> Path | None:
     """Where the JSON goes: as asked, else among the results if the run was a whole one."""
     if arguments.json is not None:
         return arguments.json
-    whole = not (arguments.quick or arguments.only or arguments.profile or arguments.busy)
+    whole = not (arguments.only or arguments.profile or arguments.busy)
     return RESULTS / f"cpu-{slug(cpu_model())}.json" if whole and RESULTS.is_dir() else None
-
-
-def check(arguments: argparse.Namespace) -> None:
-    """Raise a one-line ValueError for options that do not go together."""
-    check_threads(arguments.threads)
-    if arguments.profile and arguments.busy:
-        raise ValueError("--profile and --busy: give one of the two")
-    for option, allowed in (("profile", BATCHES), ("busy", BUSY_WORKLOADS)):
-        for name in arguments.only or ():
-            if getattr(arguments, option) and name not in allowed:
-                raise ValueError(f"--{option} {name}: choose one of {', '.join(allowed)}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--quick", action="store_true", help=f"S/2 at batch 2, {QUICK_ROUNDS} rounds, one compile")
-    add("--rounds", type=positive, help=f"of interleaved timing ({ROUNDS} unless given)")
+    add("--rounds", type=positive, default=15, help="of interleaved timing")
     add("--threads", type=positive, default=torch.get_num_threads(), help="of every runtime")
     add("--only", nargs="+", choices=WORKLOADS, metavar="WORKLOAD", help=", ".join(WORKLOADS))
-    add("--profile", action="store_true", help="where the lean forward's time goes, and no peers")
-    add("--busy", type=positive, metavar="COUNT",
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--profile", action="store_true",
+        help="where the lean forward's time goes, and no peers")  # fmt: skip
+    other.add_argument("--busy", type=positive, metavar="COUNT",
         help="lean and peers beside COUNT programs that each keep a processor busy")  # fmt: skip
     add("--wide", action="store_true", help="all columns, wider than the terminal")
     add("--json", type=Path, help="write every figure here (whole runs: benchmarks/results)")
@@ -266,14 +244,15 @@ def run(arguments: argparse.Namespace) -> int:
     from dit_bench.command import carry_out
     from dit_bench.outputs import check_outputs
 
-    check(arguments)
+    check_threads(arguments.threads)
+    for option, known in (("profile", BATCHES), ("busy", BUSY_WORKLOADS)):
+        for name in arguments.only or ():
+            if getattr(arguments, option) and name not in known:
+                raise ValueError(f"--{option} {name}: choose one of {', '.join(known)}")
     arguments.json = destination(arguments)
     check_outputs([arguments.json])  # before the long run
-    if not arguments.quick:
-        settle(print)
-    device = torch.device("cpu")
-    machine = describe(device) | {"threads": arguments.threads}
-    settings = {"rounds": arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS),
-                "conditioning_steps": STEPS}  # fmt: skip
+    settle(print)
+    machine = describe(CPU) | {"threads": arguments.threads}
+    settings = {"rounds": arguments.rounds, "conditioning_steps": STEPS}
     report = new_report("cpu", machine, settings, arguments.given)
     return carry_out(report, partial(fill, arguments, report), arguments)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from dit_bench import peers
 from dit_bench.contenders import FORMS, Function, float_dtype
-from dit_bench.unet import unet_forward
 from dit_engine.backends import Backend
 from dit_engine.backends.eager import placed
 from dit_engine.backends.lean.vae import LeanDecoder
@@ -28,7 +27,7 @@ from dit_engine.sampling.coefficients import clipping, step_coefficients, uses_n
 from dit_engine.sampling.guidance import guided
 from dit_engine.sampling.loop import sample_fused
 from dit_engine.sampling.samplers import ddpm
-from dit_engine.sampling.schedule import Schedule, make_schedule
+from dit_engine.sampling.schedule import make_schedule
 
 STEPS = 20
 """Of the schedule that the timed step belongs to, and over which the conditioning is spread."""
@@ -80,14 +79,20 @@ class Work:
 
     def forward(self, name: str, precision: str) -> Function:
         """The network on all rows at once, by a backend, a library or a compiler."""
-        if name == "openvino":
-            return self._openvino(precision)
+        dtype = float_dtype(precision)
         if name == "unet":
-            return unet_forward(self.images, self.engine.device, float_dtype(precision))
+            return peers.unet_forward(self.images, self.engine.device, dtype)
+        if name == "openvino":
+            # The network below its conditioning, which is computed before the timing begins: in a
+            # bf16 graph, OpenVINO would round the angles of the time step's sinusoids, up to 999
+            # radians, to 8 bits, which is another function.
+            model = self.engine.model
+            with torch.inference_mode(False), torch.no_grad():
+                c = model.condition(self.t, self.labels)  # (N, D)
+            return _openvino(model, "forward_conditioned", (self.x, c), precision)
         if name not in ("eager", "compile", "diffusers", *FORMS):
             denoise = self.networks.backend(name, precision).prepare(self.labels, self.timesteps)
             return lambda: denoise(self.x, STEP)
-        dtype = float_dtype(precision)
         model = self.networks.model(dtype)
         if name == "diffusers":
             theirs = peers.diffusers_transformer(model)
@@ -107,41 +112,27 @@ class Work:
         backend = self.networks.backend(name, precision)
         return lambda: backend.prepare(self.labels, self.timesteps)(self.x, 0)
 
-    def _openvino(self, precision: str) -> Function:
-        """The network below its conditioning, which is computed before the timing begins: in a bf16
-        graph, OpenVINO would round the angles of the time step's sinusoids, up to 999 radians, to
-        8 bits, which is another function."""
-        model = self.engine.model
-        with torch.inference_mode(False), torch.no_grad():
-            c = model.condition(self.t, self.labels)  # (N, D)
-        arguments = (self.x, c)
-        threads = torch.get_num_threads()
-        return peers.openvino_function(peers.Conditioned(model), arguments, precision, threads)
-
     def guided_step(self, name: str, precision: str) -> Function:
         """One step of ddpm under guidance by backend ``name``, as `Engine.generate` takes it.
 
         It is taken as a schedule's last one, so no noise is drawn.
         """
         config, device = self.engine.config, self.engine.device
-        one = one_step(self.schedule, STEP)
+        arrays = ("timesteps", "alphas_cumprod", "alphas_cumprod_prev", "betas")
+        part = {name: getattr(self.schedule, name)[STEP : STEP + 1] for name in arrays}
+        one = replace(self.schedule, **part)
         null = torch.full_like(self.classes, config.null_class)
-        backend = self.networks.backend(name, precision)
-        conditions = (
-            torch.cat([self.classes, null]),
-            torch.tensor(one.timesteps, device=device),
-        )
+        conditions = torch.cat([self.classes, null]), self.timesteps[STEP : STEP + 1]
         scales = torch.full((self.images,), SCALE, dtype=torch.float64)
         channels = min(CHANNELS, config.in_channels)
-        noise: Any = _no_noise
+        backend = self.networks.backend(name, precision)
         table = step_coefficients("ddpm", one, config.learn_sigma)
         fused = backend.fuse(*conditions, table, scales, channels)
         if fused is not None:
             always, draws, clip = np.ones(1, dtype=bool), uses_noise(table), clipping("ddpm", one)
-            return lambda: sample_fused(fused, self.x, draws, always, noise, _ignore, clip)
-        denoiser = backend.prepare(*conditions)
-        denoise = guided(denoiser, scales.to(device), channels)
-        return lambda: ddpm(denoise, self.x, one, noise)
+            return lambda: sample_fused(fused, self.x, draws, always, _no_noise, _ignore, clip)
+        denoise = guided(backend.prepare(*conditions), scales.to(device), channels)
+        return lambda: ddpm(denoise, self.x, one, _no_noise)
 
     def decode(self, name: str, precision: str) -> Function:
         """The VAE's decoder: lean's, diffusers' or OpenVINO's, or else torch's."""
@@ -149,12 +140,10 @@ class Work:
         vae = self.engine.vae
         assert vae is not None
         if name == "openvino":
-            z = vae.config.denormalise(self.x)
-            threads = torch.get_num_threads()
-            return peers.openvino_function(peers.Decode(vae), (z,), precision, threads)
+            return _openvino(vae, "decode", (vae.config.denormalise(self.x),), precision)
         if name != "diffusers":
             return lambda: decoder(self.x, precision, LeanDecoder if name == "lean" else None)
-        dtype = decoder_dtype(precision)
+        dtype = float_dtype(decoder_precision(precision))
         own = peers.channels_last(copy.deepcopy(vae).to(self.engine.device, dtype))
         theirs = peers.diffusers_autoencoder(own)
 
@@ -188,21 +177,14 @@ class Work:
         return made if self.engine.vae is None else made * 2 - 1
 
 
-def one_step(schedule: Schedule, k: int) -> Schedule:
-    """A schedule that consists of the ``k``-th step of ``schedule``."""
-    part = slice(k, k + 1)
-    return replace(
-        schedule,
-        timesteps=schedule.timesteps[part],
-        alphas_cumprod=schedule.alphas_cumprod[part],
-        alphas_cumprod_prev=schedule.alphas_cumprod_prev[part],
-        betas=schedule.betas[part],
-    )
+def decoder_precision(precision: str) -> str:
+    """Of the numbers in which the engine decodes: Stable Diffusion's decoder overflows float16."""
+    return "fp32" if precision in ("fp32", "fp16") else "bf16"
 
 
-def decoder_dtype(precision: str) -> torch.dtype:
-    """The dtype in which the engine decodes: Stable Diffusion's decoder overflows float16."""
-    return torch.float32 if precision in ("fp32", "fp16") else torch.bfloat16
+def _openvino(module: Any, method: str, inputs: tuple[Tensor, ...], precision: str) -> Function:
+    exported, threads = peers.Method(module, method), torch.get_num_threads()
+    return peers.openvino_function(exported, inputs, precision, threads)
 
 
 def _no_noise(k: int) -> Tensor:

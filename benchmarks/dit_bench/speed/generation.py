@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dit_bench.contenders import FP32_BOUND, allowed_error, relative_error
-from dit_bench.speed.forward import CHANNELS, SCALE, Work, decoder_dtype
+from dit_bench.speed.forward import CHANNELS, SCALE, Work, decoder_precision
 from dit_engine.engine import Engine, Generation, Progress
 from dit_engine.results import make_sheet
 from dit_engine.runtime import in_halves
@@ -38,9 +38,6 @@ QUANTISED_TIMES_EAGER = 4.0
 AGAIN_BOUND = 0.5
 """Relative error between the images of two calls of one generation. Most backends give the same
 ones to the bit; where sums come in any order, chaos is allowed, another label or seed is not."""
-
-REFERENCE = ("eager", "fp32")
-_LARGE_PX = 128  # from there on fewer images are made, since eager float32 is slow
 
 
 class Recorder:
@@ -69,9 +66,8 @@ def step_bound(precision: str, bf16_error: float) -> float:
     """The relative error that is allowed of one step, or of the decoding, from eager bfloat16's."""
     if precision == "bf16":
         return max(FP32_BOUND, BF16_TIMES_EAGER * bf16_error)
-    usual = allowed_error(precision, bf16_error)
-    quantised = precision in ("int8", "fp8")
-    return max(usual, QUANTISED_TIMES_EAGER * bf16_error) if quantised else usual
+    times = QUANTISED_TIMES_EAGER if precision in ("int8", "fp8") else 0.0
+    return max(allowed_error(precision, bf16_error), times * bf16_error)
 
 
 class GenerationCheck:
@@ -90,13 +86,11 @@ class GenerationCheck:
         """(error, bound) of the part that is nearest to its bound, or furthest beyond it: one of
         the steps, the decoding, or ``generation``, which was made without a callback, against
         another with one. An error that is not finite is the furthest."""
-        found, images = self.errors(name, precision)
-        rounding = np.zeros_like(found) if precision == "fp32" else self.bf16_errors()
-        decoded = "fp32" if decoder_dtype(precision) == torch.float32 else "bf16"
-        precisions = [*[precision] * self.steps, decoded]
+        errors, images = self.errors(name, precision)
+        rounding = np.zeros_like(errors) if precision == "fp32" else self.bf16_errors()
+        precisions = [*[precision] * self.steps, decoder_precision(precision)]
         bounds = [step_bound(p, e) for p, e in zip(precisions, rounding, strict=True)]
-        again = relative_error(self.work.generated(generation), images)
-        errors = np.append(found, again)
+        errors = np.append(errors, relative_error(self.work.generated(generation), images))
         bounds = np.append(bounds, AGAIN_BOUND)
         worst = int(np.argmax(errors / bounds))  # the first that is not a number, if there is one
         return float(errors[worst]), float(bounds[worst])
@@ -107,10 +101,12 @@ class GenerationCheck:
         recorder = Recorder(self.check)
         run = self.work.generation(name, precision, self.steps, self.sampler, recorder)
         images = self.work.generated(run())
-        latents = recorder.latents()
-        expected = self.retaken(latents)
-        found = [relative_error(a, b) for a, b in zip(latents, expected, strict=True)]
-        return np.array([*found, relative_error(images, self._decoded(latents[-1]))]), images
+        latents, decode = recorder.latents(), self.work.engine._decode
+        decoded = latents[-1]
+        if decode is not None:
+            decoded = decode(decoded.to(self.work.engine.device), "fp32").clamp(-1, 1).cpu()
+        pairs = [*zip(latents, self.retaken(latents), strict=True), (images, decoded)]
+        return np.array([relative_error(*pair) for pair in pairs]), images
 
     def bf16_errors(self) -> np.ndarray:
         """`errors` of eager bfloat16, found once."""
@@ -126,7 +122,6 @@ class GenerationCheck:
         model, labels = self.work.networks.model(torch.float32), self.work.classes
         schedule = make_schedule(self.steps, SAMPLERS[self.sampler].spacing, config.diffusion)
         timesteps = torch.tensor(schedule.timesteps, device=device)
-        shape = (config.in_channels, config.input_size, config.input_size)
 
         def run(first: int, count: int) -> Tensor:
             part = slice(first, first + count)
@@ -137,7 +132,7 @@ class GenerationCheck:
                 lambda x, k: model(x, timesteps[k].expand(len(x)), rows[: len(x)]), scales,
                 min(CHANNELS, config.in_channels),
             )  # fmt: skip
-            noise = PerImageNoise(self.work.seeds[part], shape, device)
+            noise = PerImageNoise(self.work.seeds[part], config.latent_shape, device)
             taken: list[Tensor] = []
 
             def keep(k: int, z: Tensor) -> None:
@@ -151,28 +146,21 @@ class GenerationCheck:
         count = self.work.images
         return torch.cat(list(in_halves(run, count, engine.max_batch_size))).transpose(0, 1)
 
-    def _decoded(self, latents: Tensor) -> Tensor:
-        decode: Any = self.work.engine._decode
-        if decode is None:
-            return latents
-        return decode(latents.to(self.work.engine.device), "fp32").clamp(-1, 1).cpu()
-
 
 def sample_sheets(
     engine: Engine, subject: tuple[str, str], steps: int, sampler: str, callback: Any = None
 ) -> list[tuple[str, Image.Image]]:
-    """A captioned sheet each, of the same labels and seeds; one if they are the same backend."""
+    """A captioned sheet each by eager float32 and ``subject``, of the same labels and seeds."""
     assert engine.image_size is not None
-    count = min(4 if engine.image_size >= _LARGE_PX else 16, engine.config.num_classes)
-    labels = list(range(count))
-    names = engine.label_names
-    captions = [names[label] if names else str(label) for label in labels]
+    # Eager float32 is slow: of large images it makes few.
+    count = min(4 if engine.image_size >= 128 else 16, engine.config.num_classes)
+    names = engine.label_names or tuple(map(str, range(count)))
     sheets = []
-    for backend, precision in dict.fromkeys([REFERENCE, subject]):
+    for backend, precision in dict.fromkeys([("eager", "fp32"), subject]):
         made = engine.generate(
-            labels, steps=steps, sampler=sampler, seed=0, backend=backend, precision=precision,
-            output="pil", callback=callback,
+            list(range(count)), steps=steps, sampler=sampler, seed=0, backend=backend,
+            precision=precision, output="pil", callback=callback,
         )  # fmt: skip
         caption = f"{backend} {precision}, {steps} steps of {sampler}, seeds 0 to {count - 1}"
-        sheets.append((caption, make_sheet(made.images, captions)))
+        sheets.append((caption, make_sheet(made.images, names[:count])))
     return sheets

@@ -3,45 +3,35 @@
 In the order of their worth, should time run out: what the machine reaches at best (matrix products,
 copies); forwards, guided steps and generations of XL/2 with many rows and with few, by every
 backend and its peers; the operators, checked against float64, then timed; the VAE's decoder; the
-other sizes; what takes minutes to compile; last, attention kernels of other packages. The JSON file
-is written as it goes, as <name>.partial.
+other sizes; what takes minutes to compile. The JSON file is written as it goes, as <name>.partial.
 
-``--check`` only checks: every operator, a small model's forward by every contender, and whether an
-image has the same bits alone and in a batch.
-
-A failed check is never timed, and makes the exit code 1. It is 2 where there is no CUDA device, and
-3 for a run that had to be ended because its time was up.
+A failed check is never timed, and makes the exit code 1, as does a run that did not end in time:
+such a run tells where it stood, and what it had measured stays in <name>.partial. The exit code is
+2 where there is no CUDA device.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import threading
+import faulthandler
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dit_bench.contenders import Contender, Name, build, relative_error
-from dit_bench.machine import describe, load_average, slug
+from dit_bench.contenders import Name
+from dit_bench.machine import describe, slug
 from dit_bench.progress import Progress
-from dit_bench.report import Report, Row, new_report, partial_path, read, write
+from dit_bench.report import Report, new_report
 from dit_bench.speed import operators
-from dit_bench.speed.forward import Networks, Work
 from dit_bench.speed.latency import Timer
 from dit_bench.speed.models import Plan, measure
 from dit_bench.speed.operator_cases import Case, all_cases
-from dit_bench.subjects import check_name, in_numerics, load_subject
+from dit_bench.subjects import check_name
 from dit_bench.timing import Budget
 from dit_engine.backends import known_backends
-from dit_engine.engine import Engine
-from dit_engine.io.printable import one_line, say
 
 SIZES = ("XL/2", "S/2", "L/2", "B/2")
 """In the order of their worth."""
@@ -51,11 +41,8 @@ PEERS: tuple[Name, ...] = (("lean", "fp8"), ("eager", "bf16"), ("graph", "bf16")
 LATE_PEERS: tuple[Name, ...] = (("compile", "bf16"), ("autotune", "bf16"))
 """Their compilation takes minutes for a large model."""
 MANY, FEW, ROUNDS = 64, 2, 30
-LAST_WORDS_SECONDS = 10.0
 START_SECONDS, RESERVE_SECONDS = 15.0, 15.0
 """Kept back: for the imports, which came before the clock started, and for the table."""
-LATE = 3
-"""The exit code of a run in which nothing failed, but which did not end in time."""
 RESULTS = Path(__file__).parents[2] / "results"
 
 
@@ -72,13 +59,7 @@ def steps(
 
     def check_and_time(timer: Timer) -> None:
         assert timer.ceilings is not None
-        part = budget.part(0.6)
-        operators.measure(cases, report, device, part, timer.ceilings, keep=keep)
-
-    def third_party(timer: Timer) -> None:
-        assert timer.ceilings is not None
-        if budget.left() > 0:
-            operators.measure_third_party(cases, report, device, timer.ceilings, ROUNDS)
+        operators.measure(cases, report, device, budget.part(0.6), timer.ceilings, keep=keep)
 
     ours = {"auto", "eager", "compile", "lean"}
     added = tuple((name, "bf16") for name in known_backends() if name not in ours)
@@ -90,44 +71,7 @@ def steps(
         plan(first, 0.6, batches=(1, 8), kinds=("decode",)),
         plan(rest, 0.8, batches=(MANY, FEW), kinds=("forward",)),
         plan(first, 1.0, batches=(FEW,), kinds=("forward",), peers=(*LATE_PEERS, *added)),
-        third_party,  # last, because it may lose the device
     ]
-
-
-def check_rows(device: torch.device, model: str = "S/8") -> Iterator[Row]:
-    """The checks of whole models: every contender's forward, and the bits of images."""
-    subject = load_subject(model, with_vae=False)
-    engine = Engine(in_numerics(subject.model, "diffusers"), device=device)
-    work = Work(Networks(engine), FEW, half_null=True)
-    with torch.inference_mode():
-        expected = work.forward("eager", "fp32")()
-        error = relative_error(work.forward("eager", "bf16")(), expected)
-    pairs = [SUBJECT, ("lean", "fp32"), *PEERS, ("compile", "bf16")]
-    found = [
-        Contender(f"{name} {precision}", "subject" if name == "lean" else "peer", precision,
-                  partial(work.forward, name, precision))
-        for name, precision in pairs
-    ]  # fmt: skip
-    built = build(found, expected, error, lambda _: None)
-    for contender in found:
-        record = built.records[contender.name]
-        status = "ok" if "reason" not in record else "wrong" if "error" in record else "skipped"
-        yield {"section": "check", "case": f"forward of {subject.name}", "role": contender.role,
-               "contender": contender.name, "status": status, **record}  # fmt: skip
-    labels, options = [1, 2, 3], {"steps": 4, "backend": "lean", "output": "latent"}
-    for precision in ("fp32", "bf16"):
-        row: Row = {"section": "check", "case": "bits of an image, alone and in a batch",
-                    "role": "subject", "contender": f"lean {precision}"}  # fmt: skip
-        seeds = [7, 8, 9]
-        try:
-            generate: Any = partial(engine.generate, precision=precision, **options)
-            together = generate(labels, seeds=seeds).images
-            alone = [generate([labels[i]], seeds=[seeds[i]]).images[0] for i in range(3)]
-        except (RuntimeError, ValueError, ImportError) as broken:
-            yield row | {"status": "failed", "reason": one_line(broken)}
-            continue
-        same = all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
-        yield row | ({"status": "ok"} if same else {"status": "wrong", "reason": "bits differ"})
 
 
 @contextmanager
@@ -144,55 +88,23 @@ def true_float32() -> Iterator[None]:
             switch.allow_tf32 = value
 
 
-def stop_late(path: Path | None, seconds: float) -> threading.Timer:
-    """A started timer that ends the process after ``seconds`` with `LATE`, or 1 where a check had
-    failed; what was measured until then gets the name of the report.
-
-    A signal cannot interrupt a call that waits for a hung kernel; a thread can end the process.
-    """
-    code = LATE
-
-    def tell() -> None:
-        nonlocal code
-        reason = f"did not end in {seconds:.0f} s: slow, or hung"
-        say(f"LATE: {reason}", flush=True)
-        if path is not None and partial_path(path).exists():
-            report = read(partial_path(path))
-            if any(row["status"] in ("wrong", "failed") and row.get("role") == "subject"
-                   for row in report["rows"]):  # fmt: skip
-                code = 1
-            write(report | {"failure": reason}, path)
-            partial_path(path).unlink()
-            say(f"what was measured until then is in {path}", flush=True)
-
-    def stop() -> None:
-        teller = threading.Thread(target=tell, daemon=True)
-        teller.start()
-        try:
-            teller.join(LAST_WORDS_SECONDS)
-        finally:
-            os._exit(code)
-
-    timer = threading.Timer(seconds, stop)
-    timer.daemon = True
-    timer.start()
-    return timer
-
-
-def cuda_device() -> torch.device | None:
-    """The current CUDA device, or None."""
-    available = torch.cuda.is_available()
-    return torch.device("cuda", torch.cuda.current_device()) if available else None
+def cuda_device() -> torch.device:
+    """The current CUDA device. Raises ValueError where there is none."""
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"no CUDA device: torch {torch.__version__} finds none, and this is for CUDA "
+            "(dit-bench cpu and dit-bench operators --device cpu are for the CPU)"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--check", action="store_true", help="check everything and time nothing")
     add("--minutes", type=float, default=9.0, help="the whole run ends by then")
     add("--sizes", nargs="+", default=list(SIZES), help="models, such as XL/2; 'none' for none")
     add("--wide", action="store_true", help="all columns, wider than the terminal")
     add("--json", type=Path, metavar="FILE",
-        help="benchmarks/results/gpu-<device>.json unless given or --check")  # fmt: skip
+        help="benchmarks/results/gpu-<device>.json unless given")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -200,11 +112,6 @@ def run(arguments: argparse.Namespace) -> int:
     from dit_bench.outputs import check_outputs
 
     device = cuda_device()
-    if device is None:
-        say(f"error: no CUDA device: torch {torch.__version__} finds none, and this is for CUDA "
-            "(dit-bench cpu and dit-bench operators --device cpu are for the CPU)",
-            file=sys.stderr)  # fmt: skip
-        return 2
     seconds = 60 * arguments.minutes - START_SECONDS
     if not seconds > RESERVE_SECONDS:
         least = (START_SECONDS + RESERVE_SECONDS) / 60
@@ -213,33 +120,23 @@ def run(arguments: argparse.Namespace) -> int:
     for size in sizes:
         check_name(size)
     machine = describe(device)
-    if arguments.json is None and not arguments.check:
+    if arguments.json is None:
         here = RESULTS if RESULTS.is_dir() else Path()
         arguments.json = here / f"gpu-{slug(machine['gpu'] or 'unknown')}.json"
     check_outputs([arguments.json])
     budget = Budget(seconds - RESERVE_SECONDS)
-    report = new_report(
-        "gpu", machine, {"minutes": arguments.minutes, "steps": 20}, arguments.given
-    )
-    report["load_average"] = load_average()
-    cases = all_cases(device)
+    settings = {"minutes": arguments.minutes, "steps": 20}
+    report = new_report("gpu", machine, settings, arguments.given)
 
     def fill(progress: Progress, keep: Callable[[], object]) -> None:
         with true_float32():
-            if arguments.check:
-                checked = [replace(case, timed=False) for case in cases]
-                with torch.inference_mode(), progress.run(len(checked)):
-                    operators.measure(checked, report, device, budget, None, progress=progress)
-                report["rows"] += check_rows(device)
-            else:
-                parts = steps(device, sizes, budget, cases, report, keep)
-                measure(parts, report, progress, keep)
+            parts = steps(device, sizes, budget, all_cases(device), report, keep)
+            measure(parts, report, progress, keep)
 
-    timer = stop_late(arguments.json, seconds)
+    # A signal cannot interrupt a call that waits for a hung kernel. This ends the process all the
+    # same, with code 1, and says on standard error in which lines of the program it stood.
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)
     try:
         return carry_out(report, fill, arguments)
-    except operators.DeviceLost as lost:
-        say(f"error: {one_line(lost)}", file=sys.stderr)
-        return 1
     finally:
-        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()

@@ -7,14 +7,14 @@ times are quantiles over rounds, ratios are taken within a round. Where a time s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dit_bench.ceilings import Ceilings
-from dit_bench.contenders import Built, Contender, build
+from dit_bench.contenders import Contender, Function, build, relative_error
 from dit_bench.load import OtherLoad
 from dit_bench.progress import LEAST_ROUNDS, Progress
 from dit_bench.report import Row
@@ -22,23 +22,6 @@ from dit_bench.timing import Spread, interleave, ratio, spread
 
 NOISE_BOUND = 0.25
 """(p95 − p5) / median of a contender's times, above which they are noise."""
-
-
-@dataclass
-class Task:
-    """One piece of work: what it is, who does it, and what comes out in float32 (None where every
-    contender has a check of its own)."""
-
-    section: str
-    model: str
-    images: int
-    contenders: Sequence[Contender]
-    expected: Tensor | None
-    bf16_error: float = 0.0
-
-    @property
-    def case(self) -> str:
-        return f"{self.model}, batch {self.images}"
 
 
 @dataclass
@@ -52,49 +35,69 @@ class Timer:
     progress: Progress = field(default_factory=lambda: Progress(quiet=True))
     load: OtherLoad = field(default_factory=OtherLoad)
 
-    def run(self, task: Task) -> tuple[list[Row], Built]:
-        """Build, check and time; a row for each contender, also for those that were left out."""
-        built = build(task.contenders, task.expected, task.bf16_error, self.progress.say)
+    def run(
+        self,
+        work: Row,
+        contenders: Sequence[Contender],
+        expected: Tensor | None = None,
+        bf16_error: float = 0.0,
+    ) -> list[Row]:
+        """Build, check and time; a row for each contender, also for those that were left out.
+
+        Args:
+            work: what the rows have in common: "section", "case", "images" and so on.
+            expected: the result of float32 eager; None where every contender has its own check.
+            bf16_error: what bfloat16 eager is off by.
+        """
+        built = build(contenders, expected, bf16_error, self.progress.say)
         samples: dict[str, list[float]] = {}
         if built.functions:
-            name = f"{task.case}: {task.section}"
-            rounds = self.progress.rounds(self.rounds, name, self.seconds)
-            with rounds as go_on, self.load.sampled():
+            go_on = self.progress.rounds(self.seconds)
+            with self.load.sampled():
                 samples = interleave(built.functions, self.rounds, device=self.device, go_on=go_on)
-        rows = [self._row(task, contender, built, samples) for contender in task.contenders]
-        subject = next((row for row in rows if row["role"] == "subject"), None)
-        if subject is not None and subject["status"] == "ok":
-            own = subject["contender"]
-            for row in rows:
-                if row["status"] == "ok" and row is not subject and row["role"] != "part":
-                    row["ratio"] = quantiles(ratio(samples[row["contender"]], samples[own]))
-                    row["verdict"] = verdict(row, subject)
-        return rows, built
+        rows: list[Row] = []
+        for one in contenders:
+            record = built.records[one.name]
+            status = "ok" if "reason" not in record else "wrong" if "error" in record else "skipped"
+            who = {"contender": one.name, "role": one.role, "precision": one.precision}
+            rows.append(work | who | {"status": status, **record})
+            if one.name in samples:
+                rows[-1] |= self._figures(rows[-1], one, samples[one.name])
+        own = next((row for row in rows if row["role"] == "subject" and "ms" in row), None)
+        for row in rows if own is not None else ():
+            if "ms" in row and row is not own and row["role"] != "part":
+                theirs = samples[row["contender"]]
+                row["ratio"] = quantiles(ratio(theirs, samples[own["contender"]]))
+                row["verdict"] = verdict(row, own)
+        return rows
 
-    def _row(
-        self, task: Task, contender: Contender, built: Built, samples: dict[str, list[float]]
-    ) -> Row:
-        row: Row = {
-            "section": task.section, "case": task.case, "contender": contender.name,
-            "model": task.model, "images": task.images, "role": contender.role,
-            "precision": contender.precision, "status": "ok", **built.records[contender.name],
-        }  # fmt: skip
-        if "reason" in row:
-            return row | {"status": "wrong" if "error" in row else "skipped"}
-        taken = spread(samples[contender.name])
-        row |= {
-            "samples_ms": [round(ms, 4) for ms in samples[contender.name]],
-            "ms": vars(taken), "noisy": noisy(taken), "other_load": self.load.last,
-            "images_s": 1e3 * task.images / taken.median,
+    def _figures(self, row: Row, contender: Contender, samples: list[float]) -> Row:
+        taken = spread(samples)
+        found: Row = {
+            "samples_ms": [round(ms, 4) for ms in samples], "ms": vars(taken),
+            "noisy": noisy(taken), "other_load": self.load.last,
+            "images_s": 1e3 * row["images"] / taken.median,
         }  # fmt: skip
         if contender.flops:
-            row |= {
-                "gflops": contender.flops / 1e9,
-                "tflop_s": contender.flops / taken.median / 1e9,
-            }
+            found["gflops"] = contender.flops / 1e9
+            found["tflop_s"] = contender.flops / taken.median / 1e9
             if contender.weight_bytes:
-                row["flops_per_byte"] = contender.flops / contender.weight_bytes
-        return row | ({} if self.ceilings is None else shares(row, self.ceilings))
+                found["flops_per_byte"] = contender.flops / contender.weight_bytes
+        return found if self.ceilings is None else found | shares(row | found, self.ceilings)
+
+
+def reference(
+    run: Callable[[str, str], Function], contenders: Sequence[Contender]
+) -> tuple[Tensor, float]:
+    """What float32 eager gives, and the relative error of bfloat16 eager where it is asked for.
+
+    run: backend and precision → the function.
+    """
+    with torch.inference_mode():
+        expected = run("eager", "fp32")()
+        if all(contender.precision == "fp32" for contender in contenders):
+            return expected, 0.0
+        return expected, relative_error(run("eager", "bf16")(), expected)
 
 
 def quantiles(found: Spread) -> dict[str, float]:
@@ -123,7 +126,7 @@ def shares(row: Row, ceilings: Ceilings) -> Row:
 
 def noisy(taken: Spread) -> bool:
     """Whether times spread by more than the bound, or are too few to tell."""
-    return taken.n < LEAST_ROUNDS or taken.relative > NOISE_BOUND
+    return taken.n < LEAST_ROUNDS or (taken.p95 - taken.p5) / taken.median > NOISE_BOUND
 
 
 def verdict(row: Row, own: Row) -> str:

@@ -1,22 +1,18 @@
-"""Resident memory: of a backend while it is built and first runs, and of a lean forward by itself.
+"""Memory of a backend while it is built and first runs.
 
-On CUDA torch's allocator tells exactly. On the CPU it is the process's resident memory, read every
-few milliseconds, above what it was before: freed memory that could not be given back to the system
-is used again without showing, so a figure may be too small. A lean forward is therefore also
-measured in a process of its own, above a baseline: the same process after a lean run of a very
-small model, when every library is loaded and every thread has its stack.
+On CUDA torch's allocator tells. On the CPU a lean forward is measured in a process of its own: its
+resident memory, whose peak the system keeps, above a baseline, which is the same process after a
+lean run of a very small model, when every library is loaded and every thread has its stack.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
+import re
 import subprocess
 import tempfile
-import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +26,6 @@ from dit_engine.config import ModelConfig
 from dit_engine.current_directory import python
 from dit_engine.model import DiT
 
-MIB = 2**20
 CHILD = """
 from dit_engine.console.run import wait_briefly
 wait_briefly()
@@ -39,99 +34,53 @@ from dit_bench.speed.memory import measure_here
 path, batch, precision, threads = sys.argv[1:]
 print(json.dumps(measure_here(pathlib.Path(path), int(batch), precision, int(threads))))
 """
-_INTERVAL_S = 0.002
+_SELF = Path("/proc/self")
 
 
-class MemoryWatch:
-    """Watches the first building and the first call of one function.
-
-    record: "built_mib", taken by building, and "peak_mib", the most in the first call, above what
-        was taken before building; empty until then, and where the system does not tell.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.record: dict[str, float] = {}
-
-    def around(self, build: Callable[[], Callable[[], Any]]) -> Callable[[], Callable[[], Any]]:
-        """``build`` under watch, and the first call of what it gives."""
-
-        def watched() -> Callable[[], Any]:
-            before = self._now()
-            function = build()
-            after = self._now()
-            if before is None or after is None:
-                return function
-            self.record["built_mib"] = round((after - before) / MIB, 1)
-
-            def call() -> Any:
-                if "peak_mib" in self.record:
-                    return function()
-                result, peak = self._peak_of(function)
-                self.record["peak_mib"] = round((peak - before) / MIB, 1)
-                return result
-
-            return call
-
-        return watched
-
-    def _now(self) -> int | None:
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
-        gc.collect()
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # glibc returns what is free to the system
-        try:
-            return resident_bytes()["total"]
-        except OSError:
-            return None
-
-    def _peak_of(self, function: Callable[[], Any]) -> tuple[Any, int]:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            result = function()
-            return result, torch.cuda.max_memory_allocated(self.device)
-        with Sampler() as seen:
-            result = function()
-        return result, seen.peak["total"]
-
-
-class Sampler:
-    """The largest resident memory seen while the block runs."""
-
-    def __enter__(self) -> Sampler:
-        self.peak = resident_bytes()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(_INTERVAL_S):
-            self._look()
-
-    def _look(self) -> None:
-        now = resident_bytes()
-        self.peak = {key: max(value, now[key]) for key, value in self.peak.items()}
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self._look()
-
-
-def resident_bytes(status: str | None = None) -> dict[str, int]:
+def resident_bytes(key: str = "VmRSS") -> dict[str, int]:
     """Resident memory of this process: "total", and of it "anonymous" (no file behind it).
+
+    key: "VmHWM" for the peak since `peak_of` began; files are taken to have as much of it as now.
 
     Raises OSError where the system has no /proc (Linux has).
     """
-    text = Path("/proc/self/status").read_text(encoding="utf-8") if status is None else status
-    kib = {
-        key: int(value.split()[0])
-        for key, _, value in (line.partition(":") for line in text.splitlines())
-        if key in ("VmRSS", "RssAnon")
-    }
-    return {"total": kib["VmRSS"] * 1024, "anonymous": kib["RssAnon"] * 1024}
+    status = (_SELF / "status").read_text(encoding="utf-8")
+    lines = re.findall(r"^(\w+):\s+(\d+) kB$", status, re.MULTILINE)
+    kib = {name: int(value) for name, value in lines}
+    of_files = kib["VmRSS"] - kib["RssAnon"]
+    return {"total": kib[key] * 1024, "anonymous": (kib[key] - of_files) * 1024}
+
+
+def peak_of(run: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
+    """What ``run`` returns, and the peak of `resident_bytes` meanwhile."""
+    (_SELF / "clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew, see proc(5)
+    return run(), resident_bytes("VmHWM")
+
+
+def watched(
+    build: Callable[[], Callable[[], Any]], device: torch.device, record: dict[str, float]
+) -> Callable[[], Callable[[], Any]]:
+    """``build`` on CUDA, which adds to ``record``: "built_mib", taken by building, and by the first
+    call of what it gives "peak_mib", the most in it, above what was taken before building."""
+    mib = 2**20
+
+    def build_watched() -> Callable[[], Any]:
+        before = torch.cuda.memory_allocated(device)
+        function = build()
+        record["built_mib"] = round((torch.cuda.memory_allocated(device) - before) / mib, 1)
+
+        def call() -> Any:
+            if "peak_mib" in record:
+                return function()
+            torch.cuda.reset_peak_memory_stats(device)
+            result = function()
+            peak = torch.cuda.max_memory_allocated(device)
+            record["peak_mib"] = round((peak - before) / mib, 1)
+            return result
+
+        return call
+
+    return build_watched if device.type == "cuda" else build
 
 
 def needed_bytes(config: ModelConfig, batch: int, dtype: torch.dtype) -> dict[str, int]:
@@ -177,38 +126,34 @@ def measure_here(directory: Path, batch: int, precision: str, threads: int) -> d
     torch.set_num_threads(threads)
 
     def start(model: DiT) -> Callable[[], Any]:
-        config, device = model.config, torch.device("cpu")
-        backend = create_backend("lean", model, precision, device)
+        config = model.config
+        backend = create_backend("lean", model, precision, torch.device("cpu"))
         null = [config.null_class] * (batch - batch // 2)
         labels = torch.tensor([i % config.num_classes for i in range(batch // 2)] + null)
         denoise = backend.prepare(labels, torch.linspace(999, 0, STEPS).round().long())
         x = torch.zeros(batch, config.in_channels, config.input_size, config.input_size)
         return lambda: [denoise(x, k) for k in range(3)]
 
+    def load() -> tuple[ModelConfig, Callable[[], Any]]:
+        model = load_model(directory)
+        return model.config, start(model)
+
     with torch.inference_mode():
         tiny = ModelConfig(depth=1, hidden_size=64, num_heads=1, patch_size=2, input_size=8)
         start(random_model(tiny))()
         gc.collect()
         baseline = resident_bytes()
-        with Sampler() as loading:
-            model = load_model(directory)
-            config = model.config
-            run = start(model)
-            del model
-            gc.collect()
+        (config, run), loading = peak_of(load)
+        gc.collect()
         loaded = resident_bytes()
-        with Sampler() as running:
-            run()
+        _, running = peak_of(run)
     needed = needed_bytes(config, batch, float_dtype(precision))
 
     def above(values: dict[str, int]) -> dict[str, int]:
         return {key: value - baseline[key] for key, value in values.items()}
 
     return {
-        "value": above(running.peak)["total"] / sum(needed.values()),
-        "needed": needed,
-        "baseline": baseline,
-        "peak_while_loading": above(loading.peak),
-        "after_load": above(loaded),
-        "peak_while_running": above(running.peak),
-    }
+        "value": above(running)["total"] / sum(needed.values()), "needed": needed,
+        "baseline": baseline, "peak_while_loading": above(loading), "after_load": above(loaded),
+        "peak_while_running": above(running),
+    }  # fmt: skip

@@ -2,8 +2,6 @@
 
 The report grows as parts are finished, so that what Ctrl-C leaves is whole. ``dit-bench --model``,
 ``dit-bench cpu`` and ``dit-bench gpu`` all measure by this.
-
-More than 300 lines, because the kinds of work share their models and their contenders.
 """
 
 from __future__ import annotations
@@ -17,17 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_bench.ceilings import FP8, measure_ceilings
-from dit_bench.contenders import Name, float_dtype, relative_error
-from dit_bench.cost import decoder_record, model_record
+from dit_bench.contenders import FORMS, LIBRARIES, Contender, Name, float_dtype
+from dit_bench.cost import UNET, Cost, decoder_record, model_record, needed_weights, unet_cost
 from dit_bench.load import OtherLoad
 from dit_bench.machine import load_average
 from dit_bench.progress import Progress
-from dit_bench.report import WORK, Report
-from dit_bench.speed.cast import Part, contenders
-from dit_bench.speed.forward import Networks, Work
+from dit_bench.report import WORK, Report, Row
+from dit_bench.speed.forward import Networks, Work, decoder_precision
 from dit_bench.speed.generation import GenerationCheck
-from dit_bench.speed.latency import Task, Timer, shares
-from dit_bench.speed.memory import MemoryWatch
+from dit_bench.speed.latency import Timer, reference, shares
+from dit_bench.speed.memory import watched
 from dit_bench.subjects import Subject, in_numerics, load_subject
 from dit_bench.timing import Budget
 from dit_engine.config import ModelConfig
@@ -37,6 +34,9 @@ from dit_engine.runtime import limited_threads
 
 if TYPE_CHECKING:
     from dit_bench.quality.paired import SetComparison
+
+Part = tuple[str, Callable[[Work], Callable[[], Any]]]
+"""A part of a forward that is timed by itself: its name, and what builds it."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,7 @@ def measure(
                     step(timer)
                 continue
             for name in step.models:
-                engine = _Model(step, report, timer, keep).run(name)
-                if engine is not None:
-                    kept.append(engine)
+                kept += _measure_model(step, name, report, timer, keep)
                 torch.compiler.reset()  # what was compiled holds its model's weights
                 gc.collect()
         report["other_load"] = load.mean
@@ -138,109 +136,134 @@ def measure(
     return kept
 
 
-class _Model:
-    """The part of a run that is about one model."""
+def _measure_model(
+    plan: Plan, name: str, report: Report, timer: Timer, keep: Callable[[], object]
+) -> list[Engine]:
+    progress = timer.progress
+    progress.stage(f"{name}: loading")
+    with_vae = bool({"decode", "image"} & set(plan.kinds)) or plan.parity > 0
+    subject = load_subject(name, size=plan.size, vae=plan.vae, with_vae=with_vae)
 
-    def __init__(
-        self, plan: Plan, report: Report, timer: Timer, keep: Callable[[], object]
-    ) -> None:
-        self.plan, self.report, self.timer, self.keep = plan, report, timer, keep
-        self.progress = timer.progress
-        self.built_mib: float | None = None
+    def engine_of(model: DiT) -> Engine:
+        return Engine(model, subject.vae, subject.label_names, plan.device,
+                      max_batch_size=max(*plan.batches, 32))  # fmt: skip
 
-    def run(self, name: str) -> Engine | None:
-        plan = self.plan
-        self.progress.stage(f"{name}: loading")
-        with_vae = bool({"decode", "image"} & set(plan.kinds)) or plan.parity > 0
-        subject = load_subject(name, size=plan.size, vae=plan.vae, with_vae=with_vae)
-        own = timed = self._engine(subject, subject.model)
-        if any(peer == "diffusers" for peer, _ in plan.peers):
-            # Times are of the function that all can compute; pictures are of the model's own.
-            model = in_numerics(subject.model, "diffusers")
-            timed = own if model is subject.model else self._engine(subject, model)
-        record = _describe(subject, timed.config)
-        known = [model["model"] for model in self.report["models"]]
-        if plan.title is None and record["model"] not in known:
-            self.report["models"].append(record)
-        self.progress.done()
-        networks = Networks(timed)
-        for images in plan.batches:
-            work = Work(networks, images, plan.half_null)
-            for kind in plan.kinds:
-                if kind != "decode" or subject.vae is not None:
-                    self.progress.stage(f"{subject.name} {kind}, {images}")
-                    self._part(kind, subject, work, record)
-                self.progress.done()
-                self.progress.check()
-        if plan.parity:
-            self.progress.stage(f"{subject.name}: parity")
-            self._parity(subject.name, own)
-            self.progress.done()
-        shows = plan.keep_engines and subject.trained and subject.vae is not None
-        return own if shows else None
-
-    def _engine(self, subject: Subject, model: DiT) -> Engine:
-        return Engine(model, subject.vae, subject.label_names, self.plan.device,
-                      max_batch_size=max(*self.plan.batches, 32))  # fmt: skip
-
-    def _part(self, kind: str, subject: Subject, work: Work, record: dict[str, Any]) -> None:
-        plan = self.plan
-        watch = MemoryWatch(plan.device) if kind == "forward" else None
-        check = GenerationCheck(work, plan.steps, plan.sampler, self.progress.check)
-        found = contenders(kind, work, (plan.subject, *plan.peers), record, check, plan.parts)
-        task = Task(kind, plan.title or subject.name, work.images, found, None)
-        if plan.budget is not None and plan.budget.left() <= 0:
-            self.report["rows"] += [
-                {"section": kind, "case": task.case, "contender": c.name, "role": c.role,
-                 "model": task.model, "images": work.images, "status": "skipped",
-                 "reason": "no time was left"}
-                for c in found
-            ]  # fmt: skip
-            self.keep()
-            return
-        with torch.inference_mode():
-            if kind != "image":  # generations have a check of their own
-                reference = partial(
-                    {"forward": work.forward, "step": work.guided_step, "decode": work.decode}[
-                        kind
-                    ],
-                    "eager",
-                )
-                task.expected = expected = reference("fp32")()
-                if {c.precision for c in found} != {"fp32"}:
-                    task.bf16_error = relative_error(reference("bf16")(), expected)
-            if watch is not None:
-                found[0] = replace(found[0], build=watch.around(found[0].build))
-            rows, _ = self.timer.run(task)
-        if watch is not None:
-            rows[0] |= self._memory(watch)
-        size = {"size": subject.size, "tokens": subject.model.config.num_tokens}
-        self.report["rows"] += [row | size for row in rows]
-        self.report["other_load"] = self.timer.load.mean
-        self.keep()
-
-    def _memory(self, watch: MemoryWatch) -> dict[str, float]:
-        """The backend is built once; later numbers of images find it there."""
-        seen = watch.record
-        if "peak_mib" not in seen:
-            return {}
-        if self.built_mib is None:
-            self.built_mib = seen["built_mib"]
-        else:
-            seen["peak_mib"] += self.built_mib
-        return seen | {"built_mib": self.built_mib}
-
-    def _parity(self, name: str, engine: Engine) -> None:
+    own = timed = engine_of(subject.model)
+    if any(peer == "diffusers" for peer, _ in plan.peers):
+        # Times are of the function that all can compute; pictures are of the model's own.
+        model = in_numerics(subject.model, "diffusers")
+        timed = own if model is subject.model else engine_of(model)
+    record = _describe(subject, timed.config)
+    if plan.title is None and record["model"] not in [m["model"] for m in report["models"]]:
+        report["models"].append(record)
+    progress.done()
+    networks, built_mib = Networks(timed), None
+    for images in plan.batches:
+        work = Work(networks, images, plan.half_null)
+        for kind in plan.kinds:
+            if kind != "decode" or subject.vae is not None:
+                progress.stage(f"{subject.name} {kind}, {images}")
+                rows = _rows(plan, kind, work, record, timer)
+                if "peak_mib" in rows[0]:
+                    if built_mib is None:
+                        built_mib = rows[0]["built_mib"]
+                    else:  # the backend is built once; later numbers of images find it there
+                        rows[0] |= {"built_mib": built_mib,
+                                    "peak_mib": rows[0]["peak_mib"] + built_mib}  # fmt: skip
+                report["rows"] += rows
+                report["other_load"] = timer.load.mean
+                keep()
+            progress.done()
+            progress.check()
+    if plan.parity:
         from dit_bench.quality.parity import compare
 
-        labels = [i % engine.config.num_classes for i in range(self.plan.parity)]
-        self.report["rows"] += compare(
-            engine, labels, [self.plan.subject], model=name, sets=self.plan.sets, seed=0,
-            quiet=self.progress.quiet, check=self.progress.check, steps=self.plan.steps,
-            sampler=self.plan.sampler,
+        progress.stage(f"{subject.name}: parity")
+        labels = [i % own.config.num_classes for i in range(plan.parity)]
+        report["rows"] += compare(
+            own, labels, [plan.subject], model=subject.name, sets=plan.sets, seed=0,
+            quiet=progress.quiet, check=progress.check, steps=plan.steps, sampler=plan.sampler,
         )  # fmt: skip
-        self.keep()
-        self.progress.check()
+        keep()
+        progress.check()
+        progress.done()
+    return [own] if plan.keep_engines and subject.trained and subject.vae is not None else []
+
+
+def _rows(plan: Plan, kind: str, work: Work, record: dict[str, Any], timer: Timer) -> list[Row]:
+    """Of everyone who takes part in one kind of work."""
+    check = GenerationCheck(work, plan.steps, plan.sampler, timer.progress.check)
+    found = contenders(kind, work, (plan.subject, *plan.peers), record, check, plan.parts)
+    model, images = plan.title or record["model"], work.images
+    common: Row = {"section": kind, "case": f"{model}, batch {images}", "model": model,
+                   "images": images} | {key: record[key] for key in ("size", "tokens")}  # fmt: skip
+    if plan.budget is not None and plan.budget.left() <= 0:
+        late = {"status": "skipped", "reason": "no time was left"}
+        return [common | {"contender": one.name, "role": one.role, **late} for one in found]
+    memory: dict[str, float] = {}
+    with torch.inference_mode():
+        if kind == "image":  # which has a check of its own
+            return timer.run(common, found)
+        runs = {"forward": work.forward, "step": work.guided_step, "decode": work.decode}
+        expected, error = reference(runs[kind], found)
+        if kind == "forward":
+            build = watched(found[0].build, plan.device, memory)
+            found[0] = replace(found[0], build=build)
+        rows = timer.run(common, found, expected, error)
+    rows[0] |= memory if "peak_mib" in memory else {}
+    return rows
+
+
+def contenders(
+    kind: str,
+    work: Work,
+    names: Sequence[Name],
+    record: dict[str, Any],
+    check: GenerationCheck,
+    parts: Sequence[Part] = (),
+) -> list[Contender]:
+    """Who takes part in one kind of work: the first of ``names`` is the subject, others are peers.
+
+    record: what the model costs. check: of whole generations, which says how they are made. parts:
+    of a forward.
+    """
+    forward = record["cost"]["total"]["flops"]
+    decoder = record["decoder"]["flops"] if record["decoder"] else 0
+    # Under guidance there are two rows per image.
+    image = 2 * check.steps * forward + decoder
+    flops = {"forward": forward, "step": 2 * forward, "decode": decoder, "image": image}[kind]
+    left_out = {"forward": (), "decode": ("unet", *FORMS)}.get(kind, (*LIBRARIES, *FORMS))
+    found: dict[str, Contender] = {}
+    for i, (name, precision) in enumerate(dict.fromkeys(names)):
+        if name in left_out:
+            continue
+        more: dict[str, Any] = {"flops": flops * work.images}
+        if kind == "image":
+            build = partial(work.generation, name, precision, check.steps, check.sampler)
+            more["check"] = partial(check, name, precision)
+        elif kind == "decode":
+            build = partial(work.decode, name, precision)
+            # int8 and bf16 decode alike, and so do the compilers: the first stands for both.
+            precision = decoder_precision(precision)
+        else:
+            runs = {"forward": work.forward, "step": work.guided_step}
+            build = partial(runs[kind], name, precision)
+            size = 1 if precision in ("int8", "fp8") else float_dtype(precision).itemsize
+            more["weight_bytes"] = needed_weights(work.engine.config) * size
+        title, role = f"{name} {precision}", "peer" if i else "subject"
+        if name == "unet":
+            title, role = f"{UNET} {precision}", "other network"
+            try:
+                cost = unet_cost()
+            except ImportError:  # said when it is built, as of every peer
+                cost = Cost()
+            more = {"flops": cost.flops * work.images,
+                    "weight_bytes": cost.parameters * float_dtype(precision).itemsize}  # fmt: skip
+        found.setdefault(title, Contender(title, role, precision, build, **more))
+    if kind == "forward":
+        for name, make in parts:
+            found[name] = Contender(name, "part", "bf16", partial(make, work))
+    return list(found.values())
 
 
 def _describe(subject: Subject, config: ModelConfig) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """``dit-bench operators``: checks the operators of dit_kernels against float64, then times them.
 
-More than 300 lines, because it holds checking, timing and printing of one measurement.
-
 An implementation passes with at most twice the error of the torch reference in the same dtype; an
 opponent whose output is wrong is not timed either. Of each shape it prints the median, the rate,
 its percentage of the ceiling measured in the same run, and the speed-up over what a plain torch
@@ -16,31 +14,24 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dit_bench.ceilings import NAMES, Ceilings, measure_ceilings
 from dit_bench.load import OtherLoad
 from dit_bench.machine import SETTLE_S, describe, load_average, settle
+from dit_bench.options import positive
 from dit_bench.progress import Progress
 from dit_bench.report import Report, Row, new_report
-from dit_bench.speed.operator_cases import Case, all_cases
-from dit_bench.speed.operator_contenders import (
-    THIRD_PARTY,
-    Find,
-    Run,
-    Target,
-    implementations,
-    opponents,
-    tensors,
-)
+from dit_bench.speed.operator_cases import Case, Make, Run, all_cases, implementations, opponents
 from dit_bench.timing import Budget, interleave, ratio, spread
 from dit_engine.io.printable import one_line
 from dit_engine.runtime import parse_device
+from dit_kernels import Unavailable
 
 ERROR_RATIO = 2.0
 """An implementation's error against float64 over the same-dtype reference's, at most."""
@@ -51,8 +42,56 @@ WAIT_SHARE = 0.5
 """Of the minutes that were asked for, at most so much is spent on waiting for an idle machine."""
 
 
-class DeviceLost(RuntimeError):
-    """The device answers no more, and nothing after this could be measured."""
+class Target:
+    """What a case's outputs must be, and how far the same-dtype reference is from it."""
+
+    def __init__(self, case: Case, arguments: tuple[Any, ...]) -> None:
+        self.case, self.arguments = case, arguments
+        exact = (case.exact or case.reference)(*map(_double, arguments))
+        self.exact = tuple(t.double() for t in tensors(exact))
+        self.same = case.reference(*arguments)
+        self.budgets = self.errors(self.same)
+
+    def errors(self, result: Any) -> list[float]:
+        """`largest_error` of each output."""
+        found = (self.case.values or tensors)(result)
+        return [largest_error(a, b) for a, b in zip(found, self.exact, strict=True)]
+
+    def worst(self, run: Run) -> tuple[float, float]:
+        """(largest error over the reference's own, largest error) of two calls of ``run``.
+
+        Memory that is likely to be handed out for the outputs is filled with NaN beforehand, so
+        that an element never written shows; a race may show in one of the calls.
+        """
+        ratios, errors = [], []
+        for _ in range(2):
+            # All ones is NaN in every floating dtype.
+            filled = [torch.full((t.nbytes,), 255, dtype=torch.uint8, device=t.device)
+                      for t in tensors(self.same)]  # fmt: skip
+            del filled
+            found = self.errors(run())
+            errors += found
+            ratios += [e / b if b else (0.0 if e == 0 else math.inf)
+                       for e, b in zip(found, self.budgets, strict=True)]  # fmt: skip
+        return float(np.max(ratios)), float(np.max(errors))  # NaN if any is NaN
+
+
+def largest_error(actual: Tensor, exact: Tensor) -> float:
+    """max |actual − exact| / max |exact| in float64, infinite for another shape; NaN stays NaN."""
+    if actual.shape != exact.shape:
+        return math.inf
+    difference = (actual.double() - exact.double()).abs().max()
+    return (difference / exact.double().abs().max().clamp(min=1e-300)).item()
+
+
+def tensors(result: Any) -> tuple[Tensor, ...]:
+    """An operator's result as a tuple."""
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _double(argument: Any) -> Any:
+    floating = isinstance(argument, Tensor) and argument.is_floating_point()
+    return argument.double() if floating else argument
 
 
 def measure(
@@ -60,75 +99,34 @@ def measure(
     report: Report,
     device: torch.device,
     budget: Budget,
-    ceilings: Ceilings | None,
+    ceilings: Ceilings,
     *,
     rounds: int = 30,
     progress: Progress | None = None,
     keep: Callable[[], object] = lambda: None,
-    find: Callable[[Case, torch.device], Mapping[str, Find]] | None = None,
 ) -> None:
-    """Add a row for every case and contender to the report.
-
-    find: which implementations there are; `implementations` unless given.
-
-    Raises `DeviceLost` where nothing more could be measured.
-    """
+    """Add a row for every case and contender to the report."""
+    progress = progress or Progress(quiet=True)
     for case in cases:
-        if progress is not None:
-            progress.stage(f"{case.operator} {case.shape}")
+        progress.stage(case.title)
         if budget.left() <= 0:
             report["rows"].append(_row(case, "all") | _skipped("no time was left"))
-            continue
-        ours = (find or implementations)(case, device)
-        others = opponents(case, device) if case.timed else {}
-        report["rows"] += rows_of(case, device, ours, others, rounds, ceilings)
+        else:
+            report["rows"] += rows_of(case, device, rounds, ceilings)
         keep()
-        if progress is not None:
-            progress.done()
+        progress.done()
 
 
-def measure_third_party(
-    cases: Iterable[Case], report: Report, device: torch.device, ceilings: Ceilings, rounds: int
-) -> None:
-    """Attention kernels of other packages beside ours, which are not recorded again. To be run
-    last, because one that accesses memory which is not its own ends the use of the device."""
-    for case in cases:
-        if case.operator != "attention" or device.type != "cuda" or not case.timed:
-            continue
-        try:
-            rows = rows_of(
-                case, device, implementations(case, device), THIRD_PARTY, rounds, ceilings
-            )
-        except DeviceLost as lost:
-            rows = [_row(case, "third party", "peer") | _skipped(lost)]
-        report["rows"] += [row for row in rows if row["role"] == "peer"]
-
-
-def rows_of(
-    case: Case,
-    device: torch.device,
-    ours: Mapping[str, Find],
-    others: Mapping[str, Find],
-    rounds: int,
-    ceilings: Ceilings | None,
-) -> list[Row]:
-    """Check everyone, and time those that passed if the case is a timed one."""
+def rows_of(case: Case, device: torch.device, rounds: int, ceilings: Ceilings) -> list[Row]:
+    """Check everyone, and time those that passed if one of ours did."""
     target = Target(case, case.inputs(device))
-    passed: dict[str, Run] = {}
-    rows = [_check(target, name, find, "subject", passed) for name, find in ours.items()]
-    rows += [_check(target, name, find, "peer", passed) for name, find in others.items()]
-    if case.timed and any(row["status"] == "ok" for row in rows[: len(ours)]):
-        assert ceilings is not None
-        calls = {name: partial(run, *target.arguments) for name, run in passed.items()}
-        try:
-            samples = interleave(calls, rounds, device=device, visit_ms=0, pause_s=0, warmup=2,
-                                 seconds=TIMING_SECONDS)  # fmt: skip
-        except Exception as broken:
-            _check_device(device, f"the timing of {case.operator} {case.shape}")
-            for row in rows:
-                if row["status"] == "ok":
-                    row |= _failed(broken)
-            return rows
+    ours, runs = implementations(case, device), dict[str, Run]()
+    rows = [_check(target, name, make, "subject", runs) for name, make in ours.items()]
+    rows += [_check(target, name, make, "peer", runs)
+             for name, make in opponents(case, device).items()]  # fmt: skip
+    if runs.keys() & ours.keys():
+        samples = interleave(runs, rounds, device=device, visit_ms=0, pause_s=0, warmup=2,
+                             seconds=TIMING_SECONDS)  # fmt: skip
         moved = least_traffic(target.arguments, tensors(target.same))
         for row in rows:
             if row["status"] == "ok":
@@ -136,25 +134,23 @@ def rows_of(
     return rows
 
 
-def _check(target: Target, name: str, find: Find, role: str, passed: dict[str, Run]) -> Row:
-    """The row of one contender; it joins ``passed`` if its outputs are right."""
-    from dit_kernels import Unavailable
-
-    case, row = target.case, _row(target.case, name, role)
+def _check(target: Target, name: str, make: Make, role: str, runs: dict[str, Run]) -> Row:
+    """The row of one contender; what computes for it joins ``runs`` if its outputs are right."""
+    row = _row(target.case, name, role)
     allowed = ERROR_RATIO if role == "subject" else OPPONENT_RATIO
     try:
-        run = find()
+        run = make(*target.arguments)
         found, error = target.worst(run)
     except (Unavailable, ImportError) as reason:
         return row | _skipped(reason)
     except Exception as broken:  # whatever a kernel may die of, the others are still measured
-        _check_device(target.device, f"{case.operator} {case.shape}, {name}")
-        return row | (_failed(broken) if role == "subject" else _skipped(broken))
+        reason = f"{type(broken).__name__}: {one_line(broken)[:300]}"
+        return row | {"status": "failed" if role == "subject" else "skipped", "reason": reason}
     row |= {"error": error, "error_over_reference": found}
     if not found <= allowed:
         reason = f"error {error:.3g} is {found:.3g} times the reference's, allowed is {allowed:g}"
         return row | {"status": "wrong", "reason": reason}
-    passed[name] = run
+    runs[name] = run
     return row | {"status": "ok"}
 
 
@@ -171,46 +167,25 @@ def figures(
     else:
         rate, unit, ceiling = moved / taken.median / 1e6, "GB/s", ceilings.copy_gb_s
     return {
-        "ms": vars(taken),
-        "flops": case.flops,
-        "bytes": moved,
-        "rate": rate,
-        "unit": unit,
+        "ms": vars(taken), "flops": case.flops, "bytes": moved, "rate": rate, "unit": unit,
         "percent_of_ceiling": None if ceiling is None else 100 * rate / ceiling,
-        "speedup_over": {
-            other: ratio(samples[other], samples[name]).median for other in samples if other != name
-        },
-    }
+        "speedup_over": {other: ratio(samples[other], samples[name]).median
+                         for other in samples if other != name},
+    }  # fmt: skip
 
 
 def least_traffic(arguments: Iterable[Any], outputs: Iterable[Tensor]) -> int:
     """Bytes if every argument is read once and every output written once."""
-    read = [a for a in arguments if isinstance(a, Tensor)]
-    return sum(t.nbytes for t in (*read, *outputs))
-
-
-def _check_device(device: torch.device, culprit: str) -> None:
-    """Raises `DeviceLost`, naming the culprit, if a CUDA error has ended the process's context."""
-    try:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    except RuntimeError as error:
-        first = str(error).strip().split("\n")[0]
-        raise DeviceLost(f"the device failed in {culprit}: {first}") from None
+    return sum(t.nbytes for t in (*arguments, *outputs) if isinstance(t, Tensor))
 
 
 def _row(case: Case, name: str, role: str = "subject") -> Row:
-    return {"section": "operator", "case": f"{case.operator} {case.shape}", "contender": name,
-            "role": role, "operator": case.operator, "shape": case.shape,
-            "dtype": NAMES[case.dtype]}  # fmt: skip
+    return {"section": "operator", "case": case.title, "contender": name, "role": role,
+            "operator": case.operator, "shape": case.shape, "dtype": NAMES[case.dtype]}  # fmt: skip
 
 
 def _skipped(reason: object) -> Row:
     return {"status": "skipped", "reason": one_line(reason)[:300]}
-
-
-def _failed(error: BaseException) -> Row:
-    return {"status": "failed", "reason": f"{type(error).__name__}: {one_line(error)[:300]}"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -218,7 +193,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="cpu or cuda; CUDA where there is one unless given")
     add("--minutes", type=float, default=5.0, help="what is not measured by then is skipped; "
         "with --json, up to half of it may be a wait for an idle CPU")  # fmt: skip
-    add("--rounds", type=int, default=30, help="samples of each function")
+    add("--rounds", type=positive, default=30, help="samples of each function")
     add("--only", default="", help="operators whose names contain this")
     add("--wide", action="store_true", help="all columns, wider than the terminal")
     add("--json", type=Path, metavar="FILE", help="write every figure here")
@@ -228,7 +203,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dit_bench.command import carry_out
     from dit_bench.outputs import check_outputs
 
-    device = parse_device(arguments.device)
+    device, rounds = parse_device(arguments.device), arguments.rounds
     cases = [case for case in all_cases(device) if arguments.only in case.operator]
     if not cases:
         raise ValueError(f"--only {arguments.only!r} is part of no operator's name")
@@ -236,7 +211,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"minutes {arguments.minutes:g} is not a finite number above 0")
     check_outputs([arguments.json])
     budget = Budget(60 * arguments.minutes)
-    settings = {"minutes": arguments.minutes, "rounds": arguments.rounds}
+    settings = {"minutes": arguments.minutes, "rounds": rounds}
     report = new_report("operators", describe(device), settings, arguments.given)
     if device.type == "cpu" and arguments.json is not None:
         settle(print, min(SETTLE_S, WAIT_SHARE * budget.left()))
@@ -247,10 +222,9 @@ def run(arguments: argparse.Namespace) -> int:
         with torch.inference_mode(), progress.run(len(cases)):
             ceilings = measure_ceilings(device)
             report["ceilings"] = vars(ceilings)
-            options: dict[str, Any] = {"rounds": arguments.rounds, "progress": progress}
             with others.sampled():
-                measure(cases, report, device, budget, ceilings, keep=keep, **options)
-                measure_third_party(cases, report, device, ceilings, arguments.rounds)
+                measure(cases, report, device, budget, ceilings, rounds=rounds,
+                        progress=progress, keep=keep)  # fmt: skip
         report["other_load"] = others.mean
 
     return carry_out(report, fill, arguments)

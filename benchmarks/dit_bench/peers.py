@@ -118,14 +118,11 @@ def diffusers_autoencoder(vae: AutoencoderKL) -> Any:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Theirs
 
     depth = len(vae.config.block_out_channels)
-    return _on_tensors(
-        lambda: Theirs(
-            **asdict(vae.config),
-            down_block_types=("DownEncoderBlock2D",) * depth,
-            up_block_types=("UpDecoderBlock2D",) * depth,
-        ),
-        vae.state_dict(),
-    )
+    options: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * depth,
+        "up_block_types": ("UpDecoderBlock2D",) * depth,
+    }
+    return _on_tensors(lambda: Theirs(**asdict(vae.config), **options), vae.state_dict())
 
 
 def _on_tensors(make: Callable[[], Any], state: Mapping[str, Tensor]) -> Any:
@@ -214,8 +211,9 @@ def unet_forward(images: int, device: torch.device, dtype: torch.dtype) -> Funct
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet, table = make_unet(), nn.Embedding(CLASSES + 1, CONTEXT)
-    unet, table = (m.to(device, dtype).eval().requires_grad_(False) for m in (unet, table))
-    unet.to(memory_format=torch.channels_last)
+    for module in (unet, table):
+        module.to(device, dtype).eval().requires_grad_(False)
+    channels_last(unet)
 
     def run() -> Tensor:
         x = latents.to(dtype, memory_format=torch.channels_last)

@@ -62,7 +62,8 @@ class Spread:
 
 def spread(values: Sequence[float]) -> Spread:
     """Raises IndexError for no values."""
-    return Spread(*np.quantile(values, (0.05, 0.5, 0.95)).tolist(), len(values))
+    p5, median, p95 = np.quantile(values, (0.05, 0.5, 0.95)).tolist()
+    return Spread(p5, median, p95, len(values))
 
 
 def ratio(one: Sequence[float], other: Sequence[float]) -> Spread:

@@ -64,7 +64,9 @@ class Timer:
             if one.name in samples:
                 rows[-1] |= self._figures(rows[-1], one, samples[one.name])
         own = next((row for row in rows if row["role"] == "subject" and "ms" in row), None)
-        for row in rows if own is not None else ():
+        if own is None:
+            return rows
+        for row in rows:
             if "ms" in row and row is not own and row["role"] != "part":
                 theirs = samples[row["contender"]]
                 row["ratio"] = quantiles(ratio(theirs, samples[own["contender"]]))

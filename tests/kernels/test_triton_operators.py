@@ -1,22 +1,28 @@
-"""The Triton kernels in Triton's interpreter, against float64."""
+"""The Triton kernels against float64: in Triton's interpreter, and on a GPU."""
 
 from __future__ import annotations
 
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import cases
 import pytest
 import torch
-from cases import DTYPES, EPS, as_tuple, qkv_of
-from numerics import assert_close_to_reference
+from cases import DTYPES, EPS, as_tuple, moved, qkv_of
+from numerics import assert_close_to_reference, exact_float32
 from triton_workers import interpreted
 
 import dit_kernels
-from dit_kernels import reference
+from dit_kernels import dispatch, reference, triton
+from dit_kernels.triton import launch
 
 FP8 = torch.float8_e4m3fn
+CUDA = torch.device("cuda")
+CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+TMA = "attention_tma"
+ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 VARIANTS = {name: name for name in cases.CASES} | {"attention_tma": "attention"}
 
 
@@ -24,7 +30,7 @@ def launcher(operator: str) -> Any:
     return getattr(import_module(f"dit_kernels.triton.{operator}"), operator)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@ALL_DTYPES
 @pytest.mark.parametrize("variant", VARIANTS)
 @interpreted
 def test_every_case_and_an_empty_batch(variant: str, dtype: torch.dtype) -> None:
@@ -56,7 +62,7 @@ def test_results_in_other_memory() -> None:
             assert result is given and torch.equal(result, value)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@ALL_DTYPES
 @interpreted
 def test_codes_of_float8(dtype: torch.dtype) -> None:
     for width in (384, 1152):
@@ -149,3 +155,114 @@ def test_what_depends_on_the_gpu() -> None:
         check_codes_on(torch.device("cuda"), torch.int8)
         with pytest.raises(ValueError, match=r"8\.9 or later, cuda has 8\.6"):
             check_codes_on(torch.device("cuda"), FP8)
+
+
+# On a GPU: full sizes, and inside a CUDA graph
+
+
+@pytest.mark.gpu
+@ALL_DTYPES
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_case_and_full_sizes(variant: str, dtype: torch.dtype) -> None:
+    if variant == TMA and (CAPABILITY < (9, 0) or dtype == torch.float32):
+        pytest.skip("descriptors need compute capability 9.0 and half precision")
+    x, _, _, shift, scale = cases.row_inputs(4, 1024, 1152, dtype)  # XL at 512 pixels
+    qkv = cases.qkv_of(16, 1024, 16, 72, dtype)  # enough images for tiles of 128 queries
+    full = {
+        "layernorm_modulate": (x, shift, scale, cases.EPS),
+        "attention": (qkv, 16),
+        TMA: (qkv, 16),
+        "groupnorm_silu": (  # the decoder's largest
+            cases.images((2, 128, 256, 256), dtype), 32,
+            *cases.random(2, 128, dtype=dtype, seed=2), cases.EPS,
+        ),
+        "gelu": (cases.random(2, 256, 4608, dtype=dtype),),
+    }  # fmt: skip
+    with exact_float32():
+        cases.check(launcher(variant), VARIANTS[variant], dtype, device="cuda")
+        if variant in full:
+            given = moved(full[variant], "cuda")
+            exact, same = cases.definitions(VARIANTS[variant], given)
+            assert_close_to_reference(launcher(variant)(*given), exact[0], same_dtype=same[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("codes", [torch.int8, FP8])
+def test_quantize_rows_gives_the_references_codes(codes: torch.dtype) -> None:
+    if codes == FP8 and CAPABILITY < (8, 9):
+        pytest.skip("float8 needs compute capability 8.9")
+    x = cases.random(4, 37, 1152, dtype=torch.bfloat16)
+    expected = reference.quantize_rows(x, codes)
+    for a, b in zip(launcher("quantize_rows")(x.cuda(), codes), expected, strict=True):
+        assert torch.equal(a.cpu().float(), b.float())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_capture_in_a_graph(variant: str) -> None:
+    if variant == TMA and CAPABILITY < (9, 0):
+        pytest.skip("descriptors need compute capability 9.0")
+    arguments = moved(next(cases.CASES[VARIANTS[variant]](torch.bfloat16)).arguments, "cuda")
+    expected = launcher(variant)(*arguments)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = launcher(variant)(*arguments)
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(captured, expected, rtol=0, atol=0)
+
+
+# What the package says about machines that cannot run it, and how it cuts rows into tiles
+
+
+def test_why_the_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = [(9, 0)]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    refused = "^impl 'triton-tma': gate_residual has no triton-tma implementation$"
+    x = torch.zeros(1, 4, 48)
+    with pytest.raises(dit_kernels.Unavailable, match=refused):
+        dit_kernels.gate_residual(x, x, torch.zeros(1, 48), impl="triton-tma")
+    with (
+        patch("importlib.util.find_spec", return_value=SimpleNamespace(origin="triton")),
+        patch("torch.cuda.is_available", return_value=True),
+        patch("torch.cuda.get_device_capability", side_effect=lambda _: capability[-1]),
+    ):
+        assert triton.why_not(CUDA) is None
+        assert triton.why_not("cpu") == "Triton kernels are for CUDA devices, not for cpu"
+        capability.append((7, 5))
+        assert triton.why_not(CUDA) == "compute capability 7.5: 8.0 is the oldest supported"
+        with patch("torch.cuda.is_available", return_value=False):
+            assert triton.why_not() == "torch finds no CUDA device"
+        with patch("importlib.util.find_spec", return_value=None):
+            assert triton.why_not() == "the package triton is not installed"
+        # The descriptor variant needs Hopper, and "auto" never takes it.
+        for newer, reason in (
+            ((8, 9), "compute capability 8.9: 9.0 is the oldest with TMA"), ((9, 0), None)
+        ):  # fmt: skip
+            capability.append(newer)
+            assert dispatch.why_not("triton-tma", "attention", CUDA) == reason
+            assert dispatch.chosen("attention", "auto", CUDA) == "triton"
+        monkeypatch.setenv("TRITON_INTERPRET", "1")  # the interpreter takes tensors of the CPU
+        assert triton.why_not(torch.device("cpu")) is None
+
+
+def test_an_image_whose_offsets_do_not_fit_is_refused() -> None:
+    launched: list[tuple[int, ...]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: object) -> object:
+            return lambda x: launched.append(tuple(x.shape))
+
+    launch.launch(Kernel(), 1, torch.empty(64, 2**19, 1024, device="meta"))
+    launch.launch(Kernel(), 1, torch.empty(2**40, 8, device="meta"))
+    with pytest.raises(ValueError, match=r"^shape \(.*: .* images of up to 2147483647 num"):
+        launch.launch(Kernel(), 1, torch.empty(3, 2**21, 1024, device="meta"))
+    assert len(launched) == 2
+
+
+def test_tiles_waste_nothing_at_published_widths() -> None:
+    for width, tiles in {384: (256, 128), 1024: (1024, 0), 1152: (1024, 128)}.items():
+        assert launch.row_tiles(width)[:2] == tiles
+    for d, tiles in {1: (1, 0), 64: (64, 0), 72: (64, 16), 104: (128, 0), 48: (32, 16)}.items():
+        assert launch.split(d, smallest_tail=16) == tiles

@@ -1,7 +1,3 @@
 #include "attention_float.h"
 
-namespace dit {
-
-int attention_avx512(const AttentionCall& call) { return float_attention(call); }
-
-}  // namespace dit
+int dit::attention_avx512(const AttentionCall& call) { return float_attention(call); }

@@ -1,46 +1,37 @@
 // Makes recorded calls of this interface again, with nothing between them.
 
 #include <cstring>
-#include <utility>
+#include <tuple>
 
 #include "checks.h"
 
 namespace dit {
 namespace {
 
+// The next of the words, or the threads behind the last.
 template <class T>
-T argument(uint64_t word) {
+T argument(const uint64_t*& words, const uint64_t* end, uint64_t threads) {
+    const uint64_t word = words < end ? *words++ : threads;
     T value;
     std::memcpy(&value, &word, sizeof value);
     return value;
 }
 
-template <auto function>
-struct Call;
+// Calls the function with its arguments from words, which then points behind them.
+template <class... Arguments>
+int make(int (*function)(Arguments...), const uint64_t*& words, uint64_t threads) {
+    const uint64_t* const end = words + sizeof...(Arguments) - 1;
+    const std::tuple<Arguments...> all{argument<Arguments>(words, end, threads)...};
+    return std::apply(function, all);
+}
 
-template <class... Arguments, int (*function)(Arguments...)>
-struct Call<function> {
-    static constexpr size_t count = sizeof...(Arguments) - 1;  // all but the threads
-
-    template <size_t... i>
-    static int make(const uint64_t* words, int threads, std::index_sequence<i...>) {
-        return function(argument<Arguments>(i < count ? words[i] : threads)...);
-    }
-};
-
-// Calls the one of `functions` whose address is *words, and moves words behind its arguments.
+// Calls the one of `functions` whose address is *words.
 template <auto... functions>
 int make_call(const uint64_t*& words, int threads) {
     const uint64_t address = *words++;
     int result = null_pointer;  // if it is the address of none
-    const auto made = [&](auto call, uint64_t own) {
-        if (address != own) return false;
-        constexpr size_t count = decltype(call)::count;
-        result = call.make(words, threads, std::make_index_sequence<count + 1>());
-        words += count;
-        return true;
-    };
-    static_cast<void>((made(Call<functions>(), reinterpret_cast<uint64_t>(functions)) || ...));
+    static_cast<void>(((address == reinterpret_cast<uint64_t>(functions) &&
+                        (result = make(functions, words, threads), true)) || ...));
     return result;
 }
 

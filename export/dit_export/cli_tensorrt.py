@@ -6,11 +6,9 @@ import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
-from dit_engine.arguments import choice
 from dit_engine.io.directories import scratch_beside
 from dit_engine.io.printable import say
-from dit_export.bundle import Bundle
-from dit_export.source import Source, add_source_arguments, given_export, load_source, refuse
+from dit_export.source import add_source_arguments, given_export, load_source, refuse
 from dit_export.targets import DTYPES, GRAPHS, VAE_GRAPH
 from dit_export.tensorrt.installed import FLAVOURS, choose_flavour
 from dit_export.tensorrt.profiles import parse_profiles
@@ -39,27 +37,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    batches = arguments.batch or [DEFAULT_BATCH]
+    from dit_export.onnx.export import ExportOptions, export_onnx
+    from dit_export.tensorrt.build import BuildOptions, build_bundle
+
+    batches, graphs = arguments.batch or [DEFAULT_BATCH], arguments.graphs
+    graphs = None if graphs is None else tuple(dict.fromkeys(graphs))
     parse_profiles(batches, arguments.size)  # before anything is loaded
-    choice("dtype", arguments.dtype, DTYPES)
-    for graph in arguments.graphs or ():
-        choice("graph", graph, GRAPHS)
+    exported = ExportOptions(dtype=arguments.dtype, target="tensorrt", graphs=graphs).checked()
     if arguments.output.exists() and not arguments.output.is_dir():
         raise NotADirectoryError(f"{arguments.output} is a file; a directory is needed")
     flavour = choose_flavour(arguments.flavour)
     if flavour.builds_without_gpu:
         refuse(arguments, ["device"], f"is for the standard TensorRT, and this is {flavour}")
-
-    from dit_export.tensorrt.build import BuildOptions, build_bundle
-
-    graphs = None if arguments.graphs is None else tuple(dict.fromkeys(arguments.graphs))
     with ExitStack() as stack:
         if arguments.onnx is not None:
             bundle = given_export(arguments)
         else:
             source = load_source(arguments)
             folder = stack.enter_context(scratch_beside(arguments.output))
-            bundle = _export(source, arguments.dtype, folder / "onnx", graphs)
+            bundle = export_onnx(
+                source.model, folder / "onnx", exported, vae=source.vae,
+                label_names=source.label_names, report=say,
+            )  # fmt: skip
         if VAE_GRAPH not in (graphs or bundle.graphs):
             refuse(arguments, ["size"], f"is for {VAE_GRAPH}, and no such graph is built")
         options = BuildOptions(
@@ -72,13 +71,3 @@ def run(arguments: argparse.Namespace) -> int:
         )
         build_bundle(bundle, arguments.output, flavour, options, graphs, report=say)
     return 0
-
-
-def _export(source: Source, dtype: str, directory: Path, graphs: tuple[str, ...] | None) -> Bundle:
-    from dit_export.onnx.export import ExportOptions, export_onnx
-
-    options = ExportOptions(dtype=dtype, target="tensorrt", graphs=graphs).checked()
-    return export_onnx(
-        source.model, directory, options, vae=source.vae, label_names=source.label_names,
-        report=say,
-    )  # fmt: skip

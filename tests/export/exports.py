@@ -14,7 +14,6 @@ import torch
 from tiny import NAMES, tiny_dit, tiny_vae
 from torch import Tensor
 
-from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL
 from dit_export.bundle import MANIFEST, Bundle
 from dit_export.onnx.export import ExportOptions, export_onnx
@@ -24,22 +23,18 @@ _KEPT: list[TemporaryDirectory[str]] = []
 
 @cache
 def exported(dtype: str, *graphs: str, target: str = "onnxruntime", **options: Any) -> Bundle:
-    """An export of `random_dit` and `random_vae`, removed when the tests end."""
+    """An export of `tiny_dit` and `random_vae`, removed when the tests end."""
     folder = TemporaryDirectory()
     _KEPT.append(folder)
     made = ExportOptions(dtype, target, graphs=graphs or None, **options)
     vae = random_vae() if not graphs or "vae_decoder" in graphs else None
-    return export_onnx(random_dit(), Path(folder.name) / "out", made, vae=vae, label_names=NAMES)
+    return export_onnx(tiny_dit(), Path(folder.name) / "out", made, vae=vae, label_names=NAMES)
 
 
 def quantized(dtype: str, target: str) -> Bundle:
     """A denoiser, and the conditioner with it for onnxruntime."""
     graphs = ("conditioner", "denoiser") if target == "onnxruntime" else ("denoiser",)
     return exported(dtype, *graphs, target=target, calibration_images=2, calibration_steps=3)
-
-
-def random_dit() -> DiT:
-    return tiny_dit()
 
 
 def random_vae() -> AutoencoderKL:

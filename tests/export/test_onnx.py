@@ -12,9 +12,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from exports import exported, manifest, random_dit, random_vae, run
+from exports import exported, manifest, random_vae, run
 from numerics import assert_close_to_reference, relative_error
-from tiny import NAMES
+from tiny import NAMES, tiny_dit
 
 from dit_engine import __version__
 from dit_engine.sampling.coefficients import step_coefficients
@@ -28,6 +28,7 @@ from dit_export.onnx.graphs import GuidedStep
 from dit_export.onnx.verify import upcast_file
 from dit_export.source import weights_hash
 
+pytestmark = pytest.mark.slow
 X = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 T = torch.tensor([0, 999, 500, 3, 750])
 Y = torch.tensor([1, 10, 0, 9, 5])  # 10 is the null class
@@ -40,7 +41,7 @@ def fp32() -> Bundle:
 
 def exact(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
-        return random_dit().double()(x.double(), t, y)
+        return tiny_dit().double()(x.double(), t, y)
 
 
 @pytest.mark.parametrize("n", [1, 5])
@@ -60,7 +61,7 @@ def test_vae_decoder_takes_every_size_and_undoes_the_normalisation(
     vae = random_vae()
     vae.config = replace(vae.config, shift_factor=0.25, **scale)
     options = ExportOptions("fp32", graphs=("vae_decoder",))
-    shifted = export_onnx(random_dit(), tmp_path / "out", options, vae=vae)
+    shifted = export_onnx(tiny_dit(), tmp_path / "out", options, vae=vae)
     assert shifted.vae == vae.config
     mean, std = (torch.tensor(values).double().view(1, 4, 1, 1) for values in scale.values())
     z = torch.randn(3, 4, 7, 9, generator=torch.Generator().manual_seed(2))
@@ -84,7 +85,7 @@ def test_guided_step_in_a_loop_is_the_sampler(fp32: Bundle, sampler: str, eta: f
     noise = PerImageNoise([1, 2, 3], (4, 8, 8), torch.device("cpu"))
     start = noise.start()
     draws = torch.stack([noise(k) for k in range(steps)])
-    model, labels = random_dit().double(), torch.tensor([1, 7, 3])
+    model, labels = tiny_dit().double(), torch.tensor([1, 7, 3])
     both, times = torch.cat([labels, torch.full((n,), 10)]), torch.tensor(schedule.timesteps)
 
     def denoiser(x: torch.Tensor, k: int) -> torch.Tensor:
@@ -126,7 +127,7 @@ def test_rows_of_one_batch_may_be_at_different_steps(fp32: Bundle) -> None:
 @pytest.mark.parametrize("channels", [2, 3, 4])
 def test_guided_channels_are_those_asked_for(channels: int) -> None:
     """x0 differs from the unguided one in exactly the guided channels, and at scale 1 nowhere."""
-    model = random_dit()
+    model = tiny_dit()
     model.y_embedder.embedding_table.weight.data[10] = 1e30  # what is not guided does not read it
     coefficients = torch.tensor([1.0, -0.5, 1, 0, 0, 0, 0, 0, 0]).expand(5, 9)
     step, y = GuidedStep(model, channels), Y.clamp(max=9)
@@ -175,9 +176,9 @@ def test_names_can_be_read_and_nothing_is_said_of_the_exporting_machine(fp32: Bu
     model = onnx.load(fp32.file("transformer"))
     assert {p.key: p.value for p in model.metadata_props} == {
         "graph": "transformer", "model": "DiT-2x48/2", "dtype": "fp32", "version": __version__,
-        "checkpoint": weights_hash(random_dit()),
+        "checkpoint": weights_hash(tiny_dit()),
     }  # fmt: skip
-    state = random_dit().state_dict()
+    state = tiny_dit().state_dict()
     weights = {i.name: tuple(i.dims) for i in model.graph.initializer if i.name in state}
     assert weights.keys() == state.keys()
     assert weights["blocks.1.mlp.fc1.weight"] == (48, 192)  # as MatMul reads it
@@ -217,7 +218,7 @@ def test_bf16_graphs_hold_the_model_rounded_to_bf16(tmp_path: Path) -> None:
     assert [path.name for path in bf16.path.iterdir() if path.is_dir()] == []
     z = torch.randn(2, 4, 7, 5, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
-        output = random_dit().bfloat16().double()(X.double(), T, Y)
+        output = tiny_dit().bfloat16().double()(X.double(), T, Y)
         images = random_vae().bfloat16().double().decode(z.double() / 0.18215)
     for name, inputs, expected in (
         ("transformer", {"x": X, "t": T, "y": Y}, output),

@@ -9,7 +9,7 @@ import onnx
 import onnx.numpy_helper
 import pytest
 import torch
-from exports import manifest, quantized, random_dit, run
+from exports import manifest, quantized, run
 from numerics import relative_error
 from tiny import tiny_dit
 
@@ -27,6 +27,7 @@ def bundle(request: pytest.FixtureRequest) -> Bundle:
     return quantized(*request.param)
 
 
+@pytest.mark.slow
 def test_each_linear_layer_of_a_block_and_nothing_else_is_quantised(bundle: Bundle) -> None:
     """Every product's weight is codes times scales per channel; its input has one scale."""
     graph = onnx.load(bundle.file("denoiser")).graph
@@ -49,7 +50,7 @@ def test_each_linear_layer_of_a_block_and_nothing_else_is_quantised(bundle: Bund
         assert constants[value.input[1]].shape == ()
         assert constants[value.input[2]] == (128 if bundle.target == "onnxruntime" else 0)
         layers.append(node.name.removesuffix("/MatMul"))
-        exact = random_dit().get_submodule(layers[-1]).weight.detach().double().t().numpy()
+        exact = tiny_dit().get_submodule(layers[-1]).weight.detach().double().t().numpy()
         codes, scale, zero_point = (constants[name] for name in weight.input)
         assert codes.shape == exact.shape and scale.shape == zero_point.shape == exact.shape[1:]
         assert [a.i for a in weight.attribute if a.name == "axis"] == [1]
@@ -61,8 +62,9 @@ def test_each_linear_layer_of_a_block_and_nothing_else_is_quantised(bundle: Bund
     assert kinds.count("QuantizeLinear") == 8 and kinds.count("DequantizeLinear") == 16
 
 
+@pytest.mark.slow
 def test_the_graph_is_near_the_model_and_says_how_near(bundle: Bundle) -> None:
-    model = random_dit()
+    model = tiny_dit()
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     t, y = torch.tensor([20, 500, 960]), torch.tensor([1, 10, 4])
     with torch.inference_mode():
@@ -79,7 +81,7 @@ def test_the_graph_is_near_the_model_and_says_how_near(bundle: Bundle) -> None:
 
 def test_ranges_are_the_largest_that_sampling_meets() -> None:
     """Compared with a count of the test's own for one layer."""
-    model = random_dit()
+    model = tiny_dit()
     seen: list[float] = []
     hook = model.blocks[1].mlp.fc2.register_forward_pre_hook(
         lambda _, inputs: seen.append(inputs[0].abs().max().item())
@@ -101,7 +103,7 @@ def test_activations_that_are_not_finite_cannot_be_calibrated(
 
     monkeypatch.setattr(quantization, "trajectory", nan_between)
     with pytest.raises(ValueError, match=r"the input of blocks\.0\.attn\.qkv reaches nan$"):
-        calibrate(random_dit(), images=1, steps=2)
+        calibrate(tiny_dit(), images=1, steps=2)
 
 
 @pytest.mark.parametrize(

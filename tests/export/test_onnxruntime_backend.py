@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from exports import exported, quantized, random_dit
+from exports import exported, quantized
 from numerics import relative_error
 from tiny import tiny_dit
 
@@ -50,13 +50,14 @@ def latents(engine: Engine, backend: str, **options: object) -> torch.Tensor:
     ],
 )
 def test_latents_are_eagers(given: str, options: dict[str, object]) -> None:
-    engine = Engine(random_dit(), device="cpu", max_batch_size=2)
+    engine = Engine(tiny_dit(), device="cpu", max_batch_size=2)
     expected = latents(engine, "eager", **options)
     assert relative_error(latents(engine, f"onnxruntime://{given}", **options), expected) < 1e-4
 
 
+@pytest.mark.slow
 def test_int8_latents_are_within_their_tolerance() -> None:
-    engine = Engine(random_dit(), device="cpu")
+    engine = Engine(tiny_dit(), device="cpu")
     address = f"onnxruntime://{quantized('int8', 'onnxruntime').path}"
     actual = latents(engine, address, precision="int8")
     assert 1e-4 < relative_error(actual, latents(engine, "eager")) < 0.5
@@ -93,7 +94,7 @@ def test_denoiser_takes_fewer_rows_and_other_dtypes(
     """With modulations of a few steps at a time: of 5 steps of 3 different labels, 3 fit."""
     width = 672
     monkeypatch.setattr(conditioning, "TABLE_BYTES", 4 * width * 3 * 3 + 5)
-    backend, model = OnnxRuntimeBackend(random_dit(), "fp32", CPU, given), random_dit()
+    backend, model = OnnxRuntimeBackend(tiny_dit(), "fp32", CPU, given), tiny_dit()
     labels, timesteps = torch.tensor([7, 2, 7, 10]), torch.tensor([900, 700, 500, 300, 100])
     tables, outputs = noted(monkeypatch, "modulations"), noted(monkeypatch, "output")
     denoiser = backend.prepare(labels, timesteps)
@@ -119,12 +120,13 @@ def test_threads_are_those_of_the_engine(given: str, monkeypatch: pytest.MonkeyP
         return Session(path, device, threads)
 
     monkeypatch.setattr(backend_module, "Session", counted)
-    engine = Engine(random_dit(), device="cpu", threads=2)
+    engine = Engine(tiny_dit(), device="cpu", threads=2)
     for _ in range(2):
         latents(engine, f"onnxruntime://{given}", steps=2)
     assert made == [2, 2]  # two graphs, opened once
 
 
+@pytest.mark.slow
 def test_an_export_is_made_once_and_again_when_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,14 +161,15 @@ def test_models_that_differ_do_not_share_an_export() -> None:
     assert len(keys) == 4 and key() in keys
 
 
+@pytest.mark.slow
 def test_an_export_of_another_model_is_refused(tmp_path: Path) -> None:
     int8 = quantized("int8", "onnxruntime").path
     part = exported("fp32", "conditioner", external_data_mib=0).path
     for model, precision, path, reason in (
         (tiny_dit(seed=1), "int8", int8, r": an export of another model$"),
         (tiny_dit(numerics="diffusers"), "int8", int8, r": an export of another model$"),
-        (random_dit(), "fp32", int8, r": an export in int8; precision 'fp32' is asked$"),
-        (random_dit(), "fp32", part, r"no graph 'denoiser'; it holds conditioner"),
+        (tiny_dit(), "fp32", int8, r": an export in int8; precision 'fp32' is asked$"),
+        (tiny_dit(), "fp32", part, r"no graph 'denoiser'; it holds conditioner"),
     ):
         with pytest.raises(ValueError, match=reason):
             OnnxRuntimeBackend(model, precision, CPU, str(path))
@@ -180,7 +183,7 @@ def test_what_cannot_run_here_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         ("fp32", "cuda", r"pip install 'dit-engine\[onnx-gpu\]'$"),
     ):
         with pytest.raises(BackendUnavailable, match=reason):
-            OnnxRuntimeBackend(random_dit(), precision, torch.device(device))
+            OnnxRuntimeBackend(tiny_dit(), precision, torch.device(device))
 
 
 def test_onnxruntimes_own_refusal_of_memory_is_a_memory_error(given: str) -> None:

@@ -11,8 +11,9 @@ import pytest
 from exports import exported, random_vae
 from tiny import tiny_dit
 
-from dit_export import cli, cli_tensorrt
+from dit_export import cli
 from dit_export.bundle import Bundle
+from dit_export.onnx import export as export_module
 from dit_export.onnx.export import ExportOptions, export_onnx
 from dit_export.tensorrt.build import BuildOptions, build_bundle, engine_key, graph_hash, parse
 from dit_export.tensorrt.engine_files import find_engines, read_description
@@ -20,6 +21,7 @@ from dit_export.tensorrt.installed import Flavour, choose_flavour, process_logge
 from dit_export.tensorrt.profiles import parse_profiles
 
 trt = pytest.importorskip("tensorrt_rtx")
+pytestmark = pytest.mark.slow
 
 MODEL = tiny_dit(depth=1)
 SIZED = BuildOptions(parse_profiles(["1,2,8"], "4,8,16"), workspace_gib=0.25, quiet=True)
@@ -49,7 +51,6 @@ SMALL = {"calibration_images": 1, "calibration_steps": 2}
 XL_2 = {"hidden_size": 1152, "num_heads": 16, "input_size": 32}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "graphs", "options", "model"),
     [
@@ -143,12 +144,12 @@ def test_command_builds_engines(
     """From an export, or from a model, which is exported beside the engines and not in /tmp."""
     exports: list[Path] = []
 
-    def export(source: object, dtype: str, directory: Path, graphs: object) -> Bundle:
+    def export(_: object, directory: Path, *__: object, **___: object) -> Bundle:
         assert directory.parent.is_dir()
         exports.append(directory.parent.resolve().parent)
         return parts
 
-    monkeypatch.setattr(cli_tensorrt, "_export", export)
+    monkeypatch.setattr(export_module, "export_onnx", export)
     out = tmp_path / "deep" / "engines"
     source = ["--onnx", parts.path] if given else []
     code = run(*source, "-o", out, "--batch", "1,1,2", "--workspace-gb", "0.5", "--quiet")
@@ -164,11 +165,9 @@ def test_command_builds_engines(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ("--batch 2,1,8", "batch '2,1,8': give one number, or three in order"),
         ("--size x", "size 'x': give one number"),
         ("--flavour trt", "flavour 'trt': choose one of auto, tensorrt, rtx"),
         ("--graphs unet", "graph 'unet': choose one of transformer"),
-        ("--dtype fp4", "dtype 'fp4': choose one of fp32"),
         ("--workspace-gb 0", "workspace 0.0 GiB"),
         ("--device 0", "--device is for the standard TensorRT, and this is TensorRT for RTX"),
         ("--graphs conditioner --size 8", "--size is for vae_decoder, and no such"),

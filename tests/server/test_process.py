@@ -78,8 +78,8 @@ def test_a_signal_ends_it_and_a_second_one_does_not_wait(
     empty_repository: Path, tmp_path: Path, end: signal.Signals, stubborn: bool,
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """A stubborn server takes no notice of the first; it would be waited for, for 20 seconds. A
-    proxy is not asked whether the server is ready."""
+    """A stubborn server takes no notice of the first; it would be waited for, for 20 seconds. No
+    shared memory is left. A proxy is not asked whether the server is ready."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -98,7 +98,7 @@ def test_a_signal_ends_it_and_a_second_one_does_not_wait(
     command = ["triton", "--serve", str(empty_repository), "--server", str(server), *PORTS]
     assert main([*command, "--ready-timeout", "60"]) == 0 and time.monotonic() - began < 15
     thread.join()
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == "" and not Path((folder / "ready").read_text()).exists()
 
 
 def test_where_a_server_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

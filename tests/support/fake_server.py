@@ -16,14 +16,14 @@ class Ready(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
-        Path(folder, "ready").touch()
+        Path(folder, "ready").write_text(str(region))
 
     def log_message(self, *_):
         pass
 
-regions, prefix = Path("/dev/shm"), options["--backend-config"].rpartition("=")[2]
-if regions.is_dir():
-    (regions / f"{prefix}region").touch()
+region = Path("/dev/shm", options["--backend-config"].rpartition("=")[2] + "region")
+if region.parent.is_dir():
+    region.touch()
 if kind == "stubborn":
     signal.signal(signal.SIGINT, lambda *_: Path(folder, "asked").touch())
 address = options["--http-address"], int(options["--http-port"])
@@ -43,8 +43,8 @@ def fake_server(folder: Path, script: str) -> Path:
 
 
 def ready_server(folder: Path, stubborn: bool = False) -> Path:
-    """A tritonserver that makes a region of shared memory, and the file ``folder``/ready when it is
-    asked whether it is ready.
+    """A tritonserver that makes a region of shared memory, and writes its path to ``folder``/ready
+    when it is asked whether it is ready.
 
     stubborn: on SIGINT it does not end, but makes the file ``folder``/asked.
     """

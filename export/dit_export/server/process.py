@@ -112,8 +112,7 @@ def running_server(
             supervisor.hide_regions(prefix)
             yield Running(http, grpc, metrics, process)
         finally:
-            _stop(process)
-            supervisor.remove_regions(prefix)
+            _stop(process, prefix)
 
 
 def _command(
@@ -181,7 +180,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], address: str, seconds: f
     raise ServerFailed(f"the server was not ready after {seconds:g} s")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes], prefix: str) -> None:
     """Stop the server and all its helpers. A second Ctrl-C kills them without waiting."""
     assert process.stdin is not None
     try:
@@ -192,6 +191,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        supervisor.remove_regions(prefix)
 
 
 def choose_ports(host: str, ports: Sequence[int]) -> tuple[int, ...]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import struct
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +18,7 @@ import dit_engine
 from dit_bench.quality.image_sets import open_set
 from dit_engine.cli.generate import main
 from dit_engine.io import images
-from dit_engine.io.images import open_image, read_rgb
+from dit_engine.io.images import read_rgb
 from dit_engine.training.data import load_image_folder
 
 EPS = """%!PS-Adobe-3.0 EPSF-3.0
@@ -106,25 +104,13 @@ def packed(kind: bytes, size: int) -> bytes:
     return chunk(kind, b"a\0\0" + zlib_stream(size))
 
 
-def tiff(data: bytes, **tags: int) -> bytes:
-    """A picture of 16×16 and 8 bits: one entry of 12 bytes a tag, then its data, deflated."""
-    numbers = {"width": 256, "height": 257, "bits": 258, "compression": 259, "photometric": 262,
-               "offset": 273, "samples": 277, "rows": 278, "count": 279, "tile_width": 322,
-               "tile_height": 323, "tile_offset": 324, "tile_count": 325}  # fmt: skip
-    given = {"width": 16, "height": 16, "bits": 8, "compression": 8, "photometric": 1,
-             "samples": 1} | tags  # fmt: skip
-    start = 8 + 2 + 12 * (len(given) + 2) + 4
-    places = ("tile_offset", "tile_count") if "tile_width" in tags else ("offset", "count")
-    given |= dict(zip(places, (start, len(data)), strict=True))
-    entries = sorted((numbers[name], value) for name, value in given.items())
-    directory = b"".join(struct.pack("<HHII", number, 4, 1, value) for number, value in entries)
-    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + directory + bytes(4) + data
-
-
-def pillow(kind: str, mode: str = "L", side: int = SIDE, **options: Any) -> bytes:
-    file = io.BytesIO()
-    Image.new(mode, (side, side)).save(file, kind, **options)
-    return file.getvalue()
+def huge_tile() -> bytes:
+    """A TIFF of 16×16 with one tile of zeros, which is larger than the picture."""
+    data, start = zlib_stream(2**27), 8 + 2 + 12 * 10 + 4
+    numbers = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 46336, 323: 46336,
+               324: start, 325: len(data)}  # fmt: skip
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in numbers.items()]
+    return b"".join([b"II*\0\x08\0\0\0\x0a\0", *entries, bytes(4), data])
 
 
 TOO_MANY = r"not a readable image \(13300×13300 pixels; 33554432 in all are allowed in a file of "
@@ -133,11 +119,8 @@ BOMBS = {
     "header alone": ("a.ppm", lambda: b"P6 13300 13300 255\n", TOO_MANY),
     "GIF": ("a.gif.png", lambda: b"GIF89a" + struct.pack("<HHBBB", SIDE, SIDE, 0, 0, 0) + b",",
             r"is not a readable image \("),
-    "WebP": ("a.webp", lambda: pillow("WEBP", "RGB", 5800, lossless=True, method=0),
-             r"is not a readable image \(5800×5800 pixels; 33554432 in"),
-    "tile": ("a.tif", lambda: tiff(zlib_stream(2**27), tile_width=46336, tile_height=46336),
+    "tile": ("a.tif", huge_tile,
              r"\(46336×46336 pixels; 33554432 in all are allowed in a file"),
-    "strip": ("a.tif", lambda: tiff(zlib_stream(2**27), rows=2**26), "ok|does not fit in memory"),
     "text": ("a.png", lambda: zeros_png(8, 2, *[packed(b"zTXt", 2**20)] * 70, side=8),
              "is not a readable image .*text"),
     "profile": ("a.png", lambda: zeros_png(8, 2, packed(b"iCCP", 2**27), side=8),
@@ -155,16 +138,6 @@ def test_a_small_file_takes_little_memory(kind: str, tmp_path: Path) -> None:
     found = outcome(read_rgb, path, mib=350)
     assert re.search(told, found), found
     assert "\n" not in found and (found == "ok" or found.startswith(("ValueError", "MemoryError")))
-
-
-def test_the_pixels_of_a_large_file_are_limited_as_before(tmp_path: Path) -> None:
-    path = tmp_path / "a.ppm"
-    path.write_bytes(b"P6 13300 13300 255\n" + bytes(SIDE * SIDE // 32))
-    with open_image(path) as image:
-        assert image.size == (SIDE, SIDE)
-    path.write_bytes(b"P6 13300 13500 255\n" + bytes(SIDE * SIDE // 30))
-    with pytest.raises(ValueError, match=r"not a readable image \(Image size \(179550000 pixels\)"):
-        read_rgb(path)
 
 
 @linux

@@ -145,8 +145,8 @@ FAULTS = {
     "training/test_loop": {
         "EMA the wrong way round": "«1.0 -  → »decay)",
         "EMA not restored": '«average.copy_(state["ema"][name]) → pass»'},
-    "bench/test_frechet": {
-        "covariance divided by N": "self._scatter / «(self.count - 1) → self.count»",
+    "bench/test_metrics": {
+        "covariance divided by N": "scatter / «max(count - 1, 1) → count»",
         "a vector is its own neighbour": "topk(min(k« + 1 → », both.shape[1])"},
     "bench/test_compare": {"--compare without its noise bound":
         "if «low > old_high and  → »ratio > 1 + LEAST:"},

@@ -17,7 +17,7 @@ if __name__ == "__main__":  # before torch is imported
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from dit_bench.machine import describe
 from dit_bench.quality.fd_lite0 import METRIC, Halves, load_halves, recognised
 from dit_bench.quality.features import FeatureNetwork, load_network
-from dit_bench.quality.frechet import frechet_distance, moments_of
-from dit_bench.report import Row, new_report, read, write
+from dit_bench.quality.metrics import frechet_distance, moments_of
+from dit_bench.report import Row, new_report, write
 from dit_bench.show.drawing import png
 from dit_bench.show.plots import distance_figure
 from dit_bench.show.reports import report_tables
@@ -43,7 +43,6 @@ from dit_engine.console.parser import Parser
 from dit_engine.console.run import entry, run_command
 from dit_engine.decode import LatentDecoder, to_uint8
 from dit_engine.io.files import atomic_path
-from dit_engine.io.printable import say
 from dit_engine.model import DiT
 from dit_engine.sampling.noise import PerImageNoise
 from dit_engine.sampling.samplers import SAMPLERS
@@ -77,17 +76,11 @@ class ClassUNet(nn.Module):
         except ImportError as error:
             raise ImportError(f"{error}: pip install 'dit-engine[diffusers]'") from error
         self.unet = UNet2DModel(
-            sample_size=size,
-            in_channels=channels,
-            out_channels=2 * channels,
-            block_out_channels=UNET_CHANNELS,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=32,
-            norm_num_groups=8,
-            layers_per_block=2,
-            num_class_embeds=num_classes + 1,
-        )
+            sample_size=size, in_channels=channels, out_channels=2 * channels,
+            block_out_channels=UNET_CHANNELS, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"), attention_head_dim=32,
+            norm_num_groups=8, layers_per_block=2, num_class_embeds=num_classes + 1,
+        )  # fmt: skip
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.unet(x, t, class_labels=y).sample
@@ -106,12 +99,12 @@ def networks(channels: int, size: int, num_classes: int) -> Networks:
         model.initialize_weights()
         return model
 
-    found: Networks = {
-        f"DiT {name}/{patch}": lambda shape=shape, patch=patch: dit(*shape, patch)
+    dits = {
+        f"DiT {name}/{patch}": partial(dit, *shape, patch)
         for name, shape in SIZES.items()
         for patch in PATCHES
     }
-    return found | {"U-Net": lambda: ClassUNet(channels, size, num_classes)}
+    return dits | {"U-Net": partial(ClassUNet, channels, size, num_classes)}
 
 
 def folder(name: str) -> str:
@@ -121,26 +114,18 @@ def folder(name: str) -> str:
 
 def train(arguments: argparse.Namespace) -> int:
     """Train every network in turn, the cheapest first."""
-    path = arguments.run / "latents.safetensors"
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: --run is a directory of dit-train")
     if arguments.steps < 2:
         raise ValueError(f"steps {arguments.steps} is below 2")
-    means, deviations, labels = read_latents(path)
+    means, deviations, labels = read_latents(arguments.run / "latents.safetensors")
     classes = int(labels.max()) + 1
-    made = networks(means.shape[1], means.shape[2], classes)
-    chosen = arguments.only or list(made)
-    for name in chosen:
-        if name not in made:
-            raise ValueError(f"network {name!r} is unknown; choose among {', '.join(made)}")
     settings = LoopSettings(
         Budget(steps=arguments.steps), LEARNING_RATE, warmup_steps=200, ema_decay=0.999,
         keep_steps=(arguments.steps // 2, arguments.steps),
     )  # fmt: skip
-    for name in chosen:
+    for name, make in networks(means.shape[1], means.shape[2], classes).items():
         torch.manual_seed(settings.seed)
         target = arguments.output / folder(name)
-        train_denoiser(made[name](), classes, (means, deviations), labels, settings, target, BATCH)
+        train_denoiser(make(), classes, (means, deviations), labels, settings, target, BATCH)
     return 0
 
 
@@ -194,16 +179,8 @@ def measured(network: nn.Module, path: Path, halves: Halves, size: int, decode: 
     }  # fmt: skip
 
 
-def falls(rows: Sequence[Row], steps: int) -> bool:
-    """Whether, among the DiTs after so many steps, more Gflops always give a lower distance."""
-    chosen = [r for r in rows if r["steps"] == steps and r["case"].startswith("DiT")]
-    ordered = sorted(chosen, key=lambda row: row["gmacs"])
-    return all(a["distance"] > b["distance"] for a, b in pairwise(ordered))
-
-
 def measure(arguments: argparse.Namespace) -> int:
-    """The distances of all networks, printed, written as JSON and drawn. Finished rows are kept in
-    "measured.json" beside the networks, and are not measured again."""
+    """The distances of all networks, printed, written as JSON and drawn."""
     from dit_engine.engine import Engine
 
     for path in (arguments.json, arguments.plot):
@@ -215,39 +192,31 @@ def measure(arguments: argparse.Namespace) -> int:
     classes, size = config.num_classes, config.input_size
     if samples < 1 or samples % classes:
         raise ValueError(f"samples {samples} is no positive multiple of {classes} classes")
-    decoder, kept = LatentDecoder(vae, torch.device("cpu")), arguments.output / "measured.json"
-    extractor, halves = load_network("lite0"), None
+    works = [
+        (name, make, step, kept_path(arguments.output / folder(name), step))
+        for name, make in networks(config.in_channels, size, classes).items()
+        for step in (arguments.steps // 2, arguments.steps)
+    ]
+    for name, _, _, path in works:
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: train {name!r} for {arguments.steps} steps")
+    decoder, extractor = LatentDecoder(vae, torch.device("cpu")), load_network("lite0")
+    pixels = size * vae.config.downsampling
+    halves = load_halves(arguments.run / "data", samples // classes, pixels, extractor)
     report = new_report("scaling", describe(torch.device("cpu")), SETTINGS)
-    if kept.is_file():
-        report["rows"] = read(kept, "scaling")["rows"]
-    done = {(row["case"], row["steps"], row["n"]) for row in report["rows"]}
-    steps = (arguments.steps // 2, arguments.steps)
-    for name, make in networks(config.in_channels, size, classes).items():
-        for step in steps:
-            path = kept_path(arguments.output / folder(name), step)
-            if not path.is_file():
-                raise ValueError(f"{path} does not exist: train {name!r} for {max(steps)} steps")
-            if (name, step, samples) in done:
-                continue
-            if halves is None:
-                pixels = size * vae.config.downsampling
-                halves = load_halves(arguments.run / "data", samples // classes, pixels, extractor)
-            found = measured(make(), path, halves, size,
-                             lambda z: decoder(z, "bf16", LeanDecoder), extractor)  # fmt: skip
-            report["rows"].append({
-                "section": "scaling", "case": name, "contender": f"{step} steps", "status": "ok",
-                "steps": step, **found,
-            })  # fmt: skip
-            write(report, kept)
+    for name, make, step, path in works:
+        found = measured(make(), path, halves, size, lambda z: decoder(z, "bf16", LeanDecoder),
+                         extractor)  # fmt: skip
+        report["rows"].append({
+            "section": "scaling", "case": name, "contender": f"{step} steps", "status": "ok",
+            "steps": step, **found,
+        })  # fmt: skip
     report["complete"] = True
     write(report, arguments.json)
     if (figure := distance_figure(report)) is not None:
-        with atomic_path(arguments.plot) as partial:
-            partial.write_bytes(png(figure))
+        with atomic_path(arguments.plot) as partly:
+            partly.write_bytes(png(figure))
     show(report_tables(report))
-    for step in steps:
-        always = "always" if falls(report["rows"], step) else "NOT always"
-        say(f"{step} steps: more Gflops {always} a lower distance")
     return 0
 
 
@@ -263,9 +232,7 @@ def build_parser() -> argparse.ArgumentParser:
         one.add_argument("-o", "--output", type=Path, required=True, help="the networks' folder")
         one.add_argument("--steps", type=int, default=STEPS, help="of the training")
         one.set_defaults(function=function)
-        if function is train:
-            one.add_argument("--only", nargs="+", help="networks by name")
-        else:
+        if function is measure:
             one.add_argument("--samples", type=int, default=2400, help="of each network")
             one.add_argument("--json", type=Path, required=True)
             one.add_argument("--plot", type=Path, required=True, help="PNG")

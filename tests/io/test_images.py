@@ -170,7 +170,7 @@ def test_which_images_are_found(tmp_path: Path) -> None:
     message = str(told[0].message)
     assert "5 hidden" in message and "2 .gif" in message and f"{root}: " in message
     with pytest.warns(UserWarning, match="2 .gif") as told:
-        assert len(open_set(root).images) == 2  # of a set, one folder is read once
+        assert open_set(root).count == 2  # of a set, one folder is read once
     assert len(told) == 1
 
 
@@ -182,7 +182,7 @@ def test_fid_reads_the_published_tools_pixels_and_tells_what_they_ignore(tmp_pat
     saved(tmp_path / "s" / "1.png", pixels)
     said = "1 with an EXIF orientation, 1 with an alpha channel"
     with pytest.warns(UserWarning, match=said) as told:
-        source = open_set(tmp_path / "s").images
+        source = open_set(tmp_path / "s")
     assert len(told) == 1
     np.testing.assert_array_equal(next(source.batches(2)), [random_rgb(), pixels[..., :3]])
 
@@ -202,7 +202,7 @@ def test_whatever_pillow_raises_is_one_line_with_the_path(
         path.write_bytes(data)
         for read in (
             lambda folder: load_image_folder(folder, SIDE),
-            lambda folder: list(open_set(folder).images.batches(1)),
+            lambda folder: list(open_set(folder).batches(1)),
         ):
             said = rf"{name} (is not a readable image|is damaged) \(.+\)"
             with pytest.raises(ValueError, match=said) as refused:

@@ -18,22 +18,22 @@ import argparse
 import copy
 import hashlib
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from dit_bench.machine import describe
-from dit_bench.quality.features import FeatureNetwork, Images, SetFeatures, load_network
-from dit_bench.quality.frechet import frechet_distance, moments_of
-from dit_bench.quality.image_sets import ComparedSet, GeneratedImages
+from dit_bench.quality.features import FeatureNetwork, load_network
+from dit_bench.quality.image_sets import Images, generated
 from dit_bench.quality.lite0 import FEATURES, WEIGHTS_SHA256
+from dit_bench.quality.metrics import Features, frechet_distance, moments_of
 from dit_bench.report import Row, new_report, write
 from dit_bench.show.reports import report_tables
 from dit_bench.show.tables import show
+from dit_engine.console.bars import Bar
 from dit_engine.console.output import check_file
 from dit_engine.console.parser import add_model_argument, add_sampling_arguments, sampling_options
 from dit_engine.io.arrays import open_member
@@ -44,13 +44,12 @@ if TYPE_CHECKING:
     from dit_engine.vae import AutoencoderKL
 
 METRIC = "FD-Lite0"
-_BATCH = 64  # images between two updates of the progress bar
+_BATCH = 64  # images that are generated at once
 
-Features = NDArray[np.float32]  # (N, 1280)
+Labels = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Halves:
+class Halves(NamedTuple):
     """Held-out images of every class, split in two; everything is compared with B.
 
     images_a: uint8 (n, S, S, 3); features_*: (n, 1280); labels: (n,), the same for A and B.
@@ -59,7 +58,7 @@ class Halves:
     images_a: Images
     features_a: Features
     features_b: Features
-    labels: NDArray[np.int64]
+    labels: Labels
     class_names: tuple[str, ...]
 
 
@@ -72,25 +71,10 @@ def load_halves(data: Path, per_class: int, size: int, network: FeatureNetwork) 
 
     held_out = load_avatars(data, "held-out", 2 * per_class, size)
     cache = data / f"avatars-held-out-{size}px-{2 * per_class}.fd-lite0.npz"
-    return split(held_out, cached_features(held_out, cache, network))
-
-
-def split(held_out: ImageSet, features: Features) -> Halves:
-    """The halves of a set and of its features (N, 1280): of each class, the first images are A.
-
-    Raises ValueError if a class has an odd number of images.
-    """
-    labels, in_a = held_out.labels, np.zeros(len(held_out), bool)
-    for label in np.unique(labels):
-        (indices,) = np.nonzero(labels == label)
-        if len(indices) % 2:
-            raise ValueError(f"class {label} has {len(indices)} images; an even number is needed")
-        in_a[indices[: len(indices) // 2]] = True
-    if not np.array_equal(labels[in_a], labels[~in_a]):
-        raise ValueError("labels of the halves differ; order the images by class")
-    return Halves(
-        held_out.images[in_a], features[in_a], features[~in_a], labels[in_a], held_out.class_names
-    )
+    features = cached_features(held_out, cache, network)
+    in_a = np.arange(len(held_out)) // per_class % 2 == 0  # the images are ordered by class
+    images, labels = held_out.images[in_a], held_out.labels[in_a]
+    return Halves(images, features[in_a], features[~in_a], labels, held_out.class_names)
 
 
 def cached_features(held_out: ImageSet, cache: Path, network: FeatureNetwork) -> Features:
@@ -98,37 +82,32 @@ def cached_features(held_out: ImageSet, cache: Path, network: FeatureNetwork) ->
 
     The file's name alone would not show that the images were rendered again.
     """
-    key = hashlib.sha256(held_out.images.tobytes()).hexdigest() + WEIGHTS_SHA256
-    if cache.exists() and _read(cache, "key", np.array(key)) == key:
-        return _read(cache, "features", np.empty((len(held_out), FEATURES), np.float32))
+
+    def stored(name: str, like: NDArray[Any]) -> NDArray[Any]:
+        with open_member(cache, name) as found:
+            if (found.shape, found.dtype) != (like.shape, like.dtype):
+                raise ValueError(f"{found}; {like.dtype} {like.shape} is needed: remove the file")
+            return found.read()
+
+    key = np.array(hashlib.sha256(held_out.images.tobytes()).hexdigest() + WEIGHTS_SHA256)
+    if cache.exists() and stored("key", key) == key:
+        return stored("features", np.empty((len(held_out), FEATURES), np.float32))
     features = network.pooled(held_out.images, "features of held-out images")
     with atomic_path(cache) as partial, partial.open("wb") as file:
-        np.savez(file, features=features, key=np.array(key))
+        np.savez(file, features=features, key=key)
     return features
 
 
-def _read(cache: Path, name: str, like: NDArray[Any]) -> NDArray[Any]:
-    with open_member(cache, name) as stored:
-        if (stored.shape, stored.dtype) != (like.shape, like.dtype):
-            raise ValueError(f"{stored}; {like.dtype} {like.shape} is needed: remove the file")
-        return stored.read()
-
-
 def recognised(
-    features: Features, labels: NDArray[np.int64], known: Features, known_labels: NDArray[np.int64]
+    features: Features, labels: Labels, known: Features, known_labels: Labels
 ) -> NDArray[np.bool_]:
     """(n,) whether each image lies nearest to the mean feature of its own class.
 
     Args:
         features, labels: (n, D) and (n,), the images to be recognised.
         known, known_labels: (m, D) and (m,), the images that give the means and the scale.
-
-    Raises ValueError for a label that no known image has.
     """
     classes = np.unique(known_labels)
-    unknown = np.setdiff1d(labels, classes)
-    if len(unknown):
-        raise ValueError(f"label {unknown[0]} has no known image; known are {classes.tolist()}")
     means = np.stack([known[known_labels == c].mean(axis=0, dtype=np.float64) for c in classes])
     within = known - means[np.searchsorted(classes, known_labels)]
     spread = within.std(axis=0)
@@ -145,31 +124,30 @@ def compare(
 
     The rows of ``generated`` must have the labels of ``halves``.
     """
-    reference = moments_of(halves.features_b)
+    _, a, b, labels, class_names = halves
+    reference = moments_of(b)
     rows: list[Row] = []
-    for case, features in (
-        ("floor", halves.features_a),
-        ("vae_reconstruction", reconstructions),
-        ("generated", generated),
+    for case, made_by, features in (
+        ("floor", "avatars", a),
+        ("vae_reconstruction", "its VAE", reconstructions),
+        ("generated", "the model", generated),
     ):
         value = frechet_distance(moments_of(features), reference, allow_few=allow_few)
-        rows.append({"section": "distance", "case": case, "metric": METRIC, "distance": value,
-                     "n": len(features), "n_reference": reference.count})  # fmt: skip
-    for case, features in (("held_out", halves.features_b), ("generated", generated)):
-        hits = recognised(features, halves.labels, halves.features_a, halves.labels)
-        by_class = {
-            class_name: float(hits[halves.labels == label].mean())
-            for label, class_name in enumerate(halves.class_names)
-        }
-        rows.append({"section": "recognised", "case": case, "fraction": float(hits.mean()),
-                     "n": len(hits), "by_class": by_class})  # fmt: skip
-    made = {"generated": "the model", "vae_reconstruction": "its VAE"}
-    return [row | {"contender": made.get(row["case"], "avatars"), "status": "ok"} for row in rows]
+        rows.append({"section": "distance", "case": case, "contender": made_by, "status": "ok",
+                     "metric": METRIC, "distance": value, "n": len(features),
+                     "n_reference": len(b)})  # fmt: skip
+    for case, made_by, features in (("held_out", "avatars", b),
+                                    ("generated", "the model", generated)):  # fmt: skip
+        hits = recognised(features, labels, a, labels)
+        by_class = {name: float(hits[labels == i].mean()) for i, name in enumerate(class_names)}
+        rows.append({"section": "recognised", "case": case, "contender": made_by, "status": "ok",
+                     "fraction": float(hits.mean()), "n": len(hits),
+                     "by_class": by_class})  # fmt: skip
+    return rows
 
 
 def reconstruct(images: Images, vae: AutoencoderKL, batch_size: int = 16) -> Images:
     """Images uint8 (N, S, S, 3) through the encoder (its mean) and the decoder, as uint8 again."""
-    from dit_engine.console.bars import Bar
     from dit_engine.decode import to_uint8
 
     vae = copy.deepcopy(vae).float()  # the stored weights may be in half precision
@@ -216,19 +194,21 @@ def run(arguments: argparse.Namespace) -> int:
     network = load_network("lite0")
     seed, options, clock = arguments.first_seed, sampling_options(arguments), time.perf_counter()
     halves = load_halves(arguments.data, samples // len(CLASSES), size, network)
-    images = GeneratedImages(engine, "generating", halves.labels.tolist(), seed, **options)
-    with SetFeatures(network, ComparedSet("generated", images)) as found:
-        if not found.read(_BATCH):
-            raise KeyboardInterrupt
-        generated = np.array(found.vectors())
-    reconstructions = network.pooled(reconstruct(halves.images_a, vae), "their features")
-    settings = images.record | network.record | {
+    source = generated(engine, "generated", halves.labels.tolist(), seed, **options)
+    with Bar(source.batches(_BATCH), "generating", total=-(-samples // _BATCH)) as bar:
+        images = np.concatenate(list(bar))
+    rows = compare(
+        halves,
+        network.pooled(reconstruct(halves.images_a, vae), "their features"),
+        network.pooled(images, "features of generated images"),
+        allow_few=few,
+    )
+    settings = source.record | network.record | {
         "model": str(model), "image_size": size, "first_seed": seed,
         "reference": "held-out avatars (half B)",
     }  # fmt: skip
     report = new_report("quality", describe(engine.device), settings)
-    report["rows"] = compare(halves, reconstructions, generated, allow_few=few)
-    report |= {"seconds": round(time.perf_counter() - clock, 1), "complete": True}
+    report |= {"rows": rows, "seconds": round(time.perf_counter() - clock, 1), "complete": True}
     show(report_tables(report))
     write(report, arguments.json)
     return 0

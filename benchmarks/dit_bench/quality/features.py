@@ -1,4 +1,4 @@
-"""The networks whose features are compared, and what is gathered from the images of one set.
+"""The networks whose features are compared.
 
 "inception" gives FID, sFID and Inception Score. "lite0" is EfficientNet-Lite0, which needs no
 downloaded file, and gives FD-Lite0; its numbers are not comparable with FID and never called FID.
@@ -6,40 +6,33 @@ downloaded file, and gives FD-Lite0; its numbers are not comparable with FID and
 
 from __future__ import annotations
 
-import signal
 import tempfile
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from dit_bench.quality import NETWORKS, inception, lite0
-from dit_bench.quality.frechet import Gaussian, Moments
-from dit_bench.quality.image_sets import ComparedSet
-from dit_bench.quality.metrics import InceptionScore
+from dit_bench.quality import inception, lite0
+from dit_bench.quality.image_sets import ComparedSet, Images
+from dit_bench.quality.metrics import ROWS, Features, Statistics, moments_of
+from dit_engine.console.bars import Bar
 from dit_engine.io.files import file_hash
 
-Images = NDArray[np.uint8]
-Array = NDArray[np.float32]
-
-_ROWS = 512  # feature rows between two updates of the moments, which cost D² each
 _CHUNK = 64  # images between two updates of a progress bar
 
 
-@dataclass(frozen=True)
-class Extracted:
-    """Features of n images: pooled (n, D); Inception also gives spatial (n, S) and
+class Extracted(NamedTuple):
+    """Features of n images, float32: pooled (n, D); Inception also gives spatial (n, S) and
     log_probabilities (n, K)."""
 
-    pooled: Array
-    spatial: Array | None = None
-    log_probabilities: Array | None = None
+    pooled: Features
+    spatial: Features | None = None
+    log_probabilities: Features | None = None
 
 
 @dataclass(frozen=True)
@@ -58,16 +51,41 @@ class FeatureNetwork:
     spatial_width: int = 0
     record: dict[str, str] = field(default_factory=dict)
 
-    def pooled(self, images: Images, description: str) -> Array:
+    def pooled(self, images: Images, description: str) -> Features:
         """Pooled features (N, D) of many images, under a progress bar of that description."""
-        from dit_engine.console.bars import Bar
+        starts = Bar(range(0, len(images), _CHUNK), description, delay=0.5)
+        return np.concatenate([self.extract(images[i : i + _CHUNK]).pooled for i in starts])
 
-        found = [np.empty((0, self.width), np.float32)]
-        with Bar(total=len(images), desc=description, unit="img", delay=0.5) as bar:
-            for start in range(0, len(images), _CHUNK):
-                found.append(self.extract(images[start : start + _CHUNK]).pooled)
-                bar.update(len(found[-1]))
-        return np.concatenate(found)
+    def read(
+        self,
+        of: ComparedSet,
+        batch_size: int = 32,
+        quiet: bool = False,
+        check: Callable[[], object] = lambda: None,
+    ) -> Extracted:
+        """Features of all images of a set, mapped from temporary files (of Inception, 20 KB per
+        image), so that N does not affect the memory.
+
+        quiet: no progress bar. check: called after every batch; it may raise KeyboardInterrupt.
+        """
+        name, files, found = Path(of.name).name or of.name, {}, {}
+        with (
+            ExitStack() as stack,
+            Bar(total=of.count, desc=name, unit="img", delay=2.0, disable=quiet) as bar,
+        ):
+            for batch in of.batches(batch_size):
+                for key, rows in self.extract(batch)._asdict().items():
+                    if rows is None:
+                        continue
+                    if key not in files:
+                        files[key] = stack.enter_context(tempfile.TemporaryFile()), rows.shape[1]
+                    files[key][0].write(np.ascontiguousarray(rows, np.float32).tobytes())
+                bar.update(len(batch))
+                check()
+            for key, (file, width) in files.items():
+                file.flush()
+                found[key] = np.memmap(file, np.float32, "r", shape=(of.count, width))
+        return Extracted(**found)
 
     def accept(self, of: ComparedSet, allow_few: bool) -> ComparedSet:
         """``of`` as this network can compare it: without the statistics of other features.
@@ -76,51 +94,51 @@ class FeatureNetwork:
         more images than there are features and not ``allow_few``.
         """
         if of.statistics is not None and self.spatial_width:
-            widths = tuple(s.width for s in of.statistics)
-            if widths != (self.width, self.spatial_width):
-                raise ValueError(
-                    f"{of.name} holds statistics of {widths[0]} and {widths[1]} features; "
-                    f"{self.width} and {self.spatial_width} are needed"
-                )
+            widths, needed = [s.width for s in of.statistics], [self.width, self.spatial_width]
+            if widths != needed:
+                raise ValueError(f"{of.name} holds statistics of {widths} features; {needed} are "
+                                 "needed")  # fmt: skip
             return of
-        if of.images is None:
-            raise ValueError(
-                f"{of.name} holds statistics of Inception's features; "
-                f"features {self.name!r} need images"
-            )
+        if not of.count:
+            raise ValueError(f"{of.name} holds statistics of Inception's features; features "
+                             f"{self.name!r} need images")  # fmt: skip
         need = max(self.width, self.spatial_width) + 1
-        if len(of.images) < need and not allow_few:
-            raise ValueError(
-                f"{of.name} has {len(of.images)} images, too few for {self.width} features; "
-                f"at least {need} are needed (or --allow-few)"
-            )
-        return ComparedSet(of.name, of.images)
+        if of.count < need and not allow_few:
+            raise ValueError(f"{of.name} has {of.count} images, too few for {self.width} features; "
+                             f"at least {need} are needed (or --allow-few)")  # fmt: skip
+        return replace(of, statistics=None)
+
+
+def moments(of: ComparedSet, found: Extracted | None, which: int = 0) -> Statistics:
+    """Of the pooled (0) or the spatial features (1). Statistics in a file are of all images, of
+    which there may be a part beside them."""
+    if of.statistics is not None:
+        return of.statistics[which]
+    rows = found and found[which]
+    assert rows is not None
+    return moments_of(rows, ROWS)
 
 
 def load_network(
     name: str, weights: Path | None = None, device: torch.device | None = None
 ) -> FeatureNetwork:
-    """The network called ``name``, on ``device`` (None: the CPU).
+    """The network called ``name``, one of `NETWORKS`, on ``device`` (None: the CPU).
 
     Args:
         weights: Inception's file; None means the one that DIT_INCEPTION_WEIGHTS names.
 
     Raises:
-        ValueError: an unknown name, a file that holds other weights, or a file for Lite0.
+        ValueError: a file that holds other weights, or a file for Lite0.
         FileNotFoundError: no Inception weights. ImportError: Lite0's package is not installed.
     """
-    if name not in NETWORKS:
-        raise ValueError(f"features {name!r}: choose one of {', '.join(NETWORKS)}")
-    device = device or torch.device("cpu")
-    if name == "lite0":
-        if weights is not None:
-            raise ValueError(f"--inception-weights {weights}: --features {name} reads none")
-        return _lite0(device)
-    return _inception(inception.find_weights(weights), device)
+    make = {"lite0": _lite0, "inception": _inception}[name]
+    return make(weights, device or torch.device("cpu"))
 
 
-def _lite0(device: torch.device) -> FeatureNetwork:
-    model = lite0.load_lite0().to(device)
+def _lite0(weights: Path | None, device: torch.device) -> FeatureNetwork:
+    if weights is not None:
+        raise ValueError(f"--inception-weights {weights}: --features lite0 reads none")
+    model = lite0.load_lite0(device=device)
 
     def extract(images: Images) -> Extracted:
         # A few images at a time stay in a CPU's cache.
@@ -133,14 +151,15 @@ def _lite0(device: torch.device) -> FeatureNetwork:
     return FeatureNetwork("lite0", "FD-Lite0", lite0.FEATURES, extract, record=record)
 
 
-def _inception(path: Path, device: torch.device) -> FeatureNetwork:
-    model = inception.load_inception(path).to(device)
+def _inception(weights: Path | None, device: torch.device) -> FeatureNetwork:
+    path = inception.find_weights(weights)
+    model = inception.load_inception(path, device)
     digest = file_hash(path)
-    if not inception.is_published(digest):
+    if not digest.startswith(inception.DIGEST):
         warnings.warn(
             f"{path} is not {inception.WEIGHTS_FILE} (its SHA-256 is {digest[:8]}…): "
             "distances are not comparable with published ones",
-            stacklevel=2,
+            stacklevel=3,
         )
 
     def extract(images: Images) -> Extracted:
@@ -166,102 +185,3 @@ def full_precision() -> AbstractContextManager[None]:
         deterministic=cudnn.deterministic,
         allow_tf32=False,
     )
-
-
-class SetFeatures:
-    """Everything that is gathered from one set, image by image; N does not affect the memory.
-
-    pooled, spatial: moments; score: the Inception Score. spatial and score are None if the network
-    does not give them. Pooled features are also kept, on disk, for precision and recall.
-    """
-
-    def __init__(self, network: FeatureNetwork, of: ComparedSet) -> None:
-        self.network, self.of, self.count = network, of, 0
-        self.pooled = Moments(network.width)
-        self.spatial = Moments(network.spatial_width) if network.spatial_width else None
-        self.score = InceptionScore() if network.spatial_width else None
-        self._kept = tempfile.TemporaryFile(prefix="dit-bench-features-")  # noqa: SIM115
-        self._waiting: list[Extracted] = []
-
-    @property
-    def moments(self) -> tuple[Gaussian, Gaussian | None]:
-        """What distances are taken of: the statistics in the set's file, or else `pooled` and
-        `spatial`."""
-        return self.of.statistics or (self.pooled, self.spatial)
-
-    def read(
-        self, batch_size: int = 32, quiet: bool = False, check: Callable[[], object] = lambda: None
-    ) -> bool:
-        """Add all images of the set. Returns False if Ctrl-C stopped it before the last one.
-
-        quiet: no progress bar. check: called after every batch; it may raise KeyboardInterrupt.
-        """
-        from dit_engine.console.bars import Bar
-
-        if (images := self.of.images) is None:
-            return True
-        name = Path(images.name).name or images.name
-        with Bar(total=len(images), desc=name, unit="img", delay=2.0, disable=quiet) as bar:
-            try:
-                for batch in images.batches(batch_size):
-                    self.add(batch)
-                    bar.update(len(batch))
-                    check()
-            except KeyboardInterrupt:
-                return False
-            finally:
-                self.flush()
-        return True
-
-    def add(self, images: Images) -> None:
-        """Add images (n, H, W, 3). If this is interrupted, either all of them or none are added."""
-        found = self.network.extract(images)
-        with deferred_interrupt():
-            self._waiting.append(found)
-            self.count += len(found.pooled)
-            if sum(len(e.pooled) for e in self._waiting) >= _ROWS:
-                self.flush()
-
-    def flush(self) -> None:
-        """Enter the waiting features into the moments."""
-        waiting, self._waiting = self._waiting, []
-        if not waiting:
-            return
-        pooled = np.concatenate([e.pooled for e in waiting])
-        self.pooled.update(pooled)
-        self._kept.seek(0, 2)
-        self._kept.write(np.ascontiguousarray(pooled, np.float32).tobytes())
-        if self.spatial is not None and self.score is not None:
-            self.spatial.update(
-                np.concatenate([e.spatial for e in waiting if e.spatial is not None])
-            )
-            logarithms = [e.log_probabilities for e in waiting if e.log_probabilities is not None]
-            self.score.update(np.concatenate(logarithms))
-
-    def vectors(self) -> Array:
-        """Pooled features (N, D), mapped from disk, read-only."""
-        self.flush()
-        self._kept.flush()
-        return np.memmap(self._kept, np.float32, "r", shape=(self.count, self.network.width))
-
-    def __enter__(self) -> SetFeatures:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._kept.close()  # which frees the disk space; nothing may be read afterwards
-
-
-@contextmanager
-def deferred_interrupt() -> Iterator[None]:
-    """Ctrl-C within the block is raised after it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # KeyboardInterrupt is raised in the main thread only
-        return
-    pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt

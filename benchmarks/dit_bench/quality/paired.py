@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_bench.quality import NETWORKS
-from dit_bench.quality.frechet import (
+from dit_bench.quality.metrics import (
     Array,
-    Gaussian,
+    Features,
     Statistics,
-    bar_delay,
     frechet_distance,
     moments_of,
     symmetric_sqrt,
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
     from dit_bench.quality.features import FeatureNetwork
     from dit_bench.quality.image_sets import ComparedSet
-
-Features = NDArray[np.float32]
 
 CONFIDENCE = 0.95
 RESAMPLES = 100  # of the bootstrap
@@ -49,95 +47,54 @@ class SetComparison:
     """How paired sets are compared: by which features, and against which reference, if any.
 
     moments: of the reference; None until its images are read by `with_moments`.
-
-    Raises ValueError for fewer resamples than `LEAST_RESAMPLES`.
     """
 
     network: FeatureNetwork
     reference: ComparedSet | None = None
-    moments: Gaussian | None = None
+    moments: Statistics | None = None
     resamples: int = RESAMPLES
     allow_few: bool = False
 
-    def __post_init__(self) -> None:
-        if self.resamples < LEAST_RESAMPLES:
-            raise ValueError(f"resamples {self.resamples} is not at least {LEAST_RESAMPLES}")
-
-    def with_moments(
-        self, quiet: bool = False, check: Callable[[], object] = lambda: None
-    ) -> SetComparison:
+    def with_moments(self, quiet: bool, check: Callable[[], object]) -> SetComparison:
         """This comparison with the reference's moments, for which its images are read, once.
 
         quiet: no progress bar. check: called after every batch; it may raise KeyboardInterrupt.
-
-        Raises ValueError for a damaged image, and KeyboardInterrupt if not all images are read.
         """
-        from dit_bench.quality.features import SetFeatures
+        from dit_bench.quality.features import moments
 
-        if self.reference is None or self.moments is not None:
+        if (of := self.reference) is None or self.moments is not None:
             return self
-        if self.reference.statistics is not None:  # a part of the images may be there as well
-            return replace(self, moments=self.reference.statistics[0])
-        with SetFeatures(self.network, self.reference) as found:
-            if not found.read(quiet=quiet, check=check):
-                raise KeyboardInterrupt
-            return replace(self, moments=found.pooled)
-
-    def suffices(self, n: int) -> bool:
-        """Whether n images are enough for the features."""
-        return n > self.network.width or (self.allow_few and n > 1)
-
-    def check(self, n: int) -> None:
-        """Raise ValueError if n images are too few for the features."""
-        width = self.network.width
-        if not self.suffices(n):
-            raise ValueError(
-                f"{n} images are too few for {width} features; at least {width + 1} are needed "
-                "(or --allow-few)"
-            )
+        found = None if of.statistics else self.network.read(of, quiet=quiet, check=check)
+        return replace(self, moments=moments(of, found))
 
     def compare(
-        self,
-        found: Features,
-        eager: Features,
-        quiet: bool = False,
-        check: Callable[[], object] = lambda: None,
+        self, found: Features, eager: Features, quiet: bool, check: Callable[[], object]
     ) -> dict[str, Any]:
         """Distances of paired features (N, D), whose rows i have the same label and noise.
 
-        quiet: no progress bar. check: called after every resample; if it raises KeyboardInterrupt,
-        that ends the bootstrap. After fewer than `LEAST_RESAMPLES` the bounds of the interval are
-        None.
+        check: called after every resample; it may raise KeyboardInterrupt.
         """
         from dit_engine.console.bars import Bar
 
-        def distance(name: str, a: Gaussian, b: Gaussian) -> float:
-            return frechet_distance(a, b, allow_few=self.allow_few, title=None if quiet else name)
-
         of_found, of_eager = moments_of(found), moments_of(eager)
+        distance = partial(frechet_distance, allow_few=self.allow_few)
         row: dict[str, Any] = {
-            "metric": self.network.metric,
-            "n": len(found),
-            "between": distance("between", of_found, of_eager),
-        }
+            "metric": self.network.metric, "n": len(found), "between": distance(of_found, of_eager)
+        }  # fmt: skip
         if self.reference is None or self.moments is None:
             return row
-        to_found = distance("to reference", of_found, self.moments)
-        to_eager = distance("to reference", of_eager, self.moments)
-        value = to_found - to_eager
-        with Bar(total=self.resamples, desc="bootstrap", delay=bar_delay(self.network.width),
-                  disable=quiet) as bar:  # fmt: skip
+        with Bar(total=self.resamples, desc="bootstrap", disable=quiet) as bar:
 
             def tick() -> None:
                 bar.update()
                 check()
 
+            to_found, to_eager = (distance(of, self.moments) for of in (of_found, of_eager))
             draws = paired_bootstrap(found, eager, self.moments, self.resamples, tick=tick)
-        low = high = nearest = farthest = None
-        if len(draws) >= LEAST_RESAMPLES:
-            low, high = interval(draws, value)
-            nearest = 0.0 if low <= 0 <= high else min(abs(low), abs(high))
-            farthest = max(abs(low), abs(high))
+        value = to_found - to_eager
+        low, high = interval(draws, value)
+        nearest, farthest = sorted(map(abs, (low, high)))
+        nearest = 0.0 if low <= 0 <= high else nearest
         return row | {
             "reference": self.reference.name,
             "n_reference": self.moments.count,
@@ -150,22 +107,20 @@ class SetComparison:
         }
 
 
-class DistanceTo:
-    """Fréchet distances from many sets to one, whose root is taken once.
+def distances_to(reference: Statistics) -> Callable[[Statistics], float]:
+    """A function that gives Fréchet distances to ``reference``, whose root is taken once.
 
     The other set's root is not needed: tr((R C R)^½) is the sum of the roots of the eigenvalues.
     """
+    root, trace = symmetric_sqrt(reference.covariance), float(np.trace(reference.covariance))
 
-    def __init__(self, reference: Gaussian) -> None:
-        self.mean = reference.mean
-        self.root = symmetric_sqrt(reference.covariance)
-        self.trace = float(np.trace(reference.covariance))
-
-    def __call__(self, of: Gaussian) -> float:
-        shift = of.mean - self.mean
-        values = np.linalg.eigvalsh(self.root @ of.covariance @ self.root)
+    def distance(of: Statistics) -> float:
+        shift = of.mean - reference.mean
+        values = np.linalg.eigvalsh(root @ of.covariance @ root)
         overlap = np.sqrt(values.clip(min=0.0)).sum()
-        return float(shift @ shift + self.trace + np.trace(of.covariance) - 2 * overlap)
+        return float(shift @ shift + trace + np.trace(of.covariance) - 2 * overlap)
+
+    return distance
 
 
 def resampled(features: Array, counts: NDArray[np.integer]) -> Statistics:
@@ -181,7 +136,7 @@ def resampled(features: Array, counts: NDArray[np.integer]) -> Statistics:
 def paired_bootstrap(
     a: Features,
     b: Features,
-    reference: Gaussian,
+    reference: Statistics,
     resamples: int,
     seed: int = 0,
     tick: Callable[[], object] = lambda: None,
@@ -189,24 +144,17 @@ def paired_bootstrap(
     """Resampled differences distance(a) - distance(b), (resamples,).
 
     Rows i of ``a`` and ``b`` (N, D) are one pair, with the same label and noise. Pairs are drawn
-    with replacement, N of N; the reference stays the same. ``tick`` is called after each resample;
-    a KeyboardInterrupt ends the bootstrap, and the finished resamples, if any, are returned.
+    with replacement, N of N; the reference stays the same. ``tick`` is called after each resample.
     """
-    if a.shape != b.shape:
-        raise ValueError(f"features {a.shape} and {b.shape} are not paired")
-    generator = np.random.default_rng(seed)
-    n = len(a)
-    distance = DistanceTo(reference)
+    generator, n = np.random.default_rng(seed), len(a)
+    distance = distances_to(reference)
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    found: list[float] = []
-    try:
-        while len(found) < resamples:
-            counts = np.bincount(generator.integers(0, n, n), minlength=n)
-            found.append(distance(resampled(first, counts)) - distance(resampled(second, counts)))
-            tick()
-    except KeyboardInterrupt:
-        pass
-    return np.array(found, np.float64)
+    draws = []
+    for _ in range(resamples):
+        counts = np.bincount(generator.integers(0, n, n), minlength=n)
+        draws.append(distance(resampled(first, counts)) - distance(resampled(second, counts)))
+        tick()
+    return np.array(draws)
 
 
 def interval(draws: NDArray[np.float64], value: float) -> tuple[float, float]:
@@ -249,10 +197,14 @@ def set_comparison(arguments: argparse.Namespace, device: torch.device) -> SetCo
     if features is None and path is None:
         refuse_given(arguments, ["inception_weights", "allow_few"], "--features or --reference-set")
         return None
-    network = load_network(features or "inception", arguments.inception_weights, device)
     resamples = RESAMPLES if arguments.resamples is None else arguments.resamples
+    if resamples < LEAST_RESAMPLES:
+        raise ValueError(f"resamples {resamples} is not at least {LEAST_RESAMPLES}")
+    network = load_network(features or "inception", arguments.inception_weights, device)
     sets = SetComparison(network, resamples=resamples, allow_few=few)
-    sets.check(arguments.samples)
+    if (n := arguments.samples) < (need := 2 if few else network.width + 1):
+        raise ValueError(f"{n} images are too few for {network.width} features; at least {need} "
+                         "are needed (or --allow-few)")  # fmt: skip
     return sets if path is None else replace(sets, reference=network.accept(open_set(path), few))
 
 

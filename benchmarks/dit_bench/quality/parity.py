@@ -13,9 +13,8 @@ mostly differ by chance.
 from __future__ import annotations
 
 import argparse
-import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,6 @@ from dit_bench.speed.generation import Recorder
 from dit_engine.backends import PRECISIONS, resolve_backend
 from dit_engine.console.output import check_file
 from dit_engine.console.parser import add_model_argument, add_sampling_arguments, sampling_options
-from dit_engine.console.run import INTERRUPTED
 from dit_engine.decode import LatentDecoder, to_uint8
 from dit_engine.errors import NotFinite
 from dit_engine.sampling.noise import resolve_seeds
@@ -43,24 +41,6 @@ if TYPE_CHECKING:
 
 REFERENCE = ("eager", "fp32")
 PEAK = 1.0  # of images in [0, 1]
-
-
-def trajectory(
-    engine: Engine,
-    labels: Sequence[int],
-    check: Callable[[], object] = lambda: None,
-    **settings: Any,
-) -> tuple[Tensor, dict]:
-    """Latents after every step, (steps, N, C, S, S) on the CPU, and the engine's record.
-
-    ``check`` is called after every step. If the latents are not finite, they are returned as they
-    are, with an empty record, since the question here is how far off a subject is.
-    """
-    recorder, record = Recorder(check), {}
-    with contextlib.suppress(NotFinite):
-        made = engine.generate(labels, output="latent", callback=recorder, **settings)
-        record = made.settings
-    return recorder.latents(), record
 
 
 def relative_errors(found: Tensor, reference: Tensor) -> np.ndarray:
@@ -76,15 +56,6 @@ def psnr(found: Tensor, reference: Tensor) -> np.ndarray:
         return 10 * np.log10(PEAK**2 / squared)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What one run of one batch gave: errors (steps, n), PSNR (n,) in dB, features (n, D)."""
-
-    errors: np.ndarray
-    ratios: np.ndarray | None = None
-    features: np.ndarray | None = None
-
-
 def compare(
     engine: Engine,
     labels: Sequence[int],
@@ -97,12 +68,9 @@ def compare(
     check: Callable[[], object] = lambda: None,
     **settings: Any,
 ) -> list[Row]:
-    """Errors of every subject (backend, precision) against the reference, with their N.
+    """Errors of every subject (backend, precision) against eager float32, with their N.
 
-    All images are decoded by the reference's VAE in float32, so that only the transformer differs.
-    They are made in the engine's batches. After Ctrl-C the rows are of the batches that all
-    subjects have finished, and "interrupted" is True; before the first of them, KeyboardInterrupt
-    is raised.
+    All images are decoded by the VAE in float32, so that only the transformer differs.
 
     Args:
         model: what the rows call the model.
@@ -112,113 +80,78 @@ def compare(
         check: called after every step, after every resample, and after every batch of a reference
             that is read here; it may raise KeyboardInterrupt.
 
-    Raises ValueError for sets without images or with too few.
+    Raises ValueError for sets without images.
     """
     from dit_engine.console.bars import Bar
 
-    labels = list(labels)
     if sets is not None:
         if engine.vae is None:
             raise ValueError(f"model {model!r} has no VAE; {sets.network.metric} is of images")
-        sets.check(len(labels))
         sets = sets.with_moments(quiet, check)
     seeds = resolve_seeds(seed, None, len(labels), "per-image")
     decode = None if engine.vae is None else LatentDecoder(engine.vae, engine.device)
-    runs = [REFERENCE, *subjects]
-    gathered: list[list[_Found]] = []  # of each batch, one for each run
-    record: dict[str, Any] = {}
-    finished, interrupted = 0, False
+    runs, record = [REFERENCE, *subjects], {}
+    gathered: list[dict[str, list[np.ndarray]]] = [defaultdict(list) for _ in runs]
     with Bar(total=len(labels) * len(runs), desc="sampling", unit="img", delay=2.0,
              disable=quiet) as bar:  # fmt: skip
-        try:
-            while finished < len(labels):
-                part = slice(finished, finished + engine.max_batch_size)
-                options = {**settings, "seeds": seeds[part], "check": check}
-                found, record = _batch(engine, labels[part], runs, decode, sets, options, bar)
-                gathered.append(found)
-                finished = min(part.stop, len(labels))
-        except KeyboardInterrupt:
-            if not finished:
-                raise
-            interrupted = True
-    common = {"model": model, "case": model, "n": finished, "settings": record}
-    reference, *others = zip(*gathered, strict=True)
-    rows = [
-        _errors(*subject, found) | common for subject, found in zip(subjects, others, strict=True)
-    ]
-    if sets is not None and sets.suffices(finished):  # after an interruption there may be too few
-        for row, found in zip(rows, others, strict=True):
-            row["sets"] = sets.compare(_features(found), _features(reference), quiet, check)
-            row["sets"]["features"] = sets.network.record
-            # Ctrl-C in a bootstrap leaves fewer resamples.
-            interrupted |= row["sets"].get("resamples", sets.resamples) < sets.resamples
-    return [row | {"interrupted": interrupted} for row in rows]
-
-
-def _errors(backend: str, precision: str, found: Sequence[_Found]) -> Row:
-    """The row of a subject, without its sets and without what all rows have in common."""
-    errors = np.concatenate([each.errors for each in found], axis=1)  # (steps, N)
-    row: Row = {
-        "section": "parity", "contender": f"{backend} {precision}", "role": "subject",
-        "status": "ok", "backend": backend, "precision": precision,
-        "latent_error_by_step": errors.mean(axis=1).tolist(),
-        "final_latent_error": {"mean": float(errors[-1].mean()), "max": float(errors[-1].max())},
-    }  # fmt: skip
-    if ratios := [each.ratios for each in found if each.ratios is not None]:
-        ratio = np.concatenate(ratios)
-        row["psnr_db"] = {
-            "median": float(np.median(ratio)),
-            "min": float(ratio.min()),
-            "not_finite": int(np.isnan(ratio).sum()),  # images; equal ones have infinity
-        }
-    return row
-
-
-def _features(found: Sequence[_Found]) -> np.ndarray:
-    return np.concatenate([each.features for each in found if each.features is not None])
-
-
-def _batch(
-    engine: Engine,
-    labels: list[int],
-    runs: Sequence[tuple[str, str]],
-    decode: LatentDecoder | None,
-    sets: SetComparison | None,
-    options: dict[str, Any],
-    bar: Any,
-) -> tuple[list[_Found], dict[str, Any]]:
-    """One batch by every run, the reference first, and the engine's record of the reference."""
-    every, reference, images, record = [], None, None, {}
-    for backend, precision in runs:
-        latents, settings = trajectory(
-            engine, labels, backend=backend, precision=precision, **options
-        )
-        if reference is None:
-            if not settings:
-                raise NotFinite(f"the reference, {backend} {precision}, is not finite")
-            reference, record = latents, settings
-        errors, ratios, features = relative_errors(latents, reference), None, None
+        for start in range(0, len(labels), engine.max_batch_size):
+            part = slice(start, start + engine.max_batch_size)
+            reference = images = None
+            for (backend, precision), found in zip(runs, gathered, strict=True):
+                recorder = Recorder(check)
+                try:
+                    made = engine.generate(
+                        labels[part], seeds=seeds[part], output="latent", callback=recorder,
+                        backend=backend, precision=precision, **settings,
+                    )  # fmt: skip
+                    record = made.settings if reference is None else record
+                except NotFinite:  # of a subject, the question is how far off it is
+                    if reference is None:
+                        raise
+                latents = recorder.latents()
+                reference = latents if reference is None else reference
+                found["errors"].append(relative_errors(latents, reference))
+                bar.update(latents.shape[1])
+                if decode is None:
+                    continue
+                with torch.inference_mode():
+                    decoded = decode(latents[-1].to(engine.device), "fp32").cpu()
+                decoded = (decoded.clamp(-1, 1) + 1) / 2
+                images = decoded if images is None else images
+                found["psnr"].append(psnr(decoded, images))
+                if sets is not None:
+                    extracted = sets.network.extract(to_uint8(decoded * 2 - 1))
+                    found["features"].append(extracted.pooled)
+    eager, *others = gathered
+    rows: list[Row] = []
+    for (backend, precision), found in zip(subjects, others, strict=True):
+        errors = np.concatenate(found["errors"], axis=1)  # (steps, N)
+        last = {"mean": float(errors[-1].mean()), "max": float(errors[-1].max())}
+        row: Row = {
+            "section": "parity", "case": model, "contender": f"{backend} {precision}",
+            "role": "subject", "status": "ok", "model": model, "backend": backend,
+            "precision": precision, "n": len(labels), "settings": record,
+            "latent_error_by_step": errors.mean(axis=1).tolist(), "final_latent_error": last,
+        }  # fmt: skip
         if decode is not None:
-            with torch.inference_mode():
-                decoded = decode(latents[-1].to(engine.device), "fp32").cpu()
-            decoded = (decoded.clamp(-1, 1) + 1) / 2
-            images = decoded if images is None else images
-            ratios = psnr(decoded, images)
-            if sets is not None:
-                features = sets.network.extract(to_uint8(decoded * 2 - 1)).pooled
-        every.append(_Found(errors, ratios, features))
-        bar.update(len(labels))
-    return every, record
+            ratio = np.concatenate(found["psnr"])
+            row["psnr_db"] = {
+                "median": float(np.median(ratio)), "min": float(ratio.min()),
+                "not_finite": int(np.isnan(ratio).sum()),  # images; equal ones have infinity
+            }  # fmt: skip
+        if sets is not None:
+            pair = [np.concatenate(each["features"]) for each in (found, eager)]
+            row["sets"] = sets.compare(*pair, quiet, check) | {"features": sets.network.record}
+        rows.append(row)
+    return rows
 
 
 def parse_subject(text: str) -> tuple[str, str]:
     """ "lean/int8" → ("lean", "int8"). Raises ValueError."""
-    backend, slash, precision = text.rpartition("/")
-    if not slash or not backend or not precision:
-        raise ValueError(f"subject {text!r} is no backend/precision, such as lean/bf16")
-    if precision not in PRECISIONS:
+    backend, _, precision = text.rpartition("/")
+    if not backend or precision not in PRECISIONS:
         known = ", ".join(PRECISIONS)
-        raise ValueError(f"subject {text!r}: precision {precision!r} is none of {known}")
+        raise ValueError(f"subject {text!r} is no backend/precision, such as lean/bf16, of {known}")
     return resolve_backend(backend), precision
 
 
@@ -234,7 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command. Returns 0, or 130 if it was interrupted: then what was finished is printed."""
+    """The command."""
     from dit_engine.engine import Engine
 
     subjects = [parse_subject(text) for text in arguments.subjects]
@@ -254,7 +187,7 @@ def run(arguments: argparse.Namespace) -> int:
         "parity", describe(engine.device), {"model": model, **sampling_options(arguments)}
     )
     report["rows"] = compare(engine, labels, subjects, model=model, sets=sets, **options)
-    report["complete"] = not any(row["interrupted"] for row in report["rows"])
+    report["complete"] = True
     show(report_tables(report))
     write(report, arguments.json)
-    return 0 if report["complete"] else INTERRUPTED
+    return 0

@@ -37,7 +37,9 @@ def test_an_array_comes_back_in_batches(tmp_path: Path) -> None:
 def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
     images = pixels(5)
     (tmp_path / "more").mkdir()
-    for name, image in zip(("1", "3", "2", "more/0"), (*images[:3], images[3, :, :, 0]), strict=True):
+    for name, image in zip(
+        ("1", "3", "2", "more/0"), (*images[:3], images[3, :, :, 0]), strict=True
+    ):
         Image.fromarray(image).save(tmp_path / f"{name}.png")
     grey = np.repeat(images[3, :, :, :1], 3, axis=2)
     expected = [images[0], images[2], images[1], grey]
@@ -132,5 +134,5 @@ def test_a_damaged_member_is_named(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="set.npz is damaged"):
+    with pytest.raises(ValueError, match=r"set\.npz is damaged"):
         list(open_set(path).batches(4))

@@ -120,7 +120,10 @@ def test_features_of_a_file_that_is_not_the_published_one(
 def test_other_weights_are_refused_in_one_line(state: dict[str, Tensor], tmp_path: Path) -> None:
     path, kernel = tmp_path / "weights.pth", "Mixed_7a.branch3x3_1.conv.weight"
     for content, message in (
-        ({k: v for k, v in state.items() if "Mixed_7c" not in k}, "'Mixed_7c.branch1x1' is missing"),
+        (
+            {k: v for k, v in state.items() if "Mixed_7c" not in k},
+            "'Mixed_7c.branch1x1' is missing",
+        ),
         ({k: v for k, v in state.items() if k != "fc.weight"}, "'fc.weight' is missing"),
         (state | {"aux": torch.zeros(1)}, "473 tensors"),
         (state | {"fc.weight": state["fc.weight"][:1000]}, r"fc.weight \(1000, 2048\)"),

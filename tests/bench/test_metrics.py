@@ -116,7 +116,9 @@ def test_the_bootstrap_spreads_as_fresh_samples_do() -> None:
         b = rng.normal(size=(400, 3))
         return b + 0.5 + 0.2 * rng.normal(size=(400, 3)), b
 
-    fresh = [distance(moments_of(a)) - distance(moments_of(b)) for a, b in (pair() for _ in range(300))]
+    fresh = [
+        distance(moments_of(a)) - distance(moments_of(b)) for a, b in (pair() for _ in range(300))
+    ]
     draws = paired_bootstrap(*pair(), reference, 300)
     assert np.std(draws) == pytest.approx(np.std(fresh), rel=0.25)
     # Means 0.5 apart in 3 features, and standard deviations of sqrt(1.04) against 1.

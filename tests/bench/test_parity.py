@@ -138,7 +138,9 @@ def test_a_batch_that_is_made_again_in_halves_is_counted_once(
 
 def test_nan_is_told_from_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: tiny_engine())
-    same, broken = report_of(tmp_path / "a.json", "--subjects", "eager/fp32", "damaged/bf16")["rows"]
+    same, broken = report_of(tmp_path / "a.json", "--subjects", "eager/fp32", "damaged/bf16")[
+        "rows"
+    ]
     assert same["psnr_db"] == {"median": None, "min": None, "not_finite": 0}
     assert broken["psnr_db"] == {"median": None, "min": None, "not_finite": 6}
     assert same["final_latent_error"]["mean"] == 0 and broken["final_latent_error"]["mean"] is None

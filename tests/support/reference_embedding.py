@@ -37,9 +37,7 @@ def frequencies_off() -> list[tuple[int, int]]:
     return [(int(i), int(off[i])) for i in off.nonzero()]
 
 
-def vector_timestep_embedding(
-    t: Tensor, spacing: int = 128, raised: int | None = RAISED
-) -> Tensor:
+def vector_timestep_embedding(t: Tensor, spacing: int = 128, raised: int | None = RAISED) -> Tensor:
     """(N,) → float32 (N, 256), correctly rounded, but for one frequency that is an ulp too high."""
     exponents = -math.log(10000.0) * torch.arange(128, dtype=torch.float32) / spacing
     frequencies = exponents.double().exp().float()

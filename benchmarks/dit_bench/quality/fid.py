@@ -28,7 +28,11 @@ from dit_engine.console.parser import add_sampling_arguments, sampling_options
 
 
 def figures(
-    samples: ComparedSet, reference: ComparedSet, network: FeatureNetwork, batch_size: int, few: bool
+    samples: ComparedSet,
+    reference: ComparedSet,
+    network: FeatureNetwork,
+    batch_size: int,
+    few: bool,
 ) -> list[Row]:
     """A row for every figure, with its N. few: accept fewer images than features.
 

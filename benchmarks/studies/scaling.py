@@ -99,7 +99,7 @@ def networks(channels: int, size: int, num_classes: int) -> Networks:
         model.initialize_weights()
         return model
 
-    dits = {
+    dits: Networks = {
         f"DiT {name}/{patch}": partial(dit, *shape, patch)
         for name, shape in SIZES.items()
         for patch in PATCHES

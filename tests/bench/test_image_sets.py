@@ -66,7 +66,9 @@ def test_statistics_in_single_precision_are_taken(tmp_path: Path) -> None:
     mean, rounded = exact.mean.astype(np.float32), exact.covariance.astype(np.float32)
     assert np.linalg.eigvalsh(rounded.astype(np.float64))[0] < -1e-9
     np.savez(tmp_path / "a.npz", mu=mean, sigma=rounded, mu_s=mean[:2], sigma_s=np.diag([1.0, -1]))
-    pooled, wrong = open_set(tmp_path / "a.npz").statistics or ()
+    found = open_set(tmp_path / "a.npz").statistics
+    assert found is not None
+    pooled, wrong = found
     assert frechet_distance(pooled, exact) == pytest.approx(0, abs=1e-3)
     with pytest.raises(ValueError, match="eigenvalue -1"):
         frechet_distance(wrong, wrong)

@@ -64,10 +64,10 @@ def moments_of(features: ArrayLike, rows: int | None = None) -> Statistics:
     """
     every = np.asarray(features)
     count, width = every.shape
-    rows = rows or max(count, 1)
+    step = rows or max(count, 1)
     mean, scatter = np.zeros(width), np.zeros((width, width))
-    for done in range(0, count, rows):
-        part = np.asarray(every[done : done + rows], np.float64)
+    for done in range(0, count, step):
+        part = np.asarray(every[done : done + step], np.float64)
         if not np.isfinite(part).all():
             raise ValueError("features hold a NaN or an infinity; finite numbers are needed")
         centre = part.mean(axis=0)

@@ -140,8 +140,9 @@ def compare(
                 "not_finite": int(np.isnan(ratio).sum()),  # images; equal ones have infinity
             }  # fmt: skip
         if sets is not None:
-            pair = [np.concatenate(each["features"]) for each in (found, eager)]
-            row["sets"] = sets.compare(*pair, quiet, check) | {"features": sets.network.record}
+            ours, theirs = (np.concatenate(each["features"]) for each in (found, eager))
+            compared = sets.compare(ours, theirs, quiet, check)
+            row["sets"] = compared | {"features": sets.network.record}
         rows.append(row)
     return rows
 

@@ -60,7 +60,7 @@ def test_command_writes_an_export(
         ("--graphs unet", "graph 'unet': choose one of transformer"),
         ("--vae-dtype int8", "vae_dtype 'int8': choose one of fp32, fp16, bf16"),
         ("--external-data 2048", "external_data_mib 2048: allowed is 0 to 2047"),
-        ("--dtype int8 --calibration-steps 1", "calibration_steps 1: allowed is 2 or more"),
+        ("--dtype int8 --calibration-steps 1", "calibration_steps 1: allowed is 2 to 1000"),
         ("--calibration-steps 8", "--calibration-steps is for int8 and fp8, and not fp16"),
         ("--dtype int8 --graphs conditioner --calibration-images 2",
          "--calibration-images is for transformer, guided_step, denoiser, which --graphs leaves"),

@@ -12,7 +12,6 @@ The first use exports the graphs and builds the engines into ``DIT_ENGINE_CACHE`
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -76,30 +75,21 @@ class TensorRTBackend(Backend):
 def engine_pair(
     config: ModelConfig, conditioner: Session, denoiser: Session, device: torch.device
 ) -> GraphPair:
-    batches = [profile.batch for profile in conditioner.file.key.profiles]
-    sizes = [(batch.smallest, batch.largest) for batch in batches]
-    largest = max(high for _, high in sizes)
+    largest = max(profile.batch.largest for profile in conditioner.file.key.profiles)
 
     def condition(t: Tensor, y: Tensor) -> Tensor:
         parts = []
         for some_t, some_y in zip(t.split(largest), y.split(largest), strict=True):
-            rows = len(some_t)
-            # Rows are independent: the last one is repeated until a profile holds the batch.
-            index = torch.arange(rows + padding(rows, sizes), device=device).clamp(max=rows - 1)
+            # Rows are independent: the last one is repeated until the largest batch is full.
+            index = torch.arange(largest, device=device).clamp(max=len(some_t) - 1)
             made = conditioner.run({"t": some_t[index], "y": some_y[index]})["modulations"]
-            parts.append(made[:rows])
+            parts.append(made[: len(some_t)])
         return torch.cat(parts)
 
     def denoise(x: Tensor, modulations: Tensor) -> Tensor:
         return denoiser.run({"x": x, "modulations": modulations})["output"]
 
     return GraphPair(config, device, condition, denoise)
-
-
-def padding(rows: int, sizes: Sequence[tuple[int, int]]) -> int:
-    """How many rows to add until a profile of (smallest, largest) batch holds them; ``rows`` is at
-    most the largest of all."""
-    return min(max(low - rows, 0) for low, high in sizes if rows <= high)
 
 
 def cached_engines(

@@ -85,13 +85,12 @@ class ExportOptions:
         choose_opset(self.graph_dtype(VAE_GRAPH), self.target, self.opset)
         for name, least, most in (
             ("external_data_mib", 0, 2047),
-            ("calibration_images", 1, None),
-            ("calibration_steps", 2, None),
+            ("calibration_images", 1, 1_000_000),
+            ("calibration_steps", 2, 1000),
         ):
-            value = getattr(self, name)
-            if value < least or (most is not None and value > most):
-                allowed = f"{least} or more" if most is None else f"{least} to {most}"
-                raise ValueError(f"{name} {value}: allowed is {allowed}")
+            if not least <= getattr(self, name) <= most:
+                value = getattr(self, name)
+                raise ValueError(f"{name} {value}: allowed is {least} to {most}")
         return self
 
     def graph_dtype(self, name: str) -> str:

@@ -40,7 +40,12 @@ def verify_graph(directory: Path, graph: Graph, module: nn.Module) -> Graph:
     """
     path, wide = directory / graph.file, graph.dtype == "bf16"
     check_contained(path)
-    checker = check(path, graph.name)
+    onnx, runner = import_module("onnx"), f"onnxruntime {import_module('onnxruntime').__version__}"
+    try:
+        onnx.checker.check_model(str(path), full_check=True)  # with strict shape inference
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportFailed(f"{graph.name}: no valid ONNX: {error}") from None
+    checker = f"onnx.checker {onnx.__version__} with shape inference"
     batches = [random_inputs(graph, module, n) for n in (1, 3)]  # the exporter has not seen 3
     with TemporaryDirectory(dir=directory) if wide else nullcontext(directory) as folder:
         if wide:
@@ -54,7 +59,6 @@ def verify_graph(directory: Path, graph: Graph, module: nn.Module) -> Graph:
         for a, b in zip(actual, expected, strict=True):
             relative = max(relative, relative_error(a, b))
     bound = BOUNDS[graph.dtype]
-    runner = f"onnxruntime {import_module('onnxruntime').__version__}"
     if not relative <= bound:
         raise ExportFailed(
             f"{graph.name}: {runner} and torch differ by {relative:.2e}, above {bound:.0e}"
@@ -65,16 +69,6 @@ def verify_graph(directory: Path, graph: Graph, module: nn.Module) -> Graph:
         error={"against": against, "relative": relative, "bound": bound},
         verified_by=(checker, runner + (" in float32" if wide else "")),
     )
-
-
-def check(path: Path, name: str) -> str:
-    """Run onnx's checker with strict shape inference; returns its name for the manifest."""
-    onnx = import_module("onnx")
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportFailed(f"{name}: no valid ONNX: {error}") from None
-    return f"onnx.checker {onnx.__version__} with shape inference"
 
 
 def relative_error(actual: Any, expected: Tensor) -> float:

@@ -210,7 +210,14 @@ class Session:
         if len(self._prepared) >= CONTEXT_LIMIT:
             memory.synchronize()
             self._prepared.popitem(last=False)
-        context = self._context()
+        configs = []
+        if self.captures_itself:
+            configs = [self.engine.create_runtime_config()]
+            configs[0].cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        context = self.engine.create_execution_context(*configs)
+        if context is None:
+            reason = last_error(self.logger)
+            raise MemoryError(f"{self.file.path}: out of memory for a context: {reason}")
         self._check(context.set_optimization_profile_async(profile, memory.stream))
         for name, shape in shapes.items():
             self._check(context.set_input_shape(name, shape))
@@ -232,17 +239,6 @@ class Session:
 
         prepared = _Prepared(context, buffers, first)
         return prepared
-
-    def _context(self) -> Any:
-        configs = []
-        if self.captures_itself:
-            configs = [self.engine.create_runtime_config()]
-            configs[0].cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        context = self.engine.create_execution_context(*configs)
-        if context is None:
-            reason = last_error(self.logger)
-            raise MemoryError(f"{self.file.path}: out of memory for a context: {reason}")
-        return context
 
     def _check(self, succeeded: bool) -> None:
         if not succeeded:

@@ -164,16 +164,23 @@ def test_any_number_of_steps_is_finite() -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_last_step_gives_the_predicted_x0_and_the_callback_sees_each(name: str) -> None:
     schedule, states = make_schedule(6, "linspace"), [start(torch.float64)]
-    seen: list[int] = []
+    seen, asked = list[int](), list[int]()
 
     def callback(k: int, z: Tensor) -> None:
         seen.append(k)
         states.append(z)
 
+    def noise(k: int) -> Tensor:
+        asked.append(k)
+        return draws(k)
+
+    options = {"eta": 0.3} if name == "ddim" else {}
     out = SAMPLERS[name].function(
-        lambda z, k: toy(z, int(schedule.timesteps[k])), states[0], schedule, draws, callback
-    )
+        lambda z, k: toy(z, int(schedule.timesteps[k])), states[0], schedule, noise, callback,
+        **options,
+    )  # fmt: skip
     assert seen == list(range(6)) and torch.equal(states[-1], out)
+    assert asked == ([] if name == "dpm++" else [0, 1, 2, 3, 4])  # only where it is used
     before, a = states[-2], schedule.alphas_cumprod[-1]
     x0 = (before - math.sqrt(1 - a) * toy(before, int(schedule.timesteps[-1]))) / math.sqrt(a)
     # ddpm and ddim round their coefficients to float32.

@@ -48,6 +48,11 @@ def add(file: Path, text: str = EVIL) -> None:
         opened.write(text)
 
 
+def change(file: Path) -> None:
+    """The size stays."""
+    file.write_bytes(file.read_bytes()[:-1] + b"#")
+
+
 def link(file: Path) -> None:
     """Move a file away and put a link to it in its place."""
     elsewhere = file.parents[3] / "elsewhere"
@@ -68,7 +73,8 @@ STRANGERS: list[tuple[Callable[[Path], object], str, str]] = [
     *((add, name, DIFFERS) for name in (
         "dit/1/model.py", "dit/1/dit_engine/labels.py", "client.py", "dit/1/pipeline.json",
         "vae_decoder/config.pbtxt")),
-    *((add, name, "has changed since") for name in (GRAPH, DATA)),
+    *((change, name, DIFFERS) for name in ("client.py", "dit/config.pbtxt")),
+    *((change, name, "has changed since") for name in (GRAPH, DATA)),
     *((Path.unlink, name, "is missing") for name in ("dit/1/model.py", GRAPH)),
     *((link, name, NONE) for name in (GRAPH, "dit/1/model.py", "dit/1/dit_engine")),
     *((pipe, name, NONE) for name in ("dit/1/model.py", GRAPH)),
@@ -87,9 +93,9 @@ def test_what_is_written_is_served(repository: Path) -> None:
 
 def test_other_repositories_are_refused(made: Path, tmp_path: Path) -> None:
     """Also if their marker lists hashes that fit, except those of a graph: it is anybody's data."""
-    for i, (change, name, reason) in enumerate(STRANGERS):
+    for i, (harm, name, reason) in enumerate(STRANGERS):
         path = shutil.copytree(made, tmp_path / str(i) / "repository")
-        change(path / name)
+        harm(path / name)
         for listed in (False, True)[: 1 if reason == "has changed since" else 2]:
             if listed:
                 change_marker(path, files=marker(path)["files"] | hashes(path))

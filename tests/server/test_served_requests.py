@@ -204,9 +204,12 @@ def test_the_backend_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def rows(*indices: int) -> Any:
         return asked(i=np.array(indices))
 
+    def values(*answers: Any) -> list[list[float]]:
+        return [answer.tensors["out"].tolist() for answer in answers]
+
+    assert values(*served.execute([rows(0, 2), rows(1)])) == [[10.0, 30.0], [20.0]]
     first, bad, last = served.execute([rows(0, 2), rows(7), rows(1, 1)])
-    values = [answer.tensors["out"].tolist() for answer in (first, last)]
-    assert values == [[10.0, 30.0], [20.0, 20.0]]
+    assert values(first, last) == [[10.0, 30.0], [20.0, 20.0]]
     assert bad.error().code == "invalid" and "out of data bounds" in bad.error().message()
     monkeypatch.setattr(served, "session", None)  # a fault of ours
     (broken,) = served.execute([rows(0)])

@@ -23,12 +23,8 @@ _SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured rates of one device.
-
-    copy_gb_s: bytes read plus bytes written, in 10^9 per second, of one large copy.
-    matmul_tflop_s: a dtype's name → 10^12 operations per second of one large square product.
-    missing: a dtype's name → why there is no figure.
-    """
+    """Rates of one device: of a large copy, 10^9 bytes read or written per second; by dtype, of a
+    large square product, 10^12 operations per second, or why it is missing."""
 
     copy_gb_s: float
     matmul_tflop_s: dict[str, float]

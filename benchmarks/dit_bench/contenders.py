@@ -21,6 +21,7 @@ from dit_engine.errors import BackendUnavailable
 from dit_engine.io.printable import one_line
 from dit_engine.model import DiT
 
+CPU = torch.device("cpu")
 Function = Callable[[], Any]
 Name = tuple[str, str]
 """A backend or a peer, and a precision."""
@@ -63,7 +64,8 @@ class Contender:
 @dataclass
 class Built:
     """The contenders that may be timed, and what became of each one: "setup_s", "first_call_s",
-    "error" and "bound", and why it was left out ("reason")."""
+    "error" and "bound", and why it was left out ("reason"). On CUDA also "built_mib", which its
+    building took, and "peak_mib", the most until its first call ended."""
 
     functions: dict[str, Function] = field(default_factory=dict)
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -74,6 +76,7 @@ def build(
     expected: Tensor | None,
     bf16_error: float,
     log: Callable[[str], object] = print,
+    device: torch.device = CPU,
 ) -> Built:
     """Build each contender and compare its first result with ``expected``, or as it asks.
 
@@ -83,23 +86,16 @@ def build(
     """
     built = Built()
     for contender in sorted(contenders, key=lambda c: not c.name.startswith("openvino")):
-        start = time.perf_counter()
-        record: dict[str, Any] = {}
-        built.records[contender.name] = record
+        record = built.records[contender.name] = dict[str, Any]()
         try:
             with torch.inference_mode():
-                function = contender.build()
-                setup = time.perf_counter() - start
-                output = function()
-                if isinstance(output, Tensor) and output.is_cuda:
-                    torch.cuda.synchronize(output.device)
-            spent = time.perf_counter() - start
+                function, output, found = _built(contender, device)
         # What a contender raises where it cannot run; anything else is a fault of this program.
         except (ImportError, ValueError, RuntimeError, OSError, MemoryError) as error:
             record["reason"] = one_line(error)[:200] or type(error).__name__
             log(f"  {contender.name}: skipped: {record['reason']}")
             continue
-        record |= {"setup_s": round(setup, 3), "first_call_s": round(spent - setup, 3)}
+        record |= found
         if contender.role in ("subject", "peer"):
             if contender.check is not None:
                 with torch.inference_mode():
@@ -113,9 +109,28 @@ def build(
                 record["reason"] = f"computes another function ({text})"
                 log(f"  {contender.name}: not timed: {record['reason']}")
                 continue
-            log(f"  {contender.name}: {text}, built in {spent:.1f} s")
+            log(f"  {contender.name}: {text}, built in {record['setup_s']} s")
         built.functions[contender.name] = torch.inference_mode()(function)
     return built
+
+
+def _built(contender: Contender, device: torch.device) -> tuple[Function, Any, dict[str, float]]:
+    """The function, the result of its first call, and what both cost."""
+    cuda, start = device.type == "cuda", time.perf_counter()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if cuda else 0
+    function = contender.build()
+    ready = time.perf_counter()
+    taken = torch.cuda.memory_allocated(device) if cuda else 0
+    output = function()
+    if cuda:
+        torch.cuda.synchronize(device)
+    record = {"setup_s": ready - start, "first_call_s": time.perf_counter() - ready}
+    if cuda:
+        peak = torch.cuda.max_memory_allocated(device)
+        record |= {"built_mib": (taken - before) / 2**20, "peak_mib": (peak - before) / 2**20}
+    return function, output, {key: round(value, 3) for key, value in record.items()}
 
 
 def allowed_error(precision: str, bf16_error: float) -> float:

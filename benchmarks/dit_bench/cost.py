@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,31 +21,24 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dit_bench.machine import describe
 from dit_bench.report import PARTS, Report, Row, new_report
-from dit_engine.config import PUBLISHED, ModelConfig
+from dit_engine.config import ModelConfig
 from dit_engine.console.output import STDOUT
 from dit_engine.model import FREQUENCY_EMBEDDING_SIZE, DiT
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 SIZES = (256, 512)
 SOURCE = "Peebles & Xie 2022, arXiv 2212.09748, appendix, table of all models; 512 px: section 5.1"
-# The appendix's "Flops (G)", which are multiply-adds, and "Params (M)", which leave out the fixed
-# position table.
-GFLOPS = {
-    256: {
-        "S/8": 0.36, "S/4": 1.41, "S/2": 6.06,
-        "B/8": 1.42, "B/4": 5.56, "B/2": 23.01,
-        "L/8": 5.01, "L/4": 19.70, "L/2": 80.71,
-        "XL/8": 7.39, "XL/4": 29.05, "XL/2": 118.64,
-    },
-    512: {"XL/2": 524.60},
+# The appendix's "Flops (G)" at 256 px, which are multiply-adds, and "Params (M)", which leave out
+# the fixed position table.
+PAPER = {
+    "S/8": (0.36, 33), "S/4": (1.41, 33), "S/2": (6.06, 33),
+    "B/8": (1.42, 131), "B/4": (5.56, 130), "B/2": (23.01, 130),
+    "L/8": (5.01, 459), "L/4": (19.70, 458), "L/2": (80.71, 458),
+    "XL/8": (7.39, 676), "XL/4": (29.05, 675), "XL/2": (118.64, 675),
 }  # fmt: skip
-MILLION_PARAMETERS = {
-    "S/8": 33, "S/4": 33, "S/2": 33,
-    "B/8": 131, "B/4": 130, "B/2": 130,
-    "L/8": 459, "L/4": 458, "L/2": 458,
-    "XL/8": 676, "XL/4": 675, "XL/2": 675,
-}  # fmt: skip
+GFLOPS_512 = {"XL/2": 524.60}
 UNET = "LDM-4 U-Net"
 """The network that the paper compares with, of Rombach et al. 2022, for 256 px, by class."""
 UNET_GFLOPS, UNET_MILLIONS = 103.6, 400  # in the DiT paper
@@ -74,8 +67,8 @@ class Cost:
         return Cost(self.parameters * times, self.macs * times)
 
 
-def total(parts: Mapping[str, Cost] | Iterable[Cost]) -> Cost:
-    return sum(parts.values() if isinstance(parts, Mapping) else parts, Cost())
+def total(parts: Mapping[str, Cost]) -> Cost:
+    return sum(parts.values(), Cost())
 
 
 def dit_cost(config: ModelConfig) -> dict[str, Cost]:
@@ -110,7 +103,7 @@ def needed_weights(config: ModelConfig) -> int:
     left out: a sampler may compute it before its loop. They would flatter whoever never reads them.
     """
     hoisted = ("conditioning", "adaln")
-    return total(part for name, part in dit_cost(config).items() if name not in hoisted).parameters
+    return sum(p.parameters for name, p in dit_cost(config).items() if name not in hoisted)
 
 
 def counted(module: nn.Module, run: Callable[[], object]) -> Cost:
@@ -185,16 +178,14 @@ def unet_cost() -> Cost:
 
 def gflops_report(sizes: tuple[int, ...] = SIZES) -> Report:
     """What is published (None where nothing is), our formula and torch's count."""
-    from dit_bench.machine import describe
-
     report = new_report("gflops", describe(torch.device("cpu")), {"source": SOURCE})
     rows = report["rows"]
     for size in sizes:
-        for full in PUBLISHED:
-            name, config = full.removeprefix("DiT-"), ModelConfig.named(full, size)
-            rows.append(_row(name, size, model_record(config), GFLOPS[size].get(name),
-                             MILLION_PARAMETERS[name],
-                             untrained=config.num_tokens * config.hidden_size))  # fmt: skip
+        for name, (gflops, millions) in PAPER.items():
+            config = ModelConfig.named(name, size)
+            table = config.num_tokens * config.hidden_size  # the position table, not trained
+            published = gflops if size == 256 else GFLOPS_512.get(name)
+            rows.append(_row(name, size, model_record(config), published, millions, table))
     for size in sizes:
         record = {"total": decoder_record(VAEConfig(), size // 8)}
         rows.append(_row("VAE decoder (Stable Diffusion)", size, record))

@@ -19,16 +19,13 @@ _LEAST_S = 1.0  # the system counts in hundredths of a second: a shorter time is
 
 
 class OtherLoad:
-    """Processor time of everything but this process, between the two ends of `sampled`.
+    """Processors that others kept busy: ``last`` in the last block of `sampled`, ``mean`` in all of
+    them; None for less than a second or where the system does not tell.
 
-    Attributes:
-        last: processors that others kept busy in the last block; None where it took less than a
-            second or the system does not tell.
-        mean: the same of all blocks together.
+    known: False where another process works for this one, as a server does.
     """
 
     def __init__(self, stat: Path = Path("/proc/stat"), known: bool = True) -> None:
-        """known: False where another process works for this one, as a server does."""
         self._stat, self._known = stat, known
         self._others = self._wall = 0.0
         self.last: float | None = None

@@ -26,8 +26,8 @@ _FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the l
 
 
 def check_outputs(paths: Iterable[Path | None]) -> None:
-    """Raise a one-line OSError for a file that could not be written, before the long run, and a
-    ValueError where two outputs would go to the same place."""
+    """Raise OSError for a file that could not be written, and ValueError where two outputs would go
+    to the same place, before the long run."""
     given = [path for path in paths if path is not None]
     for i, path in enumerate(given):
         if path in given[:i]:

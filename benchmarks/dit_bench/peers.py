@@ -210,10 +210,8 @@ def unet_forward(images: int, device: torch.device, dtype: torch.dtype) -> Funct
     t = torch.full((images,), 400, device=device)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet, table = make_unet(), nn.Embedding(CLASSES + 1, CONTEXT)
-    for module in (unet, table):
-        module.to(device, dtype).eval().requires_grad_(False)
-    channels_last(unet)
+        modules = nn.ModuleList([make_unet(), nn.Embedding(CLASSES + 1, CONTEXT)])
+    unet, table = channels_last(modules.to(device, dtype).eval().requires_grad_(False))
 
     def run() -> Tensor:
         x = latents.to(dtype, memory_format=torch.channels_last)

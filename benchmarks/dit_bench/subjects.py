@@ -10,9 +10,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from dit_engine.checkpoint.weights import without_storage
 from dit_engine.config import PUBLISHED, ModelConfig
-from dit_engine.model import DiT, position_embedding
+from dit_engine.model import DiT
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 M = TypeVar("M", bound=nn.Module)
@@ -23,8 +22,7 @@ _SIZE = re.compile(r"(?:DiT-)?[A-Za-z]{1,3}[/-]\d+")
 class Subject:
     """A float32 model on the CPU, and the VAE that belongs to it.
 
-    weights: "random", or where they came from. A forward takes as long with random ones.
-    size: pixels along a side of an image, where that is known.
+    weights: "random", or where they came from. size: pixels along a side, where that is known.
     """
 
     name: str
@@ -42,16 +40,11 @@ class Subject:
 def load_subject(
     name: str, *, size: int | None = None, vae: str | None = None, with_vae: bool = True
 ) -> Subject:
-    """The model called ``name``.
+    """The model called ``name``: one of the twelve published sizes ("XL/2"), or what
+    `Engine.from_pretrained` takes. Raises ValueError or OSError for a bad name or checkpoint.
 
-    Args:
-        name: one of the twelve published sizes ("XL/2"), or what `Engine.from_pretrained` takes.
-        size: pixels along a side, of a published size only; None is 256.
-        vae: weights of another VAE than the model's own.
-        with_vae: whether a published size gets Stable Diffusion's VAE (random weights).
-
-    Raises:
-        ValueError, OSError: an unknown name, which lists the known ones, or a bad checkpoint.
+    size: pixels along a side, of a published size only; None is 256. vae: weights of another VAE
+    than the model's own. with_vae: whether a published size gets Stable Diffusion's (random) VAE.
     """
     from dit_engine.checkpoint import build_model, build_vae, load_checkpoint
 
@@ -87,7 +80,6 @@ def check_name(name: str, size: int | None = None, vae: str | None = None) -> No
 
 
 def _is_size(name: str) -> bool:
-    """Whether ``name`` looks like a published size, known or not, rather than a path."""
     return _SIZE.fullmatch(name) is not None and not Path(name).exists()
 
 
@@ -109,12 +101,7 @@ def twin(model: DiT, config: ModelConfig | None = None) -> DiT:
 
 def random_model(config: ModelConfig) -> DiT:
     """A float32 DiT whose every weight is random, in eval mode."""
-    with without_storage():
-        model = DiT(config)
-    model.to_empty(device="cpu")
-    side = config.input_size // config.patch_size
-    model.pos_embed.data.copy_(position_embedding(config.hidden_size, side))
-    return _randomised(model)
+    return _randomised(DiT(config))
 
 
 def random_vae(config: VAEConfig) -> AutoencoderKL:

@@ -2,9 +2,7 @@
 
 In every round each function is visited once, in another order, so that a change of clock or of
 load meets all of them. A ratio is taken within a round, where both sides had the same conditions,
-and only then summarised. Before a visit on the CPU, the threads of the function before have gone to
-sleep, and a short function is called until it meets the caches as it leaves them, which is how the
-steps of a sampler follow each other. On CUDA the caches are overwritten before every call.
+and only then summarised.
 """
 
 from __future__ import annotations
@@ -87,11 +85,11 @@ def interleave(
     """Milliseconds of one call of each function: one sample per round, in the rounds' order.
 
     A visit on the CPU calls until ``visit_ms`` have passed and records the median, without the
-    first call unless that fills the visit by itself; with 0 it is a single call. A sample on CUDA
-    is the device's time between two events around one call.
+    first call unless that fills the visit by itself; with 0 it is a single call. A short function
+    thus meets the caches as it leaves them, which is how the steps of a sampler follow each other.
+    A sample on CUDA is the device's time between two events around one call, with cold caches.
 
     Args:
-        functions: name → function of no arguments.
         rounds: the largest number of rounds.
         warmup: calls of each before the first round.
         seconds: no new round begins after so long, warm-up not counted; the first always runs.

@@ -12,7 +12,6 @@ import torch
 from tiny import NAMES, tiny_dit, tiny_engine
 from torch import Tensor
 
-from dit_bench import peers
 from dit_bench.contenders import (
     BF16_TIMES_EAGER,
     Contender,
@@ -93,16 +92,6 @@ def test_compiled_models_compute_the_forward(
     assert all("forward" not in vars(block) for block in work.engine.model.blocks)
 
 
-@pytest.mark.skipif(find_spec("diffusers") is None, reason="no diffusers")
-def test_diffusers_shares_our_weights(work: Work) -> None:
-    state = work.engine.model.state_dict()
-    theirs = peers.diffusers_state(state, CONFIG.depth)
-    ours = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
-    assert all(tensor.untyped_storage().data_ptr() in ours for tensor in theirs.values())
-    with pytest.raises(ValueError, match="numerics 'official': diffusers computes only"):
-        Work(Networks(tiny_engine(vae=False)), 1).forward("diffusers", "fp32")
-
-
 @torch.inference_mode()
 def test_a_guided_step_is_ddpms_mean(work: Work) -> None:
     """Against the formula, by hand: guidance on three channels, then the posterior's mean."""
@@ -150,6 +139,11 @@ def test_what_cannot_run_is_skipped_and_named_but_a_fault_of_our_own_is_raised()
         assert said[0] == f"  other: skipped: {built.records['other']['reason']}"
     with pytest.raises(AttributeError):
         build([raising(AttributeError("x"))], EXPECTED, 0.01)
+
+
+def test_diffusers_refuses_what_it_does_not_compute() -> None:
+    with pytest.raises(ValueError, match="numerics 'official': diffusers computes only"):
+        Work(Networks(tiny_engine(vae=False)), 1).forward("diffusers", "fp32")
 
 
 def test_peers_have_the_precision_of_activations() -> None:

@@ -11,15 +11,7 @@ from published import GMACS_AND_MILLIONS
 from tiny import tiny_dit
 
 from dit_bench import cli, cost
-from dit_bench.cost import (
-    GFLOPS,
-    MILLION_PARAMETERS,
-    Cost,
-    counted,
-    decoder_record,
-    dit_cost,
-    total,
-)
+from dit_bench.cost import PAPER, Cost, counted, decoder_record, dit_cost, total
 from dit_engine.config import PUBLISHED, ModelConfig
 from dit_engine.model import DiT
 from dit_engine.vae import VAEConfig
@@ -30,8 +22,7 @@ def assert_as_printed(value: float, printed: float, last_digit: float) -> None:
 
 
 def test_all_sizes_are_the_papers() -> None:
-    ours = {f"DiT-{k}": (GFLOPS[256][k], MILLION_PARAMETERS[k]) for k in GFLOPS[256]}
-    assert ours == GMACS_AND_MILLIONS
+    assert {f"DiT-{name}": published for name, published in PAPER.items()} == GMACS_AND_MILLIONS
     for name in PUBLISHED:
         config = ModelConfig.named(name)
         found = total(dit_cost(config))
@@ -95,12 +86,12 @@ def test_the_unet_is_the_papers_and_the_command_prints_all(
     assert found.macs == 104_227_160_064
     assert found.macs / 1e9 == pytest.approx(cost.UNET_GFLOPS, rel=0.01)
     assert found.parameters / 1e6 == pytest.approx(400.92, abs=0.01)  # the published checkpoint's
-    monkeypatch.setattr(cost, "PUBLISHED", ["DiT-XL/2"])
+    monkeypatch.setattr(cost, "PAPER", {"XL/2": PAPER["XL/2"]})
     assert cli.main(["gflops", "--size", "256"]) == 0
     shown = capsys.readouterr().out
     for text in ("118.62", "118.64", "311.09", "LDM-4 U-Net", "104.23", "103.60", "237.24"):
         assert text in shown, text
-    monkeypatch.setattr(cost, "PUBLISHED", ["DiT-S/8"])
+    monkeypatch.setattr(cost, "PAPER", {"S/8": PAPER["S/8"]})
     assert cli.main(["gflops", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert len(rows) == 5 and rows[0]["published_gflops"] == 0.36

@@ -213,26 +213,24 @@ def test_neighbours_work_inside_the_block_alone_and_end_with_it() -> None:
     assert row["ratio"]["median"] == pytest.approx(row["busy_ms"] / row["idle_ms"], rel=0.5)
 
 
-# /proc/cpuinfo's name, vendor, family, model and stepping, as published for these machines → ours.
-PROCESSORS = [
-    ("AMD EPYC", "AuthenticAMD", 25, 17, 1, "AMD EPYC (family 25, model 17: Zen 4)"),
-    ("AMD EPYC", "AuthenticAMD", 99, 1, 1, "AMD EPYC (family 99, model 1)"),
-    ("AMD EPYC 9654 96-Core", "AuthenticAMD", 25, 17, 1, "AMD EPYC 9654 96-Core"),
-    ("Intel(R) Xeon(R) CPU @ 2.20GHz", "GenuineIntel", 6, 85, 7,
-        "Intel(R) Xeon(R) CPU @ 2.20GHz (family 6, model 85: Cascade Lake)"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "vendor", "family", "model", "stepping", "expected"), PROCESSORS)
+@pytest.mark.parametrize(
+    ("name", "vendor", "family", "model", "generation"),
+    [
+        ("AMD EPYC", "AuthenticAMD", 25, 17, " (family 25, model 17: Zen 4)"),
+        ("AMD EPYC", "AuthenticAMD", 99, 1, " (family 99, model 1)"),
+        ("AMD EPYC 9654 96-Core", "AuthenticAMD", 25, 17, ""),
+        ("Xeon(R) CPU @ 2.20GHz", "GenuineIntel", 6, 85, " (family 6, model 85: Cascade Lake)"),
+    ],
+)
 def test_the_processor_is_named_with_its_generation(
-    name: str, vendor: str, family: int, model: int, stepping: int, expected: str
+    name: str, vendor: str, family: int, model: int, generation: str
 ) -> None:
     one = (
         f"processor : 0\nvendor_id : {vendor}\ncpu family : {family}\nmodel : {model}\n"
-        f"model name : {name}\nstepping : {stepping}\nflags : fpu avx2 avx512_bf16 amx_tile sse2\n"
+        f"model name : {name}\nstepping : 7\nflags : fpu avx2 avx512_bf16 amx_tile sse2\n"
     )
     found = machine.processor(f"{one}\n{one.replace(name, 'another')}")
-    assert found == expected
+    assert found == name + generation
     assert machine.same_processor(found, name) and machine.same_processor(found, found)
     assert not machine.same_processor(found, f"{name} (family 1, model 1)") or found == name
     assert machine.instruction_sets(one) == ["avx2", "avx512_bf16", "amx_tile"]
@@ -242,9 +240,7 @@ def test_other_names_of_processors() -> None:
     text = "processor	: 0\nCPU implementer	: 0x41\nCPU part	: 0xd40\n"
     assert machine.processor(text).endswith("(part 0xd40: Neoverse V1)")
     assert machine.processor("") == machine.cpu_model("") and machine.instruction_sets("") == []
-    assert machine.slug("AMD EPYC 9B14") == "amd-epyc-9b14"
-    name = "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz"
-    assert machine.slug(name) == "intel-xeon-platinum-8481c-cpu" and machine.slug(" ") == "unknown"
+    assert machine.slug("Intel(R) Xeon(R) 8481C CPU @ 2.70GHz") == "intel-xeon-8481c-cpu"
 
 
 def test_a_gpu_whose_torch_and_driver_tell_little(monkeypatch: pytest.MonkeyPatch) -> None:

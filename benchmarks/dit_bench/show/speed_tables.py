@@ -108,7 +108,8 @@ def rates_table(report: Report, rows: Sequence[Row]) -> Table:
     }  # fmt: skip
     notes = [_RATES]
     if any("peak_mib" in row for row in rows):
-        notes.append("MiB: above what was taken before the backend was built")
+        notes.append("MiB: above what was taken before; a backend is built for the first number "
+                     "of images")  # fmt: skip
     used = [row for row in rows if row["status"] == "ok" and "tflop_s" in row]
     return table_of("What of the machine is used", used, columns, *notes, left=2,
                     short=("", "by", "TFLOP/s", "% of matrix products", "bound by"))  # fmt: skip

@@ -49,7 +49,7 @@ class Timer:
             expected: the result of float32 eager; None where every contender has its own check.
             bf16_error: what bfloat16 eager is off by.
         """
-        built = build(contenders, expected, bf16_error, self.progress.say)
+        built = build(contenders, expected, bf16_error, self.progress.say, self.device)
         samples: dict[str, list[float]] = {}
         if built.functions:
             go_on = self.progress.rounds(self.seconds)

@@ -1,8 +1,7 @@
-"""Memory of a backend while it is built and first runs.
+"""Memory of a lean forward on the CPU, in a process of its own.
 
-On CUDA torch's allocator tells. On the CPU a lean forward is measured in a process of its own: its
-resident memory, whose peak the system keeps, above a baseline, which is the same process after a
-lean run of a very small model, when every library is loaded and every thread has its stack.
+It is resident memory, whose peak the system keeps, above a baseline: the same process after a lean
+run of a very small model, when every library is loaded and every thread has its stack.
 """
 
 from __future__ import annotations
@@ -55,32 +54,6 @@ def peak_of(run: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
     """What ``run`` returns, and the peak of `resident_bytes` meanwhile."""
     (_SELF / "clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew, see proc(5)
     return run(), resident_bytes("VmHWM")
-
-
-def watched(
-    build: Callable[[], Callable[[], Any]], device: torch.device, record: dict[str, float]
-) -> Callable[[], Callable[[], Any]]:
-    """``build`` on CUDA, which adds to ``record``: "built_mib", taken by building, and by the first
-    call of what it gives "peak_mib", the most in it, above what was taken before building."""
-    mib = 2**20
-
-    def build_watched() -> Callable[[], Any]:
-        before = torch.cuda.memory_allocated(device)
-        function = build()
-        record["built_mib"] = round((torch.cuda.memory_allocated(device) - before) / mib, 1)
-
-        def call() -> Any:
-            if "peak_mib" in record:
-                return function()
-            torch.cuda.reset_peak_memory_stats(device)
-            result = function()
-            peak = torch.cuda.max_memory_allocated(device)
-            record["peak_mib"] = round((peak - before) / mib, 1)
-            return result
-
-        return call
-
-    return build_watched if device.type == "cuda" else build
 
 
 def needed_bytes(config: ModelConfig, batch: int, dtype: torch.dtype) -> dict[str, int]:

@@ -24,7 +24,6 @@ from dit_bench.report import WORK, Report, Row
 from dit_bench.speed.forward import Networks, Work, decoder_precision
 from dit_bench.speed.generation import GenerationCheck
 from dit_bench.speed.latency import Timer, reference, shares
-from dit_bench.speed.memory import watched
 from dit_bench.subjects import Subject, in_numerics, load_subject
 from dit_bench.timing import Budget
 from dit_engine.config import ModelConfig
@@ -43,16 +42,10 @@ Part = tuple[str, Callable[[Work], Callable[[], Any]]]
 class Plan:
     """What is measured.
 
-    Attributes:
-        subject: backend and precision; peers: further names and precisions.
-        batches: numbers of images; kinds: among `WORK`; size: pixels, of published models.
-        half_null: half of a forward's rows are unlabelled, as under guidance.
-        parts: of a forward, timed beside it and not compared with anything.
-        parity: images of a paired comparison with eager float32, 0 for none; sets: what is asked
-            of these as sets.
-        keep_engines: whether `measure` gives back the engines of trained models.
-        budget: what is not begun by its end is skipped.
-        title: the name of the model in the rows, where another than its own.
+    batches: numbers of images. half_null: half of a forward's rows are unlabelled, as under
+    guidance. parity: images of a paired comparison with eager float32, 0 for none; sets: what is
+    asked of these as sets. keep_engines: whether `measure` gives back the engines of trained
+    models. budget: what is not begun by its end is skipped. title: of the model in the rows.
     """
 
     models: tuple[str, ...]
@@ -157,20 +150,13 @@ def _measure_model(
     if plan.title is None and record["model"] not in [m["model"] for m in report["models"]]:
         report["models"].append(record)
     progress.done()
-    networks, built_mib = Networks(timed), None
+    networks = Networks(timed)
     for images in plan.batches:
         work = Work(networks, images, plan.half_null)
         for kind in plan.kinds:
             if kind != "decode" or subject.vae is not None:
                 progress.stage(f"{subject.name} {kind}, {images}")
-                rows = _rows(plan, kind, work, record, timer)
-                if "peak_mib" in rows[0]:
-                    if built_mib is None:
-                        built_mib = rows[0]["built_mib"]
-                    else:  # the backend is built once; later numbers of images find it there
-                        rows[0] |= {"built_mib": built_mib,
-                                    "peak_mib": rows[0]["peak_mib"] + built_mib}  # fmt: skip
-                report["rows"] += rows
+                report["rows"] += _rows(plan, kind, work, record, timer)
                 report["other_load"] = timer.load.mean
                 keep()
             progress.done()
@@ -200,18 +186,11 @@ def _rows(plan: Plan, kind: str, work: Work, record: dict[str, Any], timer: Time
     if plan.budget is not None and plan.budget.left() <= 0:
         late = {"status": "skipped", "reason": "no time was left"}
         return [common | {"contender": one.name, "role": one.role, **late} for one in found]
-    memory: dict[str, float] = {}
     with torch.inference_mode():
         if kind == "image":  # which has a check of its own
             return timer.run(common, found)
         runs = {"forward": work.forward, "step": work.guided_step, "decode": work.decode}
-        expected, error = reference(runs[kind], found)
-        if kind == "forward":
-            build = watched(found[0].build, plan.device, memory)
-            found[0] = replace(found[0], build=build)
-        rows = timer.run(common, found, expected, error)
-    rows[0] |= memory if "peak_mib" in memory else {}
-    return rows
+        return timer.run(common, found, *reference(runs[kind], found))
 
 
 def contenders(
@@ -224,8 +203,7 @@ def contenders(
 ) -> list[Contender]:
     """Who takes part in one kind of work: the first of ``names`` is the subject, others are peers.
 
-    record: what the model costs. check: of whole generations, which says how they are made. parts:
-    of a forward.
+    record: what the model costs. check: of whole generations, which says how they are made.
     """
     forward = record["cost"]["total"]["flops"]
     decoder = record["decoder"]["flops"] if record["decoder"] else 0
@@ -270,14 +248,10 @@ def _describe(subject: Subject, config: ModelConfig) -> dict[str, Any]:
     """config: of what is timed."""
     vae = subject.vae
     return {
-        "model": subject.name,
-        "weights": subject.weights,
-        "size": subject.size,
-        "config": config.to_dict(),
-        "tokens": config.num_tokens,
-        "cost": model_record(config),
+        "model": subject.name, "weights": subject.weights, "size": subject.size,
+        "config": config.to_dict(), "tokens": config.num_tokens, "cost": model_record(config),
         "decoder": None if vae is None else decoder_record(vae.config, config.input_size),
-    }
+    }  # fmt: skip
 
 
 def _dtypes(plans: Sequence[Plan]) -> tuple[torch.dtype, ...]:

@@ -31,12 +31,9 @@ run here raises where it is made or first called."""
 
 @dataclass(frozen=True)
 class Case:
-    """An operator at one shape.
+    """An operator of dit_kernels at one shape, with x of ``dtype``.
 
     Attributes:
-        operator: its name in dit_kernels.
-        shape: for people.
-        dtype: of x.
         inputs: device → arguments, the same at every call.
         reference: the definition; given float64 arguments it computes in float64.
         plain: what a plain torch model runs for it, in x's dtype.
@@ -157,14 +154,15 @@ def _dequantized(result: tuple[Tensor, Tensor]) -> tuple[Tensor]:
     return (codes.double() * scales.double().unsqueeze(-1),)
 
 
-def _linear(operator: str, rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> Case:
-    def gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+def _gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
+
+def _linear(operator: str, rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> Case:
     return _case(operator, f"R={rows} {inputs}→{outputs}", dtype,
                  lambda weight, x, bias: (x, weight * inputs**-0.5, bias),
                  (outputs, inputs), (rows, inputs), (outputs,), fusable=False,
-                 plain=gelu if operator == "linear_gelu" else F.linear,
+                 plain=_gelu if operator == "linear_gelu" else F.linear,
                  flops=2 * rows * inputs * outputs)  # fmt: skip
 
 

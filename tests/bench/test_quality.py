@@ -12,7 +12,7 @@ import torch
 
 from dit_bench.cli import main
 from dit_bench.quality import fd_lite0 as quality
-from dit_bench.quality.fd_lite0 import Halves, cached_features, compare, load_halves, recognised
+from dit_bench.quality.fd_lite0 import Halves, compare, load_halves, recognised
 from dit_bench.quality.features import Extracted, FeatureNetwork
 from dit_bench.quality.metrics import frechet_distance, moments_of
 from dit_bench.report import validate
@@ -82,18 +82,6 @@ def test_compare_ranks_and_counts() -> None:
     few = halves._replace(features_a=a[:6], features_b=b[:6])
     with pytest.raises(ValueError, match="6 images are too few for 6 features"):
         compare(few, blurred[:6], absent[:6])
-
-
-def test_features_are_cached_and_made_again_for_other_pixels(
-    tmp_path: Path, network: FeatureNetwork, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    labels, cache = np.array([0, 0, 1, 1]), tmp_path / "features.npz"
-    one, other = (ImageSet(pictures(seed), labels, ("a", "b")) for seed in (0, 1))
-    first = cached_features(one, cache, network)
-    absent = FeatureNetwork("lite0", "FD-Lite0", 8, lambda _: pytest.fail("computed again"))
-    np.testing.assert_array_equal(first, cached_features(one, cache, absent))
-    assert np.abs(cached_features(other, cache, network) - first).max() > 0.1
-    assert [p.name for p in tmp_path.iterdir()] == ["features.npz"]
 
 
 def test_reconstruction_keeps_scale_and_order() -> None:

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from numpy.typing import NDArray
 from dit_bench.machine import describe
 from dit_bench.quality.features import FeatureNetwork, load_network
 from dit_bench.quality.image_sets import Images, generated
-from dit_bench.quality.lite0 import FEATURES, WEIGHTS_SHA256
+from dit_bench.quality.lite0 import FEATURES
 from dit_bench.quality.metrics import Features, frechet_distance, moments_of
 from dit_bench.report import Row, new_report, write
 from dit_bench.show.reports import report_tables
@@ -36,15 +35,11 @@ from dit_bench.show.tables import show
 from dit_engine.console.bars import Bar
 from dit_engine.console.output import check_file
 from dit_engine.console.parser import add_model_argument, add_sampling_arguments, sampling_options
-from dit_engine.io.arrays import open_member
-from dit_engine.io.files import atomic_path
-from dit_engine.training.data import ImageSet
 
 if TYPE_CHECKING:
     from dit_engine.vae import AutoencoderKL
 
 METRIC = "FD-Lite0"
-_BATCH = 64  # images that are generated at once
 
 Labels = NDArray[np.int64]
 
@@ -63,39 +58,15 @@ class Halves(NamedTuple):
 
 
 def load_halves(data: Path, per_class: int, size: int, network: FeatureNetwork) -> Halves:
-    """The first ``per_class`` held-out avatars of each class (A) and the next ``per_class`` (B).
-
-    Rendered images and their features are kept in ``data``.
-    """
+    """The first ``per_class`` held-out avatars of each class (A) and the next ``per_class`` (B);
+    they are rendered once and kept in ``data``."""
     from dit_engine.training.avatars import load_avatars
 
     held_out = load_avatars(data, "held-out", 2 * per_class, size)
-    cache = data / f"avatars-held-out-{size}px-{2 * per_class}.fd-lite0.npz"
-    features = cached_features(held_out, cache, network)
+    features = network.pooled(held_out.images, "features of held-out images")
     in_a = np.arange(len(held_out)) // per_class % 2 == 0  # the images are ordered by class
     images, labels = held_out.images[in_a], held_out.labels[in_a]
     return Halves(images, features[in_a], features[~in_a], labels, held_out.class_names)
-
-
-def cached_features(held_out: ImageSet, cache: Path, network: FeatureNetwork) -> Features:
-    """Features of all images, read from ``cache`` if it was made from these pixels and weights.
-
-    The file's name alone would not show that the images were rendered again.
-    """
-
-    def stored(name: str, like: NDArray[Any]) -> NDArray[Any]:
-        with open_member(cache, name) as found:
-            if (found.shape, found.dtype) != (like.shape, like.dtype):
-                raise ValueError(f"{found}; {like.dtype} {like.shape} is needed: remove the file")
-            return found.read()
-
-    key = np.array(hashlib.sha256(held_out.images.tobytes()).hexdigest() + WEIGHTS_SHA256)
-    if cache.exists() and stored("key", key) == key:
-        return stored("features", np.empty((len(held_out), FEATURES), np.float32))
-    features = network.pooled(held_out.images, "features of held-out images")
-    with atomic_path(cache) as partial, partial.open("wb") as file:
-        np.savez(file, features=features, key=key)
-    return features
 
 
 def recognised(
@@ -168,7 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--samples", type=int, default=2400, help="generated images, over all classes")
     add("--first-seed", type=int, default=0, help="image i is made from first seed + i")
-    add("--data", type=Path, default=Path("runs/data"), help="cache of held-out images, features")
+    add("--data", type=Path, default=Path("runs/data"), help="where the held-out images are kept")
     add("--allow-few", action="store_true", help="accept fewer images than features (1280)")
     add("--json", type=Path, help="write every figure and setting here")
 
@@ -195,14 +166,9 @@ def run(arguments: argparse.Namespace) -> int:
     seed, options, clock = arguments.first_seed, sampling_options(arguments), time.perf_counter()
     halves = load_halves(arguments.data, samples // len(CLASSES), size, network)
     source = generated(engine, "generated", halves.labels.tolist(), seed, **options)
-    with Bar(source.batches(_BATCH), "generating", total=-(-samples // _BATCH)) as bar:
-        images = np.concatenate(list(bar))
-    rows = compare(
-        halves,
-        network.pooled(reconstruct(halves.images_a, vae), "their features"),
-        network.pooled(images, "features of generated images"),
-        allow_few=few,
-    )
+    made = network.read(source, batch_size=64).pooled
+    reconstructions = network.pooled(reconstruct(halves.images_a, vae), "their features")
+    rows = compare(halves, reconstructions, made, allow_few=few)
     settings = source.record | network.record | {
         "model": str(model), "image_size": size, "first_seed": seed,
         "reference": "held-out avatars (half B)",

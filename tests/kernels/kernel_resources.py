@@ -53,10 +53,9 @@ def cases() -> list[Case]:
     fused, rows = "gate_residual_layernorm_modulate", (2, 256, 1152)
     found: list[Case] = []
     for sm in SHARED_MEMORY:
-        for variant in ("attention", "attention_tma") if sm >= 90 else ("attention",):
-            # 16 images fill a GPU with tiles of 128 queries, 2 images take those of 64.
-            found += [Case(variant, sm, BRAIN, (n, 256, 16, 72)) for n in (16, 2)]
-            found.append(Case(variant, sm, HALF, (16, 256, 16, 64)))
+        # 16 images fill a GPU with tiles of 128 queries, which need the most memory.
+        variants = ("attention", "attention_tma") if sm >= 90 else ("attention",)
+        found += [Case(variant, sm, BRAIN, (16, 256, 16, 72)) for variant in variants]
         found += [
             Case(op, sm, BRAIN, rows) for op in ("layernorm_modulate", fused, "gate_residual")
         ]
@@ -68,8 +67,15 @@ def cases() -> list[Case]:
         found.append(Case("gelu", sm, BRAIN, (2, 256, 4608)))
     return [
         *found,
-        Case("attention", 90, BRAIN, (16, 1001, 16, 72)),  # a ragged number of tokens
-        Case("attention_tma", 90, BRAIN, (16, 1001, 16, 72)),
+        *(
+            Case(variant, 90, dtype, sizes)
+            for variant in ("attention", "attention_tma")
+            for dtype, sizes in (
+                (BRAIN, (2, 256, 16, 72)),  # tiles of 64 queries
+                (HALF, (16, 256, 16, 64)),  # no second tile of columns
+                (BRAIN, (16, 1001, 16, 72)),  # a ragged number of tokens
+            )
+        ),
         Case("attention", 90, BRAIN, (2, 16, 4, 32)),  # a small model
         Case("attention", 90, BRAIN, (16, 256, 16, 128)),  # the widest head
         Case("attention", 90, FULL, (2, 256, 16, 128)),  # no tensor cores

@@ -19,10 +19,6 @@ inline int64_t size_of(int dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 inline bool known(int dtype) { return dtype >= Dtype::f32 && dtype <= Dtype::f16; }
 
-inline bool aligned(const void* p, int64_t bytes) {
-    return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
-}
-
 // XOR with this turns an int8 code into the kind asked for: int8, or code + 128 as uint8.
 inline uint8_t flip_of(int unsigned_codes) { return unsigned_codes ? 0x80 : 0; }
 
@@ -46,7 +42,8 @@ template <int count>
 int check_pointers(const Pointer (&pointers)[count]) {
     for (const Pointer& p : pointers) {
         if (p.data == nullptr && p.required) return null_pointer;
-        if (!aligned(p.data, p.alignment)) return misaligned;
+        const auto address = reinterpret_cast<uintptr_t>(p.data);
+        if (address % static_cast<uintptr_t>(p.alignment) != 0) return misaligned;
     }
     return ok;
 }

@@ -79,18 +79,14 @@ void normalize(const void* x, void* out, int64_t pixels, int64_t c, const float*
     }
 }
 
-// Unpatchify, guidance, learned variance and the sampler's update, one pixel after another: the
-// latents are small, and exp is libm's.
-
 DIT_INLINE float scalar(const float* p) { return *p; }
 DIT_INLINE float scalar(const F16* p) { return _cvtsh_ss(p->bits); }
 DIT_INLINE float scalar(const Bf16* p) {
-    const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
-    float value;
-    __builtin_memcpy(&value, &bits, sizeof value);
-    return value;
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(p->bits << 16)));
 }
 
+// Unpatchify, guidance, learned variance and the sampler's update, one pixel after another: the
+// latents are small, and exp is libm's.
 template <class T>
 void guided_step(const GuidedStepArgs& a, int64_t begin, int64_t end) {
     const float x0_z = a.coefficients[0], x0_eps = a.coefficients[1], to_x0 = a.coefficients[2];

@@ -42,11 +42,8 @@ void dequantize_rows(const DequantizeArgs& a, int64_t begin, int64_t end) {
 
 template <class T>
 void dequantize(const DequantizeArgs& a, int64_t begin, int64_t end) {
-    if (a.gelu) {
-        dequantize_rows<true, T>(a, begin, end);
-    } else {
-        dequantize_rows<false, T>(a, begin, end);
-    }
+    const auto run = a.gelu ? dequantize_rows<true, T> : dequantize_rows<false, T>;
+    run(a, begin, end);
 }
 
 // The scale of a row whose greatest magnitude is given; NaN stays NaN.

@@ -55,16 +55,15 @@ def test_a_directory_that_others_may_write_in_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each directory of the cache is looked at, also behind links of the user."""
-    big, home = made(tmp_path / "disk" / "big"), tmp_path / "home"
-    home.symlink_to("disk/../disk")
+    big = made(tmp_path / "disk" / "big")
+    (tmp_path / "home").symlink_to("disk/../disk")
     (tmp_path / "disk" / "cache").symlink_to(big)
-    monkeypatch.setenv(VARIABLE, str(home / "cache"))
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "home" / "cache"))
     onnx = private_cache("onnx")
     assert onnx == cache_directory() / "onnx" and (big / "onnx").is_dir() and mode(onnx) == 0o700
     for place, wrong, said in (
         (big / "onnx", 0o770, rf"others may .*mode 770.*; run chmod go-w .*, or set {VARIABLE} "),
         (big, 0o1777, "others may write in it"),
-        (big, 0o777, r"anyone may write in .*disk/big"),
         (tmp_path / "disk", 0o777, r"anyone may write in .*disk "),
     ):
         before = mode(place)
@@ -72,16 +71,11 @@ def test_a_directory_that_others_may_write_in_is_refused(
         with pytest.raises(ValueError, match=said):
             private_cache("onnx")
         place.chmod(before)
-    big.chmod(0o755)  # others may read
-    assert private_directory(big) == big and mode(big) == 0o755
     big.chmod(0o1777)  # as /tmp
     assert mode(private_directory(big / "below")) == 0o700
     (tmp_path / "loop").symlink_to("loop")
-    for name in ("loop", "file"):
-        if name == "file":
-            (tmp_path / name).touch()
-        with pytest.raises(ValueError, match="is not a directory"):
-            private_directory(tmp_path / name)
+    with pytest.raises(ValueError, match="is not a directory"):
+        private_directory(tmp_path / "loop")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root gives files away")

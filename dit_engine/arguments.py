@@ -103,23 +103,21 @@ def scalar(value: Any) -> Any:
 def whole_number(value: Any) -> int | None:
     """A whole number of any type, also NumPy's and torch's; None for anything else, such as
     booleans, floats and arrays with dimensions."""
-    value = scalar(value)
-    if isinstance(value, bool | type) or dimensions(value) or not hasattr(value, "__index__"):
-        return None
-    try:
-        return operator.index(value)
-    except (TypeError, ValueError, RuntimeError):
-        return None
+    return _converted(value, operator.index)
 
 
 def real_number(value: Any) -> float | None:
     """A real number of any type, also NumPy's and torch's; None for other values, such as booleans,
     text, arrays with dimensions and masked values."""
+    return _converted(value, float)
+
+
+def _converted(value: Any, convert: Callable[[Any], Any]) -> Any:
     value = scalar(value)
     if isinstance(value, bool | str | bytes | bytearray | type) or dimensions(value):
         return None
     try:
-        return float(value)
+        return convert(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return None
 

@@ -70,10 +70,7 @@ def locate(source: str | Path, kind: str = "model") -> Path:
 
 def _download(repo_id: str) -> Path:
     """The directory with a model's configs and weights; safetensors are preferred to pickles.
-
-    Half-precision variants and files of other frameworks are left out. Files in the cache are not
-    fetched again, and without a network only the cache is used.
-    """
+    Half-precision variants are left out. Without a network only the hub's cache is used."""
     import huggingface_hub  # slow to import, and only needed here
 
     def snapshot(patterns: list[str]) -> Path:
@@ -140,7 +137,6 @@ def open_directory(path: Path) -> tuple[Path, Path | None, tuple[str, ...] | Non
 
 
 def find_weights(directory: Path) -> Path:
-    """The weight file (or shard index) in a directory, by the order of `WEIGHT_NAMES`."""
     for name in WEIGHT_NAMES:
         if (directory / name).is_file():
             return directory / name
@@ -151,5 +147,4 @@ def find_weights(directory: Path) -> Path:
 
 
 def listing(directory: Path) -> str:
-    """For messages: the first three names in a directory that are not hidden, or "nothing"."""
     return some_of(sorted(p.name for p in directory.iterdir() if not p.name.startswith(".")))

@@ -45,11 +45,8 @@ MOST_PIXELS = 16_384
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that a source holds.
-
-    state_dict has the official keys; vae_state_dict has diffusers' keys with to_q, to_k, to_v and
-    to_out.0. The tensors may be mapped from the file; modules that are built from this share them.
-    """
+    """Everything that a source holds: state_dict has the official keys, vae_state_dict diffusers'.
+    The tensors may be mapped from the file; modules that are built from this share them."""
 
     config: ModelConfig
     state_dict: dict[str, Tensor]
@@ -80,15 +77,13 @@ def load_checkpoint(
             transformer directory, a hub id (owner/name) of one of these, or "builtin".
         vae: the AutoencoderKL to use in place of the source's own: a file, a directory (also of a
             pipeline, with ``vae/`` in it), or a hub id.
-        numerics: "official" or "diffusers" (see `ModelConfig`). None keeps the source's, which
-            is "diffusers" for diffusers directories.
+        numerics: "official" or "diffusers" (see `ModelConfig`); None keeps the source's.
         num_heads: needed if neither the width nor the options of the training tell it.
         prediction: "epsilon", "v_prediction" or "sample" (see `Diffusion`), in place of what the
             files say. None takes theirs, or epsilon if they say nothing.
         check_finite: look for NaN and infinity in every weight.
-        vae_scaling_factor, vae_shift_factor, vae_groups: what the VAE's config.json calls
-            scaling_factor, shift_factor and norm_num_groups, in place of what it says. For a VAE
-            file without a config.
+        vae_scaling_factor, vae_shift_factor, vae_groups: in place of what the VAE's config.json
+            calls scaling_factor, shift_factor and norm_num_groups, or if it has none.
 
     Raises:
         ValueError: one line that names the file and what is wrong with it.
@@ -200,7 +195,6 @@ def _filled(
 def _read_transformer(
     weights: Path, num_heads: int | None, prediction: str | None, check_finite: bool
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config and official state dict of a weight file, with the config.json beside it if any."""
     content, state, values = read_state(weights, MODEL_MARKS, check_finite)
     kind = values.pop("_class_name", None)
     try:

@@ -72,7 +72,7 @@ Option = tuple[str, str, Any]  # its place in the file, for messages, its name a
 
 
 class Options(dict[str, Any]):
-    """The options that are read, by name. ``places`` says where in the file each of them is."""
+    """The options that are read, by name; ``places`` says where in the file each of them is."""
 
     def __init__(self, values: Mapping[str, Any] | None = None) -> None:
         super().__init__(values or {})

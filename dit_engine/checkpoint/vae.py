@@ -22,9 +22,8 @@ from dit_engine.io.printable import some_of
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 VAE_CLASS = "AutoencoderKL"
-# Fields of the config that cannot be read from the tensors.
+# Fields of the config that cannot be read from the tensors, and what `load_checkpoint` calls some.
 FIELDS = ("norm_num_groups", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
-# What `load_checkpoint` calls some of them.
 OPTIONS = {"norm_num_groups": "vae_groups", "scaling_factor": "vae_scaling_factor",
            "shift_factor": "vae_shift_factor"}  # fmt: skip
 

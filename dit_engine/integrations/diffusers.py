@@ -53,11 +53,8 @@ class DiTAdapter(nn.Module):
         cross_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """hidden_states (N, C, S, S), timestep (N,) or one for all, class_labels (N,).
-
-        Returns Transformer2DModelOutput, or a tuple without ``return_dict``; sample is
-        (N, C_out, S, S). Raises ValueError for what a DiT cannot do.
-        """
+        """hidden_states (N, C, S, S), timestep (N,) or one for all, class_labels (N,) → sample
+        (N, C_out, S, S), in a Transformer2DModelOutput or, without ``return_dict``, a tuple."""
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         if timestep is None or class_labels is None:
@@ -94,10 +91,8 @@ class DiTAdapter(nn.Module):
 
 @cache
 def _diffusers_class() -> type[DiTAdapter]:
-    """`DiTAdapter` as diffusers takes a component that can be saved.
-
-    It is a ModelMixin, and the pipeline's index gets the name of the class that can load it again.
-    """
+    """`DiTAdapter` as diffusers takes a component that can be saved: a ModelMixin with the name of
+    the class that can load it again."""
     from diffusers.models.modeling_utils import ModelMixin
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
@@ -119,12 +114,9 @@ def accelerate(pipe: Any) -> Any:
     """Replace ``pipe.transformer`` by our model with the same weights, and return ``pipe``.
 
     The arithmetic stays diffusers' own (numerics "diffusers"), so images are equal within
-    rounding. The weights are shared with the old transformer but for the packed q, k and v. A
-    pipeline that was accelerated before is returned as it is. What ``pipe.save_pretrained`` writes
-    is a DiTPipeline as before.
-
-    Raises:
-        ValueError: no DiTPipeline, or a transformer whose options are not a DiT's.
+    rounding. The weights are shared with the old transformer but for the packed q, k and v. What
+    ``pipe.save_pretrained`` writes is a DiTPipeline as before. Raises ValueError for another
+    pipeline, and for a transformer whose options are not a DiT's.
     """
     transformer: Any = getattr(pipe, "transformer", None)
     if isinstance(transformer, DiTAdapter):

@@ -23,6 +23,7 @@ import math
 import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,9 @@ def parse_json(text: str | bytes, source: object, lenient: bool = False) -> Any:
         _check_depth(data)
         values = json.loads(
             data.decode("utf-8", "surrogatepass" if lenient else "strict"),
-            parse_int=_any_whole if lenient else _whole,
+            parse_int=partial(_whole, lenient=lenient),
             parse_float=None if lenient else _finite,
-            parse_constant=None if lenient else _refuse_constant,
+            parse_constant=None if lenient else _finite,  # NaN and Infinity
         )
         if not lenient and _SURROGATE.search(data):
             json.dumps(values, ensure_ascii=False).encode()
@@ -108,8 +109,7 @@ def check_schema(values: Any, schema: Schema, source: object, top: str = "") -> 
 
 
 def is_file_name(value: Any) -> bool:
-    """Whether a value is the name of a file on every system: without a directory, a drive or a
-    stream, and without terminal escapes."""
+    """Whether a value is the name of a file on every system, without a directory or escapes."""
     return (
         isinstance(value, str)
         and 0 < len(value.encode("utf-8", "surrogatepass")) <= 255
@@ -120,8 +120,7 @@ def is_file_name(value: Any) -> bool:
 
 
 def _check_depth(data: bytes) -> None:
-    """Raise ValueError for a text that is nested too deeply, before it is parsed: parsing it, or
-    using its value, would end in a RecursionError."""
+    # Before the text is parsed, because parsing it or using its value could end in RecursionError.
     if data.count(b"[") + data.count(b"{") <= DEPTH:
         return
     # Without escaped characters, every second part between quotation marks is a string.
@@ -133,46 +132,32 @@ def _check_depth(data: bytes) -> None:
             raise ValueError(f"is nested deeper than the {DEPTH} levels that are allowed")
 
 
-def _whole(text: str) -> int:
-    value = _any_whole(text)
-    if not -(1 << 63) <= value < 1 << 64:
-        raise ValueError(f"the number {shown(text)[1:-1]} has more than 64 bits")
-    return value
-
-
-def _any_whole(text: str) -> int:
+def _whole(text: str, lenient: bool = False) -> int:
     if len(text) > DIGITS:  # int() takes a time that grows with the square of the length
         raise ValueError(f"the number {shown(text)[1:-1]} has more than {DIGITS} digits")
+    if not (lenient or -(1 << 63) <= int(text) < 1 << 64):
+        raise ValueError(f"the number {shown(text)[1:-1]} has more than 64 bits")
     return int(text)
 
 
 def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"the number {shown(text)[1:-1]} is too large")
-    return value
+    if not math.isfinite(float(text)):
+        raise ValueError(f"the number {shown(text)[1:-1]} is not finite")
+    return float(text)
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"not valid JSON ({name} is not a number in JSON)")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return _is_whole(value) or isinstance(value, float)  # finite, as `parse_json` has read it
+def _is_a(value: Any, *types: type) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)
 
 
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "text": lambda value: isinstance(value, str),
     "line": lambda value: isinstance(value, str) and value.isprintable() and len(value) < 1000,
     "file name": is_file_name,
-    "number": _is_number,
-    "positive": lambda value: _is_number(value) and value > 0,
-    "integer": _is_whole,
-    "count": lambda value: _is_whole(value) and value >= 0,
+    "number": lambda value: _is_a(value, int, float),  # finite, as `parse_json` has read it
+    "positive": lambda value: _is_a(value, int, float) and value > 0,
+    "integer": lambda value: _is_a(value, int),
+    "count": lambda value: _is_a(value, int) and value >= 0,
     "bool": lambda value: isinstance(value, bool),
     "object": lambda value: isinstance(value, dict),
     "list": lambda value: isinstance(value, list),

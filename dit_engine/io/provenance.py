@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -19,7 +20,8 @@ _DIRECTORIES = re.compile(
 def recorded(source: str | Path) -> str:
     """The name that is recorded for ``source``: the last part of a path, or a whole hub id."""
     text = str(source)
-    if not (_is_path(text) or isinstance(source, Path) or _exists(text)):
+    exists = os.path.exists(text)  # noqa: PTH110 (which raises nothing for a name that is too long)
+    if not (_is_path(text) or isinstance(source, Path) or exists):
         return text
     name = Path(text).absolute().name
     return Path(text).resolve().name if name == ".." else name or text
@@ -48,13 +50,6 @@ def without_paths(value: Any) -> Any:
     if _is_path(value) and "\n" not in value and ": " not in value:
         return _last(value) or value
     return _DIRECTORIES.sub("", value)
-
-
-def _exists(text: str) -> bool:
-    try:
-        return Path(text).exists()
-    except OSError:  # the name is too long, or a directory may not be read
-        return False
 
 
 def _is_path(text: str) -> bool:

@@ -130,10 +130,6 @@ def test_pipeline_directory(tmp_path: Path) -> None:
         path.write_text(json.dumps(index | {"id2label": wrong}))
         with pytest.raises(ValueError, match=message):
             load_checkpoint(tmp_path)
-    path.write_text(json.dumps(index))
-    shutil.rmtree(tmp_path / "vae")
-    without = load_checkpoint(tmp_path)
-    assert (without.vae_config, without.vae_state_dict, without.label_names) == (None, None, None)
     shutil.rmtree(tmp_path / "transformer")
     with pytest.raises(ValueError, match="a DiTPipeline without transformer/"):
         load_checkpoint(tmp_path)

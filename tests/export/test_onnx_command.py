@@ -18,7 +18,6 @@ from dit_export.onnx import export as export_module
 from dit_export.onnx import files
 from dit_export.onnx.export import ExportOptions, export_onnx
 from dit_export.source import model_name
-from dit_export.targets import choose_opset, float_dtype
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +80,10 @@ def test_options_that_are_refused(
     assert not out.exists()
 
 
+def test_published_shapes_have_their_names() -> None:
+    assert model_name(ModelConfig.named("DiT-XL/4", 512)) == "DiT-XL/4"
+
+
 def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert failed(capsys, "coreml") == "command 'coreml': choose one of onnx, tensorrt, triton"
 
@@ -90,25 +93,6 @@ def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(files, "find_spec", lambda name, gone=package: name != gone or None)
         with pytest.raises(ImportError, match=rf"^{package} is not .* 'dit-engine\[onnx\]'$"):
             export_onnx(tiny_dit(), tmp_path / "out")
-
-
-def test_a_full_disk_halfway_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save, saved = export_module.save, []
-
-    def full(model: object, path: Path, limit: int) -> None:
-        save(model, path, limit)
-        saved.append(path)
-        if len(saved) == 2:
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(export_module, "save", full)
-    options = ExportOptions("fp32", graphs=("conditioner", "denoiser"))
-    with pytest.raises(OSError, match="No space left"):
-        export_onnx(tiny_dit(depth=1), tmp_path / "out", options)
-    assert saved[0].parent != tmp_path / "out"  # it was written, elsewhere
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_written_is_refused_before_any_work(
@@ -156,16 +140,3 @@ def test_what_an_export_finds_wrong_is_one_line(
     ):
         export_onnx(tiny_dit(), tmp_path / "out", options)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_defaults() -> None:
-    for dtype, target, opset, inside, vae in (
-        ("fp32", "tensorrt", 20, "fp32", "fp32"),
-        ("fp16", "tensorrt", 23, "fp16", "fp32"),
-        ("bf16", "openvino", 23, "bf16", "bf16"),
-        ("int8", "onnxruntime", 23, "fp32", "fp32"),
-        ("fp8", "tensorrt", 23, "fp16", "fp32"),
-    ):
-        assert choose_opset(dtype, target) == opset and float_dtype(dtype, target) == inside
-        assert ExportOptions(dtype, target).graph_dtype("vae_decoder") == vae
-    assert model_name(ModelConfig.named("DiT-XL/4", 512)) == "DiT-XL/4"

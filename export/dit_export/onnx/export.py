@@ -209,7 +209,7 @@ def _write(
         # which a VAE is beside an fp16 transformer.
         opset = choose_opset(dtype, target, options.opset)
         made = module(name, FLOATS[dtype] if vaes else inside, layer)
-        exported = to_onnx(made, name, graph.inputs, graph.outputs, opset)
+        exported = to_onnx(made, graph, opset)
         if layer is not MatMulLinear:
             check_pairs(exported, name, len(LINEARS) * model.config.depth)
         exported.producer_name, exported.producer_version = "dit-engine", __version__

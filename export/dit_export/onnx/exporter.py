@@ -18,28 +18,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_export.bundle import ExportFailed, TensorSpec
+from dit_export.bundle import ExportFailed, Graph
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def to_onnx(
-    module: nn.Module,
-    name: str,
-    inputs: tuple[TensorSpec, ...],
-    outputs: tuple[TensorSpec, ...],
-    opset: int,
-) -> Any:
+def to_onnx(module: nn.Module, graph: Graph, opset: int) -> Any:
     """``module`` as an onnx_ir Model of standard operators of ``opset``.
 
-    Every dimension that has a name in inputs and outputs is dynamic.
+    Every dimension that has a name in the graph's inputs and outputs is dynamic.
 
     Raises ExportFailed if torch wrote another opset or fixed a dimension, which it only logs.
     """
     sizes = {"batch": 2, "height": 6, "width": 5}  # small, and all different
     dims = {size: torch.export.Dim(size) for size in sizes}
     examples, dynamic = [], []
-    for spec in inputs:
+    for spec in graph.inputs:
         shape = [n if isinstance(n, int) else sizes[n] for n in spec.shape]
         examples.append(torch.zeros(shape, dtype=getattr(torch, spec.dtype)))
         dynamic.append({i: dims[n] for i, n in enumerate(spec.shape) if isinstance(n, str)})
@@ -50,22 +44,21 @@ def to_onnx(
             dynamo=True,
             verbose=False,
             opset_version=opset,
-            input_names=[spec.name for spec in inputs],
-            output_names=[spec.name for spec in outputs],
+            input_names=[spec.name for spec in graph.inputs],
+            output_names=[spec.name for spec in graph.outputs],
             dynamic_shapes=tuple(dynamic),
         )
     assert program is not None
     model = program.model
     if dict(model.opset_imports) != {"": opset} or model.functions:
         raise ExportFailed(
-            f"{name}: opset {opset} was asked for, torch wrote {dict(model.opset_imports)}"
+            f"{graph.name}: opset {opset} was asked for, torch wrote {dict(model.opset_imports)}"
         )
-    for value, spec in zip(
-        (*model.graph.inputs, *model.graph.outputs), (*inputs, *outputs), strict=True
-    ):
+    written = (*model.graph.inputs, *model.graph.outputs)
+    for value, spec in zip(written, (*graph.inputs, *graph.outputs), strict=True):
         shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape or ())
         if (value.name, shape) != (spec.name, spec.shape):
-            raise ExportFailed(f"{name}: {value.name} {shape}, where {spec} was meant")
+            raise ExportFailed(f"{graph.name}: {value.name} {shape}, where {spec} was meant")
     make_readable(model)
     return model
 

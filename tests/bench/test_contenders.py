@@ -41,7 +41,7 @@ EXPECTED = torch.tensor([3.0, 4.0])
 @pytest.fixture(scope="module")
 def work() -> Work:
     vae = random_vae(VAEConfig(block_out_channels=(32, 64), layers_per_block=1))
-    return Work(Networks(Engine(random_model(CONFIG), vae, device="cpu")), 4, half_null=True)
+    return Work(Networks(Engine(random_model(CONFIG), vae, device="cpu")), 4)
 
 
 @torch.inference_mode()

@@ -177,7 +177,7 @@ def test_a_passing_allocation_is_seen() -> None:
 @needs_proc
 @pytest.mark.slow
 def test_memory_is_measured_in_a_child() -> None:
-    measured = measure(random_model(TINY), 2, "bf16", 1)
+    measured = measure(random_model(TINY), 1)
     assert measured["needed"] == needed_bytes(TINY, 2, torch.bfloat16)
     # Such a small model vanishes among the pages that any run touches.
     assert abs(measured["after_load"]["total"]) < 64 * 2**20

@@ -80,7 +80,7 @@ def plans(arguments: argparse.Namespace) -> list[Plan]:
     """The forwards and the decode that are measured, in order."""
     common: dict[str, Any] = {
         "device": CPU, "subject": SUBJECT, "seconds": math.inf, "rounds": arguments.rounds,
-        "threads": arguments.threads, "half_null": True,
+        "threads": arguments.threads,
     }  # fmt: skip
     chosen = arguments.only or WORKLOADS
     found = [
@@ -158,7 +158,7 @@ def memory_row(threads: int) -> Row:
     row: Row = {"section": "memory", "case": "XL/2, batch 2", "contender": "lean bf16",
                 "goal": MEMORY_GOAL}  # fmt: skip
     try:
-        found = measure_memory(model_of("XL/2"), 2, "bf16", threads)
+        found = measure_memory(model_of("XL/2"), threads)
     except (RuntimeError, ValueError) as error:
         return row | {"status": "skipped", "reason": one_line(error), "result": "skipped"}
     return row | {"status": "ok", **found, "result": result(found["value"], MEMORY_GOAL)}
@@ -171,7 +171,7 @@ def works(
     for name in names:
         networks = Networks(Engine(model_of(name), device="cpu"))
         for batch in batches[name]:
-            yield f"{name}, batch {batch}", Work(networks, batch, half_null=True)
+            yield f"{name}, batch {batch}", Work(networks, batch)
 
 
 def fill_profile(names: Sequence[str], report: Report, timer: Timer) -> None:

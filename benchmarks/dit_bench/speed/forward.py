@@ -58,21 +58,18 @@ class Networks:
 class Work:
     """Random inputs for N images on the engine's device, and functions that compute with them.
 
-    A forward has N rows, all labelled; with ``half_null``, half of them are unlabelled, as under
-    guidance. A guided step has 2N rows, of which half are unlabelled.
+    A forward has N rows and a guided step 2N, of which half are unlabelled.
     """
 
-    def __init__(self, networks: Networks, images: int, half_null: bool = False) -> None:
+    def __init__(self, networks: Networks, images: int) -> None:
         self.networks, self.engine, self.images = networks, networks.engine, images
         config, device = self.engine.config, self.engine.device
         draw = torch.Generator().manual_seed(images)
-        shape = (images, config.in_channels, config.input_size, config.input_size)
         self.seeds = list(range(images))  # of whole generations
-        self.x = torch.randn(shape, generator=draw).to(device)
+        self.x = torch.randn(images, *config.latent_shape, generator=draw).to(device)
         self.classes = torch.randint(config.num_classes, (images,), generator=draw).to(device)
         self.labels = self.classes.clone()  # (N,)
-        if half_null:
-            self.labels[(images + 1) // 2 :] = config.null_class
+        self.labels[(images + 1) // 2 :] = config.null_class
         self.schedule = make_schedule(STEPS, diffusion=config.diffusion)
         self.timesteps = torch.tensor(self.schedule.timesteps, device=device)  # (K,)
         self.t = self.timesteps[STEP].expand(images).contiguous()  # (N,)

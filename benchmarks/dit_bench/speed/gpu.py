@@ -54,7 +54,7 @@ def steps(
 
     def plan(models: Sequence[str], share: float, **options: Any) -> Plan:
         common: dict[str, Any] = {"subject": SUBJECT, "peers": PEERS, "device": device,
-                                  "rounds": ROUNDS, "seconds": 2.0, "half_null": True}  # fmt: skip
+                                  "rounds": ROUNDS, "seconds": 2.0}  # fmt: skip
         return Plan(tuple(models), budget=budget.part(share), **common | options)
 
     def check_and_time(timer: Timer) -> None:

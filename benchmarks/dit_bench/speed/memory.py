@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from dit_bench.contenders import float_dtype
 from dit_bench.cost import dit_cost, total
 from dit_bench.speed.forward import STEPS
 from dit_bench.subjects import random_model
@@ -25,13 +24,13 @@ from dit_engine.config import ModelConfig
 from dit_engine.current_directory import python
 from dit_engine.model import DiT
 
+BATCH = 2
 CHILD = """
 from dit_engine.console.run import wait_briefly
 wait_briefly()
-import json, pathlib, sys
+import json, sys
 from dit_bench.speed.memory import measure_here
-path, batch, precision, threads = sys.argv[1:]
-print(json.dumps(measure_here(pathlib.Path(path), int(batch), precision, int(threads))))
+print(json.dumps(measure_here(sys.argv[1], int(sys.argv[2]))))
 """
 _SELF = Path("/proc/self")
 
@@ -72,18 +71,15 @@ def needed_bytes(config: ModelConfig, batch: int, dtype: torch.dtype) -> dict[st
     }
 
 
-def measure(model: DiT, batch: int, precision: str, threads: int) -> dict[str, Any]:
-    """Write ``model`` in ``precision`` to a temporary directory and measure it in a child process.
-
-    "value" is the peak over what is needed. Raises RuntimeError, in one line, where the child
-    fails.
-    """
+def measure(model: DiT, threads: int) -> dict[str, Any]:
+    """Of a lean forward of ``model`` in bfloat16 with two rows, in a child process; "value" is the
+    peak over what is needed. Raises RuntimeError, in one line, where the child fails."""
     from dit_engine.checkpoint.save import save_pretrained
 
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "model"
-        save_pretrained(directory, model, dtype=float_dtype(precision))
-        command = python(CHILD, str(directory), str(batch), precision, str(threads))
+        save_pretrained(directory, model, dtype=torch.bfloat16)
+        command = python(CHILD, str(directory), str(threads))
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
@@ -91,20 +87,18 @@ def measure(model: DiT, batch: int, precision: str, threads: int) -> dict[str, A
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
-def measure_here(directory: Path, batch: int, precision: str, threads: int) -> dict[str, Any]:
-    """What the child does. ``directory`` holds a model in the dtype of ``precision``."""
+def measure_here(directory: str, threads: int) -> dict[str, Any]:
+    """What the child does. ``directory`` holds a model in bfloat16."""
     from dit_engine.backends import create_backend
     from dit_engine.checkpoint import load_model
 
     torch.set_num_threads(threads)
 
     def start(model: DiT) -> Callable[[], Any]:
-        config = model.config
-        backend = create_backend("lean", model, precision, torch.device("cpu"))
-        null = [config.null_class] * (batch - batch // 2)
-        labels = torch.tensor([i % config.num_classes for i in range(batch // 2)] + null)
+        backend = create_backend("lean", model, "bf16", torch.device("cpu"))
+        labels = torch.tensor([0, model.config.null_class])
         denoise = backend.prepare(labels, torch.linspace(999, 0, STEPS).round().long())
-        x = torch.zeros(batch, config.in_channels, config.input_size, config.input_size)
+        x = torch.zeros(BATCH, *model.config.latent_shape)
         return lambda: [denoise(x, k) for k in range(3)]
 
     def load() -> tuple[ModelConfig, Callable[[], Any]]:
@@ -120,7 +114,7 @@ def measure_here(directory: Path, batch: int, precision: str, threads: int) -> d
         gc.collect()
         loaded = resident_bytes()
         _, running = peak_of(run)
-    needed = needed_bytes(config, batch, float_dtype(precision))
+    needed = needed_bytes(config, BATCH, torch.bfloat16)
 
     def above(values: dict[str, int]) -> dict[str, int]:
         return {key: value - baseline[key] for key, value in values.items()}

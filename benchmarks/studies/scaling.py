@@ -30,8 +30,7 @@ from dit_bench.quality.fd_lite0 import METRIC, Halves, load_halves, recognised
 from dit_bench.quality.features import FeatureNetwork, load_network
 from dit_bench.quality.metrics import frechet_distance, moments_of
 from dit_bench.report import Row, new_report, write
-from dit_bench.show.drawing import png
-from dit_bench.show.plots import distance_figure
+from dit_bench.show.plots import distance_figure, drawn
 from dit_bench.show.reports import report_tables
 from dit_bench.show.tables import show
 from dit_engine.backends.lean.vae import LeanDecoder
@@ -215,7 +214,7 @@ def measure(arguments: argparse.Namespace) -> int:
     write(report, arguments.json)
     if (figure := distance_figure(report)) is not None:
         with atomic_path(arguments.plot) as partly:
-            partly.write_bytes(png(figure))
+            partly.write_bytes(drawn(figure, "png"))
     show(report_tables(report))
     return 0
 

@@ -214,31 +214,26 @@ def test_neighbours_work_inside_the_block_alone_and_end_with_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "vendor", "family", "model", "generation"),
+    ("name", "more"),
     [
-        ("AMD EPYC", "AuthenticAMD", 25, 17, " (family 25, model 17: Zen 4)"),
-        ("AMD EPYC", "AuthenticAMD", 99, 1, " (family 99, model 1)"),
-        ("AMD EPYC 9654 96-Core", "AuthenticAMD", 25, 17, ""),
-        ("Xeon(R) CPU @ 2.20GHz", "GenuineIntel", 6, 85, " (family 6, model 85: Cascade Lake)"),
+        ("AMD EPYC", " (family 25, model 17)"),
+        ("AMD EPYC 9654 96-Core", ""),
+        ("Xeon(R) CPU @ 2.20GHz", " (family 25, model 17)"),
     ],
 )
-def test_the_processor_is_named_with_its_generation(
-    name: str, vendor: str, family: int, model: int, generation: str
-) -> None:
-    one = (
-        f"processor : 0\nvendor_id : {vendor}\ncpu family : {family}\nmodel : {model}\n"
-        f"model name : {name}\nstepping : 7\nflags : fpu avx2 avx512_bf16 amx_tile sse2\n"
-    )
+def test_the_processor_is_named_with_what_tells_its_generation(name: str, more: str) -> None:
+    one = (f"processor : 0\ncpu family : 25\nmodel : 17\nmodel name : {name}\n"
+           "flags : fpu avx2 avx512_bf16 amx_tile sse2\n")  # fmt: skip
     found = machine.processor(f"{one}\n{one.replace(name, 'another')}")
-    assert found == name + generation
+    assert found == name + more
     assert machine.same_processor(found, name) and machine.same_processor(found, found)
+    assert machine.same_processor(f"{name} (family 25, model 17: Zen 4)", found)
     assert not machine.same_processor(found, f"{name} (family 1, model 1)") or found == name
     assert machine.instruction_sets(one) == ["avx2", "avx512_bf16", "amx_tile"]
 
 
 def test_other_names_of_processors() -> None:
-    text = "processor	: 0\nCPU implementer	: 0x41\nCPU part	: 0xd40\n"
-    assert machine.processor(text).endswith("(part 0xd40: Neoverse V1)")
+    assert machine.processor("processor : 0\nCPU part : 0xd40\n").endswith("(part 0xd40)")
     assert machine.processor("") == machine.cpu_model("") and machine.instruction_sets("") == []
     assert machine.slug("Intel(R) Xeon(R) 8481C CPU @ 2.70GHz") == "intel-xeon-8481c-cpu"
 

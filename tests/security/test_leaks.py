@@ -16,12 +16,13 @@ from tiny import NAMES, tiny_dit, tiny_vae
 
 import dit_engine
 from dit_bench.cli import main as bench
-from dit_bench.options import build_parser, plan_of
+from dit_bench.models_command import add_arguments, plan_of
 from dit_bench.report import write
 from dit_engine import Engine
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.cli import generate as command
 from dit_engine.cli.generate import main as generate
+from dit_engine.console.parser import Parser
 from dit_engine.io.provenance import is_source, recorded, same_source, without_paths
 from dit_engine.training import run
 from dit_engine.training.loop import Budget
@@ -193,8 +194,10 @@ def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     twice = [str(tmp_path / side / "model") for side in "ab"]
     for each in twice:
         Path(each).mkdir(parents=True)
+    parser = Parser("dit-bench", "")
+    add_arguments(parser)
     with pytest.raises(ValueError, match="a/model' has the name of another model: give --record"):
-        plan_of(build_parser("").parse_args(["--model", *twice]))
+        plan_of(parser.parse_args(["--model", *twice]))
 
 
 def test_names_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

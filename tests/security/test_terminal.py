@@ -214,7 +214,7 @@ def test_what_a_picture_says(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_reports_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = made_up.report()
-    report["models"][0]["model"] = report["energy"] = HOSTILE
+    report["models"][0]["model"] = report["settings"]["sampler"] = HOSTILE
     report["machine"]["cpu"] = HOSTILE
     for row in report["rows"]:
         row["model"] = row["case"] = f"{HOSTILE}\n"
@@ -226,7 +226,7 @@ def test_reports_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert bench(["--load", str(path), "--json", "-"]) == 0
     shown = capsys.readouterr().out
     assert all(printable(line) == line for line in shown.split("\n"))
-    assert json.loads(shown)["energy"] == HOSTILE
+    assert json.loads(shown)["settings"]["sampler"] == HOSTILE
     report["schema"] = HOSTILE
     path.write_text(json.dumps(report))
     shown_by(capsys, 2, bench, "--load", path)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from dit_bench.load import warning
 from dit_bench.report import WORK, Report, Row
-from dit_bench.show.quality_tables import QUALITY_TABLES
-from dit_bench.show.speed_tables import SPEED_TABLES, comparison_table, cost_table, ratio_table
+from dit_bench.show import quality_tables as quality
+from dit_bench.show import speed_tables as speed
 from dit_bench.show.tables import Table
+
+TABLES: dict[str, tuple[Callable[[Report, list[Row]], Table], ...]] = {
+    "work": (speed.latency_table, speed.rates_table),  # of all sections in `WORK`
+    "memory": (speed.memory_table,), "busy": (speed.busy_table,),
+    "profile": (speed.profile_table,), "operator": (speed.operator_table,),
+    "cost": (quality.published_table,), "parity": (quality.parity_table, quality.sets_table),
+    "distance": (quality.distance_table,), "recognised": (quality.recognised_table,),
+    "scaling": (quality.scaling_table,),
+}  # fmt: skip
 
 
 def report_tables(report: Report) -> list[Table]:
@@ -16,14 +27,14 @@ def report_tables(report: Report) -> list[Table]:
         rows.setdefault("work" if row["section"] in WORK else row["section"], []).append(row)
     tables = [machine_table(report)]
     if report.get("models"):
-        tables.append(cost_table(report["models"]))
+        tables.append(speed.cost_table(report["models"]))
     if report.get("ratios"):
-        tables.append(ratio_table(report["ratios"]))
-    for section, makers in (SPEED_TABLES | QUALITY_TABLES).items():
+        tables.append(speed.ratio_table(report["ratios"]))
+    for section, makers in TABLES.items():
         if section in rows:
             tables += [make(report, rows[section]) for make in makers]
     if "comparison" in report:
-        tables.append(comparison_table(report["comparison"]))
+        tables.append(speed.comparison_table(report["comparison"]))
     tables = [table for table in tables if table.rows]
     tables[-1].notes += interrupted(report)
     return tables
@@ -37,7 +48,7 @@ def interrupted(report: Report) -> list[str]:
 
 
 def machine_table(report: Report) -> Table:
-    machine, table = report["machine"], Table("Measured on", ["", ""], left=2)
+    machine, table = report["machine"], Table("Measured on", ["", ""])
     for key in ("cpu", "gpu", "platform", "python"):
         if machine.get(key):
             table.add(key, machine[key])
@@ -53,8 +64,6 @@ def machine_table(report: Report) -> Table:
         for kind, reason in ceilings["missing"].items():
             table.add("", f"{kind}: {reason}")
         table.add("copy", f"{ceilings['copy_gb_s']:.4g} GB/s (reads and writes)")
-    if report.get("energy"):
-        table.add("energy", report["energy"])
     if (load := report.get("load_average")) is not None:
         table.add("load average", f"{load:.2f} at the start")
     if (others := report.get("other_load")) is not None:

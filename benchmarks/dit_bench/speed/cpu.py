@@ -19,7 +19,7 @@ import torch
 
 from dit_bench.contenders import Contender, build
 from dit_bench.machine import cpu_model, describe, settle, slug
-from dit_bench.options import check_threads, positive
+from dit_bench.models_command import check_threads, positive
 from dit_bench.progress import Progress
 from dit_bench.report import Report, Row, new_report
 from dit_bench.speed.busy import busy_rows

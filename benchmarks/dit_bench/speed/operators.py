@@ -24,7 +24,7 @@ from torch import Tensor
 from dit_bench.ceilings import NAMES, Ceilings, measure_ceilings
 from dit_bench.load import OtherLoad
 from dit_bench.machine import SETTLE_S, describe, load_average, settle
-from dit_bench.options import positive
+from dit_bench.models_command import positive
 from dit_bench.progress import Progress
 from dit_bench.report import Report, Row, new_report
 from dit_bench.speed.operator_cases import Case, Make, Run, all_cases, implementations, opponents

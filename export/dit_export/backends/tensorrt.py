@@ -37,7 +37,7 @@ from dit_export.tensorrt.session import Session, TorchMemory
 
 
 class TensorRTBackend(Backend):
-    """Raises `BackendUnavailable` if there is no GPU, no driver or no TensorRT."""
+    """Raises `BackendUnavailable` if there is no GPU, and ImportError if there is no TensorRT."""
 
     def __init__(
         self, model: DiT, precision: str, device: torch.device, address: str | None = None
@@ -54,10 +54,7 @@ class TensorRTBackend(Backend):
             )
         cuda = torch.device("cuda", device.index or 0)
         gpu = require_device(cuda.index, "backend 'tensorrt'")
-        try:
-            flavour = choose_flavour(name)
-        except ImportError as error:
-            raise BackendUnavailable(f"backend 'tensorrt': {error}") from None
+        flavour = choose_flavour(name)
         if address is None:
             engines = cached_engines(model, precision, cuda.index, flavour, profiles)
         else:

@@ -18,7 +18,7 @@ from torch import Tensor
 from dit_bench.cli import main
 from dit_bench.quality import features
 from dit_bench.quality.features import FeatureNetwork
-from dit_bench.quality.image_sets import ComparedSet, open_set
+from dit_bench.quality.image_sets import ComparedSet
 from dit_bench.quality.metrics import Statistics, frechet_distance, moments_of
 from dit_bench.quality.paired import SetComparison
 from dit_bench.quality.parity import compare, psnr, relative_errors
@@ -144,23 +144,6 @@ def test_nan_is_told_from_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert same["psnr_db"] == {"median": None, "min": None, "not_finite": 0}
     assert broken["psnr_db"] == {"median": None, "min": None, "not_finite": 6}
     assert same["final_latent_error"]["mean"] == 0 and broken["final_latent_error"]["mean"] is None
-
-
-def test_the_reference_may_be_images_or_statistics(tmp_path: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (70, 4, 4, 3)).astype(np.uint8)
-    np.savez(tmp_path / "images.npz", images)
-    a = moments_of(np.random.default_rng(1).normal(size=(20, 3)))
-    np.savez(tmp_path / "stats.npz", mu=a.mean, sigma=a.covariance, mu_s=a.mean,
-             sigma_s=a.covariance)  # fmt: skip
-    inception = FeatureNetwork("inception", "FID", 3, colours, 3)
-    for network, name, mean, count in (
-        (NETWORK, "images.npz", colours(images).pooled.mean(0), 70),
-        (inception, "stats.npz", a.mean, None),
-    ):
-        reference = network.accept(open_set(tmp_path / name), False)
-        found = SetComparison(network, reference).with_moments(True, lambda: None)
-        assert found.moments is not None and found.moments.count == count
-        np.testing.assert_allclose(found.moments.mean, mean, rtol=1e-6)
 
 
 def test_the_command_compares_sets(

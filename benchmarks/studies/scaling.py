@@ -89,25 +89,18 @@ def networks(channels: int, size: int, num_classes: int) -> Networks:
     """Name → a function that makes the network with fresh weights."""
 
     def dit(depth: int, width: int, heads: int, patch: int) -> DiT:
-        model = DiT(
-            ModelConfig(
-                depth=depth, hidden_size=width, num_heads=heads, patch_size=patch,
-                input_size=size, in_channels=channels, num_classes=num_classes,
-            )
-        )  # fmt: skip
+        model = DiT(ModelConfig(depth=depth, hidden_size=width, num_heads=heads, patch_size=patch,
+                                input_size=size, in_channels=channels,
+                                num_classes=num_classes))  # fmt: skip
         model.initialize_weights()
         return model
 
-    dits: Networks = {
-        f"DiT {name}/{patch}": partial(dit, *shape, patch)
-        for name, shape in SIZES.items()
-        for patch in PATCHES
-    }
-    return dits | {"U-Net": partial(ClassUNet, channels, size, num_classes)}
+    found: Networks = {f"DiT {name}/{patch}": partial(dit, *shape, patch)
+                       for name, shape in SIZES.items() for patch in PATCHES}  # fmt: skip
+    return found | {"U-Net": partial(ClassUNet, channels, size, num_classes)}
 
 
-def folder(name: str) -> str:
-    """The name of a network's directory: "DiT small/4" → "dit-small-4"."""
+def folder(name: str) -> str:  # "DiT small/4" → "dit-small-4"
     return name.lower().replace(" ", "-").replace("/", "-")
 
 
@@ -183,7 +176,7 @@ def measure(arguments: argparse.Namespace) -> int:
     from dit_engine.engine import Engine
 
     for path in (arguments.json, arguments.plot):
-        check_file(path)  # before the long run
+        check_file(path)
     engine = Engine.from_pretrained(arguments.run / "model")
     if (vae := engine.vae) is None:
         raise ValueError(f"{arguments.run / 'model'} has no VAE")
@@ -206,10 +199,8 @@ def measure(arguments: argparse.Namespace) -> int:
     for name, make, step, path in works:
         found = measured(make(), path, halves, size, lambda z: decoder(z, "bf16", LeanDecoder),
                          extractor)  # fmt: skip
-        report["rows"].append({
-            "section": "scaling", "case": name, "contender": f"{step} steps", "status": "ok",
-            "steps": step, **found,
-        })  # fmt: skip
+        report["rows"].append({"section": "scaling", "case": name, "contender": f"{step} steps",
+                               "status": "ok", "steps": step, **found})  # fmt: skip
     report["complete"] = True
     write(report, arguments.json)
     if (figure := distance_figure(report)) is not None:

@@ -75,16 +75,16 @@ class FeatureNetwork:
         ):
             for batch in of.batches(batch_size):
                 for key, rows in self.extract(batch)._asdict().items():
-                    if rows is None:
-                        continue
-                    if key not in files:
-                        files[key] = stack.enter_context(tempfile.TemporaryFile()), rows.shape[1]
-                    files[key][0].write(np.ascontiguousarray(rows, np.float32).tobytes())
+                    if rows is not None:
+                        if key not in files:
+                            file = stack.enter_context(tempfile.TemporaryFile())
+                            files[key] = file, (of.count, rows.shape[1])
+                        files[key][0].write(rows.tobytes())
                 bar.update(len(batch))
                 check()
-            for key, (file, width) in files.items():
+            for key, (file, shape) in files.items():
                 file.flush()
-                found[key] = np.memmap(file, np.float32, "r", shape=(of.count, width))
+                found[key] = np.memmap(file, np.float32, "r", shape=shape)
         return Extracted(**found)
 
     def accept(self, of: ComparedSet, allow_few: bool) -> ComparedSet:
@@ -124,12 +124,10 @@ def load_network(
 ) -> FeatureNetwork:
     """The network called ``name``, one of `NETWORKS`, on ``device`` (None: the CPU).
 
-    Args:
-        weights: Inception's file; None means the one that DIT_INCEPTION_WEIGHTS names.
+    weights: Inception's file; None means the one that DIT_INCEPTION_WEIGHTS names.
 
-    Raises:
-        ValueError: a file that holds other weights, or a file for Lite0.
-        FileNotFoundError: no Inception weights. ImportError: Lite0's package is not installed.
+    Raises ValueError for a file that holds other weights and for one beside lite0,
+    FileNotFoundError without Inception's weights, ImportError without Lite0's package.
     """
     make = {"lite0": _lite0, "inception": _inception}[name]
     return make(weights, device or torch.device("cpu"))
@@ -178,10 +176,6 @@ def _inception(weights: Path | None, device: torch.device) -> FeatureNetwork:
 def full_precision() -> AbstractContextManager[None]:
     """Float32 convolutions in float32: torch lets CUDA round their inputs to TF32's 10 bits."""
     cudnn = torch.backends.cudnn
-    return cudnn.flags(  # an argument that is left out would be torch's default, not what is set
-        enabled=cudnn.enabled,
-        benchmark=cudnn.benchmark,
-        benchmark_limit=cudnn.benchmark_limit,
-        deterministic=cudnn.deterministic,
-        allow_tf32=False,
-    )
+    # An argument that is left out would be torch's default, not what is set.
+    same = ("enabled", "benchmark", "benchmark_limit", "deterministic")
+    return cudnn.flags(**{name: getattr(cudnn, name) for name in same}, allow_tf32=False)

@@ -101,7 +101,8 @@ def _folder(folder: Path) -> ComparedSet:
             f"{folder} holds no images ({', '.join(SUFFIXES)})"
             + (f", but {count_of(left_out)}" if left_out else "")
         )
-    size, ignored = (0, 0), Counter[str]()
+    sizes: dict[tuple[int, int], Path] = {}
+    ignored: Counter[str] = Counter()
     with Bar(paths, f"{folder.name}: sizes", unit="img", delay=2.0) as bar:
         for path in bar:
             with open_image(path) as image:
@@ -109,19 +110,16 @@ def _folder(folder: Path) -> ComparedSet:
                     raise Unreadable(f"mode {image.mode}; 8-bit {', '.join(_MODES)} are known")
                 ignored["with an EXIF orientation"] += has_orientation(image)
                 ignored["with an alpha channel"] += image.has_transparency_data
-                own = (image.height, image.width)
-            size = own if path is paths[0] else size
-            if own != size:
-                raise ValueError(
-                    f"{path} is {own[1]}×{own[0]} pixels and {paths[0].name} is {size[1]}×"
-                    f"{size[0]} pixels; all images of a set must have one size"
-                )
+                sizes.setdefault((image.height, image.width), path)
+            if len(sizes) > 1:
+                told = (f"{each} is {w}×{h} pixels" for (h, w), each in sizes.items())
+                raise ValueError(f"{' and '.join(told)}; all images of a set must have one size")
     tell_left_out(folder, left_out)
     if ignored.total():
-        warnings.warn(
-            f"{folder}: {count_of(+ignored)}, which is ignored, as by the published tools",
-            stacklevel=3,
-        )
+        told = f"{folder}: {count_of(+ignored)}, which is ignored, as by the published tools"
+        warnings.warn(told, stacklevel=3)
+
+    (size,) = sizes
 
     def decode(path: Path) -> Images:
         with open_image(path) as image:

@@ -51,20 +51,18 @@ def pattern(side: int) -> np.ndarray:
 
 def resize_by_the_formula(image: np.ndarray, side: int) -> np.ndarray:
     """TensorFlow 1's ResizeBilinear on (H, W, C), pixel by pixel, in float32."""
-    height, width, _ = image.shape
-    made = np.empty((side, side, image.shape[2]), np.float32)
-    down, across = np.float32(height / side), np.float32(width / side)
-    for i in range(side):
-        y = np.float32(i) * down
-        top, bottom = int(y), min(int(y) + 1, height - 1)
-        for j in range(side):
-            x = np.float32(j) * across
-            left, right = int(x), min(int(x) + 1, width - 1)
-            a, b = image[top, left], image[top, right]
-            c, d = image[bottom, left], image[bottom, right]
-            above = a + (b - a) * (x - np.float32(left))
-            below = c + (d - c) * (x - np.float32(left))
-            made[i, j] = above + (below - above) * (y - np.float32(top))
+    height, width, channels = image.shape
+    made = np.empty((side, side, channels), np.float32)
+    for i, j in np.ndindex(side, side):
+        y = np.float32(i) * np.float32(height / side)
+        x = np.float32(j) * np.float32(width / side)
+        top, left = int(y), int(x)
+        bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+        above, below = (
+            image[row, left] + (image[row, right] - image[row, left]) * (x - np.float32(left))
+            for row in (top, bottom)
+        )
+        made[i, j] = above + (below - above) * (y - np.float32(top))
     return made
 
 

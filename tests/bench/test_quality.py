@@ -14,7 +14,6 @@ from dit_bench.cli import main
 from dit_bench.quality import fd_lite0 as quality
 from dit_bench.quality.fd_lite0 import Halves, compare, load_halves, recognised
 from dit_bench.quality.features import Extracted, FeatureNetwork
-from dit_bench.quality.metrics import frechet_distance, moments_of
 from dit_bench.report import validate
 from dit_engine import engine as engine_module
 from dit_engine.training import avatars
@@ -66,22 +65,15 @@ def test_compare_ranks_and_counts() -> None:
     halves = Halves(np.zeros((len(a), 2, 2, 3), np.uint8), a, b, labels, ("x", "y", "z"))
     blurred, absent = a + 1.0, a.copy()
     absent[labels == 2] = absent[labels == 1]  # class z is never made
-    rows = compare(halves, blurred, absent)
-    distances, shares = ({row["case"]: row for row in rows if row["section"] == section}
-                         for section in ("distance", "recognised"))  # fmt: skip
-    assert distances["floor"]["distance"] < 0.1
-    expected = frechet_distance(moments_of(b), moments_of(blurred))
-    assert distances["vae_reconstruction"]["distance"] == pytest.approx(expected, rel=1e-9)
-    assert expected == pytest.approx(6, rel=0.1)  # six features, each shifted by one
-    assert distances["generated"]["distance"] > 1
-    assert all(d["n"] == d["n_reference"] == 2100 for d in distances.values())
-    generated = shares["generated"]
+    found = {(row["section"], row["case"]): row for row in compare(halves, blurred, absent)}
+    distances = {case: row["distance"] for (kind, case), row in found.items() if kind == "distance"}
+    assert distances["floor"] < 0.1 and distances["generated"] > 1
+    assert distances["vae_reconstruction"] == pytest.approx(6, rel=0.1)  # six features, each by 1
+    assert {row["n"] for row in found.values()} == {2100}
+    generated = found["recognised", "generated"]
     assert generated["by_class"]["z"] < 0.02 and generated["by_class"]["x"] > 0.98
     assert generated["fraction"] == pytest.approx(2 / 3, abs=0.02)
-    assert shares["held_out"]["fraction"] > 0.98
-    few = halves._replace(features_a=a[:6], features_b=b[:6])
-    with pytest.raises(ValueError, match="6 images are too few for 6 features"):
-        compare(few, blurred[:6], absent[:6])
+    assert found["recognised", "held_out"]["fraction"] > 0.98
 
 
 def test_reconstruction_keeps_scale_and_order() -> None:

@@ -104,7 +104,7 @@ def test_what_tells_nothing_is_refused(
     path = tmp_path / "a.png"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
     assert main(["--like", str(path), *out]) == 2
-    assert f"error: {path}: a Git LFS pointer (to 5 bytes), not an image" in told()
+    assert f"error: {path}: a Git LFS pointer, not an image" in told()
     assert main(["--like", str(tmp_path / "none.png"), *out]) == 2
     assert "none.png is not a readable image (No such file or directory)" in told()
 

@@ -34,12 +34,9 @@ class Outcome:
 
 
 def judge(
-    data: ImageSet,
-    transformer: Stage | None,
-    autoencoder: Stage | None,
-    transformer_decay: float,
-    autoencoder_decay: float,
-) -> Outcome:
+    data: ImageSet, transformer: Stage | None, autoencoder: Stage | None,
+    transformer_decay: float, autoencoder_decay: float,
+) -> Outcome:  # fmt: skip
     """The outcome of a training. A stage without a checkpoint is None, and an old checkpoint has no
     losses: what is unknown is not judged."""
     pixels = data.tensor(np.linspace(0, len(data) - 1, min(512, len(data))).astype(int))

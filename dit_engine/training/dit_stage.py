@@ -20,15 +20,10 @@ LABEL_DROPOUT = 0.1
 
 
 def train_dit(
-    latents: tuple[Tensor, Tensor],
-    labels: Tensor,
-    config: ModelConfig,
-    settings: LoopSettings,
-    directory: Path,
-    batch_size: int = 64,
-    sheet: Callable[[DiT, Path], None] | None = None,
-    device: torch.device | str = "cpu",
-) -> DiT:
+    latents: tuple[Tensor, Tensor], labels: Tensor, config: ModelConfig, settings: LoopSettings,
+    directory: Path, batch_size: int, sheet: Callable[[DiT, Path], None] | None,
+    device: torch.device | str,
+) -> DiT:  # fmt: skip
     """Train on ``latents`` = (means, deviations), each (N, C, S, S), and return the EMA model.
 
     Labels (N,) are replaced by the null class with probability 0.1, so that the model also learns
@@ -47,15 +42,10 @@ def train_dit(
 
 
 def train_denoiser(
-    model: M,
-    null_class: int,
-    latents: tuple[Tensor, Tensor],
-    labels: Tensor,
-    settings: LoopSettings,
-    directory: Path,
-    batch_size: int,
+    model: M, null_class: int, latents: tuple[Tensor, Tensor], labels: Tensor,
+    settings: LoopSettings, directory: Path, batch_size: int,
     sheet: Callable[[M, Path], None] | None = None,
-) -> M:
+) -> M:  # fmt: skip
     """`train_dit` for any network (x (N, C, S, S), t (N,), y (N,)) → (N, C or 2C, S, S)."""
     device = next(model.parameters()).device
     diffusion = DiffusionLoss(device)

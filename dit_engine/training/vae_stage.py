@@ -19,15 +19,9 @@ from dit_engine.vae import AutoencoderKL, VAEConfig
 
 
 def train_vae(
-    data: ImageSet,
-    config: VAEConfig,
-    settings: LoopSettings,
-    directory: Path,
-    batch_size: int = 32,
-    kl_weight: float = 1e-4,
-    flip: Sequence[str] = (),
-    device: torch.device | str = "cpu",
-) -> AutoencoderKL:
+    data: ImageSet, config: VAEConfig, settings: LoopSettings, directory: Path,
+    batch_size: int, kl_weight: float, flip: Sequence[str], device: torch.device | str,
+) -> AutoencoderKL:  # fmt: skip
     """Train on ``data`` and return the normalised EMA model (float32, eval mode).
 
     flip: classes whose images are mirrored half of the time.
@@ -51,13 +45,9 @@ def train_vae(
 
 
 def train_decoder(
-    vae: AutoencoderKL,
-    data: ImageSet,
-    latents: tuple[Tensor, Tensor],
-    settings: LoopSettings,
-    directory: Path,
-    batch_size: int,
-) -> AutoencoderKL:
+    vae: AutoencoderKL, data: ImageSet, latents: tuple[Tensor, Tensor], settings: LoopSettings,
+    directory: Path, batch_size: int,
+) -> AutoencoderKL:  # fmt: skip
     """Train ``vae``'s decoder alone and return the EMA model (float32, eval mode).
 
     The latents stay as they are, so a transformer that was trained on them keeps its worth, as with

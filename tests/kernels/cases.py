@@ -87,8 +87,8 @@ def qkv_of(n: int, t: int, heads: int, d: int, dtype: torch.dtype) -> Tensor:
 
 def _attention(dtype: torch.dtype) -> Iterator[Case]:
     for (n, t, heads, d), reason in ATTENTION.items():
-        yield Case(reason, (qkv_of(n, t, heads, d, dtype), heads), large=t == 300 or heads == 16)
-    for t in (300, 1300):
+        yield Case(reason, (qkv_of(n, t, heads, d, dtype), heads), large=t >= 256 or heads == 16)
+    for t in (130, 1300):
         qkv = qkv_of(1, t, 2, 72, dtype)
         k = qkv.view(t, 3, 2, 72)[:, 1]
         k.copy_((k.float() * torch.linspace(0.1, 4, t).view(t, 1, 1)).to(dtype))

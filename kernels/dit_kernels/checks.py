@@ -28,10 +28,11 @@ def check(
     device: torch.device | None = None,
     layout: torch.memory_format | None = torch.contiguous_format,
 ) -> None:
-    """The tensor has this shape, one of these dtypes, this device and this layout in memory.
+    """Raise ValueError unless the tensor has this shape, one of these dtypes, this device and this
+    layout in memory.
 
-    In ``shape``, a letter stands for any size above 0 and "N" also for 0. None as the layout allows
-    any strides.
+    In ``shape``, a letter stands for any size above 0, and "N" for any size. None as the device or
+    as the layout allows all.
     """
     fits = tensor.shape == tuple(shape) or (
         len(tensor.shape) == len(shape)
@@ -51,11 +52,11 @@ def check(
         raise ValueError(f"{name} of strides {tensor.stride()} is not contiguous{kind}")
 
 
-def check_norm(
+def check_tokens(
     x: Tensor, y: Tensor | None = None, eps: float = 1.0, **modulation: Tensor
 ) -> tuple[int, int, int]:
-    """(N, T, D), the shape of x and y. Each modulation is (N, D), in x's dtype or float32; its rows
-    may lie at any stride."""
+    """(N, T, D), the shape of x and y. Each modulation is (N, D), in x's dtype or float32, with its
+    rows at any stride."""
     check("x", x, ("N", "T", "D"))
     if y is not None:
         check("y", y, x.shape, (x.dtype,), x.device)

@@ -68,7 +68,7 @@ def layernorm_modulate(
     x: (N, T, D) contiguous; shift, scale: (N, D), views of ``chunk(6)`` as they come, in x's
     dtype or float32. Returns (N, T, D).
     """
-    checks.check_norm(x, eps=eps, shift=shift, scale=scale)
+    checks.check_tokens(x, eps=eps, shift=shift, scale=scale)
     return _run("layernorm_modulate", impl, x, shift, scale, eps)
 
 
@@ -81,14 +81,14 @@ def gate_residual_layernorm_modulate(
 
     x, y: (N, T, D) contiguous; gate, shift, scale: (N, D). Returns (r, its modulated norm).
     """
-    checks.check_norm(x, y, eps, gate=gate, shift=shift, scale=scale)
+    checks.check_tokens(x, y, eps, gate=gate, shift=shift, scale=scale)
     return _run("gate_residual_layernorm_modulate", impl, x, y, gate, shift, scale, eps)
 
 
 @_registered(_like_first)
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, impl: str = "auto") -> Tensor:
     """x + gate · y for x, y (N, T, D) contiguous and gate (N, D)."""
-    checks.check_norm(x, y, gate=gate)
+    checks.check_tokens(x, y, gate=gate)
     return _run("gate_residual", impl, x, y, gate)
 
 
@@ -152,7 +152,7 @@ def layernorm_modulate_quantize(
     Returns codes (N, T, D) of ``dtype`` (int8 or float8_e4m3fn) and float32 scales (N, T):
     the modulated norm is about codes · scale.
     """
-    checks.check_norm(x, eps=eps, shift=shift, scale=scale)
+    checks.check_tokens(x, eps=eps, shift=shift, scale=scale)
     checks.check_codes(dtype)
     impl = _with_codes(impl, dtype, x.device)
     return _run("layernorm_modulate_quantize", impl, x, shift, scale, eps, dtype)

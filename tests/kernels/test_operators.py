@@ -97,13 +97,12 @@ def test_references_equal_what_the_model_does() -> None:
         assert relative_error(actual, expected) < 1e-6
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("shape", [(33,), (2, 3, 5, 64), (0, 8)], ids=str)
-def test_rows_are_quantised_within_half_a_step(shape: tuple[int, ...], impl: str) -> None:
+def test_rows_are_quantised_within_half_a_step(shape: tuple[int, ...]) -> None:
     """Against float64: the largest of a row is code 127, the others at most half a step away."""
     x = random(*shape) * 5
-    codes, scales = dit_kernels.quantize_rows(x, impl=impl)
-    fp8, fp8_scales = dit_kernels.quantize_rows(x, FP8, impl=impl)
+    codes, scales = dit_kernels.quantize_rows(x, impl="reference")
+    fp8, fp8_scales = dit_kernels.quantize_rows(x, FP8)
     assert codes.dtype == torch.int8 and fp8.dtype == FP8 and fp8_scales.shape == x.shape[:-1]
     if x.numel() > 0:
         shifted, _ = reference.quantize_rows(x, torch.uint8)

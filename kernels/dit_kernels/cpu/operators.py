@@ -33,7 +33,7 @@ def layernorm_modulate(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Out = None
 ) -> Tensor:
     """x (N, T, D) → LayerNorm(x) · (1 + scale) + shift; out may be x."""
-    sizes = checks.check_norm(_on_cpu(x), shift=shift, scale=scale)
+    sizes = checks.check_tokens(_on_cpu(x), shift=shift, scale=scale)
     out = result(out, x.shape, x.dtype)
     call("dit_layernorm_modulate", x, shift, scale, out, *sizes, shift.stride(0), scale.stride(0),
          eps, x.dtype, shift.dtype, scale.dtype)  # fmt: skip
@@ -42,7 +42,7 @@ def layernorm_modulate(
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, out: Out = None) -> Tensor:
     """x + gate · y for x, y (N, T, D); out may be x or y."""
-    sizes = checks.check_norm(_on_cpu(x), y, gate=gate)
+    sizes = checks.check_tokens(_on_cpu(x), y, gate=gate)
     out = result(out, x.shape, x.dtype)
     call("dit_gate_residual", x, y, gate, out, *sizes, gate.stride(0), x.dtype, gate.dtype)
     return out
@@ -53,7 +53,7 @@ def gate_residual_layernorm_modulate(
     *, out: Outs = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(r = x + gate · y, its modulated norm); out is a pair: r may be x, the norm may be y."""
-    sizes = checks.check_norm(_on_cpu(x), y, gate=gate, shift=shift, scale=scale)
+    sizes = checks.check_tokens(_on_cpu(x), y, gate=gate, shift=shift, scale=scale)
     residual, normed = results(out, (x.shape, x.dtype), (x.shape, x.dtype))
     call("dit_gate_residual_layernorm_modulate", x, y, gate, shift, scale, residual, normed, *sizes,
          gate.stride(0), shift.stride(0), scale.stride(0), eps,
@@ -66,7 +66,7 @@ def layernorm_modulate_quantize(
     *, out: Outs = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Codes (N, T, D) and float32 scales (N, T) of `layernorm_modulate`'s unrounded result."""
-    sizes = checks.check_norm(_on_cpu(x), shift=shift, scale=scale)
+    sizes = checks.check_tokens(_on_cpu(x), shift=shift, scale=scale)
     codes, scales = results(out, *_codes_of(x, dtype))
     call("dit_layernorm_modulate_quantize", x, shift, scale, codes, scales, *sizes,
          shift.stride(0), scale.stride(0), eps, x.dtype, shift.dtype, scale.dtype,
@@ -82,7 +82,7 @@ def gate_residual_layernorm_modulate_quantize(
 
     out is a triple, whose first may be x.
     """
-    sizes = checks.check_norm(_on_cpu(x), y, gate=gate, shift=shift, scale=scale)
+    sizes = checks.check_tokens(_on_cpu(x), y, gate=gate, shift=shift, scale=scale)
     residual, codes, scales = results(out, (x.shape, x.dtype), *_codes_of(x, dtype))
     call("dit_gate_residual_layernorm_modulate_quantize", x, y, gate, shift, scale, residual, codes,
          scales, *sizes, gate.stride(0), shift.stride(0), scale.stride(0), eps, x.dtype,

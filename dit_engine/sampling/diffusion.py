@@ -47,7 +47,8 @@ class Diffusion:
             "squaredcos_cap_v2", the cosine of Nichol & Dhariwal 2021, which uses neither bound.
         trained_betas: the N betas themselves, in place of a schedule.
         zero_terminal_snr: rescale the betas so that ᾱ of the last step is 0 (Lin et al. 2023,
-            arXiv 2305.08891, algorithm 1). It excludes "epsilon", which says nothing at ᾱ = 0.
+            arXiv 2305.08891, algorithm 1). The prediction must not be "epsilon" then, which says
+            nothing of x0 at ᾱ = 0.
         prediction: what the model's first C channels are: "epsilon", the noise; "sample", x0; or
             "v_prediction", √ᾱ·epsilon − √(1−ᾱ)·x0 (Salimans & Ho 2022).
         clip: ddpm and ddim clamp the predicted x0 to ±clip; None does not clamp.
@@ -145,7 +146,7 @@ class Diffusion:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Diffusion:
-        """Raises ValueError for an unknown key or a value out of its range."""
+        """The reverse of `to_dict`. ValueError for an unknown key or a value out of its range."""
         known = [f.name for f in fields(cls)]
         for key in values:
             if key not in known:

@@ -1,8 +1,8 @@
 """The samplers as they are defined: plain functions from noise to latents, over any denoiser.
 
 Each takes ``denoise(z, k)``, the guided prediction of the model at step k, and does not depend on
-how that was computed. Coefficients are float64 until they meet a tensor. There ``ddpm`` and
-``ddim`` round them to float32, as the reference does (facebookresearch/DiT,
+how that was computed. Coefficients are computed in float64. ``ddpm`` and ``ddim`` round them to
+float32 before they multiply a tensor, as the reference does (facebookresearch/DiT,
 ``_extract_into_tensor``): without that rounding, a float64 run drifts from the reference's by about
 1e-7 per step.
 
@@ -26,7 +26,7 @@ Denoise = Callable[[Tensor, int], Tensor]
 """(z (N, C, S, S), k) → the prediction, of epsilon unless the diffusion says otherwise,
 (N, C, S, S), or the prediction and the variance (N, 2C, S, S)."""
 Noise = Callable[[int], Tensor]
-"""k → the standard normal draw (N, C, S, S) of step k; called only for steps that use one."""
+"""k → the standard normal draw (N, C, S, S) of step k. It is called only for steps that use one."""
 Callback = Callable[[int, Tensor], None]
 """(k, z after step k)."""
 
@@ -76,7 +76,7 @@ def ddim(
     callback: Callback | None = None,
     eta: float = 0.0,
 ) -> Tensor:
-    """Song et al. 2020 (arXiv 2010.02502), equation 12. It does not use the model's variance.
+    """Song et al. 2020 (arXiv 2010.02502), equation 12. The model's variance is not used.
 
     Args:
         z: (N, C, S, S) the starting noise; not modified.

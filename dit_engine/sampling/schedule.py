@@ -16,7 +16,7 @@ from dit_engine.sampling.diffusion import OWN_SPACINGS, PUBLISHED_DIFFUSION, Dif
 
 SPACINGS = ("official", "ddim", "leading", "linspace", "trailing", "even", "solver-leading")
 STRIDED = ("ddim linspace", "ddim trailing")
-"""Those of `OWN_SPACINGS` in which a step of ddim may not end where the next step starts."""
+"""Those keys of `OWN_SPACINGS` for which a step of ddim may end elsewhere than the next starts."""
 SOLVER_LEAST_SIGNAL = 2.0**-24
 """The ᾱ that dpm++ uses in place of 0, where λ has no value. Diffusers' solvers use the same."""
 
@@ -117,7 +117,8 @@ class Schedule:
         """(steps,) lower bound of the learned log variance, which is that of the posterior.
 
         The variance of the last step is 0. Its logarithm is replaced by that of the step before,
-        and is never used, since no noise is added there. (For one step the reference has no value.)
+        and is never used, since no noise is added there. For a schedule of one step, where the
+        reference has no value, it is the upper bound.
         """
         ratio = (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
         variance = self.betas * ratio  # (steps,)
@@ -165,7 +166,7 @@ def schedule_from_timesteps(
     """The schedule that takes these time steps in this order.
 
     Raises:
-        ValueError: none, out of 0 … N − 1, or not strictly falling.
+        ValueError: no time step, one outside 0 … N − 1, or one that is not below the one before.
     """
     taken = np.array(timesteps, dtype=np.int64)
     last = diffusion.num_train_steps - 1
@@ -202,13 +203,13 @@ def space_timesteps(
             some N can be made.
         leading: diffusers' name: integer stride ⌊1000/steps⌋ from 0. DiTPipeline uses it.
         linspace: as diffusers' DPMSolverMultistepScheduler: steps+1 points from 999 to 0, of which
-            the last is left out. 1000 steps would repeat one; here they are each step once.
+            the last is left out. 1000 steps would take one twice; here they take each one once.
         trailing: diffusers' name: from 999 down in strides of 1000/steps. For 62 numbers of steps,
             of which 61 is the smallest, diffusers makes one step too many; these are refused.
-        even: "linspace" of diffusers' DDIMScheduler and DDPMScheduler: from 999 to 0. Only halves
-            are rounded otherwise than in official.
+        even: "linspace" of diffusers' DDIMScheduler and DDPMScheduler: from 999 to 0. It differs
+            from official only in how halves are rounded.
         solver-leading: "leading" of diffusers' DPMSolverMultistepScheduler: integer stride
-            ⌊1000/(steps+1)⌋, and the last step is one stride above 0. 1000 steps are each step.
+            ⌊1000/(steps+1)⌋, and the last step is one stride above 0. 1000 steps take each one.
 
     Raises:
         ValueError: see ``make_schedule``.

@@ -1,32 +1,34 @@
-"""Graphs of sampler steps with torch.cuda's streams, events and graphs played on the CPU."""
+"""Graphs of sampler steps, with torch.cuda's streams, events and graphs played on the CPU."""
 
 from __future__ import annotations
 
 import gc
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakMethod
 
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_dit
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_bench.peers import graphed
-from dit_engine.backends.capture import one_capture
+from dit_engine.backends.capture import capture_graph, one_capture
+from dit_engine.backends.lean import cuda_graphs
 from dit_engine.backends.lean.backend import FusedLeanDenoiser, LeanBackend
 from dit_engine.backends.lean.cuda_graphs import GRAPH_LIMIT, StepGraph, StepGraphs
-from dit_export.tensorrt.session import TorchMemory
-from dit_kernels import dispatch as choose
-from dit_kernels.cpu import operators as native
-from dit_kernels.cpu import product as native_product
 
 CPU = torch.device("cpu")
+_log: list[tuple[str, Any]] = []
+_local = threading.local()
+
+
+def log(name: str, what: Any = None) -> None:
+    _log.append((name, what))
 
 
 class Stream:
@@ -36,7 +38,7 @@ class Stream:
         self.device, self.waited = device, list[object]()
 
     def wait_event(self, event: Event) -> None:
-        log(("wait", self))
+        log("wait", self)
 
     def wait_stream(self, other: Stream) -> None:
         self.waited.append(other)
@@ -46,76 +48,36 @@ class Event:
     synchronised = 0
 
     def record(self, stream: Stream) -> None:
-        log(("record", stream))
+        log("record", stream)
 
     def synchronize(self) -> None:
         self.synchronised += 1
 
 
-class Recording(TorchDispatchMode):
-    """Every operation on tensors, to be done again on the same memory."""
+class Graph:
+    """Replays ``work`` into the memory of its first results. It does not keep what work belongs to."""
 
-    def __init__(self, into: list[Any]) -> None:
-        super().__init__()
-        self.into = into
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.into.append((func, args, kwargs or {}, result))
-        return result
-
-
-class CUDAGraph:
-    """Replays what was computed while it was captured, into the memory where it was."""
-
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-        self.own_pool: Any = None
+    def __init__(self, work: Any, pool: Any) -> None:
+        self.work, self.own_pool = WeakMethod(work), pool or ("pool of", id(self))
+        self.results = work()
 
     def pool(self) -> Any:
         return self.own_pool
 
     def replay(self) -> None:
-        log(("replay", self))
+        log("replay")
         time.sleep(0.002)  # so that another thread would come in between
-        for func, args, kwargs, before in self.calls:
-            after = func(*args, **kwargs)
-            for old, new in zip(_tensors(before), _tensors(after), strict=True):
-                if old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
+        for old, new in zip(self.results, self.work()(), strict=True):
+            old.copy_(new)
 
 
-class Capture:
+@contextmanager
+def captured(graph: Any, **options: Any) -> Iterator[None]:
     """torch.cuda.graph."""
-
-    underway = threading.Lock()
-    begun: list[dict[str, Any]] = []  # noqa: RUF012
-
-    def __init__(self, graph: CUDAGraph, **options: Any) -> None:
-        self.graph, self.mode = graph, Recording(graph.calls)
-        self.begun.append(options)
-        graph.own_pool = options["pool"] or ("pool of", id(graph))
-
-    def __enter__(self) -> None:
-        assert self.underway.acquire(blocking=False), "two captures at once"
-        assert not gc.isenabled()
-        log(("begin", self.graph))
-        time.sleep(0.01)
-        self.mode.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.mode.__exit__(*error)
-        log(("end", self.graph))
-        self.underway.release()
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else [t for t in result or () if t is not None]
-
-
-_log: list[Any] = []
-log = _log.append
-_local = threading.local()
+    assert not gc.isenabled() and options["capture_error_mode"] == "thread_local"
+    log("begin")
+    yield
+    log("end")
 
 
 def current_stream(device: object = None) -> Stream:
@@ -126,26 +88,14 @@ def current_stream(device: object = None) -> Stream:
 
 
 @pytest.fixture(autouse=True)
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Everything of torch.cuda that graphs use; operators that a dispatch mode sees."""
-    monkeypatch.setattr(choose, "why_not", lambda *_: "no dispatch mode sees it")
-    monkeypatch.setattr(native_product, "why_not", lambda *_: "no dispatch mode sees it")
-    monkeypatch.setattr(native, "available", lambda: False)  # of the patch embedding, likewise
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+def _cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, stand_in in (
-        ("Stream", Stream),
-        ("Event", Event),
-        ("CUDAGraph", CUDAGraph),
-        ("graph", Capture),
-        ("stream", lambda stream: nullcontext()),
-        ("current_stream", current_stream),
-    ):
+        ("Stream", Stream), ("Event", Event), ("CUDAGraph", object), ("graph", captured),
+        ("stream", lambda stream: nullcontext()), ("current_stream", current_stream),
+    ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, stand_in)
     clear = "_cuda_clearCublasWorkspaces"  # not in a torch without CUDA
-    monkeypatch.setattr(torch._C, clear, lambda: log(("clear workspaces", None)), raising=False)
-    Capture.begun.clear()
-    _log.clear()
-    yield _log
+    monkeypatch.setattr(torch._C, clear, lambda: log("clear workspaces"), raising=False)
     _log.clear()
 
 
@@ -156,14 +106,14 @@ class Steps:
     def __init__(self) -> None:
         self.plain, self.graphed = (LeanBackend(tiny_dit(), "fp32", CPU) for _ in range(2))
         self.graphs = self.graphed.graphs = StepGraphs(self.graphed.transformer)
-        self.timesteps = torch.tensor([999, 666, 333, 0])
         self.coefficients = np.random.default_rng(0).random((4, 9))
 
     def fused(self, backend: LeanBackend, n: int, seed: int = 0) -> FusedLeanDenoiser:
         labels = torch.arange(seed, seed + n) % 10
         labels = torch.cat([labels, torch.full_like(labels, 10)])
         scales = torch.linspace(1, 4, n) if n > 1 else torch.tensor([4.0])
-        return backend.fuse(labels, self.timesteps, self.coefficients, scales, 3)
+        timesteps = torch.tensor([999, 666, 333, 0])
+        return backend.fuse(labels, timesteps, self.coefficients, scales, 3)
 
     def inputs(self, n: int, seed: int = 0) -> Tensor:
         draw = torch.Generator().manual_seed(seed)
@@ -180,7 +130,14 @@ class Steps:
 
 
 @pytest.fixture
-def steps() -> Steps:
+def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+    """Its graphs are played; `capture_graph` has a test of its own."""
+
+    def capture(work: Callable[[], Any], stream: Any, pool: Any = None) -> tuple[Graph, Any]:
+        graph = Graph(work, pool)
+        return graph, graph.results
+
+    monkeypatch.setattr(cuda_graphs, "capture_graph", capture)
     return Steps()
 
 
@@ -188,8 +145,11 @@ def test_a_replay_computes_the_step_of_its_inputs(steps: Steps) -> None:
     for n, guide in ((1, True), (2, True), (2, False)):
         for step, seed in ((0, 0), (3, 1), (1, 2)):  # other steps, noise, labels, latents
             steps.check(n, step, guide, seed)
-    assert len(Capture.begun) == 3  # one for each number of images and guidance
-    assert steps.graphs.of(2, True, 4).channels == 4  # and for each number of channels
+    assert steps.graphs.of(2, True, 4).channels == 4
+    # One for each number of images, guidance, and number of channels.
+    made = list(steps.graphs._graphs)
+    assert made == [(1, True, 3), (2, True, 3), (2, False, 3), (2, True, 4)]
+    assert len({graph.graph.pool() for graph in steps.graphs._graphs.values()}) == 1
 
 
 def test_results_are_the_callers_own_and_arguments_stay(steps: Steps) -> None:
@@ -197,12 +157,9 @@ def test_results_are_the_callers_own_and_arguments_stay(steps: Steps) -> None:
     z, before, noise = steps.inputs(2)
     first = fused.guided_step(z, before, noise, 0, True)
     copies = [t.clone() for t in first]
-    second = fused.guided_step(*first, noise, 1, True)
-    graph = steps.graphs.of(2, True, 3)
+    fused.guided_step(*first, noise, 1, True)
     assert all(map(torch.equal, first, copies))  # not overwritten by the second replay
     assert torch.equal(torch.stack([z, before, noise]), steps.inputs(2))
-    for result in (*first, *second):
-        assert all(result.data_ptr() != own.data_ptr() for own in (*graph.results, graph.z))
 
 
 def test_the_graph_unused_for_longest_is_dropped(steps: Steps) -> None:
@@ -225,42 +182,21 @@ def test_a_failed_capture_leaves_the_others(steps: Steps, monkeypatch: pytest.Mo
         with pytest.raises(ZeroDivisionError):
             steps.graphs.of(2, True, 3)
     assert list(steps.graphs._graphs) == [(1, True, 3)]
-    assert current_stream().waited[-1] is steps.graphs._turns.capture_stream
     steps.check(2)
     steps.check(1, step=2)
 
 
-def test_each_graph_has_workspaces_of_its_own(steps: Steps, cuda: list[Any]) -> None:
-    """They are cleared right before and after the capture, which is one turn."""
-    first, second = steps.graphs.of(1, True, 3), steps.graphs.of(2, True, 3)
-    expected = ["wait", "clear workspaces", "begin", "end", "clear workspaces", "record"]
-    assert [name for name, _ in cuda] == expected * 2 and gc.isenabled()
-    assert steps.graphs._turns.capture_stream.waited == [current_stream()] * 2
-    assert {options["capture_error_mode"] for options in Capture.begun} == {"thread_local"}
-    assert [options["pool"] for options in Capture.begun] == [None, first.graph.pool()]
-    assert second.graph.pool() == first.graph.pool()
-
-
-def test_copies_wait_for_the_replay_before(
-    steps: Steps, cuda: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_copies_wait_for_the_replay_before(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
     fused, z, other = steps.fused(steps.graphed, 2), steps.inputs(2), steps.inputs(2, seed=5)
     graph = steps.graphs.of(2, True, 3)
-    cuda.clear()
-    seen: list[Tensor] = []
-
-    def wait(self: Stream, event: Event) -> None:
-        seen.append(graph.z.clone())
-        cuda.append(("wait", self))
-
-    monkeypatch.setattr(Stream, "wait_event", wait)
+    _log.clear()
+    monkeypatch.setattr(Stream, "wait_event", lambda self, _: log("wait", graph.z.clone()))
     fused.guided_step(*z, 0, True)
     with ThreadPoolExecutor(1) as elsewhere:
         elsewhere.submit(fused.guided_step, *other, 0, True).result()
-    assert [name for name, _ in cuda] == ["wait", "replay", "record"] * 2
-    streams = [item for name, item in cuda if name != "replay"]
-    assert streams[0] is streams[1] is not streams[2] and streams[2] is streams[3]
-    assert torch.equal(seen[1], z[0])  # the other's latents had not been copied yet
+    assert [name for name, _ in _log] == ["wait", "replay", "record"] * 2
+    assert _log[2][1] is current_stream() is not _log[5][1]
+    assert torch.equal(_log[3][1], z[0])  # the other's latents had not been copied yet
     assert torch.equal(graph.z, other[0])
 
 
@@ -277,17 +213,30 @@ def test_threads(steps: Steps) -> None:
         list(pool.map(work, range(4)))
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_capture_has_workspaces_of_its_own(fails: bool) -> None:
+    """They are cleared right before and after it. The first runs, which fill them, come before."""
+    stream: Any = Stream()
+
+    def work() -> None:
+        log("step")
+        assert not (fails and ("begin", None) in _log)
+
+    with pytest.raises(AssertionError) if fails else nullcontext():
+        capture_graph(work, stream)
+    expected = ["step", "step", "clear workspaces", "begin", "step", "end", "clear workspaces"]
+    assert [name for name, _ in _log] == [name for name in expected if not fails or name != "end"]
+    assert gc.isenabled() and stream.waited == [current_stream()]
+    assert current_stream().waited[-1] is stream  # also for what a failure left under way
+
+
 def test_one_lock_for_all_captures_of_the_process() -> None:
-    captures = {
-        "lean": lambda: Steps().graphs.of(1, False, 3),
-        "benchmark": lambda: graphed(lambda x: x + 1, torch.ones(2))(),
-        "tensorrt": lambda: TorchMemory("cpu").capture(lambda stream: log(("begin", None))),
-    }
-    with ThreadPoolExecutor(len(captures)) as pool:
+    with ThreadPoolExecutor(2) as pool:
         with one_capture():
-            waiting = [pool.submit(capture) for capture in captures.values()]
-            time.sleep(0.3)
-            assert "begin" not in [name for name, _ in _log]
+            waiting = [pool.submit(capture_graph, int, Stream()) for _ in range(2)]
+            time.sleep(0.2)
+            assert not _log
         for task in waiting:
             task.result(timeout=60)
-    assert [name for name, _ in _log].count("begin") >= len(captures)
+    expected = ["clear workspaces", "begin", "end", "clear workspaces"]
+    assert [name for name, _ in _log] == expected * 2

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_dit, tiny_engine, tiny_vae
+from tiny import tiny_engine
 
 from dit_engine import Engine, Generation
 from dit_engine.errors import NotFinite
@@ -75,31 +75,10 @@ def test_bad_input_is_one_line(engine: Engine, options: dict, message: str) -> N
     assert "\n" not in str(caught.value)
 
 
-class Odd:
-    """Answers every question with an error."""
-
-    def __index__(self) -> int:
-        raise TypeError("no index")
-
-    def __float__(self) -> float:
-        raise ValueError("no float")
-
-    def __iter__(self) -> Any:
-        raise TypeError("no iteration")
-
-    def __eq__(self, other: object) -> bool:
-        raise ValueError("no comparison")
-
-    def __bool__(self) -> bool:
-        raise ValueError("no truth")
-
-    __hash__ = None  # type: ignore[assignment]
-
-
 ODD: tuple[Any, ...] = (
     True, 1, -1, 10**5000, math.nan, 1e38, 1j, "", "9" * 5000, "a\nb", b"2", [], [1], (0.5, 2),
-    [None], [[1], [1, 2]], {1: 2}, {1}, (i for i in range(1)), id, np.ndarray, object(), Odd(),
-    [Odd()], np.float16(0.5), np.array("fp32"), np.array([True]), np.ones((1, 1)), np.zeros(0),
+    [None], [[1], [1, 2]], {1: 2}, {1}, (i for i in range(1)), id, np.ndarray, object(),
+    np.float16(0.5), np.array("fp32"), np.array([True]), np.ones((1, 1)), np.zeros(0),
     np.array([None], object), np.datetime64("2026-01-01"), torch.tensor(1), torch.tensor([True]),
     torch.tensor([1j]), torch.empty((), device="meta"), torch.ones(1).to_sparse(), Z,
 )  # fmt: skip
@@ -133,18 +112,9 @@ def test_odd_values_of_generate(engine: Engine, argument: str) -> None:
         call = lambda: made.append(engine.generate(**(usual | {argument: value})))  # noqa: B023, E731
         if refused(argument, call):
             continue
-        assert value is not True and type(value) not in (object, Odd)
+        assert value is not True and type(value) is not object
         for each in made:
             json.dumps(call_record(each))
-
-
-@pytest.mark.parametrize(
-    "argument", ["device", "max_batch_size", "threads", "label_names", "model"]
-)
-def test_odd_values_of_engine(argument: str) -> None:
-    usual = {"model": tiny_dit(), "vae": tiny_vae(), "device": "cpu"}
-    for value in ODD:
-        refused(argument, lambda: Engine(**(usual | {argument: value})))  # noqa: B023
 
 
 @pytest.mark.parametrize(
@@ -171,13 +141,10 @@ def test_numbers_of_every_type_are_plain_in_the_record(
     json.dumps(call_record(made))
 
 
-@pytest.mark.parametrize(
-    "kind", [lambda t: t.double().numpy(), lambda t: t.tolist(), lambda t: t.numpy().astype(">f4")]
-)
-def test_noise_is_taken_as_any_array(engine: Engine, kind: Any) -> None:
+def test_noise_is_taken_as_any_array(engine: Engine) -> None:
     usual = {"labels": [1], "steps": 2, "output": "latent"}
     expected = engine.generate(**usual, latents=Z, step_noise=NOISE)
-    made = engine.generate(**usual, latents=kind(Z), step_noise=kind(NOISE))
+    made = engine.generate(**usual, latents=Z.numpy().astype(">f4"), step_noise=NOISE.tolist())
     assert torch.equal(made.images, expected.images)
     assert made.settings == expected.settings  # the digests too
 
@@ -194,14 +161,6 @@ def test_odd_loading_arguments_are_named(name: str, value: object) -> None:
     options = {"source": "builtin", "device": "cpu"} | {name: value}
     with pytest.raises(ValueError, match=rf"^{'model' if name == 'source' else name} "):
         Engine.from_pretrained(**options)
-
-
-def test_numpys_numbers_are_taken_in_loading() -> None:
-    engine = Engine.from_pretrained(
-        "builtin", device="cpu", num_heads=np.int64(4), vae_scaling_factor=np.float32(0.5)
-    )
-    assert engine.config.num_heads == 4
-    assert engine.vae is not None and engine.vae.config.scaling_factor == 0.5
 
 
 @pytest.mark.parametrize(("keyword", "ours"), [("num_inference_steps", "steps"), ("step", "steps")])

@@ -55,7 +55,7 @@ class Event:
 
 
 class Graph:
-    """Replays ``work`` into the memory of its first results. It does not keep what work belongs to."""
+    """Replays ``work`` into the memory of its first results, without keeping its owner alive."""
 
     def __init__(self, work: Any, pool: Any) -> None:
         self.work, self.own_pool = WeakMethod(work), pool or ("pool of", id(self))

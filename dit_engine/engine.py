@@ -221,7 +221,8 @@ class Engine:
         )  # fmt: skip
         if callback is not None and not callable(callback):
             raise ValueError(f"callback {shown(callback)} is not callable")
-        if not plan.splittable and len(plan) > self.max_batch_size:
+        splittable = plan.noise != "official"  # which draws for the batch as a whole
+        if not splittable and len(plan) > self.max_batch_size:
             raise ValueError(
                 f"noise {plan.noise!r} draws for the batch as a whole: {len(plan)} labels exceed "
                 f"max_batch_size {self.max_batch_size}"
@@ -247,7 +248,7 @@ class Engine:
         with neutral(self.device), limited_threads(self.threads):
             runner = self._backend(plan.backend, plan.precision)
             with torch.inference_mode():
-                z = torch.cat(in_halves(run, len(plan), self.max_batch_size, plan.splittable))
+                z = torch.cat(in_halves(run, len(plan), self.max_batch_size, splittable))
                 if plan.output == "latent":
                     images = z.cpu()
                 else:

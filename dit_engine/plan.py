@@ -74,11 +74,6 @@ class Plan:
         """(K,) bool: at which steps the unconditional half is computed."""
         return self.inside & bool((self.scales != 1).any())
 
-    @property
-    def splittable(self) -> bool:
-        """Whether the images may be made in several batches; "official" noise is one draw."""
-        return self.noise != "official"
-
     def part(self, first: int, count: int) -> Plan:
         """The plan of ``count`` of the images, from image ``first`` on."""
         part = slice(first, first + count)

@@ -58,7 +58,8 @@ class Graph:
     """Replays ``work`` into the memory of its first results, without keeping its owner alive."""
 
     def __init__(self, work: Any, pool: Any) -> None:
-        self.work, self.own_pool = WeakMethod(work), pool or ("pool of", id(self))
+        self.work: Any = WeakMethod(work)
+        self.own_pool = pool or ("pool of", id(self))
         self.results = work()
 
     def pool(self) -> Any:

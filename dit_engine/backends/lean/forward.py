@@ -179,11 +179,7 @@ class _QuantizedProduct:
     """A `QuantizedLinear` that takes codes and scales of tokens as one argument."""
 
     def __init__(self, linear: QuantizedLinear) -> None:
-        self.linear = linear
-
-    @property
-    def native(self) -> bool:
-        return self.linear.native
+        self.linear, self.native = linear, linear.native
 
     def __call__(self, h: Codes, /, gelu: bool = False, out: Tensor | None = None) -> Tensor:
         rows = None if out is None else out.flatten(0, 1)

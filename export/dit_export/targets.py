@@ -36,12 +36,6 @@ def float_dtype(dtype: str, target: str) -> str:
     return "fp16" if target == "tensorrt" else "fp32"
 
 
-def vae_dtype(dtype: str) -> str:
-    """As in `Engine.generate`, which does not decode in float16, because Stable Diffusion's decoder
-    overflows it."""
-    return "bf16" if dtype == "bf16" else "fp32"
-
-
 def choose_opset(dtype: str, target: str, opset: int | None = None) -> int:
     """``opset`` if it can be written and read, or the best one for None.
 

@@ -43,7 +43,6 @@ from dit_export.targets import (
     VAE_GRAPH,
     choose_opset,
     float_dtype,
-    vae_dtype,
 )
 
 Report = Callable[[str], None]
@@ -56,8 +55,8 @@ class ExportOptions:
     Attributes:
         dtype: "fp32", "fp16", "bf16", or "int8" or "fp8", which quantise the blocks' linear layers.
         target: the runtime, which decides the opset and what surrounds quantised products.
-        opset, graphs, vae_dtype: None is the best opset, all graphs that the model has, and
-            `targets.vae_dtype`.
+        opset, graphs, vae_dtype: None is the best opset, all graphs that the model has, and "bf16"
+            with bf16, else "fp32".
         external_data_mib: a larger graph has its weights in a file of its own. A protobuf file may
             have at most 2 GiB, and writing it takes five times its size in memory, while weights
             are written one by one.
@@ -88,14 +87,13 @@ class ExportOptions:
             ("calibration_images", 1, 1_000_000),
             ("calibration_steps", 2, 1000),
         ):
-            if not least <= getattr(self, name) <= most:
-                value = getattr(self, name)
+            if not least <= (value := getattr(self, name)) <= most:
                 raise ValueError(f"{name} {value}: allowed is {least} to {most}")
         return self
 
     def graph_dtype(self, name: str) -> str:
-        if name == VAE_GRAPH:
-            return self.vae_dtype or vae_dtype(self.dtype)
+        if name == VAE_GRAPH:  # float16 overflows in Stable Diffusion's decoder
+            return self.vae_dtype or ("bf16" if self.dtype == "bf16" else "fp32")
         quantized = name in QUANTIZED_GRAPHS
         return self.dtype if quantized else float_dtype(self.dtype, self.target)
 

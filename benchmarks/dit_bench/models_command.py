@@ -8,11 +8,14 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dit_bench.command import Keep, fill_report, finish
+import torch
+
+from dit_bench.command import fill_report, finish
+from dit_bench.machine import describe, overview
 from dit_bench.outputs import check_folder, check_outputs, csv_text, json_text, write_text
-from dit_bench.progress import LEAST_ROUNDS, LONGEST, Progress
+from dit_bench.progress import LEAST_ROUNDS, LONGEST
 from dit_bench.quality.paired import SET_OPTIONS, add_set_arguments, refuse_given, set_comparison
 from dit_bench.report import WORK, Report, new_report, read
 from dit_engine.console.output import STDOUT, destination
@@ -72,18 +75,22 @@ def run(arguments: argparse.Namespace) -> int:
     check_folder(arguments.plot)
     old = None if arguments.compare is None else read(arguments.compare)
     operators = None if arguments.operators is None else read(arguments.operators, "operators")
-    plan = plan_of(arguments) if arguments.load is None else None
-    if plan is None and arguments.models:
+    if arguments.load is None:
+        plan = plan_of(arguments)
+        report = report_of(plan, arguments)
+    elif arguments.models:
         raise ValueError("--load shows a finished report; --model has no place beside it")
-    report = read(arguments.load) if plan is None else report_of(plan, arguments)
+    else:
+        plan, report = None, read(arguments.load)
     if arguments.plot or arguments.html:
         from dit_bench.show.plots import require_matplotlib
 
         require_matplotlib()
-    sheets: list[Any] = []
     failure: BaseException | None = None
     if plan is not None:
-        failure = fill_report(report, partial(_measure, plan, report, sheets), arguments)
+        from dit_bench.speed.models import measure
+
+        failure = fill_report(report, partial(measure, plan, report), arguments)
         for row in report["rows"] if failure is None else ():
             if row.get("role") == "subject" and row["status"] == "skipped":
                 where = f"{row['case']}, {row['section']}"
@@ -101,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
             code = exit_code(report["comparison"], arguments.strict)
         except ValueError as error:
             failure = failure or ValueError(f"{arguments.compare}: {error}")
-    return finish(report, failure, arguments, code, partial(_write_more, arguments, sheets))
+    return finish(report, failure, arguments, code, partial(_write_more, arguments))
 
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
@@ -145,7 +152,6 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         kinds=tuple(kind for kind in WORK if kind in arguments.only),
         parity=arguments.samples if arguments.parity else 0,
         sets=set_comparison(arguments, device) if arguments.parity else None,
-        keep_engines=arguments.html is not None,
         **{name: getattr(arguments, name) for name in
            ("size", "vae", "steps", "sampler", "rounds", "seconds", "threads")},
     )  # fmt: skip
@@ -165,9 +171,6 @@ def positive(text: str) -> int:
 
 def report_of(plan: Plan, arguments: argparse.Namespace) -> Report:
     """A report of ``plan`` with nothing measured yet."""
-    import torch
-
-    from dit_bench.machine import describe
     from dit_bench.speed.latency import NOISE_BOUND
 
     backend, precision = plan.subject
@@ -180,24 +183,7 @@ def report_of(plan: Plan, arguments: argparse.Namespace) -> Report:
     return new_report("models", machine, settings, arguments.given)
 
 
-def _measure(plan: Plan, report: Report, sheets: list[Any], progress: Progress, keep: Keep) -> None:
-    from dit_bench.speed.generation import sample_sheets
-    from dit_bench.speed.models import measure
-    from dit_engine.runtime import limited_threads
-
-    engines = measure(plan, report, progress, keep)
-
-    def stepped(_: object) -> None:
-        progress.done()
-        progress.check()
-
-    with limited_threads(plan.threads), progress.run(2 * plan.steps * len(engines)):
-        for engine in engines:
-            progress.stage("samples for the page")
-            sheets += sample_sheets(engine, plan.subject, plan.steps, plan.sampler, stepped)
-
-
-def _write_more(arguments: argparse.Namespace, sheets: list[Any], report: Report) -> None:
+def _write_more(arguments: argparse.Namespace, report: Report) -> None:
     write_text(csv_text(report), arguments.csv)
     if arguments.plot is None and arguments.html is None:
         return
@@ -215,12 +201,10 @@ def _write_more(arguments: argparse.Namespace, sheets: list[Any], report: Report
             with atomic_path(arguments.plot / f"{name}.png") as picture:
                 picture.write_bytes(drawn(figure, "png"))
     if arguments.html is not None:
-        write_text(page(report, figures, sheets), arguments.html)
+        write_text(page(report, figures), arguments.html)
 
 
 def _show_environment(arguments: argparse.Namespace) -> int:
-    from dit_bench.machine import overview
-
     found = without_paths(overview())
     if arguments.json is not None:
         check_outputs([arguments.json])

@@ -32,10 +32,6 @@ class Subject:
     label_names: tuple[str, ...] | None = None
     size: int | None = None
 
-    @property
-    def trained(self) -> bool:
-        return self.weights != "random"
-
 
 def load_subject(
     name: str, *, size: int | None = None, vae: str | None = None, with_vae: bool = True

@@ -155,10 +155,10 @@ def test_peers_have_the_precision_of_activations() -> None:
 def test_a_size_has_random_weights_and_a_checkpoint_its_own(model: str) -> None:
     """A twin in other numerics shares them."""
     size = load_subject("DiT-S-8", size=512, with_vae=False)
-    assert (size.name, size.size, size.trained) == ("S/8", 512, False)
+    assert (size.name, size.size, size.weights) == ("S/8", 512, "random")
     assert size.model.config == ModelConfig.named("S/8", 512)
     subject, own = load_subject(model), tiny_dit()
-    assert subject.size == 16 and subject.trained and subject.label_names == NAMES
+    assert subject.size == 16 and subject.weights != "random" and subject.label_names == NAMES
     assert torch.equal(subject.model.blocks[0].mlp.fc1.weight, own.blocks[0].mlp.fc1.weight)  # pyright: ignore
     with pytest.raises(ValueError, match="--size is for published models"):
         load_subject(model, size=256)

@@ -262,7 +262,7 @@ def as_gpu(monkeypatch: pytest.MonkeyPatch, small_ceilings: None, tmp_path: Path
     """Rows of ``dit-bench gpu`` as it is, but for sizes, on a CPU that passes for CUDA."""
     subject = SimpleNamespace(
         name="S/8", weights="random", model=random_model(replace(TINY, depth=1)), vae=None,
-        label_names=None, size=16, trained=False,
+        label_names=None, size=16,
     )  # fmt: skip
     compiler = torch.compile  # what is traced, without Inductor's half of a minute
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend="eager", **how))

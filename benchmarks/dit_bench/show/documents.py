@@ -86,9 +86,8 @@ def speed_table(report: Report) -> str:
     known = [f"{name} {versions[name]}" for name in ("torch", "diffusers", "openvino")
              if versions.get(name)]  # fmt: skip
     note = (
-        f"On {machine['cpu']} with {machine['threads']} threads; medians of interleaved rounds "
-        f"with the same weights and inputs, whose results were compared before timing. "
-        f"{', '.join(known)}."
+        f"On {machine['cpu']} with {machine['threads']} threads: medians of interleaved rounds; "
+        f"every result was checked before it was timed. {', '.join(known)}."
     )
     return _block(["ms for one step with guidance", *COLUMNS.values()], rows, note)
 

@@ -1,10 +1,9 @@
-"""One self-contained HTML file of a report: tables, figures, sheets of samples side by side."""
+"""One self-contained HTML file of a report: its tables and figures."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Mapping, Sequence
+from base64 import b64encode
+from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ from dit_bench.show.reports import interrupted, report_tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from PIL import Image
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -28,23 +26,15 @@ th, td { padding: .25rem .45rem; text-align: left; border-bottom: 1px solid #e3e
          vertical-align: top; }
 th { border-bottom: 2px solid #999; vertical-align: bottom; }
 .number { text-align: right; } td.number { white-space: nowrap; }
-.note, figcaption { color: #555; font-size: .85rem; margin: .3rem 0; }
-.sheets { display: flex; flex-wrap: wrap; gap: 1.5rem; }
-figure { margin: 1rem 0; } img { max-width: 100%; }
+.note { color: #555; font-size: .85rem; margin: .3rem 0; }
+img { max-width: 100%; margin: 1rem 0; }
 .warning, .wrong { background: #fff3cd; padding: .5rem 1rem; border-left: 4px solid #d39e00; }
 .wrong { background: #fde0e0; border-color: #c62828; color: #8e0000; font-weight: 600; }
 """
 
 
-def page(
-    report: Report,
-    figures: Mapping[str, Figure],
-    sheets: Sequence[tuple[str, Image.Image]] = (),
-) -> str:
-    """HTML without scripts and without anything that would have to be fetched.
-
-    sheets: captions and pictures.
-    """
+def page(report: Report, figures: Mapping[str, Figure]) -> str:
+    """HTML without scripts and without anything that would have to be fetched."""
     settings = report["settings"]
     models = ", ".join(model["model"] for model in report.get("models", []))
     what = " ".join(settings[key] for key in ("backend", "precision") if key in settings)
@@ -63,25 +53,12 @@ def page(
     body += [f"<p class=wrong>{escape(text)}</p>" for text in wrong]
     body += [f"<p class=warning>{escape(text)}</p>" for text in warnings]
     body += [table.html() for table in report_tables(report)]
-    body += [_figure("image/svg+xml", drawn(figure, "svg"), name.replace("-", " "))
-             for name, figure in figures.items()]  # fmt: skip
-    if sheets:
-        pictures = "".join(_figure("image/png", _png(image), name) for name, image in sheets)
-        body.append(f"<h2>Samples, noise being equal</h2>\n<div class=sheets>{pictures}</div>")
+    for name, figure in figures.items():
+        data = b64encode(drawn(figure, "svg")).decode()
+        body.append(f'<p><img src="data:image/svg+xml;base64,{data}" alt="{escape(name)}"></p>')
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<link rel="icon" href="data:,">\n<title>{title}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
     )
-
-
-def _figure(kind: str, data: bytes, caption: str) -> str:
-    uri, text = f"data:{kind};base64,{base64.b64encode(data).decode()}", escape(caption)
-    return f'<figure><img src="{uri}" alt="{text}"><figcaption>{text}</figcaption></figure>\n'
-
-
-def _png(image: Image.Image) -> bytes:
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()

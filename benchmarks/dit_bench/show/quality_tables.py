@@ -26,7 +26,7 @@ _SETS = (
 
 
 def _set_of(row: Row) -> str:
-    return _SETS_OF.get(row["case"], row["case"])
+    return _SETS_OF.get(row["case"]) or row["case"]
 
 
 def _error(found: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Whole generations: the check that each step of them is right, and sheets of their samples.
+"""Whole generations: the check that each step of them is right.
 
 A trajectory is chaotic: bfloat16 may move one image by 1 % and the next by 20 %, so no bound on the
 final image both finds faults and accepts what is right. The error of one step from given latents
@@ -11,7 +11,6 @@ last latents. The error of eager bfloat16 in the same step, found in the same wa
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,16 +18,12 @@ from torch import Tensor
 
 from dit_bench.contenders import FP32_BOUND, allowed_error, relative_error
 from dit_bench.speed.forward import CHANNELS, SCALE, Work, decoder_precision
-from dit_engine.engine import Engine, Generation, Progress
-from dit_engine.results import make_sheet
+from dit_engine.engine import Generation, Progress
 from dit_engine.runtime import in_halves
 from dit_engine.sampling.guidance import guided
 from dit_engine.sampling.noise import PerImageNoise
 from dit_engine.sampling.samplers import SAMPLERS
 from dit_engine.sampling.schedule import make_schedule
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 BF16_TIMES_EAGER = 2.0
 """A step's error over that of eager bfloat16 in the same step, which two ways of rounding the same
@@ -145,22 +140,3 @@ class GenerationCheck:
 
         count = self.work.images
         return torch.cat(list(in_halves(run, count, engine.max_batch_size))).transpose(0, 1)
-
-
-def sample_sheets(
-    engine: Engine, subject: tuple[str, str], steps: int, sampler: str, callback: Any = None
-) -> list[tuple[str, Image.Image]]:
-    """A captioned sheet each by eager float32 and ``subject``, of the same labels and seeds."""
-    assert engine.image_size is not None
-    # Eager float32 is slow: of large images it makes few.
-    count = min(4 if engine.image_size >= 128 else 16, engine.config.num_classes)
-    names = engine.label_names or tuple(map(str, range(count)))
-    sheets = []
-    for backend, precision in dict.fromkeys([("eager", "fp32"), subject]):
-        made = engine.generate(
-            list(range(count)), steps=steps, sampler=sampler, seed=0, backend=backend,
-            precision=precision, output="pil", callback=callback,
-        )  # fmt: skip
-        caption = f"{backend} {precision}, {steps} steps of {sampler}, seeds 0 to {count - 1}"
-        sheets.append((caption, make_sheet(made.images, names[:count])))
-    return sheets

@@ -43,9 +43,8 @@ class Plan:
     """What is measured.
 
     batches: numbers of images. parity: images of a paired comparison with eager float32, 0 for
-    none; sets: what is asked of these as sets. keep_engines: whether `measure` gives back the
-    engines of trained models. budget: what is not begun by its end is skipped. title: of the model
-    in the rows.
+    none; sets: what is asked of these as sets. budget: what is not begun by its end is skipped.
+    title: of the model in the rows.
     """
 
     models: tuple[str, ...]
@@ -64,7 +63,6 @@ class Plan:
     parts: tuple[Part, ...] = ()
     parity: int = 0
     sets: SetComparison | None = None
-    keep_engines: bool = False
     budget: Budget | None = None
     title: str | None = None
 
@@ -79,8 +77,8 @@ def measure(
     report: Report,
     progress: Progress,
     keep: Callable[[], object] = lambda: None,
-) -> list[Engine]:
-    """Fill ``report``; the engines of trained models where the plans keep them.
+) -> None:
+    """Fill ``report``.
 
     steps: plans, and functions that measure something else at their place among them.
     keep: called whenever the report has grown.
@@ -89,7 +87,7 @@ def measure(
     """
     steps = [steps] if isinstance(steps, Plan) else list(steps)
     plans = [step for step in steps if isinstance(step, Plan)]
-    first, kept = plans[0], list[Engine]()
+    first = plans[0]
     report.setdefault("models", [])
     report["load_average"] = load_average()
     stages = sum(plan.stages for plan in plans) + 2 + any(p.sets is not None for p in plans)
@@ -115,7 +113,7 @@ def measure(
                     step(timer)
                 continue
             for name in step.models:
-                kept += _measure_model(step, name, report, timer, keep)
+                _measure_model(step, name, report, timer, keep)
                 torch.compiler.reset()  # what was compiled holds its model's weights
                 gc.collect()
         report["other_load"] = load.mean
@@ -125,12 +123,11 @@ def measure(
         for row in report["rows"]:
             row |= shares(row, best)
         progress.done()
-    return kept
 
 
 def _measure_model(
     plan: Plan, name: str, report: Report, timer: Timer, keep: Callable[[], object]
-) -> list[Engine]:
+) -> None:
     progress = timer.progress
     progress.stage(f"{name}: loading")
     with_vae = bool({"decode", "image"} & set(plan.kinds)) or plan.parity > 0
@@ -172,7 +169,6 @@ def _measure_model(
         keep()
         progress.check()
         progress.done()
-    return [own] if plan.keep_engines and subject.trained and subject.vae is not None else []
 
 
 def _rows(plan: Plan, kind: str, work: Work, record: dict[str, Any], timer: Timer) -> list[Row]:

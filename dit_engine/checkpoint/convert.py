@@ -157,11 +157,8 @@ def state_to_diffusers(state: Mapping[str, Tensor], depth: int) -> dict[str, Ten
     """What `state_from_diffusers` reads back, in tensors that share no memory with one another."""
     theirs: dict[str, Tensor] = {}
     for official, names in official_to_diffusers(depth):
-        if len(names) == 1:
-            theirs[names[0]] = state[official]
-        else:
-            parts = state[official].chunk(len(names))
-            theirs |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
+        for name, part in zip(names, state[official].chunk(len(names)), strict=True):
+            theirs[name] = part.clone() if len(names) > 1 else part
     for i in range(1, depth):
         for official, name in _EMBEDDERS.items():
             theirs[_embedder(i, name)] = state[official].clone()
@@ -186,6 +183,6 @@ def _embedder(block: int, name: str) -> str:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether all bits are equal, also those of NaN (which are reported elsewhere)."""
+    # Also those of NaN, which are reported elsewhere.
     a_bits, b_bits = (tensor.contiguous().view(torch.uint8) for tensor in (a, b))
     return a.dtype == b.dtype and torch.equal(a_bits, b_bits)

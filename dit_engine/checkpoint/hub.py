@@ -47,11 +47,9 @@ def locate(source: str | Path, kind: str = "model") -> Path:
                 f"model 'builtin' is missing from this installation: {BUILTIN_DIRECTORY}"
             )
         return BUILTIN_DIRECTORY
-    if not isinstance(source, (str, os.PathLike)):
-        raise ValueError(f"{kind} {source!r} is neither a string nor a path")
     allowed = "give 'builtin', a path or a hub id owner/name"
-    if not str(source):
-        raise ValueError(f"{kind} '' is empty; {allowed}")
+    if not isinstance(source, (str, os.PathLike)) or not str(source):
+        raise ValueError(f"{kind} {source!r} names nothing; {allowed}")
     try:
         path = Path(source).expanduser()
     except RuntimeError:  # "~name", and no user has this name

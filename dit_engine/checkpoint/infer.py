@@ -35,9 +35,7 @@ _REFERENCE_SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "squaredcos_cap
 
 
 def infer_config(
-    state: Mapping[str, Tensor],
-    num_heads: int | None = None,
-    args: Options | None = None,
+    state: Mapping[str, Tensor], num_heads: int | None = None, args: Options | None = None
 ) -> ModelConfig:
     """The config of an official state dict, from its shapes and the options of its training.
 

@@ -22,13 +22,8 @@ from dit_engine.runtime import neutral
 from dit_engine.vae import AutoencoderKL
 
 NATIVE_CLASS = "DiT"
-NATIVE_FILES = (
-    "config.json",
-    "model.safetensors",
-    "labels.json",
-    "vae/config.json",
-    "vae/diffusion_pytorch_model.safetensors",
-)
+NATIVE_FILES = ("config.json", "model.safetensors", "labels.json", "vae/config.json",
+                "vae/diffusion_pytorch_model.safetensors")  # fmt: skip
 MODEL_CARD = "README.md"
 
 
@@ -45,12 +40,9 @@ def save_pretrained(
     It replaces an empty directory or an earlier native one, whose README.md is kept. Should it be
     interrupted, the earlier one is there as it was.
 
-    Args:
-        label_names: one for each of the model's classes.
-        dtype: of all weights in the files; None keeps the modules' own.
-
-    Raises ValueError if the directory holds something else or the names do not fit the classes,
-    OSError if it cannot be written.
+    label_names: one for each class. dtype: of all weights in the files; None keeps the modules'
+    own. Raises ValueError if the directory holds something else or the names do not fit the
+    classes, OSError if it cannot be written.
     """
     target = Path(directory)
     if label_names is not None and len(label_names) != model.config.num_classes:

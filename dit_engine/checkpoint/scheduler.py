@@ -69,12 +69,8 @@ _NEEDS: dict[str, dict[str, tuple[Any, ...]]] = {
         "use_lu_lambdas": _OFF,
     },
 }
-_VARIANCES = {
-    "fixed_small": "fixed_small",
-    "fixed_small_log": "fixed_small",
-    "fixed_large": "fixed_large",
-    "learned_range": "model",
-}
+_VARIANCES = {"fixed_small": "fixed_small", "fixed_small_log": "fixed_small",
+              "fixed_large": "fixed_large", "learned_range": "model"}  # fmt: skip
 _WITHOUT_EFFECT = (
     "dynamic_thresholding_ratio", "sample_max_value",  # of thresholding
     "lower_order_final", "euler_at_final",  # the last step goes to no noise, in first order
@@ -97,16 +93,16 @@ def scheduler_beside(weights: Path) -> Path | None:
         index = place.parent / "model_index.json"
         if place.name != "transformer" or not (index.is_file() or path.is_file()):
             continue
-        named = read_json(index).get("scheduler") if index.is_file() else None
-        if path.is_file():
-            if not index.is_file():
-                told = f"{path} is taken for this model's, although there is no {index}"
-                warnings.warn(told, stacklevel=2)
-            return path
-        if isinstance(named, list) and any(named):
-            told = f"{index} names a scheduler, {named[-1]!r}, but there is no {path}"
-            warnings.warn(f"{told}: the published diffusion is taken", stacklevel=2)
-        return None
+        if not index.is_file():
+            told = f"{path} is taken for this model's, although there is no {index}"
+            warnings.warn(told, stacklevel=2)
+        elif not path.is_file():
+            named = read_json(index).get("scheduler")
+            if isinstance(named, list) and any(named):
+                told = f"{index} names a scheduler, {named[-1]!r}, but there is no {path}"
+                warnings.warn(f"{told}: the published diffusion is taken", stacklevel=2)
+            return None
+        return path
     return None
 
 

@@ -46,10 +46,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("a/b/c", "'a/b/c' does not exist; give 'builtin', a path or a hub id", FileNotFoundError),
         ("model.pt", "'model.pt' does not exist", FileNotFoundError),
-        ("", "'' is empty", ValueError),
+        ("", "'' names nothing; give", ValueError),
         ("~nobody-of-this-name/x.pt", "'~nobody-of-this-name/x.pt': the home", ValueError),
         ("nul\0.pt", r"'nul\\x00.pt' does not exist", FileNotFoundError),
-        (b"model.pt", "b'model.pt' is neither a string nor a path", ValueError),
+        (b"model.pt", "b'model.pt' names nothing; give", ValueError),
     ],
 )
 def test_odd_names(name: Any, message: str, kind: type[Exception], saved: Path) -> None:

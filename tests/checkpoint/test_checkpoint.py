@@ -76,8 +76,6 @@ def test_config_from_tensors(config: ModelConfig) -> None:
 
 
 def test_heads_from_the_width() -> None:
-    assert {width: infer_heads(width) for width in (384, 768, 1024, 1152)} == {
-        384: 6, 768: 12, 1024: 16, 1152: 16}  # fmt: skip
     for width, heads in ((512, 8), (216, 3)):
         with pytest.warns(UserWarning, match=f"hidden size {width} is none of .*{heads} heads"):
             assert infer_heads(width) == heads

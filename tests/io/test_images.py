@@ -39,10 +39,11 @@ def handmade(path: Path, side: int, bits: int, colour: int, rows: bytes, *more: 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])  # Pillow turns the pixels of a TIFF itself
 def test_images_stand_as_a_viewer_shows_them(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"x.{suffix}"
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        path = saved(tmp_path / f"x.{suffix}", random_rgb(shape=(6, 10, 3)), exif=exif)
+        saved(path, random_rgb(shape=(6, 10, 3)), exif=exif)
         with Image.open(path) as image:
             expected = np.asarray(ImageOps.exif_transpose(image))
         np.testing.assert_array_equal(np.asarray(read_rgb(path)), expected)
@@ -192,8 +193,6 @@ def test_whatever_pillow_raises_is_one_line_with_the_path(
 ) -> None:
     bad = {
         "short.png": png(8, 8, 0, zlib.compress(bytes(72)))[:40],
-        "broken.tif": b"II*\0\x08\0\0\0\x01\0",
-        "empty.webp": b"",
         "number.ppm": b"P6 4 x 255\n" + bytes(48),
     }
     for name, data in bad.items():

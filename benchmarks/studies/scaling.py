@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dit_bench.cost import Cost, counted
 from dit_bench.machine import describe
 from dit_bench.quality.fd_lite0 import METRIC, Halves, load_halves, recognised
 from dit_bench.quality.features import FeatureNetwork, load_network
@@ -138,24 +139,18 @@ def sample(network: nn.Module, labels: Sequence[int], seeds: Sequence[int], size
         return SAMPLERS[SAMPLER].function(denoise, z, schedule, noise, lambda *_: None)
 
 
-def macs_of(network: nn.Module, size: int) -> int:
-    """Multiply-adds of one forward of one image, by torch's operator counting."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
-    # The fused attention for CPUs is not among the operators that are counted.
-    with counter, sdpa_kernel(SDPBackend.MATH), torch.inference_mode():
-        network(torch.zeros(1, 4, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.long))
-    return counter.get_total_flops() // 2
+def cost_of(network: nn.Module, size: int) -> Cost:
+    """What a forward of one image costs; moves the network to the meta device."""
+    network.to("meta")
+    with torch.device("meta"), torch.inference_mode():
+        x, index = torch.empty(1, 4, size, size), torch.empty(1, dtype=torch.long)
+        return counted(network, lambda: network(x, index, index))
 
 
-def measured(network: nn.Module, path: Path, halves: Halves, size: int, decode: Decoder,
+def measured(network: nn.Module, halves: Halves, size: int, decode: Decoder,
              extractor: FeatureNetwork) -> Row:  # fmt: skip
-    """What a row says about a network with the weights in ``path``, from one image per label with
-    seeds 0, 1, …; size: of the latents."""
-    macs = macs_of(network, size)
-    load_into(network, path)
+    """What a row says about the images of a network, one for each label with seeds 0, 1, …;
+    size: of the latents."""
     network.to(torch.bfloat16).eval().requires_grad_(False)
     labels, parts = halves.labels.tolist(), []
     for start in Bar(range(0, len(labels), CHUNK), "sampling"):
@@ -164,11 +159,8 @@ def measured(network: nn.Module, path: Path, halves: Halves, size: int, decode: 
         parts.append(extractor.extract(to_uint8(decode(z))).pooled)
     features, reference = np.concatenate(parts), moments_of(halves.features_b)
     hits = recognised(features, halves.labels, halves.features_a, halves.labels)
-    return {
-        "gmacs": macs / 1e9, "parameters": sum(p.numel() for p in network.parameters()),
-        "distance": frechet_distance(moments_of(features), reference), "n": len(features),
-        "n_reference": reference.count, "recognised": float(hits.mean()),
-    }  # fmt: skip
+    return {"distance": frechet_distance(moments_of(features), reference), "n": len(features),
+            "n_reference": reference.count, "recognised": float(hits.mean())}  # fmt: skip
 
 
 def measure(arguments: argparse.Namespace) -> int:
@@ -197,10 +189,13 @@ def measure(arguments: argparse.Namespace) -> int:
     halves = load_halves(arguments.run / "data", samples // classes, pixels, extractor)
     report = new_report("scaling", describe(torch.device("cpu")), SETTINGS)
     for name, make, step, path in works:
-        found = measured(make(), path, halves, size, lambda z: decoder(z, "bf16", LeanDecoder),
+        cost, network = cost_of(make(), size), make()
+        load_into(network, path)
+        found = measured(network, halves, size, lambda z: decoder(z, "bf16", LeanDecoder),
                          extractor)  # fmt: skip
         report["rows"].append({"section": "scaling", "case": name, "contender": f"{step} steps",
-                               "status": "ok", "steps": step, **found})  # fmt: skip
+                               "status": "ok", "steps": step, "gmacs": cost.macs / 1e9,
+                               "parameters": cost.parameters, **found})  # fmt: skip
     report["complete"] = True
     write(report, arguments.json)
     if (figure := distance_figure(report)) is not None:

@@ -24,7 +24,7 @@ folder, networks, sample = scaling.folder, scaling.networks, scaling.sample
 
 def test_the_networks_cost_what_they_are_compared_for() -> None:
     made = {name: make() for name, make in networks(4, 16, 16).items()}
-    macs = {name: scaling.macs_of(network, 16) for name, network in made.items()}
+    macs = {name: scaling.cost_of(network, 16).macs for name, network in made.items()}
     for name in ("DiT small/4", "DiT large/2"):
         # The formula leaves out nothing that is counted.
         assert macs[name] == pytest.approx(total(dit_cost(made[name].config)).macs, rel=1e-3)
@@ -48,11 +48,11 @@ def test_training_and_measuring(
 ) -> None:
     monkeypatch.setattr(scaling, "BATCH", 2)
     monkeypatch.setattr(scaling, "SIZES", {"small": (1, 32, 2)})
-    latents = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(10, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     run, out, path = tmp_path / "run", tmp_path / "out", tmp_path / "all.json"
     run.mkdir()
     tensors = {"means": latents, "deviations": torch.ones_like(latents),
-               "labels": torch.tensor([0, 0, 1, 1, 2, 2])}  # fmt: skip
+               "labels": torch.arange(10)}  # fmt: skip
     save_tensors(tensors, run / "latents.safetensors")
     common = ["--run", str(run), "-o", str(out), "--steps", "2"]
     monkeypatch.setattr(Engine, "from_pretrained", lambda _: tiny_engine())
@@ -66,7 +66,7 @@ def test_training_and_measuring(
         assert any(not torch.equal(half[key], whole[key]) for key in half)
     monkeypatch.setattr(scaling, "load_network", lambda _: None)
     monkeypatch.setattr(scaling, "load_halves", lambda *_: None)
-    monkeypatch.setattr(scaling, "measured", lambda *_: {"gmacs": 1.0, "distance": 3.0, "n": 10})
+    monkeypatch.setattr(scaling, "measured", lambda *_: {"distance": 3.0, "n": 10})
     assert scaling.main(measure) == 0
     report = json.loads(path.read_text())
     validate(report)

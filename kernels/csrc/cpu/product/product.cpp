@@ -11,18 +11,18 @@ namespace dit {
 namespace {
 
 // Bytes of an element, or 0 for a dtype without products.
-inline int64_t element_bytes(int dtype) {
+int64_t element_bytes(int dtype) {
     return dtype == f32 ? 4 : dtype == bf16 ? 2 : dtype == codes_dtype ? 1 : 0;
 }
 
-inline int64_t steps_of(int64_t k, int dtype) { return divide_up(k, 4 / element_bytes(dtype)); }
+int64_t steps_of(int64_t k, int dtype) { return divide_up(k, 4 / element_bytes(dtype)); }
 
-inline int64_t panel_bytes(int64_t m, int64_t k, int dtype) {
+int64_t panel_bytes(int64_t m, int64_t k, int dtype) {
     return divide_up(m, vector_width) * 64 * steps_of(k, dtype);
 }
 
 // Whether every offset in bytes fits int64 and every sum of products of codes fits int32.
-inline bool sizes_good(int64_t rows, int64_t k, int64_t m, int dtype) {
+bool sizes_good(int64_t rows, int64_t k, int64_t m, int dtype) {
     constexpr int64_t most = int64_t{1} << 28;
     return k >= 1 && k <= (dtype == codes_dtype ? 65536 : most) && m <= most &&
            sizes_fit(rows, k, m);
@@ -54,9 +54,7 @@ int run(const ProductCall& call, int dtype) {
                        {call.row_scale, 4, dtype == codes_dtype},
                        {call.col_scale, 4, dtype == codes_dtype});
     DIT_CHECK(isa() >= Isa::avx512_bf16, no_isa);
-    return dtype == f32    ? product_f32_avx512bf16(call)
-           : dtype == bf16 ? product_bf16_avx512bf16(call)
-                           : product_codes_avx512bf16(call);
+    return product_avx512bf16(call, dtype);
 }
 
 }  // namespace

@@ -36,9 +36,8 @@ struct ProductCall {
     int threads;
 };
 
-// Each returns an Error. The order in which an output's products are added depends on k alone.
-int product_f32_avx512bf16(const ProductCall& call);
-int product_bf16_avx512bf16(const ProductCall& call);
-int product_codes_avx512bf16(const ProductCall& call);
+// Products of the dtype f32, bf16 or codes_dtype; returns an Error. The order in which an output's
+// products are added depends on k alone.
+int product_avx512bf16(const ProductCall& call, int dtype);
 
 }  // namespace dit

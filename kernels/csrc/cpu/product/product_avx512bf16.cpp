@@ -230,11 +230,9 @@ int product(const ProductCall& call) {
 
 }  // namespace
 
-int product_f32_avx512bf16(const ProductCall& call) { return product<F32Steps, float>(call); }
-
-int product_bf16_avx512bf16(const ProductCall& call) { return product<Bf16Steps, Bf16>(call); }
-
-int product_codes_avx512bf16(const ProductCall& call) {
+int product_avx512bf16(const ProductCall& call, int dtype) {
+    if (dtype == f32) return product<F32Steps, float>(call);
+    if (dtype == bf16) return product<Bf16Steps, Bf16>(call);
     return call.out_dtype == f32 ? product<CodeSteps, float>(call) : product<CodeSteps, Bf16>(call);
 }
 

@@ -1,4 +1,5 @@
-"""The training loop that both stages share: budget, EMA, checkpoints, resumption, loss log."""
+"""The training loop that both stages share: budget, checkpoints, resumption, log of losses, and
+the exponential moving average (EMA) of the weights, which is what a stage returns."""
 
 from __future__ import annotations
 
@@ -79,7 +80,7 @@ class LoopSettings:
 
 
 class Trainer(Generic[M]):
-    """AdamW on ``model`` with an EMA copy; one file holds everything that a resumption needs.
+    """Trains ``model`` with AdamW. One file holds everything that is needed to go on later.
 
     Args:
         model: the float32 module to train.

@@ -163,7 +163,7 @@ def train(
 
 
 def is_begun(directory: Path) -> bool:
-    """Whether a training in ``directory`` has something to go on from."""
+    """Whether ``directory`` holds anything from which a training can go on."""
     return (directory / "settings.json").exists() or any(directory.glob("data/*.npy"))
 
 
@@ -220,7 +220,7 @@ def _begun(path: Path) -> dict[str, Any]:
 
 
 def _flipped(flip: Sequence[str], names: tuple[str, ...]) -> tuple[str, ...]:
-    """The full names of the classes in ``flip``, which `resolve_labels` reads."""
+    """The full names of the classes in ``flip``, which may be whatever `resolve_labels` takes."""
     try:
         return tuple(names[i] for i in resolve_labels(flip, len(names), names)) if flip else ()
     except ValueError as error:

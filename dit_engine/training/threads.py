@@ -28,7 +28,8 @@ class Sample(NamedTuple):
 
 
 def sample() -> Sample | None:
-    """Now, for the processors that this program may use; None where the system does not say."""
+    """A sample of this moment for the processors that this program may use, or None where the
+    system does not count their time."""
     busy = busy_seconds(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     return None if busy is None else Sample(time.monotonic(), busy, time.process_time())
 

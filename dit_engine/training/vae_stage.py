@@ -76,8 +76,8 @@ def train_decoder(
 def _sheet_maker(
     data: ImageSet, encode: Callable[[AutoencoderKL, Tensor, np.ndarray], Tensor]
 ) -> Callable[[AutoencoderKL, Path], None]:
-    """A function (model, path) that draws 32 images of ``data``, and below each row what the model
-    makes of it. encode: (model, images, their numbers) → latents."""
+    """A function (model, path) that draws 32 images of ``data``, and below each row of them what
+    the model makes of these images. encode: (model, images, their indices) → latents."""
     shown = np.linspace(0, len(data) - 1, 32).astype(int)
     examples = data.tensor(shown)
 

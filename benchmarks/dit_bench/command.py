@@ -6,6 +6,7 @@ What ends a run early is raised once everything that was finished is written.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -84,3 +85,15 @@ def finish(
     bad = any(r["status"] in ("wrong", "failed") and r.get("role") == "subject"
               for r in report["rows"])  # fmt: skip
     return 1 if bad else code
+
+
+def check_threads(threads: int | None) -> None:
+    count = os.cpu_count() or 1
+    if threads is not None and threads > count:
+        raise ValueError(f"threads {threads} is above the {count} of this machine")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)

@@ -10,6 +10,7 @@ any noise is a regression: a 5 % quantile of `FAR` times the old 95 % quantile, 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,20 @@ def compare_reports(new: Report, old: Report) -> dict[str, Any]:
 
     Raises ValueError where the reports have nothing in common.
     """
-    before = {_key(row): row for row in old["rows"] if row["status"] == "ok" and "ms" in row}
-    after = {_key(row): row for row in new["rows"]}
-    notes = _differences(new, old)
+
+    def by_key(rows: Iterable[Row]) -> dict[tuple[Any, ...], Row]:
+        return {tuple(row[key] for key in _KEY): row for row in rows}
+
+    before = by_key(row for row in old["rows"] if row["status"] == "ok" and "ms" in row)
+    after = by_key(new["rows"])
+    notes = []
+    for key in ("cpu", "gpu", "threads", "device"):
+        now, then = new["machine"].get(key), old["machine"].get(key)
+        if not (same_processor(now, then) if key == "cpu" else now == then):
+            notes.append(f"{key}: {then!r} then, {now!r} now")
     sure = not_quoted(new) is None and not_quoted(old) is None
-    same_sampling = _sampling(new) == _sampling(old)
+    one, other = new["settings"], old["settings"]
+    same_sampling = all(one.get(key) == other.get(key) for key in ("steps", "sampler"))
     rows, lost, left_out = [], [], []
     for key, was in before.items():
         title = f"{was['case']}, {was['section']}, {was['contender']}"
@@ -90,7 +100,10 @@ def exit_code(comparison: dict[str, Any], strict: bool = False) -> int:
 def _verdict(new: Row, old: Row, ratio: float, sure: bool) -> str:
     if new["ms"] == old["ms"]:  # a run beside itself
         return "no difference shown"
-    (low, high), (old_low, old_high) = _ends(new), _ends(old)
+    # The median stands for both ends where a report has no others.
+    (low, high), (old_low, old_high) = (
+        (ms.get("p5", ms["median"]), ms.get("p95", ms["median"])) for ms in (new["ms"], old["ms"])
+    )
     if not sure or any(row.get("noisy") or busy_row(row) for row in (new, old)):
         far = low > FAR * old_high or new["ms"]["median"] > VERY_FAR * old_high
         return "regression" if far else "noisy"
@@ -99,27 +112,3 @@ def _verdict(new: Row, old: Row, ratio: float, sure: bool) -> str:
     if high < old_low and ratio < 1 - LEAST:
         return "quicker"
     return "no difference shown"
-
-
-def _ends(row: Row) -> tuple[float, float]:
-    """The 5 % and 95 % quantiles; the median for both where a report has no others."""
-    ms = row["ms"]
-    return ms.get("p5", ms["median"]), ms.get("p95", ms["median"])
-
-
-def _key(row: Row) -> tuple[Any, ...]:
-    return tuple(row[key] for key in _KEY)
-
-
-def _sampling(report: Report) -> tuple[Any, ...]:
-    return report["settings"].get("steps"), report["settings"].get("sampler")
-
-
-def _differences(new: Report, old: Report) -> list[str]:
-    """What of the machines differs, in which case times cannot be compared."""
-    pairs = [(key, new["machine"].get(key), old["machine"].get(key))
-             for key in ("cpu", "gpu", "threads", "device")]  # fmt: skip
-    return [
-        f"{key}: {was!r} then, {now!r} now" for key, now, was in pairs
-        if not (same_processor(now, was) if key == "cpu" else now == was)
-    ]  # fmt: skip

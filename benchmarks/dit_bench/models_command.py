@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from dit_bench.command import fill_report, finish
+from dit_bench.command import check_threads, fill_report, finish, positive
+from dit_bench.contenders import check_backend, parse_peers
 from dit_bench.machine import describe, overview
 from dit_bench.outputs import check_folder, check_outputs, csv_text, json_text, write_text
 from dit_bench.progress import LEAST_ROUNDS, LONGEST
 from dit_bench.quality.paired import SET_OPTIONS, add_set_arguments, refuse_given, set_comparison
 from dit_bench.report import WORK, Report, new_report, read
+from dit_bench.speed.latency import NOISE_BOUND
+from dit_bench.speed.models import Plan, measure
+from dit_bench.subjects import check_name
+from dit_engine.backends import PRECISIONS, resolve_backend
 from dit_engine.console.output import STDOUT, destination
 from dit_engine.console.parser import add_backend_argument
 from dit_engine.io.files import atomic_path
 from dit_engine.io.printable import printable, say
 from dit_engine.io.provenance import without_paths
-
-if TYPE_CHECKING:
-    from dit_bench.speed.models import Plan
+from dit_engine.runtime import parse_device
+from dit_engine.sampling.samplers import SAMPLERS
+from dit_engine.sampling.schedule import make_schedule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +80,13 @@ def run(arguments: argparse.Namespace) -> int:
     operators = None if arguments.operators is None else read(arguments.operators, "operators")
     if arguments.load is None:
         plan = plan_of(arguments)
-        report = report_of(plan, arguments)
+        settings = {
+            "backend": plan.subject[0], "precision": plan.subject[1], "rounds": plan.rounds,
+            "seconds": plan.seconds, "steps": plan.steps, "sampler": plan.sampler,
+            "peers": ["/".join(pair) for pair in plan.peers], "noise_bound": NOISE_BOUND,
+        }  # fmt: skip
+        machine = describe(plan.device) | {"threads": plan.threads or torch.get_num_threads()}
+        report = new_report("models", machine, settings, arguments.given)
     elif arguments.models:
         raise ValueError("--load shows a finished report; --model has no place beside it")
     else:
@@ -88,8 +97,6 @@ def run(arguments: argparse.Namespace) -> int:
         require_matplotlib()
     failure: BaseException | None = None
     if plan is not None:
-        from dit_bench.speed.models import measure
-
         failure = fill_report(report, partial(measure, plan, report), arguments)
         for row in report["rows"] if failure is None else ():
             if row.get("role") == "subject" and row["status"] == "skipped":
@@ -113,14 +120,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
     """Every option checked, before any work. Raises ValueError, BackendUnavailable, ImportError."""
-    from dit_bench.contenders import check_backend, parse_peers
-    from dit_bench.speed.models import Plan
-    from dit_bench.subjects import check_name
-    from dit_engine.backends import PRECISIONS, resolve_backend
-    from dit_engine.runtime import parse_device
-    from dit_engine.sampling.samplers import SAMPLERS
-    from dit_engine.sampling.schedule import make_schedule
-
     if not arguments.models:
         raise ValueError("--model is missing: a published size such as XL/2, 'builtin' or a path")
     for name in arguments.models:
@@ -155,32 +154,6 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         **{name: getattr(arguments, name) for name in
            ("size", "vae", "steps", "sampler", "rounds", "seconds", "threads")},
     )  # fmt: skip
-
-
-def check_threads(threads: int | None) -> None:
-    count = os.cpu_count() or 1
-    if threads is not None and threads > count:
-        raise ValueError(f"threads {threads} is above the {count} of this machine")
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
-
-
-def report_of(plan: Plan, arguments: argparse.Namespace) -> Report:
-    """A report of ``plan`` with nothing measured yet."""
-    from dit_bench.speed.latency import NOISE_BOUND
-
-    backend, precision = plan.subject
-    settings = {
-        "backend": backend, "precision": precision, "rounds": plan.rounds,
-        "seconds": plan.seconds, "steps": plan.steps, "sampler": plan.sampler,
-        "peers": ["/".join(pair) for pair in plan.peers], "noise_bound": NOISE_BOUND,
-    }  # fmt: skip
-    machine = describe(plan.device) | {"threads": plan.threads or torch.get_num_threads()}
-    return new_report("models", machine, settings, arguments.given)
 
 
 def _write_more(arguments: argparse.Namespace, report: Report) -> None:

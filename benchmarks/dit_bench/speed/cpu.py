@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from dit_bench.command import carry_out, check_threads, positive
 from dit_bench.contenders import Contender, build
 from dit_bench.machine import cpu_model, describe, settle, slug
-from dit_bench.models_command import check_threads, positive
 from dit_bench.progress import Progress
 from dit_bench.report import Report, Row, new_report
 from dit_bench.speed.busy import busy_rows
@@ -241,7 +241,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from dit_bench.command import carry_out
     from dit_bench.outputs import check_outputs
 
     check_threads(arguments.threads)

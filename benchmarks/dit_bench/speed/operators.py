@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from dit_bench.ceilings import NAMES, Ceilings, measure_ceilings
+from dit_bench.command import carry_out, positive
 from dit_bench.load import OtherLoad
 from dit_bench.machine import SETTLE_S, describe, load_average, settle
-from dit_bench.models_command import positive
 from dit_bench.progress import Progress
 from dit_bench.report import Report, Row, new_report
 from dit_bench.speed.operator_cases import Case, Make, Run, all_cases, implementations, opponents
@@ -200,7 +200,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from dit_bench.command import carry_out
     from dit_bench.outputs import check_outputs
 
     device, rounds = parse_device(arguments.device), arguments.rounds

@@ -64,7 +64,7 @@ class Engine:
         self.config = model.config
         self.label_names = label_names
         self.max_batch_size = positive("max_batch_size", max_batch_size)
-        self.sources = {"model": "memory"} if sources is None else dict(sources)
+        self.sources: dict[str, Any] = {"model": "memory"} if sources is None else dict(sources)
         self._start()
 
     def _start(self) -> None:

@@ -19,6 +19,8 @@ BUILTIN = VAEConfig(block_out_channels=(32, 64, 64), layers_per_block=1, norm_nu
                     mid_block_add_attention=False)  # fmt: skip
 ODD = VAEConfig(block_out_channels=(24, 40), layers_per_block=2, norm_num_groups=8,
                 latent_channels=6, out_channels=1)  # fmt: skip
+# Wider than `FLOAT32_CHAIN`, as Stable Diffusion's.
+WIDE = VAEConfig(block_out_channels=(256,), layers_per_block=1)
 SINGLE = VAEConfig(block_out_channels=(16,), layers_per_block=1, norm_num_groups=4)
 
 
@@ -58,7 +60,7 @@ SHAPES = [
     (BUILTIN, (2, 8, 8)),
     (ODD, (2, 3, 5)),
     (SINGLE, (2, 3, 5)),
-    (VAEConfig(), (1, 8, 8)),  # Stable Diffusion's
+    (WIDE, (1, 8, 8)),
 ]
 
 

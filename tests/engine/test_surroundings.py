@@ -73,6 +73,7 @@ def test_generations(
             tensor.mul_(2)
 
 
+@pytest.mark.slow
 def test_what_is_exported_within_a_default_device(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,7 +125,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     if not 0 < arguments.ready_timeout < float("inf"):
         raise ValueError(f"--ready-timeout {arguments.ready_timeout}: seconds above 0 are needed")
     from dit_export.server.binary import find_server
-    from dit_export.server.process import ServerFailed, running_server
+    from dit_export.server.process import running_server
     from dit_export.server.repository import check_marker
 
     check_marker(arguments.serve)
@@ -144,10 +144,10 @@ def _serve(arguments: argparse.Namespace) -> int:
             say(f"ready: http {running.http}, gRPC {running.grpc}, metrics {running.metrics}")
             client = printable(shlex.quote(str(arguments.serve / "client.py")))
             say(f"python {client} {running.http} images.png 50 0; Ctrl-C ends it", flush=True)
-            raise ServerFailed(f"the server ended with code {running.process.wait()}")
+            raise OSError(f"the server ended with code {running.process.wait()}")
     except KeyboardInterrupt:
         return 0
-    except ServerFailed:
+    except OSError:
         for line in last:
             say(line, sys.stderr)
         raise

@@ -180,23 +180,22 @@ def to_pbtxt(fields: Mapping[str, Any], indent: str = "") -> str:
     Raises ValueError for a value of any other type. So everything that is written here is a number,
     one of our own words, or a string whose quotation marks are escaped.
     """
-    lines: list[str] = []
+    text = ""
     for key, value in fields.items():
         messages = isinstance(value, list) and value and isinstance(value[0], Mapping)
         for item in value if messages else [value]:
             if isinstance(item, Mapping):
-                lines.append(f"{indent}{key} {{\n{to_pbtxt(item, indent + '  ')}{indent}}}\n")
+                text += f"{indent}{key} {{\n{to_pbtxt(item, indent + '  ')}{indent}}}\n"
             else:
-                lines.append(f"{indent}{key}: {_scalar(item)}\n")
-    return "".join(lines)
+                text += f"{indent}{key}: {_scalar(item)}\n"
+    return text
 
 
 def _scalar(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, Enum | int):
-        return str(value)
-    if isinstance(value, list) and all(type(each) is int for each in value):
+    numbers = isinstance(value, list) and all(type(each) is int for each in value)
+    if numbers or isinstance(value, Enum | int):
         return str(value)
     if not isinstance(value, str):
         raise ValueError(f"{shown(value)} is not a value of a config.pbtxt")

@@ -33,10 +33,6 @@ _STOP_SECONDS = supervisor.ASK_SECONDS + 5
 _CLOSED = "shared-memory,model-repository,trace,logging"
 
 
-class ServerFailed(OSError):
-    """The server ended, or was not ready in time."""
-
-
 @dataclass(frozen=True)
 class Running:
     """Addresses ("host:port") of a server that is ready, and the process of its supervisor."""
@@ -69,9 +65,8 @@ def running_server(
             they are printed on standard error.
         trust: run whatever code the repository has (otherwise see `trust.check_repository`).
 
-    Raises:
-        ValueError: ``repository`` is not ours or has other code, or a port is invalid or taken.
-        ServerFailed: the server ended, or was not ready in time.
+    Raises ValueError for a repository that is not ours or has other code and for a port that is
+    invalid or taken, and OSError if the server ended or was not ready in time.
     """
     check_marker(repository)
     files = None if trust else check_repository(repository)
@@ -171,13 +166,13 @@ def _wait_until_ready(process: subprocess.Popen[bytes], address: str, seconds: f
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if (code := process.poll()) is not None:
-            raise ServerFailed(f"the server ended with code {code} before it was ready")
+            raise OSError(f"the server ended with code {code} before it was ready")
         try:
             with direct.open(f"http://{address}/v2/health/ready", timeout=5):
                 return
         except (OSError, HTTPException):
             time.sleep(0.1)
-    raise ServerFailed(f"the server was not ready after {seconds:g} s")
+    raise OSError(f"the server was not ready after {seconds:g} s")
 
 
 def _stop(process: subprocess.Popen[bytes], prefix: str) -> None:

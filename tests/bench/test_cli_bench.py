@@ -87,15 +87,10 @@ def test_rates_follow_from_times_and_costs(finished: dict[str, Any]) -> None:
         assert row["tflop_s"] == pytest.approx(flops / ms / 1e9)
         assert row["images_s"] == pytest.approx(1000 * row["images"] / ms)
         assert row["ms"]["n"] == len(row["samples_ms"]) <= 3
-        ceiling = report["ceilings"]["matmul_tflop_s"][row["precision"]]
-        assert row["percent_of_matmul"] == pytest.approx(100 * row["tflop_s"] / ceiling)
     forward = rows_of(report, section="forward", images=1)[0]
     read_parts = ("patch_embed", "attention", "mlp", "final")  # the conditioning is hoisted
     weights = 2 * sum(cost["cost"]["parts"][part]["parameters"] for part in read_parts)
     assert forward["flops_per_byte"] == pytest.approx(2 * macs / weights)
-    moved = weights / forward["ms"]["median"] / 1e6
-    copy = report["ceilings"]["copy_gb_s"]
-    assert forward["percent_of_copy"] == pytest.approx(100 * moved / copy)
 
 
 def test_a_finished_run_is_shown_again_and_written_as_csv(
@@ -242,27 +237,8 @@ def test_ctrl_c_is_heard_between_the_steps_of_parity_and_at_once_the_second_time
     assert not report["complete"] and rows_of(report, section="parity") == [] and steps == 21
 
 
-@pytest.mark.parametrize(
-    ("option", "content", "said"),
-    [
-        ("--operators", None, "does not exist; a JSON file is needed"),
-        ("--operators", made_up.report(), "kind 'models' is not one of operators"),
-        ("--compare", [], "a report is a JSON object"),
-        ("--load", {"schema": "dit-bench/2"}, "'dit-bench/2' is not 'dit-bench/3'"),
-    ],
-)
-def test_files_that_are_no_reports_are_refused_in_one_line(
-    option: str, content: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path, models_given = tmp_path / "a.json", [] if option == "--load" else ["--model", "S/2"]
-    if content is not None:
-        path.write_text(json.dumps(content), encoding="utf-8")
-    assert cli.main([*models_given, option, str(path)]) == 2
-    error = capsys.readouterr().err
-    assert said in error and "a.json" in error and error.count("\n") == 1
-
-
 MODEL = ["--model", "S/2"]
+SCALING = str(Path(__file__).parents[2] / "benchmarks/results/scaling.json")
 
 
 @pytest.mark.parametrize(
@@ -277,7 +253,10 @@ MODEL = ["--model", "S/2"]
         ([*MODEL, "--seconds", "inf"], "seconds inf is not a finite number above 0"),
         ([*MODEL, "--features", "lite0"], "--features is for --parity, which is not"),
         ([*MODEL, "--parity", "--allow-few"], "--allow-few is for --features or --ref"),
-        ([*MODEL, "--load", "benchmarks/results/scaling.json"], "--load shows a finished report"),
+        ([*MODEL, "--load", SCALING], "--load shows a finished report"),
+        ([*MODEL, "--operators", SCALING], "kind 'scaling' is not one of operators"),
+        ([*MODEL, "--compare", __file__], "test_cli_bench.py is not a report of dit-bench: "),
+        (["--load", "nowhere"], "nowhere does not exist; a JSON file is needed"),
         ([*MODEL, "--threads", "4096"], "threads 4096 is above"),
         ([*MODEL, "--json", "--csv"], "cannot both go to standard output"),
         ([*MODEL, "--plot", __file__], "is a file; --plot needs a directory"),

@@ -10,8 +10,8 @@ import numpy as np
 from dit_engine.sampling.schedule import Schedule
 
 LARGEST = 1e18
-"""What latents and the predicted x₀ have to stay below. Squares of more overflow float32, in the
-model's norms for one, where backends differ in what becomes of it: it is taken for infinite."""
+"""Latents and the predicted x₀ count as infinite from this size on. The square of a larger number
+overflows float32, for example in the model's norms, and backends differ in what follows."""
 
 
 def step_coefficients(name: str, schedule: Schedule, learned: bool, eta: float = 0.0) -> np.ndarray:
@@ -27,7 +27,7 @@ def step_coefficients(name: str, schedule: Schedule, learned: bool, eta: float =
     rows = _SAMPLERS[name](schedule, eta, learned)
     rows[-1, 8] = 0.0  # no sampler adds noise at its last step
     if schedule.diffusion.prediction != "epsilon":
-        # The operator's ε is then what the model gives instead, and the noise a sum of that and z.
+        # The operator's ε is then the model's output, and the noise is a sum of that and z.
         rows[:, :2] = schedule.x0_weights
         of_z, of_output = schedule.epsilon_weights.T
         rows[:, 3] += rows[:, 4] * of_z
@@ -38,8 +38,8 @@ def step_coefficients(name: str, schedule: Schedule, learned: bool, eta: float =
 
 
 def clipping(name: str, schedule: Schedule) -> tuple[float, np.ndarray] | None:
-    """What sampler ``name`` clamps x₀ to, ±, and by what the clamped x₀ is multiplied and added
-    to the z′ of `step_coefficients`, (steps,); None where it does not clamp."""
+    """The bound to which sampler ``name`` clamps x₀, and the factors (steps,) with which the clamped
+    x₀ is added to the z′ of `step_coefficients`; None if the sampler does not clamp."""
     clip = schedule.diffusion.clip
     if clip is None or name == "dpm++":
         return None

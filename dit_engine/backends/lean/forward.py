@@ -1,8 +1,7 @@
-"""The lean forward: packed weights, fused operators, and nothing in the loop that can be outside.
+"""The lean forward: packed weights and fused operators.
 
-The same function as `dit_engine.model.DiT.forward_conditioned`, from modulations that were made
-before the loop (`dit_engine.backends.lean.conditioning`). Shape letters: M rows, T tokens, D
-width, p patch.
+It computes `dit_engine.model.DiT.forward_conditioned` from modulations that were made before the
+loop (`dit_engine.backends.lean.conditioning`). Shape letters: M rows, T tokens, D width, p patch.
 """
 
 from __future__ import annotations

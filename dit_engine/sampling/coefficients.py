@@ -38,8 +38,8 @@ def step_coefficients(name: str, schedule: Schedule, learned: bool, eta: float =
 
 
 def clipping(name: str, schedule: Schedule) -> tuple[float, np.ndarray] | None:
-    """The bound to which sampler ``name`` clamps x₀, and the factors (steps,) with which the clamped
-    x₀ is added to the z′ of `step_coefficients`; None if the sampler does not clamp."""
+    """The bound to which sampler ``name`` clamps x₀, and the factors (steps,) with which this x₀ is
+    added to the z′ of `step_coefficients`; None if the sampler does not clamp."""
     clip = schedule.diffusion.clip
     if clip is None or name == "dpm++":
         return None

@@ -79,7 +79,7 @@ class FeatureNetwork:
                         if key not in files:
                             file = stack.enter_context(tempfile.TemporaryFile())
                             files[key] = file, (of.count, rows.shape[1])
-                        files[key][0].write(rows.tobytes())
+                        files[key][0].write(np.asarray(rows, np.float32).tobytes())
                 bar.update(len(batch))
                 check()
             for key, (file, shape) in files.items():

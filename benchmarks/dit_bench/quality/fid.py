@@ -56,12 +56,13 @@ def figures(
         score = metrics.inception_score(found.log_probabilities)
         add("Inception Score", score, samples.count, remark=remark)
     names = (network.metric, f"s{network.metric}")[: 1 + bool(network.spatial_width)]
-    for i, name in enumerate(Bar(names, "distances", leave=False)):
-        a, b = moments(samples, found, i), moments(reference, real, i)
-        distance = metrics.frechet_distance(a, b, allow_few=few)
-        add(name, distance, a.count, n_reference=b.count)
-        if any(n is not None and n <= a.width for n in (a.count, b.count)):
-            rows[-1]["fewer_than_features"] = a.width
+    with Bar(names, "distances", leave=False) as bar:
+        for i, name in enumerate(bar):
+            a, b = moments(samples, found, i), moments(reference, real, i)
+            distance = metrics.frechet_distance(a, b, allow_few=few)
+            add(name, distance, a.count, n_reference=b.count)
+            if any(n is not None and n <= a.width for n in (a.count, b.count)):
+                rows[-1]["fewer_than_features"] = a.width
     more: Row = {"n_reference": reference.count or None, "remark": f"k = {metrics.NEIGHBOURS}"}
     values: tuple[float | None, ...] = (None, None)
     if found is None or real is None:

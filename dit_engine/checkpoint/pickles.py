@@ -61,13 +61,8 @@ class _Made:
 
 
 class Pickle:
-    """Executes one pickle, of at most ``pickle_bytes`` bytes, on sizes only.
-
-    Attributes:
-        made: objects that it makes.
-        stored: bytes of its storages.
-        copied: items and characters that its calls copy.
-        slow_keys: keys that are slow to hash.
+    """Executes one pickle, of at most ``pickle_bytes`` bytes, on sizes only. It counts the objects
+    that are made, the bytes of storages, the items and characters that calls copy, and slow keys.
     """
 
     def __init__(self, source: Any, file_bytes: int, pickle_bytes: int) -> None:
@@ -208,7 +203,6 @@ class Pickle:
 
 
 def _size(value: Any) -> int:
-    """The size of a copy of ``value``, in items or characters."""
     if isinstance(value, tuple):
         return len(value) + sum(len(item) for item in value if isinstance(item, _Made))
     return len(value) if isinstance(value, str | _Made) else 1

@@ -29,9 +29,9 @@ def nothing_known(directory: Path) -> NoReturn:
 def check_destination(target: Path, known: Known = nothing_known) -> dict[str, Facts]:
     """The regular files that must be removed to write a new ``target``, by relative path.
 
-    Raises a one-line ValueError unless ``target`` is missing, an empty directory, or a directory
-    with nothing but regular files that ``known`` lists, with the hashes that it lists. It may be a
-    link to such a directory, unless another user made the link.
+    Raises a one-line ValueError unless ``target`` is missing, empty, or a directory with nothing
+    but regular files that ``known`` lists, with the hashes that it lists. It may be a link to such
+    a directory, unless another user made the link.
     """
     target = _behind_link(target)
     if not target.exists():
@@ -95,7 +95,6 @@ def _behind_link(target: Path) -> Path:
 
 @contextmanager
 def _parents(target: Path) -> Iterator[None]:
-    """Make the directories above ``target``; afterwards remove those of them that are empty."""
     missing = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

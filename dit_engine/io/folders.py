@@ -72,7 +72,6 @@ def _around(folder: Path) -> set[Path]:
 
 
 def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
-    """What is in a folder: "folder", "picture", or the name of what is left out."""
     for path in sorted(folder.iterdir()):
         suffix = path.suffix.lower()
         if path.name.startswith(".") or path.name == "__MACOSX":

@@ -116,6 +116,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "onnx"
 
 
+@pytest.mark.slow
 def test_a_hit_is_compared_with_the_model(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +195,7 @@ print(seen)
 """
 
 
+@pytest.mark.slow
 def test_a_compilation_uses_only_our_cache(tmp_path: Path) -> None:
     hostile = made(tmp_path / "tmp" / f"torchinductor_{getpass.getuser()}", 0o777)
     kept = {k: v for k, v in os.environ.items() if k not in (COMPILED, "TRITON_CACHE_DIR")}

@@ -13,9 +13,11 @@ PACKAGES = ("dit_engine", "dit_kernels", "dit_export", "dit_bench")
 
 
 def leave_out_of_path() -> None:
-    """Take the current directory out of ``sys.path``, unless PYTHONPATH names it, or an entry behind
-    the standard library, which is of an installation. Where one of our packages lies in the
-    directory, as in a checkout, it becomes the last entry."""
+    """Take the current directory out of ``sys.path``, unless PYTHONPATH names it.
+
+    An entry behind the standard library stays: what is installed there names it. Where one of our
+    packages lies in the directory, as in a checkout, it becomes the last entry.
+    """
     try:
         here = os.getcwd()  # as Python itself writes it
     except OSError:  # removed

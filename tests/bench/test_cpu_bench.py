@@ -1,4 +1,4 @@
-"""The CPU and GPU runs: what they measure, their ratios on made-up times, profile, memory, busy."""
+"""The CPU run: what it measures, its ratios on made-up times, profile, memory, busy, processors."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,15 +16,13 @@ from numerics import assert_close_to_reference
 
 from dit_bench import cli, machine
 from dit_bench.report import read
-from dit_bench.speed import busy, cpu, gpu, models
+from dit_bench.speed import busy, cpu
 from dit_bench.speed.busy import busy_rows, neighbours, working
 from dit_bench.speed.forward import STEPS
 from dit_bench.speed.latency import Timer
 from dit_bench.speed.memory import measure, needed_bytes, peak_of, resident_bytes
-from dit_bench.speed.operator_cases import cases_of
 from dit_bench.speed.profile import linear_inputs, linears_alone, profile_row, shares
 from dit_bench.subjects import random_model
-from dit_bench.timing import Budget
 from dit_engine.backends.lean.forward import LeanTransformer
 from dit_engine.config import ModelConfig
 from dit_engine.model import DiT
@@ -236,100 +232,3 @@ def test_other_names_of_processors() -> None:
     assert machine.processor("processor : 0\nCPU part : 0xd40\n").endswith("(part 0xd40)")
     assert machine.processor("") == machine.cpu_model("") and machine.instruction_sets("") == []
     assert machine.slug("Intel(R) Xeon(R) 8481C CPU @ 2.70GHz") == "intel-xeon-8481c-cpu"
-
-
-def test_a_gpu_whose_torch_and_driver_tell_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = SimpleNamespace(name="G", total_memory=3, uuid="GPU-12")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: few)
-    commands: list[list[str]] = []
-
-    def answer(command: list[str], **_: Any) -> SimpleNamespace:
-        commands.append(command)
-        return SimpleNamespace(stdout="570.1, 1980, 3201, 412.51, [N/A], 55\n")
-
-    monkeypatch.setattr(subprocess, "run", answer)
-    found = machine.describe_cuda(torch.device("cuda"))
-    assert (found["compute_capability"], found["driver_version"]) == ("9.0", "570.1")
-    assert (found["memory_bytes"], found["l2_bytes"], found["clocks.sm"]) == (3, None, "1980")
-    assert commands[0][-1] == "--id=GPU-12"  # not by number: torch may see other devices
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(OSError()))
-    assert machine.describe_cuda(torch.device("cuda"))["driver_version"] is None
-
-
-@pytest.fixture
-def as_gpu(monkeypatch: pytest.MonkeyPatch, small_ceilings: None, tmp_path: Path) -> Any:
-    """Rows of ``dit-bench gpu`` as it is, but for sizes, on a CPU that passes for CUDA."""
-    subject = SimpleNamespace(
-        name="S/8", weights="random", model=random_model(replace(TINY, depth=1)), vae=None,
-        label_names=None, size=16,
-    )  # fmt: skip
-    compiler = torch.compile  # what is traced, without Inductor's half of a minute
-    monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend="eager", **how))
-    monkeypatch.setattr(gpu, "cuda_device", lambda: CPU)
-    monkeypatch.setattr(gpu, "all_cases", lambda _: cases_of(2, 5, 64, 2, torch.bfloat16)[:1])
-    monkeypatch.setattr(gpu, "MANY", 4)
-    monkeypatch.setattr(gpu, "ROUNDS", 2)
-    monkeypatch.setattr(gpu, "PEERS", gpu.PEERS[:4])
-    monkeypatch.setattr(gpu, "LATE_PEERS", ())
-    monkeypatch.setattr("dit_bench.speed.operators.opponents", lambda *_: {})
-    monkeypatch.setattr(models, "load_subject", lambda *_, **__: subject)
-
-    def run() -> list[dict[str, Any]]:
-        path = tmp_path / "gpu.json"
-        assert cli.main(["gpu", "--json", str(path), "--sizes", "S/8"]) == 0
-        report = read(path, "gpu")
-        assert report["complete"] and not (tmp_path / "gpu.json.partial").exists()
-        return report["rows"]
-
-    return run
-
-
-def test_a_gpu_run_from_end_to_end(as_gpu: Any) -> None:
-    found = {(row["section"], row.get("images"), row["contender"]): row for row in as_gpu()}
-    for images in (2, 4):
-        for name in ("lean bf16", "eager bf16", "diffusers bf16"):
-            assert found["forward", images, name]["ms"]["median"] > 0
-        assert found["step", images, "lean bf16"]["status"] == "ok"
-        assert found["forward", images, "graph bf16"]["reason"] == "CUDA graphs need a CUDA device"
-        assert found["image", images // 2, "lean bf16"]["status"] == "ok"
-    assert found["operator", None, "native"]["rate"] > 0
-
-
-def test_without_time_everything_is_skipped(as_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "Budget", lambda _: Budget(0))
-    rows = as_gpu()
-    assert {row["reason"] for row in rows} == {"no time was left"}
-    assert {"forward", "step", "image", "operator"} <= {row["section"] for row in rows}
-
-
-def test_the_gpu_command_refuses_what_it_cannot_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    path = tmp_path / "gpu.json"
-    assert cli.main(["gpu", "--json", str(path)]) == 2
-    assert capsys.readouterr().err.startswith("error: no CUDA device: ") and not path.exists()
-    monkeypatch.setattr(gpu, "cuda_device", lambda: CPU)
-    for options, said in ((["--sizes", "M/2"], "model 'M/2' is unknown"),
-                          (["--minutes", "0.1"], "minutes 0.1 is not above 0.5")):  # fmt: skip
-        assert cli.main(["gpu", *options]) == 2
-        assert said in capsys.readouterr().err
-
-
-HANGS = """
-import sys, time, torch
-from dit_bench import cli
-from dit_bench.speed import gpu
-gpu.cuda_device = lambda: torch.device("cpu")
-gpu.START_SECONDS = gpu.RESERVE_SECONDS = 0.0
-gpu.measure = lambda *_: time.sleep(120)
-cli.main(["gpu", "--minutes", "0.01", "--json", sys.argv[1]])
-"""
-
-
-@pytest.mark.slow
-def test_a_run_that_hangs_ends_and_says_where(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", HANGS, str(tmp_path / "gpu.json")],
-                          capture_output=True, text=True, timeout=100)  # fmt: skip
-    assert done.returncode == 1 and "Timeout" in done.stderr and "gpu.py" in done.stderr

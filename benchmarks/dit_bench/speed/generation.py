@@ -2,10 +2,9 @@
 
 A trajectory is chaotic: bfloat16 may move one image by 1 % and the next by 20 %, so no bound on the
 final image both finds faults and accepts what is right. The error of one step from given latents
-hardly varies. So a backend's own latents after every step are kept, float32 eager takes the same
-step from each of them (same labels, guidance and draws), and the two outcomes are compared, from
-the starting noise to the last step; then the images are compared with float32's decoding of the
-last latents. The error of eager bfloat16 in the same step, found in the same way, sets the bound.
+hardly varies. So float32 eager takes every step again from the latents that the backend's step
+began with (same labels, guidance and draws), and decodes the last latents; the outcomes are
+compared. The error of eager bfloat16 in the same step, found in the same way, sets the bound.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from dit_engine.config import FAMILIES
 from dit_engine.model import NORM_EPS, modulate
 from dit_kernels import PackedLinear, QuantizedLinear, reference
 
-TOKENS = 256
-"""Of an image of 256 pixels."""
+DTYPE = torch.bfloat16
+TOKENS = 256  # of an image of 256 pixels
 Run = Callable[[], Any]
 Make = Callable[..., Run]
 """An operator's arguments → a function that computes it for them. What is not installed or cannot
@@ -31,12 +31,12 @@ run here raises where it is made or first called."""
 
 @dataclass(frozen=True)
 class Case:
-    """An operator of dit_kernels at one shape, with x of ``dtype``.
+    """An operator of dit_kernels at one shape, with x of `DTYPE`.
 
     Attributes:
         inputs: device → arguments, the same at every call.
         reference: the definition; given float64 arguments it computes in float64.
-        plain: what a plain torch model runs for it, in x's dtype.
+        plain: what a plain torch model runs for it, in `DTYPE`.
         fusable: torch.compile is given the definition, else ``plain``: compiling a float32 product
             where the model has one in half precision would make an easy opponent.
         flops: of its matrix products, one multiply-add counted as two; 0 for memory-bound work.
@@ -46,7 +46,6 @@ class Case:
 
     operator: str
     shape: str
-    dtype: torch.dtype
     inputs: Callable[[torch.device], tuple[Any, ...]]
     reference: Callable[..., Any]
     plain: Callable[..., Any]
@@ -64,15 +63,15 @@ def all_cases(device: torch.device) -> list[Case]:
     """DiT-XL/2 at 256 pixels for one image under guidance, on CUDA each operator for 32 images
     first, in the order of their worth, should time run out."""
     _, d, heads = FAMILIES["XL"]
-    cases = cases_of(2, TOKENS, d, heads, torch.bfloat16)
+    cases = cases_of(2, TOKENS, d, heads)
     if device.type == "cuda":
-        full = cases_of(64, TOKENS, d, heads, torch.bfloat16)
+        full = cases_of(64, TOKENS, d, heads)
         cases = [case for pair in zip(full, cases, strict=True) for case in pair]
         return [case for case in cases if case.operator != "linear_int8"]
     return [case for case in cases if case.operator != "linear_fp8" and "to fp8" not in case.shape]
 
 
-def cases_of(n: int, t: int, d: int, heads: int, dtype: torch.dtype) -> list[Case]:
+def cases_of(n: int, t: int, d: int, heads: int) -> list[Case]:
     """The operators of a DiT of width ``d`` for ``n`` rows, and for the half as many images those
     of the sampler's step and of Stable Diffusion's decoder at 256 pixels."""
     shape, x, vectors, images = f"N={n} T={t} D={d}", (n, t, d), (n, 6 * d), max(1, n // 2)
@@ -85,14 +84,14 @@ def cases_of(n: int, t: int, d: int, heads: int, dtype: torch.dtype) -> list[Cas
         return x, norm(x, *norms)
 
     cases = [
-        _case("layernorm_modulate", shape, dtype,
+        _case("layernorm_modulate", shape,
               lambda x, m: (x, *m.chunk(6, dim=1)[:2], NORM_EPS), x, vectors, plain=norm),
-        _case("gate_residual_layernorm_modulate", shape, dtype,
+        _case("gate_residual_layernorm_modulate", shape,
               lambda x, y, m: (x, y, *m.chunk(6, dim=1)[:3], NORM_EPS), x, x, vectors,
               plain=gate_norm),
-        _case("gate_residual", shape, dtype, lambda x, y, m: (x, y, m.chunk(6, dim=1)[0]),
+        _case("gate_residual", shape, lambda x, y, m: (x, y, m.chunk(6, dim=1)[0]),
               x, x, vectors, plain=lambda x, y, gate: x + gate.unsqueeze(1) * y),
-        _case("attention", f"N={n} T={t} H={heads} d={d // heads}", dtype,
+        _case("attention", f"N={n} T={t} H={heads} d={d // heads}",
               lambda qkv: (qkv, heads), (n, t, 3 * d), plain=plain_attention, fusable=False,
               flops=4 * n * t * t * d),
     ]  # fmt: skip
@@ -100,24 +99,24 @@ def cases_of(n: int, t: int, d: int, heads: int, dtype: torch.dtype) -> list[Cas
         to = f"{shape} to {NAMES[codes]}"
         cases += [
             # Against the norm itself and not its quantised form, where a tie may go either way.
-            _case("layernorm_modulate_quantize", to, dtype,
+            _case("layernorm_modulate_quantize", to,
                   lambda x, m, c=codes: (x, *m.chunk(6, dim=1)[:2], NORM_EPS, c), x, vectors,
                   values=_dequantized,
                   exact=lambda *inputs: reference.layernorm_modulate(*inputs[:-1])),
-            _case("quantize_rows", to, dtype, lambda x, c=codes: (x, c), x, values=_dequantized,
+            _case("quantize_rows", to, lambda x, c=codes: (x, c), x, values=_dequantized,
                   exact=lambda x, _: x),
         ]  # fmt: skip
     cases += [
-        _linear("linear", n * t, d, 3 * d, dtype),
-        _linear("linear_gelu", n * t, d, 4 * d, dtype),
-        _linear("linear", n * t, 4 * d, d, dtype),
+        _linear("linear", n * t, d, 3 * d),
+        _linear("linear_gelu", n * t, d, 4 * d),
+        _linear("linear", n * t, 4 * d, d),
     ]
     for operator, codes in (("linear_int8", torch.int8), ("linear_fp8", FP8)):
         for widths in ((d, 3 * d), (d, 4 * d), (4 * d, d)):
-            cases.append(_quantized_linear(operator, n * t, *widths, dtype, codes))
+            cases.append(_quantized_linear(operator, n * t, *widths, codes))
     return [
-        *cases, _guided(images, 32, dtype),
-        *(_groupnorm(min(8, images), *shape, dtype) for shape in ((512, 32), (128, 256))),
+        *cases, _guided(images, 32),
+        *(_groupnorm(min(8, images), *shape) for shape in ((512, 32), (128, 256))),
     ]  # fmt: skip
 
 
@@ -131,7 +130,6 @@ def plain_attention(qkv: Tensor, num_heads: int) -> Tensor:
 def _case(
     operator: str,
     shape: str,
-    dtype: torch.dtype,
     arguments: Callable[..., tuple[Any, ...]],
     *shapes: tuple[int, ...],
     plain: Callable[..., Any] | None = None,
@@ -143,10 +141,10 @@ def _case(
     def inputs(device: torch.device) -> tuple[Any, ...]:
         draw = torch.Generator(device).manual_seed(0)
         tensors = (torch.randn(each, generator=draw, device=device) for each in shapes)
-        return arguments(*(tensor.to(dtype) for tensor in tensors))
+        return arguments(*(tensor.to(DTYPE) for tensor in tensors))
 
     definition = getattr(reference, operator)
-    return Case(operator, shape, dtype, inputs, definition, plain or definition, **more)
+    return Case(operator, shape, inputs, definition, plain or definition, **more)
 
 
 def _dequantized(result: tuple[Tensor, Tensor]) -> tuple[Tensor]:
@@ -158,8 +156,8 @@ def _gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
-def _linear(operator: str, rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> Case:
-    return _case(operator, f"R={rows} {inputs}→{outputs}", dtype,
+def _linear(operator: str, rows: int, inputs: int, outputs: int) -> Case:
+    return _case(operator, f"R={rows} {inputs}→{outputs}",
                  lambda weight, x, bias: (x, weight * inputs**-0.5, bias),
                  (outputs, inputs), (rows, inputs), (outputs,), fusable=False,
                  plain=_gelu if operator == "linear_gelu" else F.linear,
@@ -167,13 +165,13 @@ def _linear(operator: str, rows: int, inputs: int, outputs: int, dtype: torch.dt
 
 
 def _quantized_linear(
-    operator: str, rows: int, inputs: int, outputs: int, dtype: torch.dtype, codes: torch.dtype
+    operator: str, rows: int, inputs: int, outputs: int, codes: torch.dtype
 ) -> Case:
-    """Arguments: codes (R, K), scales (R,), and weight (M, K), bias (M,) in ``dtype``.
+    """Arguments: codes (R, K), scales (R,), and weight (M, K), bias (M,) in `DTYPE`.
 
     What is checked is the product, of operands as they are once quantised.
     """
-    plain = _linear("linear", rows, inputs, outputs, dtype)
+    plain = _linear("linear", rows, inputs, outputs)
 
     def make(device: torch.device) -> tuple[Any, ...]:
         x, weight, bias = plain.inputs(device)
@@ -181,26 +179,26 @@ def _quantized_linear(
 
     def product(x: Tensor, scales: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         # Quantised as the layer does it, from the half-precision weight; then widened.
-        weight_codes, weight_scales = reference.quantize_rows(weight.to(dtype), codes)
+        weight_codes, weight_scales = reference.quantize_rows(weight.to(DTYPE), codes)
         wide = weight.dtype if weight.dtype == torch.float64 else torch.float32
         a = x.to(wide) * scales.to(wide).unsqueeze(-1)
         b = weight_codes.to(wide) * weight_scales.to(wide).unsqueeze(-1)
         return F.linear(a, b, bias.to(wide)).to(weight.dtype)
 
-    return Case(operator, plain.shape, dtype, make, product, product, fusable=False,
+    return Case(operator, plain.shape, make, product, product, fusable=False,
                 flops=plain.flops)  # fmt: skip
 
 
-def _groupnorm(n: int, channels: int, side: int, dtype: torch.dtype) -> Case:
+def _groupnorm(n: int, channels: int, side: int) -> Case:
     def plain(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return F.silu(F.group_norm(x, groups, weight, bias, eps))
 
-    return _case("groupnorm_silu", f"N={n} C={channels} {side}x{side}", dtype,
+    return _case("groupnorm_silu", f"N={n} C={channels} {side}x{side}",
                  lambda x, weight, bias: (x.permute(0, 3, 1, 2), 32, weight, bias, NORM_EPS),
                  (n, side, side, channels), (channels,), (channels,), plain=plain)  # fmt: skip
 
 
-def _guided(n: int, side: int, dtype: torch.dtype) -> Case:
+def _guided(n: int, side: int) -> Case:
     p, c = 2, 4
 
     def arguments(tokens: Tensor, *latents: Tensor) -> tuple[Any, ...]:
@@ -209,7 +207,7 @@ def _guided(n: int, side: int, dtype: torch.dtype) -> Case:
         numbers = [1.25, -0.75, 0.5, 0.375, 0.125, 0.25, -4.0, -3.0, 1.0]
         return tokens, z, before, noise, scales, torch.tensor(numbers, device=z.device), 3, p
 
-    return _case("guided_step", f"N={n} S={side} guided, learned variance", dtype, arguments,
+    return _case("guided_step", f"N={n} S={side} guided, learned variance", arguments,
                  (2 * n, (side // p) ** 2, 2 * c * p * p), *[(n, c, side, side)] * 3)  # fmt: skip
 
 
@@ -255,7 +253,7 @@ def _packed(case: Case, x: Tensor, weight: Tensor, bias: Tensor) -> Run:
 
 def _quantized(case: Case, codes: Tensor, scales: Tensor, weight: Tensor, bias: Tensor) -> Run:
     kind = case.operator.removeprefix("linear_")
-    layer = QuantizedLinear(weight, bias, kind, case.dtype)
+    layer = QuantizedLinear(weight, bias, kind, DTYPE)
     if kind == "int8":  # oneDNN is quick with unsigned codes
         codes = (codes.to(torch.int16) + 128).to(torch.uint8)
     return lambda: layer(codes, scales)
@@ -264,7 +262,7 @@ def _quantized(case: Case, codes: Tensor, scales: Tensor, weight: Tensor, bias: 
 def _unquantized(case: Case, codes: Tensor, scales: Tensor, weight: Tensor, bias: Tensor) -> Run:
     """The half-precision product that a quantised one replaces, of the same operands, rounded."""
     pairs = ((codes, scales), reference.quantize_rows(weight, codes.dtype))
-    x, w = ((c.float() * s.unsqueeze(-1)).to(case.dtype) for c, s in pairs)
+    x, w = ((c.float() * s.unsqueeze(-1)).to(DTYPE) for c, s in pairs)
     return lambda: F.linear(x, w, bias)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_bench.ceilings import NAMES, Ceilings, measure_ceilings
+from dit_bench.ceilings import Ceilings, measure_ceilings
 from dit_bench.command import carry_out, positive
 from dit_bench.load import OtherLoad
 from dit_bench.machine import SETTLE_S, describe, load_average, settle
@@ -161,7 +161,7 @@ def figures(
     taken = spread(samples[name])
     if case.flops:
         kind = case.operator.removeprefix("linear_")
-        numbers = kind if kind in ("int8", "fp8") else NAMES[case.dtype]
+        numbers = kind if kind in ("int8", "fp8") else "bf16"
         rate, unit = case.flops / taken.median / 1e9, "TFLOP/s"
         ceiling = ceilings.matmul_tflop_s.get(numbers)
     else:
@@ -181,7 +181,7 @@ def least_traffic(arguments: Iterable[Any], outputs: Iterable[Tensor]) -> int:
 
 def _row(case: Case, name: str, role: str = "subject") -> Row:
     return {"section": "operator", "case": case.title, "contender": name, "role": role,
-            "operator": case.operator, "shape": case.shape, "dtype": NAMES[case.dtype]}  # fmt: skip
+            "operator": case.operator, "shape": case.shape, "dtype": "bf16"}  # fmt: skip
 
 
 def _skipped(reason: object) -> Row:

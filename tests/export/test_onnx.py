@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import onnx
@@ -16,6 +17,7 @@ from exports import exported, manifest, random_vae, run
 from numerics import assert_close_to_reference, relative_error
 from tiny import NAMES, tiny_dit
 
+from dit_bench.peers import openvino_core
 from dit_engine import __version__
 from dit_engine.sampling.coefficients import step_coefficients
 from dit_engine.sampling.guidance import guided
@@ -25,7 +27,7 @@ from dit_engine.sampling.schedule import make_schedule
 from dit_export.bundle import Bundle
 from dit_export.onnx.export import ExportOptions, export_onnx
 from dit_export.onnx.graphs import GuidedStep
-from dit_export.onnx.verify import upcast_file
+from dit_export.onnx.verify import BOUNDS, upcast_file
 from dit_export.source import weights_hash
 
 pytestmark = pytest.mark.slow
@@ -234,3 +236,21 @@ def test_bf16_graphs_hold_the_model_rounded_to_bf16(tmp_path: Path) -> None:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         (actual,) = session.run(None, {key: value.numpy() for key, value in inputs.items()})
         assert_close_to_reference(torch.from_numpy(actual), expected, tolerance=1e-5)
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO runs bf16: extra peers")
+@pytest.mark.parametrize("name", ["transformer", "vae_decoder"])
+def test_bf16_graphs_are_right_in_bf16(name: str) -> None:
+    """An export is checked in float32, where an angle that is computed in bf16 does not show."""
+    bundle = exported("bf16", "transformer", "vae_decoder")
+    with torch.inference_mode():
+        decoded = random_vae().double().decode(X.double() / 0.18215)
+    inputs, expected = {
+        "transformer": ({"x": X, "t": T, "y": Y}, exact(X, T, Y)),
+        "vae_decoder": ({"z": X}, decoded),
+    }[name]
+    # Unless told, OpenVINO would compute the parts that are in float32 in bf16, too.
+    hint = {"EXECUTION_MODE_HINT": "ACCURACY"}
+    compiled = openvino_core().compile_model(str(bundle.file(name)), "CPU", hint)
+    (actual,) = compiled({key: value.numpy() for key, value in inputs.items()}).values()
+    assert 1e-3 < relative_error(actual, expected) <= BOUNDS["bf16"]

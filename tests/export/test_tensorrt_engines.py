@@ -165,7 +165,7 @@ def test_command_builds_engines(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ("--size x", "size 'x': give one number"),
+        ("--size 0", "size '0': give one positive number"),
         ("--flavour trt", "flavour 'trt': choose one of auto, tensorrt, rtx"),
         ("--graphs unet", "graph 'unet': choose one of transformer"),
         ("--workspace-gb 0", "workspace 0.0 GiB"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,6 +80,14 @@ def test_rtx_captures_by_itself(tmp_path: Path) -> None:
         check(run, 3)
     assert fake.config.cuda_graph_strategy == 1
     assert run.memory.log == []  # pyright: ignore[reportAttributeAccessIssue]
+    dropped = fake.latest
+    gc.disable()  # a context's memory must not wait for the garbage collector
+    try:
+        for rows in range(4, 4 + session.CONTEXT_LIMIT):
+            check(run, rows)
+        assert dropped() is None
+    finally:
+        gc.enable()
 
 
 def test_contexts_have_the_narrowest_profile_and_few_are_kept(tmp_path: Path) -> None:

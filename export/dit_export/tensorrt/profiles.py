@@ -36,7 +36,7 @@ class Range:
             return cls(*numbers * 3 if len(numbers) == 1 else numbers)
         except (ValueError, TypeError):
             raise ValueError(
-                f"{name} {text!r}: give one number, or three in order, as in 1,2,8"
+                f"{name} {text!r}: give one positive number, or three in order, as in 1,2,8"
             ) from None
 
     def __contains__(self, value: int) -> bool:

@@ -233,11 +233,12 @@ class Session:
         def first() -> None:
             # What is done only once, such as loading kernels, must not be captured.
             execute(memory.stream)
-            if not self.captures_itself:
-                memory.synchronize()
-                prepared.launch = memory.capture(execute)
+            memory.synchronize()
+            prepared.launch = memory.capture(execute)
 
-        prepared = _Prepared(context, buffers, first)
+        prepared = _Prepared(context, buffers, lambda: execute(memory.stream))
+        if not self.captures_itself:
+            prepared.launch = first
         return prepared
 
     def _check(self, succeeded: bool) -> None:

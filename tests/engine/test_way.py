@@ -1,4 +1,4 @@
-"""The way of the data: which files one `Engine.generate` enters, and how deep it goes."""
+"""The path of the data: which files one `Engine.generate` enters, and how deep it goes."""
 
 from __future__ import annotations
 

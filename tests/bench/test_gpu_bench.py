@@ -5,15 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from dit_bench import cli, machine
+from dit_bench.ceilings import Ceilings
 from dit_bench.report import read
-from dit_bench.speed import gpu, models
+from dit_bench.speed import gpu, models, operators
 from dit_bench.speed.operator_cases import cases_of
 from dit_bench.subjects import random_model
 from dit_bench.timing import Budget
@@ -59,11 +60,12 @@ def as_gpu(monkeypatch: pytest.MonkeyPatch, small_ceilings: None, tmp_path: Path
     monkeypatch.setattr(gpu, "PEERS", gpu.PEERS[:4])
     monkeypatch.setattr(gpu, "LATE_PEERS", ())
     monkeypatch.setattr("dit_bench.speed.operators.opponents", lambda *_: {})
-    monkeypatch.setattr(models, "load_subject", lambda *_, **__: subject)
+    for module in (models, gpu):
+        monkeypatch.setattr(module, "load_subject", lambda *_, **__: subject)
 
-    def run() -> list[dict[str, Any]]:
+    def run(*options: str, code: int = 0) -> list[dict[str, Any]]:
         path = tmp_path / "gpu.json"
-        assert cli.main(["gpu", "--json", str(path), "--sizes", "S/8"]) == 0
+        assert cli.main(["gpu", "--json", str(path), "--sizes", "S/8", *options]) == code
         report = read(path, "gpu")
         assert report["complete"] and not (tmp_path / "gpu.json.partial").exists()
         return report["rows"]
@@ -80,6 +82,39 @@ def test_a_gpu_run_from_end_to_end(as_gpu: Any) -> None:
         assert found["forward", images, "graph bf16"]["reason"] == "CUDA graphs need a CUDA device"
         assert found["image", images // 2, "lean bf16"]["status"] == "ok"
     assert found["operator", None, "native"]["rate"] > 0
+
+
+def test_a_gpu_check_times_nothing(as_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = as_gpu("--check")
+    assert not any("ms" in row for row in rows)
+    by_name = {(row["case"], row["contender"]): row["status"] for row in rows}
+    assert by_name["forward of S/8", "lean bf16"] == "ok"
+    assert by_name["bits of an image, alone and in a batch", "lean bf16"] == "ok"
+    assert sum(row["section"] == "operator" for row in rows) == 1
+    monkeypatch.setattr(torch, "equal", lambda *_: False)
+    wrong = [row["reason"] for row in as_gpu("--check", code=1) if row["status"] == "wrong"]
+    assert wrong == ["bits differ"] * 2
+
+
+def test_attention_of_other_packages_is_compared_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them is right, the other is not installed; our own rows are not made twice."""
+
+    def right(packed: torch.Tensor) -> torch.Tensor:
+        q, k, v = packed.permute(2, 0, 3, 1, 4)
+        return (
+            torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+        )
+
+    module: Any = ModuleType("flash_attn")
+    module.flash_attn_qkvpacked_func = right
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    cases = [case for case in cases_of(2, 5, 64, 2) if case.operator == "attention"]
+    report: dict[str, Any] = {"rows": []}
+    operators.measure_third_party(cases, report, CPU, Ceilings(1.0, {}, 1, 1))
+    two, four = report["rows"]
+    assert two["contender"] == "flash-attn" and two["speedup_over"]["native"] > 0
+    assert two["error_over_reference"] < 20
+    assert (four["contender"], four["status"]) == ("flash-attn-4", "skipped")
 
 
 def test_without_time_everything_is_skipped(as_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

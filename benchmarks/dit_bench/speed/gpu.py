@@ -3,7 +3,11 @@
 In the order of their worth, should time run out: what the machine reaches at best (matrix products,
 copies); forwards, guided steps and generations of XL/2 with many rows and with few, by every
 backend and its peers; the operators, checked against float64, then timed; the VAE's decoder; the
-other sizes; what takes minutes to compile. The JSON file is written as it goes, as <name>.partial.
+other sizes; what takes minutes to compile; attention kernels of other packages. The JSON file is
+written as it goes, as <name>.partial.
+
+``--check`` only checks: every operator, a small model's forward by every contender, and whether an
+image has the same bits alone and in a batch.
 
 A failed check is never timed, and makes the exit code 1, as does a run that did not end in time:
 such a run tells where it stood, and what it had measured stays in <name>.partial. The exit code is
@@ -16,22 +20,26 @@ import argparse
 import faulthandler
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dit_bench.contenders import Name
+from dit_bench.contenders import Contender, Name, build, relative_error
 from dit_bench.machine import describe, slug
 from dit_bench.progress import Progress
-from dit_bench.report import Report, new_report
+from dit_bench.report import Report, Row, new_report
 from dit_bench.speed import operators
+from dit_bench.speed.forward import Networks, Work
 from dit_bench.speed.latency import Timer
 from dit_bench.speed.models import Plan, measure
 from dit_bench.speed.operator_cases import Case, all_cases
-from dit_bench.subjects import check_name
+from dit_bench.subjects import check_name, in_numerics, load_subject
 from dit_bench.timing import Budget
 from dit_engine.backends import known_backends
+from dit_engine.engine import Engine
+from dit_engine.io.printable import one_line
 
 SIZES = ("XL/2", "S/2", "L/2", "B/2")
 """In the order of their worth."""
@@ -61,6 +69,11 @@ def steps(
         assert timer.ceilings is not None
         operators.measure(cases, report, device, budget.part(0.6), timer.ceilings, keep=keep)
 
+    def third_party(timer: Timer) -> None:
+        assert timer.ceilings is not None
+        if budget.left() > 0:
+            operators.measure_third_party(cases, report, device, timer.ceilings)
+
     ours = {"auto", "eager", "compile", "lean"}
     added = tuple((name, "bf16") for name in known_backends() if name not in ours)
     first, rest = sizes[:1], sizes[1:]
@@ -71,7 +84,42 @@ def steps(
         plan(first, 0.6, batches=(1, 8), kinds=("decode",)),
         plan(rest, 0.8, batches=(MANY, FEW), kinds=("forward",)),
         plan(first, 1.0, batches=(FEW,), kinds=("forward",), peers=(*LATE_PEERS, *added)),
+        third_party,
     ]
+
+
+def check_rows(device: torch.device, model: str = "S/8") -> Iterator[Row]:
+    """The checks of whole models: every contender's forward, and the bits of images."""
+    subject = load_subject(model, with_vae=False)
+    engine = Engine(in_numerics(subject.model, "diffusers"), device=device)
+    work = Work(Networks(engine), FEW)
+    with torch.inference_mode():
+        expected = work.forward("eager", "fp32")()
+        error = relative_error(work.forward("eager", "bf16")(), expected)
+    found = [
+        Contender(f"{name} {precision}", "subject" if name == "lean" else "peer", precision,
+                  partial(work.forward, name, precision))
+        for name, precision in (SUBJECT, ("lean", "fp32"), *PEERS, ("compile", "bf16"))
+    ]  # fmt: skip
+    built = build(found, expected, error, lambda _: None, device)
+    for contender in found:
+        record = built.records[contender.name]
+        status = "ok" if "reason" not in record else "wrong" if "error" in record else "skipped"
+        yield {"section": "check", "case": f"forward of {subject.name}", "role": contender.role,
+               "contender": contender.name, "status": status, **record}  # fmt: skip
+    for precision in ("fp32", "bf16"):
+        row: Row = {"section": "check", "case": "bits of an image, alone and in a batch",
+                    "role": "subject", "contender": f"lean {precision}"}  # fmt: skip
+        options: dict[str, Any] = {"steps": 4, "backend": "lean", "precision": precision,
+                                   "output": "latent"}  # fmt: skip
+        try:
+            together = engine.generate([1, 2, 3], seeds=[7, 8, 9], **options).images
+            alone = [engine.generate([i + 1], seeds=[i + 7], **options).images[0] for i in range(3)]
+        except (RuntimeError, ValueError, ImportError) as broken:
+            yield row | {"status": "failed", "reason": one_line(broken)}
+            continue
+        same = all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+        yield row | ({"status": "ok"} if same else {"status": "wrong", "reason": "bits differ"})
 
 
 @contextmanager
@@ -100,11 +148,12 @@ def cuda_device() -> torch.device:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("--check", action="store_true", help="check everything and time nothing")
     add("--minutes", type=float, default=9.0, help="the whole run ends by then")
     add("--sizes", nargs="+", default=list(SIZES), help="models, such as XL/2; 'none' for none")
     add("--wide", action="store_true", help="all columns, wider than the terminal")
     add("--json", type=Path, metavar="FILE",
-        help="benchmarks/results/gpu-<device>.json unless given")  # fmt: skip
+        help="benchmarks/results/gpu-<device>.json unless given or --check")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -120,7 +169,7 @@ def run(arguments: argparse.Namespace) -> int:
     for size in sizes:
         check_name(size)
     machine = describe(device)
-    if arguments.json is None:
+    if arguments.json is None and not arguments.check:
         here = RESULTS if RESULTS.is_dir() else Path()
         arguments.json = here / f"gpu-{slug(machine['gpu'] or 'unknown')}.json"
     check_outputs([arguments.json])
@@ -129,9 +178,14 @@ def run(arguments: argparse.Namespace) -> int:
     report = new_report("gpu", machine, settings, arguments.given)
 
     def fill(progress: Progress, keep: Callable[[], object]) -> None:
+        cases = all_cases(device)
         with true_float32():
-            parts = steps(device, sizes, budget, all_cases(device), report, keep)
-            measure(parts, report, progress, keep)
+            if arguments.check:
+                with torch.inference_mode(), progress.run(len(cases)):
+                    operators.measure(cases, report, device, budget, None, progress=progress)
+                report["rows"] += check_rows(device)
+            else:
+                measure(steps(device, sizes, budget, cases, report, keep), report, progress, keep)
 
     # A signal cannot interrupt a call that waits for a hung kernel. This ends the process all the
     # same, with code 1, and says on standard error in which lines of the program it stood.

@@ -27,7 +27,14 @@ from dit_bench.load import OtherLoad
 from dit_bench.machine import SETTLE_S, describe, load_average, settle
 from dit_bench.progress import Progress
 from dit_bench.report import Report, Row, new_report
-from dit_bench.speed.operator_cases import Case, Make, Run, all_cases, implementations, opponents
+from dit_bench.speed.operator_cases import (
+    Case,
+    Make,
+    Run,
+    all_cases,
+    implementations,
+    opponents,
+)
 from dit_bench.timing import Budget, interleave, ratio, spread
 from dit_engine.io.printable import one_line
 from dit_engine.runtime import parse_device
@@ -99,32 +106,77 @@ def measure(
     report: Report,
     device: torch.device,
     budget: Budget,
-    ceilings: Ceilings,
+    ceilings: Ceilings | None,
     *,
     rounds: int = 30,
     progress: Progress | None = None,
     keep: Callable[[], object] = lambda: None,
 ) -> None:
-    """Add a row for every case and contender to the report."""
+    """Add a row for every case and contender to the report. Without ceilings nothing is timed."""
     progress = progress or Progress(quiet=True)
     for case in cases:
         progress.stage(case.title)
         if budget.left() <= 0:
             report["rows"].append(_row(case, "all") | _skipped("no time was left"))
         else:
-            report["rows"] += rows_of(case, device, rounds, ceilings)
+            report["rows"] += rows_of(case, device, rounds, ceilings, opponents(case, device))
         keep()
         progress.done()
 
 
-def rows_of(case: Case, device: torch.device, rounds: int, ceilings: Ceilings) -> list[Row]:
-    """Check everyone, and time those that passed if one of ours did."""
+def measure_third_party(
+    cases: Iterable[Case], report: Report, device: torch.device, ceilings: Ceilings
+) -> None:
+    """Attention kernels of other packages beside ours, whose rows the report has already. Call it
+    last: a kernel that accesses memory which is not its own ends the use of the device."""
+    for case in cases:
+        if case.operator == "attention":
+            try:
+                rows = rows_of(case, device, 30, ceilings, third_party())
+            except RuntimeError as lost:
+                rows = [_row(case, "third party", "peer") | _skipped(lost)]
+            report["rows"] += [row for row in rows if row["role"] == "peer"]
+
+
+def third_party() -> dict[str, Make]:
+    """Attention kernels of other packages, for CUDA: FlashAttention 2 and FlashAttention 4."""
+    return {"flash-attn": _flash_attn, "flash-attn-4": _flash_attn_4}
+
+
+def _flash_attn(qkv: Tensor, num_heads: int) -> Run:
+    from flash_attn import flash_attn_qkvpacked_func  # pyright: ignore[reportMissingImports]
+
+    n, t, width = qkv.shape
+    packed = qkv.view(n, t, 3, num_heads, -1)
+    return lambda: flash_attn_qkvpacked_func(packed).view(n, t, width // 3)
+
+
+def _flash_attn_4(qkv: Tensor, num_heads: int) -> Run:
+    from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+    n, t, width = qkv.shape
+    q, k, v = qkv.view(n, t, 3, num_heads, -1).unbind(2)  # each (N, T, H, d)
+
+    def run() -> Tensor:
+        result = flash_attn_func(q, k, v)  # some versions give the log-sum-exp beside it
+        return (result[0] if isinstance(result, tuple) else result).reshape(n, t, width // 3)
+
+    return run
+
+
+def rows_of(
+    case: Case,
+    device: torch.device,
+    rounds: int,
+    ceilings: Ceilings | None,
+    others: Mapping[str, Make],
+) -> list[Row]:
+    """Check everyone, and with ceilings time those that passed if one of ours did."""
     target = Target(case, case.inputs(device))
     ours, runs = implementations(case, device), dict[str, Run]()
     rows = [_check(target, name, make, "subject", runs) for name, make in ours.items()]
-    rows += [_check(target, name, make, "peer", runs)
-             for name, make in opponents(case, device).items()]  # fmt: skip
-    if runs.keys() & ours.keys():
+    rows += [_check(target, name, make, "peer", runs) for name, make in others.items()]
+    if ceilings is not None and runs.keys() & ours.keys():
         samples = interleave(runs, rounds, device=device, visit_ms=0, pause_s=0, warmup=2,
                              seconds=TIMING_SECONDS)  # fmt: skip
         moved = least_traffic(target.arguments, tensors(target.same))

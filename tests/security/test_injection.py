@@ -23,7 +23,7 @@ from dit_bench.cli import main as bench
 from dit_bench.outputs import csv_text
 from dit_bench.show.documents import report_markdown, update_document
 from dit_engine.config import ModelConfig
-from dit_engine.io.printable import markdown_text, show_plainly
+from dit_engine.io.printable import markdown_text
 from dit_engine.training.log import drop_rows_after, plot_losses
 from dit_export.bundle import Bundle, Graph, TensorSpec
 from dit_export.server.configuration import (
@@ -56,34 +56,21 @@ def bundle(names: tuple[str, ...] | None = None, **changes: Any) -> Bundle:
 
 
 def test_names_of_tensors_are_names() -> None:
-    names = (BREAKS, "a b", "", "é", "x\n", {"x": 1}, ["x"], {"name: 1 }\nbackend": 'python"'}, 3,
-             None, "x" * 100)  # fmt: skip
-    for name in names:
+    for name in (BREAKS, "", "é", "x\n", {"name: 1 }\nbackend": 'python"'}, "x" * 100):
         said = r"^tensor name .*: letters, digits and _ are allowed$"
         with pytest.raises(ValueError, match=said):
             graph_config("dit_transformer", bundle(name=name), ServingOptions())
 
 
-def test_sizes_of_tensors_are_numbers() -> None:
-    """All else is of any size."""
-    for size in (4.0, {"a": 1}, BREAKS):
-        shape: Any = ("N", size)
-        text = graph_config("dit_transformer", bundle(shape=shape), ServingOptions())
-        assert re.findall(r"dims: (.*)", text)[0] in ("[-1]", "[8]")
-    with pytest.raises(ValueError, match=r"is not a value of a config\.pbtxt"):
-        graph_config("dit_transformer", bundle(shape=("N", True)), ServingOptions())
-
-
 def test_text_cannot_end_its_quotation_marks() -> None:
     """Also checked with the parser that the server uses, if it is installed."""
+    hostile: Any = ("N", BREAKS)
     for text in (
-        graph_config("dit_transformer", bundle(), ServingOptions()),
+        graph_config("dit_transformer", bundle(shape=hostile), ServingOptions()),
         pipeline_config(bundle(), ServingOptions()),
     ):
-        assert text.isascii() and not re.search(r"^\s*backend: \"python\"\n#", text, re.MULTILINE)
         bare = re.sub(r'"(?:[^"\\\n]|\\[0-7]{3}|\\["\\])*"', '""', text)
-        assert not set(bare) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-                                   '0123456789_:{}[], \n"-')  # fmt: skip
+        assert not re.search(r"[^\w:{}\[\], \n\"-]", bare, re.ASCII)
         assert bare.count("{") == bare.count("}")
     service = pytest.importorskip("tritonclient.grpc.model_config_pb2")
     text_format = import_module("google.protobuf.text_format")
@@ -93,18 +80,14 @@ def test_text_cannot_end_its_quotation_marks() -> None:
 
 
 def test_other_values_are_refused() -> None:
-    for value in ({"a"}, None, 0.5, b"x", [1, "a"], ["a"], [True], object()):
+    for value in (None, 0.5, [1, "a"], [True]):
         with pytest.raises(ValueError, match=r"is not a value of a config\.pbtxt$"):
             to_pbtxt({"a": value})
-    options: Any = (
-        ("instances", "1\n}"), ("instances", 1.5), ("instances", True), ("pipelines", 0),
-        ("max_batch_size", 2**31), ("queue_delay_us", "0 }"), ("queue_delay_us", -1),
-        ("queue_size", None), ("platform", ["onnxruntime"]), ("accelerator", 'cuda" }'),
-    )  # fmt: skip
-    for name, value in options:
-        with pytest.raises(ValueError, match=rf"^{name} ") as raised:
+    options: Any = {"instances": "1\n}", "pipelines": 0, "max_batch_size": 2**31,
+                    "queue_delay_us": -1, "accelerator": 'cuda" }'}  # fmt: skip
+    for name, value in options.items():
+        with pytest.raises(ValueError, match=rf"^{name} [^\n]*\Z"):
             ServingOptions(**{name: value}).checked()
-        assert "\n" not in str(raised.value)
 
 
 def test_the_readme_of_a_repository() -> None:
@@ -121,10 +104,10 @@ def test_the_readme_of_a_repository() -> None:
 
 
 def test_markdown_is_text() -> None:
-    for text in (BREAKS, "**a**", "www.a.b", "https://a.b", "<!-- /cpu -->", "&lt;", "a\r\n# b"):
-        made = markdown_text(text)
-        assert not re.search(r"[<>|`*\[\]\\\n\r]|://|www\.", made)
-        assert html.unescape(made).split() == text.replace("\r", "").split()
+    hostile = f"{BREAKS} **a** www.a.b https://a.b <!-- /cpu --> &lt; a\r\n# b"
+    made = markdown_text(hostile)
+    assert not re.search(r"[<>|`*\[\]\\\n\r]|://|www\.", made)
+    assert html.unescape(made).split() == hostile.split()
     kept = "lean bf16 (AMD EPYC, 3.1 GHz @ 2): 4×256×1152 – 0.5 % ÷ x_y -1"
     assert markdown_text(kept) == kept
 
@@ -148,7 +131,7 @@ def test_tables_of_documents(name: str) -> None:
     hostile = f"{BREAKS}\n<!-- /{block} -->\n| a | b |\n```"
     report = json.loads(text.replace(json.dumps(REPORTS[name]), json.dumps(hostile)))
     after = report_markdown(report)
-    assert "onerror" in after and after.count("\n") == before.count("\n")
+    assert "onerror" in after
     assert "<" not in after and not re.search(r"\]\(|(?<!\\)```", after)
     for one, other in zip(before.split("\n"), after.split("\n"), strict=True):
         assert one.count("|") == other.count("|")
@@ -156,19 +139,13 @@ def test_tables_of_documents(name: str) -> None:
     assert update_document(document, block, after).count("<!--") == 2
 
 
-FORMULAS = ("=1+1", "+1", "-cmd|' /C calc'!A0", "@SUM(1)", "\t=1", "\r=1", " =1", "\n=1", "\uff1d1")
-
-
 def test_cells_are_not_formulas() -> None:
-    for formula in FORMULAS:
+    for formula in ("=1+1", "+1", "-cmd|' /C calc'!A0", "@SUM(1)", "\t=1", " =1", "\uff1d1"):
         report = made_up.report()
-        row = report["rows"][0]
-        row["model"] = row["contender"] = formula
-        row["error"] = -1.5
+        report["rows"][0] |= {"model": formula, "error": -1.5}
         first = next(csv.DictReader(io.StringIO(csv_text(report))))
-        for cell in (first["model"], first["contender"]):
-            assert cell.startswith(("'", "\\")) and cell.isprintable(), cell
-        assert first["error"] == "-1.5" and first["section"] == row["section"]
+        assert first["model"].startswith(("'", "\\")) and first["model"].isprintable()
+        assert first["error"] == "-1.5"
 
 
 class Tags(HTMLParser):
@@ -205,56 +182,30 @@ def test_the_page(tmp_path: Path) -> None:
     assert not {"script", "iframe", "object", "a", "form"} & {tag for tag, _ in found[0]}
 
 
-# ---- figures and logs
-
-FORMULA_NAMES = ["x$\\frac$", "$$ \x1b[31m\n</svg><script>"]
-
-
-def figures_of(name: str) -> dict[str, Any]:
-    """A report in which the subject, its peer, a model and the CPU have this name."""
-    ms = {"median": 2.0, "p5": 1.9, "p95": 2.1}
-    rows = [
-        {"section": section, "images": images, "status": "ok", "noisy": False, "model": name,
-         "role": role, "contender": f"{name} {role}", "ms": ms, "gflops": gflops, "images_s": 500.0,
-         "ratio": {"median": 1.0, "p5": 0.9, "p95": 1.1}, "verdict": f"{name} twice as quick"}
-        for section in ("forward", "step") for role in ("subject", "peer")
-        for images, gflops in ((1, 2.0), (1, 4.0), (2, 4.0))
-    ]  # fmt: skip
-    return {
-        "settings": {"backend": name, "precision": "fp32"},
-        "machine": {"cpu": name, "device": "cpu", "threads": 1},
-        "rows": rows,
-    }
-
-
-@pytest.mark.parametrize("name", FORMULA_NAMES)
-def test_names_are_not_formulas(name: str) -> None:
+def test_names_are_not_formulas() -> None:
+    """Only the numbers at logarithmic axes, such as 10², are formulas."""
     from matplotlib.text import Text
 
     from dit_bench.show.plots import drawn, latency_figure, ratio_figure
 
+    report = made_up.report()
+    for row in report["rows"]:
+        row |= {"ratio": made_up.ratio(1.0), "verdict": "as quick"}
+    text = json.dumps(report)
+    name = json.dumps("x$\\frac$ $$ \x1b[31m\n</svg><script>")
+    for each in ("S/8", "a processor", "eager bf16"):
+        text = text.replace(json.dumps(each), name)
     for make in (ratio_figure, latency_figure):
-        figure = make(figures_of(name))
+        figure = make(json.loads(text))
         assert figure is not None, make
         ElementTree.fromstring(drawn(figure, "svg").decode())
         texts = [text for text in figure.findobj(Text) if isinstance(text, Text)]
-        named = [text for text in texts if not text.get_text().startswith("$\\mathdefault{")]  # 10²
-        shown = [text for text in named if "$" in text.get_text()]
-        assert all(not text.get_parse_math() for text in shown)
-        assert shown or "$" not in name
-
-
-def test_numbers_at_logarithmic_axes_stay_formulas(tmp_path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure()
-    axes = figure.subplots()
-    axes.plot([1, 2], [1e-3, 1e6], label="$")
-    axes.set(yscale="log", title="$a$ \\frac$")
-    show_plainly(figure).savefig(tmp_path / "a.png")
-    labels = axes.get_yticklabels()
-    assert labels and all(label.get_parse_math() for label in labels)
-    assert axes.title.get_text() == "$a$ \\frac$" and not axes.title.get_parse_math()
+        shown = [text for text in texts if "$" in text.get_text()]
+        named = [text for text in shown if not text.get_text().startswith("$\\mathdefault{")]
+        assert named and not any(text.get_parse_math() for text in named)
+        numbers = [text for text in shown if text not in named]
+        assert not numbers or any(text.get_parse_math() for text in numbers)
+    assert numbers
 
 
 def test_a_log_is_a_table_of_few_numbers(tmp_path: Path) -> None:
@@ -264,7 +215,6 @@ def test_a_log_is_a_table_of_few_numbers(tmp_path: Path) -> None:
     assert log.read_text() == "step,loss,$\\frac$\n10,1,2\n40,2,1\n5e1,2,2\n"
     plot_losses(log, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    for text in ("step" + ",a" * 100_000, "other,loss"):
-        log.write_text(f"{text}\n1{',1' * 100_000}\n")
-        with pytest.raises(ValueError, match=r"log.csv is not a log of a training: remove it"):
-            drop_rows_after(log, 50)
+    log.write_text(f"step{',a' * 100_000}\n1{',1' * 100_000}\n")
+    with pytest.raises(ValueError, match=r"log.csv is not a log of a training: remove it"):
+        drop_rows_after(log, 50)

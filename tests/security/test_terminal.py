@@ -13,14 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 from tiny import NAMES, tiny_dit, tiny_vae
 
 from dit_bench.cli import main as bench
 from dit_bench.progress import Progress
-from dit_bench.report import json_text
 from dit_engine.checkpoint import save_pretrained
 from dit_engine.cli.generate import main as generate
 from dit_engine.console.bars import Bar
@@ -28,7 +25,6 @@ from dit_engine.engine import Engine
 from dit_engine.io.printable import first_line, one_line, printable, say
 from dit_export.cli import main as export
 from dit_export.server import process
-from dit_export.targets import TARGETS
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 made_up = import_module("made_up")
@@ -37,47 +33,34 @@ Main = Callable[[list[str]], int]
 
 ACTING = {
     "a\rb\bc \x1b]0;owned\x07": r"a\rb\x08c \x1b]0;owned\x07",
-    "two\nlines\tof": r"two\nlines\tof",
-    "exe\u202egnp.": r"exe\u202egnp.",
     "joined\u200dwith\u200cnothing": r"joined\u200dwith\u200cnothing",
     "\u200d": r"\u200d",
-    "name of bytes \udc9b": r"name of bytes \udc9b",
     "\u3164\u034f": r"\u3164\u034f",
 }
 HARMLESS = (
-    "tench, Tinca tinca",
     r"C:\models\x1b",
     "Caf\u00e9, e\u0301",  # composed and not
-    "\u9ca4\u9c7c\u3000\u3001",
-    "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",  # Hebrew, Arabic
     "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \u0915\u094d\u200d\u0937",  # Persian, Hindi
     "\U0001f469\U0001f3fd\u200d\U0001f52c 1\ufe0f\u20e3 \u2764\ufe0f",  # emoji
     "«a\u00a0b» ½ · √2 → ∞",
 )
 
 
-def test_what_acts_on_a_terminal_is_escaped() -> None:
+def test_what_acts_on_a_terminal_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    """Single characters are compared with Unicode's categories."""
     for text, shown in ACTING.items():
-        assert printable(text) == shown == printable(printable(text))
+        assert printable(text) == shown
     for text in HARMLESS:
         assert printable(text) == text
-
-
-def test_every_character_is_visible_or_escaped() -> None:
-    """Compared with Unicode's own categories of controls, formats and surrogates."""
     for i in (*range(0x20000), *range(0xE0000, 0xE1000)):
         shown = printable(chr(i))
         if unicodedata.category(chr(i)) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Cn", "Co"):
             assert shown.isascii() and shown.startswith("\\") and shown.isprintable(), hex(i)
         else:
             assert shown == chr(i) or unicodedata.category(chr(i)) in ("Lo", "Mn"), hex(i)
-
-
-def test_messages_and_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert one_line("a\n b\t\x1bc") == r"a b \x1bc"
     assert len(one_line("long " * 10_000)) <= 2000
     assert first_line(ValueError("\nfirst\x1b[2J\nsecond")) == r"first\x1b[2J"
-    assert first_line(ValueError()) == "ValueError"
     say("one\x1b[1m\ntwo\r")
     assert capsys.readouterr().out == "one\\x1b[1m\ntwo\\r\n"
 
@@ -106,16 +89,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_names_of_labels(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_of_labels(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     listed = shown_by(capsys, 0, generate, "--model", model, "--list-labels")
     assert listed.count("\n") == len(NAMES) + 1  # a note on names that several have
     shown_by(capsys, 2, generate, "--model", model, "--labels", "none")
-    named = f"{HOSTILE}\nsecond line 1"
-    shown_by(capsys, 2, generate, "--model", model, "--labels", named)
-    engine = Engine.from_pretrained(model, device="cpu")
-    with pytest.raises(ValueError, match="unknown") as raised:
-        engine.generate("none")
-    assert str(raised.value).isprintable()
+    shown_by(capsys, 2, generate, "--model", model, "--labels", f"{HOSTILE}\nsecond line 1")
 
 
 def config_of(path: Path, **values: object) -> None:
@@ -132,11 +110,6 @@ def header(path: Path, name: str) -> None:
 def shard(path: Path) -> None:
     (path / "model.safetensors").unlink()
     config_of(path / "model.safetensors.index.json", weight_map={"a": f"{HOSTILE}.safetensors"})
-
-
-def key(path: Path) -> None:
-    values = json.loads((path / "config.json").read_text())
-    config_of(path / "config.json", **values, **{HOSTILE: 1})
 
 
 def scheduler(path: Path) -> None:
@@ -161,18 +134,15 @@ STATE = tiny_dit(hidden_size=64, num_heads=1).state_dict()
 BAD_MODELS: dict[str, Callable[[Path], object]] = {
     "class": lambda path: config_of(path / "config.json", _class_name=HOSTILE),
     "pipeline": lambda path: config_of(path / "model_index.json", _class_name=HOSTILE),
-    "key": key,
     "tensor": lambda path: save_file(
         STATE | {f"{HOSTILE}.weight": torch.zeros(1, 1)}, path / "model.safetensors"
     ),
     "header": lambda path: header(path / "model.safetensors", HOSTILE),
     "shard": shard,
-    "files": lambda path: (path / "config.json").rename(path / HOSTILE),
     "scheduler": scheduler,
     "option": lambda path: pickled(
         path, {"model": STATE, "args": {"model": f"SiT-XL/2 {HOSTILE}"}}
     ),
-    "key of a pickle": lambda path: pickled(path, STATE | {HOSTILE: torch.zeros(3, 3)}),
     # The name of a global, which pickles read as ASCII.
     "global": lambda path: pickled(path, b"\x80\x02cos\n%b\n." % HOSTILE.encode("ascii", "ignore")),
 }
@@ -204,14 +174,6 @@ def test_notes_and_names_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert r"\nforged" in told and "\nforged" not in told
 
 
-def test_what_a_picture_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    info = PngInfo()
-    record = {"noise": "per-image", "label": 1, "guidance_scale": 1.0, "model": HOSTILE}
-    info.add_text("dit_engine", json.dumps(record))
-    Image.new("RGB", (64, 64)).save(tmp_path / "a.png", pnginfo=info)
-    shown_by(capsys, 2, generate, "--like", tmp_path / "a.png", "-o", tmp_path / "b.png")
-
-
 def test_reports_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = made_up.report()
     report["models"][0]["model"] = report["settings"]["sampler"] = HOSTILE
@@ -231,31 +193,15 @@ def test_reports_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     path.write_text(json.dumps(report))
     shown_by(capsys, 2, bench, "--load", path)
     shown_by(capsys, 2, bench, "--model", HOSTILE)
-    shown_by(capsys, 2, bench, HOSTILE)
-
-
-def test_json_stays_the_same_data() -> None:
-    value = {"name": f"{HOSTILE}\n\udc9b\U000e0041 × – 猫"}
-    text = json_text(value)
-    assert json.loads(text) == value
-    assert all(printable(line) == line for line in text.split("\n"))
 
 
 def test_manifests_of_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "export"
-    for values in (
-        {"format": HOSTILE, "producer": "dit-engine", "files": {}},
-        {
-            "format": 1, "producer": "dit-engine", "model": {HOSTILE: 1}, "vae": None,
-            "checkpoint": "", "dtype": "fp16", "opset": 18, "target": TARGETS[0],
-            "guided_channels": 3, "label_names": None, "graphs": {}, "files": {},
-        },
-    ):  # fmt: skip
-        config_of(path / "manifest.json", **values)
-        shown_by(capsys, 2, export, "triton", "--onnx", path, "-o", tmp_path / "repository")
-    (tmp_path / "repository").mkdir()
-    (tmp_path / "repository" / HOSTILE).touch()
-    shown_by(capsys, 2, export, "triton", "--onnx", path, "-o", tmp_path / "repository")
+    path, repository = tmp_path / "export", tmp_path / "repository"
+    config_of(path / "manifest.json", format=HOSTILE, producer="dit-engine", files={})
+    shown_by(capsys, 2, export, "triton", "--onnx", path, "-o", repository)
+    repository.mkdir()
+    (repository / HOSTILE).touch()
+    shown_by(capsys, 2, export, "triton", "--onnx", path, "-o", repository)
 
 
 def test_what_a_server_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

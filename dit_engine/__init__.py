@@ -13,7 +13,7 @@ from importlib import import_module
 
 from dit_engine._version import __version__
 
-TYPE_CHECKING = False  # as in typing, which `python -m` could take from the current directory here
+TYPE_CHECKING = False  # not from typing: `python -m` could find that in the current directory
 if TYPE_CHECKING:
     from typing import Any
 

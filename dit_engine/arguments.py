@@ -58,7 +58,7 @@ class _Bounded(reprlib.Repr):
 
 
 def shown(value: Any) -> str:
-    """``value`` for a message: its repr in one line of bounded length, of arrays their shape."""
+    """``value`` for a message: one line of bounded length, its repr or the shape of an array."""
     try:
         text = printable(" ".join(_BOUNDED.repr(value).split()))
     except ValueError:  # Python refuses to print integers of several thousand digits
@@ -77,8 +77,8 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
 
 
 def sequence(value: Any) -> list[Any] | None:
-    """The entries of a list, an array or another value with an order and a length; None for other
-    values, such as text, sets and iterators (which may never end)."""
+    """The entries of a list, an array or anything else with an order and a length. None for all
+    others, such as text, sets and iterators (which may never end)."""
     if isinstance(value, str | bytes | bytearray | Mapping | Set | Iterator | type):
         return None
     if dimensions(value) == 0:

@@ -152,8 +152,8 @@ class ModelConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field for `from_dict`, but for a published diffusion and a null class that is
-        there, which have no key."""
+        """The fields as `from_dict` takes them. ``diffusion`` is left out if it is the published
+        one, and ``has_null_class`` if it is true."""
         values = asdict(self) | {"diffusion": self.diffusion.to_dict()}
         published = {"diffusion": {}, "has_null_class": True}
         return {k: v for k, v in values.items() if k not in published or v != published[k]}

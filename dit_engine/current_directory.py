@@ -1,7 +1,7 @@
 """Run no modules and no programs from the current directory, which may be a stranger's.
 
-`python -m` and `python -c` look for modules in that directory first, and such programs are started
-by libraries and by us: torch's compiler, the pools of multiprocessing, our own probes. An empty
+`python -m` and `python -c` look for modules in that directory first. Libraries and we start such
+programs: torch's compiler, the pools of multiprocessing, our own probes. An empty
 entry of PATH or LD_LIBRARY_PATH also means the current directory.
 """
 
@@ -46,8 +46,8 @@ def leave_out() -> None:
 
 @contextmanager
 def left_out_of_children() -> Iterator[None]:
-    """Do the same as `leave_out`, but only for Python programs that start while the block runs. It
-    sets `VARIABLE` in this process until the last such block of its threads ends."""
+    """Do the same as `leave_out`, but only for Python programs that start while the block runs.
+    `VARIABLE` is set in this process until the last such block, of any thread, ends."""
     global _blocks
     with _lock:
         if _blocks == 0:

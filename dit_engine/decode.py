@@ -39,8 +39,8 @@ class LatentDecoder:
         self._lock = threading.Lock()
 
     def images(self, z: Tensor, plan: Plan, make: MakeDecoder, at_once: int) -> Any:
-        """The latents of all images of ``plan`` (N, C, S, S) as pictures, in the form that its
-        ``output`` says; ``at_once`` images in each batch. Raises `NotFinite`."""
+        """The latents of all images of ``plan`` (N, C, S, S) as pictures, in the form of its
+        ``output``; ``at_once`` images are decoded at a time. Raises `NotFinite`."""
         parts = []
         for first in range(0, len(z), at_once):
             part = slice(first, first + at_once)
@@ -103,19 +103,19 @@ def _copy(vae: AutoencoderKL, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def to_uint8(images: Tensor, names: Sequence[str] | None = None) -> np.ndarray:
-    """Images (N, 3, H, W) in [-1, 1] → uint8 (N, H, W, 3), as the reference's sample_ddp.py:
-    127.5·x + 128, clamped and truncated. Raises `NotFinite` for NaN, which would be black; names:
-    as of `check_pixels`."""
+    """Images (N, 3, H, W) in [-1, 1] → uint8 (N, H, W, 3) as in the reference's sample_ddp.py:
+    127.5·x + 128, clamped and truncated. Raises `NotFinite` for NaN, which would be black.
+    names: see `check_pixels`."""
     check_pixels(images, names)
     pixels = (127.5 * images + 128.0).clamp(0, 255).permute(0, 2, 3, 1)
-    # On the images' device, from which a quarter of the bytes is then copied.
+    # On the images' device: afterwards only a quarter of the bytes is copied from it.
     return pixels.to(torch.uint8, memory_format=torch.contiguous_format).cpu().numpy()
 
 
 def check_pixels(images: Tensor, names: Sequence[str] | None = None) -> None:
     """Raise `NotFinite` for NaN or infinity in decoded images (N, 3, H, W).
 
-    names: what to call each image; None is by number.
+    names: what messages call each image; None numbers them.
     """
     if not _finite(images):
         raise NotFinite(f"{_which(images, names)} not finite after the VAE's decoding: {_HELP}")
@@ -127,10 +127,10 @@ def check_latents(
     steps: int,
     names: Sequence[str],
 ) -> None:
-    """Raise `NotFinite` for NaN or infinity in the final latents z (N, C, S, S) of so many steps.
+    """Raise `NotFinite` for NaN or infinity in the final latents z (N, C, S, S) after ``steps``.
 
-    Only then are they sampled ``again``, by a loop that calls the function that it is given with
-    every step and its latents, so that the message tells the first step that is not finite.
+    Then the images are sampled once more by ``again(look)``, which calls ``look(step, latents)``
+    at every step, so that the message can tell the first step that is not finite.
     """
     if _finite(z):
         return
@@ -151,7 +151,7 @@ def check_latents(
 
 
 def _finite(images: Tensor) -> bool:
-    """Whether every value is below `LARGEST`, which NaN is not."""
+    """Whether every absolute value is below `LARGEST`; that of NaN is not."""
     return bool((images.abs() < LARGEST).all())
 
 

@@ -68,12 +68,12 @@ class Engine:
         self._start()
 
     def _start(self) -> None:
-        """Make what a copy or an unpickled engine makes for itself."""
+        """Make what is never copied or pickled: each engine has its own."""
         self._decode = None if self.vae is None else LatentDecoder(self.vae, self.device)
         self._backends: dict[tuple[str, str], Backend] = {}
         self._lock = threading.Lock()
         self._origin = self.sources | {"numerics": self.config.numerics, "version": __version__}
-        if diffusion := self.config.diffusion.record():  # what is not the published one's
+        if diffusion := self.config.diffusion.record():  # empty for the published one
             self._origin["diffusion"] = diffusion
         survive_forks()
 
@@ -112,12 +112,12 @@ class Engine:
         Args:
             vae: a VAE to use in place of the source's own (a file, a directory or a hub id).
             numerics: "official" or "diffusers"; None takes what the source was made for.
-            num_heads: for bare weight files of an unpublished width, which do not tell it.
+            num_heads: needed for bare weight files whose width is not a published one.
             prediction: "epsilon", "v_prediction" or "sample", for files that do not tell what the
                 model predicts; None is epsilon there.
             check_finite: look through every weight for NaN and infinity.
-            vae_scaling_factor, vae_shift_factor, vae_groups: of a VAE file without a config.json,
-                or in place of what that says (see `load_checkpoint`).
+            vae_scaling_factor, vae_shift_factor, vae_groups: for a VAE file without a config.json,
+                or in place of its values (see `load_checkpoint`).
             device: "cpu", "cuda", …; None chooses CUDA where there is one.
             max_batch_size: more images than this are made in several batches.
             threads: CPU threads while generating, 1 or more; None leaves torch's setting alone.
@@ -189,12 +189,12 @@ class Engine:
             sampler: "ddpm" (the reference's), "ddim", or "dpm++" (good from 20 steps).
             spacing: which of the model's steps are taken (see `space_timesteps`); None is the
                 sampler's usual choice. DiTPipeline's is "leading".
-            eta: ddim only: 0 is deterministic, 1 as noisy as ddpm.
+            eta: for ddim only; 0 is deterministic, 1 is as noisy as ddpm.
             guidance_scale: classifier-free guidance, one number or one per image; 1 is none.
             guidance_channels: how many latent channels are guided; None is all, 3 the reference.
             guidance_interval: (low, high) noise levels σ = sqrt((1-ᾱ)/ᾱ) between which guidance
                 is on (Kynkäänniemi et al. 2024); outside, the unconditional half is not computed.
-            seed: image i is made from seed + i. Neither seed nor seeds: a random one, recorded.
+            seed: image i is made from seed + i. None, without seeds, is a random one (recorded).
             seeds: one per image. An image depends on its own label, seed and settings only.
             noise: "per-image", or "official": drawn as the reference does, the batch as a whole.
             latents: (N, C, S, S) to start from, in place of noise.
@@ -221,7 +221,7 @@ class Engine:
         )  # fmt: skip
         if callback is not None and not callable(callback):
             raise ValueError(f"callback {shown(callback)} is not callable")
-        splittable = plan.noise != "official"  # which draws for the batch as a whole
+        splittable = plan.noise != "official"  # it draws for the whole batch at once
         if not splittable and len(plan) > self.max_batch_size:
             raise ValueError(
                 f"noise {plan.noise!r} draws for the batch as a whole: {len(plan)} labels exceed "

@@ -1,8 +1,8 @@
-"""Errors that are a user's to mend and have no built-in class."""
+"""Errors that a user can mend, and that no built-in class describes."""
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was asked for by name that cannot run here; the message says what is missing."""
+    """A backend that was asked for by name cannot run here; the message says what is missing."""
 
 
 class NotFinite(ValueError):

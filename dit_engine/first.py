@@ -1,6 +1,6 @@
 """Take the current directory out of ``sys.path``, when `python -m` runs one of our modules.
 
-It imports only what Python itself has loaded by then: any other import could come from the current
+It imports only what Python itself has loaded already: any other module could come from the current
 directory, which is still the first place that is searched.
 """
 
@@ -15,8 +15,8 @@ PACKAGES = ("dit_engine", "dit_kernels", "dit_export", "dit_bench")
 def leave_out_of_path() -> None:
     """Take the current directory out of ``sys.path``, unless PYTHONPATH names it.
 
-    An entry behind the standard library stays: what is installed there names it. Where one of our
-    packages lies in the directory, as in a checkout, it becomes the last entry.
+    An entry behind those of the standard library stays: an installed package put it there. If one
+    of our packages is in the directory, as in a checkout, the directory becomes the last entry.
     """
     try:
         here = os.getcwd()  # as Python itself writes it

@@ -12,8 +12,8 @@ from typing import Any
 from dit_engine.arguments import dimensions, scalar, sequence, shown, whole_number
 from dit_engine.io.printable import one_line, printable
 
-# Of a name. For a text of combining accents, Unicode normalisation takes time that grows with the
-# square of its length.
+# Characters of a name. Unicode normalisation of combining accents takes a time that grows with the
+# square of their number.
 MOST_CHARACTERS = 500
 _NUMERAL = re.compile(r"(?:number:)?(-?\d+)")
 
@@ -21,14 +21,14 @@ _NUMERAL = re.compile(r"(?:number:)?(-?\d+)")
 def resolve_labels(
     labels: int | str | Iterable[int | str], num_classes: int, names: Sequence[str] | None
 ) -> list[int]:
-    """Class numbers for ``labels``: one or many numbers, numerals or names, arrays of them too.
+    """Class numbers for ``labels``: one or many numbers, numerals or names, also in arrays.
 
-    A name is a class's own or one of its aliases ("tench, Tinca tinca" has two), in its own case
-    or else in any; composed and decomposed letters are the same. "number:3" is class 3 whatever
-    the names are.
+    A name is that of a class or one of its aliases ("tench, Tinca tinca" has two). The same case is
+    preferred to another; composed and decomposed letters are the same. "number:3" is class 3,
+    whatever the names are.
 
-    Raises ValueError naming the label and what is allowed: for one that is out of range or unknown,
-    a name that several classes have, and a numeral that is also the name of another class.
+    Raises ValueError, which names the label and what is allowed, if it is out of range, unknown,
+    a name that several classes have, or a numeral that is also the name of another class.
     """
     if (dimensions(labels) or 0) > 1:
         raise ValueError(f"labels has shape {tuple(labels.shape)}; one dimension is needed")  # pyright: ignore[reportAttributeAccessIssue]
@@ -68,14 +68,14 @@ def check_names(name: str, names: Any, num_classes: int) -> tuple[str, ...]:
 
 
 def shared_names(names: Sequence[str]) -> dict[str, list[int]]:
-    """Names and aliases, in their case, that several classes have, with the classes' numbers."""
+    """The names and aliases that several classes have in the same case → those classes' numbers."""
     exact = _lookup(tuple(names)).exact
     return {name: sorted(owners) for name, owners in exact.items() if len(owners) > 1}
 
 
 def same_name(names: Iterable[str]) -> tuple[str, str] | None:
-    """The first two of ``names`` that are one name to `resolve_labels`, in its own case: their
-    letters are composed in one and decomposed in the other, or their spaces differ."""
+    """The first two of ``names`` that `resolve_labels` takes for one name, although no letter has
+    another case: one has composed and the other decomposed letters, or their spaces differ."""
     found: dict[str, str] = {}
     for name in names:
         if (other := found.setdefault(_composed(name), name)) != name:
@@ -117,7 +117,7 @@ def _resolve(label: Any, num_classes: int, lookup: _Lookup) -> int:
     label = scalar(label)
     if isinstance(label, str):
         classes, numeral = lookup.classes(label), _NUMERAL.fullmatch(label.strip())
-        # A longer number is no class.
+        # No class has a longer number.
         number = int(numeral[1]) if numeral and len(numeral[1]) < 20 else -1
         if classes:
             return _named(label, classes, number if 0 <= number < num_classes else None, lookup)

@@ -42,7 +42,7 @@ def timestep_embedding(t: Tensor, spacing: int = 128) -> Tensor:
 
 
 def timestep_frequencies(spacing: int = 128, device: torch.device | None = None) -> Tensor:
-    """float32 (128,) of `timestep_embedding`, in radians a step."""
+    """The frequencies of `timestep_embedding`, float32 (128,), in radians per time step."""
     half = FREQUENCY_EMBEDDING_SIZE // 2
     # The order of these float32 operations is the published code's: another order differs by an
     # ulp, which t multiplies by up to 999.
@@ -185,11 +185,11 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(config)
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
-        """c (N, D), all that the blocks know of t (N,) and y (N,); it never depends on x."""
+        """t (N,) and y (N,) → c (N, D), all that the blocks know of both; x has no part in it."""
         return self.t_embedder(t) + self.y_embedder(y)
 
     def forward_conditioned(self, x: Tensor, c: Tensor) -> Tensor:
-        """The forward pass below ``condition``: x (N, C, S, S), c (N, D) → (N, C_out, S, S)."""
+        """The forward pass after ``condition``: x (N, C, S, S), c (N, D) → (N, C_out, S, S)."""
         tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         for block in self.blocks:
             tokens = block(tokens, c)  # (N, T, D)

@@ -32,7 +32,7 @@ class Plan:
     """What one call makes: N images in K steps.
 
     Attributes:
-        config: of the model.
+        config: the model's.
         labels, seeds: (N,) one per image. names: (N,) what messages call each image.
         scales: (N,) float64 guidance scales.
         sampler, eta, guidance_channels, noise, backend, precision, output: as `Engine.generate`
@@ -88,7 +88,7 @@ class Plan:
         )
 
     def result(self, images: Any) -> Generation:
-        """The outcome of the call, with these images; None if they are not made."""
+        """The outcome of the call, with these images (None: they are not made)."""
         uses_step_noise = self.sampler == "ddpm" or self.eta > 0
         drew = self.latents is None or (uses_step_noise and self.step_noise is None)
         seeds = self.seeds if drew else None
@@ -125,7 +125,7 @@ def make_plan(
 
     Args:
         config, label_names, has_vae: of the engine's model.
-        origin: what is recorded of the model.
+        origin: what is recorded about the model.
 
     Raises:
         ValueError: an argument out of its range; the message names it and what is allowed.
@@ -205,7 +205,7 @@ def in_interval(interval: Interval | None, sigmas: np.ndarray) -> np.ndarray:
     """(steps,) bool: at which steps guidance is on, namely where low < σ ≤ high.
 
     sigmas: (steps,) noise levels σ = √((1−ᾱ)/ᾱ), `Schedule.sigmas` (Kynkäänniemi et al. 2024,
-    arXiv 2404.07724). high may be infinite. None is at every step.
+    arXiv 2404.07724). high may be infinite; interval None means every step.
     """
     if interval is None:
         return np.ones(len(sigmas), dtype=bool)

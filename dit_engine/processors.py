@@ -22,7 +22,7 @@ def busy_seconds(
             name, _, counts = line.partition(" ")
             if name in names:
                 user, nice, system, _idle, _wait, *more = map(int, counts.split())
-                # The next three are two kinds of interrupts and what other guests took.
+                # The next three: two kinds of interrupts, and what other virtual machines took.
                 ticks.append(user + nice + system + sum(more[:3]))
     except (OSError, ValueError):
         return None

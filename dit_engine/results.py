@@ -1,5 +1,5 @@
-"""What `Engine.generate` gives: progress on the way, the images, the record of how to make them
-again, and the files that hold both."""
+"""What `Engine.generate` gives: progress on the way, images, the record from which they can be
+made again, and files that hold both."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _MARGIN = 4
 class Progress:
     """What a callback is told after every step.
 
-    step counts from 1 to steps; first and count say which images of the call this batch holds, of
-    total in all; latents (count, C, S, S) is the sampler's state, not to be changed in place.
+    step counts from 1 to steps. This batch holds ``count`` of the call's ``total`` images, from
+    image ``first`` on. latents (count, C, S, S) is the sampler's state: do not change it in place.
     """
 
     step: int
@@ -50,8 +50,8 @@ class Generation:
 
     Attributes:
         images: a list of PIL images, uint8 (N, H, W, 3) for "np", float32 (N, 3, H, W) in [0, 1]
-            for "pt", or float32 latents (N, C, S, S) for "latent"; tensors are on the CPU. None of
-            a call that is only planned.
+            for "pt", or float32 latents (N, C, S, S) for "latent"; tensors are on the CPU. None if
+            the call is only planned.
         labels, seeds: one number per image; seeds is None where all noise was given.
         settings: everything else that is needed to make the images again.
         label_names: the names of the labels, where the model has names.
@@ -73,8 +73,8 @@ class Generation:
         which each image becomes a PNG under the name that dit-generate would give it. Warns of
         files that it replaces.
 
-        Raises ValueError for other outputs than "pil" and for names of other files, OSError for a
-        path that cannot be written.
+        Raises ValueError for other outputs than "pil" and for a suffix other than .png, OSError
+        for a path that cannot be written.
         """
         from dit_engine.console.output import STDOUT, check_destination, file_name
 
@@ -106,8 +106,8 @@ def call_record(result: Generation) -> dict[str, Any]:
 def image_record(result: Generation, i: int) -> dict[str, Any]:
     """The record of image i alone; "index" is its place in tensors given for the whole call.
 
-    noise "official" draws for the batch as a whole, so there the whole batch's labels and
-    guidance scales are recorded.
+    With noise "official", which draws for the batch as a whole, the labels and guidance scales of
+    the whole batch are recorded.
     """
     record = dict(result.settings)
     if record["noise"] == "official":
@@ -126,7 +126,7 @@ def digest(tensor: Tensor) -> str:
 
 
 def as_read(record: dict[str, Any]) -> dict[str, Any]:
-    """``record`` as `record_in` would return it, with lists in place of tuples."""
+    """``record`` as `record_in` would return it: with lists in place of tuples."""
     return parse_json(json.dumps(record), "the record", lenient=True)
 
 
@@ -178,8 +178,8 @@ def save(
     (N, H, W, 3), a .safetensors the latents (N, C, S, S). All but the .npy hold the record.
 
     Args:
-        columns: of the sheet; None is about square.
-        only: the place of the one image that a .png gets, in place of a sheet.
+        columns: of the sheet; None makes it about square.
+        only: the index of the one image that a .png gets, in place of a sheet.
     """
     from dit_engine.console.output import STDOUT, write_stdout
 

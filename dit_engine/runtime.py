@@ -84,12 +84,12 @@ _forked = False
 
 @contextlib.contextmanager
 def limited_threads(threads: int | None) -> Iterator[None]:
-    """Compute with so many CPU threads in this block, then with the number of before; None changes
-    nothing.
+    """Compute with this number of CPU threads in this block, then with the earlier number; None
+    changes nothing.
 
-    It is the setting of the calling thread, which torch's OpenMP regions and the native kernels
-    go by; other threads keep theirs, and those to come get the process's default as before. In a
-    forked child it is one thread whatever is asked for, see `survive_forks`.
+    The number belongs to the calling thread; torch's OpenMP regions and the native kernels obey
+    it. Other threads keep theirs, and new threads get the process's default as before. In a forked
+    child it is always one, see `survive_forks`.
     """
     before = torch.get_num_threads()
     threads = 1 if _forked else threads
@@ -104,8 +104,8 @@ def limited_threads(threads: int | None) -> Iterator[None]:
 
 
 def _set_for_this_thread(threads: int) -> None:
-    """torch.set_num_threads sets the calling thread's number and the default of threads that have
-    not used torch yet; another thread puts that default back."""
+    """torch.set_num_threads sets the calling thread's number, and also the default of threads that
+    have not used torch yet. Another thread therefore restores that default."""
 
     def in_a_new_thread(function: Callable[..., Any], *arguments: Any) -> Any:
         with ThreadPoolExecutor(1) as fresh:
@@ -122,7 +122,7 @@ def _set_for_this_thread(threads: int) -> None:
 def survive_forks() -> None:
     """From now on, a child of a fork computes on one thread.
 
-    OpenMP's threads are not in the child, and its torch would wait for them for ever.
+    OpenMP's threads do not exist in the child, where torch would wait for them for ever.
     """
 
     def in_child() -> None:
@@ -147,8 +147,8 @@ def in_halves(
 ) -> list[T]:
     """Results of ``run(first, count)`` over ``total`` items in batches of at most ``limit``.
 
-    A batch that runs out of memory is tried again at half the size, which then stays, with a
-    warning. Raises MemoryError when a single item (or an unsplittable batch) does not fit.
+    A batch that runs out of memory is tried again at half the size, with a warning; later batches
+    keep that size. Raises MemoryError when a single item (or an unsplittable batch) does not fit.
     """
     results: list[T] = []
     first = 0

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 class VAEConfig:
     """Shape of an AutoencoderKL and scale of its latents, in diffusers' names.
 
-    The default is Stable Diffusion's. `denormalise` applies the last four; of ``latents_mean`` and
-    ``latents_std`` there is one for each latent channel. None has no effect.
+    The defaults are Stable Diffusion's. `denormalise` applies the last four; ``latents_mean`` and
+    ``latents_std`` have one number for each latent channel. None has no effect.
     """
 
     in_channels: int = 3
@@ -98,8 +98,8 @@ class VAEConfig:
     def denormalise(self, z: Tensor) -> Tensor:
         """The sampler's latents (N, c, h, w) → those that `AutoencoderKL.decode` takes.
 
-        z · std / scaling_factor + mean + shift_factor, as diffusers' pipelines do: those of Stable
-        Diffusion XL with ``latents_mean`` and ``latents_std``, of Stable Diffusion 3 with
+        z · std / scaling_factor + mean + shift_factor, as in diffusers' pipelines: that of Stable
+        Diffusion XL has ``latents_mean`` and ``latents_std``, that of Stable Diffusion 3 has
         ``shift_factor``.
         """
         if self.latents_std is not None:
@@ -113,7 +113,7 @@ class VAEConfig:
     def from_dict(cls, values: dict[str, Any]) -> VAEConfig:
         """Read a diffusers ``config.json``; keys that do not shape this network are dropped.
 
-        Raises ValueError where the file asks for a network that this class is not.
+        Raises ValueError if the file describes a network that this class cannot build.
         """
         for key in ("use_quant_conv", "use_post_quant_conv"):
             if values.get(key, True) is False:
@@ -133,7 +133,7 @@ class VAEConfig:
 
 
 def _is_finite(value: Any) -> bool:
-    """A real number that float32, in which latents are, holds too."""
+    """Whether it is a real number that float32 can hold too: latents are float32."""
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
     return real and abs(value) <= torch.finfo(torch.float32).max
 
@@ -143,7 +143,7 @@ def _per_channel(values: tuple[float, ...], z: Tensor) -> Tensor:
 
 
 class ResnetBlock(nn.Module):
-    """GroupNorm, SiLU, conv, twice, around a skip (1×1 conv where the width changes)."""
+    """Twice GroupNorm, SiLU and conv, plus the input (through a 1×1 conv if the width changes)."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution and, but for the last, its resampler."""
+    """The residual blocks of one resolution, and its resampler unless it is the last level."""
 
     def __init__(self, widths: list[int], groups: int, resample: nn.Module | None, up: bool):
         super().__init__()
@@ -283,7 +283,7 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """Encoder to a diagonal Gaussian over latents, decoder back to pixels in [-1, 1].
 
-    Latents here are the network's own, which `VAEConfig.denormalise` makes of the sampler's.
+    Latents here are the network's own: `VAEConfig.denormalise` makes them from the sampler's.
     """
 
     def __init__(self, config: VAEConfig) -> None:

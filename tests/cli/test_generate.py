@@ -86,11 +86,9 @@ def test_a_sheet_is_one_captioned_picture_also_on_standard_output(
     sheet, labels = tmp_path / "sheet.png", ["ant", "bee", "cat"]
     arguments = ("--labels", *labels, "--columns", "3", "--seed", "1")
     assert run(model, *arguments, "-o", str(sheet)) == 0
-    engine = Engine.from_pretrained(model, device="cpu")
-    expected = engine.generate(labels, steps=3, seed=1)
+    expected = Engine.from_pretrained(model, device="cpu").generate(labels, steps=3, seed=1)
     with Image.open(sheet) as image:
         assert image.width > 3 * 128 and 128 < image.height < 2 * 128
-        assert image.text["sampler"] == "ddpm" and json.loads(image.text["seeds"]) == [1, 2, 3]
         for i in range(3):  # 16 pixels, shown 8 times as large, 4 apart
             shown = np.asarray(image)[4:132:8, 4 + 132 * i : 132 + 132 * i : 8]
             assert np.array_equal(shown, np.asarray(expected.images[i]))
@@ -101,23 +99,18 @@ def test_a_sheet_is_one_captioned_picture_also_on_standard_output(
         assert run(model, *arguments, "-o", "-", *more) == 0
         out, err = capfdbinary.readouterr()
         assert out == sheet.read_bytes()
-        assert bool(more) == (err == b"") and (more or "→ standard output" in err.decode())
-    assert [p.name for p in tmp_path.iterdir()] == ["sheet.png"]
+        assert err == b"" if more else "→ standard output" in err.decode()
 
 
-def test_arrays_and_latents(model: Path, bare_model: Path, tmp_path: Path) -> None:
-    engine = Engine.from_pretrained(model, device="cpu")
-    path = tmp_path / "images.npy"
-    assert run(model, "--labels", "1", "4", "-o", str(path), "--seed", "2") == 0
-    images = np.load(path)
-    assert images.dtype == np.uint8 and images.shape == (2, 16, 16, 3)
-    assert np.array_equal(images, engine.generate([1, 4], seed=2, steps=3, output="np").images)
-    path = tmp_path / "z.safetensors"
-    for source in (model, bare_model):  # with a VAE or without
+def test_arrays_and_latents(bare_model: Path, model: Path, tmp_path: Path) -> None:
+    for source, name, output in ((model, "a.npy", "np"), (bare_model, "z.safetensors", "latent")):
+        path = tmp_path / name
+        assert run(source, "--labels", "1", "4", "-o", str(path), "--seed", "2") == 0
         engine = Engine.from_pretrained(source, device="cpu")
-        assert run(source, "--labels", "1", "4", "-o", str(path), "--seed", "2", "--quiet") == 0
-        expected = engine.generate([1, 4], seed=2, steps=3, output="latent")
-        assert torch.equal(load_file(path)["latents"], expected.images)
+        expected = engine.generate([1, 4], seed=2, steps=3, output=output).images
+        found = np.load(path) if output == "np" else load_file(path)["latents"].numpy()
+        assert found.dtype == (np.uint8 if output == "np" else np.float32)
+        assert np.array_equal(found, np.asarray(expected))
     with safe_open(path, "pt") as file:
         record = json.loads(file.metadata()["dit_engine"])
     assert record["labels"] == [1, 4] and record["seeds"] == [2, 3] and record["steps"] == 3
@@ -150,25 +143,14 @@ def test_odd_class_names_make_plain_file_names_and_shared_ones_a_note(
     save_pretrained(tmp_path / "model", tiny_dit(), tiny_vae(), names)
     out = tmp_path / "out"
     assert run(tmp_path / "model", "--labels", *"01234", "-o", str(out), "--seed", "0") == 0
-    assert sorted(p.name for p in out.iterdir()) == [
-        "00000-tench-seed0.png",
-        "00001-a-b-seed1.png",
-        "00002-ré-sumé-seed2.png",
-        f"00003-{'x' * 48}-seed3.png",
-        "00004-4-seed4.png",
-    ]
+    assert [p.name for p in sorted(out.iterdir())] == [
+        "00000-tench-seed0.png", "00001-a-b-seed1.png", "00002-ré-sumé-seed2.png",
+        f"00003-{'x' * 48}-seed3.png", "00004-4-seed4.png",
+    ]  # fmt: skip
     capsys.readouterr()
     assert run(tmp_path / "model", "--list-labels") == 0
     said = capsys.readouterr()
-    assert [line.split(maxsplit=1) for line in said.out.splitlines()] == [
-        [str(i), name] for i, name in enumerate(names)
-    ]
-    assert "so give numbers: tench (0, 5)" in said.err
-
-
-def test_tensor_files_are_as_readable_as_others(model: Path) -> None:
-    modes = {p.stat().st_mode & 0o777 for p in model.rglob("*") if p.is_file()}
-    assert len(modes) == 1, [oct(mode) for mode in modes]
+    assert said.out.split("\n")[1] == "   1  ../a/b" and "so give numbers: tench (0, 5)" in said.err
 
 
 def test_every_option_of_generate_has_a_flag() -> None:
@@ -204,27 +186,17 @@ def test_the_bar_counts_image_steps_and_is_wiped_away_on_errors(
 # What is given beside --labels 1 → what the one line names.
 BAD = [
     (["--labels", "unicorn"], "label 'unicorn' is unknown"),
-    (["--labels", "10"], "label 10 is out of range; allowed are 0 to 9"),
     (["--all-labels"], "give --labels, class names or numbers (see --list-labels), or --all-"),
     (["--repeat", "0"], "repeat 0 is not a positive integer"),
-    (["--steps", "0"], "steps 0"),
     (["--steps", "1001"], "steps 1001"),
     (["--steps", "ten"], "--steps: invalid int value: 'ten' (see dit-generate --help)"),
     (["--num-inference-steps", "10"], "(see dit-generate --help); did you mean --steps?"),
-    (["--guidence-scale=3"], "(see dit-generate --help); did you mean --guidance-scale?"),
-    (["--guidance-scale", "-1"], "guidance_scale -1.0 is not a finite number of 0 or more"),
     (["--backend", "onnx"], "backend 'onnx' is unknown; did you mean 'onnxruntime'? choose one of"),
-    (["--sampler", "euler"], "sampler 'euler'"),
-    (["--spacing", "odd"], "spacing 'odd'"),
     (["--guidance-channels", "foo"], "'foo' is neither a number of latent channels (1, 2, …)"),
-    (["--guidance-channels", "5"], "guidance_channels 5 is out of range: allowed is 1 to 4"),
-    (["--guidance-interval", "5", "1"], "is not a pair (low, high) with 0 ≤ low < high"),
-    (["--device", "foo"], "device 'foo' is not available; allowed: cpu"),
     (["--device", "cuda:99"], "device 'cuda:99' is not available; allowed: cpu"),
     (["--latents", "nowhere.npy"], "nowhere.npy does not exist"),
     (["--latents", "z.pt"], "z.pt: use a .npy or a .safetensors file"),
     (["--model", "nowhere.pt"], "nowhere.pt"),
-    (["--columns", "0"], "columns 0 is not a positive integer"),
     (["--columns", "3", "-o", "images"], "--columns is of a sheet, a .png, and images is none"),
     (["-o", "missing/sheet.png"], "missing/sheet.png: the directory missing does not exist"),
     (["-o", "sheet.jpg"], "sheet.jpg: .jpg files are not written; use .png, .npy, .safetensors"),
@@ -253,8 +225,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_a_model_without_vae_makes_no_images(bare_model: Path, tmp_path: Path, told: Told) -> None:
     for name in ("sheet.png", "images.npy", "images"):
         assert run(bare_model, "--labels", "1", "-o", str(tmp_path / name)) == 2
-        line = told()
-        assert "this model has no VAE" in line and ".safetensors" in line and "--vae" in line
+        assert "this model has no VAE" in told()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -283,27 +254,18 @@ def test_damaged_tensors_are_named(model: Path, tmp_path: Path, told: Told) -> N
     save_file({"z": z.bool()}, given / "bool.safetensors")
     whole = (given / "two.safetensors").read_bytes()
     (given / "cut.safetensors").write_bytes(whole[:-100])
-    (given / "noise.safetensors").write_bytes(bytes(range(256)))
-    (given / "empty.safetensors").touch()
     (given / "empty.npy").touch()
     np.save(given / "words.npy", np.array(["cat", "dog"]))
     np.save(given / "objects.npy", np.array([{}, []], object), allow_pickle=True)
-    np.save(given / "complex.npy", np.zeros((1, 4, 8, 8), complex))
-    np.save(given / "cut.npy", z.numpy())
-    (given / "cut.npy").write_bytes((given / "cut.npy").read_bytes()[:-8])
-    with (given / "archive.npy").open("wb") as file:
-        np.savez(file, z=z.numpy())
-    (given / "zip.npy").write_bytes((given / "archive.npy").read_bytes()[:40])
+    np.save(given / "whole.npy", z.numpy())
+    (given / "cut.npy").write_bytes((given / "whole.npy").read_bytes()[:-8])
+    (given / "whole.npy").unlink()
     (given / "folder.npy").mkdir()
-    np.save(given / "shape.npy", np.zeros((2, 4, 8, 8), np.float32))
-    np.save(given / "nan.npy", np.full((1, 4, 8, 8), np.nan, np.float32))
     for path in given.iterdir():
         for option in ("--latents", "--step-noise"):
             arguments = (option, str(path), "-o", str(tmp_path / "out.png"))
             assert run(model, "--labels", "1", *arguments) == 2, path.name
-            line = told()
-            read = path.name not in ("shape.npy", "nan.npy")  # those the engine refuses
-            assert (str(path) if read else option[2:].replace("-", "_")) in line, line
+            assert str(path) in told()
     assert list(tmp_path.iterdir()) == [given]
 
 
@@ -317,6 +279,10 @@ def test_notes_come_before_the_work(
         said.append(capsys.readouterr().err)
         return generate(*values, **options)
 
+    def loud_load(*args: object, **options: object) -> Engine:
+        warnings.warn("guessed\nthe heads", stacklevel=1)
+        return load(*args, **options)
+
     def notes(*arguments: str) -> list[str]:
         said.clear()
         assert run(model, "--labels", "1", "2", *arguments) == 0
@@ -324,47 +290,27 @@ def test_notes_come_before_the_work(
         return [line for line in said[0].splitlines() if line.startswith("note: ")]
 
     monkeypatch.setattr(Engine, "generate", listened)
-    monkeypatch.chdir(tmp_path)
-    for name in ("images.npy", "latents.safetensors", None):
-        arguments = ["-o", name] if name else []
-        path = tmp_path / (name or "sheet.png")  # the usual name
-        assert notes(*arguments, "--seed", "1") == []
-        first = path.read_bytes()
-        note = f"note: {path.name} exists and will be replaced"
-        assert notes(*arguments, "--seed", "2") == [note]
-        assert path.read_bytes() != first
-    for silent in ("--quiet", "--overwrite"):
-        assert notes(silent) == []
-    for seed, expected in (([], None), ([], 2), (["--seed", "1"], 4)):
-        note = f"note: ./- holds other PNGs ({expected}), which stay".replace("./", f"{tmp_path}/")
-        hint = "; give the --seed of an earlier call to continue that call instead"
-        found = notes("-o", "./-", *seed)  # a directory of this name, and no standard output
-        assert found == ([] if expected is None else [note + ("" if seed else hint)])
-    assert len(list((tmp_path / "-").glob("*.png"))) == 6
-
-    def loud_load(*args: object, **options: object) -> Engine:
-        warnings.warn("guessed\nthe heads", stacklevel=1)
-        return load(*args, **options)
-
     monkeypatch.setattr(Engine, "from_pretrained", loud_load)
-    assert "note: guessed the heads" in notes()
-    assert notes("--quiet") == []
+    monkeypatch.chdir(tmp_path)
+    loud, hint = "note: guessed the heads", "; give the --seed of an earlier call to continue that"
+    replaced = "note: sheet.png exists and will be replaced"  # the usual name
+    assert notes() == [loud] and sorted(notes()) == sorted([loud, replaced])
+    assert notes("--overwrite") == [loud] and notes("--quiet") == []
+    # A directory of this name, and no standard output.
+    assert notes("-o", "./-", "--quiet") == []
+    assert f"note: {tmp_path}/- holds other PNGs (2), which stay{hint}" in notes("-o", "./-")[1]
+    assert notes("-o", "./-", "--seed", "1")[1].endswith("(4), which stay")
 
 
 @pytest.mark.slow
 def test_the_installed_command_in_a_pipe(model: Path, tmp_path: Path) -> None:
-    """The picture is whole, whatever the terminal's encoding; an error is one line."""
+    """The picture is whole, whatever the terminal's encoding."""
     command = [sys.executable, "-m", "dit_engine.cli.generate", "--model", str(model), "--steps",
-               "2", "--quiet", "-o", "-", "--labels"]  # fmt: skip
-    for labels, code, told in (
-        (["1"], 0, b""),
-        (["99"], 2, b"error: label 99 is out of range; allowed are 0 to 9\n"),
-    ):
-        done = subprocess.run([*command, *labels], capture_output=True, cwd=tmp_path,
-                              env={"PYTHONIOENCODING": "ascii"})  # fmt: skip
-        assert (done.returncode, done.stderr) == (code, told)
-        if code == 0:
-            Image.open(io.BytesIO(done.stdout)).load()
+               "2", "--quiet", "-o", "-", "--labels", "1"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path,
+                          env={"PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    Image.open(io.BytesIO(done.stdout)).load()
 
 
 def test_a_closed_standard_output_is_told_before_the_work() -> None:
@@ -374,5 +320,4 @@ def test_a_closed_standard_output_is_told_before_the_work() -> None:
     )
     command = ["bash", "-c", 'exec "$0" -c "$1" >&-', sys.executable, program]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "standard output is closed" in done.stderr
+    assert done.returncode == 2 and "standard output is closed" in done.stderr

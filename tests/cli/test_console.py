@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import os
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from tqdm import tqdm
 
-import dit_engine.cli
+import dit_engine
+from dit_bench.cli import main as bench
+from dit_engine.cli.generate import main as generate
 from dit_engine.console.bars import Bar
-from dit_engine.console.parser import Parser
 from dit_engine.console.run import SPINS, entry, run_command
 
-ROOT = Path(dit_engine.cli.__file__).parents[2]
+ROOT = Path(str(dit_engine.__file__)).parents[1]
 
 
 def on_screen(written: str) -> list[str]:
@@ -32,40 +30,14 @@ def on_screen(written: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def test_help_shows_defaults_that_say_something() -> None:
-    parser = Parser("command", "About.")
-    add = parser.add_argument
-    add("--absent", help="an absent one")
-    add("--flag", action="store_true", help="a flag")
-    add("--empty", default="", help="an empty one")
-    add("--many", nargs="+", type=int, default=[1, 2], help="many")
-    add("--share", default="5%", help="a share of 100%%")
-    add("--zero", type=int, default=0, help="a number")
-    add("sets", nargs="*", help="places")
-    text = " ".join(parser.format_help().split())
-    for said in ("many (default: 1 2)", "share of 100% (default: 5%)", "a number (default: 0)"):
-        assert said in text
-    assert text.count("(default: ") == 3
-
-
-@pytest.mark.parametrize(
-    ("module", "words", "refused"),
-    [
-        ("dit_engine.cli.generate", ["--label", "3"], "--label 3"),
-        ("dit_engine.cli.train", ["-o", "x", "--quie"], "--quie"),
-        ("dit_export.cli", ["onnx", "-o", "x", "--overw"], "--overw"),
-        ("dit_bench.cli", ["parity", "--sample=2"], "--sample=2"),
-    ],
-)
-def test_an_option_is_written_in_full(
-    module: str, words: list[str], refused: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_option_is_written_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     """A new option could take the abbreviation of an old one in a script."""
-    with pytest.raises(SystemExit) as left:
-        import_module(module).main(words)
-    assert left.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: unrecognized arguments: {refused} (see ")
+    for main, words in ((generate, ["--label", "3"]), (bench, ["parity", "--sample", "2"])):
+        with pytest.raises(SystemExit) as left:
+            main(words)
+        assert left.value.code == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: unrecognized arguments: {words[-2]} {words[-1]} (see ")
 
 
 def test_only_the_users_errors_are_caught(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,33 +63,23 @@ def test_only_the_users_errors_are_caught(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("a fault"), KeyboardInterrupt()])
 @pytest.mark.parametrize("looped", [True, False])
 def test_a_bar_is_wiped_away_when_the_command_fails(
-    error: BaseException, looped: bool, capsys: pytest.CaptureFixture[str]
+    looped: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def command() -> int:
         if looped:
             for i in Bar(range(4), "encoding", mininterval=0):
                 if i == 2:
-                    raise error
+                    raise ValueError("a fault")
         with Bar(total=4, desc="sampling", mininterval=0) as bar:
             bar.update(2)
-            raise error
+            raise ValueError("a fault")
 
-    assert run_command(command) in (2, 130)
+    assert run_command(command) == 2
     told = capsys.readouterr().err
     assert "2/4" in told or "1/4" in told  # there was one
-    assert on_screen(told) == [f"error: {error}" if str(error) else "interrupted"]
-    assert not list(getattr(tqdm, "_instances", ()))
-
-
-def test_a_bar_at_its_end_stays() -> None:
-    file = io.StringIO()
-    for _ in Bar(range(3), "encoding", file=file):
-        pass
-    (line,) = on_screen(file.getvalue())
-    assert "3/3" in line
+    assert on_screen(told) == ["error: a fault"]
 
 
 SCRIPT = """
@@ -169,8 +131,8 @@ def shell(tmp_path: Path, redirected: str, *arguments: str) -> tuple[int, str, s
 
 # What the streams are → the exit code where standard output is what was asked for.
 STREAMS = {
-    "encoding ascii": 0, "encoding cp1252": 0, ">&-": 0, "2>&-": 0, "<&- >&- 2>&-": 0,
-    "> /dev/full": 2, "2> /dev/full": 0, "> /dev/full 2> /dev/full": 2, "> >(exec <&-; exit)": 141,
+    "encoding ascii": 0, ">&-": 0, "<&- >&- 2>&-": 0, "> /dev/full": 2, "2> /dev/full": 0,
+    "> >(exec <&-; exit)": 141,
 }  # fmt: skip
 
 
@@ -187,10 +149,6 @@ def test_closed_full_and_unread_streams(tmp_path: Path, redirected: str) -> None
     if redirected == "> /dev/full":
         assert err.endswith("error: [Errno 28] No space left on device\n")
     assert shell(tmp_path, redirected, "--help")[0] in expected
-    assert shell(tmp_path, redirected, "--unknown")[0] == 2
-
-
-SHOW = "from dit_bench.show.tables import Table, show; show([Table('x', ['x'], rows=[['x']])])"
 
 
 @pytest.mark.parametrize(
@@ -199,45 +157,38 @@ SHOW = "from dit_bench.show.tables import Table, show; show([Table('x', ['x'], r
         ("", "raise BrokenPipeError(32, 'Broken pipe')", 2, "error: [Errno 32] Broken pipe\n"),
         ("> /dev/full", "write_stdout(b'PNG')", 2,
          "error: standard output cannot be written: No space left on device\n"),
-        ("no reader", "print('x' * 100_000)", 141, ""),
-        ("no reader", "print('x')", 141, ""),
-        ("no reader", "sys.stdout.reconfigure(write_through=True); print('x')", 141, ""),
-        ("no reader", "write_stdout(b'PNG')", 141, ""),
-        ("no reader", SHOW, 141, ""),
+        ("> >(exec <&- true)", "print('x' * 100_000)", 141, ""),
+        ("> >(exec <&- true)", "print('x')", 141, ""),
+        ("> >(exec <&- true)", "write_stdout(b'PNG')", 141, ""),
     ],
 )  # fmt: skip
 def test_output_that_nobody_takes(
     tmp_path: Path, redirected: str, code: str, expected: int, told: str
 ) -> None:
-    if redirected == "no reader":  # a pipe whose reader is gone for certain
-        redirected = "> >(exec <&- true); sleep 0.2"
+    if "exec" in redirected:  # a pipe whose reader is gone for certain
         code = f"import time; time.sleep(0.5); {code}"
     arguments = (str(tmp_path / "made"), "--code", code)
-    found, _, err = shell(tmp_path, redirected.replace("; sleep 0.2", ""), *arguments)
+    found, _, err = shell(tmp_path, redirected, *arguments)
     assert (found, err) == (expected, f"noise → image\n{told}".encode().decode("latin-1"))
 
 
+@pytest.mark.slow
 def test_commands_start_without_torch_and_let_threads_sleep() -> None:
     """Unless the environment says how threads wait."""
     code = """
 import contextlib, io, os, sys
 from importlib import import_module
-spins = []
-for name, words in (("dit_engine.cli.generate", "--help"), ("dit_bench.cli", "no-such-word"),
-                    ("dit_export.cli", "--version"), ("dit_engine.cli.train", "--help")):
-    main = import_module(name).main
-    assert "torch" not in sys.modules, name
-    for given in ({}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}):
-        for variable in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-            os.environ.pop(variable, None)
+for given, spins in ({}, SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "x"}, None):
+    for name, words in (("dit_engine.cli.generate", "--help"), ("dit_bench.cli", "no-such-word"),
+                        ("dit_export.cli", "--version")):
+        main = import_module(name).main
+        assert "torch" not in sys.modules, name
+        os.environ.pop("GOMP_SPINCOUNT", None)
         os.environ.update(given)
         with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
             main([words])
-        spins.append(os.environ.get("GOMP_SPINCOUNT"))
-        if "train" in name:
-            break
-print(*spins)
+        assert os.environ.get("GOMP_SPINCOUNT") == spins, (name, given)
 """
+    code = code.replace("SPINS", repr(SPINS))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == 3 * [SPINS, "7", "None"] + [SPINS]

@@ -53,16 +53,12 @@ def bare_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def test_what_the_model_was_loaded_with_is_kept(bare_files: list[str], tmp_path: Path) -> None:
     options = [*bare_files, "--labels", "3", "4", "--seed", "5", "--steps", "2"]
-    made, plain, again = (tmp_path / name for name in ("a.png", "b.png", "c.png"))
-    assert main([*options, "-o", str(plain)]) == 0
+    made, again = tmp_path / "a.png", tmp_path / "c.png"
     for option in ("--num-heads 2", "--prediction v_prediction", "--numerics diffusers",
-                   "--vae-groups 16", "--vae-scaling-factor 0.9", "--vae-shift-factor 3",
-                   "--columns 1"):  # fmt: skip
+                   "--vae-groups 16", "--vae-scaling-factor 0.9", "--columns 1"):  # fmt: skip
         assert main([*options, *option.split(), "-o", str(made)]) == 0
         assert main([*bare_files, "--like", str(made), "-o", str(again)]) == 0
         assert again.read_bytes() == made.read_bytes(), option
-        with Image.open(made) as one, Image.open(plain) as other:
-            assert option.startswith("--numerics") or one.tobytes() != other.tobytes(), option
     latents = str(tmp_path / "z.safetensors")  # which have no columns
     assert main([*bare_files, "--like", str(made), "-o", latents]) == 0
 
@@ -85,12 +81,10 @@ def test_what_tells_nothing_is_refused(
     out = ["-o", str(tmp_path / "b.png")]
     for text, message in (
         (None, "holds no settings"),
-        ("[" * 5000, "holds no settings"),
         ("[1]", "holds no settings"),
         (record(cfg=1), "with 'cfg', which is unknown"),
         (record(latents_sha256=""), "from given latents"),
         (record(num_heads=[3]), "num_heads is no number"),
-        (record(model=3), "model is no text"),
         (record(labels=3), "labels is not a list"),
         (record(guidance_interval=3), "guidance_interval is no"),
     ):
@@ -101,10 +95,6 @@ def test_what_tells_nothing_is_refused(
                   guidance_scale=4.0, diffusion={"clip": 1.0})  # fmt: skip
     assert main([*bare_files, "--like", picture(tmp_path / "a.png", text), *out]) == 2
     assert "was made with diffusion {'clip': 1.0}, and" in told()
-    path = tmp_path / "a.png"
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
-    assert main(["--like", str(path), *out]) == 2
-    assert f"error: {path}: a Git LFS pointer, not an image" in told()
     assert main(["--like", str(tmp_path / "none.png"), *out]) == 2
     assert "none.png is not a readable image (No such file or directory)" in told()
 

@@ -139,7 +139,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Raises ValueError for an unknown or a missing key."""
+        """The reverse of `to_dict`. Raises ValueError for an unknown or a missing key."""
         known = [f.name for f in fields(cls)]
         for key in values:
             if key not in known:

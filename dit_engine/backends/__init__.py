@@ -1,7 +1,7 @@
 """Backends: ways to run the denoiser. Each is one file, imported when it is first asked for.
 
 Other packages add theirs as entry points of the group "dit_engine.backends", each a `Factory`. A
-name may carry an address, as in "triton://host:port", which its factory is given.
+name may carry an address, as in "triton://host:port", which is given to its factory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FACTORIES = {
     "lean": ("dit_engine.backends.lean.backend", "LeanBackend"),
 }
 ENTRY_POINTS = "dit_engine.backends"
-# Other names for the same.
+# Other names → the names above.
 ALIASES = {"auto": "lean", "trt": "tensorrt"}
 
 
@@ -47,7 +47,7 @@ class Denoiser(Protocol):
 
 
 class FusedDenoiser(Protocol):
-    """The same, but it also guides and takes the sampler's step."""
+    """Like `Denoiser`, but each call also guides and takes the sampler's step."""
 
     def guided_step(
         self, z: Tensor, x0_before: Tensor, noise: Tensor, step: int, guide: bool
@@ -81,7 +81,7 @@ class Backend(Protocol):
         scales: Tensor,
         guided_channels: int,
     ) -> FusedDenoiser | None:
-        """As `prepare`, for whole sampler steps; None if the backend has none (the default).
+        """As `prepare`, for whole sampler steps; None if the backend takes none (the default).
 
         Args:
             coefficients: (K, 9) of `dit_engine.sampling.coefficients.step_coefficients`.
@@ -92,8 +92,8 @@ class Backend(Protocol):
 
     @staticmethod
     def decoder(vae: AutoencoderKL, dtype: torch.dtype, device: torch.device) -> Decode | None:
-        """A quicker decoder for ``vae``, which stays as it is; None for the VAE's own (the
-        default)."""
+        """A quicker decoder that does not change ``vae``; None (the default) means that the VAE's
+        own decoder is used."""
         return None
 
 

@@ -23,8 +23,8 @@ _LOCK = threading.Lock()
 def one_capture() -> Iterator[None]:
     """Hold this during every capture: torch allows one at a time per process.
 
-    Python's garbage collector rests meanwhile: what it deletes may have to wait for the device,
-    such as another engine's graphs, and CUDA breaks off the capture of a thread that waits.
+    Python's garbage collector is off meanwhile: to delete, for example, another engine's graphs, it
+    may have to wait for the device, and CUDA breaks off the capture of a thread that waits.
     """
     with _LOCK:
         enabled = gc.isenabled()
@@ -45,7 +45,7 @@ def capture_graph(
     the caller's current stream comes first, and what is queued on it later waits.
 
     Args:
-        pool: memory of other graphs, to be shared with them; None is memory of its own.
+        pool: the memory pool of other graphs, to be shared; None is a pool of its own.
         warmups: runs before the capture. Libraries choose kernels and load them at first use, which
             must not be captured.
     """

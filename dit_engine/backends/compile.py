@@ -50,7 +50,7 @@ class CompileBackend(EagerBackend):
         compiled: dict[int, Callable[..., Tensor]] = {}
 
         def forward(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            if len(x) not in compiled:  # two threads at once: one of them keeps its function
+            if len(x) not in compiled:  # if two threads compile at once, one result is kept
                 compiled.setdefault(len(x), compile_static(run, **options))
             return compiled[len(x)](x, t, y)
 
@@ -60,9 +60,9 @@ class CompileBackend(EagerBackend):
 def compile_static(function: FunctionType, **options: Any) -> Callable[..., Any]:
     """torch.compile of ``function`` for the shapes that it is called with, as one graph.
 
-    torch gives up after eight compilations of one code object. Here each compilation has a code
-    object of its own, so that other shapes, models and engines do not count. Whatever torch.compile
-    cannot do is an error, where it would otherwise run eagerly without a word.
+    torch gives up after eight compilations of one code object. Here each compilation has its own
+    code object, so those for other shapes, models and engines do not count. Whatever torch.compile
+    cannot do is an error; by default it would silently run eagerly.
     """
     f, code = function, function.__code__.replace()
     own = FunctionType(code, f.__globals__, f.__name__, f.__defaults__, f.__closure__)

@@ -15,8 +15,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class EagerBackend(Backend):
-    """On the CPU in float32 images go through one by one, so that their bits do not depend on the
-    batch: a matrix product's order of summation may change with its number of rows.
+    """On the CPU in float32, images are computed one by one, so that their bits do not depend on
+    the batch: the order of summation in a matrix product may change with its number of rows.
     """
 
     def __init__(self, model: DiT, precision: str, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class EagerBackend(Backend):
         self.one_by_one = device.type == "cpu" and self.dtype == torch.float32
 
     def prepare(self, labels: Tensor, timesteps: Tensor) -> Denoiser:
-        # A plain (x, t, y) function cannot hoist anything: it remembers its conditions.
+        # A plain (x, t, y) function has no part that could be computed here, before the loop.
         def denoise(x: Tensor, step: int) -> Tensor:
             t = timesteps[step].expand(len(x))  # (M,)
             y = labels[: len(x)]  # (M,)
@@ -43,7 +43,7 @@ class EagerBackend(Backend):
 
 
 def placed(model: DiT, dtype: torch.dtype, device: torch.device) -> DiT:
-    """``model`` itself if it is there in that dtype, else a twin whose weights are.
+    """``model`` itself if it is on ``device`` in ``dtype``, else a copy that is.
 
     Weights are converted one by one, so that no second full-width copy is ever made.
     """

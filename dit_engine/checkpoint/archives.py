@@ -1,8 +1,8 @@
 """Check a PyTorch file before torch reads it: its memory must be bounded by its own size.
 
-In a zip archive, torch must find what was checked here, and nothing else. Its reader takes the list
-of members from where the archive's last record says it is, and Python's reader from where the list
-must be if it ends there. An archive can have a list at both places.
+In a zip archive, torch must find what was checked here, and nothing else. torch's reader looks for
+the list of members where the archive's last record says that it is, Python's reader directly before
+that record. An archive can have a list at both places.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dit_engine.checkpoint.pickles import Pickle, Refused
 from dit_engine.io.printable import first_line
 
 DATA = "data.pkl"
-# The records at the end of an archive: the last one, what points to the one for large archives,
+# The records at the end of an archive: the last record, the locator of the one for large archives,
 # and that one.
 _END, _LOCATOR = struct.Struct("<4s4H2IH"), struct.Struct("<4sIQI")
 _END64 = struct.Struct("<4sQ2H2I4Q")
@@ -61,7 +61,7 @@ def _read_archive(file: BinaryIO, size: int) -> bytes:
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         _check_end(file, size, len(members))
-        # torch's reader does not tell capitals from small letters.
+        # To torch's reader, capitals and small letters are the same.
         names = Counter(m.orig_filename.lower() for m in members)
         for name, times in names.most_common(1):
             if times > 1:

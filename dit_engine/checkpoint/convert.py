@@ -90,7 +90,7 @@ def config_from_diffusers(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def with_numerics(config: ModelConfig, numerics: str | None) -> ModelConfig:
-    """``config`` in the asked mode: None keeps its own; a change takes that mode's norm epsilon."""
+    """``config`` with these ``numerics``, None for its own; a change also sets the norm epsilon."""
     if numerics in (None, config.numerics):
         return config
     eps = NORM_EPS if numerics == "official" else DIFFUSERS_NORM_EPS
@@ -108,7 +108,7 @@ def model_shapes(config: ModelConfig) -> dict[str, torch.Size]:
 
 
 def shapes_of(build: Callable[[Any], nn.Module], config: object) -> dict[str, torch.Size]:
-    """Key → shape of the module that ``build`` makes. Raises ValueError where it makes none."""
+    """Key → shape of the module that ``build`` makes. Raises ValueError if it fails."""
     try:
         with without_storage():
             return {key: tensor.shape for key, tensor in build(config).state_dict().items()}
@@ -117,7 +117,7 @@ def shapes_of(build: Callable[[Any], nn.Module], config: object) -> dict[str, to
 
 
 def state_from_diffusers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Official state dict of a diffusers one. Only q, k and v are copied (into one tensor).
+    """Diffusers' state dict → the official one. Only q, k and v are copied (into one tensor).
 
     diffusers keeps the time and label embedders once per block. They must be equal bit for bit,
     because a DiT has one of each. ``pos_embed`` is computed unless the file has it; its size is
@@ -183,6 +183,6 @@ def _embedder(block: int, name: str) -> str:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    # Also those of NaN, which are reported elsewhere.
+    # NaN with the same bits counts as equal; NaN is reported elsewhere.
     a_bits, b_bits = (tensor.contiguous().view(torch.uint8) for tensor in (a, b))
     return a.dtype == b.dtype and torch.equal(a_bits, b_bits)

@@ -40,7 +40,7 @@ def infer_config(
     """The config of an official state dict, from its shapes and the options of its training.
 
     The shapes do not tell the number of heads. It is ``num_heads`` if given, or what ``args`` say,
-    or what `infer_heads` takes. Raises ValueError where a needed key is missing or has an unknown
+    or what `infer_heads` finds. Raises ValueError where a needed key is missing or has an unknown
     shape, the width leaves the heads open, or ``args`` are those of another model.
     """
     args = args or Options()
@@ -87,8 +87,8 @@ def infer_config(
 
 
 def infer_heads(hidden_size: int) -> int:
-    """Heads for a width: those of a published one (384, 768, 1024, 1152), or of 64 or 72 numbers
-    if only one of these divides it, with a warning; else ValueError."""
+    """Heads for a width: those of a published width (384, 768, 1024, 1152), or else heads of 64 or
+    72 numbers if only one of these divides it, with a warning; else ValueError."""
     published = {width: heads for _, width, heads in FAMILIES.values()}
     if hidden_size in published:
         return published[hidden_size]
@@ -167,7 +167,7 @@ def _prediction(args: Options) -> str | None:
             continue
         name = str(value).lower().replace("-", "_")
         name = _OTHER_WORDS.get(name, name)
-        if option == "parameterization" and name == "v":  # latent-diffusion's; elsewhere of flows
+        if option == "parameterization" and name == "v":  # latent-diffusion's; elsewhere a flow's
             name = "v_prediction"
         if name not in PREDICTIONS:
             raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any
 
 # Lists, tuples, calls and so on, each of which takes a hundred times the memory of its instruction.
 # A file of DiT-XL/2 has 4,000; a training checkpoint with averages and optimizer has 20,000. More
-# are allowed if each has the bytes of a long log's entries.
+# are allowed in a larger file, at LEAST_OBJECT_BYTES each, as in a long log.
 MOST_OBJECTS, LEAST_OBJECT_BYTES = 300_000, 8
 # Keys that can be slow to hash, or have the same hash as others: tuples and fractions.
 MOST_SLOW_KEYS, MOST_KEY_ITEMS, MOST_KEY_LEVELS = 10_000, 8, 3

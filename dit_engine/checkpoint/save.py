@@ -1,7 +1,7 @@
 """Native model directories, written whole or not at all.
 
 ``config.json`` (ModelConfig and ``"_class_name": "DiT"``), ``model.safetensors``, and optionally
-``labels.json`` (one name a class) and ``vae/`` in diffusers' format.
+``labels.json`` (one name per class) and ``vae/`` in diffusers' format.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def save_pretrained(
 ) -> None:
     """Write a native directory, whole or not at all.
 
-    It replaces an empty directory or an earlier native one, whose README.md is kept. Should it be
-    interrupted, the earlier one is there as it was.
+    It replaces an empty directory or an earlier native one, and keeps its README.md. If writing
+    is interrupted, the earlier directory stays as it was.
 
     label_names: one for each class. dtype: of all weights in the files; None keeps the modules'
     own. Raises ValueError if the directory holds something else or the names do not fit the

@@ -21,7 +21,7 @@ from dit_engine.sampling.diffusion import OWN_SPACINGS, Diffusion
 
 CONFIG = "scheduler_config.json"
 
-# Class → the sampler that is here.
+# Scheduler class → our sampler.
 _SAMPLERS = {
     "DDIMScheduler": "ddim",
     "DDIMParallelScheduler": "ddim",
@@ -29,8 +29,8 @@ _SAMPLERS = {
     "DDPMParallelScheduler": "ddpm",
     "DPMSolverMultistepScheduler": "dpm++",
 }
-# Schedulers of the same diffusion with solvers that are not here. The second group has other betas
-# where its files name none.
+# Schedulers of the same diffusion whose solvers we do not have. The second group has other default
+# betas.
 _OTHERS = (
     "DEISMultistepScheduler", "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler",
@@ -51,8 +51,8 @@ _FIELDS = {
     "prediction_type": "prediction",
     "rescale_betas_zero_snr": "zero_terminal_snr",
 }  # fmt: skip
-# Key → the values that every scheduler may have, diffusers' default first; for Euler and dpm++,
-# those that they may have besides.
+# Key → the values that every scheduler may have, diffusers' default first; then the further values
+# that Euler and dpm++ may have.
 _OFF = (False, None)
 _NEEDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "": {"thresholding": _OFF, "use_flow_sigmas": _OFF},

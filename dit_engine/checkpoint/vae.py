@@ -22,7 +22,7 @@ from dit_engine.io.printable import some_of
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 VAE_CLASS = "AutoencoderKL"
-# Fields of the config that cannot be read from the tensors, and what `load_checkpoint` calls some.
+# Fields of the config that the tensors do not tell, and their names in `load_checkpoint` if any.
 FIELDS = ("norm_num_groups", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
 OPTIONS = {"norm_num_groups": "vae_groups", "scaling_factor": "vae_scaling_factor",
            "shift_factor": "vae_shift_factor"}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Read files of tensors without running anything in them, and put the tensors into modules."""
+"""Read files of tensors without running code from them, and put the tensors into modules."""
 
 from __future__ import annotations
 

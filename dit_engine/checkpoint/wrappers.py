@@ -16,8 +16,8 @@ from dit_engine.checkpoint.weights import check_tensors, read_weights
 from dit_engine.io.json_files import read_json
 from dit_engine.io.printable import some_of
 
-# Names under which a training checkpoint holds weights, in the order of preference. An average by
-# any name is preferred to what is none.
+# Names under which a training checkpoint holds weights, in the order of preference. An average of
+# any name is preferred to weights that are not averaged.
 WRAPPERS = ("ema", "model", "model_state_dict", "state_dict", "module", "net", "network")
 _AVERAGE_WORDS = {"ema", "averaged", "average", "swa", "polyak"}
 # torch puts these modules around others, at any depth of a model, when it compiles them, cuts them
@@ -35,7 +35,7 @@ SCALE = "scale_factor"  # of the latents, in latent-diffusion's checkpoints
 
 
 def is_averaged(name: object) -> bool:
-    """Whether a dict, or a part of a model, of this name is an average of the weights."""
+    """Whether a dict or a part of a model with this name is an average of the weights."""
     return not _AVERAGE_WORDS.isdisjoint(re.split(r"[^a-z]+", str(name).lower()))
 
 
@@ -62,8 +62,8 @@ def unwrapped(content: Mapping[Any, Any], marks: tuple[str, ...], path: Path) ->
     """The state dict in what a file holds, under its own names.
 
     It is looked for in the dicts of `levels`, behind any prefix of its names. Of several copies,
-    the averaged one is used. Single numbers beside the weights, such as ``n_averaged``, and
-    averages without weights are left out with a warning, and all that is beside an autoencoder.
+    the averaged one is used. Left out are, with a warning, single numbers beside the weights (such
+    as ``n_averaged``) and averages without weights, and without one all beside an autoencoder.
     Raises ValueError if there are several copies and not exactly one is preferred.
     """
     copies: list[tuple[tuple[Any, ...], str, str, dict[Any, Any]]] = []

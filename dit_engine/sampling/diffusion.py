@@ -128,7 +128,7 @@ class Diffusion:
         return bars
 
     def _betas(self) -> np.ndarray:
-        """(N,) before any rescaling."""
+        """The betas (N,) before any rescaling."""
         n, low, high = self.num_train_steps, self.beta_start, self.beta_end
         if self.trained_betas is not None:
             return np.array(self.trained_betas, dtype=np.float64)

@@ -46,12 +46,12 @@ def guided(
             return denoiser(z, k)
         scales, unguided = scales.to(z), unguided.to(z.device)  # a copy at the first call only
         guided_channels = z.shape[1] if channels is None else channels
-        # In z's dtype: the scaled difference of two half-precision numbers is no place to round.
+        # In z's dtype, because the scale would magnify the rounding errors of half precision.
         output = denoiser(torch.cat([z, z]), k).to(z.dtype)  # (2N, C_out, S, S)
         cond, uncond = output[:n], output[n:]
         eps, eps_uncond = cond[:, :guided_channels], uncond[:, :guided_channels]
         combined = eps_uncond + scales * (eps - eps_uncond)
-        # Not uncond + 1·(cond − uncond), whose rounding would show that the batch held others.
+        # Not uncond + 1·(cond − uncond), which rounds: its bits would depend on the other images.
         combined = torch.where(unguided, eps, combined)
         return torch.cat([combined, cond[:, guided_channels:]], dim=1)
 

@@ -67,7 +67,7 @@ def sample_fused(
         draws, guides: (steps,) bool: which steps add noise, and which are guided.
         clip: of `dit_engine.sampling.coefficients.clipping`.
     """
-    z = z.contiguous()  # given latents have any strides
+    z = z.contiguous()  # latents from the caller may have any strides
     x0 = torch.zeros_like(z)
     for k in range(len(draws)):
         drawn = noise(k).to(z).contiguous() if draws[k] else x0  # not read where no noise is added

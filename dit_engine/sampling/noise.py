@@ -16,7 +16,7 @@ from dit_engine.arguments import sequence, shown, whole_number
 
 _SEED_LIMIT = 2**63
 AHEAD = 4
-"""Draws that may be on their way to a GPU at once: so many steps the host works ahead of it."""
+"""Draws that may be on their way to a GPU at once: the host works at most this far ahead."""
 
 
 class NoiseSource(Protocol):
@@ -34,8 +34,8 @@ class NoiseSource(Protocol):
 class Uploads:
     """Copies of CPU numbers to a CUDA device, for which the host does not wait.
 
-    From ordinary memory a copy would first let the device finish all that is queued. These are
-    made from page-locked buffers, each of which is filled again when its copy has been made.
+    A copy from ordinary memory would first wait until the device has finished all that is queued.
+    These copies are made from page-locked buffers, each of which is filled again after its copy.
 
     Args:
         shape: of each of the float32 tensors.
@@ -46,7 +46,7 @@ class Uploads:
         self._ring: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     def send(self, fill: Callable[[Tensor], object]) -> Tensor:
-        """What ``fill`` writes into the buffer that it is given, on the device."""
+        """A tensor on the device with what ``fill`` writes into the buffer that it is given."""
         if len(self._ring) < AHEAD:  # a run without step noise needs only one
             # "blocking": the host sleeps while it waits for the device.
             self._ring.append((_page_locked(self.shape), torch.cuda.Event(blocking=True)))
@@ -96,9 +96,9 @@ class PerImageNoise:
 class OfficialNoise:
     """Random numbers drawn as facebookresearch/DiT draws them.
 
-    One generator on the sampling device; z (N, C, S, S) first; then every step, the last one
-    included, one draw for the whole guided batch of 2N, of which the first half is used. Without
-    guidance it draws for N, as ``sample_ddp.py`` does. (``sample.py`` seeds before it builds the
+    One generator on the sampling device draws z (N, C, S, S) first. Then every step, also the last,
+    draws for the whole guided batch of 2N, and uses the first half of that. Without guidance it
+    draws for N, as ``sample_ddp.py`` does. (``sample.py`` seeds before it builds the
     model, whose initial weights use up draws of the CPU's generator: on the CPU its images are
     those of another z.)
     """
@@ -182,7 +182,7 @@ class GivenNoise:
 
 
 def resolve_seeds(seed: int | None, seeds: Sequence[int] | None, n: int, noise: str) -> list[int]:
-    """One seed per image: ``seeds``, or seed, seed + 1, …, or from a random start."""
+    """N seeds: ``seeds``, or from ``seed`` or a random one on; all are one for noise "official"."""
     if seed is not None and seeds is not None:
         raise ValueError(f"seed {shown(seed)} and seeds {shown(seeds)}: give one of the two")
     if noise == "official":

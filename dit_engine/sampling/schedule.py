@@ -145,11 +145,11 @@ def make_schedule(
     """The schedule of a sampler that takes ``steps`` of the diffusion's N steps.
 
     Args:
-        steps: 1 to N, which is 1000 of the published diffusion.
+        steps: 1 to N, which is 1000 for the published diffusion.
         spacing: see ``space_timesteps``.
 
     Raises:
-        ValueError: steps out of range or no integer, an unknown spacing, or a number of steps
+        ValueError: steps out of range or not an integer, an unknown spacing, or a number of steps
             that the spacing cannot make.
     """
     taken = space_timesteps(steps, spacing, diffusion)
@@ -250,7 +250,7 @@ def _official(steps: int, n: int) -> list[int]:
 
 def _trailing(steps: int, n: int) -> np.ndarray:
     def points(count: int) -> np.ndarray:
-        return np.arange(n, 0, -n / count)  # its rounding decides halves and how many there are
+        return np.arange(n, 0, -n / count)  # rounding decides which steps and how many
 
     if len(points(steps)) == steps:
         return points(steps).round().astype(np.int64) - 1

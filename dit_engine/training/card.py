@@ -1,4 +1,4 @@
-"""The README.md beside a trained model, and how to see that a model is not trained.
+"""The README.md beside a trained model, and the signs that a model is not trained enough.
 
 A training that is too short ends without an error, and its model draws noise. Three things show it:
 

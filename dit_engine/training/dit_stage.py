@@ -46,7 +46,7 @@ def train_denoiser(
     settings: LoopSettings, directory: Path, batch_size: int,
     sheet: Callable[[M, Path], None] | None = None,
 ) -> M:  # fmt: skip
-    """`train_dit` for any network (x (N, C, S, S), t (N,), y (N,)) → (N, C or 2C, S, S)."""
+    """`train_dit` for any network x (N, C, S, S), t (N,), y (N,) → (N, C or 2C, S, S)."""
     device = next(model.parameters()).device
     diffusion = DiffusionLoss(device)
     means, deviations = latents

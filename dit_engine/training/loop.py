@@ -27,7 +27,7 @@ from dit_engine.training.threads import ThreadsByLoad
 M = TypeVar("M", bound=nn.Module)
 
 CHECKPOINT = "last.pt"
-LOG_STEPS = 50  # a row of the log, and the losses that are shown, are the means of so many steps
+LOG_STEPS = 50  # a row of the log and the losses that are shown are means of this many steps
 _SHEET_SECONDS = 600.0
 
 
@@ -63,7 +63,7 @@ class Budget:
 class LoopSettings:
     """How `Trainer` trains.
 
-    warmup_steps: the learning rate rises for so many steps. ema_decay: of the average of the
+    warmup_steps: how many steps the learning rate rises. ema_decay: of the average of the
     weights. save_seconds: the time between two checkpoints. keep_steps: steps after which the EMA
     weights are kept in a file of their own. follow_load: on the CPU, `ThreadsByLoad` sets the
     number of torch's threads.
@@ -103,7 +103,7 @@ class Trainer(Generic[M]):
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self.trainable = [p for p in model.parameters() if p.requires_grad]
-        # Fused, because it is half of a small model's step otherwise.
+        # Fused, because AdamW otherwise takes half of a small model's step.
         self.optimizer = torch.optim.AdamW(
             self.trainable, settings.learning_rate, (0.9, 0.99), weight_decay=0.0, fused=True
         )

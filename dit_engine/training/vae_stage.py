@@ -50,7 +50,7 @@ def train_decoder(
 ) -> AutoencoderKL:  # fmt: skip
     """Train ``vae``'s decoder alone and return the EMA model (float32, eval mode).
 
-    The latents stay as they are, so a transformer that was trained on them keeps its worth, as with
+    The latents stay as they are, so a transformer that was trained on them stays usable, as with
     the fine-tuned decoders of Stable Diffusion (stabilityai/sd-vae-ft-mse).
 
     latents: means and deviations (N, c, h, w) of the encoder on ``data``'s images, in order.
@@ -105,7 +105,7 @@ def vae_loss(
 
 def reconstruction_losses(rebuilt: Tensor, images: Tensor) -> dict[str, Tensor]:
     """The absolute error of pixels, plus half the absolute error of the differences between
-    neighbours, without which edges stay soft."""
+    neighbouring pixels: without this term, edges stay soft."""
     error = rebuilt - images
     pixel = error.abs().mean()
     edge = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()

@@ -1,4 +1,4 @@
-"""What the operators ask of their arguments. Every refusal is a ValueError of one line.
+"""Checks of the operators' arguments. Every refusal is a ValueError of one line.
 
 The public operators check before they choose an implementation. The native ones check again,
 because the lean forward calls them directly and C++ gets bare addresses.
@@ -31,8 +31,8 @@ def check(
     """Raise ValueError unless the tensor has this shape, one of these dtypes, this device and this
     layout in memory.
 
-    In ``shape``, a letter stands for any size above 0, and "N" for any size. None as the device or
-    as the layout allows all.
+    In ``shape``, a letter stands for any size above 0, but "N" also for 0. device None allows every
+    device, layout None every layout.
     """
     fits = tensor.shape == tuple(shape) or (
         len(tensor.shape) == len(shape)
@@ -55,8 +55,8 @@ def check(
 def check_tokens(
     x: Tensor, y: Tensor | None = None, eps: float = 1.0, **modulation: Tensor
 ) -> tuple[int, int, int]:
-    """(N, T, D), the shape of x and y. Each modulation is (N, D), in x's dtype or float32, with its
-    rows at any stride."""
+    """Check x and y, (N, T, D), and each modulation, (N, D) in x's dtype or float32 with rows at any
+    stride. Returns (N, T, D)."""
     check("x", x, ("N", "T", "D"))
     if y is not None:
         check("y", y, x.shape, (x.dtype,), x.device)
@@ -75,12 +75,12 @@ def check_eps(eps: float) -> None:
 
 
 def check_rows(x: Tensor) -> None:
-    """x is (…, D) with D above 0."""
+    """Check that x is (…, D) with D above 0."""
     check("x", x, (*x.shape[:-1], "D"))
 
 
 def check_qkv(qkv: Tensor, num_heads: int) -> tuple[int, int, int]:
-    """(N, T, d) of qkv (N, T, 3·H·d): d is a multiple of 8, at most 128."""
+    """Check qkv (N, T, 3·H·d), d a multiple of 8 up to 128. Returns (N, T, d)."""
     check("qkv", qkv, ("N", "T", "3·H·d"))
     n, t, width = qkv.shape
     if not isinstance(num_heads, int) or num_heads < 1 or width % (3 * num_heads):
@@ -94,14 +94,14 @@ def check_qkv(qkv: Tensor, num_heads: int) -> tuple[int, int, int]:
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """x (…, K), weight (M, K) and bias (M,) of one dtype and device; K is above 0."""
+    """Check x (…, K), weight (M, K) and bias (M,): one dtype, one device, K above 0."""
     check("x", x, (*x.shape[:-1], "K"), layout=None)
     check("weight", weight, ("N", x.shape[-1]), (x.dtype,), x.device, layout=None)
     check("bias", bias, weight.shape[:1], (x.dtype,), x.device, layout=None)
 
 
 def check_images(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> None:
-    """x is (N, C, H, W) in channels-last memory, weight and bias (C,)."""
+    """Check x, (N, C, H, W) in channels-last memory, and weight and bias, (C,)."""
     check("x", x, ("N", "C", "H", "W"), layout=torch.channels_last)
     channels = x.shape[1]
     if groups < 1 or channels % groups:
@@ -112,7 +112,7 @@ def check_images(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: floa
 
 
 def check_latents(z: Tensor, patch_size: int) -> tuple[int, int, int]:
-    """(N, C, S) of float32 latents z (N, C, S, S), whose side the patches divide."""
+    """Check float32 latents z (N, C, S, S), whose side the patches divide. Returns (N, C, S)."""
     check("z", z, ("N", "C", *z.shape[-1:], "S"), FLOAT)
     if patch_size < 1 or z.shape[2] % patch_size:
         raise ValueError(f"patch_size {patch_size} does not divide the latent side {z.shape[2]}")
@@ -123,7 +123,7 @@ def check_guided_step(
     tokens: Tensor, z: Tensor, x0_before: Tensor, noise: Tensor, guidance_scale: Tensor,
     coefficients: Tensor, guided_channels: int, patch_size: int,
 ) -> None:  # fmt: skip
-    """The arguments of `guided_step`; the latents are float32 and contiguous."""
+    """Check the arguments of `guided_step`; the latents must be float32 and contiguous."""
     n, c, s = check_latents(z, patch_size)
     check("x0_before", x0_before, z.shape, FLOAT, z.device)
     check("noise", noise, z.shape, FLOAT, z.device)
@@ -144,6 +144,6 @@ def check_guided_step(
 def check_codes(
     dtype: torch.dtype, allowed: Sequence[torch.dtype] = (torch.int8, torch.float8_e4m3fn)
 ) -> None:
-    """dtype is one that codes may have."""
+    """Check that codes may have this dtype."""
     if dtype not in allowed:
         raise ValueError(f"dtype {dtype}: choose {' or '.join(map(str, allowed))}")

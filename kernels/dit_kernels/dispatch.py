@@ -28,12 +28,12 @@ NATIVE: dict[str, Run] = {run.__name__: run for run in (
 
 
 def wants_gradient(*tensors: torch.Tensor) -> bool:
-    """Whether autograd follows what is computed from these, for which no kernel has a backward."""
+    """Whether autograd records what is computed from these; no kernel has a backward pass."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def without_autocast(run: Callable[..., T]) -> Callable[..., T]:
-    """``run`` with the dtypes that it was written with, also inside torch.autocast."""
+    """``run``, which then keeps its own dtypes inside torch.autocast too."""
 
     @functools.wraps(run)
     def exact(*arguments: Any, **options: Any) -> T:
@@ -68,7 +68,7 @@ def why_not(implementation: str, operator: str, device: torch.device) -> str | N
 def chosen(operator: str, impl: str, device: torch.device) -> str:
     """The implementation of ``operator`` that runs on ``device``: "reference" or one of KERNELS.
 
-    "auto" never takes "triton-tma", because no measurement has it ahead.
+    "auto" never takes "triton-tma", because no measurement shows that it is faster.
 
     Raises:
         ValueError: an unknown ``impl``.
@@ -85,15 +85,15 @@ def chosen(operator: str, impl: str, device: torch.device) -> str:
 
 
 def implementation(operator: str, impl: str, device: torch.device) -> Run:
-    """The function that `chosen` names; the references compute in their own dtypes in autocast."""
+    """The function that `chosen` names; a reference keeps its own dtypes inside autocast."""
     kind = chosen(operator, impl, device)
     return NATIVE[operator] if kind == "native" else _imported(operator, kind)
 
 
 @functools.cache
 def _imported(operator: str, kind: str) -> Run:
-    """A reference, or a function of dit_kernels/triton/, which has one module per operator; they
-    need the package triton."""
+    """A reference, or the function of the operator's module in dit_kernels/triton/, which needs the
+    package triton."""
     if kind == "reference":
         return without_autocast(getattr(reference, operator))
     name = "attention_tma" if kind == "triton-tma" else operator
@@ -123,7 +123,7 @@ def launcher(operator: str, device: torch.device) -> Run:
 
 
 def available() -> dict[str, str]:
-    """implementation → "yes …" or why not, for this machine."""
+    """For this machine: each implementation → "yes …" or the reason why it cannot run."""
     cuda = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "reference": "yes",

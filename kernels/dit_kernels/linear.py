@@ -1,7 +1,7 @@
 """Matrix products with weights packed once and with their epilogue fused.
 
-On CUDA cuBLASLt computes them, and its epilogue adds the bias and applies the tanh-GELU. On the CPU
-it is oneDNN, with weights in its blocked layout, or our own product where that beats oneDNN
+On CUDA, cuBLASLt computes them, and its epilogue adds the bias and applies the tanh-GELU. On the
+CPU, oneDNN does, with weights in its blocked layout, or our own product where that beats oneDNN
 (`dit_kernels.cpu.product`). Letters: R rows, K inputs, M outputs.
 """
 
@@ -49,8 +49,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor, impl: str, gelu: bool) -> 
 def gelu_(x: Tensor) -> Tensor:
     """tanh-GELU of a contiguous x, in place where there is a kernel for it.
 
-    torch computes it under torch.compile, which can fuse it, and where a gradient is wanted, for
-    which no kernel has a backward pass.
+    torch computes it under torch.compile, which can fuse it, and where a gradient is needed,
+    because no kernel has a backward pass.
     """
     if not torch.compiler.is_compiling() and not wants_gradient(x):
         kind = chosen("gelu", "auto", x.device)
@@ -63,7 +63,7 @@ class PackedLinear:
     """A linear layer that keeps its weight only in the layout that the product reads.
 
     On the CPU that is the layout of our own product where it beats oneDNN
-    (`dit_kernels.cpu.product.why_not`), else oneDNN's. There is no backward pass: an x that wants a
+    (`dit_kernels.cpu.product.why_not`), else oneDNN's. There is no backward pass: an x that needs a
     gradient is refused.
 
     Args:
@@ -89,7 +89,7 @@ class PackedLinear:
 
     @property
     def rows_are_independent(self) -> bool:
-        """Whether a row's bits are the same whatever rows stand beside it."""
+        """Whether a row's bits do not depend on the other rows."""
         return self.native
 
     def __call__(self, x: Tensor, gelu: bool = False, out: Tensor | None = None) -> Tensor:

@@ -5,8 +5,8 @@ Shape letters: N images, T tokens, D width, H heads, d = D/H. ``impl`` is "auto"
 runs or raises `Unavailable`; bad arguments are a ValueError of one line.
 
 Each is also registered with torch.library, so that torch.compile and torch.export keep a call as
-one node, ``dit_kernels::<name>``. Eager calls do not go that way: torch's dispatcher costs more
-than some of the kernels.
+one node, ``dit_kernels::<name>``. Eager calls do not take this path: torch's dispatcher costs
+more than some of the kernels.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def layernorm_modulate(
 ) -> Tensor:
     """adaLN (DiT paper, section 3.2): LayerNorm(x) · (1 + scale) + shift.
 
-    x: (N, T, D) contiguous; shift, scale: (N, D), views of ``chunk(6)`` as they come, in x's
-    dtype or float32. Returns (N, T, D).
+    x: (N, T, D) contiguous; shift, scale: (N, D) in x's dtype or float32, with rows at any stride,
+    such as views that ``chunk(6)`` makes. Returns (N, T, D).
     """
     checks.check_tokens(x, eps=eps, shift=shift, scale=scale)
     return _run("layernorm_modulate", impl, x, shift, scale, eps)
@@ -122,9 +122,9 @@ def guided_step(
     """From the final layer's output to the next latents: unpatchify, guidance, sampler update.
 
     With ε the guided prediction and (a, b, c₁ … c₄, low, high, s) the ``coefficients``:
-    x₀ = a·z + b·ε and z′ = c₁·x₀ + c₂·z + c₃·ε + c₄·x₀_before + σ·noise, where σ = s, or with a
-    learned variance v s·exp(½(low + ½(v + 1)(high − low))) (Nichol & Dhariwal 2021, equation 15).
-    s = 0 leaves the noise out. ``dit_engine.sampling.loop`` has each sampler's coefficients.
+    x₀ = a·z + b·ε and z′ = c₁·x₀ + c₂·z + c₃·ε + c₄·x₀_before + σ·noise, where σ = s or, with
+    a learned variance v, s·exp(½(low + ½(v + 1)(high − low))) (Nichol & Dhariwal 2021, eq. 15).
+    s = 0 leaves the noise out. ``dit_engine.sampling.coefficients`` has those of each sampler.
 
     Args:
         tokens: (2N, T, p·p·C_out), the conditional rows first, or (N, …) for no guidance.
@@ -175,8 +175,8 @@ def quantize_rows(
 def _run(operator: str, impl: str, *arguments: Any) -> Any:
     """The results of the implementation for these arguments, the first of which is a tensor.
 
-    Only the reference has a backward pass: "auto" takes it where a gradient is wanted, and a named
-    kernel is refused rather than dropping the gradient.
+    Only the reference has a backward pass: "auto" takes it where a gradient is needed, and a named
+    kernel is then refused, because it would drop the gradient.
     """
     if wants_gradient(*(tensor for tensor in arguments if isinstance(tensor, Tensor))):
         if impl in KERNELS:
@@ -189,7 +189,7 @@ def _run(operator: str, impl: str, *arguments: Any) -> Any:
 
 
 def _with_codes(impl: str, dtype: torch.dtype, device: torch.device) -> str:
-    """``impl``, with the reference for "auto" where no kernel makes codes of ``dtype``."""
+    """``impl``; but for "auto" the reference, if no kernel makes codes of ``dtype``."""
     if impl != "auto" or not dtype.is_floating_point:
         return impl
     fused = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

@@ -24,7 +24,7 @@ FP8 = torch.float8_e4m3fn
 CODES = {"int8": (torch.int8, torch.uint8), "fp8": (FP8,)}
 # torch's fp8 product adds no bias to float32 results, and only some of its libraries give float16.
 RESULTS = {"int8": (torch.float32, torch.bfloat16), "fp8": (torch.bfloat16,)}
-FP8_MULTIPLE = 16  # of which the inputs and the outputs of an fp8 product are multiples
+FP8_MULTIPLE = 16  # the numbers of inputs and outputs of an fp8 product are multiples of it
 FAST_ACCUMULATION = False
 """Whether the sums of an fp8 product stay in the tensor cores, which on Hopper keep about 14 bits
 (DeepSeek-V3, arXiv 2412.19437, section 3.3.2), or are added up in float32 every few steps."""
@@ -144,10 +144,10 @@ class Quantizer:
         self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float,
         *, out: Codes | None = None,
     ) -> Codes:  # fmt: skip
-        """The same after x + gate · y, which is written over x."""
+        """The codes of the modulated norm of x + gate · y; this sum is written over x."""
         if not self._fused:
-            # In Triton the residual moves x's bytes 3 times and the norm with its codes 1½ times.
-            # The fused norm (4 times) with its result quantised afterwards (1½) would move more.
+            # In Triton, the residual moves x's bytes 3 times and the norm with codes 1½ times. The
+            # fused norm (4 times), quantised afterwards (1½ times), would move more.
             return self.norm(self._residual(x, y, gate, out=x), shift, scale, eps, out=out)
         if out is None:
             scales = y.new_empty(y.shape[:-1], dtype=torch.float32)
@@ -183,8 +183,8 @@ def quantized_why_not(kind: str, device: torch.device) -> str | None:
 
 @functools.cache
 def _onednn_is_exact() -> bool:
-    """Whether there is oneDNN and its unsigned-by-signed product keeps its sums: without VNNI it
-    adds pairs of products in 16 bits, which the largest codes overflow."""
+    """Whether there is oneDNN and its unsigned-by-signed product is exact: without VNNI it adds
+    pairs of products in 16 bits, which overflow for the largest codes."""
     k = 64
     one = torch.ones(1, dtype=torch.int32, device="cpu")
     largest = torch.full((1, k), 127, dtype=torch.int8, device="cpu")

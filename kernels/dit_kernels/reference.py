@@ -1,7 +1,7 @@
 """Every operator in plain torch, float32 inside: the definition of correct.
 
 Shape letters: N images, T tokens, D width, H heads, d = D/H, C channels, S latent side, p patch.
-float64 inputs are computed in float64, which is what tests measure the others against.
+float64 inputs are computed in float64; tests measure the errors of all others against that.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """float32 at least, for the arithmetic in between."""
+    """The tensors in float32, or in float64 if they are that, for the arithmetic in between."""
     return tuple(t if t.dtype == torch.float64 else t.float() for t in tensors)
 
 

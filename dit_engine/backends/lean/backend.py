@@ -26,8 +26,8 @@ QUANTIZED = {"int8": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 class LeanBackend(Backend):
-    """In float32 on the CPU an image's bits do not depend on the batch: where the matrix product
-    does not guarantee that, images go through one by one, as in the eager backend.
+    """In float32 on the CPU, an image's bits do not depend on the batch: if the matrix product
+    does not guarantee that, images are computed one by one, as in the eager backend.
 
     Warns on a CPU without the native kernels, and says why they are missing.
     """
@@ -90,8 +90,8 @@ class LeanDenoiser:
             return self.backend.transformer.unpatchify(output).to(x.dtype)
 
     def forward(self, x: Tensor, step: int, rows: int) -> Tensor:
-        """Latents x (M or a half of M, C, S, S) → the final layer's tokens (M, T, p·p·C_out), M
-        being ``rows``. Where x holds half as many, both halves start from it."""
+        """Latents x (M or M/2, C, S, S) → the final layer's tokens (M, T, p·p·C_out), M = ``rows``.
+        If x has only M/2 rows, both halves of the batch start from it."""
         if self._recorded is not None:
             return self._recorded(x, self.table, step, rows)
         transformer, modulation = self.backend.transformer, self.table.step(step, rows)
@@ -154,7 +154,7 @@ class RecordedForwards:
         d, hidden = config.hidden_size, config.mlp_hidden_size
 
         def of(memory: Tensor, first: int, width: int) -> Tensor:
-            """(M, T, width) of ``memory``, which begins with ``first`` numbers per token."""
+            """A view (M, T, width) of ``memory`` behind its first M·T·``first`` numbers."""
             count = rows * config.num_tokens
             part = memory[count * first : count * (first + width)]
             return part.view(rows, config.num_tokens, width)

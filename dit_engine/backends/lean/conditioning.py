@@ -27,8 +27,8 @@ number of rows, so this number must not depend on the other labels of a batch.""
 
 
 class Conditions(Protocol):
-    """What computes a `ModulationTable`, as `Conditioning` does: ``width`` numbers of ``dtype`` for
-    a time step and a label."""
+    """What computes a `ModulationTable`, such as `Conditioning`: ``width`` numbers of ``dtype`` for
+    each time step and label."""
 
     config: ModelConfig
     dtype: torch.dtype
@@ -67,8 +67,8 @@ class Conditioning:
     def rows(self, t: Tensor, labels: Tensor, by_label: bool) -> Tensor:
         """Modulations (K, L, width) of `embed`ded time steps t (K, D) × labels (L,).
 
-        by_label: products of one label and `GRAIN` steps, so that a label's bits do not depend on
-            the other labels.
+        by_label: each product is for one label and `GRAIN` steps, so that a label's bits do not
+            depend on the other labels.
         """
         y = self.y_embedder(labels.to(t.device))  # (L, D)
         c = F.silu(t[:, None] + y).to(self.device, self.dtype)  # (K, L, D)

@@ -23,7 +23,7 @@ which is as large as the largest batch needs."""
 
 
 class Turns:
-    """Lets one user after another have the graphs' common memory, across threads and streams.
+    """Gives the graphs' common memory to one user at a time, across threads and streams.
 
     The lock puts the launches in order, and the event puts what they launch in order: on the
     device, the copies into a graph's inputs wait for the replay before them. The host waits for
@@ -39,7 +39,7 @@ class Turns:
 
     @contextmanager
     def take(self) -> Iterator[Any]:
-        """The caller's current stream, on which all earlier turns count as done."""
+        """The caller's current stream; what it runs from now on waits for all earlier turns."""
         with self._lock:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(self.done)
@@ -76,7 +76,7 @@ class StepGraph:
 
     Args:
         turns: of all graphs that share a memory pool.
-        pool: of another of them; None makes one.
+        pool: the memory pool of another graph; None makes one.
     """
 
     def __init__(

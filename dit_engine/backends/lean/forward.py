@@ -47,8 +47,8 @@ class LeanTransformer:
     """A DiT's weights, packed in ``dtype`` on ``device``; the model itself is left as it is.
 
     Args:
-        quantized: None, or "int8" (CPU) or "fp8" (CUDA): the four linears of every block then
-            run in it, with one scale per row; the others stay in ``dtype``.
+        quantized: None, or "int8" (CPU) or "fp8" (CUDA): the four linears of every block are
+            then quantised, with one scale per row; the other layers stay in ``dtype``.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class LeanTransformer:
 
     @property
     def native(self) -> bool:
-        """Whether all that `trunk` does, it does in calls of the native library."""
+        """Whether `trunk` makes only calls of the native library."""
         return self.attention is native.attention and all(
             product.native
             for block in self.blocks
@@ -156,10 +156,10 @@ class LeanTransformer:
 
 @dataclass
 class Activations:
-    """Buffers for a forward's activations of M rows; None is allocated when it is needed.
+    """Buffers for a forward's activations of M rows; what is None is allocated when it is needed.
 
-    A product writes where nothing is read any more: ``narrow`` holds a norm and then the result of
-    a branch, ``qkv`` and ``hidden`` may begin at one address.
+    A product overwrites what is no longer needed: ``narrow`` holds a norm and then the result of
+    a branch, and ``qkv`` and ``hidden`` may share memory.
 
     Attributes:
         narrow, attended: (M, T, D). qkv: (M, T, 3·D). hidden: (M, T, 4·D).
@@ -203,8 +203,8 @@ def _attention(model: DiT, device: torch.device) -> Run:
 
 @dataclass
 class Norms:
-    """adaLN between the products. Each updates x in place and returns what the next product takes:
-    the modulated norm, or its codes and row scales.
+    """adaLN between the products. Each norm updates x in place and returns what the next product
+    takes: the modulated norm, or its codes and row scales.
 
     Attributes:
         first: (x, shift, scale, eps, memory). next: (x, y, gate, shift, scale, eps, memory), after

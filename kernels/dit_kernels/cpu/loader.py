@@ -60,7 +60,7 @@ def interface_hash() -> str:
 
 
 def path() -> Path:
-    """The file that should be the library."""
+    """Where the library should be."""
     named = os.environ.get("DIT_KERNELS_LIBRARY")
     if named and not Path(named).is_file():
         raise ValueError(f"DIT_KERNELS_LIBRARY {named!r} is not a file")

@@ -1,11 +1,11 @@
-"""The operators on the CPU in C++: `reference`'s arguments, and ``out`` for memory to write into.
+"""The operators on the CPU, in C++. They take `reference`'s arguments, and ``out`` to write into.
 
 Arithmetic is in float32 with one rounding on store, on ``torch.get_num_threads()`` threads.
 Tensors are contiguous; gate, shift and scale (N, D) have their rows at any stride. ``out`` has the
 results' shapes and dtypes; where an operator says so, it may be one of the arguments. Codes are
 int8, or uint8 for int8 codes with 128 added.
 
-Every function raises ValueError for an argument that it does not take, and `Unavailable` where
+Every function raises ValueError for an argument that it does not take, and `Unavailable` if
 there is no library (`why_not`).
 """
 
@@ -80,7 +80,7 @@ def gate_residual_layernorm_modulate_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(r = x + gate · y, codes (N, T, D) and scales (N, T) of its modulated norm).
 
-    out is a triple, whose first may be x.
+    out is a triple; its first tensor may be x.
     """
     sizes = checks.check_tokens(_on_cpu(x), y, gate=gate, shift=shift, scale=scale)
     residual, codes, scales = results(out, (x.shape, x.dtype), *_codes_of(x, dtype))

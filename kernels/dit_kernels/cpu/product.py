@@ -1,4 +1,4 @@
-"""The native matrix products: weights packed once, bias and tanh-GELU fused, int8 with its scales.
+"""The native matrix products, with weights packed once and bias, tanh-GELU and int8's scales fused.
 
 They are offered where they beat oneDNN: on processors with AVX512-BF16 and without AMX. The order
 in which an output's products are added depends on K alone, so a row's bits depend neither on the

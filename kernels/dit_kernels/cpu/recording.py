@@ -2,8 +2,8 @@
 
 A recording is to the CPU what a graph is to CUDA. A call from Python costs about ten microseconds
 of checks and allocations, and one step of a small model makes sixty calls that compute for a few
-milliseconds in all. A replay makes them one after another in C++, so that the threads which wait
-for the next call need not go to sleep in between.
+milliseconds in all. A replay makes them one after another in C++, so the threads that wait for
+the next call do not go to sleep in between.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Recording:
     """Calls with their arguments, tensors as addresses.
 
     The caller keeps those tensors alive and in place. Only calls of the native library are
-    recorded: what anything else computed in between is not repeated.
+    recorded: whatever else was computed in between is not repeated.
     """
 
     def __init__(self) -> None:

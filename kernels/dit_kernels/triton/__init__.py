@@ -1,6 +1,6 @@
 """The operators as Triton kernels: NVIDIA GPUs of compute capability 8.0 and later.
 
-One module an operator, imported when it is first called; its launcher has the reference's
+One module per operator, imported when it is first called; its launcher has the reference's
 arguments and ``out=``, validates nothing that the public operators validate, and never waits for
 the device, so that it can be captured in a CUDA graph once it has run for the same shapes.
 """

@@ -28,11 +28,11 @@ def online_softmax(
 ):
     """Weights of these keys, (M, B); the new peak and total; the factor of what came before.
 
-    Scores beyond some 10⁹ may make NaN: in one fused multiply-subtract the rounding of ``base`` is
-    part of a weight's exponent. (Subtracting first would cost an instruction a score.)
+    Scores beyond about 10⁹ may give NaN: in the fused multiply-subtract, the rounding of ``base``
+    gets into a weight's exponent. (Subtracting first would cost one more instruction per score.)
     """
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
-    # A row of nothing but -inf so far must not become NaN before all keys were seen.
+    # A row that has only -inf so far must not become NaN before all keys were seen.
     base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
     weights = tl.exp2(scores * scale - base[:, None])
     factor = tl.exp2(peak - base)
@@ -87,7 +87,7 @@ def _attention_kernel(
     qkv,  # (N, T, 3, H, D) contiguous
     out,  # (N, T, H, D) contiguous
     tokens,  # T
-    blocks,  # programs a head
+    blocks,  # programs per head
     scale,  # log2(e) / √D
     H: tl.constexpr,
     D: tl.constexpr,
@@ -146,7 +146,7 @@ class AttentionTiles(NamedTuple):
     keys: int
     num_stages: int
     num_warps: int
-    maxnreg: int | None  # registers a thread at most
+    maxnreg: int | None  # most registers per thread
 
     def options(self) -> dict[str, int | None]:
         return {
@@ -168,7 +168,7 @@ def attention_tiles(
 ) -> AttentionTiles:
     """Tiles for N·H = ``heads`` on a GPU of that major version and number of multiprocessors.
 
-    Fewer queries a program where 128 would leave multiprocessors idle; keys keep their order.
+    A program takes fewer queries if 128 would leave multiprocessors idle; keys keep their order.
     """
     queries, keys, stages = TILES.get(major, TILES[8])
     if dtype == torch.float32:
@@ -180,14 +180,14 @@ def attention_tiles(
     if dtype == torch.float32:
         return AttentionTiles(queries, keys, stages, num_warps=4, maxnreg=None)
     # With 128 registers two programs of 8 warps share a multiprocessor. At d = 72 the compiler
-    # would take 131 on Hopper, and spills nothing when it may not; elsewhere it does spill.
+    # would take 131 on Hopper, but needs no spills with 128; on other GPUs it would spill.
     bound = 128 if major == 9 and d <= 80 and queries == 128 else None
     return AttentionTiles(queries, keys, stages, num_warps=queries // 16, maxnreg=bound)
 
 
 @functools.cache
 def device_facts(device: torch.device) -> tuple[int, int]:
-    """The GPU's major version and number of multiprocessors; a Hopper GPU's for the interpreter."""
+    """The GPU's major version and number of multiprocessors; a Hopper GPU's in the interpreter."""
     if device.type != "cuda":
         return 9, 132
     properties = torch.cuda.get_device_properties(device)

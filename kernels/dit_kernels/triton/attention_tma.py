@@ -1,6 +1,6 @@
 """``attention`` with keys and values fetched by tensor descriptors (TMA): Hopper and later.
 
-It runs where it is asked for by name: ``dit_kernels.attention(qkv, heads, impl="triton-tma")``.
+It runs only if it is asked for by name: ``dit_kernels.attention(qkv, heads, impl="triton-tma")``.
 
 The descriptor sees qkv as (N, T, 3·H, d), so the hardware fills with zeros both the tokens past T
 and the columns past d: no head reads its neighbour's numbers.
@@ -33,7 +33,7 @@ def _attention_tma_kernel(
     tails,  # the same with blocks (1, KEYS, 1, TAIL), None when TAIL is 0
     out,  # (N, T, H, D) contiguous
     tokens,  # T
-    blocks,  # programs a head
+    blocks,  # programs per head
     scale,  # log2(e) / √D
     H: tl.constexpr,
     D: tl.constexpr,

@@ -18,7 +18,7 @@ def _gate_residual_kernel(
     gate,  # (N, D), rows gate_stride apart
     out,  # (N, T, D) contiguous
     tokens,  # T
-    blocks,  # programs an image
+    blocks,  # programs per image
     gate_stride,
     D: tl.constexpr,
     HEAD: tl.constexpr,

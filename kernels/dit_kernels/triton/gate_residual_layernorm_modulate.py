@@ -21,7 +21,7 @@ def _gate_residual_layernorm_modulate_kernel(
     residual,  # (N, T, D) contiguous
     out,  # (N, T, D) contiguous
     tokens,  # T
-    blocks,  # programs an image
+    blocks,  # programs per image
     gate_stride,
     shift_stride,
     scale_stride,

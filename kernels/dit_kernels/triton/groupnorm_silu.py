@@ -1,7 +1,7 @@
 """SiLU(GroupNorm(x)) in channels-last memory: partial moments, their sum, then the result.
 
-Three launches, x read twice. No atomics, and how an image is cut depends on its shape alone, so
-results repeat exactly and do not depend on the rest of the batch.
+Three launches read x twice. There are no atomics, and how an image is cut depends on its shape
+alone, so results repeat exactly and do not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from dit_kernels.triton.launch import launch, power_of_two
 
 _TILE = 4096  # elements
-_CHUNKS = 256  # at most so many partial moments an image
+_CHUNKS = 256  # most partial moments per image
 _NUM_WARPS = 4
 
 
@@ -22,12 +22,12 @@ _NUM_WARPS = 4
 def _offsets(
     first,  # pixel
     GROUPS: tl.constexpr,
-    SIZE: tl.constexpr,  # channels a group
+    SIZE: tl.constexpr,  # channels per group
     PIXELS: tl.constexpr,
     GROUPS_PADDED: tl.constexpr,
     SIZE_PADDED: tl.constexpr,
 ):
-    """Of PIXELS pixels' channels by group, (PIXELS, GROUPS_PADDED, SIZE_PADDED)."""
+    """Offsets of the channels of PIXELS pixels, by group: (PIXELS, GROUPS_PADDED, SIZE_PADDED)."""
     pixel = (first + tl.arange(0, PIXELS))[:, None, None]
     group = tl.arange(0, GROUPS_PADDED)[None, :, None]
     member = tl.arange(0, SIZE_PADDED)[None, None, :]
@@ -75,7 +75,7 @@ def _partial_moments_kernel(
         offsets = _offsets(first, GROUPS, SIZE, PIXELS, GROUPS_PADDED, SIZE_PADDED)
         mask = _inside(first, pixels, GROUPS, SIZE, PIXELS, GROUPS_PADDED, SIZE_PADDED)
         values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-        # The last chunk may have whole tiles, though not its first, past the image's end.
+        # In the last chunk, all tiles but the first may lie past the image's end.
         here = tl.maximum(tl.minimum(pixels - first, PIXELS), 0) * (SIZE * 1.0)
         tile_mean = tl.sum(tl.sum(values, 2), 0) / tl.maximum(here, 1.0)
         centered = tl.where(mask, values - tile_mean[None, :, None], 0.0)
@@ -100,7 +100,7 @@ def _moments_kernel(
     inverse_out,  # (N, GROUPS): 1/√(variance + eps)
     pixels,
     chunks,
-    chunk,  # pixels a chunk
+    chunk,  # pixels per chunk
     eps,
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
@@ -132,7 +132,7 @@ def _normalize_silu_kernel(
     bias,  # (C,)
     out,  # (N, H·W, C)
     pixels,
-    blocks,  # programs an image
+    blocks,  # programs per image
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
     PIXELS: tl.constexpr,

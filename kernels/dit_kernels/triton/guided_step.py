@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dit_kernels.triton.launch import launch
 
-_BLOCK = 256  # latents are few (4,096 an image at 256 px): many small programs
+_BLOCK = 256  # latents are few (4,096 per image at 256 px): many small programs
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _guided_step_kernel(
     P: tl.constexpr,
     GUIDED: tl.constexpr,  # guided channels; 0 where M = N
     BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,  # programs an image
+    BLOCKS: tl.constexpr,  # programs per image
 ):
     program = tl.program_id(0)
     image = (program // BLOCKS).to(tl.int64)

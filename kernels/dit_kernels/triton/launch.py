@@ -34,7 +34,7 @@ def power_of_two(size: int) -> int:
 
 
 def split(size: int, smallest_tail: int = 1) -> tuple[int, int]:
-    """``size`` as a power of two and a smaller one, the second 0 when one is enough.
+    """``size`` as a power of two and a smaller one; the second is 0 if one is enough.
 
     A tile's length is a power of two: 1152 as 1024 + 128 wastes nothing, as 2048 it wastes 44 %.
     The last part may reach past ``size`` and is masked there: 72 with tails of at least 16 is
@@ -58,7 +58,7 @@ class RowTiles(NamedTuple):
 
 def row_tiles(width: int) -> RowTiles:
     head, tail = split(width)
-    # About 2,048 elements a program: 16 a thread, and at DiT's widths a row is never shared.
+    # About 2,048 elements per program, 16 per thread. Programs take whole rows.
     return RowTiles(head, tail, min(max(2048 // head, 1), 4), min(max(head // 256, 4), 16))
 
 

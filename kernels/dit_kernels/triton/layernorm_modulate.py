@@ -18,7 +18,7 @@ def _layernorm_modulate_kernel(
     scale,  # (N, D), rows scale_stride apart
     out,  # (N, T, D) contiguous
     tokens,  # T
-    blocks,  # programs an image
+    blocks,  # programs per image
     shift_stride,
     scale_stride,
     eps,

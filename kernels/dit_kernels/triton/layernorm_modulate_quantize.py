@@ -1,4 +1,4 @@
-"""adaLN whose result leaves as codes with one scale per token, for an int8 or fp8 linear."""
+"""adaLN whose result is codes with one scale per token, for an int8 or fp8 linear."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _layernorm_modulate_quantize_kernel(
     codes,  # (N, T, D) contiguous
     scales,  # (N, T) contiguous
     tokens,  # T
-    blocks,  # programs an image
+    blocks,  # programs per image
     shift_stride,
     scale_stride,
     eps,

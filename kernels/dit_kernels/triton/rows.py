@@ -113,7 +113,7 @@ def modulate(
 
 @triton.jit
 def largest(values):
-    """max |values| over each row, NaN if there is one: as bits, NaN is above every number."""
+    """max |values| of each row, NaN if it has one: as bits, NaN is larger than every number."""
     bits = tl.abs(values).to(tl.int32, bitcast=True)
     return tl.max(bits, 1).to(tl.float32, bitcast=True)
 
@@ -127,7 +127,7 @@ def larger(a, b):
 
 @triton.jit
 def round_half_even(values):
-    """For |values| < 2²²: beyond 1.5 · 2²³ a float32 has no fraction left."""
+    """For |values| < 2²²: around 1.5 · 2²³, a float32 has no fraction."""
     return (values + 12582912.0) - 12582912.0
 
 
@@ -142,7 +142,7 @@ def row_scale(peak, LIMIT: tl.constexpr):
 def encode(values, scale, INTEGER: tl.constexpr):
     """values / scale, rounded to whole numbers for integer codes (NaN becomes 0).
 
-    The correctly rounded quotient is at most one step above LIMIT, and rounds to it: no clamp.
+    The correctly rounded quotient is at most one ulp above LIMIT, and rounds to LIMIT: no clamp.
     """
     codes = tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape))
     if INTEGER:

@@ -66,7 +66,7 @@ class Graph:
 
     Attributes:
         dtype: of the graph's arithmetic. Its inputs and outputs are always float32 or int64.
-        error: {"against", "relative", "bound"} of the run after the export; relative is
+        error: {"against", "relative", "bound"} of the run after the export; "relative" is
             max |graph − torch| / max |torch|.
         verified_by: the programs that checked the graph after the export.
     """
@@ -164,7 +164,7 @@ class Bundle:
         )
 
     def graph(self, name: str) -> Graph:
-        """Raises ValueError, which lists the graphs that are there."""
+        """The graph ``name``. Raises ValueError, which lists the graphs that there are."""
         if name not in self.graphs:
             raise ValueError(f"{self.path}: no graph {name!r}; it holds {', '.join(self.graphs)}")
         return self.graphs[name]

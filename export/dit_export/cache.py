@@ -1,4 +1,4 @@
-"""Keep the exports that backends make between processes."""
+"""Keep the exports that backends make, for later processes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def cached_export(model: DiT, options: ExportOptions) -> Bundle:
                 check_metadata(bundle, graph)
             return bundle
         except ValueError:
-            # Missing or damaged. The directory is private, so every file in it is ours to remove.
+            # Missing or damaged. The directory is private, so we may remove every file in it.
             for leftover in [path, *path.parent.glob(f".{path.name}.*")]:  # of a killed process
                 if leftover.is_dir() and not leftover.is_symlink():
                     shutil.rmtree(leftover)

@@ -52,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def options_given(parser: argparse.ArgumentParser, words: list[str]) -> dict[str, str]:
-    """The options among ``words``: attribute of the namespace → option ("queue_delay" →
-    "--queue-delay"). An option that repeats the default is among them.
+    """The options that ``words`` give: attribute of the namespace → option ("queue_delay" →
+    "--queue-delay"), also those that repeat the default.
 
-    The parser has no defaults afterwards.
+    Afterwards the parser has no defaults.
     """
     options = {}
     for action in parser._actions:

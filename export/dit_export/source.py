@@ -1,4 +1,4 @@
-"""What a command is about: a model that is loaded to be exported, or an export that is given."""
+"""The source of a command: a model that is loaded and exported, or an export that is given."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_source(arguments: argparse.Namespace) -> Source:
-    """Raises ValueError and OSError of one line, as `load_checkpoint` does."""
+    """Load the model of --model. Raises a one-line ValueError or OSError as `load_checkpoint`."""
     name, checkpoint = arguments.model, arguments.checkpoint
     sized = name in PUBLISHED and not Path(name).exists()
     if sized and checkpoint is None:
@@ -73,8 +73,8 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def given_export(arguments: argparse.Namespace) -> Bundle:
-    """The export of --onnx. Raises ValueError for an option that says something else than it, and
-    for one that names a model beside it."""
+    """The export of --onnx. Raises ValueError for an option that contradicts the export or names
+    another model."""
     bundle = Bundle.open(arguments.onnx)
     facts = {
         "dtype": bundle.dtype,

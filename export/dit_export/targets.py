@@ -21,15 +21,15 @@ DTYPES = (*FLOATS, *QUANTIZED)
 # where torch's exporter starts.
 _LOWEST = {"fp32": 18, "fp16": 18, "bf16": 22, "int8": 19, "fp8": 19}
 # The first opset with an Attention operator, and the last that torch's exporter writes: beyond it,
-# it falls back to 18 with no more than a log.
+# it falls back to 18 and only logs that.
 _BEST, _HIGHEST = 23, 25
 
 
 def float_dtype(dtype: str, target: str) -> str:
-    """The format of what is not quantised: that of ``dtype`` itself, or of what surrounds it.
+    """The floating-point format of a graph: ``dtype`` or, for int8 and fp8, the one around them.
 
-    TensorRT is quickest around float16. onnxruntime on the CPU has integer products that read and
-    write float32 alone.
+    TensorRT is quickest with float16 there. onnxruntime's integer products on the CPU read and
+    write only float32.
     """
     if dtype not in QUANTIZED:
         return dtype
@@ -37,7 +37,7 @@ def float_dtype(dtype: str, target: str) -> str:
 
 
 def choose_opset(dtype: str, target: str, opset: int | None = None) -> int:
-    """``opset`` if it can be written and read, or the best one for None.
+    """``opset`` if it can be written and read; None gives the best one.
 
     Raises ValueError, which names the allowed range.
     """

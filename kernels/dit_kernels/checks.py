@@ -55,8 +55,8 @@ def check(
 def check_tokens(
     x: Tensor, y: Tensor | None = None, eps: float = 1.0, **modulation: Tensor
 ) -> tuple[int, int, int]:
-    """Check x and y, (N, T, D), and each modulation, (N, D) in x's dtype or float32 with rows at any
-    stride. Returns (N, T, D)."""
+    """Check x and y, (N, T, D), and each modulation, (N, D) in x's dtype or float32, with rows at
+    any stride. Returns (N, T, D)."""
     check("x", x, ("N", "T", "D"))
     if y is not None:
         check("y", y, x.shape, (x.dtype,), x.device)

@@ -95,7 +95,7 @@ def _opened(address: str, model: DiT, precision: str) -> Bundle:
 
 
 def check_device(device: torch.device) -> None:
-    """Raises BackendUnavailable, which says what is missing, if onnxruntime cannot use it."""
+    """Raise BackendUnavailable, which says why, if onnxruntime cannot use ``device``."""
     ort = import_module("onnxruntime")
     provider = _PROVIDERS.get(device.type)
     if provider is None:
@@ -117,12 +117,12 @@ class Session:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        # Threads spin during a run and sleep between two, when torch's own threads need the cores.
+        # Threads spin during a run, but sleep between runs: torch's own threads then need the cores.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         provider = _PROVIDERS[device.type]
         settings = {} if device.type == "cpu" else {"device_id": str(device.index or 0)}
         self.session = ort.InferenceSession(str(path), options, [(provider, settings)])
-        if self.session.get_providers()[0] != provider:  # onnxruntime would go on without
+        if self.session.get_providers()[0] != provider:  # onnxruntime would go on without it
             raise BackendUnavailable(
                 f"onnxruntime could not load {provider}; CUDA's or cuDNN's libraries are missing"
             )

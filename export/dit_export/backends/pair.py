@@ -37,7 +37,7 @@ class GraphPair:
         self.width = modulation_width(self.config)
 
     def embed(self, timesteps: Tensor) -> Tensor:
-        """The time steps as they are: the conditioner embeds them."""
+        """The time steps unchanged: the conditioner embeds them."""
         return timesteps
 
     def rows(self, t: Tensor, labels: Tensor, by_label: bool) -> Tensor:

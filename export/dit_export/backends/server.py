@@ -1,7 +1,7 @@
 """Backend "triton://host:port": the transformer runs on a Triton Inference Server.
 
-The sampling loop stays here. Each step is one request: to "dit_guided_step" if that graph guides
-the channels that are asked for, else to "dit_transformer", and the step is then taken here.
+The sampling loop stays here. Each step is one request, to "dit_guided_step" if that graph guides
+the channels that are asked for; else it goes to "dit_transformer", and the step is taken here.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _CONFIG = {
 }
 ANSWER_SECONDS = 600.0  # over HTTP, between two packets
 TOTAL_SECONDS = 1200.0  # for a request over HTTP
-# An answer may have some times as many bytes as its request: it has about as many numbers, but as
-# text they take five times the space.
+# An answer may have several times as many bytes as its request: it has about as many numbers, but
+# as text they take five times the space.
 _TIMES_THE_QUESTION, _LEAST_BYTES = 16, 16 * 2**20
 _TYPES = {"float32": "FP32", "int64": "INT64"}
 # The first two are tritonclient's own, which would be lost otherwise. The last: use no proxy.
@@ -213,7 +213,7 @@ class RemoteServer:
         self._own = threading.local()  # an HTTP client belongs to the thread that made it
 
     def config(self, model: str) -> dict[str, Any]:
-        """The configuration of a model that is loaded."""
+        """The configuration of a loaded model."""
         if not self._ask(lambda client: client.is_model_ready(model)):
             raise self.error(f"model {model!r} is not loaded there")
         if self.protocol == "grpc":
@@ -265,7 +265,7 @@ class RemoteServer:
 
 
 class _Bounded:
-    """tritonclient's HTTP connection with the limits that it lacks, for the size and the time of
+    """tritonclient's HTTP connection with limits, which it lacks, for the size and the time of
     answers."""
 
     def __init__(self, connection: Any) -> None:

@@ -54,9 +54,9 @@ class ExportOptions:
 
     Attributes:
         dtype: "fp32", "fp16", "bf16", or "int8" or "fp8", which quantise the blocks' linear layers.
-        target: the runtime, which decides the opset and what surrounds quantised products.
-        opset, graphs, vae_dtype: None is the best opset, all graphs that the model has, and "bf16"
-            with bf16, else "fp32".
+        target: the runtime, which decides the opset and the dtype around quantised products.
+        opset, graphs, vae_dtype: None means the best opset, all graphs that the model has, and
+            "bf16" if dtype is "bf16", else "fp32".
         external_data_mib: a larger graph has its weights in a file of its own. A protobuf file may
             have at most 2 GiB, and writing it takes five times its size in memory, while weights
             are written one by one.
@@ -73,7 +73,7 @@ class ExportOptions:
     calibration_steps: int = 8
 
     def checked(self) -> ExportOptions:
-        """Itself, or a ValueError that names the first option out of its range."""
+        """Returns these options; ValueError that names the first one out of its range."""
         choose_opset(self.dtype, self.target, self.opset)
         if self.graphs == ():
             raise ValueError(f"no graphs: choose some of {', '.join(GRAPHS)}")
@@ -111,8 +111,8 @@ def export_onnx(
 ) -> Bundle:
     """Write an export directory (`dit_export.bundle`), whole or not at all.
 
-    Every graph is checked by onnx, and run beside torch on random inputs; one whose error is
-    above its bound is no export but an error.
+    Every graph is checked by onnx, and run beside torch on random inputs. A graph whose error is
+    above its bound makes the export fail.
 
     Args:
         model: in any dtype; it stays as it is.
@@ -203,8 +203,8 @@ def _write(
         tensors = signature(name, model.config, None if vae is None else vae.config)
         graph = Graph(name, f"{name}.onnx", dtype, *tensors)
         layer = quantized if name in QUANTIZED_GRAPHS else MatMulLinear
-        # Each graph has an opset of its own: TensorRT takes no Attention operator in float32, in
-        # which a VAE is beside an fp16 transformer.
+        # Each graph has an opset of its own: TensorRT takes no Attention operator in float32, the
+        # dtype of the VAE beside an fp16 transformer.
         opset = choose_opset(dtype, target, options.opset)
         made = module(name, FLOATS[dtype] if vaes else inside, layer)
         exported = to_onnx(made, graph, opset)

@@ -80,7 +80,7 @@ def _quiet() -> Iterator[None]:
 def make_readable(model: Any) -> None:
     """Rename the nodes, values and constants of an onnx_ir Model, and drop what torch noted.
 
-    Inputs, outputs and weights keep their names, weights without the module's root ("dit.").
+    Inputs, outputs and weights keep their names, but weights lose the module's root ("dit.").
     """
     graph = model.graph
     fixed = {value.name for value in (*graph.inputs, *graph.outputs)}

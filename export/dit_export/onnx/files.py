@@ -15,7 +15,7 @@ from dit_export.targets import VAE_GRAPH
 
 
 def require_onnx(*packages: str) -> None:
-    """Raise ImportError, which names the extra, unless all that an export needs is installed."""
+    """Raise ImportError, which names the extra, if a package that an export needs is missing."""
     for package in packages or ("onnx", "onnxscript", "onnxruntime"):
         if find_spec(package) is None:
             raise ImportError(f"{package} is not installed: pip install 'dit-engine[onnx]'")
@@ -35,7 +35,7 @@ def check_metadata(bundle: Bundle, name: str) -> None:
     fails `check_contained`.
 
     The SHA-256 in the manifest cannot show this: somebody may have put a file there and listed it.
-    Raises ImportError, with the extra to install, without the package onnx.
+    Raises ImportError, with the extra to install, if the package onnx is missing.
     """
     file = bundle.file(name)
     model = _contained(file, f"{file.name}.data", bundle.manifest["files"])

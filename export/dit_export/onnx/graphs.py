@@ -1,4 +1,4 @@
-"""The graphs of an export as modules: float32 and int64 outside, the export's dtype inside.
+"""The graphs of an export as modules: float32 and int64 at the ends, the export's dtype inside.
 
 They hold the reference model (`dit_engine.model`, `dit_engine.vae`) and use plain torch, so that
 every operator has a standard ONNX form. Shape letters are those of `dit_engine.model`.
@@ -42,8 +42,8 @@ class MatMulLinear(nn.Module):
 class ConstantFrequencies(nn.Module):
     """The time step's embedder with its frequencies as a constant of the graph.
 
-    Left in the graph, their exponentials are folded by another library's exp, which is an ulp away
-    in half of them, and t multiplies that by up to 999.
+    If their exponentials were in the graph, another library's exp would compute half of them an ulp
+    away from torch's, and t multiplies that by up to 999.
     """
 
     frequencies: Tensor
@@ -64,7 +64,7 @@ def exportable(model: DiT, dtype: torch.dtype, layer: MakeLayer = MatMulLinear) 
 
     Weights that have the dtype already are shared; others are converted one by one.
 
-    layer: makes each block's four linear layers of their name and the layer in ``dtype``.
+    layer: (name, layer in ``dtype``) → what replaces it, for each block's four linear layers.
     """
     with torch.device("meta"):
         twin = DiT(model.config).requires_grad_(False)  # weights may be inference tensors
@@ -81,7 +81,7 @@ def _load(twin: nn.Module, original: nn.Module, dtype: torch.dtype) -> None:
 
 
 def replace_linears(model: nn.Module, ends: tuple[str, ...], made: MakeLayer) -> None:
-    """Put ``made(name, linear)`` in the place of each linear layer whose name has such an end."""
+    """Replace each linear layer whose name ends in one of ``ends`` by ``made(name, linear)``."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.endswith(ends):
             parent, _, child = name.rpartition(".")
@@ -97,15 +97,15 @@ class TransformerGraph(nn.Module):
 
 
 class Transformer(TransformerGraph):
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:  # → (N, C_out, S, S)
         return self.dit(x.to(self.dit.pos_embed.dtype), t, y).float()
 
 
 class GuidedStep(TransformerGraph):
-    """One whole step of any sampler, as `dit_kernels.guided_step`, but each image has a step and so
-    a row of coefficients (N, 9) of its own: requests at different steps can share a batch.
+    """One whole step of any sampler, as `dit_kernels.guided_step`. But each image has its own step,
+    and so its own row of coefficients (N, 9): requests at different steps can share a batch.
 
-    Every image is computed with and without its label; one whose scale is exactly 1 is not guided.
+    Every image is computed with and without its label; an image at scale 1 exactly is not guided.
     At s = 0 the noise is not read. A model without a learned variance adds s·noise. The rows of a
     schedule come from `dit_engine.sampling.coefficients.step_coefficients`.
     """
@@ -175,7 +175,7 @@ class Denoiser(TransformerGraph):
 
 
 class VAEDecoder(nn.Module):
-    """Latents as the sampler leaves them → images in about [-1, 1]."""
+    """The sampler's latents → images in about [-1, 1]."""
 
     def __init__(self, vae: AutoencoderKL, dtype: torch.dtype) -> None:
         super().__init__()

@@ -31,10 +31,10 @@ _IMAGES, _STEPS, _FIRST_SEED = 4, 10, 1000
 def calibrated(
     model: DiT, kind: str, scales: torch.dtype, unsigned: bool, images: int, steps: int
 ) -> tuple[MakeLayer, dict[str, Any]]:
-    """What `exportable` puts in the place of a block's linear layer, and the manifest's record.
+    """What makes the replacement of a linear layer for `exportable`, and the manifest's record.
 
-    The record's "latents" are the differences, after a guided trajectory in torch, between this
-    arithmetic and the model's own.
+    The record's "latents" are the differences between this arithmetic and the model's own, after a
+    guided trajectory in torch.
 
     Args:
         kind: "int8" or "fp8".
@@ -130,8 +130,8 @@ class QuantizedLinear(nn.Module):
 
 
 def scale_of(reach: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-    """The scale for values up to ``reach``, in the dtype in which it is stored; not below float16's
-    normal numbers."""
+    """The scale for values up to ``reach``, in the dtype in which it is stored; it is at least the
+    smallest normal number of float16."""
     return (reach / LIMITS[kind]).clamp(min=torch.finfo(torch.float16).tiny).to(dtype)
 
 
@@ -142,8 +142,8 @@ def rounded(x: Tensor, kind: str) -> Tensor:
 
 
 def trajectory(model: DiT, images: int, steps: int, first_seed: int = 0) -> Tensor:
-    """Latents (N, C, S, S) of dpm++ sampling, guided if the model can be, with labels from all over
-    the classes. The noise is that of the seeds first_seed, first_seed + 1, …
+    """Latents (N, C, S, S) of dpm++ sampling, guided if the model can be, with labels spread over
+    all classes. The noise is that of the seeds first_seed, first_seed + 1, …
 
     model: on the CPU in float32.
     """
@@ -168,8 +168,8 @@ def trajectory(model: DiT, images: int, steps: int, first_seed: int = 0) -> Tens
 def calibrate(model: DiT, images: int, steps: int) -> dict[str, float]:
     """The largest magnitude of the input of each linear layer of the blocks, during sampling.
 
-    Clipping the largest 1e-4 of them, which would make the grid finer for all others, raised the
-    built-in model's error in int8 from 0.85 to 1.2 % rms (in fp8 from 1.05 to 1.5 %).
+    They are not clipped. Clipping the largest 1e-4 makes the grid finer for all others, but raised
+    the built-in model's error in int8 from 0.85 to 1.2 % rms (in fp8 from 1.05 to 1.5 %).
 
     Raises ValueError for an activation that is not finite, which no scale can hold.
     """

@@ -30,13 +30,13 @@ LARGE_BYTES = 512 * 2**20
 
 
 def verify_graph(directory: Path, graph: Graph, module: nn.Module) -> Graph:
-    """``graph`` with its error against ``module``, the same function in torch in float32, and with
-    what checked it.
+    """``graph`` with its error and the names of what checked it. The error is that against
+    ``module``, the same function in torch in float32.
 
     onnxruntime has very few bfloat16 operators for the CPU, so a bfloat16 graph is run in float32
     with the weights that it has.
 
-    Raises ExportFailed if it is not valid ONNX, cannot be run, or its error is too large.
+    Raises ExportFailed if the graph is not valid ONNX, cannot be run, or has too large an error.
     """
     path, wide = directory / graph.file, graph.dtype == "bf16"
     check_contained(path)
@@ -72,7 +72,7 @@ def verify_graph(directory: Path, graph: Graph, module: nn.Module) -> Graph:
 
 
 def relative_error(actual: Any, expected: Tensor) -> float:
-    """max |actual − expected| / max |expected|; infinite where either is not finite."""
+    """max |actual − expected| / max |expected|; infinite if a number in either is not finite."""
     a, b = torch.as_tensor(actual).double(), expected.double()
     if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
         return float("inf")

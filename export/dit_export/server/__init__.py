@@ -1,1 +1,1 @@
-"""Triton Inference Server: what a model repository and the machine that serves it are made of."""
+"""Triton Inference Server: write a model repository, and serve it on this machine."""

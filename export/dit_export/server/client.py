@@ -1,4 +1,4 @@
-"""Images of labels, from seeds 0, 1, …: python client.py localhost:8000 images.png 50 planets 3"""
+"""Get images of labels, seeds 0, 1, …: python client.py localhost:8000 images.png 50 planets 3"""
 
 import sys
 

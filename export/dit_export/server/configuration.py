@@ -110,7 +110,7 @@ def graph_config(name: str, bundle: Bundle, options: ServingOptions) -> str:
 
 
 def pipeline_config(bundle: Bundle, options: ServingOptions) -> str:
-    """config.pbtxt of "dit". It has no warm-up: the models that it asks may load after it."""
+    """config.pbtxt of "dit". It has no warm-up: the models that it calls may load after it."""
     assert bundle.vae is not None
     side = bundle.config.input_size * bundle.vae.downsampling
     kinds = {
@@ -164,7 +164,7 @@ def _optimization(dtype: str, options: ServingOptions) -> dict[str, Any]:
         parameters = {
             "precision_mode": "FP32" if dtype == "fp32" else "FP16",
             "max_workspace_size_bytes": str(2**32),
-            "trt_engine_cache_enable": "1",  # the first start builds engines for some minutes
+            "trt_engine_cache_enable": "1",  # the first start takes minutes to build engines
             "trt_engine_cache_path": ENGINE_CACHE,
             "trt_timing_cache_enable": "1",
         }

@@ -1,8 +1,8 @@
 """The backend "onnxruntime" in Python, for servers without libtriton_onnxruntime.so.
 
-It serves repositories of the platform "onnxruntime_onnx", on the CPU, as they are. This file is
-copied to "onnxruntime/model.py" in a backend directory, where Triton takes it for the code of every
-model of that platform. It needs numpy, onnxruntime, and the modules `sources.BACKEND` beside it.
+It serves unchanged repositories of the platform "onnxruntime_onnx", on the CPU. This file is copied
+to "onnxruntime/model.py" in a backend directory, where Triton uses it as the code of every model of
+that platform. It needs numpy, onnxruntime, and the modules `sources.BACKEND` beside it.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def refusal(request: Any, named: bool = False) -> str | None:
 
     named: also refuse a request without one of `HEADER_INPUTS` as a header, if the server
     `FORWARDS` them. The server forwards none for requests to /generate. Requests from its own
-    model "dit" have none either, so the models that "dit" asks do not set this.
+    model "dit" have none either, so the models that "dit" calls do not set this.
     """
     # A list keeps both values where a client gives a parameter the name of a header.
     given = json.loads(request.parameters(), object_pairs_hook=list)

@@ -84,7 +84,7 @@ class TritonPythonModel:
         self.facts = Facts(**values)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """All requests go through the loop together, but none fails for another's mistake.
+        """All requests go through the loop together, but none fails because of another's mistake.
 
         A client's mistake is answered with INVALID_ARG (HTTP's 400), every other error with
         INTERNAL (500). The loop ends early when all clients have cancelled their requests.
@@ -145,7 +145,7 @@ def _images(rows: list[Row], latents: np.ndarray) -> Any:
 
 
 def _not_finite(images: np.ndarray) -> int | None:
-    """The first of the images that is not."""
+    """The index of the first image that is not finite; None if all are."""
     return next((i for i, image in enumerate(images) if not np.isfinite(image).all()), None)
 
 

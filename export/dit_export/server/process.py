@@ -53,7 +53,7 @@ def running_server(
     show: Callable[[str], object] | None = None,
     trust: bool = False,
 ) -> Iterator[Running]:
-    """Start a server of ``repository``, wait until it is ready, and stop it when the block ends.
+    """Start a server for ``repository``, wait until it is ready, and stop it when the block ends.
 
     If this process is killed, the server ends too (see `supervisor`). A warning says if other
     machines can reach ``host``.
@@ -126,7 +126,7 @@ def _command(
         for option in ("http-restricted-api", "grpc-restricted-protocol")
     ]
     return [
-        # The program env sets the variables, because the supervisor's Python must not have them.
+        # The program `env` sets the variables, because the supervisor's Python must not get them.
         *("env", *(f"{name}={value}" for name, value in environment.items())),
         str(server.path),
         f"--model-repository={models}",
@@ -195,7 +195,7 @@ def choose_ports(host: str, ports: Sequence[int]) -> tuple[int, ...]:
     Raises ValueError for a port that is out of range, taken, or given twice.
     """
     chosen = list(ports)
-    with ExitStack() as held:  # all are listened on until the end, so that they are different
+    with ExitStack() as held:  # sockets stay open until the end, so that all ports are different
         for i, port in sorted(enumerate(ports), key=lambda each: each[1] == 0):  # given ones first
             try:
                 listener = held.enter_context(socket.create_server((host, port)))

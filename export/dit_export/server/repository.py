@@ -43,7 +43,7 @@ from dit_export.targets import DTYPES, QUANTIZED
 MARKER = "repository.json"
 PRODUCER = f"dit-engine {__version__}"
 TRUST = "write the repository again elsewhere, or look at what is there and serve it with --trust"
-FORMAT = 2  # format 1 had no hashes and not the facts that the configurations are made from
+FORMAT = 2  # format 1 had no hashes, and lacked facts that the configurations are made from
 
 # The schema of repository.json, for `dit_engine.io.json_files`. Its entry "export" is checked by
 # the schema of an export's manifest.
@@ -118,7 +118,7 @@ def write_repository(
 
 
 def check_dtypes(dtypes: Iterable[str], options: ServingOptions) -> None:
-    """Raises ValueError for a graph's number format that the platform does not run."""
+    """Raise ValueError for a graph's number format that the platform does not run."""
     if options.platform == "tensorrt":
         return
     refused = ["bf16", *(QUANTIZED if options.accelerator == "tensorrt" else ())]
@@ -176,7 +176,7 @@ def find_plan(directory: Path, bundle: Bundle, graph: str, max_batch_size: int) 
 def repository_texts(bundle: Bundle, options: ServingOptions) -> dict[str, str]:
     """The generated files of a repository: path, with "/" → content.
 
-    Only those facts about ``bundle`` are used that repository.json holds, and none of its files.
+    They depend only on the facts about ``bundle`` that repository.json holds, not on its files.
     """
     from dit_engine.sampling.samplers import SAMPLERS
 
@@ -258,7 +258,7 @@ def _json(values: dict[str, Any]) -> str:
 
 
 def check_marker(path: Path) -> None:
-    """Raises ValueError if there is no repository.json."""
+    """Raise ValueError if there is no repository.json."""
     if not (path / MARKER).is_file():
         raise ValueError(f"{path}: not a model repository; {MARKER} is missing")
 

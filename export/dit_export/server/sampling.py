@@ -1,4 +1,4 @@
-"""The sampling loop in numpy: rows of any sampler and number of steps side by side in one batch.
+"""The sampling loop in numpy: rows with different samplers and numbers of steps in one batch.
 
 It runs in the Python backend of a server, without torch, but with the random numbers of torch on
 the CPU. Shape letters: N rows, C latent channels, S latent side.
@@ -74,7 +74,7 @@ class Row:
         }
 
     def take(self, step: int, z: np.ndarray, x0: np.ndarray) -> None:
-        """Take over the result of a step. Latents that are not finite become NaN as a whole."""
+        """Store the result of a step. A latent that is not finite makes the whole row NaN."""
         if self.clip is not None:
             limit, weights = self.clip
             within = np.where(np.abs(x0) < LARGEST, np.clip(x0, -limit, limit), np.float32("nan"))
@@ -139,7 +139,7 @@ class TorchGenerator:
         numbers = self._uniform(size)
         whole = size - size % _BLOCK
         numbers[:whole] = _box_muller(numbers[:whole])
-        if whole < size:  # torch draws the last 16 anew, over those that are there
+        if whole < size:  # torch draws the last 16 numbers again
             numbers[-_BLOCK:] = _box_muller(self._uniform(_BLOCK))
         return numbers.reshape(shape)
 

@@ -1,4 +1,4 @@
-"""Source files of ours that are copied to where this package is not installed."""
+"""Our source files that are copied to places where this package is not installed."""
 
 from __future__ import annotations
 

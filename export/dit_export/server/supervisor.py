@@ -31,7 +31,7 @@ def main(prefix: str, command: list[str]) -> int:
             with suppress(subprocess.TimeoutExpired):
                 program.wait(ASK_SECONDS)
             program.kill()
-            program.wait()  # from now on nobody makes regions, so they can be removed
+            program.wait()  # now nothing makes regions any more, so they can be removed
             remove_regions(prefix)
             os.killpg(0, signal.SIGKILL)  # the program's helpers, and this process
     remove_regions(prefix)

@@ -4,8 +4,8 @@ A server runs the files of its repository: Python, libraries, and whatever a con
 generate all of them from the facts in repository.json (`repository.repository_texts`), so here they
 are generated again and compared. The other files are the graphs, which are data.
 
-The server gets the generated files, not those in the repository. So later changes to the repository
-have no effect, and neither have compiled Python files in it.
+The server gets the generated files, not those in the repository. So neither later changes
+to the repository nor compiled Python files in it have an effect.
 """
 
 from __future__ import annotations
@@ -105,9 +105,9 @@ def _expected(path: Path, marker: dict[str, Any]) -> tuple[dict[str, bytes | Non
 
 
 def _entries(path: Path) -> list[str]:
-    """The files below ``path``, and links, which are not entered, with "/". Left out are hidden
-    names at the top (.git, .DS_Store), which are never served, and what a server that was started
-    by hand on this repository has compiled."""
+    """The paths, with "/", of the files and links below ``path``; links are not entered. Left out are
+    hidden names at the top (.git, .DS_Store), which are never served, and what a server that was
+    started by hand on this repository has compiled."""
     found = []
     for folder, folders, files in os.walk(path):
         inside = Path(folder).relative_to(path)

@@ -63,7 +63,7 @@ def build_bundle(
 ) -> dict[str, EngineFile]:
     """Engines in ``directory`` for some of a bundle's graphs (all, unless given), by name.
 
-    An engine that is there with the same key is verified and kept, if it has not changed.
+    An existing engine with the same key is verified, and kept if it has not changed.
 
     Raises:
         ValueError: a graph that is not there, or that TensorRT refuses (with the node's name), or
@@ -127,7 +127,7 @@ def engine_key(
 
 
 def existing(wanted: EngineFile) -> EngineFile | None:
-    """The engine that is there, checked; None if it is missing, unfinished, damaged or another."""
+    """The engine on disk, checked; None if it is missing, unfinished, damaged or another one."""
     try:
         engine = read_description(wanted.path)
         engine.read()
@@ -197,7 +197,7 @@ def parse(trt: Any, builder: Any, logger: Any, onnx: Path) -> tuple[Any, Any]:
 
 
 def set_capabilities(trt: Any, config: Any, target: str) -> None:
-    """target: "any" or compute capabilities, such as "8.9 12.0". Raises ValueError for others."""
+    """Set ``target``, "any" or compute capabilities such as "8.9 12.0"; else ValueError."""
     if target == "any":
         return
     known = {

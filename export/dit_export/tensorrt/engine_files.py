@@ -50,7 +50,7 @@ class EngineKey:
     Attributes:
         graph: SHA-256 of the ONNX graph with its weights.
         flavour, version: of TensorRT (`Flavour`).
-        target: the devices it runs on: "NVIDIA H200 (9.0)", compute capabilities such as
+        target: the devices that it runs on: "NVIDIA H200 (9.0)", compute capabilities such as
             "8.9 12.0", or "any" for every one that TensorRT for RTX knows.
         profiles: in the order in which they are in the engine.
         workspace_bytes: what layers may use beside inputs, outputs and weights; 0 is no limit.
@@ -117,7 +117,7 @@ class EngineFile:
             raise EngineRefused(f"{self.path}: built for {target}, this is {device}{REBUILD}")
 
     def read(self) -> bytes:
-        """The engine itself; raises `EngineRefused` for a file that is not what was written."""
+        """The engine's bytes; raises `EngineRefused` if the file has changed since its writing."""
         if not self.path.exists():
             raise EngineRefused(f"{self.path}: is missing{REBUILD}")
         data = self.path.read_bytes()

@@ -36,8 +36,8 @@ class Flavour:
 
     @property
     def builds_without_gpu(self) -> bool:
-        """TensorRT for RTX compiles for GPUs that are not there. It chooses its kernels when an
-        engine is loaded, while the standard one times them during the build."""
+        """Whether no GPU is needed for a build: TensorRT for RTX chooses kernels when an engine is
+        loaded, while the standard one times them during the build."""
         return self.name == "rtx"
 
     def load(self) -> Any:
@@ -81,7 +81,7 @@ class CudaDevice:
 
 
 def require_device(index: int = 0, what: str = "TensorRT") -> CudaDevice:
-    """torch's GPU of that number; raises `BackendUnavailable`, one line, if there is none."""
+    """The GPU that has ``index`` in torch; raises a one-line `BackendUnavailable` if none has."""
     import torch
 
     count = torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""Optimisation profiles: the batches and sizes that an engine takes, for builder and runtime alike.
+"""Optimisation profiles, for builder and runtime: the batches and sizes that an engine takes.
 
 A profile is written "1,2,8" (smallest, best and largest batch). Graphs whose size is free also need
 the sides of the latents, such as "32,64,96".
@@ -89,7 +89,7 @@ def parse_profiles(batches: Sequence[str], size: str | None = None) -> Profiles:
 def choose_profile(profiles: Profiles, inputs: Shapes, given: Shapes) -> int:
     """The index of the narrowest profile that holds inputs of these shapes.
 
-    inputs: those of the engine. Raises ValueError, which names both and the profiles, if none does.
+    inputs: the engine's own shapes. Raises ValueError, which names these shapes and the profiles.
     """
 
     def holds(profile: Profile) -> bool:

@@ -48,13 +48,13 @@ class TorchMemory:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Inside, the device is current in this thread, and its earlier work comes first."""
+        """In this block the device is this thread's current one, and its earlier work comes first."""
         with self._torch.cuda.device(self.device):
             self._stream.wait_stream(self._torch.cuda.current_stream(self.device))
             yield
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """A buffer that stays where it is."""
+        """A new buffer, whose address never changes."""
         with self._torch.cuda.stream(self._stream):
             return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self.device)
 
@@ -77,8 +77,8 @@ class TorchMemory:
         return copy
 
     def capture(self, work: Callable[[int], None]) -> Callable[[], None]:
-        """A function that does ``work``, which is given a stream's handle: as a CUDA graph, where
-        that can be captured."""
+        """A function that runs ``work`` with the stream's handle, as a CUDA graph if ``work`` can be
+        captured."""
         graph, _ = capture_graph(lambda: work(self.stream), self._stream, warmups=0)
 
         def launch() -> None:

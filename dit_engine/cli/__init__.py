@@ -1,1 +1,1 @@
-"""Commands: arguments in, Engine out."""
+"""The commands that make images and train models; `dit_engine.console` has what all share."""

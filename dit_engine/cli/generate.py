@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-batch-size", type=int, default=32, help="more images are made in several batches")
     add("--threads", type=int, help="of the CPU; torch's own choice unless given")
     add("--quiet", action="store_true", help="no progress bar, no notes, nothing but errors")
-    parser.set_defaults(diffusion=None, only=None)  # what --like finds beside the options
+    parser.set_defaults(diffusion=None, only=None)  # --like sets these, which are no options
     return parser
 
 
@@ -222,11 +222,11 @@ class SamplingBar:
         total: int | None = None,
         **options: Any,
     ) -> Generation:
-        """Generate images that are part of more: ``first`` of ``total`` were made before."""
+        """Generate some of ``total`` images, of which ``first`` were made before."""
 
         def advance(progress: Progress) -> None:
             done = (first + progress.first) * progress.steps + progress.step * progress.count
-            if self._bar is None:  # made here, since an invalid option would leave an empty bar
+            if self._bar is None:  # not earlier: an invalid option would leave an empty bar
                 from dit_engine.console.bars import Bar
 
                 all_steps = (total or progress.total) * progress.steps

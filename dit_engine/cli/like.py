@@ -18,7 +18,7 @@ _TEXTS = (
     "model", "vae", "numerics", "prediction", "sampler", "spacing", "noise", "precision", "backend",
 )  # fmt: skip
 _NUMBERS = ("num_heads", "vae_scaling_factor", "vae_shift_factor", "vae_groups", "columns")
-# Recorded settings that are options of the same name, and those that are read in another way.
+# Recorded settings that are options of the same name, and settings that are read in another way.
 _SAME = (*_TEXTS, *_NUMBERS, "steps", "eta", "guidance_channels", "guidance_interval")
 _TOLD = ("version", "diffusion", "label", "labels", "label_name", "label_names", "seed", "seeds",
          "index", "guidance_scale")  # fmt: skip
@@ -30,9 +30,9 @@ def arguments_like(
     """The arguments of ``argv``, with what the image ``path`` records in place of the defaults.
 
     A picture must not choose what is read from this machine or fetched from a hub. So the user must
-    give every model except the built-in one, and the VAE if it was another than the model's own.
+    name every model except the built-in one, and also the VAE if it was not the model's own.
 
-    Raises a one-line ValueError if they are missing, and as `recorded_options` does.
+    Raises a one-line ValueError if one of these is missing, and what `recorded_options` raises.
     """
     recorded, usual = recorded_options(path), vars(make_parser().parse_args([]))
     parser = make_parser()
@@ -73,7 +73,7 @@ def arguments_like(
             f"used: {', '.join(sorted(unused))}",
             stacklevel=2,
         )
-    if values["sampler"] != recorded.get("sampler"):  # the other one has its own usual values
+    if values["sampler"] != recorded.get("sampler"):  # each sampler has its own usual values
         unused |= {"steps", "spacing", "eta"}
     values |= {name: usual[name] for name in unused} | given
     if {"seed", "seeds"} & given.keys():
@@ -119,7 +119,7 @@ def recorded_options(path: Path) -> dict[str, Any]:
             if type(record.get(name, usual)) not in types:
                 raise ValueError(f"{path}: {name} is no {wanted}")
     if "://" in record.get("backend", ""):
-        record["backend"] = "auto"  # no file says which server is asked
+        record["backend"] = "auto"  # a file must not choose a server
     options = {name: record[name] for name in _SAME if name in record}
     options["diffusion"] = record.get("diffusion", {})
     scale, seed = record.get("guidance_scale"), record.get("seed")

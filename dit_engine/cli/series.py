@@ -1,4 +1,4 @@
-"""A directory of images, written batch by batch: an image that is there is not made again."""
+"""A directory of images, written batch by batch; images that exist are not made again."""
 
 from __future__ import annotations
 

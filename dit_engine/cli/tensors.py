@@ -16,7 +16,7 @@ from dit_engine.io.formats import NUMPY, check_format
 def read_tensor(path: Path | None) -> Tensor | None:
     """The one tensor in a .npy or .safetensors file as float32; None for None.
 
-    Raises a one-line ValueError or OSError that names the file, for what is no such file.
+    Raises a one-line ValueError or OSError that names the file, for any other file.
     """
     if path is None:
         return None

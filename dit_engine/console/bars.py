@@ -10,8 +10,8 @@ from dit_engine.io.printable import printable
 
 
 class Bar(tqdm):  # pyright: ignore[reportMissingTypeArgument]
-    """tqdm's bar with `printable` text. A bar that is closed before its end, by an exception or
-    Ctrl-C, is cleared."""
+    """tqdm's bar with `printable` text. If an exception or Ctrl-C closes it before its end, it is
+    cleared."""
 
     def __init__(self, iterable: Any = None, desc: str | None = None, *more: Any, **options: Any):
         super().__init__(iterable, desc and printable(desc), *more, **options)

@@ -1,4 +1,4 @@
-"""Where a command writes: told by the name, and tried before anything is computed."""
+"""Where a command writes. The name tells what is written; writing is tried before any work."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_destination(
 ) -> None:
     """Raise a one-line ValueError or OSError if images or latents cannot be written to ``path``.
 
-    overwrite: as of `check_file`. suffixes: of the files that can be written.
+    overwrite: see `check_file`. suffixes: of the files that can be written.
     """
     if path == STDOUT:
         if 1 in closed:
@@ -91,7 +91,7 @@ def check_file(path: Path, overwrite: bool = False) -> None:
 
 
 def write_stdout(data: bytes) -> None:
-    """To standard output as they are, whatever the terminal's encoding."""
+    """Write bytes unchanged to standard output, whatever the terminal's encoding."""
     try:
         sys.stdout.flush()
         sys.stdout.buffer.write(data)
@@ -103,7 +103,7 @@ def write_stdout(data: bytes) -> None:
 
 
 def file_name(index: int, label: int, name: str | None, seed: int | None) -> str:
-    """The PNG of image ``index``: "tench, Tinca tinca", seed 7 → "00000-tench-seed7.png".
+    """The name of image ``index``'s PNG: "tench, Tinca tinca", seed 7 → "00000-tench-seed7.png".
 
     Letters, digits, "-", "_" and "." of the class name's first alias are kept, 48 at most.
     """
@@ -113,7 +113,7 @@ def file_name(index: int, label: int, name: str | None, seed: int | None) -> str
 
 
 def _exists(path: Path) -> bool:
-    """Also for a dangling link; unlike `Path.exists` it raises for a name that is too long."""
+    """Whether there is something, also a dangling link; it raises for a name that is too long."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""The options that commands share, and what a mistyped or foreign name is called here."""
+"""The options that commands share, and our names for mistyped or foreign options."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="builtin", help="file, directory, hub id, or 'builtin'")
 
 
-# Options of `load_checkpoint`, which are its keywords of the same names.
+# Options that are keywords of `load_checkpoint`.
 _LOADING: dict[str, dict[str, Any]] = {
     "vae": {"help": "another VAE: file, directory or hub id"},
     "vae_scaling_factor": {"type": float, "metavar": "NUMBER",
@@ -60,7 +60,7 @@ _LOADING: dict[str, dict[str, Any]] = {
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `load_checkpoint` that `loading_options` reads back."""
+    """Add the options of `load_checkpoint` that `loading_options` reads back."""
     for name, options in _LOADING.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **options)
 
@@ -76,7 +76,7 @@ def add_sampling_arguments(
     one_scale: bool = False,
     backend: bool = True,
 ) -> None:
-    """The options of `Engine.generate` that `sampling_options` reads back.
+    """Add the options of `Engine.generate` that `sampling_options` reads back.
 
     Args:
         steps: the default; None is the sampler's usual count.

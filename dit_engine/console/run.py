@@ -1,4 +1,4 @@
-"""How every command starts, waits for its threads, and reports its errors.
+"""How every command starts, lets waiting threads sleep, and reports its errors.
 
 `entry` decorates the ``main`` of a command, and `run_command` runs what it does. Nothing here
 imports torch: `wait_briefly` must come before torch reads the environment.
@@ -36,7 +36,7 @@ Main = Callable[..., int]
 
 def entry(main: Main) -> Main:
     """Decorate the ``main`` of a command: it gets usable streams and no current directory on its
-    search paths. Help that cannot be printed is an error; Ctrl-C while it imports is one line.
+    search paths. Help that cannot be printed is an error; Ctrl-C during imports is one line.
 
     Called without arguments it is a command, and the current directory is left out for good
     (`leave_out`). Called with arguments by another program, it changes the environment only during
@@ -67,8 +67,8 @@ def entry(main: Main) -> Main:
 def wait_briefly() -> None:
     """Let OpenMP's threads sleep soon when they wait, unless the environment says how they wait.
 
-    Where other programs use the processors too, a thread that waits awake may take the time from
-    the thread that it waits for; a step then takes many times as long. On an idle machine, waking
+    If other programs use the processors too, a thread that waits without sleeping may take the time
+    of the thread it waits for; a step then takes many times as long. On an idle machine, waking
     the threads costs a little. libgomp reads its environment once, when torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
@@ -109,8 +109,8 @@ def run_command(command: Callable[[], int], quiet: bool = False) -> int:
 
 
 def output_is_a_file() -> None:
-    """Call this if standard output gets only messages: a full disk or a closed pipe there is then
-    no error of a command whose files are written."""
+    """Call this if standard output gets only messages and the results are in files: a full disk or
+    a closed pipe at standard output is then no error."""
     _forgive("stdout")
 
 

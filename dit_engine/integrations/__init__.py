@@ -1,1 +1,1 @@
-"""Other libraries' objects with this engine inside, one module a library."""
+"""This engine inside the objects of other libraries, one module per library."""

@@ -73,7 +73,7 @@ class DiTAdapter(nn.Module):
         max_shard_size: int | str = "10GB",
         **options: Any,
     ) -> None:
-        """Write the directory of a DiTTransformer2DModel with these weights, as that would."""
+        """Write these weights to the directory that a DiTTransformer2DModel would write."""
         from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
         state = {key: tensor.detach() for key, tensor in self.model.state_dict().items()}
@@ -91,8 +91,8 @@ class DiTAdapter(nn.Module):
 
 @cache
 def _diffusers_class() -> type[DiTAdapter]:
-    """`DiTAdapter` as diffusers takes a component that can be saved: a ModelMixin with the name of
-    the class that can load it again."""
+    """`DiTAdapter` as a component that diffusers can save: a ModelMixin with the name of the class
+    that can load it again."""
     from diffusers.models.modeling_utils import ModelMixin
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
@@ -105,7 +105,7 @@ def _reduced(adapter: DiTAdapter) -> tuple[Any, ...]:
 
 
 def _blank() -> DiTAdapter:
-    # For copy and pickle: the class's name is that of another one.
+    # For copy and pickle, because the class has the name of another class.
     return _diffusers_class().__new__(_diffusers_class())
 
 
@@ -114,7 +114,7 @@ def accelerate(pipe: Any) -> Any:
     """Replace ``pipe.transformer`` by our model with the same weights, and return ``pipe``.
 
     The arithmetic stays diffusers' own (numerics "diffusers"), so images are equal within
-    rounding. The weights are shared with the old transformer but for the packed q, k and v. What
+    rounding. The weights are shared with the old transformer, except the packed q, k and v. What
     ``pipe.save_pretrained`` writes is a DiTPipeline as before. Raises ValueError for another
     pipeline, and for a transformer whose options are not a DiT's.
     """

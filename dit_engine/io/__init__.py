@@ -1,1 +1,1 @@
-"""Reading and writing: files, pictures, JSON, arrays, text of others."""
+"""Reading and writing: files, pictures, JSON, arrays, text from others."""

@@ -51,8 +51,8 @@ def private_cache(*names: str) -> Path:
 def private_directory(path: Path) -> Path:
     """``path`` as an absolute path; missing directories are made, with mode 0700.
 
-    Raises ValueError, one line, if it is not a directory or others may write there (for root too:
-    root would run what the owner puts there), OSError if it cannot be made.
+    Raises a one-line ValueError if it is not a directory or if others own it or may write in it
+    (also for root, who would run what they put there), OSError if it cannot be made.
     """
     path = path.expanduser().absolute()
     missing = list(takewhile(lambda place: not os.path.lexists(place), (path, *path.parents)))
@@ -95,7 +95,7 @@ def why_not_private(path: Path) -> str | None:
 
 
 def _way(path: Path) -> Iterator[Path]:
-    """Every directory and link from the root to an existing ``path``, also behind links."""
+    """Every directory and link from the root to an existing ``path``, also behind its links."""
     place, parts = Path(path.anchor), list(path.parts[1:])
     while parts:
         yield place

@@ -18,7 +18,7 @@ Known = Callable[[Path], Mapping[str, "str | None"]]
 name alone decides. Raises ValueError with the reason if the directory must stay. The paths must be
 from a fixed list of names that we write: a stranger's manifest may list any."""
 
-Facts = tuple[int, ...]  # of a file, by which `_remove` recognises it
+Facts = tuple[int, ...]  # by which `_remove` recognises a file
 
 
 def nothing_known(directory: Path) -> NoReturn:
@@ -177,7 +177,7 @@ def _remove(directory: Path, removable: dict[str, Facts]) -> None:
     walk = getattr(os, "fwalk", os.walk)
     with suppress(OSError):  # it is gone by now
         for root, subfolders, names, *opened in walk(directory, topdown=False):
-            # By its name in an open directory: nobody can put a link in the place of a folder.
+            # By its name in an open directory, so nobody can put a link in the place of a folder.
             base, place = (Path(), opened[0]) if opened else (Path(root), None)
             below = Path(root).relative_to(directory)
             for entry in names:

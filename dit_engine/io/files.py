@@ -36,7 +36,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise OSError(errno.EINVAL, "Is a device or a pipe, which no file may replace", str(path))
     whole = path.absolute()  # the block may change the current directory
     with hidden_directory(path) as (_, held):
-        partial = held / f".{whole.name}.partial"  # no suffix of a picture
+        partial = held / f".{whole.name}.partial"  # without a picture's suffix
         with told_as(partial, path):
             yield partial
             partial.replace(whole)

@@ -35,8 +35,8 @@ def find_images(folder: Path, left_out: Counter[str]) -> list[Path]:
 
 
 def find_folders(folder: Path, left_out: Counter[str]) -> list[Path]:
-    """The folders in ``folder``, links to folders among them, but for those that `find_images`
-    would not enter; what else is there is counted in ``left_out``, by kind."""
+    """The folders in ``folder``, and links to folders, except those that `find_images` would not
+    enter; what else is there is counted in ``left_out``, by kind."""
     around = _around(folder)
     names = {"folder": _LINK_BACK, "picture": "beside the folders"}
     found = []

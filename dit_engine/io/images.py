@@ -17,7 +17,7 @@ from dit_engine.io.formats import check_format, format_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Named, so that Pillow tries no other reader (it has one that starts a program). GIF is in the list
+# Pillow tries only these readers (it also has one that starts a program). GIF is one of them,
 # because many GIFs are named .jpg.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 178_956_970  # of one picture; Pillow's own limit, whatever a program has set it to
@@ -45,7 +45,7 @@ def open_image(path: Path, content: bytes | None = None) -> Iterator[Image]:
     All pictures are opened here. Everything that Pillow raises, here or in the block, becomes a
     one-line ValueError that names the file. Pillow's warnings name no file, and are dropped.
 
-    content: of the file, if it is in memory; ``path`` then only names it in errors.
+    content: the file's bytes, if they are in memory; ``path`` then only names it in errors.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -160,7 +160,7 @@ def _tag(image: Image, tag: int, default: int) -> tuple[int, ...]:
 def _scale_transparent(image: Image) -> None:
     """Pillow scales a PNG's grey of 2 and 4 bits to 8, but not the grey that is transparent.
 
-    To be called before the pixels are read: what they are in the file is not known afterwards.
+    Call this before the pixels are read: afterwards their values in the file are unknown.
     """
     clear, tiles = image.info.get("transparency"), getattr(image, "tile", None)
     if image.format != "PNG" or clear is None or not tiles:

@@ -9,7 +9,7 @@ A schema maps a place to the keys that an object there has, and each key to the 
 
 The place "" is the value itself, a place that ends in "[]" is every entry of a list, and one that
 ends in "{}" is every value of an object. A key that ends in "?" may be missing. The key "<kind>"
-stands for all keys of an object, and demands that each of them is of that kind.
+stands for all keys of an object: each of them must be of that kind.
 
 In a kind, "|" means "or", "[]" a list of such values, and "?" at the end allows null. A tuple holds
 the allowed values themselves. A "line" is a printable text of less than 1000 characters. Keys that

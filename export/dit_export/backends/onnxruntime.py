@@ -117,7 +117,7 @@ class Session:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        # Threads spin during a run, but sleep between runs: torch's own threads then need the cores.
+        # Threads spin during a run, but sleep between runs, when torch's threads need the cores.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         provider = _PROVIDERS[device.type]
         settings = {} if device.type == "cpu" else {"device_id": str(device.index or 0)}

@@ -105,9 +105,9 @@ def _expected(path: Path, marker: dict[str, Any]) -> tuple[dict[str, bytes | Non
 
 
 def _entries(path: Path) -> list[str]:
-    """The paths, with "/", of the files and links below ``path``; links are not entered. Left out are
-    hidden names at the top (.git, .DS_Store), which are never served, and what a server that was
-    started by hand on this repository has compiled."""
+    """The paths, with "/", of the files and links below ``path``; links are not entered. Left out
+    are hidden names at the top (.git, .DS_Store), which are never served, and what a server that
+    was started by hand on this repository has compiled."""
     found = []
     for folder, folders, files in os.walk(path):
         inside = Path(folder).relative_to(path)

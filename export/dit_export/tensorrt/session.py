@@ -48,7 +48,7 @@ class TorchMemory:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """In this block the device is this thread's current one, and its earlier work comes first."""
+        """In this block the device is this thread's current one; its earlier work comes first."""
         with self._torch.cuda.device(self.device):
             self._stream.wait_stream(self._torch.cuda.current_stream(self.device))
             yield
@@ -77,7 +77,7 @@ class TorchMemory:
         return copy
 
     def capture(self, work: Callable[[int], None]) -> Callable[[], None]:
-        """A function that runs ``work`` with the stream's handle, as a CUDA graph if ``work`` can be
+        """A function that runs ``work`` with the stream's handle, as a CUDA graph if it can be
         captured."""
         graph, _ = capture_graph(lambda: work(self.stream), self._stream, warmups=0)
 

@@ -47,7 +47,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --no-loadscope-reorder
 test: $(VENV)/.test $(SERVER) ## run all tests, one worker per core; some: make test ARGS="-k guidance"
 	$(PYTEST) $(ARGS)
 
-test-quick: $(VENV)/.test ## run the tests that need no server, no GPU and less than ten seconds each
+test-quick: $(VENV)/.test ## run the tests that need no server, no GPU and at most about two seconds each
 	$(PYTEST) -m "not slow and not server and not gpu" $(ARGS)
 
 faults: $(VENV)/.test ## plant small faults, one at a time, and see that the tests find each; an hour

@@ -23,6 +23,7 @@ def random_images(count: int, size: int = 64) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).to(torch.uint8).numpy()
 
 
+@pytest.mark.slow
 def test_features_equal_the_independent_package() -> None:
     package = pytest.importorskip("efficientnet_lite_pytorch")
     reference = package.EfficientNet.from_name("efficientnet-lite0").eval()

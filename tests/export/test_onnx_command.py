@@ -35,6 +35,7 @@ def failed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return said.removeprefix("error: ").rstrip("\n")
 
 
+@pytest.mark.slow
 def test_command_writes_an_export(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +113,7 @@ def test_what_cannot_be_written_is_refused_before_any_work(
     assert [p.name for p in tmp_path.iterdir()] == ["photo.jpg"]
 
 
+@pytest.mark.slow
 def test_what_an_export_finds_wrong_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

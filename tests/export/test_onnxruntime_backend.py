@@ -40,6 +40,7 @@ def latents(engine: Engine, backend: str, **options: object) -> torch.Tensor:
     return engine.generate([1, 7, 1], backend=backend, **settings).images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

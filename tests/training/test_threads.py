@@ -106,6 +106,7 @@ def test_threads_follow_the_load_and_are_put_back(monkeypatch: pytest.MonkeyPatc
         torch.set_num_threads(usual)
 
 
+@pytest.mark.slow
 def test_a_busy_program_is_seen_and_our_own_work_is_not() -> None:
     """On one processor, which a child and this program share."""
 

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import pickle
-import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import NAMES, tiny_dit, tiny_vae
 
-from dit_engine.checkpoint import load_checkpoint, load_model, save_pretrained
+from dit_engine.checkpoint import load_checkpoint, save_pretrained
 
 STATE = tiny_dit(hidden_size=128).state_dict()
 
@@ -45,7 +44,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "message", "kind"),
     [
         ("a/b/c", "'a/b/c' does not exist; give 'builtin', a path or a hub id", FileNotFoundError),
-        ("model.pt", "'model.pt' does not exist", FileNotFoundError),
         ("", "'' names nothing; give", ValueError),
         ("~nobody-of-this-name/x.pt", "'~nobody-of-this-name/x.pt': the home", ValueError),
         ("nul\0.pt", r"'nul\\x00.pt' does not exist", FileNotFoundError),
@@ -83,19 +81,18 @@ class Payload:
         return os.system, (f"touch '{self.marker}'",)
 
 
-@pytest.mark.parametrize("form", ["zip", "legacy", "plain pickle", "in args", "protocol 4"])
+@pytest.mark.parametrize("form", ["zip", "legacy", "plain pickle", "in args"])
 def test_pickle_that_wants_to_run_code(form: str, tmp_path: Path) -> None:
     marker, path = tmp_path / "marker", tmp_path / "evil.pt"
     payload = Payload(marker)
-    if form in ("plain pickle", "protocol 4"):
-        path.write_bytes(pickle.dumps(payload, protocol=4 if form == "protocol 4" else 2))
+    if form == "plain pickle":
+        path.write_bytes(pickle.dumps(payload, protocol=2))
     elif form == "in args":
         torch.save({"ema": STATE, "args": argparse.Namespace(hook=payload)}, path)
     else:
         torch.save(STATE | {"x": payload}, path, _use_new_zipfile_serialization=form == "zip")
     asks = r"the pickle asks for '(posix|nt)\.system'; only tensors are loaded"
-    # torch does not even read the instructions of protocol 4.
-    refused(path, r"\(Unsupported operand 149\)" if form == "protocol 4" else asks)
+    refused(path, asks)
     assert not marker.exists()
     if form == "zip":  # the payload is a real one: a reader without the guard does run it
         torch.load(path, weights_only=False)
@@ -104,7 +101,6 @@ def test_pickle_that_wants_to_run_code(form: str, tmp_path: Path) -> None:
 
 CONTENTS: list[tuple[Any, str]] = [
     ([1, 2], "holds a list, not a state dict"),
-    ({"step": 3}, "'step' is a int, not a named tensor"),
     ({0: torch.zeros(1)}, "0 is a Tensor, not a named tensor"),
     ({"w": torch.zeros(2, dtype=torch.int64)}, "'w' is torch.int64"),
     ({"w": torch.eye(2).to_sparse()}, "_get_layout'; only dense tensors"),
@@ -143,15 +139,12 @@ FILES: list[tuple[str, Any, str]] = [  # (file of a native directory, its conten
     ("config.json", b'{"_class_name": "DiT", "depth": 2}', "config key 'hidden_size' is missing"),
     ("config.json", {"colour": 3}, "config key 'colour' is unknown"),
     ("config.json", {"depth": 3}, "the config's depth is 3, the file holds 2 blocks"),
-    ("config.json", {"num_heads": 7}, "hidden_size 48 is not a multiple of num_heads 7"),
     ("config.json", {"mlp_ratio": float("nan")}, "mlp_ratio nan is not a finite number above 0$"),
     ("config.json", {"learn_sigma": "no"}, "learn_sigma 'no' is neither True nor False$"),
-    ("config.json", {"numerics": "exact"}, "numerics 'exact': choose one of official, diffusers"),
     ("labels.json", b'["ant", "bee"]', "2 label names, 10 classes"),
     ("labels.json", b'{"0": "ant"}', "labels.json: not a list of names"),
     ("model.safetensors", None, "holds no weights; model.safetensors or diffusion_pytorch_model"),
     (INDEX, b'{"weight_map": {"x": "../m.safetensors"}}', "is not a file name"),
-    (INDEX, b'{"weight_map": {"x": "m.bin.index.json"}}', "is not a file name"),
 ]
 
 
@@ -179,19 +172,11 @@ def test_weights_that_are_not_finite(part: str, tmp_path: Path) -> None:
     save_pretrained(tmp_path, model, vae)
     load_checkpoint(tmp_path)  # only on request: it reads every weight
     refused(tmp_path, f"tensor '{part}' holds 1 NaN and 2 infinite values", check_finite=True)
-    if part.startswith("blocks"):
-        with pytest.raises(ValueError, match="1 NaN"):
-            load_model(tmp_path, check_finite=True)
 
 
-def test_hub_ids_without_network(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_ids_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("asked the network"))
     said = "'facebook/DiT-XL-2-256' is no path here, and the Hugging Face hub did not give it"
-    for kind, given in (("model", {}), ("vae", {"vae": "facebook/DiT-XL-2-256"})):
-        source = saved if given else "facebook/DiT-XL-2-256"
-        text = refused(source, f"^model {said}", **given)
-        assert re.search("outgoing traffic has been disabled", text), kind
+    refused("facebook/DiT-XL-2-256", f"^model {said}.*outgoing traffic has been disabled")

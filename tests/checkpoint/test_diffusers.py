@@ -68,11 +68,10 @@ def test_positions(tmp_path: Path) -> None:
     assert torch.equal(load_model(tmp_path).pos_embed, stored)
 
 
-@pytest.mark.parametrize("safe", [True, False])
-def test_sharded_weights(safe: bool, tmp_path: Path) -> None:
+def test_sharded_pickles(tmp_path: Path) -> None:
     model = reference()
-    model.save_pretrained(tmp_path, safe_serialization=safe, max_shard_size="200KB")
-    assert len(list(tmp_path.glob("*.safetensors" if safe else "*.bin"))) > 1
+    model.save_pretrained(tmp_path, safe_serialization=False, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("*.bin"))) > 1
     x, t, y = inputs(dtype=torch.float32)
     with torch.no_grad():
         expected = model(x, timestep=t, class_labels=y).sample
@@ -143,20 +142,15 @@ def images_of(pipe: Any) -> Any:
     ).images  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=str
-)
-def test_accelerated_pipeline_gives_the_same_images(dtype: torch.dtype, tolerance: float) -> None:
-    """Measured: bit-equal, in these dtypes and in float16."""
-    pipe = pipeline().to(dtype)
+def test_accelerated_pipeline_gives_the_same_images() -> None:
+    pipe = pipeline()
     before, original = images_of(pipe), pipe.transformer
     assert accelerate(pipe) is pipe
     adapter = pipe.transformer
-    assert isinstance(adapter, DiTAdapter)
-    assert (adapter.dtype, adapter.device) == (dtype, torch.device("cpu"))
-    assert adapter.config.sample_size == 8
+    assert isinstance(adapter, DiTAdapter) and adapter.config.sample_size == 8
+    assert (adapter.dtype, adapter.device) == (torch.float32, torch.device("cpu"))
     assert before.shape == (2, 16, 16, 3) and before.std() > 0.05
-    assert_close_to_reference(images_of(pipe), before, tolerance=tolerance)
+    assert_close_to_reference(images_of(pipe), before, tolerance=1e-5)
     shared = adapter.model.blocks[0].mlp.fc1.weight.data_ptr()
     assert shared == original.transformer_blocks[0].ff.net[0].proj.weight.data_ptr()
     assert accelerate(pipe).transformer is adapter
@@ -165,26 +159,16 @@ def test_accelerated_pipeline_gives_the_same_images(dtype: torch.dtype, toleranc
         accelerate(object())
 
 
-@pytest.mark.parametrize(("safe", "dtype"), [(True, torch.float32), (False, torch.float16)])
-def test_an_accelerated_pipeline_is_saved(safe: bool, dtype: torch.dtype, tmp_path: Path) -> None:
-    """The files are those that the pipeline writes as it was, so diffusers and we read the same."""
-    pipe = pipeline().to(dtype)
-    pipe.save_pretrained(tmp_path / "before", safe_serialization=safe)
-    accelerated = diffusers.DiTPipeline(**accelerate(pipe).components)
-    accelerated.save_pretrained(tmp_path / "after", safe_serialization=safe)
-    files = sorted(p.relative_to(tmp_path / "before") for p in tmp_path.rglob("before/**/*"))
-    assert files == sorted(p.relative_to(tmp_path / "after") for p in tmp_path.rglob("after/**/*"))
-    index = json.loads((tmp_path / "after" / "model_index.json").read_text())
-    assert index["transformer"] == ["diffusers", "DiTTransformer2DModel"]
-    configs = [tmp_path / name / "transformer" / "config.json" for name in ("before", "after")]
-    assert configs[0].read_text() == configs[1].read_text()
+def test_an_accelerated_pipeline_is_saved_as_the_pipeline_that_it_was(tmp_path: Path) -> None:
+    pipe = pipeline().half()
+    pipe.save_pretrained(tmp_path / "before")
+    diffusers.DiTPipeline(**accelerate(pipe).components).save_pretrained(tmp_path / "after")
     before, after = (
-        diffusers.DiTPipeline.from_pretrained(tmp_path / name).transformer.state_dict()
-        for name in ("before", "after")
+        {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        for folder in (tmp_path / "before", tmp_path / "after")
     )
-    assert before.keys() == after.keys()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
-    assert load_model(tmp_path / "after").pos_embed.dtype == dtype
+    assert before == after
+    assert load_model(tmp_path / "after").pos_embed.dtype == torch.float16
 
 
 def test_the_adapter_is_called_and_copied_as_the_transformer() -> None:

@@ -15,7 +15,7 @@ from tiny import tiny_dit
 from torch import Tensor
 
 from dit_engine import Engine
-from dit_engine.checkpoint import load_checkpoint, load_model, save_pretrained
+from dit_engine.checkpoint import load_checkpoint, save_pretrained
 from dit_engine.checkpoint.infer import infer_config
 from dit_engine.checkpoint.options import Options
 from dit_engine.config import ModelConfig
@@ -107,11 +107,9 @@ def args(**values: Any) -> dict[str, Any]:
     ("beside", "prediction"),
     [
         (args(), "epsilon"),
-        (args(prediction="noise"), "epsilon"),
         (args(predict_xstart=False, prediction_type="sample"), "sample"),
         (args(prediction="v-prediction"), "v_prediction"),
         (args(lr=1) | {"hyper_parameters": {"prediction_type": "sample"}}, "sample"),
-        (args(diffusion={"prediction_type": "v_prediction"}), "v_prediction"),
         (args(objective="pred_v"), "v_prediction"),
         ({"opt": {"state": {}, "param_groups": [{"prediction": "x"}]}}, "epsilon"),
         (args(exp_name="a flow", vae={"num_heads": 1}), "epsilon"),
@@ -126,37 +124,25 @@ def test_what_is_predicted(beside: dict[str, Any], prediction: str, tmp_path: Pa
     assert config.diffusion.prediction == "v_prediction"
 
 
-def test_prediction_of_directories(tmp_path: Path) -> None:
-    save_pretrained(tmp_path, tiny_dit())
-    config = load_model(tmp_path, prediction="v_prediction").config
-    assert config.diffusion.prediction == "v_prediction"
-    with pytest.raises(ValueError, match="prediction 'velocity': choose one of epsilon, v_"):
-        load_model(tmp_path, prediction="velocity")
-
-
 SIT = {"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity"}
-FLOW, HIDDEN = "a flow model checkpoint", r"a (SiT|flow model) checkpoint \("
+HIDDEN = r"a (SiT|flow model) checkpoint \("
 REFUSED: list[tuple[dict[str, Any], str]] = [
     # Flow models, by the names in their options.
     (args(**SIT),
      r"a SiT checkpoint \(args\.model 'SiT-XL/2', args\.path_type 'Linear', args\.pred.*epsilon"),
-    (args(model="XL/2", path_type="linear", prediction="v"), FLOW),
     (args(model="sit-xl/2"), r"a sit checkpoint \(args\.model 'sit-xl/2'\)"),
     (args(prediction="velocity"), "args.prediction 'velocity' is not one of epsilon"),
     # The same in any place.
     ({"state_dict": {"model": STATE} | args(**SIT)}, HIDDEN),
     ({"hyper_parameters": args(x=1) | {"args": Namespace(**SIT)}}, HIDDEN),
-    (args(transport={"path_type": "Linear"}), HIDDEN),
     *((args(**{name: value}), HIDDEN) for name, value in (
         ("model", {"name": "models.SiT-XL/2"}), ("loss", [{"kind": "rectified_flow"}]))),
     ({"arch": "SiT-XL/2"}, HIDDEN),
     # Options that cannot be meant.
     (args(num_classes=10) | {"cfg": {"num_classes": 11}},
      r".* contradict each other: args\.num_classes 10, cfg\.num_classes 11"),
-    (args(predict_xstart=True, prediction_type="epsilon"), ".*contradict"),
     (args(num_classes=11, class_dropout_prob=0.1),
      r"args\.num_classes is 11, .* 11 rows; with args\.class_dropout_prob 0\.1 one more"),
-    (args(num_classes=9), r"args\.num_classes is 9, and y_embedder.* has 11 rows; 10 are"),
     (args(sigma_small="perhaps"), r"args\.sigma_small 'perhaps' is neither True nor False"),
     (args(diffusion_steps=4000, rescale_timesteps=True),
      r"args\.rescale_timesteps with diffusion_steps 4000"),
@@ -178,20 +164,15 @@ def test_flow_models_that_are_named_by_the_user(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{name}: a .* checkpoint, by its name; .*give pred"):
             load_checkpoint(path, num_heads=4)
         load_checkpoint(path, num_heads=4, prediction="epsilon")
-    for other in ("situation.pt", "jit_last.pt"):
-        load_checkpoint(put(tmp_path / other, STATE), num_heads=4)
-    path = put(tmp_path / "m.pt", {"model": STATE} | args(loss_type="flow_matching"))
-    load_checkpoint(path, num_heads=4, prediction="epsilon")
+    load_checkpoint(put(tmp_path / "situation.pt", STATE), num_heads=4)
     path = put(tmp_path / "m.pt", {"model": STATE} | args(**SIT))
     with pytest.raises(ValueError, match="a SiT checkpoint"):  # which is certain
         load_checkpoint(path, num_heads=4, prediction="epsilon")
 
 
-@pytest.mark.parametrize("name", ["num_classes", "num_heads", "diffusion_steps",
-                                  "num_train_timesteps", "noise_schedule", "beta_schedule",
-                                  "beta_start", "prediction"])  # fmt: skip
-def test_options_of_odd_types(name: str, tmp_path: Path) -> None:
-    for value in (-1, True, 2.5, [10], {"n": 10}, torch.ones(3), "a\nb"):
+@pytest.mark.parametrize("value", [-1, True, [10], {"n": 10}, torch.ones(3), "a\nb"], ids=str)
+def test_options_of_odd_types(value: object, tmp_path: Path) -> None:
+    for name in ("num_classes", "diffusion_steps", "noise_schedule", "beta_start", "prediction"):
         path = saved(tmp_path / "m.pt", **HEADS | {name: value})
         with pytest.raises(ValueError, match=r"m\.pt: args") as caught:
             load_checkpoint(path)

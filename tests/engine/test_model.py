@@ -5,8 +5,6 @@ See reference_embedding.py for why the vectors' time embeddings are recovered fr
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from numerics import assert_close_to_reference
@@ -16,7 +14,7 @@ from torch import Tensor
 from vectors import Vectors
 
 from dit_engine.config import PUBLISHED, ModelConfig
-from dit_engine.model import DiT, position_embedding, timestep_embedding
+from dit_engine.model import DiT, timestep_embedding
 from dit_engine.plan import parse_scales
 from dit_engine.sampling.guidance import guided
 
@@ -61,13 +59,6 @@ def test_guidance_is_the_originals_with_nothing_fitted_to_it(vectors: Vectors) -
     assert_close_to_reference(both[len(x) :, 3:], expected[len(x) :, 3:], tolerance=1e-10)
 
 
-def test_float32_forward(vectors: Vectors) -> None:
-    model = vectors.model(torch.float32)
-    out = model(vectors["forward.x"], vectors["forward.t"], vectors["forward.y"])
-    assert out.dtype == torch.float32
-    assert_close_to_reference(out, vectors["forward.out"], tolerance=1e-4)
-
-
 def meta_model(config: ModelConfig) -> DiT:
     with torch.device("meta"):
         return DiT(config)
@@ -78,21 +69,6 @@ def test_parameter_counts_are_the_papers() -> None:
         parameters = meta_model(ModelConfig.named(name)).parameters()
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         assert round(trained / 1e6) == GMACS_AND_MILLIONS[name][1]
-
-
-@pytest.mark.parametrize(("d", "side"), [(48, 4), (1152, 16)])
-def test_position_embedding_by_a_scalar_formula(d: int, side: int) -> None:
-    table = position_embedding(d, side)
-    assert table.shape == (1, side * side, d)
-    assert table.dtype == torch.float32
-    for row in (0, 1, side - 1):
-        for column in (0, 2, side - 1):
-            for channel in (0, 1, d // 4, d // 2 - 1, d // 2, d // 2 + 3, 3 * d // 4, d - 1):
-                position = column if channel < d // 2 else row
-                wave = math.sin if channel % (d // 2) < d // 4 else math.cos
-                expected = wave(position / 10000 ** ((channel % (d // 4)) / (d // 4)))
-                got = table[0, row * side + column, channel].item()
-                assert got == pytest.approx(expected, abs=6e-8)
 
 
 @pytest.mark.parametrize(("spacing", "shift"), [(128, 0), (127, 1)])

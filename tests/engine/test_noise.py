@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dit_engine.sampling import noise
-from dit_engine.sampling.noise import AHEAD, GivenNoise, PerImageNoise
+from dit_engine.sampling.noise import AHEAD, PerImageNoise
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 SHAPE = (4, 8, 8)
@@ -79,14 +79,3 @@ def test_a_gpu_gets_the_cpus_numbers_and_the_host_does_not_wait(device: Device) 
     assert device.done == 12 - AHEAD and len(device.pinned) == AHEAD
     device.run_to(12)
     assert all(map(torch.equal, found, expected))
-
-
-def test_given_step_noise_goes_the_same_way(device: Device) -> None:
-    given = torch.randn(9, 2, *SHAPE, dtype=torch.float64)
-    source = GivenNoise(None, given, PerImageNoise([1, 2], SHAPE, CUDA))
-    found = [source(k) for k in range(9)]
-    assert device.done == 9 - AHEAD
-    device.run_to(9)
-    assert all(map(torch.equal, found, given.float()))
-    here = GivenNoise(None, given, PerImageNoise([1, 2], SHAPE, CPU))
-    assert torch.equal(here(3), given[3])  # as it is

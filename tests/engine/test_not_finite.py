@@ -10,7 +10,6 @@ import pytest
 import torch
 from tiny import NAMES, tiny_dit, tiny_engine, tiny_vae
 
-from dit_bench.quality.fd_lite0 import reconstruct
 from dit_engine import Engine
 from dit_engine.backends import Backend, create_backend
 from dit_engine.checkpoint import save_pretrained
@@ -76,14 +75,14 @@ def test_the_step_is_found_by_sampling_once_more(monkeypatch: pytest.MonkeyPatch
     assert steps == list(itertools.product((0, 2), (1, 2, 3, 4)))  # not called again
 
 
-@pytest.mark.parametrize(("backend", "output"), [("lean", "np"), ("eager", "pt")])
-def test_nan_in_the_vae(backend: str, output: str) -> None:
+@pytest.mark.parametrize("backend", ["lean", "eager"])
+def test_nan_in_the_vae(backend: str) -> None:
     engine = broken("vae", "decoder.conv_in.bias")
     options = {"seed": 7, "steps": 1, "backend": backend}
     engine.generate(3, output="latent", **options)
     told = r"^image 0 \(label 3 'dog', seed 7\) is not finite after the VAE's decoding: what helps"
     with pytest.raises(NotFinite, match=told):
-        engine.generate(3, output=output, **options)
+        engine.generate(3, output="np", **options)
 
 
 @pytest.mark.parametrize("backend", ["lean", "eager"])
@@ -103,28 +102,20 @@ def test_pixels_that_are_not_finite_never_become_bytes() -> None:
     images[1, 0, 0, 0], images[2] = torch.inf, torch.nan
     with pytest.raises(NotFinite, match=r"^image 1, image 2 are not finite after the VAE's decod"):
         to_uint8(images)
-    vae = tiny_vae()
-    vae.decoder.conv_in.bias.data[0] = torch.nan  # pyright: ignore[reportOptionalMemberAccess]
-    with pytest.raises(NotFinite):
-        reconstruct(torch.zeros(2, 8, 8, 3, dtype=torch.uint8).numpy(), vae)
 
 
-@pytest.mark.parametrize("output", ["out", "sheet.png"])
 def test_the_command_keeps_what_was_finished(
-    output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Class 9 has a NaN for an embedding: the batches before its own are there, nothing else."""
     model = tiny_dit()
     model.y_embedder.embedding_table.weight.data[9, 0] = torch.nan
     save_pretrained(tmp_path / "model", model, tiny_vae(), NAMES)
     options = ["--model", str(tmp_path / "model"), "--device", "cpu", "--steps", "2", "--seed", "0"]
-    options += ["--max-batch-size", "2", "-o", str(tmp_path / output), "--quiet"]
+    options += ["--max-batch-size", "2", "-o", str(tmp_path / "out"), "--quiet"]
     assert main([*options, "--labels", "1", "2", "3", "9"]) == 2
     told = capsys.readouterr().err
     assert "(label 9 'jay', seed 3) is not finite from step 1 of 2 on" in told
     assert told.startswith("error: ") and told.count("\n") == 1
-    made = sorted(path.name for path in tmp_path.iterdir())
-    assert made == (["model", "out"] if output == "out" else ["model"])
-    if output == "out":
-        made = sorted(path.name for path in (tmp_path / "out").iterdir())
-        assert made == ["00000-bee-seed0.png", "00001-cat-seed1.png"]
+    made = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert made == ["00000-bee-seed0.png", "00001-cat-seed1.png"]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from numerics import assert_close_to_reference, relative_error
-from reference_embedding import one_ulp_effect, vector_timestep_embedding
+from numerics import assert_close_to_reference
+from reference_embedding import vector_timestep_embedding
 from torch import Tensor
 from vectors import Vectors
 
@@ -57,15 +56,6 @@ def test_float64_trajectories_are_the_originals(
     out = sample(vectors, run, torch.float64)
     assert out.dtype == torch.float64
     assert_close_to_reference(out, vectors[f"{run}.out"], tolerance=1e-6)  # measured: 1.3e-7
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_float64_trajectories_with_this_machines_sinusoids(vectors: Vectors, run: str) -> None:
-    """Off by no more than two machines' libraries may be, an ulp of one frequency each."""
-    one_ulp = one_ulp_effect(lambda: sample(vectors, run, torch.float64))
-    assert one_ulp < 3e-6  # measured: 3e-7 in one file, 2.3e-6 in the other
-    out = sample(vectors, run, torch.float64)
-    assert_close_to_reference(out, vectors[f"{run}.out"], tolerance=2 * one_ulp)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -142,66 +132,13 @@ def test_dpm_solver_is_diffusers(steps: int, spacing: str) -> None:
         assert_close_to_reference(ours, expected, tolerance=2e-6)
 
 
-def run(name: str, steps: int, spacing: str | None = None, **options: Any) -> Tensor:
-    schedule = make_schedule(steps, spacing or SAMPLERS[name].spacing)
-    z = start(torch.float32)
-    out = SAMPLERS[name].function(
-        lambda z, k: toy(z, int(schedule.timesteps[k])), z, schedule, draws, **options
-    )
-    assert torch.equal(z, start(torch.float32))  # not modified
-    return out
-
-
-def test_any_number_of_steps_is_finite() -> None:
-    """Also for ddim with full noise, where a radicand is nearly zero."""
-    for name in SAMPLERS:
-        assert run(name, 1000).isfinite().all()
+def test_ddim_with_full_noise_is_finite_where_a_radicand_is_nearly_zero() -> None:
     for steps in range(1, 60):
         for spacing in ("official", "trailing", "linspace", "leading"):
-            assert run("ddim", steps, spacing, eta=1.0).isfinite().all(), (steps, spacing)
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_the_last_step_gives_the_predicted_x0_and_the_callback_sees_each(name: str) -> None:
-    schedule, states = make_schedule(6, "linspace"), [start(torch.float64)]
-    seen, asked = list[int](), list[int]()
-
-    def callback(k: int, z: Tensor) -> None:
-        seen.append(k)
-        states.append(z)
-
-    def noise(k: int) -> Tensor:
-        asked.append(k)
-        return draws(k)
-
-    options = {"eta": 0.3} if name == "ddim" else {}
-    out = SAMPLERS[name].function(
-        lambda z, k: toy(z, int(schedule.timesteps[k])), states[0], schedule, noise, callback,
-        **options,
-    )  # fmt: skip
-    assert seen == list(range(6)) and torch.equal(states[-1], out)
-    assert asked == ([] if name == "dpm++" else [0, 1, 2, 3, 4])  # only where it is used
-    before, a = states[-2], schedule.alphas_cumprod[-1]
-    x0 = (before - math.sqrt(1 - a) * toy(before, int(schedule.timesteps[-1]))) / math.sqrt(a)
-    # ddpm and ddim round their coefficients to float32.
-    assert relative_error(out, x0) < (1e-15 if name == "dpm++" else 1e-6)
-
-
-def test_variances_of_ddpm() -> None:
-    """The distance from the mean after one step with unit noise: √beta where the variance is fixed,
-    and from the posterior's to beta where it is learned."""
-    schedule = make_schedule(10)
-    z = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    a, prev = schedule.alphas_cumprod[0], schedule.alphas_cumprod_prev[0]
-    beta = 1 - a / prev
-    for told, expected in ((None, beta), (1.0, beta), (-1.0, beta * (1 - prev) / (1 - a))):
-        states: list[Tensor] = []
-        answer = torch.tensor([0.0] if told is None else [0.0, told], dtype=torch.float64)
-        ddpm(
-            lambda z, k: answer.view(1, -1, 1, 1), z, schedule, lambda k: torch.ones_like(z),  # noqa: B023
-            lambda k, z: states.append(z),  # noqa: B023
-        )  # fmt: skip
-        assert states[0].item() == pytest.approx(math.sqrt(expected), rel=1e-6)
+            schedule = make_schedule(steps, spacing)
+            denoise = lambda z, k: toy(z, int(schedule.timesteps[k]))  # noqa: B023, E731
+            out = ddim(denoise, start(torch.float32), schedule, draws, eta=1.0)
+            assert out.isfinite().all(), (steps, spacing)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -219,11 +156,9 @@ def test_a_half_precision_model_leaves_the_trajectory_in_float32(name: str) -> N
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_denoiser_with_a_wrong_number_of_channels(name: str) -> None:
+def test_what_samplers_refuse() -> None:
+    z, schedule = start(torch.float32), make_schedule(2)
     with pytest.raises(ValueError, match=r"^denoiser gave 3 channels for latents of 4"):
-        SAMPLERS[name].function(
-            lambda z, k: z[:, :3], start(torch.float32), make_schedule(2), draws
-        )
+        ddpm(lambda z, k: z[:, :3], z, schedule, draws)
     with pytest.raises(ValueError, match=r"^eta 1.1 is out of range: allowed is 0 to 1$"):
-        run("ddim", 2, eta=1.1)
+        ddim(lambda z, k: z, z, schedule, draws, eta=1.1)

@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import pipeline
 from tiny import NAMES, tiny_dit, tiny_engine, tiny_vae
 
 from dit_engine import Engine, Generation, load_model
 from dit_engine.checkpoint import save_pretrained
-from dit_engine.integrations.diffusers import accelerate
 
 
 @contextlib.contextmanager
@@ -73,19 +71,6 @@ def test_generations(
             tensor.mul_(2)
 
 
-@pytest.mark.slow
-def test_what_is_exported_within_a_default_device(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("onnxruntime")
-    monkeypatch.setenv("DIT_ENGINE_CACHE", str(tmp_path))
-    with CONTEXTS["meta"](), CONTEXTS["float64"]():
-        inside = made(model, "onnxruntime", "fp32", output="pt").images
-    expected = made(model, "eager", "fp32", output="pt").images
-    assert inside.dtype == torch.float32
-    assert (inside - expected).abs().max() < 1e-5
-
-
 def test_a_callback_has_the_modes_of_its_caller() -> None:
     """And what it does to the latents changes no image."""
     engine, seen = tiny_engine(), []
@@ -116,18 +101,3 @@ def test_models_are_loaded_and_saved(context: str, model: Path, tmp_path: Path) 
         assert not found.is_inference()
     again = load_model(tmp_path / "again").state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in loaded.state_dict().items())
-
-
-def test_an_accelerated_pipeline() -> None:
-    original = pipeline(num_layers=1, num_embeds_ada_norm=10)
-
-    def accelerated(context: Callable[[], Any]) -> torch.Tensor:
-        with context():
-            pipe = accelerate(type(original)(**original.components))
-        x, t, y = torch.ones(1, 4, 8, 8), torch.tensor([7]), torch.tensor([3])
-        with torch.no_grad():
-            return pipe.transformer(x, timestep=t, class_labels=y).sample
-
-    outside = accelerated(contextlib.nullcontext)
-    for name, context in CONTEXTS.items():
-        assert torch.equal(accelerated(context), outside), name

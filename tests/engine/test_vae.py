@@ -144,8 +144,6 @@ def test_a_file_without_config(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=guessed):
         ours = loaded(file)
     assert ours.config == usual
-    with pytest.warns(UserWarning, match=r"'s 0\.18215 as the scaling factor \(give vae_scaling"):
-        assert config(vae_groups=16) == replace(usual, norm_num_groups=16)
     with pytest.warns(UserWarning, match=r"'s 32 norm groups \(give vae_groups"):
         assert config(told) == replace(usual, scaling_factor=0.25)
     z = torch.randn(1, 4, 3, 3, dtype=torch.float64)
@@ -158,8 +156,6 @@ def test_a_file_without_config(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(text)
         assert config() == replace(asked, scaling_factor=0.7)
         assert config(vae_scaling_factor=0.5) == asked
-    with pytest.raises(ValueError, match="32 is not a positive multiple of norm_num_groups 24"):
-        config(vae_groups=24)
     with pytest.raises(ValueError, match=r"scaling_factor 0\.2 is of a VAE, and .*dit has none"):
         load_checkpoint(tmp_path / "dit", vae_scaling_factor=0.2)
 
@@ -181,17 +177,11 @@ def test_diffusers_reads_what_we_write(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"use_post_quant_conv": False}, "use_post_quant_conv False"),
-        ({"shift_factor": "0.1"}, "shift_factor '0.1' is not a finite number$"),
-        ({"latents_mean": [0.1] * 3}, r"latents_mean \[0.1, 0.1, 0.1\] is not a list of 4 finite"),
         ({"latents_std": [1, 1, 1, 0]}, r"latents_std \[1, 1, 1, 0\] .* 4 finite numbers above 0"),
         ({"act_fn": "relu"}, "act_fn 'relu'"),
         ({"norm_num_groups": 3}, "8 is not a positive multiple of norm_num_groups 3"),
-        ({"layers_per_block": 2}, "keys missing: 'encoder.down_blocks.0.resnets.1"),
         ({"mid_block_add_attention": False}, "keys too many"),
-        ({"mid_block_add_attention": 1}, "mid_block_add_attention 1 is neither True nor False"),
         ({"scaling_factor": 10**400}, "scaling_factor 10+ is not a finite number above 0$"),
-        ({"scaling_factor": float("nan")}, "scaling_factor nan is not a finite number above 0$"),
-        ({"norm_num_groups": True}, "norm_num_groups True is not a positive integer"),
         ({"block_out_channels": None}, "block_out_channels None is not a list"),
         ({"_class_name": "AutoencoderTiny"}, "is of class 'AutoencoderTiny'"),
     ],
@@ -207,14 +197,6 @@ def test_vae_configs_that_do_not_fit(change: dict[str, Any], message: str, tmp_p
         load_checkpoint(tmp_path / "model")
     assert "\n" not in str(caught.value)
     assert "vae" in str(caught.value)
-
-
-def test_latent_channels_must_agree(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = VAEConfig(block_out_channels=(8,), norm_num_groups=4, latent_channels=3)
-    save_pretrained(tmp_path / "m", tiny_dit(), AutoencoderKL(config))
-    with pytest.raises(ValueError, match="the VAE has 3 latent channels, the model 4"):
-        load_checkpoint(tmp_path / "m")
 
 
 @pytest.fixture(scope="module")

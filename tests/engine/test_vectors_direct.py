@@ -66,6 +66,7 @@ def test_trajectories(vectors: Vectors, run: str, monkeypatch: pytest.MonkeyPatc
     assert_close_to_reference(out, vectors[f"{run}.out"], tolerance=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(THEIRS, reason="the tests above ran in this process")
 def test_all_of_these_on_mkls_path_for_intel(tmp_path: Path) -> None:
     compiler = shlex.split(os.environ.get("CC") or "cc")

@@ -26,6 +26,7 @@ FLAGS = (
 )
 
 
+@pytest.mark.slow
 def test_every_case_against_float64_and_the_same_bits_on_any_threads(tmp_path: Path) -> None:
     info = Path("/proc/cpuinfo")
     if not info.is_file() or "avx512_bf16" not in info.read_text().split():

@@ -73,12 +73,7 @@ def test_a_weight_that_is_a_transpose(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(layers[0](*codes), layers[1](*codes))
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["own_product", "library"])
-def test_torch_compile_takes_the_linears_whole(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not own:
-        monkeypatch.setattr(product, "why_not", lambda _: "another processor")
-    elif (reason := product.why_not(torch.float32)) is not None:
-        pytest.skip(reason)
+def test_torch_compile_takes_the_linears_whole() -> None:
     packed = PackedLinear(WEIGHT, BIAS)
     calls: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
         (dit_kernels.linear_gelu, (X, WEIGHT, BIAS)),
@@ -135,19 +130,15 @@ def test_what_layers_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized, "quantized_why_not", lambda *_: None)
     refused: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
         (linear, (X, WEIGHT[:, :3], BIAS), r"^weight is torch.float32 \(24, 3\) on .*\(N, 64\)"),
-        (linear, (X, WEIGHT.half(), BIAS), "^weight is torch.float16"),
-        (linear, (X, WEIGHT, BIAS[:3]), r"^bias is torch.float32 \(3,\) on cpu; float32 \(24\) on"),
         (packed, (random(2, 3),), r"^x is torch.float32 \(2, 3\) on cpu; .* \(2, 64\)"),
         (layer, (32, 48, "int4", full), r"^kind 'int4': choose one of int8, fp8$"),
         (layer, (32, 48, "int8", half), r"^dtype torch.float16: results of 'int8' are float32, bf"),
-        (layer, (32, 48, "fp8", full), r"^dtype torch.float32: results of 'fp8' are bfloat16$"),
         (layer, (40, 32, "fp8", brain), r"^weight has shape .*; 'fp8' needs multiples of 16$"),
     ]
     if has_int8():
         int8 = QuantizedLinear(WEIGHT, BIAS, "int8", full)
         refused += [
             (int8, (codes[0][..., :8], codes[1]), r"^codes is torch\.int8 .*; .*\(2, 5, 64\)"),
-            (int8, (codes[0].float(), codes[1]), "^codes is torch.float32"),
             (int8, (codes[0], codes[1][:, :1]), r"^scales is .* \(2, 1\) on cpu; float32 \(2, 5\)"),
         ]
     for run, arguments, message in refused:
@@ -167,9 +158,9 @@ except dit_kernels.Unavailable as reason:
 """
 
 
-@pytest.mark.parametrize("isa", ["AVX2", "DEFAULT"])
-def test_int8_is_exact_or_refused_whatever_onednn_has(isa: str) -> None:
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa, "DIT_KERNELS_ISA": "avx2"}
+@pytest.mark.slow
+def test_int8_is_exact_or_refused_where_onednn_saturates() -> None:
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "DIT_KERNELS_ISA": "avx2"}
     done = subprocess.run([sys.executable, "-c", SATURATING], env=environment,
                           capture_output=True, text=True, check=False)  # fmt: skip
     said = done.stdout.strip()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import os
 import platform
 import re
@@ -47,6 +45,7 @@ def test_the_library_is_there_and_has_the_levels_of_the_processor() -> None:
     assert ("amx" in LEVELS) == ({"amx_tile", "amx_bf16", "amx_int8"} <= flags)
 
 
+@pytest.mark.slow
 @needs_library
 def test_what_a_process_that_loads_it_gets() -> None:
     """Nothing at import; the instruction set asked for; no OpenMP beside torch's, whose threads
@@ -67,10 +66,7 @@ print(loader.load.cache_info().currsize, operators.isa())
 
 
 @needs_library
-def test_only_the_c_interface_is_exported_and_its_hash() -> None:
-    library = ctypes.CDLL(str(loader.path()))
-    library.dit_interface.restype = ctypes.c_char_p
-    assert library.dit_interface().decode() == hashlib.sha256(HEADER.read_bytes()).hexdigest()
+def test_only_the_c_interface_is_exported() -> None:
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("no nm")
@@ -78,33 +74,19 @@ def test_only_the_c_interface_is_exported_and_its_hash() -> None:
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     names = {line.split()[-1] for line in listed.splitlines()}
     assert set(loader.prototypes()) <= names
-    assert len(loader.prototypes()) == HEADER.read_text().count("\nDIT_API ")
     assert all(name.startswith(("dit_", "__asan", "__odr_asan")) for name in names)
 
 
 @needs_library
-@needs_compiler
-def test_another_interface_is_refused_by_the_library_and_by_the_compiler(
+def test_another_interface_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unloaded: None
 ) -> None:
-    """As after an update of the sources that nobody built again, and as while one is written."""
-    edited = tmp_path / HEADER.name
-    edited.write_text(
-        HEADER.read_text().replace("int64_t count, int dtype", "int count, int dtype")
-    )
-    monkeypatch.setattr(loader, "INTERFACE", edited)
+    """As after an update of the sources that nobody built again."""
+    (tmp_path / HEADER.name).write_text(HEADER.read_text() + "\n")
+    monkeypatch.setattr(loader, "INTERFACE", tmp_path / HEADER.name)
     library, reason = loader.load()
     assert library is None and "\n" not in reason
-    assert reason.startswith(
-        f"{loader.path()} was built from other sources than this dit_kernels: "
-    )
-    assert COMPILER is not None
-    source = KERNELS / "csrc/cpu/rows/tokens.cpp"
-    for folder, compiles in ((HEADER.parent, True), (tmp_path, False)):
-        flags = ["-std=c++17", "-fsyntax-only", "-Werror=missing-declarations", "-I", str(folder)]
-        command = [COMPILER, *flags, "-I", str(KERNELS / "csrc/cpu"), str(source)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert (done.returncode == 0) == compiles and ("dit_gelu" in done.stderr) != compiles
+    assert f"{loader.path()} was built from other sources than this dit_kernels: " in reason
 
 
 def test_what_cannot_be_loaded_is_told(

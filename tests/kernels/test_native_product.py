@@ -10,7 +10,7 @@ from native_levels import LEVELS, needs_library, one_off, threads
 from numerics import assert_close_to_reference
 from torch import Tensor
 
-from dit_kernels.cpu import loader, product
+from dit_kernels.cpu import product
 from dit_kernels.cpu.recording import call
 
 __all__ = ["threads"]  # a fixture
@@ -130,29 +130,3 @@ def test_int8_at_the_ends_of_its_range() -> None:
         packed = product.pack(torch.full((1, k), weight, dtype=torch.int8))
         actual = product.linear_int8(codes, one, packed, one, zero, torch.float32, False)
         assert actual.item() == (code - 128) * weight * k
-
-
-def test_what_is_refused() -> None:
-    library = loader.loaded()
-    x, weight, bias = layer(4, 64, 32, torch.float32)
-    packed, out = product.pack(weight), torch.empty(4, 32)
-
-    def code(at: int | None = packed.data_ptr(), rows: int = 4, k: int = 64, dtype: int = 0,
-             threads: int = 1) -> int:  # fmt: skip
-        return library.dit_linear(x.data_ptr(), at, bias.data_ptr(), out.data_ptr(), rows, k, 32,
-                                  dtype, 0, threads)  # fmt: skip
-
-    size = library.dit_packed_bytes
-    assert code() == 0 and size(0, 64, 0) == 0
-    assert code(None) == -1
-    assert code(rows=-1) == code(k=0) == code(rows=1 << 62) == -2
-    assert size(-1, 4, 0) == size(4, 0, 0) == size(1 << 40, 1 << 40, 0) == size(4, 65537, 3) == -2
-    assert code(dtype=2) == code(dtype=3) == code(dtype=-1) == size(4, 4, 2) == -3
-    assert code(threads=0) == -4
-    assert code(packed.data_ptr() + 4) == -5
-    highest = library.dit_isa()
-    library.dit_set_isa(loader.ISAS.index("avx512"))
-    try:
-        assert code() == -6
-    finally:
-        library.dit_set_isa(highest)

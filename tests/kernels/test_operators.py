@@ -154,7 +154,6 @@ def test_torch_export_keeps_operators_with_a_dynamic_batch() -> None:
 # One row for each check of an operator, and for each thing that checks.check looks at.
 BAD: list[tuple[str, dict[str, object], str]] = [
     ("layernorm_modulate", {"x": random(N, D)}, r"^x is .*\(2, 48\) on cpu; .* \(N, T, D\) is"),
-    ("layernorm_modulate", {"x": random(N, 0, D)}, r"^x is .* \(2, 0, 48\)"),
     ("layernorm_modulate", {"x": X.int()}, r"^x is torch.int32 .*; float32, bfloat16, float16 \("),
     ("layernorm_modulate", {"x": X.transpose(1, 2)}, r"^x of strides .* is not contiguous$"),
     ("layernorm_modulate", {"shift": random(3, D)}, r"^shift is .*\(3, 48\) .*\(2, 48\) on cpu"),
@@ -163,25 +162,17 @@ BAD: list[tuple[str, dict[str, object], str]] = [
     ("layernorm_modulate", {"scale": torch.empty(N, D, device="meta")}, r"^scale is .* on meta;"),
     ("layernorm_modulate", {"eps": math.nan}, r"^eps nan is not above 0$"),
     ("gate_residual", {"y": Y.half()}, r"^y is torch.float16 .*; float32 \(2, 5, 48\)"),
-    ("gate_residual", {"gate": random(1, D)}, r"^gate is"),
-    ("gate_residual_layernorm_modulate", {"y": random(N, T, 2 * D)}, r"^y is .*\(2, 5, 96\)"),
     ("attention", {"num_heads": 5}, r"^num_heads 5 is no integer that divides"),
-    ("attention", {"num_heads": 2.0}, r"^num_heads 2.0 is no integer"),
     ("attention", {"num_heads": 4}, r"^head dimension 12: multiples of 8 up to 128"),
     ("attention", {"qkv": random(1, 2, 3 * 136), "num_heads": 1}, r"^head dimension 136"),
     ("groupnorm_silu", {"x": random(N, 8, 4, 4)}, r"^x of strides .* torch.channels_last memory$"),
     ("groupnorm_silu", {"groups": 3}, r"^groups 3 does not divide the 8 channels$"),
-    ("groupnorm_silu", {"weight": random(4)}, r"^weight is torch.float32 \(4,\)"),
-    ("groupnorm_silu", {"eps": 0.0}, r"^eps 0.0 is not above 0$"),
     ("guided_step", {"tokens": random(3, 16, 32)}, r"^tokens has shape \(3, 16, 32\); latents"),
     ("guided_step", {"z": LATENTS[..., :4]}, r"^z is .* \(2, 4, 8, 4\)"),
-    ("guided_step", {"noise": LATENTS[:1]}, r"^noise is"),
     ("guided_step", {"coefficients": torch.zeros(8)}, r"^coefficients is torch.float32 \(8,\)"),
     ("guided_step", {"guided_channels": 5}, r"^guided_channels 5 is out of range"),
     ("guided_step", {"patch_size": 3}, r"^patch_size 3 does not divide the latent side 8$"),
     ("layernorm_modulate_quantize", {"dtype": torch.int16}, r"^dtype torch.int16: choose"),
-    ("quantize_rows", {"dtype": torch.uint8}, r"^dtype torch.uint8: choose torch.int8 or"),
-    ("quantize_rows", {"x": torch.tensor(1.0)}, r"^x is .* \(\)"),
 ]  # fmt: skip
 
 

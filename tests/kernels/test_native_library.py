@@ -66,18 +66,6 @@ print(loader.load.cache_info().currsize, operators.isa())
 
 
 @needs_library
-def test_only_the_c_interface_is_exported() -> None:
-    nm = shutil.which("nm")
-    if nm is None:
-        pytest.skip("no nm")
-    command = [nm, "-D", "--defined-only", str(loader.path())]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    names = {line.split()[-1] for line in listed.splitlines()}
-    assert set(loader.prototypes()) <= names
-    assert all(name.startswith(("dit_", "__asan", "__odr_asan")) for name in names)
-
-
-@needs_library
 def test_another_interface_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unloaded: None
 ) -> None:

@@ -1,6 +1,6 @@
-"""What a machine reaches at best: matrix products and copies, against which kernels are measured.
+"""The highest rates of a machine, in matrix products and copies: kernels are measured against them.
 
-Data are random: a matrix product of zeros draws less power, and runs faster for it.
+Data are random: a matrix product of zeros takes less power, and therefore runs faster.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates of one device: of a large copy, 10^9 bytes read or written per second; by dtype, of a
-    large square product, 10^12 operations per second, or why it is missing."""
+    """Rates of one device: 10^9 bytes read or written per second in a large copy; for each dtype,
+    10^12 operations per second in a large square product, or why that is missing."""
 
     copy_gb_s: float
     matmul_tflop_s: dict[str, float]
@@ -33,7 +33,7 @@ class Ceilings:
     missing: dict[str, str] = field(default_factory=dict)
 
     def better(self, other: Ceilings) -> Ceilings:
-        """The higher rate of each: other load on the machine only ever lowers them."""
+        """The higher of each two rates, because other load on the machine can only lower a rate."""
         rates = {k: max(v, other.matmul_tflop_s.get(k, v)) for k, v in self.matmul_tflop_s.items()}
         return replace(self, copy_gb_s=max(self.copy_gb_s, other.copy_gb_s), matmul_tflop_s=rates)
 
@@ -48,7 +48,7 @@ def measure_ceilings(
 ) -> Ceilings:
     """Medians over ``rounds`` products of size × size matrices and copies of ``copy_mib``.
 
-    A product so slow that ``rounds`` of it would take long gets fewer.
+    A product that is too slow for so many rounds gets fewer.
     """
     cuda = device.type == "cuda"
     size, copy_mib = size or (8192 if cuda else 1024), copy_mib or (2048 if cuda else 256)
@@ -87,7 +87,7 @@ def matmul(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[], 
     if dtype != FP8:
         out = torch.empty(size, size, dtype=dtype, device=device)
         return lambda: torch.mm(a, b, out=out)
-    one, columns = torch.ones((), device=device), b.t()  # the second operand goes by columns
+    one, columns = torch.ones((), device=device), b.t()  # the second operand is column-major
     return lambda: torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         a, columns, one, one, out_dtype=torch.bfloat16, use_fast_accum=FAST_ACCUMULATION
     )

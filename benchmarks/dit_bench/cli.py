@@ -1,6 +1,6 @@
 """``dit-bench``: cost, latency and peers of a Diffusion Transformer on this machine.
 
-Without one of the words of `COMMANDS`, models are measured: ``dit-bench --model XL/2 …``.
+If the first word is none of `COMMANDS`, models are measured: ``dit-bench --model XL/2 …``.
 """
 
 from __future__ import annotations

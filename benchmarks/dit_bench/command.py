@@ -1,6 +1,6 @@
-"""A run of any command, and what becomes of its report.
+"""A run of any command, and the writing of its report.
 
-What ends a run early is raised once everything that was finished is written.
+An exception that ends a run early is raised after everything that was finished is written.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ Fill = Callable[[Progress, Keep], object]
 
 
 def carry_out(report: Report, fill: Fill, arguments: argparse.Namespace) -> int:
-    """Measure, write, and print the tables: all of a command that has no other outputs."""
+    """Measure, write the report, and print its tables: a whole command without other outputs."""
     return finish(report, fill_report(report, fill, arguments), arguments)
 
 
 def fill_report(report: Report, fill: Fill, arguments: argparse.Namespace) -> BaseException | None:
-    """What ended the run early, if anything did. The report so far is kept beside ``--json`` as it
-    grows; where nothing at all was measured, the exception is raised."""
+    """Returns the exception that ended the run early, or None; raises it if nothing was measured.
+    While the report grows, it is kept in a file beside ``--json``."""
     paths = getattr(arguments, "record_paths", False)
     try:
         fill(
             Progress(getattr(arguments, "quiet", False)),
             partial(write_partial, report, arguments.json, paths),
         )
-    except (KeyboardInterrupt, Exception) as error:  # of any kind: what is finished is kept
+    except (KeyboardInterrupt, Exception) as error:  # any exception: what is finished is kept
         if not report["rows"]:
             raise
         report["complete"] = False
@@ -57,9 +57,9 @@ def finish(
     code: int = 0,
     write_more: Callable[[Report], object] = lambda _: None,
 ) -> int:
-    """Write and print the report; the exit code. Raises ``failure`` unless it is an interruption.
+    """Write and print the report; returns the exit code. Raises ``failure`` unless it is Ctrl-C.
 
-    Exit code 1: what was to be measured computes another function, or broke.
+    Exit code 1: a subject of the measurement computes another function, or broke.
     """
     from dit_bench.show.reports import report_tables
     from dit_bench.show.tables import show

@@ -1,10 +1,10 @@
 """A report beside an older one: ratios of times, and which of them are regressions.
 
 A regression is a time that grew by more than the noise of both runs explains: its 5 % quantile lies
-above the old 95 % quantile, and the medians differ by more than `LEAST`. Where one of the two times
-is noisy, or its run was not to be quoted, that is not enough to tell, and only what is far beyond
-any noise is a regression: a 5 % quantile of `FAR` times the old 95 % quantile, or a median of
-`VERY_FAR` times. Times of another machine are shown and not judged.
+above the old 95 % quantile, and the medians differ by more than `LEAST`. If one of the two times is
+noisy, or its run was not to be quoted, a regression must be far beyond any noise: a 5 % quantile of
+`FAR` times the old 95 % quantile, or a median of `VERY_FAR` times the old one. Times of another
+machine are shown, but not judged.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def compare_reports(new: Report, old: Report) -> dict[str, Any]:
-    """JSON-ready: "rows", one for each time that both have, "notes" on what the machines differ in,
-    and "lost": what had a time and has none now, being wrong, not run or left out.
+    """JSON-ready: "rows", one for each time that both have; "notes" on how the machines differ; and
+    "lost": contenders with an old time but no new one, because they are wrong, not run or left out.
 
     A row holds the section, case and contender, both medians, "ratio" (new over old) and "verdict":
     "regression", "quicker", "no difference shown", "noisy" or "another machine".
 
-    Raises ValueError where the reports have nothing in common.
+    Raises ValueError if the reports have no time in common.
     """
 
     def by_key(rows: Iterable[Row]) -> dict[tuple[Any, ...], Row]:
@@ -86,9 +86,9 @@ def compare_reports(new: Report, old: Report) -> dict[str, Any]:
 
 
 def exit_code(comparison: dict[str, Any], strict: bool = False) -> int:
-    """1 for a regression, `NOISY` where something could not be judged for noise, else 0.
+    """1 for a regression, `NOISY` if some time was too noisy to judge, else 0.
 
-    strict: 1 for everything that was not judged: on another machine, lost, or interrupted too.
+    strict: also 1 for everything that was not judged: on another machine, lost, or interrupted.
     """
     verdicts = {row["verdict"] for row in comparison["rows"]}
     unjudged = verdicts & {"noisy", "another machine"} or comparison["lost"]
@@ -98,9 +98,9 @@ def exit_code(comparison: dict[str, Any], strict: bool = False) -> int:
 
 
 def _verdict(new: Row, old: Row, ratio: float, sure: bool) -> str:
-    if new["ms"] == old["ms"]:  # a run beside itself
+    if new["ms"] == old["ms"]:  # the same run
         return "no difference shown"
-    # The median stands for both ends where a report has no others.
+    # The median serves for both quantiles if a report has none.
     (low, high), (old_low, old_high) = (
         (ms.get("p5", ms["median"]), ms.get("p95", ms["median"])) for ms in (new["ms"], old["ms"])
     )

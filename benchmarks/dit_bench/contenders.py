@@ -1,7 +1,7 @@
 """Contenders: who does a piece of work, and the check that each must pass before it is timed.
 
-The reference is eager torch in float32 on the same weights and inputs. What is not installed or
-cannot run here is skipped and named with the reason; what computes another function is not timed.
+The reference is eager torch in float32 on the same weights and inputs. A contender that cannot run
+here is skipped and named with the reason; one that computes another function is not timed.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ LIBRARIES = ("diffusers", "openvino", "unet")
 FORMS = ("compile frozen", "compile blocks", "autotune", "graph")
 """Other ways to run the reference model, which the CPU and GPU runs add (`dit_bench.peers`)."""
 
-# Relative errors (‖a − b‖ / ‖b‖) against float32 eager. In bf16 the order of rounding is each
-# contender's own, so its bound is a multiple of what bf16 eager is off by.
+# Relative errors (‖a − b‖ / ‖b‖) against float32 eager. In bf16 each contender
+# rounds in its own order, so its bound is a multiple of the error of bf16 eager.
 FP32_BOUND = 1e-4
 BF16_TIMES_EAGER = 4.0
 INT8_BOUND = 0.1
@@ -44,10 +44,10 @@ class Contender:
     """``build`` makes the function that is timed.
 
     Attributes:
-        role: as in a report (`dit_bench.report`); of a part of the work or another network, nothing
-            is known that its result could be compared with.
-        precision: what its numbers are in.
-        check: result → (error, bound), in place of the comparison with what is expected.
+        role: as in a report (`dit_bench.report`). There is nothing with which the result of a part
+            of the work, or of another network, could be compared.
+        precision: of its numbers.
+        check: result → (error, bound), in place of the comparison with the expected result.
         flops: of one call, one multiply-add counted as two.
         weight_bytes: of one pass over the weights that every call needs.
     """
@@ -63,9 +63,9 @@ class Contender:
 
 @dataclass
 class Built:
-    """The contenders that may be timed, and what became of each one: "setup_s", "first_call_s",
-    "error" and "bound", and why it was left out ("reason"). On CUDA also "built_mib", which its
-    building took, and "peak_mib", the most until its first call ended."""
+    """The contenders that may be timed, and a record of each: "setup_s", "first_call_s", "error",
+    "bound", and why it was left out ("reason"). On CUDA also the memory: "built_mib" that its
+    building took, and "peak_mib", the peak up to the end of its first call."""
 
     functions: dict[str, Function] = field(default_factory=dict)
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -78,7 +78,7 @@ def build(
     log: Callable[[str], object] = print,
     device: torch.device = CPU,
 ) -> Built:
-    """Build each contender and compare its first result with ``expected``, or as it asks.
+    """Build each contender and compare its first result with ``expected``, or by its ``check``.
 
     OpenVINO goes first, because its conversion needs the most memory.
 
@@ -90,7 +90,7 @@ def build(
         try:
             with torch.inference_mode():
                 function, output, found = _built(contender, device)
-        # What a contender raises where it cannot run; anything else is a fault of this program.
+        # Raised by a contender that cannot run here. Other exceptions are faults of this program.
         except (ImportError, ValueError, RuntimeError, OSError, MemoryError) as error:
             record["reason"] = one_line(error)[:200] or type(error).__name__
             log(f"  {contender.name}: skipped: {record['reason']}")
@@ -115,7 +115,7 @@ def build(
 
 
 def _built(contender: Contender, device: torch.device) -> tuple[Function, Any, dict[str, float]]:
-    """The function, the result of its first call, and what both cost."""
+    """The function, the result of its first call, and what building and calling it cost."""
     cuda, start = device.type == "cuda", time.perf_counter()
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
@@ -146,7 +146,7 @@ def allowed_error(precision: str, bf16_error: float) -> float:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖ in float64. Raises ValueError where the shapes differ."""
+    """‖actual − expected‖ / ‖expected‖ in float64. Raises ValueError if the shapes differ."""
     if actual.shape != expected.shape:
         raise ValueError(f"shapes {tuple(actual.shape)} and {tuple(expected.shape)} differ")
     a, b = actual.double(), expected.double()
@@ -156,7 +156,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def parse_peers(text: str, precision: str) -> list[Name]:
     """ "diffusers,onnxruntime/fp32" → names with their precisions, ``precision`` unless given.
 
-    Where that one is quantised, peers have the precision of its activations. Raises ValueError.
+    If ``precision`` is quantised, peers have that of its activations. Raises ValueError.
     """
     usual = "bf16" if precision in ("int8", "fp8") else precision
     found: dict[Name, None] = {}
@@ -175,8 +175,8 @@ def parse_peers(text: str, precision: str) -> list[Name]:
 
 
 def check_backend(name: str, precision: str, device: torch.device) -> None:
-    """Raise what the backend says of this machine before a large model is made for it, without the
-    warnings, which it will repeat for the model itself."""
+    """Raise the backend's error if it cannot run here, before a large model is made for it. Its
+    warnings are dropped, because it repeats them for that model."""
     with torch.device("meta"):
         model = DiT(ModelConfig(1, 64, 1, 2, 8, num_classes=1)).eval().requires_grad_(False)
     try:
@@ -185,10 +185,10 @@ def check_backend(name: str, precision: str, device: torch.device) -> None:
             create_backend(name, model, precision, device)
     except (BackendUnavailable, ImportError, ValueError, OSError):
         raise
-    except Exception:  # it came as far as the weights, of which this model has none
+    except Exception:  # it got as far as the weights, and this model has none
         return
 
 
 def float_dtype(precision: str) -> torch.dtype:
-    """The dtype of the activations: bfloat16 among quantised products."""
+    """The dtype of the activations: bfloat16 between quantised products."""
     return {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)

@@ -1,7 +1,7 @@
 """Parameters and arithmetic of networks, and ``dit-bench gflops``: the paper's table beside ours.
 
-A MAC is one multiply-add of a matrix product or convolution: what the DiT paper (Peebles & Xie
-2022, arXiv 2212.09748) calls a flop, so that its "118.6 Gflops" for XL/2 are GMACs. True FLOPs are
+A MAC is one multiply-add of a matrix product or convolution. The DiT paper (Peebles & Xie 2022,
+arXiv 2212.09748) calls this a flop, so its "118.6 Gflops" for XL/2 are GMACs. True FLOPs are
 twice that. Elementwise work (norms, activations, softmax, modulation, biases) is not counted.
 
 A DiT's cost follows from a formula, which torch's operator counting confirms; other networks are
@@ -49,14 +49,14 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a network or a part of one, for one image and one forward pass."""
+    """The cost of a network or a part of one, for one image and one forward pass."""
 
     parameters: int = 0
     macs: int = 0
 
     @property
     def flops(self) -> int:
-        """Additions and multiplications counted apart."""
+        """Additions and multiplications, each counted as one."""
         return 2 * self.macs
 
     def __add__(self, other: Cost) -> Cost:
@@ -100,23 +100,23 @@ def dit_cost(config: ModelConfig) -> dict[str, Cost]:
 
 def needed_weights(config: ModelConfig) -> int:
     """Parameters that every forward must read. Those of the conditioning, a third of the model, are
-    left out: a sampler may compute it before its loop. They would flatter whoever never reads them.
+    left out, because a sampler may compute it before its loop and then never reads them.
     """
     hoisted = ("conditioning", "adaln")
     return sum(p.parameters for name, p in dit_cost(config).items() if name not in hoisted)
 
 
 def counted(module: nn.Module, run: Callable[[], object]) -> Cost:
-    """The parameters of ``module``, and by torch's count what ``run`` computes of one image."""
+    """The parameters of ``module``, and torch's count of what ``run`` computes for one image."""
     with FlopCounterMode(display=False) as counter:
         run()
     return Cost(sum(p.numel() for p in module.parameters()), counter.get_total_flops() // 2)
 
 
 def model_record(config: ModelConfig) -> dict[str, Any]:
-    """Costs as JSON, by part and in all, of one image and one forward.
+    """Costs as JSON, by part and in all, for one image and one forward.
 
-    Raises AssertionError where formula and counter differ.
+    Raises AssertionError if formula and counter differ.
     """
     costs = dit_cost(config)
     costs["attention"] = costs["attention_linear"] + costs["attention_core"]
@@ -146,7 +146,7 @@ def _record(cost: Cost, seen: Cost | None = None) -> dict[str, Any]:
 
 
 def make_unet() -> Any:
-    """(latents (N, 3, 64, 64), time steps (N,), encoder_hidden_states=(N, 1, 512)) → latents.
+    """LDM-4: latents (N, 3, 64, 64), time steps (N,), encoder_hidden_states (N, 1, 512) → latents.
 
     Its published configuration in diffusers' UNet2DConditionModel, with random weights.
     """
@@ -169,7 +169,7 @@ def make_unet() -> Any:
 
 @functools.cache
 def unet_cost() -> Cost:
-    """Of the U-Net, without the table of its classes. Raises ImportError without diffusers."""
+    """The U-Net's cost without its table of classes. Raises ImportError without diffusers."""
     with torch.device("meta"):
         unet = make_unet().requires_grad_(False)
         x, t, context = torch.empty(1, *UNET_SHAPE), torch.empty(1), torch.empty(1, 1, CONTEXT)
@@ -177,7 +177,7 @@ def unet_cost() -> Cost:
 
 
 def gflops_report(sizes: tuple[int, ...] = SIZES) -> Report:
-    """What is published (None where nothing is), our formula and torch's count."""
+    """The published cost (None if there is none), our formula and torch's count."""
     report = new_report("gflops", describe(torch.device("cpu")), {"source": SOURCE})
     rows = report["rows"]
     for size in sizes:

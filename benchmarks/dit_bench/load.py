@@ -1,4 +1,4 @@
-"""What other programs did with the processors while times were taken, and what follows from it."""
+"""How much other programs used the processors during a measurement, and what follows from it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _LEAST_S = 1.0  # the system counts in hundredths of a second: a shorter time is
 
 
 class OtherLoad:
-    """Processors that others kept busy: ``last`` in the last block of `sampled`, ``mean`` in all of
-    them; None for less than a second or where the system does not tell.
+    """Processors that others kept busy: ``last`` in the last block of `sampled`, ``mean`` in all
+    blocks; None for less than a second or if the system does not tell.
 
-    known: False where another process works for this one, as a server does.
+    known: False if another process works for this one, as a server does.
     """
 
     def __init__(self, stat: Path = Path("/proc/stat"), known: bool = True) -> None:
@@ -42,7 +42,7 @@ class OtherLoad:
         finally:
             wall, own, busy = (b - a for a, b in zip(before, self._seconds(), strict=True))
             self.last = None
-            # In a sandbox the system's file may hold nothing but zeros.
+            # In a sandbox the system's file may hold only zeros.
             if self._known and wall > 0 and busy >= own / 2:
                 others = max(0.0, busy - own)
                 self._others += others
@@ -50,7 +50,7 @@ class OtherLoad:
                 self.last = others / wall if wall >= _LEAST_S else None
 
     def _seconds(self) -> tuple[float, float, float]:
-        """On the clock; of this process and its children; of all processors, or NaN."""
+        """Seconds of the clock, of this process with its children, of all processors (or NaN)."""
         busy = busy_seconds(stat=self._stat)
         return time.perf_counter(), sum(os.times()[:4]), float("nan") if busy is None else busy
 
@@ -58,7 +58,7 @@ class OtherLoad:
 def not_quoted(report: dict[str, Any]) -> str | None:
     """Why the times of ``report`` are not to be quoted, to follow "the machine was"; else None.
 
-    What was seen during the run counts; the load average before it only where nothing was seen.
+    The load during the run counts; if that is unknown, the load average before the run does.
     """
     others, load = report.get("other_load"), report.get("load_average")
     if others is not None:
@@ -68,7 +68,7 @@ def not_quoted(report: dict[str, Any]) -> str | None:
 
 
 def busy_row(row: dict[str, Any]) -> bool:
-    """Whether others were seen at work while this one part of a run was timed."""
+    """Whether other programs worked while this row was timed."""
     return (row.get("other_load") or 0) > OTHERS
 
 

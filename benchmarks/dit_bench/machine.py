@@ -1,4 +1,4 @@
-"""What a measurement ran on."""
+"""The machine and the versions of a measurement."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def versions() -> dict[str, str]:
 
 
 def instruction_sets(cpuinfo: str | None = None) -> list[str]:
-    """Those of `INSTRUCTIONS` that the processor has; none where the system does not tell."""
+    """The `INSTRUCTIONS` that the processor has; none if the system does not tell."""
     flags = _facts(cpuinfo).get("flags", "").split()
     return [name for name in INSTRUCTIONS if name in flags]
 
@@ -104,7 +104,7 @@ def cpu_model(cpuinfo: str | None = None) -> str:
 
 
 def processor(cpuinfo: str | None = None) -> str:
-    """`cpu_model`; where it has no model number, as in clouds, with what distinguishes the
+    """`cpu_model`; if it has no model number, as in clouds, with the numbers that distinguish
     generations: "AMD EPYC" → "AMD EPYC (family 25, model 17)"."""
     name, facts = cpu_model(cpuinfo), _facts(cpuinfo)
     known = {"cpu family": "family", "model": "model", "CPU part": "part"}
@@ -113,7 +113,7 @@ def processor(cpuinfo: str | None = None) -> str:
 
 
 def same_processor(one: Any, other: Any) -> bool:
-    """Whether two names may be of one processor. Older reports have names without family and model,
+    """Whether two names may mean one processor. Older reports have names without family and model,
     or with the generation behind them, as in "AMD EPYC (family 25, model 17: Zen 4)"."""
     (a, more), (b, other_more) = (
         re.fullmatch(r"(.*?)(?: \(((?:family|part)[^():]*).*\))?", str(name), re.DOTALL).groups()  # pyright: ignore[reportOptionalMemberAccess]
@@ -129,7 +129,7 @@ def slug(name: str) -> str:
 
 
 def _facts(cpuinfo: str | None) -> dict[str, str]:
-    """What /proc/cpuinfo says of the first processor."""
+    """What /proc/cpuinfo says about the first processor."""
     if cpuinfo is None:
         there = _CPUINFO.exists()
         cpuinfo = _CPUINFO.read_text(encoding="utf-8", errors="replace") if there else ""
@@ -138,7 +138,7 @@ def _facts(cpuinfo: str | None) -> dict[str, str]:
 
 
 def describe_cuda(device: torch.device) -> dict[str, Any]:
-    """The CUDA device; None for what neither torch nor nvidia-smi tells."""
+    """The facts about a CUDA device; None for what neither torch nor nvidia-smi tells."""
     properties = torch.cuda.get_device_properties(device)
     found: dict[str, Any] = {
         "compute_capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
@@ -150,7 +150,7 @@ def describe_cuda(device: torch.device) -> dict[str, Any]:
     }
     command = ["nvidia-smi", f"--query-gpu={','.join(_GPU_STATE)}", "--format=csv,noheader,nounits"]
     if (uuid := getattr(properties, "uuid", None)) is not None:
-        # Not by number: the devices that torch sees may be others.
+        # Not by number: torch may number the devices in another way.
         command.append(f"--id=GPU-{str(uuid).removeprefix('GPU-')}")
     answers: list[str] = []
     with suppress(OSError, subprocess.SubprocessError):
@@ -161,12 +161,12 @@ def describe_cuda(device: torch.device) -> dict[str, Any]:
 
 
 def load_average() -> float | None:
-    """The load average of the last minute; None where the system does not tell."""
+    """The load average of the last minute; None if the system does not tell."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def settle(log: Callable[[str], object], longest: float = SETTLE_S) -> None:
-    """Wait until the load average is an idle machine's, but no longer than ``longest`` seconds."""
+    """Wait until the load average is that of an idle machine, at most ``longest`` seconds."""
     if (load_average() or 0) > BUSY:
         log(f"waiting for a load average of at most {BUSY}, {longest:.0f} s at most")
     waited = 0.0

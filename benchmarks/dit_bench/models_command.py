@@ -1,4 +1,4 @@
-"""``dit-bench --model …``: its options, the plan that they make, and the run."""
+"""``dit-bench --model …``: its options, the plan that follows from them, and the run."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
-    """Every option checked, before any work. Raises ValueError, BackendUnavailable, ImportError."""
+    """Check every option before any work. Raises ValueError, BackendUnavailable or ImportError."""
     if not arguments.models:
         raise ValueError("--model is missing: a published size such as XL/2, 'builtin' or a path")
     for name in arguments.models:

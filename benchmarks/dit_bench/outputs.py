@@ -1,4 +1,4 @@
-"""What a run writes: text, JSON and CSV, each file whole or not there at all."""
+"""What a run writes: text, JSON and CSV, each file whole or not at all."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the l
 
 
 def check_outputs(paths: Iterable[Path | None]) -> None:
-    """Raise OSError for a file that could not be written, and ValueError where two outputs would go
-    to the same place, before the long run."""
+    """Before the long run: raise OSError for a file that cannot be written, and ValueError if two
+    outputs would go to the same place."""
     given = [path for path in paths if path is not None]
     for i, path in enumerate(given):
         if path in given[:i]:
@@ -38,7 +38,7 @@ def check_outputs(paths: Iterable[Path | None]) -> None:
 
 
 def check_folder(path: Path | None) -> None:
-    """Raise a one-line ValueError or OSError for a folder that could not be written into."""
+    """Raise a one-line ValueError or OSError for a folder that cannot be written into."""
     if path is None:
         return
     picture = path.suffix.lower() in (".png", ".svg", ".pdf", ".jpg")
@@ -62,7 +62,7 @@ def json_text(value: Any) -> str:
 
 
 def finite(value: Any) -> Any:
-    """``value`` with None for every NaN and infinity in it, which JSON does not have."""
+    """``value`` with None for every NaN and infinity in it, because JSON has neither."""
     if isinstance(value, dict):
         return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

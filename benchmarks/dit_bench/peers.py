@@ -30,8 +30,8 @@ CLASSES = 1000  # of the U-Net
 def compiled(module: DiT, form: str, *inputs: Tensor) -> Forward:
     """torch.compile of the reference model for this one shape, which is its best case.
 
-    form: "compile"; "compile frozen", whose weights are constants, which the compiler packs as lean
-    does; "autotune", with timed candidates and CUDA graphs, whose result the next call overwrites;
+    form: "compile"; "compile frozen", with constant weights, which the compiler packs as lean does;
+    "autotune", with timed candidates and CUDA graphs (the next call overwrites the result); or
     "compile blocks", see `compiled_blocks`.
     """
     if form == "compile blocks":
@@ -51,9 +51,9 @@ def compiled(module: DiT, form: str, *inputs: Tensor) -> Forward:
 
 
 def compiled_blocks(model: DiT) -> Forward:
-    """The model with its repeated block under torch.compile, as diffusers'
-    ``compile_repeated_blocks`` has it: one compilation serves all blocks, where that of a whole
-    XL/2 takes a minute. What lies around the blocks runs eagerly."""
+    """The model with its repeated block under torch.compile, as in diffusers'
+    ``compile_repeated_blocks``: one compilation serves all blocks, while that of a whole XL/2 takes
+    a minute. Everything around the blocks runs eagerly."""
 
     def run(block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
         return block(x, c)
@@ -65,8 +65,8 @@ def compiled_blocks(model: DiT) -> Forward:
 
 
 def graphed(module: Callable[..., Tensor], *inputs: Tensor) -> Function:
-    """Replays a CUDA graph of the eager forward, which takes the launches out: what a plain model
-    could reach at best."""
+    """Replays a CUDA graph of the eager forward, which takes the launches out: the best time that a
+    plain model could reach."""
     stream = torch.cuda.Stream(inputs[0].device)
     graph, result = capture_graph(lambda: module(*inputs).float(), stream)
 
@@ -80,7 +80,7 @@ def graphed(module: Callable[..., Tensor], *inputs: Tensor) -> Function:
 def diffusers_transformer(model: DiT) -> Any:
     """diffusers' DiTTransformer2DModel on the tensors of ``model``, which it shares.
 
-    Raises ImportError without diffusers, ValueError for numerics that it does not compute.
+    Raises ImportError without diffusers, ValueError for numerics that diffusers does not compute.
     """
     config = model.config
     if config.numerics != "diffusers":
@@ -102,7 +102,7 @@ def diffusers_transformer(model: DiT) -> Any:
 
 
 def diffusers_state(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """diffusers' state dict of an official one, without copies: q, k and v are views of qkv."""
+    """The official state dict → diffusers', without copies: q, k and v are views of qkv."""
     theirs: dict[str, Tensor] = {}
     for official, names in official_to_diffusers(depth):
         theirs |= zip(names, state[official].chunk(len(names)), strict=True)
@@ -153,11 +153,11 @@ class Method(nn.Module):
 
 @functools.cache
 def openvino_core() -> Any:
-    """OpenVINO's one Core of this process, which is never given up.
+    """OpenVINO's one Core of this process, which is never deleted.
 
-    The CPU plugin of each Core sets the thread's stack for signals, and puts back what it found
-    when it goes. Two that go in another order than they came leave memory there that is freed, and
-    the process dies of the next Ctrl-C.
+    The CPU plugin of each Core sets the thread's stack for signals, and restores the earlier one
+    when the Core is deleted. Two Cores that are not deleted in reverse order leave freed memory as
+    the stack, and the process dies at the next Ctrl-C.
     """
     import openvino  # pyright: ignore[reportMissingImports]
 
@@ -167,10 +167,10 @@ def openvino_core() -> Any:
 def openvino_function(
     module: nn.Module, arguments: tuple[Tensor, ...], precision: str, threads: int
 ) -> Function:
-    """``module`` (float32) for these very shapes under OpenVINO's CPU plugin.
+    """``module`` (float32) for exactly these shapes under OpenVINO's CPU plugin.
 
-    Raises ImportError without openvino, ValueError for other precisions, RuntimeError where it
-    would run in another precision.
+    Raises ImportError without openvino, ValueError for an unknown precision, RuntimeError if
+    OpenVINO would run in another one.
     """
     if arguments[0].device.type != "cpu":
         raise ValueError("OpenVINO runs on the CPU here")
@@ -202,8 +202,8 @@ def openvino_function(
 
 def unet_forward(images: int, device: torch.device, dtype: torch.dtype) -> Function:
     """The U-Net on random latents and classes of N images, in eager torch with channels-last
-    weights, with which its convolutions are quicker. Raises RuntimeError for a result that is not
-    finite, which is all that there is to check."""
+    weights, which make its convolutions quicker. Raises RuntimeError for a result that is not
+    finite; nothing else can be checked."""
     draw = torch.Generator().manual_seed(images)
     latents = torch.randn(images, *UNET_SHAPE, generator=draw).to(device)
     y = torch.randint(CLASSES, (images,), generator=draw).to(device)

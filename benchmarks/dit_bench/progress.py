@@ -2,7 +2,7 @@
 
 The first Ctrl-C only sets a flag: the round that is being timed is finished, and what was measured
 is kept. (An exception raised from a signal handler can crash CPython 3.11 once torch.compile has
-run.) A second one stops the program where it stands.
+run.) A second one stops the program at once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Progress:
         try:
             yield
         finally:
-            # Drawn before its delay, by a description or a line above it, tqdm's close leaves it.
+            # tqdm's close leaves a bar that was drawn early, for a description or a line above.
             self._bar.clear()
             self._bar.close()
             self._bar = None
@@ -55,7 +55,7 @@ class Progress:
                 signal.signal(each, handler)
 
     def stage(self, name: str) -> None:
-        """A new stage begins. Raises KeyboardInterrupt where one was asked for."""
+        """Begin a new stage. Raises KeyboardInterrupt if Ctrl-C was pressed."""
         self.check()
         if self._bar is not None:
             self._bar.set_description(name)
@@ -69,16 +69,16 @@ class Progress:
             raise KeyboardInterrupt
 
     def say(self, text: str) -> None:
-        """A line above the bars."""
+        """Print a line above the bars."""
         from tqdm import tqdm
 
         if not self.quiet:
             tqdm.write(printable(text), sys.stderr)
 
     def rounds(self, seconds: float) -> Callable[[], bool]:
-        """``go_on`` for `dit_bench.timing.interleave`: False after so many seconds and
-        `LEAST_ROUNDS`, where another round as long as those before would end after `LONGEST` times
-        the seconds, or when the run was interrupted."""
+        """``go_on`` for `dit_bench.timing.interleave`. It gives False after ``seconds`` and
+        `LEAST_ROUNDS` rounds; if another round, as long as those before, would end after `LONGEST`
+        times the seconds; or when the run was interrupted."""
         start, done = time.perf_counter(), 0
 
         def go_on() -> bool:

@@ -1,15 +1,15 @@
-"""The one report: what every measurement writes as JSON, and what tables, figures and pages show.
+"""The report: every measurement writes it as JSON, and tables, figures and pages show it.
 
-A report is an object with the keys of `SCHEMA`. What was measured is its "rows", and every row has
+A report is an object with the keys of `SCHEMA`. Its "rows" are the measurements. Every row has
 
 - "section": what was done, one of `SECTIONS`, which also lists what rows of that section hold;
-- "case": on what, for people, such as "XL/2, batch 2" or "attention N=2 T=256 H=16 d=72";
-- "contender": who did it, such as "lean bf16", "openvino bf16" or, of an operator, "native";
+- "case": what it was done on, as text, such as "XL/2, batch 2" or "attention N=2 T=256 H=16 d=72";
+- "contender": what did it, such as "lean bf16", "openvino bf16" or, of an operator, "native";
 - "role": "subject" is what the run is about, "peer" is what it is compared with, "other network"
   computes another function, and "part" is a part of the work that is timed by itself;
-- "status": "ok"; "wrong" (its result is not right, so it was not timed); "skipped" (it cannot run
-  here, or no time was left); "failed" (it broke); "late" (the run had to be ended). All but "ok"
-  have a "reason".
+- "status": "ok"; "wrong" (its result is wrong, so it was not timed); "skipped" (it cannot run here,
+  or no time was left); "failed" (it broke); "late" (the run had to be ended). Each status except
+  "ok" has a "reason".
 
 A time is "ms": milliseconds of one call, as quantiles over rounds. "ratio" holds the quantiles of
 the time over the subject's time in the same round. "error" is relative, against float32 eager
@@ -118,8 +118,8 @@ SCHEMA: Schema = {
     },
     "rows[].ms": {"median": "positive", **_all("p5? p95?", "positive"), "n?": "count"},
     "rows[].ratio": _all("p5 median p95", "number"),
-    "rows[].speedup_over": {"<text>": "number"},  # contender → how many times as quick as it
-    # Where the time of a forward goes: "ms" is the forward's, "operators_ms" that of each alone.
+    "rows[].speedup_over": {"<text>": "number"},  # contender → its time over this one's
+    # The parts of a forward's time: "ms" is the forward's, "operators_ms" that of each part alone.
     "rows[].shares[]": {"part": "text", "ms": "number", "share": "number"},
     "rows[].operators_ms": {"<text>": "number"},
     # Resident bytes of a lean forward; "value" is the peak over what is needed.
@@ -172,7 +172,7 @@ SECTIONS: Mapping[str, str] = {
 def new_report(
     kind: str, machine: Mapping[str, Any], settings: Mapping[str, Any], command: Sequence[str] = ()
 ) -> Report:
-    """A report with nothing measured yet. ``machine`` is `dit_bench.machine.describe`'s."""
+    """A report without rows. ``machine`` is what `dit_bench.machine.describe` returns."""
     return {
         "schema": VERSION, "kind": kind,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -182,9 +182,9 @@ def new_report(
 
 
 def read(path: Path, *kinds: str) -> Report:
-    """The report in a JSON file, of one of ``kinds`` where some are given.
+    """The report in a JSON file, whose kind must be one of ``kinds`` if any are given.
 
-    Raises ValueError, which names the file, for everything else, and OSError.
+    Raises ValueError, which names the file, for any other file, and OSError.
     """
     try:
         report = read_json_value(path, pipe=True)
@@ -215,14 +215,14 @@ def validate(report: Any) -> None:
 def write(report: Report, path: Path | None, paths: bool = False) -> None:
     """Write a report as JSON to ``path``, to standard output for "-", nowhere for None.
 
-    The file is whole or not there at all. paths: keep whole paths of files, not only their names.
+    The file is written whole or not at all. paths: keep whole paths of files, not only their names.
     """
     if path is not None:
         write_text(json_text(finite(report if paths else without_paths(report))), path)
 
 
 def write_partial(report: Report, path: Path | None, paths: bool = False) -> None:
-    """Keep what is measured so far as <name>.partial, so that it is there however the run ends."""
+    """Write the rows so far to <name>.partial, so that they are kept however the run ends."""
     if path is not None and path != STDOUT:
         write({**report, "complete": False}, partial_path(path), paths)
 

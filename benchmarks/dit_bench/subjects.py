@@ -22,7 +22,7 @@ _SIZE = re.compile(r"(?:DiT-)?[A-Za-z]{1,3}[/-]\d+")
 class Subject:
     """A float32 model on the CPU, and the VAE that belongs to it.
 
-    weights: "random", or where they came from. size: pixels along a side, where that is known.
+    weights: "random", or where they came from. size: pixels along a side, if known.
     """
 
     name: str
@@ -39,7 +39,7 @@ def load_subject(
     """The model called ``name``: one of the twelve published sizes ("XL/2"), or what
     `Engine.from_pretrained` takes. Raises ValueError or OSError for a bad name or checkpoint.
 
-    size: pixels along a side, of a published size only; None is 256. vae: weights of another VAE
+    size: pixels along a side, only for a published size; None is 256. vae: weights of another VAE
     than the model's own. with_vae: whether a published size gets Stable Diffusion's (random) VAE.
     """
     from dit_engine.checkpoint import build_model, build_vae, load_checkpoint
@@ -60,7 +60,7 @@ def load_subject(
 
 
 def check_name(name: str, size: int | None = None, vae: str | None = None) -> None:
-    """Raise what is wrong with the name and its options, before any work."""
+    """Raise ValueError or OSError if the name or its options are wrong, before any work."""
     if _is_size(name):
         ModelConfig.named(name, size or 256)
         if vae is not None:
@@ -80,7 +80,7 @@ def _is_size(name: str) -> bool:
 
 
 def in_numerics(model: DiT, numerics: str) -> DiT:
-    """``model`` itself if it computes in ``numerics``, else a twin that does, on its tensors."""
+    """``model`` itself if its numerics are these, else a module of these on its tensors."""
     from dit_engine.checkpoint.convert import with_numerics
 
     config = with_numerics(model.config, numerics)
@@ -111,7 +111,7 @@ def random_vae(config: VAEConfig) -> AutoencoderKL:
 
 
 def _randomised(module: M) -> M:
-    """With random weights, adaLN's too (at their initial zeros every block is the identity).
+    """The module with random weights, adaLN's too (with their initial zeros, blocks do nothing).
 
     Embedders are large, so that a wrong time step or label shows above the rounding of bf16.
     """

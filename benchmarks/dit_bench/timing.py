@@ -1,8 +1,8 @@
 """Timing of alternatives side by side, on the CPU by the wall clock and on CUDA by events.
 
-In every round each function is visited once, in another order, so that a change of clock or of
-load meets all of them. A ratio is taken within a round, where both sides had the same conditions,
-and only then summarised.
+In every round each function is visited once, in another order each time, so that a change of clock
+or load affects all of them. A ratio is taken within a round, in which both sides had the same
+conditions; the ratios are then summarised.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ measure how long Python takes to start a kernel that runs for microseconds."""
 
 
 class Budget:
-    """So many seconds from now on. Work is not begun without time for it, and what has begun is not
-    cut short: an exception from a signal handler crashes CPython 3.11 after torch.compile has run.
+    """A number of seconds from now on. Work is not begun without time for it; begun work is
+    not cut short: after torch.compile, an exception in a signal handler crashes CPython 3.11.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -59,7 +59,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Raises IndexError for no values."""
+    """The spread of these values. Raises IndexError if there are none."""
     p5, median, p95 = np.quantile(values, (0.05, 0.5, 0.95)).tolist()
     return Spread(p5, median, p95, len(values))
 
@@ -84,18 +84,18 @@ def interleave(
 ) -> dict[Key, list[float]]:
     """Milliseconds of one call of each function: one sample per round, in the rounds' order.
 
-    A visit on the CPU calls until ``visit_ms`` have passed and records the median, without the
-    first call unless that fills the visit by itself; with 0 it is a single call. A short function
-    thus meets the caches as it leaves them, which is how the steps of a sampler follow each other.
+    A visit on the CPU calls until ``visit_ms`` have passed and records the median. The first call
+    is left out unless it fills the visit alone; with 0 there is only one call. A short function
+    thus finds the caches as its own last call left them, as the steps of a sampler do.
     A sample on CUDA is the device's time between two events around one call, with cold caches.
 
     Args:
         rounds: the largest number of rounds.
         warmup: calls of each before the first round.
-        seconds: no new round begins after so long, warm-up not counted; the first always runs.
-        go_on: asked before every round but the first: none follows where it says no.
+        seconds: no new round begins after this time (without warm-up); the first always runs.
+        go_on: called before every round except the first; False ends the measurement.
         clock: seconds, for CPU samples and for ``seconds``.
-        visit: name → milliseconds, in place of the CPU's visit that is described here.
+        visit: name → milliseconds, in place of the CPU's visit that is described above.
     """
     device = torch.device(device)
     cuda = device.type == "cuda"

@@ -3,7 +3,7 @@
 The held-out avatars of each class are split into two halves, A and B. Three sets are measured by
 their FD-Lite0 distance to B:
 
-- floor: A itself. Real images against real ones show what a limited N costs.
+- floor: A itself. Real images against real ones show the distance that comes from a limited N.
 - vae_reconstruction: A after the VAE's encoder and decoder. No DiT could do better.
 - generated: the model's images, as many of each class as B has.
 
@@ -91,7 +91,7 @@ def recognised(
 def compare(
     halves: Halves, reconstructions: Features, generated: Features, *, allow_few: bool = False
 ) -> list[Row]:
-    """Rows of every distance with its two N, and of the fractions recognised, in all and by class.
+    """Rows of every distance with its two N, and of the recognised fractions, in all and by class.
 
     The rows of ``generated`` must have the labels of ``halves``.
     """
@@ -118,7 +118,7 @@ def compare(
 
 
 def reconstruct(images: Images, vae: AutoencoderKL, batch_size: int = 16) -> Images:
-    """Images uint8 (N, S, S, 3) through the encoder (its mean) and the decoder, as uint8 again."""
+    """Images uint8 (N, S, S, 3) → the same after the encoder (its mean) and the decoder, uint8."""
     from dit_engine.decode import to_uint8
 
     vae = copy.deepcopy(vae).float()  # the stored weights may be in half precision
@@ -145,7 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     from dit_engine.engine import Engine
     from dit_engine.training.avatars import CLASSES
 

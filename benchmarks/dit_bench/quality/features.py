@@ -52,7 +52,7 @@ class FeatureNetwork:
     record: dict[str, str] = field(default_factory=dict)
 
     def pooled(self, images: Images, description: str) -> Features:
-        """Pooled features (N, D) of many images, under a progress bar of that description."""
+        """Pooled features (N, D) of many images, with a progress bar that shows ``description``."""
         starts = Bar(range(0, len(images), _CHUNK), description, delay=0.5)
         return np.concatenate([self.extract(images[i : i + _CHUNK]).pooled for i in starts])
 
@@ -63,8 +63,8 @@ class FeatureNetwork:
         quiet: bool = False,
         check: Callable[[], object] = lambda: None,
     ) -> Extracted:
-        """Features of all images of a set, mapped from temporary files (of Inception, 20 KB per
-        image), so that N does not affect the memory.
+        """Features of all images of a set, mapped from temporary files (for Inception, 20 KB per
+        image), so that memory does not grow with N.
 
         quiet: no progress bar. check: called after every batch; it may raise KeyboardInterrupt.
         """
@@ -88,7 +88,7 @@ class FeatureNetwork:
         return Extracted(**found)
 
     def accept(self, of: ComparedSet, allow_few: bool) -> ComparedSet:
-        """``of`` as this network can compare it: without the statistics of other features.
+        """``of`` in the form that this network can compare: without statistics of other features.
 
         Raises ValueError if nothing is left, if its statistics have another width, or if it has no
         more images than there are features and not ``allow_few``.
@@ -110,8 +110,8 @@ class FeatureNetwork:
 
 
 def moments(of: ComparedSet, found: Extracted | None, which: int = 0) -> Statistics:
-    """Of the pooled (0) or the spatial features (1). Statistics in a file are of all images, of
-    which there may be a part beside them."""
+    """The moments of the pooled (0) or the spatial (1) features: those in the file if it has them,
+    because they are of all images, while the file may hold only some of these."""
     if of.statistics is not None:
         return of.statistics[which]
     rows = found and found[which]
@@ -126,7 +126,7 @@ def load_network(
 
     weights: Inception's file; None means the one that DIT_INCEPTION_WEIGHTS names.
 
-    Raises ValueError for a file that holds other weights and for one beside lite0,
+    Raises ValueError for a file that holds other weights or is given with lite0,
     FileNotFoundError without Inception's weights, ImportError without Lite0's package.
     """
     make = {"lite0": _lite0, "inception": _inception}[name]
@@ -176,6 +176,6 @@ def _inception(weights: Path | None, device: torch.device) -> FeatureNetwork:
 def full_precision() -> AbstractContextManager[None]:
     """Float32 convolutions in float32: torch lets CUDA round their inputs to TF32's 10 bits."""
     cudnn = torch.backends.cudnn
-    # An argument that is left out would be torch's default, not what is set.
+    # If an argument were left out, torch's default would replace the current setting.
     same = ("enabled", "benchmark", "benchmark_limit", "deterministic")
     return cudnn.flags(**{name: getattr(cudnn, name) for name in same}, allow_tf32=False)

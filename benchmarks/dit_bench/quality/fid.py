@@ -36,7 +36,7 @@ def figures(
 ) -> list[Row]:
     """A row for every figure, with its N. few: accept fewer images than features.
 
-    The sets are those that the network accepts.
+    The sets must have passed ``network.accept``.
     """
     # The reference is read first: a model that makes the samples is slow.
     real, found = (
@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     from dit_engine.runtime import parse_device
 
     device = parse_device(arguments.device)
@@ -135,14 +135,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _json_file(text: str) -> Path:
-    """Without its suffix, a name is probably one of the sets, which must not be overwritten."""
+    """A path that ends in .json: another name is probably one of the sets, never overwritten."""
     if text != str(STDOUT) and not text.endswith(".json"):
         raise argparse.ArgumentTypeError(f"{text!r} is no .json file; alone, --json comes last")
     return Path(text)
 
 
 def _live_set(arguments: argparse.Namespace, device: torch.device) -> ComparedSet:
-    """The images of --model, with which one step has been tried."""
+    """The images of --model, after one trial step."""
     from dit_engine.engine import Engine
 
     model, seed = str(arguments.model), arguments.first_seed

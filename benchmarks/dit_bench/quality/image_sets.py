@@ -36,7 +36,7 @@ _ARRAY, _STATISTICS = "arr_0", ("mu", "sigma", "mu_s", "sigma_s")
 _NAME_SHOWN = 80  # characters of an array's name in a message
 _WIDEST = 2048  # features of Inception; other networks have fewer
 _BATCH_PIXELS = 2**25  # 32 images of 1024×1024, which networks convert to float32
-_SINGLE_LIMIT = 1e-5  # of a negative eigenvalue that rounding to float32 left, over the largest
+_SINGLE_LIMIT = 1e-5  # size of a negative eigenvalue from float32 rounding, over the largest one
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _at_once(batch_size: int, size: tuple[int, int]) -> int:
 
 
 def _statistics(path: Path, *names: str) -> Statistics:
-    """The mean (D,) and covariance (D, D) of these names."""
+    """The mean (D,) and covariance (D, D) in the arrays with these names."""
     arrays: list[NDArray[Any]] = []
     for name in names:
         with open_member(path, name) as stored:
@@ -194,7 +194,7 @@ def _statistics(path: Path, *names: str) -> Statistics:
 def generated(
     engine: Engine, name: str, labels: Sequence[int], first_seed: int, **settings: Any
 ) -> ComparedSet:
-    """Images that an engine makes as they are read: image i has labels[i] and first_seed + i.
+    """Images that an engine makes while they are read: image i has labels[i] and first_seed + i.
 
     Raises ValueError if the engine makes no images.
     """
@@ -217,8 +217,8 @@ def generated(
 def try_step(engine: Engine, count: int, **settings: Any) -> None:
     """Take one denoising step of ``count`` images, or raise what `Engine.generate` raises.
 
-    This finds out before any long work whether the model runs with these settings. The count should
-    be that of the real batches, for which a backend may compile or allocate.
+    This shows, before any long work, whether the model runs with these settings. The count should
+    be that of the real batches, because a backend may compile or allocate for that count.
     """
 
     class Ran(Exception):

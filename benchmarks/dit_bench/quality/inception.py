@@ -1,13 +1,13 @@
 """Inception-v3 as FID uses it: the network of 2015, with the key names of its PyTorch port.
 
 Architecture: Szegedy et al. 2015 (arXiv 1512.00567, figures 5 to 7 and 10) as frozen in
-TensorFlow's ``inception-2015-12-05``. Its poolings differ from those of later versions: averages
-leave the padding out and the last block takes maxima. It has 1008 outputs. The keys are those of
+TensorFlow's ``inception-2015-12-05``. Its pooling differs from that of later versions: averages
+leave the padding out, and the last block takes maxima. It has 1008 outputs. The keys are those of
 `WEIGHTS_FILE`, which pytorch-fid publishes.
 
 Images are resized and scaled as in that graph, so that the numbers are those of Heusel et al.'s and
 ADM's evaluators: bilinear with TensorFlow 1's sampling positions, then (x - 128) / 128. pytorch-fid
-uses half-pixel centres and (x - 127.5) / 127.5, and its distances differ a little.
+uses half-pixel centres and (x - 127.5) / 127.5, so its distances differ a little.
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ class InceptionV3:
     def _block(
         self, x: Tensor, block: str, branches: tuple[str, ...], pool: str = "average"
     ) -> Tensor:
-        """Parallel branches, then a pooled one, whose channels are concatenated in order.
+        """Parallel branches and, last, a pooled one; their channels are concatenated in this order.
 
         pool: the "average" or "maximum" of 3×3, followed by a convolution; or "halve": a maximum
-        with stride 2 without one, and stride 2 in the last convolution of every branch too.
+        with stride 2 and no convolution, and stride 2 in the last convolution of each branch.
         """
         parts = []
         for branch in branches:

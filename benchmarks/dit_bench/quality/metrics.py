@@ -1,4 +1,4 @@
-"""Figures of sets of images, from the features that a network gives of them.
+"""Figures of sets of images, computed from a network's features of the images.
 
 - The Fréchet distance of two Gaussians with means m and covariances C (Fréchet 1957; Dowson &
   Landau 1982; used on network features by Heusel et al. 2017, arXiv 1706.08500):
@@ -30,10 +30,10 @@ Features = NDArray[np.float32]
 
 SPLIT = 5000
 NEIGHBOURS = 3
-ROWS = 512  # vectors that enter a set's moments at once, which costs D² each time
+ROWS = 512  # vectors that are added to a set's moments at once; each addition costs D²
 _BLOCK = 4096  # a block of distances has this many rows and columns: 64 MiB in float32
-# Allowed of a negative eigenvalue, relative to the largest one. float64 leaves about 1e-13 at
-# D = 1280.
+# Allowed size of a negative eigenvalue, relative to the largest one. Rounding in float64 leaves
+# about 1e-13 at D = 1280.
 _NEGATIVE = 1e-9
 
 
@@ -52,11 +52,11 @@ class Statistics:
 
 
 def moments_of(features: ArrayLike, rows: int | None = None) -> Statistics:
-    """Mean and covariance of an array (N, D), the latter divided by N - 1 as in FID's reference
-    code; computed in float64.
+    """Mean and covariance (divided by N - 1 as in FID's reference code) of an array (N, D), in
+    float64.
 
     Partial sums are combined as by Chan, Golub & LeVeque (1979): the scatter is always taken about
-    the current mean, so nothing is lost to cancellation as it would be in E[x²] - E[x]².
+    the current mean, so no digits cancel as they would in E[x²] - E[x]².
 
     rows: how many vectors are converted to float64 at once; None: all.
 

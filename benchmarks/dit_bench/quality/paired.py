@@ -1,9 +1,9 @@
 """What a backend costs in Fréchet distance, when its images are paired with eager's.
 
 The FIDs of two sets of a model's images differ by chance, by more than a backend costs. Paired
-sets, made from the same labels and noise, share that chance, so that their difference can be
-resolved: |ΔFID| is the backend's distance to a reference minus eager's own distance to it, and a
-bootstrap over pairs says how sure that is.
+sets, made from the same labels and noise, have that chance in common, so a small difference can be
+measured: |ΔFID| is the difference between the backend's and eager's own distance to a reference,
+and a bootstrap over pairs says how sure that is.
 
 N is a number of images and D of features. torch is not imported until images are read.
 """
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.95
 RESAMPLES = 100  # of the bootstrap
-LEAST_RESAMPLES = 20  # of fewer, the 95 % quantiles are the smallest and the largest value
+LEAST_RESAMPLES = 20  # with fewer, the 95 % interval is from the smallest to the largest value
 SET_OPTIONS = ("features", "reference_set", "inception_weights", "resamples", "allow_few")
 
 
@@ -70,7 +70,7 @@ class SetComparison:
     def compare(
         self, found: Features, eager: Features, quiet: bool, check: Callable[[], object]
     ) -> dict[str, Any]:
-        """Distances of paired features (N, D), whose rows i have the same label and noise.
+        """Distances of paired features (N, D): row i of both has the same label and noise.
 
         check: called after every resample; it may raise KeyboardInterrupt.
         """
@@ -108,9 +108,9 @@ class SetComparison:
 
 
 def distances_to(reference: Statistics) -> Callable[[Statistics], float]:
-    """A function that gives Fréchet distances to ``reference``, whose root is taken once.
+    """A function that gives Fréchet distances to ``reference``, whose root R is computed once.
 
-    The other set's root is not needed: tr((R C R)^½) is the sum of the roots of the eigenvalues.
+    The root of the other covariance C is not needed: tr((R C R)^½) sums the eigenvalues' roots.
     """
     root, trace = symmetric_sqrt(reference.covariance), float(np.trace(reference.covariance))
 
@@ -160,9 +160,9 @@ def paired_bootstrap(
 def interval(draws: NDArray[np.float64], value: float) -> tuple[float, float]:
     """The bootstrap's interval around ``value``, from resampled values.
 
-    A resample holds about N·(1 - 1/e) distinct images. A Fréchet distance grows as images get
-    fewer, and not by the same amount for both sets. That shift, the mean of the draws minus
-    ``value``, comes from resampling alone and is taken out.
+    A resample holds about N·(1 - 1/e) distinct images. A Fréchet distance is larger for fewer
+    images, and not by the same amount for both sets. This shift, the mean of the draws minus
+    ``value``, comes from resampling alone and is subtracted.
     """
     around = draws - draws.mean() + value
     low, high = np.quantile(around, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
@@ -184,7 +184,7 @@ def add_set_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def set_comparison(arguments: argparse.Namespace, device: torch.device) -> SetComparison | None:
-    """What `add_set_arguments` asks for, or None. No image of the reference is read yet.
+    """The comparison that the options ask for, or None. No image of the reference is read yet.
 
     Raises ValueError, OSError or ImportError for what cannot be compared.
     """

@@ -1,4 +1,4 @@
-"""``dit-bench parity``: how far a backend's images are from the reference's, noise being equal.
+"""``dit-bench parity``: how far a backend's images are from the reference's, with equal noise.
 
 ``dit-bench parity --subjects lean/bf16 lean/int8`` makes the same images (with the same labels,
 seeds and random draws) with eager float32 and with each subject, which is a backend and a
@@ -74,7 +74,7 @@ def compare(
 
     Args:
         model: what the rows call the model.
-        sets: how the whole sets are compared, if they are.
+        sets: how the whole sets are compared; None does not compare them.
         seed: image i is made from seed + i; None chooses a random seed.
         quiet: no progress bars.
         check: called after every step, after every resample, and after every batch of a reference
@@ -105,7 +105,7 @@ def compare(
                         backend=backend, precision=precision, **settings,
                     )  # fmt: skip
                     record = made.settings if reference is None else record
-                except NotFinite:  # of a subject, the question is how far off it is
+                except NotFinite:  # the error of a subject is what is measured
                     if reference is None:
                         raise
                 latents = recorder.latents()
@@ -148,7 +148,7 @@ def compare(
 
 
 def parse_subject(text: str) -> tuple[str, str]:
-    """ "lean/int8" → ("lean", "int8"). Raises ValueError."""
+    """ "lean/int8" → ("lean", "int8"). Raises ValueError for any other form."""
     backend, _, precision = text.rpartition("/")
     if not backend or precision not in PRECISIONS:
         known = ", ".join(PRECISIONS)
@@ -168,7 +168,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     from dit_engine.engine import Engine
 
     subjects = [parse_subject(text) for text in arguments.subjects]

@@ -3,7 +3,7 @@
 ``dit-bench documents results.json README.md …`` replaces, in each document, what stands between
 ``<!-- NAME -->`` and ``<!-- /NAME -->`` by the tables of the report. NAME is the kind of the
 report, such as "cpu" or "quality", unless ``--block`` gives another. ``--block speed`` writes the
-absolute times of a CPU report, ``--block bounds --operators …`` what bounds its ratios.
+absolute times of a CPU report, ``--block bounds --operators …`` the lowest possible ratios.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COLUMNS = {
 
 
 def report_markdown(report: Report) -> str:
-    """The tables of a report, and what they were measured with. All of its text is escaped."""
+    """The tables of a report, the machine and the settings. All of the report's text is escaped."""
     machine, settings = report["machine"], report["settings"]
     where = machine["gpu"] if machine["device"].startswith("cuda") else machine["cpu"]
     used = [text for key, setting in settings.items() if (text := _setting(key, setting))]
@@ -58,7 +58,7 @@ def report_markdown(report: Report) -> str:
 
 
 def _setting(key: str, setting: object) -> str:
-    """A setting as text; empty for hashes and for what is no number or word: the JSON has all."""
+    """A setting as text; empty for hashes and all but numbers and words, which the JSON has."""
     if isinstance(setting, list) and all(isinstance(one, float) for one in setting):
         text = "–".join(f"{one:g}" for one in setting)
     elif isinstance(setting, float):
@@ -141,7 +141,7 @@ def update_document(text: str, block: str, table: str) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that `run` reads."""
+    """Add the arguments that `run` reads."""
     parser.add_argument("results", type=Path, help="JSON of a dit-bench command")
     parser.add_argument("documents", type=Path, nargs="+")
     parser.add_argument("--block", help="name of the block; the kind of the report unless given")

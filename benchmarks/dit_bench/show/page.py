@@ -34,7 +34,7 @@ img { max-width: 100%; margin: 1rem 0; }
 
 
 def page(report: Report, figures: Mapping[str, Figure]) -> str:
-    """HTML without scripts and without anything that would have to be fetched."""
+    """HTML without scripts, which fetches nothing."""
     settings = report["settings"]
     models = ", ".join(model["model"] for model in report.get("models", []))
     what = " ".join(settings[key] for key in ("backend", "precision") if key in settings)

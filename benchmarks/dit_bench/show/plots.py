@@ -1,6 +1,6 @@
-"""Figures of a report. Each function makes one, or None where there is no data for it.
+"""Figures of a report. Each function makes one, or None if there is no data for it.
 
-No state of pyplot is touched, so figures can be made by any thread and on any machine.
+pyplot is not used, so figures can be made by any thread and on any machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def drawn(figure: Figure, form: str) -> bytes:
 
 
 def all_figures(report: Report) -> dict[str, Figure]:
-    """File stem → figure, of everything that there is data for; the first is what a run is for."""
+    """File stem → figure, for all figures that have data; the first is the main one of a run."""
     made = {
         "ratio": ratio_figure(report),
         "latency-gflops": latency_figure(report),
@@ -46,8 +46,8 @@ def all_figures(report: Report) -> dict[str, Figure]:
 
 
 def ratio_figure(report: Report) -> Figure | None:
-    """Bars of every peer's time over the subject's, of the first model's first kind of work at its
-    fewest images. The headline is the verdict on the peer that is hardest to beat."""
+    """Bars of every peer's time over the subject's, for the first model's first kind of work with
+    the fewest images. The headline is the verdict on the quickest peer."""
     rows = [row for row in report["rows"]
             if row.get("role") == "peer" and {"ratio", "verdict"} <= row.keys()]  # fmt: skip
     if not rows:
@@ -73,8 +73,8 @@ def ratio_figure(report: Report) -> Figure | None:
 
 
 def latency_figure(report: Report) -> Figure | None:
-    """Time of one forward against its multiply-adds: every model, at its fewest images. Another
-    network is one point, which is timed beside every model."""
+    """Time of one forward against its multiply-adds, for every model with the fewest images.
+    Another network is one point, although it is timed beside every model."""
     rows = [row for row in _forwards(report) if "gflops" in row]
     fewest = min((row["images"] for row in rows), default=0)
     rows = sorted((r for r in rows if r["images"] == fewest), key=lambda row: row["gflops"])
@@ -103,8 +103,8 @@ def latency_figure(report: Report) -> Figure | None:
 
 
 def distance_figure(report: Report) -> Figure | None:
-    """Distance against Gflops, of the study of scaling: a line for the DiTs of each number of
-    training steps, and a point for each other network."""
+    """Distance against Gflops in the study of scaling: one line of DiTs for each number of training
+    steps, and one point for each other network."""
     rows = [r for r in report["rows"] if r["section"] == "scaling" and r["status"] == "ok"]
     if len(rows) < 2:
         return None
@@ -129,8 +129,8 @@ def distance_figure(report: Report) -> Figure | None:
 
 
 def roofline_figure(report: Report) -> Figure | None:
-    """FLOP/s that were reached against FLOPs per byte, of networks and of operators that multiply
-    matrices, below what the machine can do."""
+    """The reached FLOP/s against FLOPs per byte, for networks and for operators that multiply
+    matrices, below the machine's ceilings."""
     points: dict[str, list[tuple[float, float]]] = {}
     for row in _forwards(report):
         if {"flops_per_byte", "tflop_s"} <= row.keys():
@@ -155,7 +155,7 @@ def roofline_figure(report: Report) -> Figure | None:
 
 
 def _roofs(axes: Axes, ceilings: dict[str, Any], xs: Iterable[float]) -> None:
-    """The copy's slope, and a flat roof for every dtype."""
+    """Draw the slope of the copy's rate, and a flat roof for every dtype."""
     slope = ceilings["copy_gb_s"] / 1e3  # TFLOP/s at one FLOP per byte
     rates = sorted(ceilings["matmul_tflop_s"].items(), key=lambda item: -item[1])
     corners = [rate / slope for _, rate in rates] or [1.0]

@@ -1,4 +1,4 @@
-"""The tables of how good images are, and of what the paper's networks cost."""
+"""Tables of the quality of images, and of the cost of the paper's networks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _error(found: float | None) -> str:
 
 def parity_table(report: Report, rows: Sequence[Row]) -> Table:
     def decibels(row: Row, key: str) -> str:
-        """JSON has null both for infinity, of equal images, and for what is not a number."""
+        """JSON has null both for infinity (equal images) and for NaN."""
         if (psnr := row.get("psnr_db")) is None:
             return DASH
         if psnr[key] is not None and math.isfinite(psnr[key]):
@@ -145,7 +145,7 @@ def scaling_table(report: Report, rows: Iterable[Row]) -> Table:
 
 
 def published_table(report: Report, rows: Iterable[Row]) -> Table:
-    """What the paper prints of its models, beside our count and torch's."""
+    """The cost that the paper gives for its models, beside our count and torch's."""
 
     def share(part: str) -> Cell:
         def cell(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""The tables of what was timed, and of what it costs."""
+"""Tables of times and costs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RATES = (
 
 
 def verdict(row: Row) -> str:
-    """What is said about a row: why it has no figures, or what its figures show."""
+    """The remark on a row: why it has no figures, or what its figures show."""
     if row["status"] != "ok":
         status = row["status"].upper() if row["status"] == "wrong" else row["status"]
         return f"{status}: {row['reason']}"

@@ -1,4 +1,4 @@
-"""Tables as data, and how they are written: as text, in Markdown and in HTML."""
+"""Tables as data, and their forms: text, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Cell = str | Callable[[Row], object]
 
 @dataclass
 class Table:
-    """Rows of text. short: so many columns remain on a terminal where not all of them fit."""
+    """Rows of text. short: how many columns are shown on a terminal that is too narrow for all."""
 
     title: str
     columns: list[str]
@@ -39,7 +39,7 @@ class Table:
         self.rows.append([printable(cell) for cell in cells])
 
     def words(self) -> list[bool]:
-        """Of each column, whether it is aligned to the left: few cells begin with a digit."""
+        """For each column, whether it is aligned to the left: few cells begin with a digit."""
         return [
             2 * sum(re.match(r"-?\d", row[i]) is not None for row in self.rows)
             <= sum(row[i] not in ("", DASH) for row in self.rows)
@@ -47,7 +47,7 @@ class Table:
         ]
 
     def filled(self) -> Table:
-        """A copy of printable text, without the columns that are empty or a dash in every row."""
+        """A copy with printable text, without columns that are empty or a dash in every row."""
         columns = range(len(self.columns))
         return self._only([i for i in columns if {row[i] for row in self.rows} - {"", DASH}])
 
@@ -60,7 +60,7 @@ class Table:
 
     def text(self, width: int = _UNFOLDED) -> str:
         """The table in lines of about ``width`` characters, none of which breaks a number in two.
-        Where not all columns fit, only the first ones are shown, with words on several lines."""
+        If not all columns fit, only the first ones are shown, with words on several lines."""
         table = self.filled()
         widths = table._widths(width, fold=not self.short)
         if self.short and sum(widths) + len(_GAP) * (len(widths) - 1) > width:
@@ -75,7 +75,7 @@ class Table:
         return "\n".join([title, *table._lines(widths), *notes, ""])
 
     def _widths(self, width: int, fold: bool) -> list[int]:
-        """Of the columns; the widest ones give way. fold: words may be folded."""
+        """The widths of the columns; the widest ones are narrowed. fold: words may be folded."""
         least, found = [], []
         for i, words in enumerate(self.words()):
             cells = [row[i] for row in self.rows]
@@ -123,7 +123,7 @@ class Table:
     def markdown(self) -> str:
         """The table in Markdown, with all of its text escaped: title, rows, and notes as a list.
 
-        A column that holds the same in every row joins the title.
+        A column with the same text in every row becomes a part of the title.
         """
         table = self.filled()
         last = range(1, len(table.columns)) if len(table.rows) > 1 else ()
@@ -139,13 +139,13 @@ class Table:
 
 
 def _longest_word(text: str) -> int:
-    """Of what may be broken, no more than 20 characters are kept together."""
+    """The length of the longest word; of a word that may be broken, at most 20."""
     return min(20, max(map(len, text.split()), default=0))
 
 
 def show(tables: Iterable[Table], wide: bool = False) -> None:
-    """Print the tables in as many columns as COLUMNS or the terminal has; without both, there is no
-    limit. wide: every column, and each row on one line."""
+    """Print the tables in the width of COLUMNS or of the terminal; without both, there is no limit.
+    wide: every column, and each row on one line."""
     width = _UNFOLDED if wide else shutil.get_terminal_size((_UNFOLDED, 0)).columns
     for table in tables:
         say(table.text(width or _UNFOLDED))
@@ -170,7 +170,7 @@ FORMS: dict[str, Callable[[Any], str]] = {
 
 
 def value_at(row: Row, place: str) -> Any:
-    """None where there is none."""
+    """The value at a place such as "ratio.median" of a row; None if there is none."""
     found: Any = row
     for part in place.split("."):
         found = found.get(part) if isinstance(found, Mapping) else None
@@ -193,7 +193,7 @@ def table_of(
     title: str, rows: Iterable[Row], columns: Mapping[str, Cell], *notes: str,
     short: int = 0, grouped: bool = False,
 ) -> Table:  # fmt: skip
-    """One row for each row of a report. grouped: the first cell is empty where it repeats."""
+    """One row for each row of a report. grouped: a first cell that repeats is left empty."""
     table = Table(title, list(columns), notes=list(notes), short=short)
     last: object = None
     for row in rows:

@@ -1,4 +1,4 @@
-"""The forward beside other programs: the same functions on an idle machine and on a shared one.
+"""The forward beside other programs: the same functions on an idle and on a busy machine.
 
 Every round visits each function twice, once while the neighbours are stopped and once while each of
 them keeps a processor busy. A visit records the mean of its calls, because a median would leave out
@@ -20,7 +20,7 @@ from dit_bench.speed.latency import quantiles
 from dit_bench.timing import PAUSE_S, interleave, ratio, spread
 
 VISIT_MS = 300.0
-# It ends with the program that started it, however that ends.
+# It ends when the program that started it ends, for whatever reason.
 _NEIGHBOUR = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): sum(range(10000))"
 Programs = Sequence[subprocess.Popen[bytes]]
 
@@ -43,7 +43,7 @@ def neighbours(count: int) -> Iterator[Programs]:
 
 @contextmanager
 def working(programs: Programs) -> Iterator[None]:
-    """Raises RuntimeError if one of them has ended."""
+    """In this block the programs work. Raises RuntimeError if one of them has ended."""
     for program in programs:
         program.send_signal(signal.SIGCONT)
     try:
@@ -87,7 +87,7 @@ def busy_rows(
 
 
 def _mean_ms(function: Callable[[], object], visit_ms: float) -> float:
-    function()  # meets the caches as the function before left them
+    function()  # not counted: the caches hold the previous function's data
     start, calls, spent = time.perf_counter(), 0, 0.0
     while spent < visit_ms:
         function()

@@ -1,9 +1,9 @@
 """``dit-bench cpu``: the lean forward on this CPU beside its peers, as ratios from one run.
 
 It compares DiT-XL/2 at 256 px, DiT-S/2, the built-in model and the VAE's decoder with diffusers,
-OpenVINO and torch.compile on the same weights and inputs. Ratios mean something on an idle machine
-only: the load is recorded. ``--profile`` tells where the lean forward's time goes instead, and
-``--busy 1`` what another program's work costs.
+OpenVINO and torch.compile on the same weights and inputs. Ratios have a meaning only on an idle
+machine, so the load is recorded. Other measurements are ``--profile`` (where the lean forward's
+time goes) and ``--busy 1`` (what another program's work costs).
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from dit_engine.runtime import limited_threads
 from dit_kernels.quantized import quantized_why_not
 
 CPU = torch.device("cpu")
-# Models with the batches that they are measured at; then what is measured otherwise.
+# Models with their batches; then those of the other measurements.
 BATCHES = {"XL/2": (2,), "S/2": (2, 16), "builtin": (2, 16)}
 WORKLOADS = (*BATCHES, "vae", "memory")
 BUSY_WORKLOADS = {"builtin": (2, 16), "S/2": (2,)}
 SUBJECT = ("lean", "bf16")
-# Of max-autotune it is known that, frozen, it takes minutes and settles on the same products, and
-# that otherwise it changes nothing here.
+# max-autotune is left out: frozen, it takes minutes and chooses the same products; otherwise it
+# changes nothing here.
 PEERS = (("lean", "int8"), ("openvino", "bf16"), ("compile", "bf16"), ("compile frozen", "bf16"),
          ("diffusers", "fp32"), ("diffusers", "bf16"), ("eager", "bf16"))  # fmt: skip
 DECODE_PEERS = (("openvino", "bf16"), ("diffusers", "bf16"), ("eager", "bf16"))
 BUSY_PEERS = (("lean", "int8"), ("openvino", "bf16"), ("diffusers", "bf16"))
-# Ours over theirs, and the largest ratio that is a "pass" for DiT-XL/2 at 256 px and batch 2. A
-# name may begin several names ("compile"): the quickest of these is meant.
+# Ours over theirs, and the largest ratio that is a "pass" for DiT-XL/2 at 256 px and batch 2. If
+# several names begin with a name ("compile"), the quickest of them is meant.
 GOALS = (
     ("lean bf16", "diffusers bf16", 0.50),
     ("lean bf16", "openvino bf16", 0.66),
@@ -64,7 +64,7 @@ RESULTS = Path(__file__).parents[2] / "results"
 
 
 def lean_transformer(work: Work, precision: str) -> Any:
-    """The one that the lean forward runs, with its packed weights."""
+    """The `LeanTransformer` that the lean forward runs, with its packed weights."""
     backend: Any = work.networks.backend("lean", precision)
     return backend.transformer
 
@@ -87,7 +87,7 @@ def plans(arguments: argparse.Namespace) -> list[Plan]:
         Plan((name,), peers=PEERS, batches=batches, kinds=("forward",), parts=PARTS, **common)
         for name, batches in BATCHES.items() if name in chosen
     ]  # fmt: skip
-    if "vae" in chosen:  # of any model: this one is made quickly
+    if "vae" in chosen:  # any model will do; this one is made quickly
         found.append(
             Plan(("S/8",), title="VAE, 256 px", peers=DECODE_PEERS, kinds=("decode",), **common)
         )
@@ -109,8 +109,8 @@ def ratio_rows(rows: Sequence[Row]) -> list[Row]:
 def ratio_row(case: str, rows: Sequence[Row], ours: str, theirs: str, goal: float | None) -> Row:
     """One ratio, each taken within its round, with both medians in milliseconds.
 
-    "conditioned" is the ratio with the hoisted conditioning spread over `STEPS` steps and added to
-    ours: peers compute theirs within each forward, except OpenVINO's, which has none there.
+    "conditioned" is the ratio in which our time includes the conditioning, spread over `STEPS`
+    steps: lean computes it before the loop, peers within each forward (OpenVINO's has none).
     """
     found: Row = {"case": case, "ours": ours, "theirs": theirs, "goal": goal}
     chosen = []
@@ -135,7 +135,7 @@ def ratio_row(case: str, rows: Sequence[Row], ours: str, theirs: str, goal: floa
 
 
 def add_conditioning(rows: Sequence[Row]) -> None:
-    """What lean computes once before its `STEPS` steps: its start less an ordinary step."""
+    """Add the time of what lean computes once, before its `STEPS` steps: first step minus another."""
     medians = {(r["case"], r["contender"]): r["ms"]["median"] for r in rows if "ms" in r}
     for row in rows:
         start = medians.get((row["case"], f"{row['contender']} start"))
@@ -149,7 +149,7 @@ def result(value: float, goal: float | None) -> str:
 
 
 def model_of(name: str) -> DiT:
-    """One that every peer can compute."""
+    """The model ``name``, in a form that every peer can compute."""
     return in_numerics(load_subject(name, with_vae=False).model, "diffusers")
 
 
@@ -219,7 +219,7 @@ def fill(
 
 
 def destination(arguments: argparse.Namespace) -> Path | None:
-    """Where the JSON goes: as asked, else among the results if the run was a whole one."""
+    """Where the JSON goes: as the option says, else among the results if the run is a whole one."""
     if arguments.json is not None:
         return arguments.json
     whole = not (arguments.only or arguments.profile or arguments.busy)

@@ -1,7 +1,7 @@
-"""One forward pass, one guided step, one decode and one generation, by whoever can compute them.
+"""One forward pass, one guided step, one decode and one generation, by each contender.
 
-Each function takes nothing, and gives float32 results in the device's memory: what a sampler would
-be given.
+Each function takes no arguments, and returns float32 results in the device's memory, as a sampler
+needs them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dit_engine.sampling.schedule import make_schedule
 
 STEPS = 20
 """Of the schedule that the timed step belongs to, and over which the conditioning is spread."""
-STEP = 7  # the one that is timed
+STEP = 7  # the step that is timed
 SCALE, CHANNELS = 4.0, 3  # of guidance
 
 
@@ -43,14 +43,14 @@ class Networks:
         self._twins: dict[torch.dtype, DiT] = {}
 
     def model(self, dtype: torch.dtype) -> DiT:
-        """The same tensors for everyone who keeps torch's layout."""
+        """The model in ``dtype``: all contenders that keep torch's layout share its tensors."""
         if dtype not in self._twins:
             with torch.inference_mode(False):
                 self._twins[dtype] = placed(self.engine.model, dtype, self.engine.device)
         return self._twins[dtype]
 
     def backend(self, name: str, precision: str) -> Backend:
-        """The engine's own, so that `Engine.generate` finds it ready; made as it would make it."""
+        """The engine's own backend, made as in `Engine.generate`, which then finds it ready."""
         with torch.inference_mode(False):
             return self.engine._backend(name, precision)
 
@@ -82,7 +82,7 @@ class Work:
         if name == "openvino":
             # The network below its conditioning, which is computed before the timing begins: in a
             # bf16 graph, OpenVINO would round the angles of the time step's sinusoids, up to 999
-            # radians, to 8 bits, which is another function.
+            # radians, to 8 bits, and so compute another function.
             model = self.engine.model
             with torch.inference_mode(False), torch.no_grad():
                 c = model.condition(self.t, self.labels)  # (N, D)
@@ -112,7 +112,7 @@ class Work:
     def guided_step(self, name: str, precision: str) -> Function:
         """One step of ddpm under guidance by backend ``name``, as `Engine.generate` takes it.
 
-        It is taken as a schedule's last one, so no noise is drawn.
+        It is computed like a schedule's last step, so no noise is drawn.
         """
         config, device = self.engine.config, self.engine.device
         arrays = ("timesteps", "alphas_cumprod", "alphas_cumprod_prev", "betas")
@@ -168,14 +168,14 @@ class Work:
         )  # fmt: skip
 
     def generated(self, generation: Generation) -> Tensor:
-        """What of a generation is compared: images in [-1, 1], as the decoder gives them (the 0.5
-        that lies under those in [0, 1] would hide errors), or latents."""
+        """The part of a generation that is compared: images in [-1, 1], as the decoder gives them
+        (in [0, 1] the mean of 0.5 would hide errors), or latents."""
         made = generation.images
         return made if self.engine.vae is None else made * 2 - 1
 
 
 def decoder_precision(precision: str) -> str:
-    """Of the numbers in which the engine decodes: Stable Diffusion's decoder overflows float16."""
+    """The precision in which the engine decodes: Stable Diffusion's decoder overflows float16."""
     return "fp32" if precision in ("fp32", "fp16") else "bf16"
 
 

@@ -1,7 +1,7 @@
 """Whole generations: the check that each step of them is right.
 
 A trajectory is chaotic: bfloat16 may move one image by 1 % and the next by 20 %, so no bound on the
-final image both finds faults and accepts what is right. The error of one step from given latents
+final image both finds faults and accepts correct images. The error of one step from given latents
 hardly varies. So float32 eager takes every step again from the latents that the backend's step
 began with (same labels, guidance and draws), and decodes the last latents; the outcomes are
 compared. The error of eager bfloat16 in the same step, found in the same way, sets the bound.
@@ -45,7 +45,7 @@ class Recorder:
         self._batches: dict[int, list[Tensor]] = {}
 
     def __call__(self, progress: Progress) -> None:
-        if progress.step == 1:  # also of a batch that did not fit and is made again in halves
+        if progress.step == 1:  # also when a batch that did not fit is made again in halves
             self._batches[progress.first] = []
         self._batches[progress.first].append(progress.latents.float().cpu().clone())
         self._check()
@@ -57,7 +57,7 @@ class Recorder:
 
 
 def step_bound(precision: str, bf16_error: float) -> float:
-    """The relative error that is allowed of one step, or of the decoding, from eager bfloat16's."""
+    """The allowed relative error of one step or of the decoding, from that of eager bfloat16."""
     if precision == "bf16":
         return max(FP32_BOUND, BF16_TIMES_EAGER * bf16_error)
     times = QUANTISED_TIMES_EAGER if precision in ("int8", "fp8") else 0.0
@@ -77,9 +77,9 @@ class GenerationCheck:
         self._bf16: np.ndarray | None = None
 
     def __call__(self, name: str, precision: str, generation: Generation) -> tuple[float, float]:
-        """(error, bound) of the part that is nearest to its bound, or furthest beyond it: one of
-        the steps, the decoding, or ``generation``, which was made without a callback, against
-        another with one. An error that is not finite is the furthest."""
+        """(error, bound) of the worst part, relative to its bound. The parts are the steps, the
+        decoding, and the difference of ``generation``, made without a callback, from another one
+        made with one. An error that is not finite is the worst."""
         errors, images = self.errors(name, precision)
         rounding = np.zeros_like(errors) if precision == "fp32" else self.bf16_errors()
         precisions = [*[precision] * self.steps, decoder_precision(precision)]
@@ -90,8 +90,8 @@ class GenerationCheck:
         return float(errors[worst]), float(bounds[worst])
 
     def errors(self, name: str, precision: str) -> tuple[np.ndarray, Tensor]:
-        """(steps + 1,) relative errors of every step and of the decoding, which without a VAE is
-        none; and the images, as `Work.generated` gives them."""
+        """(steps + 1,) relative errors of every step and of the decoding (0 without a VAE), and the
+        images, as `Work.generated` gives them."""
         recorder = Recorder(self.check)
         run = self.work.generation(name, precision, self.steps, self.sampler, recorder)
         images = self.work.generated(run())
@@ -109,8 +109,8 @@ class GenerationCheck:
         return self._bf16
 
     def retaken(self, latents: Tensor) -> Tensor:
-        """Every step by float32 eager, each from those of ``latents`` (steps, N, C, S, S) that the
-        step before led to, the first from the noise; of the same shape."""
+        """The results (steps, N, C, S, S) of float32 eager's steps, each of which begins with the
+        result of the step before in ``latents`` (of the same shape), the first with the noise."""
         engine = self.work.engine
         config, device = engine.config, engine.device
         model, labels = self.work.networks.model(torch.float32), self.work.classes

@@ -1,6 +1,6 @@
-"""``dit-bench gpu``: checks and measures DiT Engine on a CUDA machine, within so many minutes.
+"""``dit-bench gpu``: checks and measures DiT Engine on a CUDA machine in a limited time.
 
-In the order of their worth, should time run out: what the machine reaches at best (matrix products,
+The most important parts come first, in case time runs out: the machine's ceilings (matrix products,
 copies); forwards, guided steps and generations of XL/2 with many rows and with few, by every
 backend and its peers; the operators, checked against float64, then timed; the VAE's decoder; the
 other sizes; what takes minutes to compile; attention kernels of other packages. The JSON file is
@@ -9,9 +9,9 @@ written as it goes, as <name>.partial.
 ``--check`` only checks: every operator, a small model's forward by every contender, and whether an
 image has the same bits alone and in a batch.
 
-A failed check is never timed, and makes the exit code 1, as does a run that did not end in time:
-such a run tells where it stood, and what it had measured stays in <name>.partial. The exit code is
-2 where there is no CUDA device.
+What fails its check is never timed, and makes the exit code 1. So does a run that did not end in
+time: it tells where it stood, and its measurements stay in <name>.partial. The exit code is 2 if
+there is no CUDA device.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def true_float32() -> Iterator[None]:
 
 
 def cuda_device() -> torch.device:
-    """The current CUDA device. Raises ValueError where there is none."""
+    """The current CUDA device. Raises ValueError if there is none."""
     if not torch.cuda.is_available():
         raise ValueError(
             f"no CUDA device: torch {torch.__version__} finds none, and this is for CUDA "
@@ -187,8 +187,8 @@ def run(arguments: argparse.Namespace) -> int:
             else:
                 measure(steps(device, sizes, budget, cases, report, keep), report, progress, keep)
 
-    # A signal cannot interrupt a call that waits for a hung kernel. This ends the process all the
-    # same, with code 1, and says on standard error in which lines of the program it stood.
+    # A signal cannot interrupt a call that waits for a hung kernel. This ends the process even
+    # then, with code 1, and prints to standard error which lines of the program were running.
     faulthandler.dump_traceback_later(seconds, exit=True, file=2)
     try:
         return carry_out(report, fill, arguments)

@@ -1,8 +1,8 @@
-"""Rows of figures: who computed what how quickly, and how far from float32 eager.
+"""Rows of figures: the time of each contender, and its error against float32 eager.
 
 A row is one contender on one piece of work for N images. Contenders on the same work take turns;
-times are quantiles over rounds, ratios are taken within a round. Where a time spreads by more than
-`NOISE_BOUND`, no one is called quicker.
+times are quantiles over rounds, ratios are taken within a round. If a time spreads by more than
+`NOISE_BOUND`, no contender is called quicker.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NOISE_BOUND = 0.25
 
 @dataclass
 class Timer:
-    """How long to time, and what the results are held against."""
+    """How long to time, and the ceilings with which results are compared."""
 
     device: torch.device
     rounds: int
@@ -46,8 +46,8 @@ class Timer:
 
         Args:
             work: what the rows have in common: "section", "case", "images" and so on.
-            expected: the result of float32 eager; None where every contender has its own check.
-            bf16_error: what bfloat16 eager is off by.
+            expected: the result of float32 eager; None if every contender has its own check.
+            bf16_error: the relative error of bfloat16 eager.
         """
         built = build(contenders, expected, bf16_error, self.progress.say, self.device)
         samples: dict[str, list[float]] = {}
@@ -91,7 +91,7 @@ class Timer:
 def reference(
     run: Callable[[str, str], Function], contenders: Sequence[Contender]
 ) -> tuple[Tensor, float]:
-    """What float32 eager gives, and the relative error of bfloat16 eager where it is asked for.
+    """The result of float32 eager, and the relative error of bfloat16 eager if it is needed.
 
     run: backend and precision → the function.
     """
@@ -107,7 +107,7 @@ def quantiles(found: Spread) -> dict[str, float]:
 
 
 def shares(row: Row, ceilings: Ceilings) -> Row:
-    """Achieved arithmetic and, of one pass over the weights, traffic, beside the ceilings.
+    """The reached rates of arithmetic and of reading the weights once, beside the ceilings.
 
     FLOPs are the network's, whether or not a backend computed the conditioning beforehand.
     """
@@ -121,7 +121,7 @@ def shares(row: Row, ceilings: Ceilings) -> Row:
         traffic = 1e3 * row["tflop_s"] / row["flops_per_byte"]  # GB/s
         found["percent_of_copy"] = 100 * traffic / ceilings.copy_gb_s
         if ceiling is not None:
-            ridge = 1e3 * ceiling / ceilings.copy_gb_s  # FLOPs a byte
+            ridge = 1e3 * ceiling / ceilings.copy_gb_s  # FLOPs per byte
             found["bound_by"] = "memory" if row["flops_per_byte"] < ridge else "arithmetic"
     return found
 
@@ -132,7 +132,7 @@ def noisy(taken: Spread) -> bool:
 
 
 def verdict(row: Row, own: Row) -> str:
-    """What the interleaved rounds say of ``row``'s time over that of ``own``, the subject."""
+    """What the interleaved rounds say about ``row``'s time over that of ``own``, the subject."""
     if row["role"] == "other network":
         return "another network"
     if row["noisy"] or own["noisy"]:

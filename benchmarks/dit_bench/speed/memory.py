@@ -1,7 +1,7 @@
 """Memory of a lean forward on the CPU, in a process of its own.
 
-It is resident memory, whose peak the system keeps, above a baseline: the same process after a lean
-run of a very small model, when every library is loaded and every thread has its stack.
+Measured is resident memory, whose peak the system records, minus a baseline: the same process after
+a lean run of a very small model, when every library is loaded and every thread has its stack.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _SELF = Path("/proc/self")
 def resident_bytes(key: str = "VmRSS") -> dict[str, int]:
     """Resident memory of this process: "total", and of it "anonymous" (no file behind it).
 
-    key: "VmHWM" for the peak since `peak_of` began; files are taken to have as much of it as now.
+    key: "VmHWM" for the peak since `peak_of` began; the memory of files in it is taken as of now.
 
-    Raises OSError where the system has no /proc (Linux has).
+    Raises OSError if the system has no /proc (Linux has it).
     """
     status = (_SELF / "status").read_text(encoding="utf-8")
     lines = re.findall(r"^(\w+):\s+(\d+) kB$", status, re.MULTILINE)
@@ -51,7 +51,7 @@ def resident_bytes(key: str = "VmRSS") -> dict[str, int]:
 
 def peak_of(run: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
     """What ``run`` returns, and the peak of `resident_bytes` meanwhile."""
-    (_SELF / "clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew, see proc(5)
+    (_SELF / "clear_refs").write_text("5", encoding="ascii")  # resets VmHWM, see proc(5)
     return run(), resident_bytes("VmHWM")
 
 
@@ -72,8 +72,8 @@ def needed_bytes(config: ModelConfig, batch: int, dtype: torch.dtype) -> dict[st
 
 
 def measure(model: DiT, threads: int) -> dict[str, Any]:
-    """Of a lean forward of ``model`` in bfloat16 with two rows, in a child process; "value" is the
-    peak over what is needed. Raises RuntimeError, in one line, where the child fails."""
+    """Measure a lean forward of ``model`` in bfloat16 with two rows, in a child process; "value" is
+    the peak over what is needed. Raises a one-line RuntimeError if the child fails."""
     from dit_engine.checkpoint.save import save_pretrained
 
     with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +88,7 @@ def measure(model: DiT, threads: int) -> dict[str, Any]:
 
 
 def measure_here(directory: str, threads: int) -> dict[str, Any]:
-    """What the child does. ``directory`` holds a model in bfloat16."""
+    """The child's part of `measure`. ``directory`` holds a model in bfloat16."""
     from dit_engine.backends import create_backend
     from dit_engine.checkpoint import load_model
 

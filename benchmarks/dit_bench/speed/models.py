@@ -1,7 +1,7 @@
 """Models × numbers of images × kinds of work, into one report.
 
-The report grows as parts are finished, so that what Ctrl-C leaves is whole. ``dit-bench --model``,
-``dit-bench cpu`` and ``dit-bench gpu`` all measure by this.
+The report grows as parts are finished, so after Ctrl-C it holds whole parts. ``dit-bench --model``,
+``dit-bench cpu`` and ``dit-bench gpu`` all use this module.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ Part = tuple[str, Callable[[Work], Callable[[], Any]]]
 class Plan:
     """What is measured.
 
-    batches: numbers of images. parity: images of a paired comparison with eager float32, 0 for
-    none; sets: what is asked of these as sets. budget: what is not begun by its end is skipped.
-    title: of the model in the rows.
+    batches: numbers of images. parity: the number of images of a paired comparison with eager
+    float32, 0 for none; sets: how these are compared as sets. budget: parts that have not begun by
+    its end are skipped. title: the model's name in the rows.
     """
 
     models: tuple[str, ...]
@@ -80,10 +80,10 @@ def measure(
 ) -> None:
     """Fill ``report``.
 
-    steps: plans, and functions that measure something else at their place among them.
+    steps: plans and functions that measure something else, in their order.
     keep: called whenever the report has grown.
 
-    Raises KeyboardInterrupt after the part during which it was asked for.
+    Raises KeyboardInterrupt after the part during which Ctrl-C was pressed.
     """
     steps = [steps] if isinstance(steps, Plan) else list(steps)
     plans = [step for step in steps if isinstance(step, Plan)]
@@ -104,7 +104,7 @@ def measure(
         progress.done()
         names = [name for plan in plans for name, _ in (plan.subject, *plan.peers)]
         served = any("://" in name for name in names)
-        load = OtherLoad(known=not served)  # a server on this machine is no stranger
+        load = OtherLoad(known=not served)  # the load of our server is not other load
         for step in steps:
             plan = step if isinstance(step, Plan) else first
             timer = Timer(plan.device, plan.rounds, plan.seconds, ceilings, progress, load)
@@ -139,7 +139,7 @@ def _measure_model(
 
     own = timed = engine_of(subject.model)
     if any(peer == "diffusers" for peer, _ in plan.peers):
-        # Times are of the function that all can compute; pictures are of the model's own.
+        # Times are of the function that all can compute; parity is of the model's own function.
         model = in_numerics(subject.model, "diffusers")
         timed = own if model is subject.model else engine_of(model)
     record = _describe(subject, timed.config)
@@ -172,7 +172,7 @@ def _measure_model(
 
 
 def _rows(plan: Plan, kind: str, work: Work, record: dict[str, Any], timer: Timer) -> list[Row]:
-    """Of everyone who takes part in one kind of work."""
+    """The rows of all contenders in one kind of work."""
     check = GenerationCheck(work, plan.steps, plan.sampler, timer.progress.check)
     found = contenders(kind, work, (plan.subject, *plan.peers), record, check, plan.parts)
     model, images = plan.title or record["model"], work.images
@@ -182,7 +182,7 @@ def _rows(plan: Plan, kind: str, work: Work, record: dict[str, Any], timer: Time
         late = {"status": "skipped", "reason": "no time was left"}
         return [common | {"contender": one.name, "role": one.role, **late} for one in found]
     with torch.inference_mode():
-        if kind == "image":  # which has a check of its own
+        if kind == "image":  # it has a check of its own
             return timer.run(common, found)
         runs = {"forward": work.forward, "step": work.guided_step, "decode": work.decode}
         return timer.run(common, found, *reference(runs[kind], found))
@@ -196,9 +196,9 @@ def contenders(
     check: GenerationCheck,
     parts: Sequence[Part] = (),
 ) -> list[Contender]:
-    """Who takes part in one kind of work: the first of ``names`` is the subject, others are peers.
+    """The contenders in one kind of work: the first of ``names`` is the subject, others are peers.
 
-    record: what the model costs. check: of whole generations, which says how they are made.
+    record: the model's cost. check: the check of whole generations, which also has their settings.
     """
     forward = record["cost"]["total"]["flops"]
     decoder = record["decoder"]["flops"] if record["decoder"] else 0
@@ -216,7 +216,7 @@ def contenders(
             more["check"] = partial(check, name, precision)
         elif kind == "decode":
             build = partial(work.decode, name, precision)
-            # int8 and bf16 decode alike, and so do the compilers: the first stands for both.
+            # int8 and bf16 decode in the same way, and so do compilers: only the first is timed.
             precision = decoder_precision(precision)
         else:
             runs = {"forward": work.forward, "step": work.guided_step}
@@ -228,7 +228,7 @@ def contenders(
             title, role = f"{UNET} {precision}", "other network"
             try:
                 cost = unet_cost()
-            except ImportError:  # said when it is built, as of every peer
+            except ImportError:  # reported when the peer is built
                 cost = Cost()
             more = {"flops": cost.flops * work.images,
                     "weight_bytes": cost.parameters * float_dtype(precision).itemsize}  # fmt: skip
@@ -240,7 +240,7 @@ def contenders(
 
 
 def _describe(subject: Subject, config: ModelConfig) -> dict[str, Any]:
-    """config: of what is timed."""
+    """The "models" entry of a report; config: of the model that is timed."""
     vae = subject.vae
     return {
         "model": subject.name, "weights": subject.weights, "size": subject.size,

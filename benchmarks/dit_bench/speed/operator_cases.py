@@ -1,4 +1,4 @@
-"""Every operator of dit_kernels at the shapes that matter, and who computes it.
+"""Every operator of dit_kernels at important shapes, and its implementations and opponents.
 
 Letters as in `dit_kernels.reference`: N images, T tokens, D width, H heads; R rows of a product.
 """
@@ -37,8 +37,8 @@ class Case:
         inputs: device → arguments, the same at every call.
         reference: the definition; given float64 arguments it computes in float64.
         plain: what a plain torch model runs for it, in `DTYPE`.
-        fusable: torch.compile is given the definition, else ``plain``: compiling a float32 product
-            where the model has one in half precision would make an easy opponent.
+        fusable: torch.compile gets the definition, else ``plain``: the definitions of products are
+            in float32, and would be easy opponents of half precision.
         flops: of its matrix products, one multiply-add counted as two; 0 for memory-bound work.
         values: result → tensors to compare; the result's own by default.
         exact: (float64 arguments) → what ``values`` are compared with; ``reference`` by default.
@@ -60,8 +60,8 @@ class Case:
 
 
 def all_cases(device: torch.device) -> list[Case]:
-    """DiT-XL/2 at 256 pixels for one image under guidance, on CUDA each operator for 32 images
-    first, in the order of their worth, should time run out."""
+    """The cases of DiT-XL/2 at 256 pixels for one image under guidance; on CUDA, each operator
+    first for 32 images. The most important come first, in case time runs out."""
     _, d, heads = FAMILIES["XL"]
     cases = cases_of(2, TOKENS, d, heads)
     if device.type == "cuda":
@@ -72,8 +72,8 @@ def all_cases(device: torch.device) -> list[Case]:
 
 
 def cases_of(n: int, t: int, d: int, heads: int) -> list[Case]:
-    """The operators of a DiT of width ``d`` for ``n`` rows, and for the half as many images those
-    of the sampler's step and of Stable Diffusion's decoder at 256 pixels."""
+    """The operators of a DiT of width ``d`` for ``n`` rows and, for n/2 images, those of the
+    sampler's step and of Stable Diffusion's decoder at 256 pixels."""
     shape, x, vectors, images = f"N={n} T={t} D={d}", (n, t, d), (n, 6 * d), max(1, n // 2)
 
     def norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -98,7 +98,7 @@ def cases_of(n: int, t: int, d: int, heads: int) -> list[Case]:
     for codes in (torch.int8, FP8):
         to = f"{shape} to {NAMES[codes]}"
         cases += [
-            # Against the norm itself and not its quantised form, where a tie may go either way.
+            # Against the norm itself: in its quantised form, a tie may be rounded either way.
             _case("layernorm_modulate_quantize", to,
                   lambda x, m, c=codes: (x, *m.chunk(6, dim=1)[:2], NORM_EPS, c), x, vectors,
                   values=_dequantized,
@@ -135,7 +135,7 @@ def _case(
     plain: Callable[..., Any] | None = None,
     **more: Any,
 ) -> Case:
-    """Its inputs are what ``arguments`` makes of normal tensors of ``shapes``. plain: the
+    """A case with the inputs that ``arguments`` makes from normal tensors of ``shapes``. plain: the
     definition unless given."""
 
     def inputs(device: torch.device) -> tuple[Any, ...]:
@@ -169,7 +169,7 @@ def _quantized_linear(
 ) -> Case:
     """Arguments: codes (R, K), scales (R,), and weight (M, K), bias (M,) in `DTYPE`.
 
-    What is checked is the product, of operands as they are once quantised.
+    The product of the quantised operands is checked, not their quantisation.
     """
     plain = _linear("linear", rows, inputs, outputs)
 
@@ -178,7 +178,7 @@ def _quantized_linear(
         return (*reference.quantize_rows(x, codes), weight, bias)
 
     def product(x: Tensor, scales: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        # Quantised as the layer does it, from the half-precision weight; then widened.
+        # Quantised as in the layer, from the half-precision weight; then widened.
         weight_codes, weight_scales = reference.quantize_rows(weight.to(DTYPE), codes)
         wide = weight.dtype if weight.dtype == torch.float64 else torch.float32
         a = x.to(wide) * scales.to(wide).unsqueeze(-1)
@@ -212,7 +212,7 @@ def _guided(n: int, side: int) -> Case:
 
 
 def implementations(case: Case, device: torch.device) -> dict[str, Make]:
-    """What of dit_kernels is to be checked, and timed, for ``case`` on ``device``."""
+    """The implementations in dit_kernels that are checked and timed for ``case`` on ``device``."""
     if case.operator == "linear_int8":
         return {"packed": partial(_quantized, case)}
     if case.operator == "linear_fp8":
@@ -227,7 +227,7 @@ def implementations(case: Case, device: torch.device) -> dict[str, Make]:
 
 
 def opponents(case: Case, device: torch.device) -> dict[str, Make]:
-    """What a plain torch model runs, torch.compile, and for attention torch's own other kernels."""
+    """What a plain torch model runs, torch.compile and, for attention, torch's other kernels."""
     if case.operator in ("linear_int8", "linear_fp8"):
         return {"eager": partial(_unquantized, case)}
     found: dict[str, Make] = {"eager": _calling(case.plain), "compile": partial(_compiled, case)}
@@ -260,14 +260,14 @@ def _quantized(case: Case, codes: Tensor, scales: Tensor, weight: Tensor, bias: 
 
 
 def _unquantized(case: Case, codes: Tensor, scales: Tensor, weight: Tensor, bias: Tensor) -> Run:
-    """The half-precision product that a quantised one replaces, of the same operands, rounded."""
+    """The half-precision product that a quantised one replaces, of the same (rounded) operands."""
     pairs = ((codes, scales), reference.quantize_rows(weight, codes.dtype))
     x, w = ((c.float() * s.unsqueeze(-1)).to(DTYPE) for c, s in pairs)
     return lambda: F.linear(x, w, bias)
 
 
 def _compiled(case: Case, *arguments: Any) -> Run:
-    # Without this, torch counts a definition's shapes together, and compiles no more after eight.
+    # Without this, torch counts all shapes of a definition, and stops compiling after eight.
     torch.compiler.reset()
     return partial(compile_graph(case.reference if case.fusable else case.plain), *arguments)
 

@@ -1,12 +1,12 @@
 """``dit-bench operators``: checks the operators of dit_kernels against float64, then times them.
 
 An implementation passes with at most twice the error of the torch reference in the same dtype; an
-opponent whose output is wrong is not timed either. Of each shape it prints the median, the rate,
+opponent whose output is wrong is not timed either. For each shape it prints the median, the rate,
 its percentage of the ceiling measured in the same run, and the speed-up over what a plain torch
 model runs and over torch.compile.
 
-On a CPU arguments stay in the caches where they fit, so that more than 100 % of the rate of a
-large copy is possible; on CUDA the caches are overwritten before every sample.
+On a CPU, arguments that fit stay in the caches, so that more than 100 % of the rate of a large
+copy is possible; on CUDA the caches are overwritten before every sample.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Target:
     def worst(self, run: Run) -> tuple[float, float]:
         """(largest error over the reference's own, largest error) of two calls of ``run``.
 
-        Memory that is likely to be handed out for the outputs is filled with NaN beforehand, so
-        that an element never written shows; a race may show in one of the calls.
+        Memory that the outputs will probably get is filled with NaN beforehand, so that an element
+        which is never written shows; a race may show in one of the calls.
         """
         ratios, errors = [], []
         for _ in range(2):
@@ -171,7 +171,7 @@ def rows_of(
     ceilings: Ceilings | None,
     others: Mapping[str, Make],
 ) -> list[Row]:
-    """Check everyone, and with ceilings time those that passed if one of ours did."""
+    """Check all contenders, and with ceilings time those that passed if one of ours did."""
     target = Target(case, case.inputs(device))
     ours, runs = implementations(case, device), dict[str, Run]()
     rows = [_check(target, name, make, "subject", runs) for name, make in ours.items()]
@@ -187,7 +187,7 @@ def rows_of(
 
 
 def _check(target: Target, name: str, make: Make, role: str, runs: dict[str, Run]) -> Row:
-    """The row of one contender; what computes for it joins ``runs`` if its outputs are right."""
+    """The row of one contender. Its function is added to ``runs`` if its outputs are right."""
     row = _row(target.case, name, role)
     allowed = ERROR_RATIO if role == "subject" else OPPONENT_RATIO
     try:
@@ -195,7 +195,7 @@ def _check(target: Target, name: str, make: Make, role: str, runs: dict[str, Run
         found, error = target.worst(run)
     except (Unavailable, ImportError) as reason:
         return row | _skipped(reason)
-    except Exception as broken:  # whatever a kernel may die of, the others are still measured
+    except Exception as broken:  # whatever a kernel raises, the others are still measured
         reason = f"{type(broken).__name__}: {one_line(broken)[:300]}"
         return row | {"status": "failed" if role == "subject" else "skipped", "reason": reason}
     row |= {"error": error, "error_over_reference": found}
@@ -209,7 +209,7 @@ def _check(target: Target, name: str, make: Make, role: str, runs: dict[str, Run
 def figures(
     case: Case, name: str, samples: Mapping[str, Sequence[float]], moved: int, ceilings: Ceilings
 ) -> Row:
-    """Milliseconds, rate, percentage of the ceiling, and how many times as quick as each other."""
+    """Milliseconds, rate, percentage of the ceiling, and the speed-up over each other contender."""
     taken = spread(samples[name])
     if case.flops:
         kind = case.operator.removeprefix("linear_")
@@ -269,7 +269,7 @@ def run(arguments: argparse.Namespace) -> int:
     report["load_average"] = load_average()
 
     def fill(progress: Progress, keep: Callable[[], object]) -> None:
-        others = OtherLoad(known=device.type == "cpu")  # what a GPU does is not in it
+        others = OtherLoad(known=device.type == "cpu")  # it does not count a GPU's work
         with torch.inference_mode(), progress.run(len(cases)):
             ceilings = measure_ceilings(device)
             report["ceilings"] = vars(ceilings)

@@ -2,8 +2,8 @@
 
 Every part runs its operator once per block with that block's own weights, so that a block's weights
 have left the caches when it is its turn again (DiT-XL/2's are 900 MB in bf16; small models stay in
-the caches, here as in the forward). What the whole forward takes beyond the sum of its parts is
-"rest": calls, allocations, patches, and the cache that one operator leaves to the next.
+the caches, here as in the forward). "rest" is the time of the whole forward minus the sum of its
+parts: calls, allocations, patches, and the effect of one operator's caches on the next.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Part = Callable[[], object]
 
 
 def linear_inputs(lean: LeanTransformer, batch: int) -> tuple[Any, Any, Tensor]:
-    """What a block's linears take, of the width D and of the hidden layer's, quantised where they
-    are; and what the final linear takes."""
+    """The inputs of a block's linears, of width D and of the hidden layer's width, quantised if the
+    linears are; and the input of the final linear."""
     config, draw = lean.config, torch.Generator().manual_seed(2)
     narrow, wide = (
         torch.randn(batch, config.num_tokens, width, generator=draw).to(lean.dtype)
@@ -36,7 +36,7 @@ def linear_inputs(lean: LeanTransformer, batch: int) -> tuple[Any, Any, Tensor]:
 
 
 def linears_alone(lean: LeanTransformer, batch: int) -> Callable[[], Tensor]:
-    """The block linears and the final one in the order of the forward, nothing else between."""
+    """The linears of the blocks and the final one, in the forward's order, with nothing between."""
     narrow, wide, last = linear_inputs(lean, batch)
 
     def run() -> Tensor:
@@ -60,7 +60,7 @@ def forward_parts(lean: LeanTransformer, batch: int) -> dict[str, Part]:
         return torch.randn(batch, *shape, generator=draw).to(lean.dtype)
 
     narrow, wide, last = linear_inputs(lean, batch)
-    # One qkv a block: as in the forward, it comes from the shared cache at best.
+    # One qkv per block, so that, as in the forward, it is not in a core's own cache.
     packed = [drawn(t, 3 * d) for _ in range(depth)]
     attended, hidden, x, y = drawn(t, d), drawn(t, config.mlp_hidden_size), drawn(t, d), drawn(t, d)
     vectors = drawn(6 * d * depth + 2 * d).split(d, dim=1)  # 6 a block, 2 at the end, each (N, D)

@@ -135,7 +135,7 @@ def ratio_row(case: str, rows: Sequence[Row], ours: str, theirs: str, goal: floa
 
 
 def add_conditioning(rows: Sequence[Row]) -> None:
-    """Add the time of what lean computes once, before its `STEPS` steps: first step minus another."""
+    """Add what lean computes once before its `STEPS` steps: the first step minus another."""
     medians = {(r["case"], r["contender"]): r["ms"]["median"] for r in rows if "ms" in r}
     for row in rows:
         start = medians.get((row["case"], f"{row['contender']} start"))

@@ -19,8 +19,8 @@ _IMAGE = (
     "error is that of one step or of the decoding, whichever is nearest to what is allowed there"
 )
 _NUMERICS = (
-    "{}: measured with numerics 'diffusers', the function that all of these peers compute; paired "
-    "and shown samples are of the model's own"
+    "{}: measured with numerics 'diffusers', the function that all of these peers compute; "
+    "the samples of --parity are made with the model's own"
 )
 _RATES = (
     "true FLOPs of the whole network, conditioning included; FLOP per byte and % of copy are of "

@@ -187,7 +187,8 @@ class Pickle:
             if not latin or not isinstance(arguments[0], str | _Made):
                 raise Refused(f"the pickle makes bytes by {str(function)!r} of other than latin1")
         self.copied += sum(map(_size, arguments))
-        items = [item for argument in arguments for item in _items(argument)]
+        # Not a list, because the arguments may be one list many times.
+        items = (item for argument in arguments for item in _items(argument))
         if short in ("set", "Counter"):
             self.check_keys(items)
         elif short == "OrderedDict":

@@ -85,6 +85,8 @@ PICKLES: dict[str, tuple[bytes, str]] = {
                python("torch", "Tensor"), whole(10**10) + b"\x85", b"}"), "builtins.bytearray"),
     "copies of a tuple": (copied("torch", "Size", NUMBERS), "copies more than it holds"),
     "copies of a set": (copied("builtins", "set", LIST), "copies more than it holds"),
+    "one list many times in a call": (
+        called("torch", "device", LIST + b"q\x01", 50_000 * b"h\x01"), "copies more than it holds"),
     "copies of a text": (copied("torch", "device", text("c" * 99999)), "copies more than it hol"),
     "attributes of objects": (
         b"](" + LIST + b"q\x01" + python("collections", "OrderedDict") + b"q\x02"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from dit_engine.arguments import positive, scalar, shown
@@ -179,11 +179,11 @@ def _options_in(value: Any, place: str, name: str, seen: set[int]) -> Iterator[O
     """``value`` itself, unless it only holds others, and the options that it holds."""
     if isinstance(value, argparse.Namespace):
         value = vars(value)
-    inner: list[Option] = []
+    inner: Iterable[Option] = ()  # not a list, because many options may be one dict
     if isinstance(value, Mapping):
-        inner = [(f"{place}.{_written(str(key))}", str(key), v) for key, v in value.items()]
+        inner = ((f"{place}.{_written(str(key))}", str(key), v) for key, v in value.items())
     elif isinstance(value, (list, tuple)):
-        inner = [(place, name, v) for v in value if isinstance(v, (str, Mapping))]
+        inner = ((place, name, v) for v in value if isinstance(v, (str, Mapping)))
     container = isinstance(value, (Mapping, list, tuple))
     if value is not None and not (container and name in PLACES):
         yield place, name, value

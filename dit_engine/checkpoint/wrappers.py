@@ -31,6 +31,7 @@ VAE_MARKS = ("encoder.conv_in.weight", "decoder.conv_in.weight")
 
 _DEEPEST = 4  # levels of dicts in dicts; a pickle may hold the same dict under a thousand names
 _MOST_COPIES = 100  # of a model in one file, because each tensor is compared with each copy's name
+_SHOWN = 80  # characters of a name
 SCALE = "scale_factor"  # of the latents, in latent-diffusion's checkpoints
 
 
@@ -68,12 +69,17 @@ def unwrapped(content: Mapping[Any, Any], marks: tuple[str, ...], path: Path) ->
     """
     copies: list[tuple[tuple[Any, ...], str, str, dict[Any, Any]]] = []
     for names, level in levels(content):
+        if len(copies) > _MOST_COPIES:
+            break
         state = {_AROUND.sub("", n) if isinstance(n, str) else n: v for n, v in level.items()}
+        order = [WRAPPERS.index(n) if n in WRAPPERS else len(WRAPPERS) for n in names]
+        averaged = any(map(is_averaged, names))
         for prefix in _prefixes(state, marks):
-            order = [WRAPPERS.index(n) if n in WRAPPERS else len(WRAPPERS) for n in names]
             plain = not is_averaged(prefix)
-            rank = plain and not any(map(is_averaged, names)), order, plain
-            copies.append((rank, ".".join((*names, prefix)), prefix, state))
+            rank = plain and not averaged, order, plain
+            # For messages, and cut: all copies may be under one name of megabytes.
+            place = ".".join(part[:_SHOWN] for part in (*names, prefix))
+            copies.append((rank, place, prefix, state))
             if len(state) < len(level):
                 raise ValueError(f"{path}: holds the same weights twice, once of a compiled model")
     if not copies:  # the names of the first tensors tell what is wrong
@@ -101,6 +107,8 @@ def unwrapped(content: Mapping[Any, Any], marks: tuple[str, ...], path: Path) ->
         ours = name.removeprefix(prefix) if owner == prefix and isinstance(name, str) else name
         if _is_single(name, value) and (owner is None or "." not in ours):
             counters.append(name)
+        elif ours in found:
+            raise ValueError(f"{path}: holds {ours!r} twice, once with the prefix {prefix!r}")
         else:
             found[ours] = value
     if counters and marks is not VAE_MARKS:

@@ -103,6 +103,10 @@ HOLDS_ITSELF |= dict.fromkeys(("ema", "model", "state_dict", "module"), HOLDS_IT
     [
         (prefixed("a.") | prefixed("b."), "holds several models, under 'a.', 'b.'; one is needed"),
         (prefixed("_orig_mod.") | STATE, "holds the same weights twice"),
+        (
+            prefixed("module.") | {"pos_embed": torch.ones(2)},
+            "twice, once with the prefix 'module.'",
+        ),
         (STATE | {"head.weight": torch.ones(1)}, "1 keys too many: 'head.weight'"),
         (STATE | {"settings": {"a": 1}}, "'settings' is a dict, not a named tensor"),
         (HOLDS_ITSELF, "'ema' is a dict, not a named tensor"),

@@ -50,6 +50,12 @@ def test_tensors_that_claim_more_than_they_have(zipped: bool, state: State, tmp_
         refused(lambda: load_checkpoint(path), f"tensor '{EMBEDDING}' of shape")
 
 
+def test_copies_under_a_name_of_a_megabyte(tmp_path: Path) -> None:
+    copies = {f"ema_{i}": {"x_embedder.proj.weight": 0} for i in range(3000)}
+    torch.save({"ema" + " x" * 500_000: copies}, tmp_path / "m.pt")
+    refused(lambda: load_checkpoint(tmp_path / "m.pt"), "holds several models")
+
+
 def test_a_hundred_layers_in_one_storage(tmp_path: Path) -> None:
     values = {"hidden_size": 512, "num_heads": 8, "patch_size": 2, "input_size": 8}
     shapes = model_shapes(ModelConfig.from_dict(values | {"depth": 100, "num_classes": 10}))

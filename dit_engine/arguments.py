@@ -54,6 +54,8 @@ class _Bounded(reprlib.Repr):
             return f"Namespace({self.repr_dict(vars(x), level)})"
         if isinstance(x, dict) and kind is not dict:
             return f"{kind.__name__}({self.repr_dict(x, level)})"
+        if isinstance(x, (bytes, bytearray)):
+            x = x[: self.maxother]
         return super().repr1(x, level)
 
 

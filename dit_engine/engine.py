@@ -64,7 +64,10 @@ class Engine:
         self.config = model.config
         self.label_names = label_names
         self.max_batch_size = positive("max_batch_size", max_batch_size)
-        self.sources: dict[str, Any] = {"model": "memory"} if sources is None else dict(sources)
+        sources = {"model": "memory"} if sources is None else sources
+        if not isinstance(sources, dict) or not all(isinstance(name, str) for name in sources):
+            raise ValueError(f"sources {shown(sources)} is not a dict of recorded values by name")
+        self.sources: dict[str, Any] = dict(sources)
         self._start()
 
     def _start(self) -> None:
@@ -261,10 +264,8 @@ class Engine:
     def plan(self, labels: int | str | Iterable[int | str], **options: Any) -> Plan:
         """What `generate` would do; nothing is run. ``options`` are all of its keywords except
         ``callback``, and none of them has a default here."""
-        origin, has_vae = (
-            copy.deepcopy(self._origin),
-            self.vae is not None,
-        )  # results may be changed
+        origin = copy.deepcopy(self._origin)  # because the caller may change the result
+        has_vae = self.vae is not None
         return make_plan(labels, self.config, self.label_names, origin, has_vae, **options)
 
     def _backend(self, name: str, precision: str) -> Backend:

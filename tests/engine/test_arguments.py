@@ -116,6 +116,12 @@ def test_odd_loading_arguments_are_named(name: str, value: object) -> None:
         Engine.from_pretrained(**options)
 
 
+@pytest.mark.parametrize("sources", ["memory", 5, {1: "a"}])
+def test_sources_that_cannot_be_recorded(engine: Engine, sources: Any) -> None:
+    with pytest.raises(ValueError, match=r"^sources "):
+        Engine(engine.model, sources=sources)
+
+
 @pytest.mark.parametrize(("keyword", "ours"), [("num_inference_steps", "steps"), ("step", "steps")])
 def test_other_projects_keywords(engine: Engine, keyword: str, ours: str) -> None:
     message = rf"^generate\(\) has no keyword '{keyword}'; it is called '{ours}' here$"

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -28,8 +27,6 @@ from dit_engine import __version__
 
 NOT_BUILT = "libdit_kernels_cpu.txt"
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
-# Whatever it shows goes to standard output; its exit status is the command's.
-IN_A_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
 
 
 def copied(folder: Path, *names: str) -> Path:
@@ -45,34 +42,24 @@ def copied(folder: Path, *names: str) -> Path:
     return folder
 
 
-def build(kind: str, source: Path, out: Path) -> tuple[Path, str, str]:
-    """The "wheel" or "sdist" that the installed setuptools builds from ``source``, without network;
-    what the build said on standard error; and what its terminal, here made up, showed."""
+def build(kind: str, source: Path, out: Path) -> tuple[Path, str]:
+    """The "wheel" or "sdist" that the installed setuptools builds from ``source``, without network,
+    and what the build said on standard error."""
     script = f"import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
     out.mkdir()
-    command = shlex.join([sys.executable, "-c", script, str(out)])
-    log = out / "stderr"
-    inside = ["/bin/sh", "-c", f"exec {command} >/dev/null 2>{shlex.quote(str(log))}"]
-    done = subprocess.run(
-        [sys.executable, "-c", IN_A_TERMINAL, *inside],
-        cwd=source, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False,
-    )  # fmt: skip
-    said = log.read_text()
-    assert done.returncode == 0, said
-    log.unlink()
+    command = [sys.executable, "-c", script, str(out)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     (built,) = out.iterdir()
-    return built, said, done.stdout.decode()
+    return built, done.stderr
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of the Python sources alone, as where the native kernels cannot be built."""
     folder = tmp_path_factory.mktemp("build")
-    path, said, shown = build("wheel", copied(folder / "source", *PARTS.values()), folder / "wheel")
-    (line,) = [line for line in said.splitlines() if "NOT building" in line]
-    assert re.match(r"NOT building the native CPU kernels: \w", line)
-    # pip keeps what a build says to itself: the terminal shows it all the same.
-    assert line in shown.splitlines()
+    path, said = build("wheel", copied(folder / "source", *PARTS.values()), folder / "wheel")
+    assert re.search(r"^NOT building the native CPU kernels: \w", said, re.MULTILINE)
     return path
 
 
@@ -98,18 +85,10 @@ def run_installed(code: str, folder: Path) -> dict[str, Any]:
 
 
 def test_metadata(wheel: Path, metadata: Message) -> None:
-    assert metadata["Version"] == __version__
     assert wheel.name == f"dit_engine-{__version__}-py3-none-any.whl"
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert metadata["Name"] == "dit-engine"
-    assert metadata["Requires-Python"] == ">=3.10"
-    assert metadata["License-Expression"] == "Apache-2.0"
     base = {canonicalize_name(r.name) for r in requirements(metadata) if r.marker is None}
     assert base == {"torch", "numpy", "safetensors", "pillow", "huggingface-hub", "tqdm"}
-    assert set(metadata.get_all("Provides-Extra", [])) == {
-        "train", "bench", "diffusers", "peers", "onnx", "onnx-gpu", "tensorrt", "tensorrt-rtx",
-        "pycuda", "triton-client", "test", "lint",
-    }  # fmt: skip
 
     def of_extra(extra: str) -> set[str]:
         environment = {"extra": extra, "python_version": "3.12"}
@@ -117,8 +96,7 @@ def test_metadata(wheel: Path, metadata: Message) -> None:
         return {f"{canonicalize_name(r.name)}{r.specifier}" for r in found}
 
     for extra in ("train", "bench", "diffusers", "onnx"):
-        assert of_extra(extra), extra
-        assert of_extra(extra) <= of_extra("test")
+        assert of_extra(extra) and of_extra(extra) <= of_extra("test"), extra
 
 
 def test_the_installed_version_is_the_sources() -> None:
@@ -169,7 +147,7 @@ def test_from_the_source_archive_to_an_installed_command(tmp_path: Path) -> None
              "constraints-server.txt", "CMakeLists.txt")  # fmt: skip
     folders = ("dit_engine", "kernels", "export", "benchmarks", "docs", "tests")
     source = copied(tmp_path / "source", *names, *folders)
-    sdist, _, _ = build("sdist", source, tmp_path / "sdist")
+    sdist, _ = build("sdist", source, tmp_path / "sdist")
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     unpacked = tmp_path / f"dit_engine-{__version__}"
@@ -177,7 +155,7 @@ def test_from_the_source_archive_to_an_installed_command(tmp_path: Path) -> None
     for folder in ("docs", "kernels/csrc", "tests/data", "dit_engine/builtin"):
         files = {p.relative_to(source) for p in (source / folder).rglob("*") if p.is_file()}
         assert files and not [path for path in files if not (unpacked / path).is_file()]
-    wheel, said, _ = build("wheel", unpacked, tmp_path / "wheel")
+    wheel, said = build("wheel", unpacked, tmp_path / "wheel")
     assert "NOT building" not in said
     assert wheel.name == f"dit_engine-{__version__}-py3-none-linux_x86_64.whl"
     installed = tmp_path / "installed"
@@ -224,21 +202,17 @@ def test_constraints_pin_every_requirement_exactly(metadata: Message) -> None:
     text = (ROOT / "constraints.txt").read_text()
     assert "://" not in text and not re.search(r"^\s*-", text, re.MULTILINE)  # no index
     pins = [Requirement(x) for x in text.splitlines() if x and not x.startswith("#")]
-    for pin in pins:
-        (specifier,) = pin.specifier
-        assert specifier.operator == "==" and "*" not in specifier.version
     for requirement in requirements(metadata):
         for python in ("3.10", "3.11", "3.12", "3.13"):
-            environment = {"python_version": python, "extra": "test"}
-            if requirement.marker and not requirement.marker.evaluate(environment):
-                environment["extra"] = "lint"
-                if not requirement.marker.evaluate(environment):
+            for extra in ("test", "lint"):
+                environment = {"python_version": python, "extra": extra}
+                if requirement.marker and not requirement.marker.evaluate(environment):
                     continue
-            versions = [
-                next(iter(pin.specifier)).version
-                for pin in pins
-                if canonicalize_name(pin.name) == canonicalize_name(requirement.name)
-                and (pin.marker is None or pin.marker.evaluate(environment))
-            ]
-            assert len(versions) == 1, f"{requirement} on Python {python}: pins {versions}"
-            assert requirement.specifier.contains(versions[0]), f"{requirement}: {versions[0]}"
+                (pinned,) = (
+                    pin.specifier
+                    for pin in pins
+                    if canonicalize_name(pin.name) == canonicalize_name(requirement.name)
+                    and (pin.marker is None or pin.marker.evaluate(environment))
+                )
+                assert str(pinned).startswith("==") and "*" not in str(pinned), requirement
+                assert requirement.specifier.contains(str(pinned)[2:]), f"{requirement}: {pinned}"

@@ -16,14 +16,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_engine.console.output import (
-    STDOUT,
-    check_destination,
-    destination,
-    is_directory,
-    is_sheet,
-    output_kind,
-)
+from dit_engine.console import output as outputs
+from dit_engine.console.output import STDOUT
 from dit_engine.console.parser import (
     Parser,
     add_loading_arguments,
@@ -73,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--all-labels", action="store_true", help="every class of the model")
     add("--repeat", type=int, default=1, metavar="COUNT", help="images of each label, in turn")
     add("--list-labels", action="store_true", help="print the model's classes and stop")
-    add("-o", "--output", type=destination, default=Path("sheet.png"),
+    add("-o", "--output", type=outputs.destination, default=Path("sheet.png"),
         help="a .png: all images on one sheet; -: the same, to standard output; "
         "a .npy: uint8 images (N, H, W, 3); a .safetensors: latents (N, C, S, S), not decoded; "
         "any other name: a directory with one .png per image, where images that are there "
@@ -107,14 +101,14 @@ def generate(arguments: argparse.Namespace) -> int:
     for name in ("repeat", "columns"):
         if (number := getattr(arguments, name)) is not None and number < 1:
             raise ValueError(f"{name} {number} is not a positive integer")
-    if arguments.columns is not None and not is_sheet(output):
+    if arguments.columns is not None and not outputs.is_sheet(output):
         raise ValueError(f"--columns is of a sheet, a .png, and {output} is none")
-    check_destination(output, arguments.overwrite)
+    outputs.check_destination(output, arguments.overwrite)
 
     from dit_engine.cli.tensors import read_tensor
     from dit_engine.results import save
 
-    kind = output_kind(output)
+    kind = outputs.output_kind(output)
     options = sampling_options(arguments) | {
         "seed": arguments.seed,
         "seeds": arguments.seeds,
@@ -138,8 +132,10 @@ def generate(arguments: argparse.Namespace) -> int:
     labels = arguments.repeat * (arguments.labels or [*range(engine.config.num_classes)])
     began, notes = time.perf_counter(), ""
     with closing(SamplingBar(engine, arguments.quiet)) as bar:
-        if is_directory(output):
-            made, notes = make_series(bar, labels, options, arguments)
+        if outputs.is_directory(output):
+            from dit_engine.cli.series import make_series
+
+            made, notes = make_series(bar.generate, engine, labels, options, arguments)
         else:
             result = bar.generate(labels, **options)
             save(result, output, arguments.columns, arguments.only)
@@ -152,30 +148,6 @@ def generate(arguments: argparse.Namespace) -> int:
         news = sys.stderr if output == STDOUT else sys.stdout
         say(f"{made} {what}{rate} → {printable(place)}{notes}", news)
     return 0
-
-
-def make_series(
-    bar: SamplingBar,
-    labels: list[int | str],
-    options: dict[str, Any],
-    arguments: argparse.Namespace,
-) -> tuple[int, str]:
-    """Make a directory of images; returns how many were made, and what to print after it."""
-    from dit_engine.cli.series import Series
-
-    series = Series(bar.engine, labels, options, arguments.output, arguments.overwrite)
-    if series.others and series.missing:
-        note = f"{series.directory} holds other PNGs ({series.others}), which stay"
-        if arguments.seed is None and arguments.seeds is None:
-            note += "; give the --seed of an earlier call to continue that call instead"
-        warnings.warn(note, stacklevel=1)
-    series.make(bar.generate)
-    made, total, notes = len(series.missing), len(series.whole), ""
-    if made < total:
-        notes = f"; {total - made} of {total} were there"
-    if series.others:
-        notes += f"; the directory holds {series.others} other images"
-    return made, notes
 
 
 def load_engine(arguments: argparse.Namespace) -> Engine:

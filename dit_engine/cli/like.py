@@ -57,25 +57,22 @@ def arguments_like(
     unused: set[str] = set()
     if another:
         unused |= {"numerics", "num_heads", "prediction", "diffusion"}
-    same_vae = not another
-    if "vae" in given:
-        same_vae = vae is not None and is_source(given["vae"], vae)
-    if not same_vae:
+    if another if "vae" not in given else vae is None or not is_source(given["vae"], vae):
         unused |= {"vae_scaling_factor", "vae_shift_factor", "vae_groups"}
     if values["prediction"] != recorded.get("prediction"):
-        unused |= {"diffusion"}
+        unused.add("diffusion")
     if not is_sheet(values["output"]):
-        unused |= {"columns"}
-    unused &= recorded.keys()
-    if another and any(recorded[name] for name in unused):
+        unused.add("columns")
+    dropped = sorted(unused & recorded.keys())
+    if another and any(recorded[name] for name in dropped):
         warnings.warn(
             f"{path} was made with another model, {model[:_SHOWN]!r}: these settings of it are not "
-            f"used: {', '.join(sorted(unused))}",
+            f"used: {', '.join(dropped)}",
             stacklevel=2,
         )
     if values["sampler"] != recorded.get("sampler"):  # each sampler has its own usual values
-        unused |= {"steps", "spacing", "eta"}
-    values |= {name: usual[name] for name in unused} | given
+        dropped += ["steps", "spacing", "eta"]
+    values |= {name: usual[name] for name in dropped} | given
     if {"seed", "seeds"} & given.keys():
         values |= {name: given.get(name) for name in ("seed", "seeds")}
     if "all_labels" in given:
@@ -83,10 +80,10 @@ def arguments_like(
     count = len(values["labels"] or ()) * values["repeat"]
     if {"all_labels", "labels"} & given.keys() or values["repeat"] != 1:
         values["only"] = 0 if count == 1 else None
-        told = None if "seeds" in given else values["seeds"]
-        if isinstance(told, list) and ("all_labels" in given or len(told) != count):
+        seeds = None if "seeds" in given else values["seeds"]
+        if isinstance(seeds, list) and len(seeds) != count:
             raise ValueError(
-                f"--like {path} records {len(told)} seeds, which do not fit these labels: give "
+                f"--like {path} records {len(seeds)} seeds, which do not fit these labels: give "
                 "--seed, or --seeds"
             )
     return argparse.Namespace(**values)
@@ -125,23 +122,24 @@ def recorded_options(path: Path) -> dict[str, Any]:
     scale, seed = record.get("guidance_scale"), record.get("seed")
     options["guidance_scale"] = scale if isinstance(scale, list) else [scale]
     seeds = record.get("seeds", None if seed is None else [seed])
-    numbers = isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)
+    listed = seeds if isinstance(seeds, list) else []
+    numbers = bool(listed) and all(type(seed) is int for seed in listed)
     if record["noise"] == "official":
-        options["seed"] = seeds[0] if isinstance(seeds, list) and seeds else None
-    elif numbers and seeds == [*range(seeds[0], seeds[0] + len(seeds))]:
-        options["seed"] = seeds[0]  # as --seed gave them: then they go on for more labels
+        options["seed"] = listed[0] if listed else None
+    elif numbers and listed == [*range(listed[0], listed[0] + len(listed))]:
+        options["seed"] = listed[0]  # as --seed gave them: then they go on for more labels
     else:
         options["seeds"] = seeds
     labels = record.get("labels", [record.get("label")])
     if not isinstance(labels, list) or not labels:
         raise ValueError(f"{path}: labels is not a list")
-    if "label" not in record:
-        if len(labels) * _CELL_PIXELS > width * height:
-            raise ValueError(
-                f"{path}: no sheet of {width}×{height} pixels shows its {len(labels)} labels"
-            )
-        return options | {"labels": labels, "only": None}
-    only = record.get("index") if "labels" in record else 0  # "labels": of an official batch
-    if type(only) is not int or not 0 <= only < len(labels):
-        raise ValueError(f"{path}: index is no place in its batch")
+    only = None
+    if "label" in record:
+        only = record.get("index") if "labels" in record else 0  # "labels": of an official batch
+        if type(only) is not int or not 0 <= only < len(labels):
+            raise ValueError(f"{path}: index is no place in its batch")
+    elif len(labels) * _CELL_PIXELS > width * height:
+        raise ValueError(
+            f"{path}: no sheet of {width}×{height} pixels shows its {len(labels)} labels"
+        )
     return options | {"labels": labels, "only": only}

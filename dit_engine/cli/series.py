@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,49 +19,63 @@ if TYPE_CHECKING:
     from dit_engine.engine import Engine, Generation
 
 
-class Series:
-    """The images of one call, and which of them have to be made.
+def make_series(
+    generate: Callable[..., Generation],
+    engine: Engine,
+    labels: Sequence[int | str],
+    options: dict[str, Any],
+    arguments: argparse.Namespace,
+) -> tuple[int, str]:
+    """Make the images that the directory lacks; returns how many, and what to print after it.
 
-    Attributes:
-        whole: what the call would give, without images.
-        missing: places of the images that are not in the directory.
-        others: how many other PNGs the directory holds.
+    generate: called for each batch, as ``generate(labels, first=…, total=…, **options)`` for images
+    first, first + 1, … of the total. Each batch is written before the next begins.
+
+    Raises ValueError where a file of another call has the name of one of these images, unless
+    ``arguments.overwrite``.
     """
+    series = Series(engine, labels, options, arguments.output)
+    whole, paths, directory = series.whole, series.paths, arguments.output
+    missing = [i for i in range(len(paths)) if arguments.overwrite or not series.is_there(i)]
+    others = len({*directory.glob("*.png")} - {*paths})
+    if others and missing:
+        note = f"{directory} holds other PNGs ({others}), which stay"
+        if arguments.seed is None and arguments.seeds is None:
+            note += "; give the --seed of an earlier call to continue that call instead"
+        warnings.warn(note, stacklevel=1)
+    first, parts = 0, list(series.parts(missing))
+    total = sum(len(places) for places, _ in parts)
+    for places, own in parts:
+        result = generate([whole.labels[i] for i in places], first=first, total=total, **own)
+        directory.mkdir(parents=True, exist_ok=True)
+        for i, image in zip(places, result.images, strict=True):
+            with atomic_path(paths[i]) as partial:
+                image.save(partial, "PNG", pnginfo=png_text(image_record(whole, i)))
+        first += len(places)
+    notes = ""
+    if len(missing) < len(paths):
+        notes = f"; {len(paths) - len(missing)} of {len(paths)} were there"
+    if others:
+        notes += f"; the directory holds {others} other images"
+    return len(missing), notes
+
+
+class Series:
+    """The images of one call. whole: what the call would give, without images."""
 
     def __init__(
-        self,
-        engine: Engine,
-        labels: Sequence[int | str],
-        options: dict[str, Any],
-        directory: Path,
-        overwrite: bool,
+        self, engine: Engine, labels: Sequence[int | str], options: dict[str, Any], directory: Path
     ) -> None:
-        """Raises ValueError where a file of another call has the name of one of these images,
-        unless ``overwrite``."""
-        self.engine, self.directory, self.options = engine, directory, options
+        self.options, self.batch = options, engine.max_batch_size
         plan = engine.plan(labels, **options)
         self.seeds, self.whole = plan.seeds, plan.result(None)
-        self.paths = [self._path(i) for i in range(len(plan))]
-        self.missing = [i for i in range(len(plan)) if overwrite or not self._is_there(i)]
-        self.others = len({*directory.glob("*.png")} - {*self.paths})
+        names, seeds = engine.label_names, self.whole.seeds
+        self.paths = [
+            directory / file_name(i, label, names and names[label], seeds and seeds[i])
+            for i, label in enumerate(self.whole.labels)
+        ]
 
-    def make(self, generate: Callable[..., Generation]) -> None:
-        """Make the missing images with ``generate(labels, first=…, total=…, **options)``, whose
-        images are places first, first + 1, … of the total; each batch is written before the next
-        begins."""
-        first, parts = 0, list(self._parts())
-        total = sum(len(places) for places, _ in parts)
-        for places, options in parts:
-            labels = [self.whole.labels[i] for i in places]
-            result = generate(labels, first=first, total=total, **options)
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for i, image in zip(places, result.images, strict=True):
-                info = png_text(image_record(self.whole, i))
-                with atomic_path(self.paths[i]) as partial:
-                    image.save(partial, "PNG", pnginfo=info)
-            first += len(places)
-
-    def _parts(self) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    def parts(self, missing: list[int]) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """The places of each batch, with the options of `Engine.generate` for it alone."""
         given = (self.options["latents"], self.options["step_noise"])
         if self.options["noise"] == "official" or any(noise is not None for noise in given):
@@ -67,24 +83,19 @@ class Series:
             own = {"seed": self.seeds[0], "seeds": None}
             if self.options["noise"] != "official":
                 own = {"seed": None, "seeds": self.seeds}
-            if self.missing:
+            if missing:
                 yield list(range(len(self.whole))), self.options | own
             return
-        scale, size = self.options["guidance_scale"], self.engine.max_batch_size
+        scale = self.options["guidance_scale"]
         each = isinstance(scale, Sequence) and len(scale) == len(self.whole)
-        for first in range(0, len(self.missing), size):
-            places = self.missing[first : first + size]
+        for first in range(0, len(missing), self.batch):
+            places = missing[first : first + self.batch]
             own = {"seed": None, "seeds": [self.seeds[i] for i in places]}
             if each:
                 own["guidance_scale"] = [scale[i] for i in places]
             yield places, self.options | own
 
-    def _path(self, i: int) -> Path:
-        names, label, seeds = self.engine.label_names, self.whole.labels[i], self.whole.seeds
-        name = names[label] if names else None
-        return self.directory / file_name(i, label, name, None if seeds is None else seeds[i])
-
-    def _is_there(self, i: int) -> bool:
+    def is_there(self, i: int) -> bool:
         path = self.paths[i]
         if not path.exists():
             return False

@@ -21,14 +21,10 @@ def read_tensor(path: Path | None) -> Tensor | None:
     if path is None:
         return None
     suffix = path.suffix.lower()
-    if suffix not in (".npy", ".safetensors"):
-        raise ValueError(f"{path}: use a .npy or a .safetensors file")
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory; a file is needed")
     if suffix == ".safetensors":
         return _read_safetensors(path)
+    if suffix != ".npy":
+        raise ValueError(f"{path}: use a .npy or a .safetensors file")
     check_format(path, NUMPY)
     array = map_npy(path)
     if array.dtype.kind not in "fiu":

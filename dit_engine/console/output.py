@@ -67,9 +67,6 @@ def check_destination(
     nearest = path.absolute()
     while not _exists(nearest):
         nearest = nearest.parent  # directories are made as needed
-    if not nearest.is_dir():
-        name = "it" if nearest == path.absolute() else nearest
-        raise NotADirectoryError(f"{path}: {name} is a file; a directory is needed")
     _try_writing(nearest / "image.png", path)
 
 
@@ -78,13 +75,10 @@ def check_file(path: Path, overwrite: bool = False) -> None:
 
     Warns that a file which is there will be replaced, unless ``overwrite`` says that it may be.
     """
-    parent = path.absolute().parent
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory; a file name is needed")
-    if not _exists(parent):
+    if not _exists(path.absolute().parent):
         raise FileNotFoundError(f"{path}: the directory {path.parent} does not exist")
-    if not parent.is_dir():
-        raise NotADirectoryError(f"{path}: {path.parent} is a file and no directory")
     _try_writing(path, path)
     if path.is_file() and not overwrite:
         warnings.warn(f"{path} exists and will be replaced", stacklevel=2)

@@ -122,13 +122,9 @@ def _fail(error: Exception) -> int:
 @contextmanager
 def _notes(quiet: bool) -> Iterator[None]:
     def show(message: object, *_: object, **__: object) -> None:
-        note = f"note: {one_line(message)}"
-        try:
-            from tqdm import tqdm
-        except ImportError:  # then there is no progress bar above which to write
-            print(note, file=sys.stderr)
-        else:
-            tqdm.write(note, sys.stderr)
+        from tqdm import tqdm
+
+        tqdm.write(f"note: {one_line(message)}", sys.stderr)  # above a progress bar
 
     with warnings.catch_warnings():
         if quiet:

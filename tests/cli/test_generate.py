@@ -184,7 +184,7 @@ BAD = [
     (["--backend", "onnx"], "backend 'onnx' is unknown; did you mean 'onnxruntime'? choose one of"),
     (["--guidance-channels", "foo"], "'foo' is neither a number of latent channels (1, 2, …)"),
     (["--device", "cuda:99"], "device 'cuda:99' is not available; allowed: cpu"),
-    (["--latents", "nowhere.npy"], "nowhere.npy does not exist"),
+    (["--latents", "nowhere.npy"], "nowhere.npy"),
     (["--latents", "z.pt"], "z.pt: use a .npy or a .safetensors file"),
     (["--model", "nowhere.pt"], "nowhere.pt"),
     (["--columns", "3", "-o", "images"], "--columns is of a sheet, a .png, and images is none"),
@@ -226,11 +226,11 @@ def test_an_output_in_the_way(model: Path, tmp_path: Path, told: Told) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     before = sorted(tmp_path.iterdir())
     for name, message in (
-        ("file", "it is a file; a directory is needed"),
-        ("file/deeper", f"{tmp_path / 'file'} is a file; a directory is needed"),
-        ("file/sheet.png", f"{tmp_path / 'file'} is a file and no directory"),
+        ("file", "file cannot be written: Not a directory"),
+        ("file/deeper", "file/deeper cannot be written: Not a directory"),
+        ("file/sheet.png", "file/sheet.png cannot be written: Not a directory"),
         ("folder.png", "is a directory; a file name is needed"),
-        ("link", "a directory is needed"),
+        ("link", "link cannot be written: No such file or directory"),
     ):
         assert run(model, "--labels", "1", "-o", str(tmp_path / name)) == 2
         assert message in told()

@@ -71,7 +71,8 @@ class Series:
         self.seeds, self.whole = plan.seeds, plan.result(None)
         names, seeds = engine.label_names, self.whole.seeds
         self.paths = [
-            directory / file_name(i, label, names and names[label], seeds and seeds[i])
+            directory
+            / file_name(i, label, names[label] if names else None, seeds[i] if seeds else None)
             for i, label in enumerate(self.whole.labels)
         ]
 

@@ -132,6 +132,17 @@ def test_dpm_solver_is_diffusers(steps: int, spacing: str) -> None:
         assert_close_to_reference(ours, expected, tolerance=2e-6)
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_noise_is_asked_for_where_it_is_used_and_the_callback_sees_each_step(name: str) -> None:
+    schedule, seen, asked = make_schedule(6, "linspace"), list[int](), list[int]()
+    SAMPLERS[name].function(
+        lambda z, k: toy(z, int(schedule.timesteps[k])), start(torch.float32), schedule,
+        lambda k: asked.append(k) or draws(k), lambda k, z: seen.append(k),
+        **({"eta": 0.3} if name == "ddim" else {}),
+    )  # fmt: skip
+    assert seen == list(range(6)) and asked == ([] if name == "dpm++" else [0, 1, 2, 3, 4])
+
+
 def test_ddim_with_full_noise_is_finite_where_a_radicand_is_nearly_zero() -> None:
     for steps in range(1, 60):
         for spacing in ("official", "trailing", "linspace", "leading"):

@@ -17,7 +17,7 @@ from dit_kernels.cpu import loader
 from dit_kernels.cpu import operators as native
 
 pytestmark = needs_library
-X, ROW, FIVE, CHANNELS = torch.zeros(2, 5, 8), torch.zeros(2, 8), torch.ones(5), torch.zeros(8)
+X, ROW, CHANNELS = torch.zeros(2, 5, 8), torch.zeros(2, 8), torch.zeros(8)
 IMAGES = torch.zeros(1, 8, 4, 4).to(memory_format=torch.channels_last)
 LATENTS = torch.zeros(1, 4, 4, 4)
 ODD = torch.frombuffer(bytearray(4 * 81), dtype=torch.float32, offset=1, count=80).view(2, 5, 8)

@@ -1,28 +1,207 @@
-"""Every Triton kernel compiles for every supported GPU, in registers, and uses its tensor cores.
-
-No GPU is needed. `kernel_resources.py` prints the numbers.
-"""
+"""Every Triton kernel compiles for every supported GPU, in registers, and uses its tensor cores."""
 
 from __future__ import annotations
 
-import kernel_resources
+import functools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
 import pytest
+import torch
 from cases import CASES
-from kernel_resources import SHARED_MEMORY, TYPES
+from torch import Tensor
 from triton_workers import compilers, require_triton
 
-pytestmark = pytest.mark.slow
+# Compute capability → bytes of shared memory that a block may have (CUDA C++ Programming Guide,
+# table of technical specifications). 8.6 has 8.9's limits and no instructions of its own.
+SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+PROCESSORS = 132
 MATRIX_INSTRUCTION = {8: "HMMA", 9: "HGMMA", 10: "UTCHMMA", 12: "HMMA"}
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+TYPES = {FULL: "fp32", BRAIN: "bf16", HALF: "fp16", INT8: "i8", FP8: "fp8e4nv"}
+EMPTY = functools.partial(torch.empty, device="meta")  # no numbers: a launcher costs its Python
 
 
+class Case(NamedTuple):
+    """One call of a launcher, compiled for one compute capability."""
+
+    operator: str
+    capability: int
+    dtype: torch.dtype
+    sizes: tuple[int, ...]  # as `arguments_of` takes them
+    codes: torch.dtype | None = None
+
+
+class Resources(NamedTuple):
+    shared_bytes: int
+    spills: int  # instructions that move registers to or from local memory
+    matrix: Counter[str]  # tensor-core instruction → how many
+
+
+def cases() -> list[Case]:
+    """What is compiled: on each architecture XL's sizes, on 9.0 also every other edge."""
+    fused, rows = "gate_residual_layernorm_modulate", (2, 256, 1152)
+    found: list[Case] = []
+    for sm in SHARED_MEMORY:
+        # 16 images fill a GPU with tiles of 128 queries, which need the most memory.
+        variants = ("attention", "attention_tma") if sm >= 90 else ("attention",)
+        found += [Case(variant, sm, BRAIN, (16, 256, 16, 72)) for variant in variants]
+        found += [
+            Case(op, sm, BRAIN, rows) for op in ("layernorm_modulate", fused, "gate_residual")
+        ]
+        for codes in (INT8, FP8) if sm >= 89 else (INT8,):
+            found.append(Case("layernorm_modulate_quantize", sm, BRAIN, rows, codes))
+            found.append(Case("quantize_rows", sm, BRAIN, (2, 256, 4608), codes))
+        found.append(Case("groupnorm_silu", sm, BRAIN, (1, 512, 64)))
+        found.append(Case("guided_step", sm, HALF, (2, 32)))
+        found.append(Case("gelu", sm, BRAIN, (2, 256, 4608)))
+    return [
+        *found,
+        *(
+            Case(variant, 90, dtype, sizes)
+            for variant in ("attention", "attention_tma")
+            for dtype, sizes in (
+                (HALF, (16, 256, 16, 64)),  # no second tile of columns
+                (BRAIN, (16, 1001, 16, 72)),  # a ragged number of tokens
+            )
+        ),
+        Case("attention", 90, BRAIN, (2, 16, 4, 32)),  # a small model
+        Case("attention", 90, BRAIN, (16, 256, 16, 128)),  # the widest head
+        Case("attention", 90, FULL, (2, 256, 16, 128)),  # no tensor cores
+        # A size of 1 becomes a constant, which is another program.
+        Case("attention", 90, BRAIN, (1, 1, 16, 72)),
+        Case(fused, 90, BRAIN, (1, 1, 1152)),
+        Case("groupnorm_silu", 90, BRAIN, (1, 128, 1)),
+        Case("groupnorm_silu", 90, HALF, (1, 128, 256)),  # the narrowest level and the most pixels
+        Case(fused, 90, HALF, (2, 256, 384)),
+        Case(fused, 90, FULL, rows),
+    ]
+
+
+def arguments_of(case: Case) -> list[Any]:
+    """What the launcher is called with."""
+    n, *sizes = case.sizes
+    if case.operator.startswith("attention"):
+        tokens, heads, d = sizes
+        return [EMPTY(n, tokens, 3 * heads * d, dtype=case.dtype), heads]
+    if case.operator == "groupnorm_silu":
+        channels, side = sizes
+        x = EMPTY(n, channels, side, side, dtype=case.dtype)
+        affine = EMPTY(2, channels, dtype=case.dtype)
+        return [x.to(memory_format=torch.channels_last), 32, *affine, 1e-6]
+    if case.operator == "guided_step":
+        tokens = EMPTY(2 * n, sizes[0] ** 2 // 4, 32, dtype=case.dtype)
+        return [tokens, *EMPTY(3, n, 4, sizes[0], sizes[0]), EMPTY(n), EMPTY(9), 3, 2]
+    x = EMPTY(n, *sizes, dtype=case.dtype)
+    gate, shift, scale = EMPTY(n, 6 * sizes[1], dtype=case.dtype).chunk(6, 1)[:3]
+    return {
+        "layernorm_modulate": [x, shift, scale, 1e-6],
+        "gate_residual": [x, x, gate],
+        "gate_residual_layernorm_modulate": [x, x, gate, shift, scale, 1e-6],
+        "layernorm_modulate_quantize": [x, shift, scale, 1e-6, case.codes],
+        "quantize_rows": [x, case.codes],
+        "gelu": [x],
+    }[case.operator]
+
+
+def _launches(case: Case) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """(kernel, its arguments by name) for every launch that the launcher makes on such a GPU."""
+    from triton.runtime.jit import JITFunction
+
+    made: list[tuple[Any, dict[str, Any]]] = []
+
+    class Recorder:
+        """Stands in for a kernel, and keeps the arguments of its launches."""
+
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            names = self.kernel.arg_names
+            return lambda *given, **named: made.append(
+                (self.kernel, dict(zip(names, given, strict=False)) | named)
+            )
+
+    module = import_module(f"dit_kernels.triton.{case.operator}")
+    stand_ins: dict[str, Any] = {
+        name: Recorder(value)
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and name.endswith("_kernel")
+    }
+    if "device_facts" in vars(module):
+        stand_ins["device_facts"] = lambda device: (case.capability // 10, PROCESSORS)
+    with patch.multiple(module, **stand_ins):
+        getattr(module, case.operator)(*arguments_of(case))
+    yield from made
+
+
+def _compile(kernel: Any, arguments: dict[str, Any], capability: int) -> Any:
+    """As a launch would: 1 and None are constants, what 16 divides is marked."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for position, name in enumerate(kernel.arg_names):
+        value, is_int = arguments[name], type(arguments[name]) is int
+        if kernel.params[position].is_constexpr or value is None or (is_int and value == 1):
+            signature[name] = "constexpr"
+            constants[(position,)] = value
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+        elif isinstance(value, int | float):
+            signature[name] = "i32" if is_int else "fp32"
+        else:  # a tensor descriptor
+            block = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
+        if signature[name].startswith("*") or (signature[name] == "i32" and value % 16 == 0):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {name: value for name, value in arguments.items() if name not in kernel.arg_names}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _inspect(compiled: Any) -> Resources:
+    import triton.backends
+
+    programs = Path(triton.backends.__file__).parent / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+        code = run([programs / "nvdisasm", "-c", cubin.name]).stdout
+    # A store of RZ, the zero register, keeps nothing: Triton 3.6 has such beside TMA on sm_120.
+    spills = len(re.findall(r"\bLDL\b|\bSTL\b(?!.*, RZ\b)", code))
+    matrix = Counter(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", code))
+    return Resources(compiled.metadata.shared, spills, matrix)
+
+
+def measure(case: Case) -> dict[str, Resources]:
+    """kernel → its resources, for every kernel that the case launches."""
+    return {
+        kernel.__name__: _inspect(_compile(kernel, arguments, case.capability))
+        for kernel, arguments in _launches(case)
+    }
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_no_spills_enough_shared_memory_and_tensor_cores(capability: int) -> None:
     require_triton()
-    cases = [case for case in kernel_resources.cases() if case.capability == capability]
+    chosen = [case for case in cases() if case.capability == capability]
     descriptors = ["attention_tma"] if capability >= 90 else []
-    assert {case.operator for case in cases} == {*CASES, *descriptors}
-    measured = compilers().map(kernel_resources.measure, cases)
-    for case, kernels in zip(cases, measured, strict=True):
+    assert {case.operator for case in chosen} == {*CASES, *descriptors}
+    for case, kernels in zip(chosen, compilers().map(measure, chosen), strict=True):
         for kernel, resources in kernels.items():
             assert resources.spills == 0, f"{case}: {kernel} spills"
             assert resources.shared_bytes <= SHARED_MEMORY[capability], f"{case}: {kernel}"

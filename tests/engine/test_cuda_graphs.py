@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -16,7 +15,7 @@ import torch
 from tiny import tiny_dit
 from torch import Tensor
 
-from dit_engine.backends.capture import capture_graph, one_capture
+from dit_engine.backends.capture import capture_graph
 from dit_engine.backends.lean import cuda_graphs
 from dit_engine.backends.lean.backend import FusedLeanDenoiser, LeanBackend
 from dit_engine.backends.lean.cuda_graphs import StepGraphs
@@ -188,15 +187,3 @@ def test_a_capture_has_workspaces_of_its_own(fails: bool) -> None:
     assert [name for name, _ in _log] == [name for name in expected if not fails or name != "end"]
     assert gc.isenabled() and stream.waited == [current_stream()]
     assert current_stream().waited[-1] is stream  # also for what a failure left under way
-
-
-def test_one_lock_for_all_captures_of_the_process() -> None:
-    with ThreadPoolExecutor(2) as pool:
-        with one_capture():
-            waiting = [pool.submit(capture_graph, int, Stream()) for _ in range(2)]
-            time.sleep(0.2)
-            assert not _log
-        for task in waiting:
-            task.result(timeout=60)
-    expected = ["clear workspaces", "begin", "end", "clear workspaces"]
-    assert [name for name, _ in _log] == expected * 2

@@ -74,9 +74,10 @@ def engine(tmp_path: Path) -> EngineFile:
 
 def test_a_damaged_engine_is_refused(engine: EngineFile) -> None:
     assert engine.read() == b"engine" * 100 and read_description(engine.path) == engine
-    engine.path.write_bytes(b"engine")
-    with pytest.raises(EngineRefused, match=r"has changed .*; build it again with dit-export"):
-        engine.read()
+    for content in (b"engine", b"Engine" * 100):  # the second has the same size
+        engine.path.write_bytes(content)
+        with pytest.raises(EngineRefused, match=r"has changed .*; build it again with dit-export"):
+            engine.read()
     engine.path.unlink()
     with pytest.raises(EngineRefused, match="is missing"):
         engine.read()

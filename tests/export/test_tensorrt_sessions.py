@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -106,8 +107,15 @@ def test_contexts_have_the_narrowest_profile_and_few_are_kept(tmp_path: Path) ->
 
 def test_threads_take_turns(tmp_path: Path) -> None:
     run, _ = load(tmp_path)
+
+    def own(i: int) -> None:  # values of its own, so that another thread's would be seen
+        mine = inputs(i % 3 + 1) | {"k": np.full(i % 3 + 1, i)}
+        np.testing.assert_array_equal(run.run(mine)["out"], scaled(mine)["out"])
+
+    write, memory = run.memory.write, cast("Any", run.memory)
+    memory.write = lambda *values: (write(*values), time.sleep(1e-4))  # lets others in
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda rows: check(run, rows), [1, 2, 3, 2, 1, 3] * 20))
+        list(pool.map(own, range(60)))
 
 
 def test_an_engine_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:

@@ -72,8 +72,8 @@ def capture_graph(
 
 @contextmanager
 def _own_workspaces() -> Iterator[None]:
-    """torch keeps a workspace for cuBLAS and cuBLASLt for each stream, and frees all of them when
-    anyone asks, as Inductor does around its own graphs. Each graph therefore gets a workspace in
+    """torch keeps a workspace for cuBLAS and cuBLASLt for each stream, and frees all of them
+    on request, which Inductor makes around its own graphs. Each graph therefore gets a workspace in
     its own memory, which nothing else uses later, as in
     `torch._inductor.cudagraph_trees.clear_cublas_manager`.
     """

@@ -1,4 +1,4 @@
-"""The reference model as it stands: what every other backend is compared with."""
+"""The unchanged reference model, with which every other backend is compared."""
 
 from __future__ import annotations
 

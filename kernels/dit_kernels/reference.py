@@ -1,4 +1,4 @@
-"""Every operator in plain torch, float32 inside: the definition of correct.
+"""Every operator in plain torch, float32 inside: the definition of correct. Shapes: `operators`.
 
 Shape letters: N images, T tokens, D width, H heads, d = D/H, C channels, S latent side, p patch.
 float64 inputs are computed in float64; tests measure the errors of all others against that.

@@ -58,7 +58,7 @@ def steps(
     device: torch.device, sizes: Sequence[str], budget: Budget, cases: Sequence[Case],
     report: Report, keep: Callable[[], object],
 ) -> list[Plan | Callable[[Timer], object]]:  # fmt: skip
-    """What is measured, in order. Each part may use a share of the time that is left."""
+    """The parts of the measurement, in order. Each may use a share of the time that is left."""
 
     def plan(models: Sequence[str], share: float, **options: Any) -> Plan:
         common: dict[str, Any] = {"subject": SUBJECT, "peers": PEERS, "device": device,

@@ -50,7 +50,7 @@ WAIT_SHARE = 0.5
 
 
 class Target:
-    """What a case's outputs must be, and how far the same-dtype reference is from it."""
+    """The exact outputs of a case, and the errors of the reference in the same dtype."""
 
     def __init__(self, case: Case, arguments: tuple[Any, ...]) -> None:
         self.case, self.arguments = case, arguments
@@ -128,7 +128,7 @@ def measure_third_party(
     cases: Iterable[Case], report: Report, device: torch.device, ceilings: Ceilings
 ) -> None:
     """Attention kernels of other packages beside ours, whose rows the report has already. Call it
-    last: a kernel that accesses memory which is not its own ends the use of the device."""
+    last: after an illegal access to memory, this process can no longer use the device."""
     for case in cases:
         if case.operator == "attention":
             try:

@@ -63,7 +63,7 @@ def forward_parts(lean: LeanTransformer, batch: int) -> dict[str, Part]:
     # One qkv per block, so that, as in the forward, it is not in a core's own cache.
     packed = [drawn(t, 3 * d) for _ in range(depth)]
     attended, hidden, x, y = drawn(t, d), drawn(t, config.mlp_hidden_size), drawn(t, d), drawn(t, d)
-    vectors = drawn(6 * d * depth + 2 * d).split(d, dim=1)  # 6 a block, 2 at the end, each (N, D)
+    vectors = drawn(6 * d * depth + 2 * d).split(d, dim=1)  # 6 per block, 2 at the end, (N, D)
 
     def through(name: str, h: Any, gelu: bool = False) -> Part:
         layers = [getattr(block, name) for block in lean.blocks]

@@ -44,7 +44,7 @@ class LeanBlock:
 
 
 class LeanTransformer:
-    """A DiT's weights, packed in ``dtype`` on ``device``; the model itself is left as it is.
+    """A DiT's weights, packed in ``dtype`` on ``device``; the model itself does not change.
 
     Args:
         quantized: None, or "int8" (CPU) or "fp8" (CUDA): the four linears of every block are
@@ -120,7 +120,7 @@ class LeanTransformer:
         """`forward` up to the final layer's norm (M, T, D), with its activations in ``memory``."""
         config, norms = self.config, self.norms
         d, eps = config.hidden_size, config.mlp_norm_eps
-        vectors = modulation.split(d, dim=1)  # 6 a block and 2 at the end, each (M, D)
+        vectors = modulation.split(d, dim=1)  # 6 per block and 2 at the end, each (M, D)
         h = norms.first(x, vectors[0], vectors[1], NORM_EPS, memory)
         for i, block in enumerate(self.blocks):
             _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors[6 * i : 6 * i + 6]

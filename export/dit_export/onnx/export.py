@@ -115,7 +115,7 @@ def export_onnx(
     above its bound makes the export fail.
 
     Args:
-        model: in any dtype; it stays as it is.
+        model: in any dtype; it is not changed.
         overwrite: replace an earlier export; anything else in ``directory`` is refused.
         report: told one line for every graph.
 

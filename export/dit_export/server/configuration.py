@@ -140,7 +140,7 @@ def pipeline_config(bundle: Bundle, options: ServingOptions) -> str:
 
 
 def _tensor(spec: TensorSpec, side: int) -> dict[str, Any]:
-    """An input or output; side: what stands for its free dimensions.
+    """The entry of an input or output; side: the value for its free dimensions.
 
     Raises ValueError for a name that no tensor in our graphs can have.
     """

@@ -77,7 +77,7 @@ Profiles = tuple[Profile, ...]
 def parse_profiles(batches: Sequence[str], size: str | None = None) -> Profiles:
     """One profile for every batch range; all have the same sizes.
 
-    Raises ValueError for what is not a range, and for a range that is given twice.
+    Raises ValueError for a text that is not a range, and for a range that is given twice.
     """
     sides = None if size is None else Range.parse(size, "size")
     profiles = tuple(Profile(Range.parse(text, "batch"), sides) for text in batches)

@@ -82,6 +82,7 @@ def given_export(arguments: argparse.Namespace) -> Bundle:
         "guidance_channels": bundle.guided_channels,
         "numerics": bundle.config.numerics,
         "num_heads": bundle.config.num_heads,
+        "prediction": bundle.config.diffusion.prediction,
     }
     for name, fact in facts.items():
         if getattr(arguments, name, fact) != fact:

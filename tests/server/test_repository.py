@@ -239,6 +239,7 @@ def test_options_that_say_what_the_export_is(
     for options, message in (
         ("--dtype fp32", "--dtype fp32: the export onnx has fp16"),
         ("--num-heads 4", "--num-heads 4: the export onnx has 2"),
+        ("--prediction sample", "--prediction sample: the export onnx has epsilon"),
         ("--vae same", "--vae is not for --onnx, which names a finished export"),
         ("--model same", "--model is not for --onnx, which names a finished export"),
     ):

@@ -18,13 +18,14 @@ from dit_bench import cli, machine
 from dit_bench.report import read
 from dit_bench.speed import busy, cpu
 from dit_bench.speed.busy import busy_rows, neighbours, working
-from dit_bench.speed.forward import STEPS
+from dit_bench.speed.forward import STEPS, Networks, Work
 from dit_bench.speed.latency import Timer
 from dit_bench.speed.memory import measure, needed_bytes, peak_of, resident_bytes
 from dit_bench.speed.profile import linear_inputs, linears_alone, profile_row, shares
 from dit_bench.subjects import random_model
 from dit_engine.backends.lean.forward import LeanTransformer
 from dit_engine.config import ModelConfig
+from dit_engine.engine import Engine
 from dit_engine.model import DiT
 from dit_kernels.quantized import quantized_why_not
 
@@ -232,3 +233,29 @@ def test_other_names_of_processors() -> None:
     assert machine.processor("processor : 0\nCPU part : 0xd40\n").endswith("(part 0xd40)")
     assert machine.processor("") == machine.cpu_model("") and machine.instruction_sets("") == []
     assert machine.slug("Intel(R) Xeon(R) 8481C CPU @ 2.70GHz") == "intel-xeon-8481c-cpu"
+
+
+def test_a_wrong_forward_is_neither_profiled_nor_timed_beside_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(random_model(ModelConfig(1, 64, 1, 2, 8, num_classes=10)), device="cpu")
+    monkeypatch.setattr(cpu, "works", lambda *_: iter([("tiny", Work(Networks(engine), 2))]))
+    monkeypatch.setattr(cpu, "busy_rows", lambda case, functions, *_: [
+        {"contender": name, "neighbours": 1} for name in functions
+    ])  # fmt: skip
+    right = Work.forward
+
+    def wrong(self: Work, name: str, precision: str) -> Any:
+        run = right(self, name, precision)
+        return (lambda: run() * 1.1) if name == "lean" else run
+
+    monkeypatch.setattr(Work, "forward", wrong)
+    report: dict[str, Any] = {"rows": []}
+    cpu.fill_profile(["tiny"], report, Timer(CPU, 1, 1.0))
+    assert report["rows"][0]["status"] == "wrong" and "ms" not in report["rows"][0]
+    report["rows"].clear()
+    cpu.fill_busy(["tiny"], report, Timer(CPU, 1, 1.0), 1)
+    found = {row["contender"]: row for row in report["rows"]}
+    subject = found["lean bf16"]
+    assert (subject["status"], subject["role"]) == ("wrong", "subject")
+    assert "neighbours" not in subject

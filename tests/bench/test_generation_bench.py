@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dit_bench.contenders import BF16_TIMES_EAGER
 from dit_bench.speed.forward import Networks, Work
-from dit_bench.speed.generation import BF16_TIMES_EAGER, GenerationCheck
+from dit_bench.speed.generation import GenerationCheck
 from dit_bench.subjects import random_model, random_vae
 from dit_engine.backends import Backend, Denoiser
 from dit_engine.config import ModelConfig

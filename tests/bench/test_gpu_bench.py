@@ -15,6 +15,7 @@ from dit_bench import cli, machine
 from dit_bench.ceilings import Ceilings
 from dit_bench.report import read
 from dit_bench.speed import gpu, models, operators
+from dit_bench.speed.forward import Work
 from dit_bench.speed.operator_cases import cases_of
 from dit_bench.subjects import random_model
 from dit_bench.timing import Budget
@@ -115,6 +116,50 @@ def test_attention_of_other_packages_is_compared_last(monkeypatch: pytest.Monkey
     assert two["contender"] == "flash-attn" and two["speedup_over"]["native"] > 0
     assert two["error_over_reference"] < 20
     assert (four["contender"], four["status"]) == ("flash-attn-4", "skipped")
+
+
+def test_what_breaks_loses_its_part_alone(as_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts without a reference, or whose timing breaks, have failed; the others are measured."""
+    step, timed = Work.guided_step, operators.interleave
+
+    def no_step(self: Work, name: str, precision: str) -> Any:
+        if name == "eager":
+            raise RuntimeError("CUDA out of memory")
+        return step(self, name, precision)
+
+    def no_timing(functions: Any, *arguments: Any, **options: Any) -> Any:
+        if "native" in functions:
+            raise RuntimeError("an illegal memory access")
+        return timed(functions, *arguments, **options)
+
+    monkeypatch.setattr(Work, "guided_step", no_step)
+    monkeypatch.setattr(operators, "interleave", no_timing)
+    rows = as_gpu(code=1)
+    lost = [(r["section"], r["reason"]) for r in rows if r["status"] == "failed"]
+    said = ("step", "RuntimeError: CUDA out of memory")
+    assert lost == [said, said, ("operator", "RuntimeError: an illegal memory access")]
+    assert sum(r["section"] == "image" and r["status"] == "ok" for r in rows) == 4
+
+
+def test_each_part_has_its_share_of_what_is_left(
+    as_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the parts before it took: the operators do not take the decoder's time."""
+    now, left = [0.0], list[float]()
+
+    def model(plan: Any, name: str, report: Any, timer: Any, keep: Any) -> None:
+        left.append(round(timer.budget.left(), 6))
+        now[0] += timer.budget.left()
+
+    def cases(*arguments: Any, **_: Any) -> None:
+        left.append(round(arguments[3].left(), 6))
+        now[0] += arguments[3].left()
+
+    monkeypatch.setattr(gpu, "Budget", lambda _: Budget(100, clock=lambda: now[0]))
+    monkeypatch.setattr(models, "_measure_model", model)
+    monkeypatch.setattr(operators, "measure", cases)
+    as_gpu()
+    assert left == [40, 30, 18, 7.2, 4.8]
 
 
 def test_without_time_everything_is_skipped(as_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import made_up
@@ -11,6 +12,8 @@ import pytest
 from PIL import Image
 
 from dit_bench.load import withdraw_verdicts
+from dit_bench.report import read
+from dit_bench.show.page import page
 from dit_bench.show.plots import all_figures, drawn
 
 pytest.importorskip("matplotlib", reason="no matplotlib")
@@ -78,3 +81,15 @@ def test_a_single_point_is_no_figure(made: Any) -> None:
     report = made()
     report["rows"] = report["rows"][:1]
     assert all_figures(report) == {}
+
+
+RESULTS = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*.json"))
+
+
+def test_every_published_report_has_its_figures_and_its_page() -> None:
+    """Those of ``dit-bench cpu`` too, whose settings name no backend."""
+    drawn = {path.stem: set(all_figures(read(path))) for path in RESULTS}
+    assert drawn["cpu-amd-epyc"] >= {"ratio"} and drawn["scaling"] == {"distance-gflops"}
+    for path in RESULTS:
+        title = page(read(path), {}).split("<h1>")[1].split("</h1>")[0]
+        assert title.startswith("DiT") and not title.strip().endswith(":")

@@ -38,7 +38,7 @@ def page(report: Report, figures: Mapping[str, Figure]) -> str:
     settings = report["settings"]
     models = ", ".join(model["model"] for model in report.get("models", []))
     what = " ".join(settings[key] for key in ("backend", "precision") if key in settings)
-    title = escape(f"DiT {models}: {what}")
+    title = escape(": ".join(part for part in (f"DiT {models}".strip(), what) if part))
     command = " ".join(["dit-bench", *map(str, report["command"])])
     body = [
         f"<h1>{title}</h1>",

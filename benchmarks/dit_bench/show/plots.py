@@ -54,7 +54,8 @@ def ratio_figure(report: Report) -> Figure | None:
         return None
     key = {name: rows[0][name] for name in ("model", "section", "images")}
     rows = [row for row in rows if key.items() <= row.items()]
-    subject = f"{report['settings']['backend']} {report['settings']['precision']}"
+    subject = next((row["contender"] for row in report["rows"] if row.get("role") == "subject"
+                    and key.items() <= row.items()), "the subject")  # fmt: skip
     hardest = min(rows, key=lambda row: row["ratio"]["median"])
     figure, axes = _figure(
         f"Beside {hardest['contender']}: {hardest['verdict']}", report,

@@ -181,19 +181,26 @@ def fill_profile(names: Sequence[str], report: Report, timer: Timer) -> None:
             if precision == "int8" and (why := quantized_why_not("int8", CPU)):
                 report["rows"].append(row | {"status": "skipped", "reason": why})
                 continue
-            transformer = lean_transformer(work, precision)
-            forward = work.forward("lean", precision)
-            report["rows"].append(row | profile_row(forward, transformer, 2, precision, timer))
+            one = Contender(row["contender"], "subject", precision,
+                            partial(work.forward, "lean", precision))  # fmt: skip
+            built = build([one], *reference(work.forward, [one]), timer.progress.say)
+            row |= {"role": one.role, **built.records[one.name]}
+            for forward in built.functions.values():  # none, if it computes another function
+                transformer = lean_transformer(work, precision)
+                row |= profile_row(forward, transformer, 2, precision, timer)
+            report["rows"].append(row)
 
 
 def fill_busy(names: Sequence[str], report: Report, timer: Timer, count: int) -> None:
     for case, work in works(names, BUSY_WORKLOADS):
-        found = [Contender(f"{name} {precision}", "peer", precision,
+        found = [Contender(f"{name} {precision}", "peer" if i else "subject", precision,
                            partial(work.forward, name, precision))
-                 for name, precision in (SUBJECT, *BUSY_PEERS)]  # fmt: skip
+                 for i, (name, precision) in enumerate((SUBJECT, *BUSY_PEERS))]  # fmt: skip
         built = build(found, *reference(work.forward, found), timer.progress.say)
-        for row in busy_rows(case, built.functions, timer.rounds, count):
-            report["rows"].append(row | {"error": built.records[row["contender"]]["error"]})
+        timed = {r["contender"]: r for r in busy_rows(case, built.functions, timer.rounds, count)}
+        for one in found:
+            row = {"section": "busy", "case": case, "contender": one.name, "role": one.role}
+            report["rows"].append(row | built.records[one.name] | timed.get(one.name, {}))
 
 
 def fill(

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from dit_bench.contenders import Contender, Name, build, relative_error
+from dit_bench.contenders import Contender, Name, build, failed, relative_error
 from dit_bench.machine import describe, slug
 from dit_bench.progress import Progress
 from dit_bench.report import Report, Row, new_report
@@ -39,7 +39,6 @@ from dit_bench.subjects import check_name, in_numerics, load_subject
 from dit_bench.timing import Budget
 from dit_engine.backends import known_backends
 from dit_engine.engine import Engine
-from dit_engine.io.printable import one_line
 
 SIZES = ("XL/2", "S/2", "L/2", "B/2")
 """In the order of their worth."""
@@ -58,16 +57,22 @@ def steps(
     device: torch.device, sizes: Sequence[str], budget: Budget, cases: Sequence[Case],
     report: Report, keep: Callable[[], object],
 ) -> list[Plan | Callable[[Timer], object]]:  # fmt: skip
-    """The parts of the measurement, in order. Each may use a share of the time that is left."""
+    """What is measured, in order. Each part may use a share of the time left when it begins."""
 
     def plan(models: Sequence[str], share: float, **options: Any) -> Plan:
         common: dict[str, Any] = {"subject": SUBJECT, "peers": PEERS, "device": device,
                                   "rounds": ROUNDS, "seconds": 2.0}  # fmt: skip
-        return Plan(tuple(models), budget=budget.part(share), **common | options)
+        return Plan(tuple(models), budget=budget, share=share, **common | options)
 
     def check_and_time(timer: Timer) -> None:
         assert timer.ceilings is not None
-        operators.measure(cases, report, device, budget.part(0.6), timer.ceilings, keep=keep)
+
+        def keep_and_look() -> None:
+            keep()
+            timer.progress.check()  # whether to stop
+
+        part = budget.part(0.6)
+        operators.measure(cases, report, device, part, timer.ceilings, keep=keep_and_look)
 
     def third_party(timer: Timer) -> None:
         assert timer.ceilings is not None
@@ -103,10 +108,8 @@ def check_rows(device: torch.device, model: str = "S/8") -> Iterator[Row]:
     ]  # fmt: skip
     built = build(found, expected, error, lambda _: None, device)
     for contender in found:
-        record = built.records[contender.name]
-        status = "ok" if "reason" not in record else "wrong" if "error" in record else "skipped"
         yield {"section": "check", "case": f"forward of {subject.name}", "role": contender.role,
-               "contender": contender.name, "status": status, **record}  # fmt: skip
+               "contender": contender.name, **built.records[contender.name]}  # fmt: skip
     for precision in ("fp32", "bf16"):
         row: Row = {"section": "check", "case": "bits of an image, alone and in a batch",
                     "role": "subject", "contender": f"lean {precision}"}  # fmt: skip
@@ -115,8 +118,8 @@ def check_rows(device: torch.device, model: str = "S/8") -> Iterator[Row]:
         try:
             together = engine.generate([1, 2, 3], seeds=[7, 8, 9], **options).images
             alone = [engine.generate([i + 1], seeds=[i + 7], **options).images[0] for i in range(3)]
-        except (RuntimeError, ValueError, ImportError) as broken:
-            yield row | {"status": "failed", "reason": one_line(broken)}
+        except Exception as broken:  # Triton's errors, say, are of no common class
+            yield row | failed(broken)
             continue
         same = all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
         yield row | ({"status": "ok"} if same else {"status": "wrong", "reason": "bits differ"})

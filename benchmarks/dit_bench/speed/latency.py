@@ -18,7 +18,7 @@ from dit_bench.contenders import Contender, Function, build, relative_error
 from dit_bench.load import OtherLoad
 from dit_bench.progress import LEAST_ROUNDS, Progress
 from dit_bench.report import Row
-from dit_bench.timing import Spread, interleave, ratio, spread
+from dit_bench.timing import Budget, Spread, interleave, ratio, spread
 
 NOISE_BOUND = 0.25
 """(p95 − p5) / median of a contender's times, above which they are noise."""
@@ -34,6 +34,8 @@ class Timer:
     ceilings: Ceilings | None = None
     progress: Progress = field(default_factory=lambda: Progress(quiet=True))
     load: OtherLoad = field(default_factory=OtherLoad)
+    budget: Budget | None = None
+    """What is not begun by its end is skipped."""
 
     def run(
         self,
@@ -49,7 +51,8 @@ class Timer:
             expected: the result of float32 eager; None if every contender has its own check.
             bf16_error: the relative error of bfloat16 eager.
         """
-        built = build(contenders, expected, bf16_error, self.progress.say, self.device)
+        built = build(contenders, expected, bf16_error, self.progress.say, self.device,
+                      self.budget)  # fmt: skip
         samples: dict[str, list[float]] = {}
         if built.functions:
             go_on = self.progress.rounds(self.seconds)
@@ -57,10 +60,8 @@ class Timer:
                 samples = interleave(built.functions, self.rounds, device=self.device, go_on=go_on)
         rows: list[Row] = []
         for one in contenders:
-            record = built.records[one.name]
-            status = "ok" if "reason" not in record else "wrong" if "error" in record else "skipped"
             who = {"contender": one.name, "role": one.role, "precision": one.precision}
-            rows.append(work | who | {"status": status, **record})
+            rows.append(work | who | built.records[one.name])
             if one.name in samples:
                 rows[-1] |= self._figures(rows[-1], one, samples[one.name])
         own = next((row for row in rows if row["role"] == "subject" and "ms" in row), None)

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_bench.ceilings import FP8, measure_ceilings
-from dit_bench.contenders import FORMS, LIBRARIES, Contender, Name, float_dtype
+from dit_bench.contenders import (
+    COMPILE_SECONDS,
+    FORMS,
+    LIBRARIES,
+    Contender,
+    Name,
+    failed,
+    float_dtype,
+)
 from dit_bench.cost import UNET, Cost, decoder_record, model_record, needed_weights, unet_cost
 from dit_bench.load import OtherLoad
 from dit_bench.machine import load_average
@@ -42,9 +50,10 @@ Part = tuple[str, Callable[[Work], Callable[[], Any]]]
 class Plan:
     """What is measured.
 
-    batches: numbers of images. parity: the number of images of a paired comparison with eager
-    float32, 0 for none; sets: how these are compared as sets. budget: parts that have not begun by
-    its end are skipped. title: the model's name in the rows.
+    batches: numbers of images. parity: images of a paired comparison with eager float32, 0 for
+    none; sets: what is asked of these as sets. budget: of this and what comes after it, of which it
+    may use ``share`` of what is left when it begins; what breaks then is recorded, and the next
+    part begins. title: of the model in the rows.
     """
 
     models: tuple[str, ...]
@@ -64,6 +73,7 @@ class Plan:
     parity: int = 0
     sets: SetComparison | None = None
     budget: Budget | None = None
+    share: float = 1.0
     title: str | None = None
 
     @property
@@ -107,7 +117,8 @@ def measure(
         load = OtherLoad(known=not served)  # the load of our server is not other load
         for step in steps:
             plan = step if isinstance(step, Plan) else first
-            timer = Timer(plan.device, plan.rounds, plan.seconds, ceilings, progress, load)
+            budget = None if plan.budget is None else plan.budget.part(plan.share)
+            timer = Timer(plan.device, plan.rounds, plan.seconds, ceilings, progress, load, budget)
             if not isinstance(step, Plan):
                 with torch.inference_mode():
                     step(timer)
@@ -146,13 +157,19 @@ def _measure_model(
     if plan.title is None and record["model"] not in [m["model"] for m in report["models"]]:
         report["models"].append(record)
     progress.done()
-    networks = Networks(timed)
+    networks, built_mib = Networks(timed), dict[str, float]()
     for images in plan.batches:
         work = Work(networks, images)
         for kind in plan.kinds:
             if kind != "decode" or subject.vae is not None:
                 progress.stage(f"{subject.name} {kind}, {images}")
-                report["rows"] += _rows(plan, kind, work, record, timer)
+                rows = _rows(plan, kind, work, record, timer)
+                for row in rows:
+                    if "built_mib" in row:  # a backend is built once, and found there later
+                        whole = built_mib.setdefault(row["contender"], row["built_mib"])
+                        row["peak_mib"] += whole - row["built_mib"]
+                        row["built_mib"] = whole
+                report["rows"] += rows
                 report["other_load"] = timer.load.mean
                 keep()
             progress.done()
@@ -178,14 +195,19 @@ def _rows(plan: Plan, kind: str, work: Work, record: dict[str, Any], timer: Time
     model, images = plan.title or record["model"], work.images
     common: Row = {"section": kind, "case": f"{model}, batch {images}", "model": model,
                    "images": images} | {key: record[key] for key in ("size", "tokens")}  # fmt: skip
-    if plan.budget is not None and plan.budget.left() <= 0:
+    if timer.budget is not None and timer.budget.left() <= 0:
         late = {"status": "skipped", "reason": "no time was left"}
         return [common | {"contender": one.name, "role": one.role, **late} for one in found]
-    with torch.inference_mode():
-        if kind == "image":  # it has a check of its own
-            return timer.run(common, found)
-        runs = {"forward": work.forward, "step": work.guided_step, "decode": work.decode}
-        return timer.run(common, found, *reference(runs[kind], found))
+    runs = {"forward": work.forward, "step": work.guided_step, "decode": work.decode}
+    try:
+        with torch.inference_mode():
+            # A generation has a check of its own.
+            expected = reference(runs[kind], found) if kind in runs else ()
+            return timer.run(common, found, *expected)
+    except Exception as broken:
+        if timer.budget is None:
+            raise
+        return [common | {"contender": "all", "role": "subject", **failed(broken)}]
 
 
 def contenders(
@@ -219,6 +241,7 @@ def contenders(
             # int8 and bf16 decode in the same way, and so do compilers: only the first is timed.
             precision = decoder_precision(precision)
         else:
+            more["seconds"] = COMPILE_SECONDS.get(name, 0.0)
             runs = {"forward": work.forward, "step": work.guided_step}
             build = partial(runs[kind], name, precision)
             size = 1 if precision in ("int8", "fp8") else float_dtype(precision).itemsize

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dit_bench.ceilings import Ceilings, measure_ceilings
 from dit_bench.command import carry_out, positive
+from dit_bench.contenders import failed
 from dit_bench.load import OtherLoad
 from dit_bench.machine import SETTLE_S, describe, load_average, settle
 from dit_bench.progress import Progress
@@ -119,7 +120,11 @@ def measure(
         if budget.left() <= 0:
             report["rows"].append(_row(case, "all") | _skipped("no time was left"))
         else:
-            report["rows"] += rows_of(case, device, rounds, ceilings, opponents(case, device))
+            try:
+                rows = rows_of(case, device, rounds, ceilings, opponents(case, device))
+            except Exception as broken:  # the reference, say; other operators are still measured
+                rows = [_row(case, "all") | failed(broken)]
+            report["rows"] += rows
         keep()
         progress.done()
 
@@ -133,7 +138,7 @@ def measure_third_party(
         if case.operator == "attention":
             try:
                 rows = rows_of(case, device, 30, ceilings, third_party())
-            except RuntimeError as lost:
+            except Exception as lost:  # of whatever class
                 rows = [_row(case, "third party", "peer") | _skipped(lost)]
             report["rows"] += [row for row in rows if row["role"] == "peer"]
 
@@ -195,9 +200,8 @@ def _check(target: Target, name: str, make: Make, role: str, runs: dict[str, Run
         found, error = target.worst(run)
     except (Unavailable, ImportError) as reason:
         return row | _skipped(reason)
-    except Exception as broken:  # whatever a kernel raises, the others are still measured
-        reason = f"{type(broken).__name__}: {one_line(broken)[:300]}"
-        return row | {"status": "failed" if role == "subject" else "skipped", "reason": reason}
+    except Exception as broken:  # whatever a kernel may die of, the others are still measured
+        return row | failed(broken) | ({"status": "skipped"} if role == "peer" else {})
     row |= {"error": error, "error_over_reference": found}
     if not found <= allowed:
         reason = f"error {error:.3g} is {found:.3g} times the reference's, allowed is {allowed:g}"

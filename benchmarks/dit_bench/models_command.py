@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     if plan is not None:
         failure = fill_report(report, partial(measure, plan, report), arguments)
         for row in report["rows"] if failure is None else ():
-            if row.get("role") == "subject" and row["status"] == "skipped":
+            if row.get("role") == "subject" and row["status"] in ("skipped", "failed"):
                 where = f"{row['case']}, {row['section']}"
                 failure = ValueError(f"{row['contender']} did not run ({where}): {row['reason']}")
                 break

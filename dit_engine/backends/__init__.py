@@ -10,7 +10,8 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Protocol
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # the commands' --help lists the backends, and does without torch
     import numpy as np
@@ -149,7 +150,11 @@ def create_backend(name: str, model: DiT, precision: str, device: torch.device) 
         return getattr(import_module(module), factory_name)(model, precision, device)
     added = _added(kind)
     assert added is not None
-    made = added.load()(model, precision, device, **options)
-    if not (hasattr(made, "fuse") and hasattr(made, "decoder")):  # it has only ``prepare``
-        made.fuse, made.decoder = (lambda *_: None), Backend.decoder
-    return made
+    made: Any = added.load()(model, precision, device, **options)
+    if hasattr(made, "fuse") and hasattr(made, "decoder"):
+        return made
+    # It has only ``prepare``, and may be frozen or shared, so nothing is added to it.
+    prepared: Any = SimpleNamespace(
+        prepare=made.prepare, fuse=lambda *_: None, decoder=Backend.decoder
+    )
+    return prepared

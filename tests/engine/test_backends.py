@@ -24,6 +24,8 @@ class Remote(Backend):
 class PrepareOnly:
     """As other packages may write theirs: not derived from `Backend`."""
 
+    __slots__ = ("prepare",)
+
     def __init__(self, model, precision, device) -> None:
         self.prepare = create_backend("eager", model, precision, device).prepare
 

@@ -202,7 +202,7 @@ def _rows(plan: Plan, kind: str, work: Work, record: dict[str, Any], timer: Time
     try:
         with torch.inference_mode():
             # A generation has a check of its own.
-            expected = reference(runs[kind], found) if kind in runs else ()
+            expected: Any = reference(runs[kind], found) if kind in runs else ()
             return timer.run(common, found, *expected)
     except Exception as broken:
         if timer.budget is None:

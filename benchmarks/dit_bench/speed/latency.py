@@ -57,7 +57,10 @@ class Timer:
         if built.functions:
             go_on = self.progress.rounds(self.seconds)
             with self.load.sampled():
-                samples = interleave(built.functions, self.rounds, device=self.device, go_on=go_on)
+                # Under torch.compile, CUDA graphs are recorded at the second call.
+                warmup = 2 if self.device.type == "cuda" else 0
+                samples = interleave(built.functions, self.rounds, device=self.device,
+                                     warmup=warmup, go_on=go_on)  # fmt: skip
         rows: list[Row] = []
         for one in contenders:
             who = {"contender": one.name, "role": one.role, "precision": one.precision}

@@ -90,6 +90,10 @@ def test_every_published_report_has_its_figures_and_its_page() -> None:
     """Those of ``dit-bench cpu`` too, whose settings name no backend."""
     drawn = {path.stem: set(all_figures(read(path))) for path in RESULTS}
     assert drawn["cpu-amd-epyc"] >= {"ratio"} and drawn["scaling"] == {"distance-gflops"}
+    latency = series_of(
+        all_figures(read(RESULTS[0].with_name("cpu-amd-epyc.json")))["latency-gflops"]
+    )
+    assert max(latency["lean bf16"][0]) == pytest.approx(118.6, rel=1e-3)  # of two images, for one
     for path in RESULTS:
         title = page(read(path), {}).split("<h1>")[1].split("</h1>")[0]
         assert title.startswith("DiT") and not title.strip().endswith(":")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MARKERS = "osD^vP<>*X"
-_GFLOPS = "multiply-adds of one forward, 10⁹ (the paper's Gflops)"
+_GFLOPS = "multiply-adds of one forward per image, 10⁹ (the paper's Gflops)"
 
 
 def require_matplotlib() -> None:
@@ -89,13 +89,13 @@ def latency_figure(report: Report) -> Figure | None:
         other = series[0]["role"] == "other network"
         medians, bars = _bars([row["ms"] for row in series])
         axes.errorbar(
-            [row["gflops"] / 2 for row in series], medians, bars, color=f"C{i}", capsize=3,
+            [row["gflops"] / 2 / fewest for row in series], medians, bars, color=f"C{i}", capsize=3,
             fmt="*" if other else _marker(i), ls="none" if other else "-", lw=1.4,
             ms=11 if other else 6,
             label=f"{name} (noisy)" if any(row["noisy"] for row in series) else name,
         )  # fmt: skip
         for row in series if i == 0 else ():
-            axes.annotate(row["model"], (row["gflops"] / 2, row["ms"]["median"]),
+            axes.annotate(row["model"], (row["gflops"] / 2 / fewest, row["ms"]["median"]),
                           textcoords="offset points", xytext=(6, -12), fontsize=8)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel=_GFLOPS,
              ylabel="one forward, ms (median, 5–95 %)")  # fmt: skip

@@ -74,7 +74,7 @@ void in_a_child(void (*f)()) {
 void helpers_help() {
     // Each piece is long enough for a helper to wake up, even on a busy machine, in one of the jobs.
     bool helped = false;
-    for (int i = 0; i < 3000 && !helped; ++i) helped = one_job(64, 3, 50) > 1;
+    for (int i = 0; i < 1000 && !helped; ++i) helped = one_job(64, 3, 50) > 1;
     CHECK(helped);
     one_job(dit::most_pieces, 2);
 }

@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from dit_bench.load import withdraw_verdicts
 from dit_bench.progress import Progress
@@ -30,6 +32,23 @@ def carry_out(report: Report, fill: Fill, arguments: argparse.Namespace) -> int:
     return finish(report, fill_report(report, fill, arguments), arguments)
 
 
+@contextmanager
+def true_float32() -> Iterator[None]:
+    """Float32 products and convolutions in float32 and not in TF32, which the references need."""
+    import torch
+
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
+
+
+@true_float32()
 def fill_report(report: Report, fill: Fill, arguments: argparse.Namespace) -> BaseException | None:
     """Returns the exception that ended the run early, or None; raises it if nothing was measured.
     While the report grows, it is kept in a file beside ``--json``."""

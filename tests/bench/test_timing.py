@@ -6,14 +6,17 @@ import os
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from numerics import exact_float32
 
-from dit_bench import ceilings, load, timing
+from dit_bench import ceilings, cli, load, timing
 from dit_bench.ceilings import Ceilings, measure_ceilings
 from dit_bench.load import OtherLoad, not_quoted
 from dit_bench.progress import Progress
+from dit_bench.speed import gpu
 from dit_bench.timing import Budget, Spread, interleave, ratio, spread
 
 
@@ -191,3 +194,33 @@ def test_what_is_seen_during_a_run_counts_and_not_what_was_before() -> None:
     assert "used 0.26 processors" in str(not_quoted({"other_load": 0.26, "load_average": 0.0}))
     assert "load average 0.60" in str(not_quoted({"other_load": None, "load_average": 0.6}))
     assert not_quoted({"load_average": 0.4}) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "measures"),
+    [
+        (["--model", "S/8", "--device", "cpu"], "dit_bench.models_command.measure"),
+        (["operators", "--device", "cpu"], "dit_bench.speed.operators.measure_ceilings"),
+        (["gpu", "--sizes", "none"], "dit_bench.speed.gpu.measure"),
+        (["parity", "--model", "builtin"], "dit_bench.quality.parity.try_step"),
+    ],
+)
+def test_no_command_measures_in_tf32(
+    words: list[str], measures: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """References would then have TF32's 10 bits. Afterwards torch has its own settings again."""
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    seen: list[bool] = []
+
+    def measure(*_: object, **__: object) -> None:
+        seen.extend(switch.allow_tf32 for switch in switches)
+        raise ValueError("no need to go on")
+
+    monkeypatch.setattr(gpu, "cuda_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(measures, measure)
+    with exact_float32():  # which restores them
+        for switch in switches:
+            switch.allow_tf32 = True
+        assert cli.main(words) == 2
+        assert seen == [False, False]
+        assert all(switch.allow_tf32 for switch in switches)

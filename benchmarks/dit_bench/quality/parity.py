@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_bench.command import true_float32
 from dit_bench.machine import describe
 from dit_bench.quality.image_sets import try_step
 from dit_bench.quality.paired import SetComparison, add_set_arguments, set_comparison
@@ -167,6 +168,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, help="write every figure and setting here")
 
 
+@true_float32()
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     from dit_engine.engine import Engine

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import faulthandler
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,20 +124,6 @@ def check_rows(device: torch.device, model: str = "S/8") -> Iterator[Row]:
         yield row | ({"status": "ok"} if same else {"status": "wrong", "reason": "bits differ"})
 
 
-@contextmanager
-def true_float32() -> Iterator[None]:
-    """Float32 products and convolutions in float32 and not in TF32, which the references need."""
-    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
-
-
 def cuda_device() -> torch.device:
     """The current CUDA device. Raises ValueError if there is none."""
     if not torch.cuda.is_available():
@@ -182,13 +167,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     def fill(progress: Progress, keep: Callable[[], object]) -> None:
         cases = all_cases(device)
-        with true_float32():
-            if arguments.check:
-                with torch.inference_mode(), progress.run(len(cases)):
-                    operators.measure(cases, report, device, budget, None, progress=progress)
-                report["rows"] += check_rows(device)
-            else:
-                measure(steps(device, sizes, budget, cases, report, keep), report, progress, keep)
+        if arguments.check:
+            with torch.inference_mode(), progress.run(len(cases)):
+                operators.measure(cases, report, device, budget, None, progress=progress)
+            report["rows"] += check_rows(device)
+        else:
+            measure(steps(device, sizes, budget, cases, report, keep), report, progress, keep)
 
     # A signal cannot interrupt a call that waits for a hung kernel. This ends the process even
     # then, with code 1, and prints to standard error which lines of the program were running.

@@ -75,8 +75,9 @@ def forward_parts(lean: LeanTransformer, batch: int) -> dict[str, Part]:
         return run
 
     def attend() -> None:
+        attention = lean.parts(batch).attention
         for qkv in packed:
-            lean.attention(qkv, config.num_heads)
+            attention(qkv, config.num_heads)
 
     def norm_rows() -> None:
         norms.first(x, vectors[0], vectors[1], NORM_EPS, memory)
@@ -86,10 +87,8 @@ def forward_parts(lean: LeanTransformer, batch: int) -> dict[str, Part]:
             norms.attended(attended, memory)
             norms.next(x, y, gate_msa, shift_mlp, scale_mlp, eps, memory)
             norms.hidden(hidden, memory)
-            if i + 1 < depth:
-                norms.next(x, y, gate_mlp, shift, scale, NORM_EPS, memory)
-            else:
-                norms.last(x, y, gate_mlp, shift, scale, NORM_EPS)
+            norm = norms.next if i + 1 < depth else norms.last
+            norm(x, y, gate_mlp, shift, scale, NORM_EPS, memory)
 
     return {
         "qkv": through("qkv", narrow), "attention": attend, "proj": through("proj", narrow),

@@ -57,7 +57,9 @@ class LeanTransformer:
         self.config, self.dtype, self.device = model.config, dtype, device
         self.quantized = quantized
         self.norms = _norms(device, quantized)
-        self.attention = _attention(model, device)
+        usual = Parts(_attention(model, device))
+        self.parts: Callable[[int], Parts] = lambda rows: usual
+        """Number of rows → what computes them."""
 
         def packed(layer: nn.Linear) -> Product:
             if quantized is None:
@@ -88,7 +90,7 @@ class LeanTransformer:
     @property
     def native(self) -> bool:
         """Whether `trunk` makes only calls of the native library."""
-        return self.attention is native.attention and all(
+        return self.parts(1).attention is native.attention and all(
             product.native
             for block in self.blocks
             for product in (block.qkv, block.proj, block.fc1, block.fc2)
@@ -118,32 +120,24 @@ class LeanTransformer:
 
     def trunk(self, x: Tensor, modulation: Tensor, memory: Activations) -> Tensor:
         """`forward` up to the final layer's norm (M, T, D), with its activations in ``memory``."""
-        config, norms = self.config, self.norms
+        config, norms, parts = self.config, self.norms, self.parts(len(x))
         d, eps = config.hidden_size, config.mlp_norm_eps
         vectors = modulation.split(d, dim=1)  # 6 per block and 2 at the end, each (M, D)
         h = norms.first(x, vectors[0], vectors[1], NORM_EPS, memory)
         for i, block in enumerate(self.blocks):
             _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors[6 * i : 6 * i + 6]
-            # Not bound to variables, so that each buffer is freed before the peak.
-            y = block.proj(
-                norms.attended(
-                    self.attention(
-                        block.qkv(h, out=memory.qkv), config.num_heads, out=memory.attended
-                    ),
-                    memory,
-                ),
-                out=memory.narrow,
+            # One variable for all activations, so that each is freed before the peak.
+            h = parts.qkv(block.qkv, h, out=memory.qkv)
+            h = parts.attention(h, config.num_heads, out=memory.attended)
+            h = norms.attended(h, memory)
+            h = parts.proj(
+                block.proj, h, x, (gate_msa, shift_mlp, scale_mlp, eps), norms.next, memory
             )
-            h = norms.next(x, y, gate_msa, shift_mlp, scale_mlp, eps, memory)
-            y = block.fc2(
-                norms.hidden(block.fc1(h, gelu=True, out=memory.hidden), memory), out=memory.narrow
-            )
+            h = norms.hidden(parts.fc1(block.fc1, h, out=memory.hidden), memory)
             # The end of this block with the start of the next, or of the final layer.
             shift, scale = vectors[6 * i + 6 : 6 * i + 8]
-            if i + 1 < len(self.blocks):
-                h = norms.next(x, y, gate_mlp, shift, scale, NORM_EPS, memory)
-            else:
-                h = norms.last(x, y, gate_mlp, shift, scale, NORM_EPS)
+            norm = norms.next if i + 1 < len(self.blocks) else norms.last
+            h = parts.fc2(block.fc2, h, x, (gate_mlp, shift, scale, NORM_EPS), norm, memory)
         return h
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
@@ -152,6 +146,34 @@ class LeanTransformer:
         side = self.config.input_size // p
         patches = tokens.view(-1, side, side, p, p, c).permute(0, 5, 1, 3, 2, 4)
         return patches.reshape(-1, c, side * p, side * p)
+
+
+def product_norm(
+    product: Product, h: Any, x: Tensor, vectors: tuple[Any, ...], norm: Run, memory: Activations
+) -> Any:
+    """The end of a branch: a product, then the residual and the next norm; what ``norm`` returns.
+
+    Args:
+        vectors: gate, shift and scale, each (M, D), and eps.
+    """
+    return norm(x, product(h, out=memory.narrow), *vectors, memory)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What computes the five parts of every block between the norms.
+
+    Attributes:
+        attention: (packed qkv (M, T, 3·D), heads, out=) → (M, T, D).
+        qkv, fc1: (product, h, out=) → (M, T, 3·D) and, with GELU, (M, T, 4·D).
+        proj, fc2: as `product_norm`.
+    """
+
+    attention: Run
+    qkv: Run = lambda product, h, out: product(h, out=out)
+    fc1: Run = lambda product, h, out: product(h, gelu=True, out=out)
+    proj: Run = product_norm
+    fc2: Run = product_norm
 
 
 @dataclass
@@ -223,15 +245,15 @@ def _norms(device: torch.device, quantized: str | None) -> Norms:
     norm = launcher("layernorm_modulate", device)
     gated = launcher("gate_residual_layernorm_modulate", device)
 
-    def last(x: Tensor, y: Tensor, *gate_shift_scale_eps: Any) -> Tensor:
+    def last(x: Tensor, y: Tensor, *given: Any) -> Tensor:
         # Each row of y is read before it is written, so the norm can overwrite y.
-        gated(x, y, *gate_shift_scale_eps, out=(x, y))
+        gated(x, y, *given[:-1], out=(x, y))
         return y
 
     if quantized is None:
         return Norms(
             first=lambda *given: norm(*given[:-1], out=given[-1].narrow),
-            next=lambda *given: last(*given[:-1]),
+            next=last,
             last=last,
             attended=lambda h, memory: h,
             hidden=lambda h, memory: h,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dit_engine.backends import Decode
 from dit_engine.errors import NotFinite
-from dit_engine.runtime import is_out_of_memory
+from dit_engine.runtime import bfloat16_why_not, is_out_of_memory
 from dit_engine.sampling.coefficients import LARGEST
 from dit_engine.vae import AutoencoderKL
 
@@ -63,13 +63,15 @@ class LatentDecoder:
         """Sampler latents z (N, c, h, w) → float32 images (N, 3, H, W), about [-1, 1].
 
         Decoding is in float32 for precision "fp32" and "fp16" (Stable Diffusion's decoder
-        overflows float16), else in bfloat16. In float32 on the CPU it goes image by image, so that
-        an image's bits do not depend on the batch. When memory runs short it goes image by image
-        too, then tile by tile, with a warning (tiles change colours a little).
+        overflows float16), else in bfloat16 where the device has that. In float32 on the CPU it
+        goes image by image, so that an image's bits do not depend on the batch. When memory runs
+        short it goes image by image too, then tile by tile, with a warning (tiles change colours a
+        little).
 
         make: the `Backend.decoder` of the backend that sampled; None is the VAE's own decoder.
         """
-        dtype = torch.float32 if precision in ("fp32", "fp16") else torch.bfloat16
+        wide = precision in ("fp32", "fp16") or bfloat16_why_not(self.device) is not None
+        dtype = torch.float32 if wide else torch.bfloat16
         z = self.vae.config.denormalise(z)
         whole = None if make is None else self._cached(make, dtype)
         if whole is None:

@@ -17,6 +17,10 @@ from dit_engine.arguments import shown
 
 T = TypeVar("T")
 
+OLDEST_WITH_BFLOAT16 = (8, 0)
+"""The compute capability of Ampere. Older GPUs have no such products; torch emulates some of them,
+slowly, and refuses the convolutions."""
+
 
 def parse_device(device: str | torch.device | None) -> torch.device:
     """The torch device that ``device`` names; None is CUDA where there is one, else the CPU.
@@ -37,12 +41,25 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     if isinstance(device, str | torch.device):  # torch.device(3) would be an accelerator's index
         with contextlib.suppress(RuntimeError):
             parsed = torch.device(device)
-    if parsed is None or (parsed.index or 0) >= counts.get(parsed.type, 0):
+    if str(parsed) != str(device):  # torch reads "cuda:256" as "cuda:0"
+        parsed = None
+    if parsed is None or not 0 <= (parsed.index or 0) < counts.get(parsed.type, 0):
         allowed = [name for name, count in counts.items() if count]
         allowed += [f"cuda:{i}" for i in range(counts["cuda"])]
         name = shown(str(device) if isinstance(device, torch.device) else device).strip("'")
         raise ValueError(f"device '{name}' is not available; allowed: {', '.join(allowed)}")
     return with_index(parsed)
+
+
+def bfloat16_why_not(device: torch.device) -> str | None:
+    """Why nothing can be computed in bfloat16 on ``device``, or None if it can."""
+    if device.type != "cuda":
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_WITH_BFLOAT16:
+        return None
+    found, oldest = (".".join(map(str, each)) for each in (capability, OLDEST_WITH_BFLOAT16))
+    return f"{device} has compute capability {found}, and bfloat16 needs {oldest}"
 
 
 def with_index(device: torch.device) -> torch.device:

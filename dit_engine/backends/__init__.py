@@ -136,7 +136,8 @@ def create_backend(name: str, model: DiT, precision: str, device: torch.device) 
     Raises ValueError for an unknown name or precision and `BackendUnavailable` where the backend
     cannot run on this machine: a backend asked for by name never gives way to another.
     """
-    from dit_engine.runtime import with_index
+    from dit_engine.errors import BackendUnavailable
+    from dit_engine.runtime import bfloat16_why_not, with_index
 
     device = with_index(device)
     choice("precision", precision, PRECISIONS)
@@ -146,6 +147,8 @@ def create_backend(name: str, model: DiT, precision: str, device: torch.device) 
     if kind in _FACTORIES:
         if scheme:
             raise ValueError(f"backend {name!r}: {kind} takes no address")
+        if precision == "bf16" and (reason := bfloat16_why_not(device)) is not None:
+            raise BackendUnavailable(f"precision 'bf16': {reason}; fp16 and fp32 work there")
         module, factory_name = _FACTORIES[kind]
         return getattr(import_module(module), factory_name)(model, precision, device)
     added = _added(kind)

@@ -78,7 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from dit_engine.runtime import parse_device
     from dit_engine.training.loop import Budget
     from dit_engine.training.run import TrainSettings, is_begun, train
     from dit_engine.training.stopping import Stopped, termination_as_interrupt
@@ -104,7 +103,7 @@ def _train(arguments: argparse.Namespace) -> int:
                 vae,
                 dit,
                 arguments.output,
-                parse_device(arguments.device),
+                arguments.device,
                 budget("decoder"),
                 **given,
             )

@@ -28,7 +28,7 @@ from dit_engine.io.json_files import parse_json, read_json
 from dit_engine.io.provenance import recorded, same_source
 from dit_engine.labels import resolve_labels
 from dit_engine.model import DiT
-from dit_engine.runtime import limited_threads
+from dit_engine.runtime import bfloat16_why_not, limited_threads, parse_device
 from dit_engine.training.avatars import CLASSES, load_avatars
 from dit_engine.training.card import Outcome, judge, write_card
 from dit_engine.training.data import ImageSet, load_image_folder
@@ -105,7 +105,7 @@ def train(
     vae_budget: Budget,
     dit_budget: Budget,
     directory: Path,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = "cpu",
     decoder_budget: Budget | None = None,
     threads: int | None = None,
 ) -> tuple[Path, Outcome]:
@@ -116,13 +116,20 @@ def train(
     beside the model, say if the model is plainly not trained (`judge`).
 
     Args:
+        device: "cpu", "cuda", …; None chooses CUDA where there is one.
         decoder_budget: trains the VAE's decoder again at the end; the latents stay as they are.
         threads: of the CPU. None takes what other programs leave free, but at most torch's own
             number; if the environment has OMP_NUM_THREADS, it takes that number.
 
     Returns:
         The directory for `Engine.from_pretrained`, and the outcome.
+
+    Raises ValueError, before anything is read, for a device that is not there, and for a GPU before
+    Ampere: networks are trained in bfloat16.
     """
+    device = parse_device(device)
+    if (reason := bfloat16_why_not(device)) is not None:
+        raise ValueError(f"training is in bfloat16: {reason}; device 'cpu' has it")
     follow_load = threads is None and "OMP_NUM_THREADS" not in os.environ
 
     def loop(budget: Budget, learning_rate: float, decay: float, **more: Any) -> LoopSettings:

@@ -10,7 +10,7 @@ from dit_engine.io.directories import scratch_beside
 from dit_engine.io.printable import say
 from dit_export.source import add_source_arguments, given_export, load_source, refuse
 from dit_export.targets import DTYPES, GRAPHS, VAE_GRAPH
-from dit_export.tensorrt.installed import FLAVOURS, choose_flavour
+from dit_export.tensorrt.installed import FLAVOURS, choose_flavour, require_device
 from dit_export.tensorrt.profiles import parse_profiles
 
 DEFAULT_BATCH = "1,2,8"
@@ -31,9 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workspace-gb", type=float, help="GiB that layers may use beside weights; no limit")
     add("--capability", action="append", default=[], metavar="X.Y",
         help="TensorRT for RTX: compute capability to build for; all unless given")  # fmt: skip
-    add("--device", type=int, default=0, help="GPU that the standard TensorRT builds on")
+    add("--device", type=_index, default=0, help="GPU that the standard TensorRT builds on")
     add("--rebuild", action="store_true", help="build again what is there, whatever its state")
     add("--quiet", action="store_true", help="no progress bar")
+
+
+def _index(text: str) -> int:
+    number = text.removeprefix("cuda:")
+    if not (number.isascii() and number.isdecimal()):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no GPU; give its number, such as 0 or cuda:0"
+        )
+    return int(number)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -49,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     flavour = choose_flavour(arguments.flavour)
     if flavour.builds_without_gpu:
         refuse(arguments, ["device"], f"is for the standard TensorRT, and this is {flavour}")
+    else:
+        require_device(arguments.device, str(flavour))
     with ExitStack() as stack:
         if arguments.onnx is not None:
             bundle = given_export(arguments)

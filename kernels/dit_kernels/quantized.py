@@ -21,6 +21,7 @@ from dit_kernels.dispatch import launcher
 from dit_kernels.linear import gelu_
 
 FP8 = torch.float8_e4m3fn
+OLDEST_WITH_FP8 = (9, 0)  # with one scale a row
 CODES = {"int8": (torch.int8, torch.uint8), "fp8": (FP8,)}
 # torch's fp8 product adds no bias to float32 results, and only some of its libraries give float16.
 RESULTS = {"int8": (torch.float32, torch.bfloat16), "fp8": (torch.bfloat16,)}
@@ -170,14 +171,16 @@ def quantized_why_not(kind: str, device: torch.device) -> str | None:
     """Why products of this kind cannot run on ``device``, or None."""
     if kind == "int8":
         if device.type != "cpu":
-            return f"int8 products are for the CPU, not for {device}; 'fp8' is for CUDA"
+            return f"int8 products are for the CPU, not for {device}; 'fp8' is for Hopper and later"
         if native_product.why_not(torch.int8) is None or _onednn_is_exact():
             return None
         return "int8 products need oneDNN on a processor with VNNI or AMX: elsewhere sums saturate"
     if device.type != "cuda":
         return f"fp8 products are for CUDA, not for {device}; 'int8' is for the CPU"
-    if torch.cuda.get_device_capability(device) < (9, 0):
-        return "fp8 products with a scale a row need compute capability 9.0 (Hopper) or later"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_WITH_FP8:
+        found, oldest = (".".join(map(str, each)) for each in (capability, OLDEST_WITH_FP8))
+        return f"{device} has compute capability {found}, and fp8 products need {oldest} (Hopper)"
     return None
 
 

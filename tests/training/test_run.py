@@ -193,7 +193,7 @@ def test_options_reach_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert main(arguments) == 0
     settings = TrainSettings(vae_channels=(8, 16), flip=("ant", "bee"), kl_weight=0.5)
     budgets = Budget(steps=7), Budget(minutes=0.5)
-    assert calls == [(settings, *budgets, tmp_path, torch.device("cpu"), Budget(steps=2))]
+    assert calls == [(settings, *budgets, tmp_path, "cpu", Budget(steps=2))]
 
 
 # Two colours, black and white by halves: in [-1, 1] every pixel is 1 from their mean.

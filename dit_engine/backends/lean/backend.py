@@ -16,9 +16,8 @@ from dit_engine.backends.lean.forward import Activations, LeanTransformer
 from dit_engine.backends.lean.vae import LeanDecoder
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
-from dit_kernels.cpu import operators as native
 from dit_kernels.cpu.recording import Recording, record
-from dit_kernels.dispatch import launcher
+from dit_kernels.dispatch import launcher, why_not
 from dit_kernels.quantized import quantized_why_not
 
 # Between quantised products, activations are bfloat16.
@@ -29,7 +28,7 @@ class LeanBackend(Backend):
     """In float32 on the CPU, an image's bits do not depend on the batch: if the matrix product
     does not guarantee that, images are computed one by one, as in the eager backend.
 
-    Warns on a CPU without the native kernels, and says why they are missing.
+    Warns where its kernels cannot run, natively on a CPU or in Triton on a GPU, and says why.
     """
 
     decoder = LeanDecoder
@@ -38,9 +37,10 @@ class LeanBackend(Backend):
         quantized = precision if precision in QUANTIZED else None
         if quantized and (reason := quantized_why_not(quantized, device)) is not None:
             raise BackendUnavailable(f"precision {precision!r}: {reason}")
-        if device.type == "cpu" and (reason := native.why_not()) is not None:
+        kernels = "native" if device.type == "cpu" else "triton"
+        if (reason := why_not(kernels, "attention", device)) is not None:
             warnings.warn(
-                f"lean runs without its native kernels, slower, on torch references: {reason}",
+                f"lean runs without its {kernels} kernels, slower, on torch references: {reason}",
                 stacklevel=2,
             )
         self.dtype = QUANTIZED.get(precision) or DTYPES[precision]

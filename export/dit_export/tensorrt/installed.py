@@ -87,7 +87,8 @@ def require_device(index: int = 0, what: str = "TensorRT") -> CudaDevice:
     count = torch.cuda.device_count()
     if not 0 <= index < count:
         raise BackendUnavailable(
-            f"{what} needs an NVIDIA GPU: torch finds {count}, and number {index} is asked for"
+            f"{what} needs an NVIDIA GPU: torch finds {count}, and number {index} is asked for "
+            "(the first is 0)"
         )
     capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
     return CudaDevice(torch.cuda.get_device_name(index), capability)

@@ -3,7 +3,9 @@
 ``dit-bench documents results.json README.md …`` replaces, in each document, what stands between
 ``<!-- NAME -->`` and ``<!-- /NAME -->`` by the tables of the report. NAME is the kind of the
 report, such as "cpu" or "quality", unless ``--block`` gives another. ``--block speed`` writes the
-absolute times of a CPU report, ``--block bounds --operators …`` the lowest possible ratios.
+absolute times of a CPU report, ``--block bounds --operators …`` the lowest possible ratios, and
+``--block predictions`` what a step should cost on Hopper beside the profile of a GPU report ("none"
+in place of the file for no measurement).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from textwrap import wrap
 from dit_bench.cost import dit_cost
 from dit_bench.load import warning
 from dit_bench.machine import same_processor
+from dit_bench.prediction import ROWS, sources, table
 from dit_bench.report import WORK, Report, read
 from dit_bench.show.reports import interrupted, report_tables
 from dit_bench.show.speed_tables import ratio_grid, times_grid
@@ -125,10 +128,20 @@ def bounds_table(cpu: Report, operators: Report) -> str:
     return _block(["ratio", "goal, for AMX", "reached", "least possible here"], rows, note)
 
 
+def prediction_tables(report: Report | None) -> str:
+    """A step of XL/2, kernel by kernel, with 64 and with 2 rows."""
+    blocks = [_block(*table(rows, report)) for rows in ROWS]
+    return "\n".join([*blocks, *_wrapped(sources()), ""])
+
+
 def _block(columns: Sequence[str], rows: Iterable[Sequence[str]], note: str) -> str:
     lines = [f"| {' | '.join(map(markdown_text, row))} |" for row in (columns, *rows)]
     lines.insert(1, "|---" * len(columns) + "|")
-    return "\n".join([*lines, "", *wrap(markdown_text(note), 100, break_on_hyphens=False), ""])
+    return "\n".join([*lines, "", *_wrapped(note), ""])
+
+
+def _wrapped(text: str) -> list[str]:
+    return wrap(markdown_text(text), 100, break_on_hyphens=False)
 
 
 def update_document(text: str, block: str, table: str) -> str:
@@ -149,15 +162,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    report = read(arguments.results)
-    if arguments.operators is not None:
-        table = bounds_table(report, read(arguments.operators, "operators"))
+    block = arguments.block
+    if block == "predictions":
+        blank = str(arguments.results) == "none"
+        made = prediction_tables(None if blank else read(arguments.results, "gpu"))
     else:
-        table = (speed_table if arguments.block == "speed" else report_markdown)(report)
+        report = read(arguments.results)
+        block = block or report["kind"]
+        if arguments.operators is not None:
+            made = bounds_table(report, read(arguments.operators, "operators"))
+        else:
+            made = (speed_table if block == "speed" else report_markdown)(report)
     for path in arguments.documents:
         try:
-            text = path.read_text(encoding="utf-8")
-            text = update_document(text, arguments.block or report["kind"], table)
+            text = update_document(path.read_text(encoding="utf-8"), block, made)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         with atomic_path(path) as partial:

@@ -9,14 +9,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from dit_kernels import reference, triton
+from dit_kernels import attention_libraries, reference, triton
 from dit_kernels.checks import Unavailable
 from dit_kernels.cpu import operators as native
 
 T = TypeVar("T")
 Run = Callable[..., Any]
 
-KERNELS = ("triton", "triton-tma", "native")
+FOR_ATTENTION = ("triton-tma", *attention_libraries.NAMES)
+KERNELS = ("triton", "native", *FOR_ATTENTION)
 IMPLEMENTATIONS = ("auto", "reference", *KERNELS)
 OLDEST_WITH_TMA = (9, 0)
 
@@ -53,8 +54,10 @@ def why_not(implementation: str, operator: str, device: torch.device) -> str | N
         if device.type != "cpu":
             return f"native kernels are for the CPU, not for {device}"
         return native.why_not()
-    if implementation == "triton-tma" and operator != "attention":
+    if implementation in FOR_ATTENTION and operator != "attention":
         return f"{operator} has no {implementation} implementation"
+    if implementation in attention_libraries.NAMES:
+        return attention_libraries.why_not(implementation, device)
     if (reason := triton.why_not(device)) is not None or implementation == "triton":
         return reason
     # On other devices only Triton's interpreter gets here, and it has descriptors.
@@ -68,7 +71,7 @@ def why_not(implementation: str, operator: str, device: torch.device) -> str | N
 def chosen(operator: str, impl: str, device: torch.device) -> str:
     """The implementation of ``operator`` that runs on ``device``: "reference" or one of KERNELS.
 
-    "auto" never takes "triton-tma", because no measurement shows that it is faster.
+    "auto" takes none of `FOR_ATTENTION`: the lean forward chooses among them by measurement.
 
     Raises:
         ValueError: an unknown ``impl``.
@@ -96,6 +99,8 @@ def _imported(operator: str, kind: str) -> Run:
     package triton."""
     if kind == "reference":
         return without_autocast(getattr(reference, operator))
+    if kind in attention_libraries.NAMES:
+        return without_autocast(attention_libraries.launcher(kind))
     name = "attention_tma" if kind == "triton-tma" else operator
     return getattr(import_module(f"dit_kernels.triton.{name}"), name)
 
@@ -120,6 +125,29 @@ def launcher(operator: str, device: torch.device) -> Run:
         return out
 
     return write
+
+
+def attention_candidates(
+    n: int, tokens: int, heads: int, d: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Run]:
+    """What may compute attention in half precision on qkv (N, T, 3·H·d): name → (qkv, heads, out=).
+    The first is what "auto" takes on a GPU.
+
+    Raises Unavailable where there are no Triton kernels.
+    """
+    chosen("attention", "triton", device)
+    tiles = import_module("dit_kernels.triton.attention").candidates(
+        n, tokens, heads, d, dtype, device
+    )
+    found: dict[str, Run] = {}
+    for prefix, kind in (("", "triton"), ("tma ", "triton-tma")):
+        if why_not(kind, "attention", device) is None:
+            run = _imported("attention", kind)
+            found |= {f"{prefix}{t}": functools.partial(run, tiles=t) for t in tiles[kind]}
+    for name in attention_libraries.NAMES:
+        if why_not(name, "attention", device) is None:
+            found[name] = _imported("attention", name)
+    return found
 
 
 def available() -> dict[str, str]:

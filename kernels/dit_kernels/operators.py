@@ -1,8 +1,9 @@
 """The public operators: each validates, chooses an implementation and calls it.
 
 Shape letters: N images, T tokens, D width, H heads, d = D/H. ``impl`` is "auto", "reference",
-"triton" or "native", for attention also "triton-tma". An implementation that was asked for by name
-runs or raises `Unavailable`; bad arguments are a ValueError of one line.
+"triton" or "native"; for attention also "triton-tma", "cudnn" and "flash" (torch's own kernels) and
+"flash-attn" (the package). An implementation that was asked for by name runs or raises
+`Unavailable`; bad arguments are a ValueError of one line.
 
 Each is also registered with torch.library, so that torch.compile and torch.export keep a call as
 one node, ``dit_kernels::<name>``. Eager calls do not take this path: torch's dispatcher costs

@@ -124,6 +124,44 @@ def test_the_descriptor_variant_by_its_public_name() -> None:
         dit_kernels.attention(misaligned, 1, impl="triton-tma")
 
 
+@pytest.mark.slow
+@interpreted
+def test_every_candidate_of_attention() -> None:
+    """Also for tokens that no tile divides. The first candidate is what "auto" takes on a GPU."""
+    for tokens, count in ((65, 8), (64, 2), (16, 1)):
+        qkv = qkv_of(1, tokens, 1, 72, torch.bfloat16)
+        exact, same = reference.attention(qkv.double(), 1), reference.attention(qkv, 1)
+        found = dispatch.attention_candidates(1, tokens, 1, 72, qkv.dtype, qkv.device)
+        usual = launcher("attention")(qkv, 1)
+        assert torch.equal(next(iter(found.values()))(qkv, 1), usual)
+        ours = [name for name in found if "warps" in name]
+        assert len(ours) == count and {*found} - {*ours} == {"flash"}
+        for run in found.values():
+            out = torch.empty_like(usual)
+            assert run(qkv, 1, out=out) is out
+            assert_close_to_reference(out, exact, same_dtype=same)
+
+
+def test_candidates_of_attention_that_are_known_not_to_run_are_left_out() -> None:
+    """Descriptors before Hopper, and Hopper's tiles elsewhere or for wider heads."""
+    cuda = torch.device("cuda")
+    half = torch.bfloat16
+    with patch("torch.cuda.is_available", return_value=True), pytest.MonkeyPatch.context() as m:
+        m.delenv("TRITON_INTERPRET", raising=False)
+        for capability, d, ours, tma in (
+            ((9, 0), 72, 3, 5), ((9, 0), 128, 1, 1), ((8, 0), 72, 1, 0), ((10, 0), 72, 1, 1),
+        ):  # fmt: skip
+            facts = SimpleNamespace(major=capability[0], multi_processor_count=132)
+            m.setattr(torch.cuda, "get_device_capability", lambda _=None, c=capability: c)
+            m.setattr(torch.cuda, "get_device_properties", lambda _, f=facts: f)
+            m.setattr("dit_kernels.triton.attention.device_facts", lambda _, c=facts: (c.major, 1))
+            found = dispatch.attention_candidates(64, 256, 16, d, half, cuda)
+            assert sum("warps" in name for name in found) == ours + tma
+            assert sum(name.startswith("tma") for name in found) == tma
+            assert {"cudnn", "flash"} < {*found}
+            assert "flash-attn" not in found
+
+
 @interpreted
 def test_what_depends_on_the_gpu() -> None:
     from dit_kernels.triton.attention import attention_tiles

@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ MATRIX_INSTRUCTION = {8: "HMMA", 9: "HGMMA", 10: "UTCHMMA", 12: "HMMA"}
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 TYPES = {FULL: "fp32", BRAIN: "bf16", HALF: "fp16", INT8: "i8", FP8: "fp8e4nv"}
+CANDIDATES = {"attention": 3, "attention_tma": 5}  # tiles to choose from on Hopper
 EMPTY = functools.partial(torch.empty, device="meta")  # no numbers: a launcher costs its Python
 
 
@@ -38,6 +39,7 @@ class Case(NamedTuple):
     dtype: torch.dtype
     sizes: tuple[int, ...]  # as `arguments_of` takes them
     codes: torch.dtype | None = None
+    tiles: int | None = None  # which of attention's candidates for Hopper
 
 
 class Resources(NamedTuple):
@@ -72,6 +74,11 @@ def cases() -> list[Case]:
                 (HALF, (16, 256, 16, 64)),  # no second tile of columns
                 (BRAIN, (16, 1001, 16, 72)),  # a ragged number of tokens
             )
+        ),
+        *(
+            Case(variant, 90, BRAIN, (16, 256, 16, 72), tiles=i)
+            for variant, count in CANDIDATES.items()
+            for i in range(count)
         ),
         Case("attention", 90, BRAIN, (2, 16, 4, 32)),  # a small model
         Case("attention", 90, BRAIN, (16, 256, 16, 128)),  # the widest head
@@ -112,6 +119,13 @@ def arguments_of(case: Case) -> list[Any]:
     }[case.operator]
 
 
+def _candidates(variant: str) -> Sequence[Any]:
+    attention = import_module("dit_kernels.triton.attention")  # which imports Triton
+    found = {"attention": attention.POINTERS, "attention_tma": attention.DESCRIPTORS}[variant]
+    assert len(found) == CANDIDATES[variant]
+    return found
+
+
 def _launches(case: Case) -> Iterator[tuple[Any, dict[str, Any]]]:
     """(kernel, its arguments by name) for every launch that the launcher makes on such a GPU."""
     from triton.runtime.jit import JITFunction
@@ -136,10 +150,15 @@ def _launches(case: Case) -> Iterator[tuple[Any, dict[str, Any]]]:
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel")
     }
-    if "device_facts" in vars(module):
-        stand_ins["device_facts"] = lambda device: (case.capability // 10, PROCESSORS)
-    with patch.multiple(module, **stand_ins):
-        getattr(module, case.operator)(*arguments_of(case))
+    options: dict[str, Any] = {}
+    if case.tiles is not None:
+        options["tiles"] = _candidates(case.operator)[case.tiles]
+    facts = (case.capability // 10, PROCESSORS)
+    with (
+        patch.multiple(module, **stand_ins),
+        patch("dit_kernels.triton.attention.device_facts", return_value=facts),
+    ):
+        getattr(module, case.operator)(*arguments_of(case), **options)
     yield from made
 
 

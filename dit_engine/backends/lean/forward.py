@@ -149,7 +149,7 @@ class LeanTransformer:
 
 
 def product_norm(
-    product: Product, h: Any, x: Tensor, vectors: tuple[Any, ...], norm: Run, memory: Activations
+    product: Run, h: Any, x: Tensor, vectors: tuple[Any, ...], norm: Run, memory: Activations
 ) -> Any:
     """The end of a branch: a product, then the residual and the next norm; what ``norm`` returns.
 

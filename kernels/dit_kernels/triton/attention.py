@@ -148,6 +148,9 @@ class AttentionTiles(NamedTuple):
     num_warps: int
     maxnreg: int | None  # most registers per thread
 
+    def __str__(self) -> str:
+        return f"{self.queries}x{self.keys}, {self.num_warps} warps, {self.num_stages} stages"
+
     def options(self) -> dict[str, int | None]:
         return {
             "num_warps": self.num_warps,
@@ -194,7 +197,49 @@ def device_facts(device: torch.device) -> tuple[int, int]:
     return properties.major, properties.multi_processor_count
 
 
-def attention(qkv: Tensor, num_heads: int, *, out: Tensor | None = None) -> Tensor:
+def usual_tiles(qkv: Tensor, num_heads: int) -> AttentionTiles:
+    """`attention_tiles` for qkv (N, T, 3·H·d) on its device."""
+    n, tokens, packed = qkv.shape
+    d = packed // 3 // num_heads
+    return attention_tiles(tokens, n * num_heads, d, qkv.dtype, *device_facts(qkv.device))
+
+
+# Tiles for Hopper with d up to 80. With 4 warps, 128x128 spills there.
+POINTERS = (
+    AttentionTiles(128, 64, 3, 8, 128),
+    AttentionTiles(64, 64, 3, 4, None),
+    AttentionTiles(128, 128, 2, 8, None),
+)
+DESCRIPTORS = (
+    AttentionTiles(128, 64, 3, 8, None),
+    AttentionTiles(128, 64, 2, 8, None),
+    AttentionTiles(128, 128, 2, 8, None),
+    AttentionTiles(64, 128, 2, 4, None),
+    AttentionTiles(64, 64, 2, 4, None),
+)
+
+
+def candidates(
+    n: int, tokens: int, heads: int, d: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, list[AttentionTiles]]:
+    """Tiles for half precision that may be the quickest: "triton", for this kernel, of which the
+    first are `attention_tiles`, and "triton-tma", for that of `dit_kernels.triton.attention_tma`.
+    """
+    major, processors = device_facts(device)
+    usual = attention_tiles(tokens, n * heads, d, dtype, major, processors)
+    if major != 9 or d > 80:
+        return {"triton": [usual], "triton-tma": [usual]}
+
+    def fitting(tiles: tuple[AttentionTiles, ...]) -> list[AttentionTiles]:
+        return [each for each in tiles if max(each.queries, each.keys) <= power_of_two(tokens)]
+
+    pointers = dict.fromkeys([usual, *fitting(POINTERS)])
+    return {"triton": [*pointers], "triton-tma": fitting(DESCRIPTORS)}
+
+
+def attention(
+    qkv: Tensor, num_heads: int, *, out: Tensor | None = None, tiles: AttentionTiles | None = None
+) -> Tensor:
     """qkv (N, T, 3·H·d) contiguous, d a multiple of 8 up to 128 → (N, T, H·d)."""
     n, tokens, packed = qkv.shape
     width = packed // 3
@@ -204,7 +249,7 @@ def attention(qkv: Tensor, num_heads: int, *, out: Tensor | None = None) -> Tens
         return out
     d = width // num_heads
     head, tail = split(d, smallest_tail=16)
-    tiles = attention_tiles(tokens, n * num_heads, d, qkv.dtype, *device_facts(qkv.device))
+    tiles = tiles or usual_tiles(qkv, num_heads)
     blocks = -(-tokens // tiles.queries)
     launch(
         _attention_kernel, n * num_heads * blocks,

@@ -1,6 +1,7 @@
 """``attention`` with keys and values fetched by tensor descriptors (TMA): Hopper and later.
 
-It runs only if it is asked for by name: ``dit_kernels.attention(qkv, heads, impl="triton-tma")``.
+It runs if it is asked for by name, ``dit_kernels.attention(qkv, heads, impl="triton-tma")``, and in
+the lean forward if it was measured to be the quickest (`dit_kernels.chooser`).
 
 The descriptor sees qkv as (N, T, 3·H, d), so the hardware fills with zeros both the tokens past T
 and the columns past d: no head reads its neighbour's numbers.
@@ -17,11 +18,11 @@ from torch import Tensor
 
 from dit_kernels.checks import Unavailable
 from dit_kernels.triton.attention import (
-    attention_tiles,
-    device_facts,
+    AttentionTiles,
     load_part,
     online_softmax,
     store_part,
+    usual_tiles,
 )
 from dit_kernels.triton.launch import launch, split
 
@@ -88,7 +89,9 @@ def why_not(qkv: Tensor) -> str | None:
     return None
 
 
-def attention_tma(qkv: Tensor, num_heads: int, *, out: Tensor | None = None) -> Tensor:
+def attention_tma(
+    qkv: Tensor, num_heads: int, *, out: Tensor | None = None, tiles: AttentionTiles | None = None
+) -> Tensor:
     """qkv (N, T, 3·H·d) contiguous, d a multiple of 8 up to 128 → (N, T, H·d).
 
     Raises:
@@ -108,7 +111,7 @@ def attention_tma(qkv: Tensor, num_heads: int, *, out: Tensor | None = None) -> 
     d = width // num_heads
     head, tail = split(d, smallest_tail=16)
     head = max(head, 16)
-    tiles = attention_tiles(tokens, n * num_heads, d, qkv.dtype, *device_facts(qkv.device))
+    tiles = tiles or usual_tiles(qkv, num_heads)
     blocks = -(-tokens // tiles.queries)
     heads, tails = (
         TensorDescriptor(

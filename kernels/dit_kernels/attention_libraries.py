@@ -1,0 +1,91 @@
+"""Attention by torch's own kernels and by the package flash-attn, each asked for by its name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_kernels.checks import Unavailable
+
+SDPA = {"cudnn": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION"}
+FLASH_ATTN = (
+    ("flash_attn.cute", "flash_attn_func"),  # FlashAttention 4: (q, k, v)
+    ("flash_attn", "flash_attn_qkvpacked_func"),  # FlashAttention 2: packed
+)
+NAMES = (*SDPA, "flash-attn")
+
+
+def why_not(impl: str, device: torch.device) -> str | None:
+    """Why ``impl`` cannot run on ``device`` as far as is known without a call, or None."""
+    if impl == "cudnn" and device.type != "cuda":
+        return f"cuDNN is for CUDA devices, not for {device}"
+    if impl != "flash-attn":
+        return None
+    try:
+        _flash_attn(_newest_first(device))
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def launcher(impl: str) -> Callable[..., Tensor]:
+    """(qkv (N, T, 3·H·d), heads, out=) → (N, T, H·d). ``out`` costs a copy."""
+
+    def attention(qkv: Tensor, num_heads: int, *, out: Tensor | None = None) -> Tensor:
+        n, t, width = qkv.shape
+        packed = qkv.view(n, t, 3, num_heads, width // 3 // num_heads)
+        try:
+            made = _by_sdpa(packed, impl) if impl in SDPA else _by_flash_attn(packed)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise Unavailable(f"impl {impl!r}: {reason}") from error
+        made = made.reshape(n, t, width // 3)
+        return made if out is None else out.copy_(made)
+
+    return attention
+
+
+def _by_sdpa(packed: Tensor, impl: str) -> Tensor:
+    """Packed (N, T, 3, H, d) → (N, T, H, d), by this one backend of torch's or with an error."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = packed.permute(2, 0, 3, 1, 4)  # each (N, H, T, d)
+    with sdpa_kernel(getattr(SDPBackend, SDPA[impl])):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _by_flash_attn(packed: Tensor) -> Tensor:
+    run, takes_packed = _flash_attn(_newest_first(packed.device))
+    made = run(packed) if takes_packed else run(*packed.unbind(2))
+    return made[0] if isinstance(made, tuple) else made  # some give the log-sum-exp beside it
+
+
+def _newest_first(device: torch.device) -> bool:
+    """FlashAttention 4 was made for Hopper and Blackwell."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def _flash_attn(newest_first: bool) -> tuple[Callable[..., Any], bool]:
+    """The function of the installed package, and whether it takes q, k and v packed.
+
+    Raises ImportError, which names what to install.
+    """
+    reasons = []
+    for module, name in FLASH_ATTN if newest_first else reversed(FLASH_ATTN):
+        try:
+            return getattr(import_module(module), name), name.endswith("packed_func")
+        except (ImportError, AttributeError) as error:  # noqa: PERF203
+            reasons.append(str(error))
+    raise ImportError(
+        "the package flash-attn is needed: pip install flash-attn (FlashAttention 2) or "
+        f"flash-attn-4 (FlashAttention 4, Hopper and later) ({'; '.join(reasons)})"
+    )

@@ -1,0 +1,83 @@
+"""The first layer: patches of the latents · weight + bias + positions, for both guidance halves."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_kernels.triton.launch import launch, power_of_two
+
+# So narrow that every load takes the layout of the stores: no exchange through shared memory.
+_ROWS, _COLUMNS = 32, 64
+_UNROLLED = 16  # inputs, at most: all of a patch of 2 × 2 latents of 4 channels
+
+
+@triton.jit
+def _embed_kernel(
+    z,  # (N, C, S, S) float32 contiguous
+    weight,  # (C·P·P, D) float32 contiguous
+    bias,  # (D,) float32
+    positions,  # (T, D) float32 contiguous
+    out,  # (HALVES·N, T, D) contiguous
+    counter,  # int64, or None
+    rows,  # N·T
+    C: tl.constexpr,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    HALVES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,  # programs per row
+    UNROLLED: tl.constexpr,
+):
+    program = tl.program_id(0)
+    if counter is not None:  # noqa: SIM102 - known when the kernel is compiled
+        if program == 0:
+            tl.store(counter, tl.load(counter) + 1)
+    SIDE: tl.constexpr = S // P
+    row = (program // BLOCKS) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = (program % BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    valid, inside = row < rows, column < D
+    image, token = row // (SIDE * SIDE), row % (SIDE * SIDE)
+    first = z + image.to(tl.int64) * (C * S * S) + token // SIDE * (P * S) + token % SIDE * P
+    total = tl.load(bias + column, mask=inside) + tl.load(
+        positions + token * D + column, mask=valid & inside
+    )
+    for start in range(0, C * P * P, UNROLLED):
+        for ahead in tl.static_range(UNROLLED):
+            k = start + ahead
+            # Input k is channel k // P², row k // P % P and column k % P of the patch.
+            offset = k // (P * P) * (S * S) + k // P % P * S + k % P
+            x = tl.load(first + offset, mask=valid)
+            total += x * tl.load(weight + k * D + column, mask=inside)
+    out += row.to(tl.int64) * D + column
+    tokens = total.to(out.dtype.element_ty)
+    for half in tl.static_range(HALVES):
+        tl.store(out + half * rows.to(tl.int64) * D, tokens, mask=valid & inside)
+
+
+def embed(
+    z: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, patch_size: int,
+    *, out: Tensor, counter: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Latents z (N, C, S, S) → tokens (N, T, D) or twice these, (2·N, T, D), in ``out``.
+
+    z, weight (C·p·p, D), bias (D,) and positions (T, D) are float32, as are the sums. ``counter``,
+    an int64 number on the device, is raised by one.
+    """
+    n, channels, side, _ = z.shape
+    d = len(bias)
+    rows, inputs = n * len(positions), len(weight)
+    columns = min(power_of_two(d), _COLUMNS)
+    blocks = -(-d // columns)
+    if rows:
+        launch(
+            _embed_kernel, -(-rows // _ROWS) * blocks,
+            z, weight, bias, positions, out, counter, rows,
+            C=channels, S=side, P=patch_size, D=d, HALVES=len(out) // n, ROWS=_ROWS,
+            COLUMNS=columns, BLOCKS=blocks,
+            UNROLLED=next(k for k in range(_UNROLLED, 0, -1) if inputs % k == 0), num_warps=4,
+        )  # fmt: skip
+    return out

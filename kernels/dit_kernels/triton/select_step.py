@@ -1,0 +1,67 @@
+"""What a sampler's step needs beside the latents, taken out of tables by a counter on the device.
+
+A CUDA graph that begins with it has nothing of the step as an argument, so a step is the launch of
+the graph alone. `dit_kernels.triton.embed` moves the counter.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_kernels.triton.launch import launch
+
+FIELDS = 5
+"""Of ``where``, the numbers in the device's memory that say where a step's numbers are: the step;
+the address of the table and the step that it begins with; how many labels the table has; the
+address of the coefficients of all steps. The addresses are multiples of 16."""
+_COEFFICIENTS = tl.constexpr(9)
+_BLOCK = 1024  # words of 4 bytes
+
+
+@triton.jit
+def _select_step_kernel(
+    modulation,  # (M, WIDTH) contiguous, as words of 4 bytes
+    label,  # (M,) int64, each row's place among the table's labels
+    coefficients,  # (9,), as words
+    where,  # (FIELDS,) int64
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,  # programs per row
+):
+    program = tl.program_id(0)
+    row = (program // BLOCKS).to(tl.int64)
+    column = (program % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < WIDTH
+    step = tl.load(where)
+    words = tl.pointer_type(tl.int32)
+    table = tl.load(where + 1).to(words)  # (steps, labels, WIDTH)
+    place = (step - tl.load(where + 2)) * tl.load(where + 3) + tl.load(label + row)
+    source = table + place * WIDTH + column
+    if WIDTH % 4 == 0:
+        source = tl.max_contiguous(tl.multiple_of(source, 16), 4)
+    tl.store(modulation + row * WIDTH + column, tl.load(source, mask=mask), mask=mask)
+    if program == 0:
+        number = tl.arange(0, 16)
+        row_of_nine = tl.load(where + 4).to(words) + step * _COEFFICIENTS
+        nine = tl.load(row_of_nine + number, mask=number < _COEFFICIENTS)
+        tl.store(coefficients + number, nine, mask=number < _COEFFICIENTS)
+
+
+def select_step(modulation: Tensor, label: Tensor, coefficients: Tensor, where: Tensor) -> None:
+    """Write this step's modulations (M, W), W even, and 9 float32 coefficients.
+
+    label: (M,) int64, each row's place among the labels of the table (steps, labels, W), which has
+    modulation's dtype. where: (FIELDS,) int64.
+    """
+    words = modulation.view(torch.int32)
+    rows, width = words.shape
+    blocks = -(-width // _BLOCK)
+    if rows:
+        launch(
+            _select_step_kernel, rows * blocks,
+            words, label, coefficients.view(torch.int32), where,
+            WIDTH=width, BLOCK=_BLOCK, BLOCKS=blocks, num_warps=4,
+        )  # fmt: skip

@@ -1,0 +1,88 @@
+"""The kernels that a captured step begins with: in Triton's interpreter, on a GPU, and compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DTYPES, random
+from numerics import assert_close_to_reference
+from torch import Tensor
+from triton_workers import interpreted
+
+EMBEDDINGS = {  # (images, channels, latent side, patch, width)
+    (2, 4, 8, 2, 48): "a small model",
+    (1, 4, 32, 2, 72): "256 pixels: several programs, and columns of a second block",
+    (3, 4, 12, 4, 72): "patches of 4; rows that no program's rows divide",
+    (2, 4, 16, 8, 64): "patches of 8: many inputs",
+    (3, 3, 9, 3, 20): "an odd patch and number of channels; a width that is no power of two",
+    (2, 1, 5, 1, 17): "one input; a width without alignment",
+    (1, 16, 10, 5, 16): "400 inputs, 25 a channel",
+}
+
+
+def embedding(case: tuple[int, ...], device: str = "cpu") -> tuple[Tensor, ...]:
+    """z, weight (C·p·p, D), bias (D,), positions (T, D)."""
+    n, c, s, p, d = case
+    made = random(n, c, s, s), random(c * p * p, d, seed=1), random(d), random((s // p) ** 2, d)
+    return tuple(tensor.to(device) for tensor in made)
+
+
+def check_embed(dtype: torch.dtype, device: str) -> None:
+    from dit_kernels.triton.embed import embed
+
+    for case, reason in EMBEDDINGS.items():
+        n, c, _, p, d = case
+        z, weight, bias, positions = embedding(case, device)
+        # As the model is written.
+        kernel = weight.t().reshape(d, c, p, p)
+        exact, same = (
+            F.conv2d(z.to(t), kernel.to(t), bias.to(t), p).flatten(2).transpose(1, 2) + positions
+            for t in (torch.float64, torch.float32)
+        )
+        counter = torch.tensor([6], device=device)
+        for halves in (1, 2):
+            out = torch.full((halves * n, len(positions), d), torch.nan, device=device).to(dtype)
+            assert embed(z, weight, bias, positions, p, out=out, counter=counter) is out
+            for half in out.split(n):
+                assert_close_to_reference(half, exact, same_dtype=same.to(dtype), reason=reason)
+        assert counter.item() == 8
+        alone = torch.empty_like(out[:n])
+        assert torch.equal(embed(z, weight, bias, positions, p, out=alone), out[n:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@interpreted
+def test_embed(dtype: torch.dtype) -> None:
+    check_embed(dtype, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_embed_on_a_gpu(dtype: torch.dtype) -> None:
+    check_embed(dtype, "cuda")
+
+
+def check_select_step(device: str) -> None:
+    from dit_kernels.triton.select_step import select_step
+
+    for dtype, width in ((torch.bfloat16, 2 * 1027), (torch.float16, 4096), (torch.float32, 6)):
+        table = random(3, 2, width, dtype=dtype).to(device)  # steps 4, 5 and 6 of two labels
+        every = random(9, 9, seed=1).to(device)
+        label = torch.tensor([1, 0, 1], device=device)
+        modulation, coefficients = table.new_full((3, width), torch.nan), every.new_zeros(9)
+        for step in (4, 6):
+            where = [step, table.data_ptr(), 4, 2, every.data_ptr()]
+            select_step(modulation, label, coefficients, torch.tensor(where, device=device))
+            assert torch.equal(modulation, table[step - 4, label])
+            assert torch.equal(coefficients, every[step])
+
+
+@interpreted
+def test_select_step() -> None:
+    check_select_step("cpu")
+
+
+@pytest.mark.gpu
+def test_select_step_on_a_gpu() -> None:
+    check_select_step("cuda")

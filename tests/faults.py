@@ -102,8 +102,10 @@ FAULTS = {
     "engine/test_copies": {"a copy needs a VAE": "if «module is not None and  → »any(p.is_inf"},
     "engine/test_cuda_graphs": {
         "graphs share a workspace": "with «_own_workspaces(),  → »into:",
-        "graph keeps old noise": "«                (self.noise, noise),\n → »",
-        "graph's own memory given away": "return «after.clone(), x0.clone() → after, x0»"},
+        "graph keeps old noise": "«, (self.noise, noise) → »):",
+        "counter is never set again": "if «known is None or number != known[i] → known is None»:",
+        "graph of two users": "graph.taken = «True → False»",
+        "latents copied onto themselves": "if given is not None« and given is not own → »:"},
     "kernels/test_linear": {"signed codes taken as unsigned":
         "codes.view(torch.uint8)« ^ 0x80 → »"},
     "kernels/test_operators": {

@@ -48,16 +48,27 @@ class Denoiser(Protocol):
 
 
 class FusedDenoiser(Protocol):
-    """Like `Denoiser`, but each call also guides and takes the sampler's step."""
+    """Like `Denoiser`, but each call also guides and takes the sampler's step. A class that derives
+    from this one inherits what is optional."""
 
     def guided_step(
-        self, z: Tensor, x0_before: Tensor, noise: Tensor, step: int, guide: bool
+        self, z: Tensor, x0_before: Tensor, noise: Tensor | None, step: int, guide: bool
     ) -> tuple[Tensor, Tensor]:
         """Latents z (N, C, S, S) at the ``step``-th time step → (the next z, the predicted x0).
 
-        guide: whether to compute the unconditional half, whose labels are the last N prepared.
+        Both may be memory of the denoiser, which its next call overwrites: copy what is to be kept.
+        They are quickest passed on as they are. The arguments stay as they are, unless they are
+        such memory.
+
+        Args:
+            noise: what the step draws, like z; None if it draws nothing.
+            guide: whether to compute the unconditional half, whose labels are the last N prepared.
         """
         ...
+
+    def release(self) -> None:
+        """Give back what steps hold: called when no result is needed any more. A further step is
+        allowed."""
 
 
 Decode = Callable[["Tensor"], "Tensor"]

@@ -46,7 +46,10 @@ def sample(backend: Backend, plan: Plan, device: torch.device, report: Callback)
     fused = backend.fuse(*conditions, plan.coefficients, plan.scales, channels)
     if fused is not None:
         draws = uses_noise(plan.coefficients)
-        return sample_fused(fused, z, draws, guides, noise, report, plan.clip)
+        try:
+            return sample_fused(fused, z, draws, guides, noise, report, plan.clip)
+        finally:
+            fused.release()
     denoise = guided(backend.prepare(*conditions), plan.scales.to(device), channels, guides)
     options = {"eta": plan.eta} if plan.sampler == "ddim" else {}
     return SAMPLERS[plan.sampler].function(denoise, z, plan.schedule, noise, report, **options)
@@ -61,19 +64,20 @@ def sample_fused(
     report: Callback,
     clip: tuple[float, np.ndarray] | None = None,
 ) -> Tensor:
-    """z (N, C, S, S) float32, the starting noise → latents of the same shape.
+    """z (N, C, S, S) float32, the starting noise → latents of the same shape, the caller's own.
 
     Args:
         draws, guides: (steps,) bool: which steps add noise, and which are guided.
+        report: the latents that it is given are overwritten by the next step.
         clip: of `dit_engine.sampling.coefficients.clipping`.
     """
     z = z.contiguous()  # latents from the caller may have any strides
     x0 = torch.zeros_like(z)
     for k in range(len(draws)):
-        drawn = noise(k).to(z).contiguous() if draws[k] else x0  # not read where no noise is added
+        drawn = noise(k).to(z).contiguous() if draws[k] else None
         z, x0 = denoiser.guided_step(z, x0, drawn, k, bool(guides[k]))
         if clip is not None:
             limit, weights = clip
             z = z + float(weights[k]) * clamped(x0, limit)
         report(k, z)
-    return z
+    return z.clone()

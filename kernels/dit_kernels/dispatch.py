@@ -22,8 +22,8 @@ IMPLEMENTATIONS = ("auto", "reference", *KERNELS)
 OLDEST_WITH_TMA = (9, 0)
 
 NATIVE: dict[str, Run] = {run.__name__: run for run in (
-    native.attention, native.gate_residual, native.gate_residual_layernorm_modulate, native.gelu,
-    native.groupnorm_silu, native.guided_step, native.layernorm_modulate,
+    native.attention, native.embed, native.gate_residual, native.gate_residual_layernorm_modulate,
+    native.gelu, native.groupnorm_silu, native.guided_step, native.layernorm_modulate,
     native.layernorm_modulate_quantize, native.quantize_rows,
 )}  # fmt: skip
 

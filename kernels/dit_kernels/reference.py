@@ -54,6 +54,12 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(F.linear(*_wide(x, weight, bias)), approximate="tanh").to(x.dtype)
 
 
+def embed(z: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, patch_size: int) -> Tensor:
+    """The first layer: latents (N, C, S, S) → tokens (N, T, D); weight (C·p·p, D)."""
+    patches = F.unfold(z, patch_size, stride=patch_size)  # (N, C·p·p, T)
+    return F.linear(patches.transpose(1, 2), weight.t(), bias) + positions
+
+
 def groupnorm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     wide, weight, bias = _wide(x, weight, bias)
     return F.silu(F.group_norm(wide, groups, weight, bias, eps)).to(x.dtype)

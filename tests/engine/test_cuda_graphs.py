@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import threading
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -12,17 +14,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launches import Launches
 from tiny import tiny_dit
 from torch import Tensor
 
-from dit_engine.backends.capture import capture_graph
-from dit_engine.backends.lean import cuda_graphs
+from dit_engine.backends import capture
+from dit_engine.backends.capture import GRAPH_LIMIT, capture_graph
 from dit_engine.backends.lean.backend import FusedLeanDenoiser, LeanBackend
-from dit_engine.backends.lean.cuda_graphs import StepGraphs
+from dit_engine.backends.lean.cuda_graphs import StepGraph, step_graphs
 
 CPU = torch.device("cpu")
 _log: list[tuple[str, Any]] = []
+_launches: list[Launches] = []
 _local = threading.local()
+
+
+@contextmanager
+def played() -> Iterator[Launches]:
+    """Counts launches, and those of replays apart."""
+    with Launches() as launches:
+        _launches.append(launches)
+        try:
+            yield launches
+        finally:
+            _launches.pop()
 
 
 def log(name: str, what: Any = None) -> None:
@@ -53,18 +68,19 @@ class Event:
 
 
 class Graph:
-    """Replays ``work`` into the memory of its first results."""
+    """Replays ``work``, which is run once before, into the memory that it was written for."""
 
     def __init__(self, work: Any, pool: Any) -> None:
-        self.work, self.own_pool, self.results = work, pool or ("pool of", id(self)), work()
+        self.work, self.own_pool = work, pool or ("pool of", id(self))
+        work()
 
     def pool(self) -> Any:
         return self.own_pool
 
     def replay(self) -> None:
         log("replay")
-        for old, new in zip(self.results, self.work(), strict=True):
-            old.copy_(new)
+        with _launches[-1].within_a_graph() if _launches else nullcontext():
+            self.work()
 
 
 @contextmanager
@@ -101,7 +117,7 @@ class Steps:
 
     def __init__(self) -> None:
         self.plain, self.graphed = (LeanBackend(tiny_dit(), "fp32", CPU) for _ in range(2))
-        self.graphs = self.graphed.graphs = StepGraphs(self.graphed.transformer)
+        self.graphs = self.graphed.graphs = step_graphs(self.graphed.transformer)
         self.coefficients = np.random.default_rng(0).random((4, 9))
 
     def fused(self, backend: LeanBackend, n: int, seed: int = 0) -> FusedLeanDenoiser:
@@ -129,47 +145,148 @@ class Steps:
 def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     """Its graphs are played; `capture_graph` has a test of its own."""
 
-    def capture(work: Callable[[], Any], stream: Any, pool: Any = None) -> tuple[Graph, Any]:
-        graph = Graph(work, pool)
-        return graph, graph.results
+    def play(work: Callable[[], Any], stream: Any, pool: Any = None) -> tuple[Graph, Any]:
+        return Graph(work, pool), None
 
-    monkeypatch.setattr(cuda_graphs, "capture_graph", capture)
+    monkeypatch.setattr(capture, "capture_graph", play)
     return Steps()
+
+
+def graph_of(fused: FusedLeanDenoiser, guide: bool = True) -> StepGraph:
+    graph = fused._graph(guide)
+    assert graph is not None
+    return graph
+
+
+def keys(steps: Steps) -> list[tuple[int, bool, int]]:
+    return [graph.key for graph in steps.graphs._graphs]
 
 
 def test_a_replay_computes_the_step_of_its_inputs(steps: Steps) -> None:
     for n, guide in ((1, True), (2, True), (2, False)):
         for step, seed in ((0, 0), (3, 1), (1, 2)):  # other steps, noise, labels, latents
             steps.check(n, step, guide, seed)
-    assert steps.graphs.of(2, True, 4).channels == 4
-    # One for each number of images, guidance, and number of channels.
-    made = list(steps.graphs._graphs)
-    assert made == [(1, True, 3), (2, True, 3), (2, False, 3), (2, True, 4)]
-    assert len({graph.graph.pool() for graph in steps.graphs._graphs.values()}) == 1
+    # One for each number of images, guidance, and number of channels, in one pool.
+    assert keys(steps) == [(1, True, 3), (2, True, 3), (2, False, 3)]
+    assert steps.graphs.take((2, True, 4)) is not None
+    assert len({graph.graph.pool() for graph in steps.graphs._graphs}) == 1
 
 
-def test_results_are_the_callers_own_and_arguments_stay(steps: Steps) -> None:
-    fused = steps.fused(steps.graphed, 2)
+@torch.inference_mode()
+def test_results_are_passed_on_without_copies_and_arguments_stay(steps: Steps) -> None:
+    fused, plain = (steps.fused(backend, 2) for backend in (steps.graphed, steps.plain))
     z, before, noise = steps.inputs(2)
-    first = fused.guided_step(z, before, noise, 0, True)
-    copies = [t.clone() for t in first]
-    fused.guided_step(*first, noise, 1, True)
-    assert all(map(torch.equal, first, copies))  # not overwritten by the second replay
+    found, expected = (each.guided_step(z, before, noise, 0, True) for each in (fused, plain))
+    graph = graph_of(fused)
+    assert found[0] is graph.z and found[1] is graph.x0
+    for step in (1, 2):
+        with played() as launches:
+            assert fused.guided_step(*found, None, step, True)[0] is graph.z
+        # Outside of the graph are only the coefficients, which Triton's kernel would pick inside.
+        assert launches.outside == {"copy_": 1} and launches.inside["add_"] == 1
+        expected = plain.guided_step(*expected, graph.noise, step, True)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(torch.stack([z, before, noise]), steps.inputs(2))
 
 
+@torch.inference_mode()
+def test_other_steps_than_the_next_and_other_guidance(steps: Steps) -> None:
+    """As far as a step does not follow the last one of its graph, its inputs are copied."""
+    fused, plain = (steps.fused(backend, 2) for backend in (steps.graphed, steps.plain))
+    found = expected = tuple(steps.inputs(2)[:2])
+    for step, guide in ((0, True), (1, False), (2, True), (3, False), (1, False), (1, True)):
+        noise = steps.inputs(2, seed=step)[2]
+        found = fused.guided_step(*found, noise, step, guide)
+        expected = plain.guided_step(*expected, noise, step, guide)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert keys(steps) == [(2, True, 3), (2, False, 3)]
+
+
+@torch.inference_mode()
 def test_copies_wait_for_the_replay_before(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
-    fused, z, other = steps.fused(steps.graphed, 2), steps.inputs(2), steps.inputs(2, seed=5)
-    graph = steps.graphs.of(2, True, 3)
+    """Generations of one size have a graph each, and then one after the other; their turns are in
+    order, on whatever streams."""
+    first, second = (steps.fused(steps.graphed, 2, seed) for seed in (0, 5))
+    z, other = steps.inputs(2), steps.inputs(2, seed=5)
+    graph = graph_of(first)
+    assert graph_of(second) is not graph
+    second.release()
     _log.clear()
     monkeypatch.setattr(Stream, "wait_event", lambda self, _: log("wait", graph.z.clone()))
-    fused.guided_step(*z, 0, True)
+    first.guided_step(*z, 0, True)
+    after = graph.z.clone()
+    assert [name for name, _ in _log] == ["wait", "replay", "record"]
+    first.release()
+    assert [name for name, _ in _log[3:]] == ["wait", "record"]  # after the reads of the results
     with ThreadPoolExecutor(1) as elsewhere:
-        elsewhere.submit(fused.guided_step, *other, 0, True).result()
-    assert [name for name, _ in _log] == ["wait", "replay", "record"] * 2
-    assert _log[2][1] is current_stream() is not _log[5][1]
-    assert torch.equal(_log[3][1], z[0])  # the other's latents had not been copied yet
-    assert torch.equal(graph.z, other[0])
+        second = steps.fused(steps.graphed, 2, 5)
+        steps.graphs._graphs.reverse()  # so that it takes the first one's graph
+        elsewhere.submit(second.guided_step, *other, 0, True).result()
+    assert graph_of(second) is graph
+    waits = [seen for name, seen in _log if name == "wait"]
+    records = [stream for name, stream in _log if name == "record"]
+    assert torch.equal(waits[-1], after)  # the other's latents had not been copied yet
+    assert records[0] is current_stream() is not records[-1]
+
+
+@torch.inference_mode()
+def test_at_most_so_many_graphs_and_the_one_unused_for_longest_goes(steps: Steps) -> None:
+    kept = [steps.fused(steps.graphed, 1) for _ in range(GRAPH_LIMIT)]
+    graphs = [graph_of(fused) for fused in kept]
+    assert len(set(map(id, graphs))) == GRAPH_LIMIT
+    steps.check(1)  # all are in use: without a graph
+    assert steps.graphs.take((1, True, 3)) is None and len(keys(steps)) == GRAPH_LIMIT
+    for fused in (kept[3], kept[1]):
+        fused.release()
+    dropped = weakref.ref(graphs[1])
+    done = steps.graphs.turns.done
+    del graphs
+    steps.check(2)  # in the place of the second one, which was taken before the fourth
+    gc.collect()  # the graph's stand-in refers back to it
+    assert dropped() is None and done.synchronised == 1  # its memory is not freed too early
+    assert keys(steps) == [(1, True, 3)] * (GRAPH_LIMIT - 1) + [(2, True, 3)]
+    del kept[3]  # a generation that ends without a word gives its graph back, too
+    del kept[0], fused
+    assert sum(not graph.taken for graph in steps.graphs._graphs) == 3
+
+
+@torch.inference_mode()
+def test_too_little_memory_for_a_graph(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Idle graphs are dropped; if that does not suffice, the step runs without one."""
+    played, most = capture.capture_graph, 8
+
+    def limited(work: Any, stream: Any, pool: Any = None) -> Any:
+        rows = work.__self__.rows
+        if rows + sum(graph.rows for graph in steps.graphs._graphs) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return played(work, stream, pool)
+
+    monkeypatch.setattr(capture, "capture_graph", limited)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps.check(3)
+        steps.check(1)
+        steps.check(4)  # in the place of both
+        assert keys(steps) == [(4, True, 3)]
+    with pytest.warns(UserWarning, match="too little memory for a CUDA graph of a batch of 5"):
+        steps.check(5)
+    assert keys(steps) == []
+    fused = steps.fused(steps.graphed, 2)
+    assert graph_of(fused).rows == 4  # a smaller one, later
+    other = steps.fused(steps.graphed, 3)
+    with pytest.warns(UserWarning, match="a batch of 3"):
+        other.guided_step(*steps.inputs(3), 0, True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # and not again in this generation
+        other.guided_step(*steps.inputs(3), 1, True)
+    assert keys(steps) == [(2, True, 3)]
+
+    def broken(work: Any, stream: Any, pool: Any = None) -> Any:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(capture, "capture_graph", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        steps.check(1)
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -9,6 +9,7 @@ import torch
 from numerics import relative_error
 from torch import Tensor
 
+from dit_engine.backends import FusedDenoiser
 from dit_engine.plan import in_interval
 from dit_engine.sampling.coefficients import clipping, step_coefficients, uses_noise
 from dit_engine.sampling.diffusion import Diffusion
@@ -40,19 +41,21 @@ class Model:
         return torch.cat([output, torch.tanh(3 * z)], 1) if self.learned else output
 
 
-class Fused:
+class Fused(FusedDenoiser):
     def __init__(self, model: Model, table: np.ndarray, channels: int) -> None:
         self.model, self.channels = model, channels
         self.table = torch.from_numpy(table).float()
 
     def guided_step(
-        self, z: Tensor, x0: Tensor, noise: Tensor, step: int, guide: bool
+        self, z: Tensor, x0_before: Tensor, noise: Tensor | None, step: int, guide: bool
     ) -> tuple[Tensor, Tensor]:
         images = self.model(torch.cat([z, z]) if guide else z, step).float()
         m, c = images.shape[:2]
         patches = images.view(m, c, S // P, P, S // P, P).permute(0, 2, 4, 3, 5, 1)
         tokens = patches.reshape(m, (S // P) ** 2, P * P * c).contiguous()
-        return guided_step(tokens, z, x0, noise, SCALES, self.table[step], self.channels, P)
+        noise = z if noise is None else noise
+        row = self.table[step]
+        return guided_step(tokens, z, x0_before, noise, SCALES, row, self.channels, P)
 
 
 def draw(step: int) -> Tensor:

@@ -13,7 +13,7 @@ from numerics import assert_close_to_reference, exact_float32, relative_error
 from tiny import tiny_dit, tiny_vae
 from torch import Tensor
 
-from dit_engine.backends.lean.cuda_graphs import GRAPH_LIMIT
+from dit_engine.backends.capture import GRAPH_LIMIT
 from dit_engine.backends.lean.vae import LeanDecoder
 from dit_engine.engine import Engine
 from dit_engine.sampling.samplers import SAMPLERS

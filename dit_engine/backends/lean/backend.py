@@ -4,12 +4,13 @@ CPU a forward is a recording of its native calls."""
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dit_engine.backends import Backend
+from dit_engine.backends import Backend, FusedDenoiser
 from dit_engine.backends.eager import DTYPES
 from dit_engine.backends.lean.conditioning import Conditioning, ModulationTable
 from dit_engine.backends.lean.forward import Activations, LeanTransformer
@@ -19,6 +20,9 @@ from dit_engine.model import DiT
 from dit_kernels.cpu.recording import Recording, record
 from dit_kernels.dispatch import launcher, why_not
 from dit_kernels.quantized import quantized_why_not
+
+if TYPE_CHECKING:
+    from dit_engine.backends.lean.cuda_graphs import StepGraph
 
 # Between quantised products, activations are bfloat16.
 QUANTIZED = {"int8": torch.bfloat16, "fp8": torch.bfloat16}
@@ -53,9 +57,9 @@ class LeanBackend(Backend):
         self.update = launcher("guided_step", device)
         self.graphs = None
         if device.type == "cuda":
-            from dit_engine.backends.lean.cuda_graphs import StepGraphs
+            from dit_engine.backends.lean.cuda_graphs import step_graphs
 
-            self.graphs = StepGraphs(self.transformer)
+            self.graphs = step_graphs(self.transformer)
 
     def prepare(self, labels: Tensor, timesteps: Tensor) -> LeanDenoiser:
         table = ModulationTable(self.conditioning, labels, timesteps, self.by_label)
@@ -166,27 +170,46 @@ class RecordedForwards:
         return made
 
 
-class FusedLeanDenoiser:
-    """See `dit_engine.backends.FusedDenoiser`."""
+class FusedLeanDenoiser(FusedDenoiser):
+    """See `dit_engine.backends.FusedDenoiser`. On CUDA it has a graph for itself, or two where not
+    all steps are guided, until it is released."""
 
     def __init__(
         self, denoiser: LeanDenoiser, coefficients: np.ndarray, scales: Tensor, channels: int
     ) -> None:
+        self._taken: dict[bool, StepGraph | None] = {}  # guided or not → its graph
         self.denoiser, self.channels = denoiser, channels
         device = denoiser.backend.device
         self.coefficients = torch.from_numpy(coefficients).float().to(device)  # (steps, 9)
         self.scales = scales.float().to(device)  # (N,)
 
     def guided_step(
-        self, z: Tensor, x0_before: Tensor, noise: Tensor, step: int, guide: bool
+        self, z: Tensor, x0_before: Tensor, noise: Tensor | None, step: int, guide: bool
     ) -> tuple[Tensor, Tensor]:
         denoiser, backend = self.denoiser, self.denoiser.backend
-        if backend.graphs is not None:
-            graph = backend.graphs.of(len(z), guide, self.channels)
-            return graph(z, x0_before, noise, self.coefficients[step], self.scales,
-                         denoiser.table, step)  # fmt: skip
+        if (graph := self._graph(guide)) is not None:
+            return graph(z, x0_before, noise, step)
         tokens = denoiser.forward(z, step, len(z) * (2 if guide else 1))
         return backend.update(
-            tokens, z, x0_before, noise, self.scales, self.coefficients[step], self.channels,
-            backend.config.patch_size,
+            tokens, z, x0_before, z if noise is None else noise, self.scales,
+            self.coefficients[step], self.channels, backend.config.patch_size,
         )  # fmt: skip
+
+    def _graph(self, guide: bool) -> StepGraph | None:
+        graphs = self.denoiser.backend.graphs
+        if graphs is None:
+            return None
+        if guide not in self._taken:
+            graph = self._taken[guide] = graphs.take((len(self.scales), guide, self.channels))
+            if graph is not None:
+                graph.start(self.denoiser.table, self.coefficients, self.scales)
+        return self._taken[guide]
+
+    def release(self) -> None:
+        while self._taken:
+            _, graph = self._taken.popitem()
+            if graph is not None:
+                graph.release()
+
+    def __del__(self) -> None:
+        self.release()

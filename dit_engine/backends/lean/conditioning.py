@@ -107,8 +107,9 @@ class ModulationTable:
         self._first = -1
         self._table = torch.empty(0)
 
-    def step(self, k: int, rows: int, out: Tensor | None = None) -> Tensor:
-        """Modulations (rows, width) of step k for the first ``rows`` labels."""
+    def steps_from(self, k: int) -> tuple[int, Tensor]:
+        """The chunk of the table that holds step k: its first step, and the modulations of this and
+        the following steps (steps, L, width)."""
         first = k - k % self.chunk
         if first != self._first:
             self._table = torch.empty(0)  # freed before the next chunk is made
@@ -117,10 +118,15 @@ class ModulationTable:
             t = self._t[first : first + self.chunk]
             self._table = self.conditioning.rows(t, self.labels, self.by_label)
             self._first = first
+        return first, self._table
+
+    def step(self, k: int, rows: int, out: Tensor | None = None) -> Tensor:
+        """Modulations (rows, width) of step k for the first ``rows`` labels."""
+        first, table = self.steps_from(k)
         if out is not None and out.device.type == "cpu":
             # numpy copies with one thread; torch would wake others, and wait for them, at each
             # step. The views as int16 are for bfloat16, which numpy does not have.
-            table, into = (v.view(torch.int16).numpy() for v in (self._table[k - first], out))
+            table, into = (v.view(torch.int16).numpy() for v in (table[k - first], out))
             np.take(table, self.index[:rows].numpy(), axis=0, out=into, mode="clip")
             return out
-        return torch.index_select(self._table[k - first], 0, self.index[:rows], out=out)
+        return torch.index_select(table[k - first], 0, self.index[:rows], out=out)

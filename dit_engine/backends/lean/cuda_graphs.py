@@ -2,132 +2,123 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dit_engine.backends.capture import capture_graph
+from dit_engine.backends.capture import CapturedGraph, GraphCache, Turns
 from dit_engine.backends.lean.conditioning import ModulationTable
-from dit_engine.backends.lean.forward import LeanTransformer
-from dit_kernels.dispatch import launcher
+from dit_engine.backends.lean.forward import LeanTransformer, Run
+from dit_kernels.dispatch import chosen, launcher
 
-GRAPH_LIMIT = 8
-"""How many graphs of one transformer are kept; the one unused for longest is dropped. Each has
-inputs of its own (latents, tokens, modulations). All share one memory pool for their activations,
-which is as large as the largest batch needs."""
+Key = tuple[int, bool, int]
+"""N images, whether they are guided, and how many of their channels are."""
 
 
-class Turns:
-    """Gives the graphs' common memory to one user at a time, across threads and streams.
+class Where(NamedTuple):
+    """What `dit_kernels.triton.select_step` reads in the device's memory."""
 
-    The lock puts the launches in order, and the event puts what they launch in order: on the
-    device, the copies into a graph's inputs wait for the replay before them. The host waits for
-    nothing.
+    step: int
+    table: int  # address
+    first: int  # the table's first step
+    labels: int
+    coefficients: int  # address
+
+
+def step_graphs(transformer: LeanTransformer) -> GraphCache[Key, StepGraph]:
+    return GraphCache(
+        transformer.device, partial(StepGraph, transformer), lambda key: f"a batch of {key[0]}"
+    )
+
+
+class StepGraph(CapturedGraph):
+    """One captured step of N images. Its latents are updated in place, and a counter in its memory
+    says which step it takes next, so that a step after another is the launch of the graph alone.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        # All captures use one stream: a pool reuses memory only on the stream that it came from.
-        self.capture_stream = torch.cuda.Stream(device)
-        self.done = torch.cuda.Event()
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def take(self) -> Iterator[Any]:
-        """The caller's current stream; what it runs from now on waits for all earlier turns."""
-        with self._lock:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(self.done)
-            try:
-                yield stream
-            finally:
-                self.done.record(stream)
-
-
-class StepGraphs:
-    """Captured steps, by (images, guided or not, guided channels). Threads may share it."""
-
-    def __init__(self, transformer: LeanTransformer) -> None:
-        self.transformer = transformer
-        self._graphs: OrderedDict[tuple[int, bool, int], StepGraph] = OrderedDict()
-        self._turns = Turns(transformer.device)
-        self._lock = threading.Lock()
-
-    def of(self, n: int, guide: bool, channels: int) -> StepGraph:
-        key = (n, guide, channels)
-        with self._lock:
-            if key not in self._graphs:
-                if len(self._graphs) >= GRAPH_LIMIT:
-                    self._graphs.popitem(last=False)
-                # The pool of a living graph: torch refuses one whose graphs are all gone.
-                pool = next((g.graph.pool() for g in self._graphs.values()), None)
-                self._graphs[key] = StepGraph(self.transformer, *key, self._turns, pool)
-            self._graphs.move_to_end(key)
-            return self._graphs[key]
-
-
-class StepGraph:
-    """One captured step of N images: static inputs, a replay, copies of the results.
-
-    Args:
-        turns: of all graphs that share a memory pool.
-        pool: the memory pool of another graph; None makes one.
-    """
-
-    def __init__(
-        self, transformer: LeanTransformer, n: int, guide: bool, channels: int, turns: Turns,
-        pool: Any = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, transformer: LeanTransformer, key: Key, turns: Turns, pool: Any) -> None:
+        super().__init__(key, turns)
+        n, guide, self.channels = key
         config, dtype = transformer.config, transformer.dtype
-        self.transformer, self.channels, self.turns = transformer, channels, turns
-        self.rows = 2 * n if guide else n
+        self.transformer, self.rows = transformer, 2 * n if guide else n
 
         def static(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=transformer.device)
 
-        self.z, self.x0_before, self.noise = (static(n, *config.latent_shape) for _ in range(3))
+        self.z, self.x0, self.noise = (static(n, *config.latent_shape) for _ in range(3))
         self.coefficients, self.scales = static(9), static(n)
         width = (6 * config.depth + 2) * config.hidden_size
         self.modulation = static(self.rows, width, dtype=dtype)
         self.tokens = static(self.rows, config.num_tokens, config.hidden_size, dtype=dtype)
-        self.update: Callable[..., Any] = launcher("guided_step", transformer.device)
-        with turns.take(), torch.inference_mode():
-            self.graph, self.results = capture_graph(self._step, turns.capture_stream, pool)
+        self.label = static(self.rows, dtype=torch.int64)  # each row's place in the table
+        self.where = static(len(Where._fields), dtype=torch.int64)
+        self._known: Where | None = None  # what is in `where`
+        self._table: ModulationTable | None = None
+        self._coefficients = torch.empty(0)
+        self._select: Run | None = None
+        if chosen("embed", "auto", transformer.device) == "triton":
+            from dit_kernels.triton.select_step import select_step
 
-    def _step(self) -> tuple[Tensor, Tensor]:
-        for half in self.tokens.split(len(self.z)):
-            self.transformer.embed(self.z, half)
-        output = self.transformer.forward(self.tokens, self.modulation)
-        return self.update(
-            output, self.z, self.x0_before, self.noise, self.scales, self.coefficients,
-            self.channels, self.transformer.config.patch_size,
+            self._select = select_step
+        self._update: Run = launcher("guided_step", transformer.device)
+        transformer.parts(self.rows)  # measured and chosen before the capture
+        # The runs before the capture take steps 1 and 2, of a table of no labels.
+        spare = static(8, 9)
+        here = Where(0, self.modulation.data_ptr(), 0, 0, spare.data_ptr())
+        self._tell(here)
+        self.capture(self._step, pool)
+        self._known = None
+
+    def _step(self) -> None:
+        transformer = self.transformer
+        transformer.embed(self.z, self.tokens, self.where[:1])
+        if self._select is not None:
+            self._select(self.modulation, self.label, self.coefficients, self.where)
+        output = transformer.forward(self.tokens, self.modulation)
+        self._update(
+            output, self.z, self.x0, self.noise, self.scales, self.coefficients, self.channels,
+            transformer.config.patch_size, out=(self.z, self.x0),
         )  # fmt: skip
 
-    def __call__(
-        self, z: Tensor, x0_before: Tensor, noise: Tensor, coefficients: Tensor, scales: Tensor,
-        table: ModulationTable, step: int,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The step on these inputs; the results are the caller's own tensors."""
+    def start(self, table: ModulationTable, coefficients: Tensor, scales: Tensor) -> None:
+        """Begin a generation: coefficients (steps, 9) and scales (N,), float32 on the device."""
+        self._table, self._coefficients = table, coefficients
         with self.turns.take(), torch.inference_mode():
-            for static, given in (
-                (self.z, z),
-                (self.x0_before, x0_before),
-                (self.noise, noise),
-                (self.coefficients, coefficients),
-                (self.scales, scales),
-            ):
-                static.copy_(given)
-            table.step(step, self.rows, out=self.modulation)
-            self.graph.replay()
-            after, x0 = self.results
-            return after.clone(), x0.clone()
+            self.label.copy_(table.index[: self.rows])
+            self.scales.copy_(scales)
 
-    def __del__(self) -> None:
-        # The memory is free for the stream that it came from, which does not know of a replay that
-        # still runs on another stream.
-        self.turns.done.synchronize()
+    def __call__(
+        self, z: Tensor, x0_before: Tensor, noise: Tensor | None, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """The step from these latents; its results are in this graph's memory, and the next step
+        copies neither them nor anything else."""
+        assert self._table is not None
+        coefficients = self._coefficients.data_ptr()
+        with self.turns.take(), torch.inference_mode():
+            first, chunk = self._table.steps_from(step)
+            for own, given in ((self.z, z), (self.x0, x0_before), (self.noise, noise)):
+                if given is not None and given is not own:
+                    own.copy_(given)
+            if self._select is None:  # torch has nothing that reads from an address
+                self._table.step(step, self.rows, out=self.modulation)
+                self.coefficients.copy_(self._coefficients[step])
+            here = Where(step - 1, chunk.data_ptr(), first, chunk.shape[1], coefficients)
+            self._tell(here)
+            self._known = None
+            self.graph.replay()
+            self._known = here._replace(step=step)
+        return self.z, self.x0
+
+    def _tell(self, here: Where) -> None:
+        """Write what the device does not know yet, by launches for which the host does not wait."""
+        known, self._known = self._known, None  # an interrupt in between leaves nothing known
+        for i, number in enumerate(here):
+            if known is None or number != known[i]:
+                self.where[i].fill_(number)
+        self._known = here
+
+    def release(self) -> None:
+        self._table, self._coefficients = None, torch.empty(0)
+        super().release()

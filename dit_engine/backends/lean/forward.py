@@ -18,7 +18,7 @@ from dit_engine.model import NORM_EPS, Block, DiT
 from dit_kernels import PackedLinear, QuantizedLinear
 from dit_kernels.checks import HEAD_DIM_LIMIT
 from dit_kernels.cpu import operators as native
-from dit_kernels.dispatch import implementation, launcher
+from dit_kernels.dispatch import chosen, implementation, launcher
 from dit_kernels.quantized import Codes, Quantizer
 
 Run = Callable[..., Any]
@@ -75,14 +75,13 @@ class LeanTransformer:
         embed = model.x_embedder.proj
         assert embed.bias is not None
         # The input is narrow (p·p·C), so float32 costs next to nothing here.
-        weight = embed.weight.flatten(1).to(device, torch.float32)  # (D, C·p·p)
-        bias = embed.bias.to(device, torch.float32)
-        self.positions = model.pos_embed.to(device, torch.float32, copy=True)  # (1, T, D)
-        self.native_patches = self.patches = None
-        if device.type == "cpu" and native.available():
-            self.native_patches = weight.t().contiguous(), bias.clone()
-        else:
-            self.patches = PackedLinear(weight, bias)
+        weight, bias, positions = (
+            tensor.to(device, torch.float32, copy=True)
+            for tensor in (embed.weight.flatten(1).t(), embed.bias, model.pos_embed[0])
+        )
+        self.patches = weight.contiguous(), bias, positions  # (C·p·p, D), (D,), (T, D)
+        self._embed = launcher("embed", device)
+        self._embeds_halves = chosen("embed", "auto", device) == "triton"
         final = model.final_layer.linear
         self.final = PackedLinear(final.weight.to(device, dtype), final.bias.to(device, dtype))
         self.rows_are_independent = self.final.rows_are_independent
@@ -96,18 +95,18 @@ class LeanTransformer:
             for product in (block.qkv, block.proj, block.fc1, block.fc2)
         )
 
-    def embed(self, z: Tensor, out: Tensor) -> None:
-        """Latents z (M, C, S, S) → tokens (M, T, D) in ``out``."""
-        m, c, s, _ = z.shape
-        p = self.config.patch_size
-        if self.native_patches is not None:
-            z = z.float().contiguous()
-            native.embed(z, *self.native_patches, self.positions[0], p, out=out)
+    def embed(self, z: Tensor, out: Tensor, counter: Tensor | None = None) -> None:
+        """Latents z (N, C, S, S) → tokens (M, T, D) in ``out``, M = N, or 2·N for the same tokens
+        twice. ``counter``, an int64 number on the device, is raised by one."""
+        z = z.float().contiguous()
+        rest = *self.patches, self.config.patch_size
+        if self._embeds_halves:
+            self._embed(z, *rest, out=out, counter=counter)
             return
-        assert self.patches is not None
-        patches = z.view(m, c, s // p, p, s // p, p).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(m, -1, c * p * p).float()  # (M, T, C·p·p)
-        out.copy_(self.patches(patches).add_(self.positions))
+        for half in out.split(max(len(z), 1)):
+            self._embed(z, *rest, out=half)
+        if counter is not None:
+            counter.add_(1)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """Tokens x (M, T, D), overwritten, and modulations (M, 6·D·depth + 2·D) → the final

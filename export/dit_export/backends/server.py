@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dit_engine.arguments import shown
-from dit_engine.backends import Backend
+from dit_engine.backends import Backend, FusedDenoiser
 from dit_engine.errors import BackendUnavailable
 from dit_engine.io.json_files import check_schema, parse_json
 from dit_engine.io.printable import one_line
@@ -135,7 +135,7 @@ class TritonBackend(Backend):
 
 
 @dataclass(frozen=True)
-class RemoteDenoiser:
+class RemoteDenoiser(FusedDenoiser):
     """See `dit_engine.backends.Denoiser` and `FusedDenoiser`. labels: (N,), or (2N,) with guidance;
     timesteps (steps,), coefficients (steps, 9), scales (N,)."""
 
@@ -156,9 +156,10 @@ class RemoteDenoiser:
         return {"t": np.full((rows, 1), self.timesteps[step]), "y": self.labels[:rows, None]}
 
     def guided_step(
-        self, z: Tensor, x0_before: Tensor, noise: Tensor, step: int, guide: bool
+        self, z: Tensor, x0_before: Tensor, noise: Tensor | None, step: int, guide: bool
     ) -> tuple[Tensor, Tensor]:
         n, backend, row = len(z), self.backend, self.coefficients[step]
+        noise = z if noise is None else noise
         if guide and self.channels == backend.guided_channels:
             inputs = {
                 "z": _array(z),

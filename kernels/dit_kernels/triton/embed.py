@@ -25,6 +25,7 @@ def _embed_kernel(
     C: tl.constexpr,
     S: tl.constexpr,
     P: tl.constexpr,
+    SIDE: tl.constexpr,  # patches along a side
     D: tl.constexpr,
     HALVES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -36,17 +37,17 @@ def _embed_kernel(
     if counter is not None:  # noqa: SIM102 - known when the kernel is compiled
         if program == 0:
             tl.store(counter, tl.load(counter) + 1)
-    SIDE: tl.constexpr = S // P
     row = (program // BLOCKS) * ROWS + tl.arange(0, ROWS)[:, None]
     column = (program % BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     valid, inside = row < rows, column < D
-    image, token = row // (SIDE * SIDE), row % (SIDE * SIDE)
+    image = row // (SIDE * SIDE)
+    token = row - image * (SIDE * SIDE)
     first = z + image.to(tl.int64) * (C * S * S) + token // SIDE * (P * S) + token % SIDE * P
     total = tl.load(bias + column, mask=inside) + tl.load(
         positions + token * D + column, mask=valid & inside
     )
     for start in range(0, C * P * P, UNROLLED):
-        for ahead in tl.static_range(UNROLLED):
+        for ahead in tl.static_range(UNROLLED):  # pyright: ignore[reportGeneralTypeIssues]
             k = start + ahead
             # Input k is channel k // P², row k // P % P and column k % P of the patch.
             offset = k // (P * P) * (S * S) + k // P % P * S + k % P
@@ -54,8 +55,9 @@ def _embed_kernel(
             total += x * tl.load(weight + k * D + column, mask=inside)
     out += row.to(tl.int64) * D + column
     tokens = total.to(out.dtype.element_ty)
-    for half in tl.static_range(HALVES):
-        tl.store(out + half * rows.to(tl.int64) * D, tokens, mask=valid & inside)
+    tl.store(out, tokens, mask=valid & inside)
+    if HALVES == 2:
+        tl.store(out + rows.to(tl.int64) * D, tokens, mask=valid & inside)
 
 
 def embed(
@@ -76,8 +78,8 @@ def embed(
         launch(
             _embed_kernel, -(-rows // _ROWS) * blocks,
             z, weight, bias, positions, out, counter, rows,
-            C=channels, S=side, P=patch_size, D=d, HALVES=len(out) // n, ROWS=_ROWS,
-            COLUMNS=columns, BLOCKS=blocks,
+            C=channels, S=side, P=patch_size, SIDE=side // patch_size, D=d, HALVES=len(out) // n,
+            ROWS=_ROWS, COLUMNS=columns, BLOCKS=blocks,
             UNROLLED=next(k for k in range(_UNROLLED, 0, -1) if inputs % k == 0), num_warps=4,
         )  # fmt: skip
     return out

@@ -135,17 +135,16 @@ def test_the_document_shows_the_predictions_and_what_was_measured() -> None:
 
 
 def test_a_measurement_stands_beside_its_prediction(tmp_path: Path) -> None:
-    kernels = [
-        {"name": "nvjet_tst_192x192", "ms": 12.5, "count": 84},
-        {"name": "_product_kernel", "ms": 7.25, "count": 28},
-        {"name": "_attention_kernel", "ms": 1.5, "count": 28},
-        {"name": "_gate_residual_layernorm_modulate_kernel", "ms": 2.0, "count": 56},
-        {"name": "_embed_kernel", "ms": 0.011, "count": 1},
-    ]
-    common = {"machine": {"gpu": "NVIDIA H200"}, "rows": []}
-    other = {"images": 2, "kernels": kernels[:1], "ms": {"median": 1.0}}
-    row = {"images": 64, "kernels": kernels, "ms": {"median": 23.5}}
-    columns, lines, note = prediction.table(64, common | {"rows": [other, row, {"images": 64}]})
+    kernels = [("nvjet_tst_192x192", 12.5), ("_product_kernel", 7.25), ("_attention_kernel", 1.5),
+               ("_gate_residual_layernorm_modulate_kernel", 2.0), ("_embed", 0.011)]  # fmt: skip
+    row = {"section": "kernels", "case": "XL/2, batch 32", "contender": "lean bf16", "status": "ok",
+           "shares": [{"part": name, "count": 1, "ms": ms, "share": 0.1} for name, ms in kernels],
+           "ms": {"median": 23.261}}  # fmt: skip
+    others = [row | {"case": "XL/2, batch 1"}, row | {"contender": "lean fp8"},
+              {**row, "status": "failed", "shares": None}]  # fmt: skip
+    step = {**row, "section": "step", "ms": {"median": 23.5}}
+    report = {"machine": {"gpu": "NVIDIA H200"}, "rows": [*others, row, step]}
+    columns, lines, note = prediction.table(64, report)
     cells = {line[0]: dict(zip(columns, line, strict=True))["measured, µs"] for line in lines}
     assert cells["sum: products"] == "19,750" and cells["sum: attention"] == "1,500"
     assert cells["sum: norms"] == "2,000" and cells["sum: the rest"] == "11.0"

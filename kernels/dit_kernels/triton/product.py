@@ -1,0 +1,331 @@
+"""Matrix products with fused epilogues for Hopper: x · weightᵀ, operands fetched by TMA.
+
+A persistent kernel: each program takes every n-th tile of the result. Tiles go along the columns
+first, so the tiles that run together share few rows of x and all of the weight, which stays in the
+second-level cache. Letters: R rows, K inputs, M outputs, S splits of K, N images, T tokens.
+
+A tile's sides are powers of two in Triton, so a tile of 192 columns has two accumulators, of 128
+and 64 columns: 1152 = 6 · 192 and 3456 = 18 · 192 then waste nothing. Tiles of 4 warps leave room
+for two programs per multiprocessor, of which one multiplies while the other writes. With 8 warps a
+program is alone, and the loop over tiles is fused with the one over K, so that the next tile's
+operands are fetched while this one is written.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_kernels.checks import Unavailable
+from dit_kernels.triton.attention import device_facts
+from dit_kernels.triton.launch import launch, split
+
+
+@triton.jit
+def _halves(values):  # (A, B)
+    """Columns 0 to B/2 and B/2 to B: in registers, nothing moves."""
+    A: tl.constexpr = values.shape[0]
+    B: tl.constexpr = values.shape[1]
+    return tl.split(tl.permute(tl.reshape(values, (A, 2, B // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _tanh_gelu(values, APPROXIMATE: tl.constexpr):
+    half = 0.5 * values
+    inner = values * (0.7978845608028654 + 0.035677408136300125 * values * values)
+    if APPROXIMATE:
+        # One instruction, whose relative error of at most 2⁻¹¹ is less than the result's rounding.
+        tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [inner], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        tanh = 2 * tl.sigmoid(2 * inner) - 1
+    return half + half * tanh
+
+
+@triton.jit
+def _write(
+    out,  # descriptor of the result as (S, R, M), blocks (1, ROWS, PART)
+    bias,  # (M,), None for partial sums
+    gate,  # (N, M), rows gate_stride apart, or None
+    sums,  # (ROWS, WIDTH) float32
+    part,  # of the S
+    row,  # of R, the first
+    column,  # of M, the first
+    rows,  # R
+    outputs,  # M
+    tokens,  # T
+    gate_stride,
+    GELU: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+    ONE_IMAGE: tl.constexpr,  # ROWS divides T
+    PART: tl.constexpr,
+):
+    """The epilogue, PART columns at a time, because the result passes through shared memory."""
+    ROWS: tl.constexpr = sums.shape[0]
+    WIDTH: tl.constexpr = sums.shape[1]
+    if WIDTH > PART:
+        left, right = _halves(sums)
+        _write(
+            out, bias, gate, left, part, row, column, rows, outputs, tokens, gate_stride,
+            GELU, APPROXIMATE, ONE_IMAGE, PART,
+        )  # fmt: skip
+        _write(
+            out, bias, gate, right, part, row, column + WIDTH // 2, rows, outputs, tokens,
+            gate_stride, GELU, APPROXIMATE, ONE_IMAGE, PART,
+        )  # fmt: skip
+    else:
+        columns = column + tl.arange(0, WIDTH)
+        inside = (columns < outputs)[None, :]
+        values = sums
+        if bias is not None:
+            values += tl.load(bias + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        if GELU:
+            values = _tanh_gelu(values, APPROXIMATE)
+        if gate is not None:
+            if ONE_IMAGE:
+                gate += (row // tokens).to(tl.int64) * gate_stride
+                factor = tl.load(gate + columns[None, :], mask=inside, other=0.0)
+            else:
+                each = row + tl.arange(0, ROWS)
+                images = (each // tokens).to(tl.int64)[:, None] * gate_stride
+                inside = inside & (each < rows)[:, None]
+                factor = tl.load(gate + images + columns[None, :], mask=inside, other=0.0)
+            residual = out.load([part, row, column]).reshape(ROWS, WIDTH)
+            values = residual.to(tl.float32) + factor.to(tl.float32) * values
+        out.store([part, row, column], values.to(out.dtype).reshape(1, ROWS, WIDTH))
+
+
+@triton.jit
+def _product_kernel(
+    result,  # (S, R, M), reached through its descriptor
+    x,  # descriptor of (R, K), blocks (ROWS, DEPTH)
+    weight_head,  # descriptor of (M, K), blocks (HEAD, DEPTH)
+    weight_tail,  # the same with blocks (TAIL, DEPTH), None when TAIL is 0
+    out,  # descriptor of (S, R, M)
+    bias,
+    gate,
+    rows,  # R
+    inputs,  # K
+    outputs,  # M
+    tokens,  # T
+    gate_stride,
+    ROWS: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    FUSED_LOOPS: tl.constexpr,
+    GELU: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+    ONE_IMAGE: tl.constexpr,
+    PART: tl.constexpr,
+):
+    across = tl.cdiv(outputs, HEAD + TAIL)
+    tiles = tl.cdiv(rows, ROWS) * across
+    steps = tl.cdiv(inputs, DEPTH)
+    for index in tl.range(
+        tl.program_id(0), tiles * SPLITS, tl.num_programs(0), flatten=FUSED_LOOPS
+    ):
+        part, begin, end = 0, 0, steps
+        if SPLITS > 1:
+            part = index // tiles
+            begin, end = steps * part // SPLITS, steps * (part + 1) // SPLITS
+        row = index % tiles // across * ROWS
+        column = index % tiles % across * (HEAD + TAIL)
+        head = tl.zeros((ROWS, HEAD), tl.float32)
+        if TAIL > 0:
+            tail = tl.zeros((ROWS, TAIL), tl.float32)
+        for step in range(begin, end):
+            k = step * DEPTH
+            rows_of_x = x.load([row, k])
+            head = tl.dot(rows_of_x, weight_head.load([column, k]).T, head)
+            if TAIL > 0:
+                tail = tl.dot(rows_of_x, weight_tail.load([column + HEAD, k]).T, tail)
+        _write(
+            out, bias, gate, head, part, row, column, rows, outputs, tokens, gate_stride,
+            GELU, APPROXIMATE, ONE_IMAGE, PART,
+        )  # fmt: skip
+        if TAIL > 0:
+            _write(
+                out, bias, gate, tail, part, row, column + HEAD, rows, outputs, tokens, gate_stride,
+                GELU, APPROXIMATE, ONE_IMAGE, PART,
+            )  # fmt: skip
+
+
+class ProductTiles(NamedTuple):
+    """How a product is cut, and what the compiler is told of it."""
+
+    rows: int
+    columns: int  # a power of two, or the sum of two
+    depth: int  # of K, per step of the loop
+    num_warps: int
+    num_stages: int
+    splits: int = 1  # of K
+
+
+# Sides of tiles → the share of the matrix rate that shared memory lets them reach. Per 16 of K it
+# delivers 128 bytes a cycle: each group of 64 rows reads its own operands and the columns' (the
+# latter once per accumulator), and both are written once. 2048 multiplications take a cycle.
+_REACHED = {(128, 256): 1.0, (128, 192): 0.8, (128, 128): 0.8, (64, 192): 0.67, (64, 128): 0.67}
+_SHARED_MEMORY = 232448  # bytes, of a block; a multiprocessor has 1 KB more for each block
+_FEW_ROWS = 1024  # up to here, partial sums are small beside the weight
+
+
+def _tiles(rows: int, columns: int, count: int, processors: int, splits: int = 1) -> ProductTiles:
+    """Tiles with as many stages as shared memory allows, for ``count`` · splits of them.
+
+    A multiprocessor holds two programs of 4 warps, of which one writes while the other multiplies,
+    or one program with more stages, if there are no more tiles than multiprocessors.
+    """
+    alone = count * splits <= processors or columns == 256
+    num_warps = 8 if alone and rows == 128 else 4
+    written = rows * 128 * (2 if alone else 1)  # with a residual, read and written
+    memory = _SHARED_MEMORY if alone else _SHARED_MEMORY // 2
+    stages = (memory - written - 512) // (2 * 64 * (rows + columns))
+    return ProductTiles(rows, columns, 64, num_warps, min(stages, 6), splits)
+
+
+def candidates(rows: int, inputs: int, outputs: int, processors: int) -> dict[str, ProductTiles]:
+    """Up to 6 tilings of a product (R, K) · (M, K)ᵀ that may be the quickest, by name.
+
+    Those whose rounds of tiles over the multiprocessors, each at the rate that shared memory
+    allows, take at most 1.4 times as long as the best. For few rows, of which the tiles do not fill
+    the multiprocessors, also splits of K that do; `product_partial_sums` takes only those.
+    """
+    counts = {(down, across): -(-rows // down) * -(-outputs // across) for down, across in _REACHED}
+    times = {
+        sides: -(-count // processors) * sides[0] * sides[1] / _REACHED[sides]
+        for sides, count in counts.items()
+    }
+    chosen = [sides for sides in counts if times[sides] <= 1.4 * min(times.values())]
+    found = {}
+    for down, across in sorted(chosen, key=times.__getitem__)[:3]:
+        found[f"{down}x{across}"] = _tiles(down, across, counts[down, across], processors)
+    if (128, 128) in chosen and counts[128, 128] > processors:
+        found["128x128 8 warps"] = _tiles(128, 128, 1, processors)
+    if rows <= _FEW_ROWS:
+        for sides in ((128, 128), (128, 192)):
+            # One tile per multiprocessor, or two where that would leave many of them idle.
+            splits = processors // counts[sides]
+            if splits < 2:
+                splits = 2 * processors // counts[sides]
+            splits = min(splits, 8, inputs // 256)
+            if splits >= 2 and counts[sides] <= 0.6 * processors:
+                name = f"{sides[0]}x{sides[1]} split {splits}"
+                found[name] = _tiles(*sides, counts[sides], processors, splits)
+    return found
+
+
+def why_not(x: Tensor, weight: Tensor) -> str | None:
+    """Why there is no such product of x (…, K) and weight (M, K), or None if there is one."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
+        return f"dtypes {x.dtype} and {weight.dtype}: both bfloat16 or both float16 are supported"
+    for name, tensor in (("x", x), ("weight", weight)):
+        if tensor.stride(-1) != 1 or any(stride % 8 for stride in tensor.stride()[:-1]):
+            return f"{name} of strides {tensor.stride()}: multiples of 8 and then 1 are needed"
+        if tensor.device.type != "meta" and tensor.data_ptr() % 16:
+            return f"{name} does not start at a multiple of 16 bytes"
+    if len(weight) % 8:
+        return f"{len(weight)} outputs: a multiple of 8 is needed"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] != 9:
+        major, minor = torch.cuda.get_device_capability(x.device)
+        return f"compute capability {major}.{minor}: 9.0 (Hopper) is needed"
+    return None
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tiles: ProductTiles,
+    *,
+    gelu: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x (…, K) · weight (M, K)ᵀ + bias (M,), then tanh-GELU if wanted → (…, M) contiguous.
+
+    Raises:
+        Unavailable: operands that `why_not` refuses.
+    """
+    if out is None:
+        out = x.new_empty(*x.shape[:-1], len(weight))
+    _launch(x, weight, bias, out.view(1, -1, len(weight)), tiles, gelu=gelu)
+    return out
+
+
+def product_gate_residual(
+    x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, residual: Tensor, tiles: ProductTiles
+) -> Tensor:
+    """residual (N, T, M) += gate (N, M) · (x (N, T, K) · weight (M, K)ᵀ + bias), rounded once.
+
+    ``residual`` is contiguous and overwritten; the rows of gate may lie at any stride.
+
+    Raises:
+        Unavailable: operands that `why_not` refuses.
+    """
+    _launch(x, weight, bias, residual.view(1, -1, len(weight)), tiles, gate=gate)
+    return residual
+
+
+def product_partial_sums(
+    x: Tensor, weight: Tensor, tiles: ProductTiles, *, out: Tensor | None = None
+) -> Tensor:
+    """x (N, T, K) · weight (M, K)ᵀ over each of S = ``tiles.splits`` parts of K → (S, N, T, M).
+
+    The sums are float32; who reads them next adds them up and adds the bias.
+
+    Raises:
+        Unavailable: operands that `why_not` refuses.
+    """
+    if out is None:
+        shape = tiles.splits, *x.shape[:-1], len(weight)
+        out = torch.empty(shape, dtype=torch.float32, device=x.device)
+    _launch(x, weight, None, out.view(tiles.splits, -1, len(weight)), tiles)
+    return out
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,  # (S, R, M)
+    tiles: ProductTiles,
+    *,
+    gelu: bool = False,
+    gate: Tensor | None = None,
+) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if (reason := why_not(x, weight)) is not None:
+        raise Unavailable(f"product: {reason}")
+    tokens = x.shape[-2] if x.ndim > 1 else 1
+    x = x.flatten(0, -2)
+    if out.numel() == 0:
+        return
+    splits, rows, outputs = out.shape
+    head, tail = split(tiles.columns)
+    part = min(64, head, tail or head) if out.dtype == x.dtype else 32  # 128 bytes of a row
+
+    def described(tensor: Tensor, *block: int) -> TensorDescriptor:
+        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
+
+    count = -(-outputs // tiles.columns) * -(-rows // tiles.rows) * splits
+    programs = min(count, device_facts(x.device)[1] * (1 if tiles.num_warps == 8 else 2))
+    # With two accumulators ptxas would wait for each of their matrix instructions (C7515).
+    fused_loops = count > programs and tiles.num_warps == 8 and tail == 0 and splits == 1
+    launch(
+        _product_kernel, programs,
+        out, described(x, tiles.rows, tiles.depth), described(weight, head, tiles.depth),
+        described(weight, tail, tiles.depth) if tail else None,
+        described(out, 1, tiles.rows, part),
+        bias, gate, rows, x.shape[1], outputs, tokens, gate.stride(0) if gate is not None else 0,
+        ROWS=tiles.rows, HEAD=head, TAIL=tail, DEPTH=tiles.depth, SPLITS=splits,
+        FUSED_LOOPS=fused_loops, GELU=gelu, APPROXIMATE=x.device.type != "cpu",
+        ONE_IMAGE=tokens % tiles.rows == 0, PART=part,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip

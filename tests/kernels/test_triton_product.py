@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import re
+from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
+import test_triton_resources as resources
 import torch
 import torch.nn.functional as F
 from cases import random
 from numerics import assert_close_to_reference
+from test_triton_resources import PROCESSORS, SHARED_MEMORY
 from torch import Tensor
-from triton_workers import interpreted
+from triton_workers import compilers, interpreted, require_triton
 
 from dit_kernels import reference
 
@@ -125,3 +130,104 @@ def test_candidates_fill_the_processors() -> None:
     assert "128x128 split 3" in candidates(512, 4608, 1152, 132)  # 3 · 36 tiles
     many = candidates(16384, 1152, 4608, 132)
     assert {"128x256", "128x192", "128x128"} <= set(many)
+
+
+# The machine code
+
+
+class Launch(NamedTuple):
+    epilogue: str
+    rows: int  # images of 256 tokens
+    inputs: int
+    outputs: int
+    tiles: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Code(NamedTuple):
+    shared_bytes: int
+    scratch_bytes: int  # of device memory, which a captured launch must not need
+    instructions: Counter[str]
+    most_in_flight: int  # groups of matrix instructions that the loop does not wait for
+
+
+def launches() -> list[Launch]:
+    """Every candidate of the four products of a block, at few and at many rows, each once."""
+    from dit_kernels.triton.product import candidates
+
+    found = {}
+    for width in (1152, 1024, 768, 384):
+        for rows in (512, 16384) if width == 1152 else (512,):
+            for name, k, m in (
+                ("bias", 1, 3), ("gate", 1, 1), ("gelu", 1, 4), ("gate", 4, 1)
+            ):  # fmt: skip
+                k, m = k * width, m * width
+                for tiles in candidates(rows, k, m, PROCESSORS).values():
+                    epilogue = name if tiles.splits == 1 else "sums"
+                    if epilogue != "sums" or name == "gate":
+                        found[epilogue, tiles, rows] = Launch(
+                            epilogue, rows, k, m, tuple(tiles), torch.bfloat16
+                        )
+    some = [launch for launch in found.values() if launch.inputs == 1152 and launch.rows == 16384]
+    return [*found.values(), *(launch._replace(dtype=torch.float16) for launch in some[:3])]
+
+
+def machine_code(launch: Launch) -> Code:
+    from dit_kernels.triton import product as module
+
+    empty = functools.partial(torch.empty, dtype=launch.dtype, device="meta")
+    tiles, k, m = module.ProductTiles(*launch.tiles), launch.inputs, launch.outputs
+    x, weight, bias = empty(launch.rows // 256, 256, k), empty(m, k), empty(m)
+    gate = empty(len(x), 6 * m)[:, :m]
+    made = []
+
+    class Recorder:
+        """Stands in for the kernel, and keeps the arguments of its launch."""
+
+        kernel = module._product_kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            names = self.kernel.arg_names
+            return lambda *given, **named: made.append(
+                dict(zip(names, given, strict=False)) | named
+            )
+
+    with (
+        patch.object(module, "_product_kernel", Recorder()),
+        patch.object(module, "device_facts", return_value=(9, PROCESSORS)),
+    ):
+        if launch.epilogue == "sums":
+            module.product_partial_sums(x, weight, tiles)
+        elif launch.epilogue == "gate":
+            residual = empty(len(x), 256, m)
+            module.product_gate_residual(x, weight, bias, gate, residual, tiles)
+        else:
+            module.product(x, weight, bias, tiles, gelu=launch.epilogue == "gelu")
+    compiled = resources._compile(Recorder.kernel, made[0], 90)
+    code = resources._disassemble(compiled)
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9]+)", code, re.MULTILINE)
+    waits = map(int, re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", code))
+    metadata = compiled.metadata
+    return Code(metadata.shared, metadata.global_scratch_size, Counter(opcodes), max(waits))
+
+
+@pytest.mark.slow
+def test_machine_code_of_every_candidate() -> None:
+    require_triton()
+    from dit_kernels.triton.product import ProductTiles
+
+    chosen = launches()
+    for launch, code in zip(chosen, compilers().map(machine_code, chosen), strict=True):
+        seen, tiles = code.instructions, ProductTiles(*launch.tiles)
+        assert seen["LDL"] == seen["STL"] == 0, launch
+        assert code.shared_bytes <= SHARED_MEMORY[90] and code.scratch_bytes == 0, launch
+        if tiles.num_warps == 4 and tiles.num_stages < 6:  # two programs per multiprocessor
+            assert code.shared_bytes + 1024 <= (SHARED_MEMORY[90] + 1024) // 2, launch
+        # Operands and results go through the copy engine: nothing else is stored.
+        assert seen["UTMALDG"] and seen["UTMASTG"] and not seen["STG"], launch
+        # 16 of K per instruction, of up to 64 rows per group of 4 warps and 256 columns. If ptxas
+        # made each wait for the one before, none would be in flight.
+        accumulators = 1 if tiles.columns != 192 else 2
+        groups = tiles.rows // 64 // (tiles.num_warps // 4)
+        assert seen["HGMMA"] == groups * accumulators * tiles.depth // 16, launch
+        assert code.most_in_flight == accumulators and not seen["HMMA"], launch

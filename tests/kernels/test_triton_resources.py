@@ -190,7 +190,7 @@ def _compile(kernel: Any, arguments: dict[str, Any], capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def _inspect(compiled: Any) -> Resources:
+def _disassemble(compiled: Any) -> str:
     import triton.backends
 
     programs = Path(triton.backends.__file__).parent / "nvidia" / "bin"
@@ -198,7 +198,11 @@ def _inspect(compiled: Any) -> Resources:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
-        code = run([programs / "nvdisasm", "-c", cubin.name]).stdout
+        return run([programs / "nvdisasm", "-c", cubin.name]).stdout
+
+
+def _inspect(compiled: Any) -> Resources:
+    code = _disassemble(compiled)
     # A store of RZ, the zero register, keeps nothing: Triton 3.6 has such beside TMA on sm_120.
     spills = len(re.findall(r"\bLDL\b|\bSTL\b(?!.*, RZ\b)", code))
     matrix = Counter(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", code))

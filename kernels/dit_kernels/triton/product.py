@@ -57,9 +57,9 @@ def _write(
     row,  # of R, the first
     column,  # of M, the first
     rows,  # R
-    outputs,  # M
     tokens,  # T
     gate_stride,
+    M: tl.constexpr,
     GELU: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     ONE_IMAGE: tl.constexpr,  # ROWS divides T
@@ -71,16 +71,16 @@ def _write(
     if WIDTH > PART:
         left, right = _halves(sums)
         _write(
-            out, bias, gate, left, part, row, column, rows, outputs, tokens, gate_stride,
-            GELU, APPROXIMATE, ONE_IMAGE, PART,
+            out, bias, gate, left, part, row, column, rows, tokens, gate_stride,
+            M, GELU, APPROXIMATE, ONE_IMAGE, PART,
         )  # fmt: skip
         _write(
-            out, bias, gate, right, part, row, column + WIDTH // 2, rows, outputs, tokens,
-            gate_stride, GELU, APPROXIMATE, ONE_IMAGE, PART,
+            out, bias, gate, right, part, row, column + WIDTH // 2, rows, tokens, gate_stride,
+            M, GELU, APPROXIMATE, ONE_IMAGE, PART,
         )  # fmt: skip
     else:
         columns = column + tl.arange(0, WIDTH)
-        inside = (columns < outputs)[None, :]
+        inside = (columns < M)[None, :]
         values = sums
         if bias is not None:
             values += tl.load(bias + columns[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -100,7 +100,7 @@ def _write(
         out.store([part, row, column], values.to(out.dtype).reshape(1, ROWS, WIDTH))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens"])
 def _product_kernel(
     result,  # (S, R, M), reached through its descriptor
     x,  # descriptor of (R, K), blocks (ROWS, DEPTH)
@@ -110,10 +110,10 @@ def _product_kernel(
     bias,
     gate,
     rows,  # R
-    inputs,  # K
-    outputs,  # M
     tokens,  # T
     gate_stride,
+    K: tl.constexpr,
+    M: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
@@ -125,9 +125,9 @@ def _product_kernel(
     ONE_IMAGE: tl.constexpr,
     PART: tl.constexpr,
 ):
-    across = tl.cdiv(outputs, HEAD + TAIL)
+    across = tl.cdiv(M, HEAD + TAIL)
     tiles = tl.cdiv(rows, ROWS) * across
-    steps = tl.cdiv(inputs, DEPTH)
+    steps = tl.cdiv(K, DEPTH)
     for index in tl.range(
         tl.program_id(0), tiles * SPLITS, tl.num_programs(0), flatten=FUSED_LOOPS
     ):
@@ -147,13 +147,13 @@ def _product_kernel(
             if TAIL > 0:
                 tail = tl.dot(rows_of_x, weight_tail.load([column + HEAD, k]).T, tail)
         _write(
-            out, bias, gate, head, part, row, column, rows, outputs, tokens, gate_stride,
-            GELU, APPROXIMATE, ONE_IMAGE, PART,
+            out, bias, gate, head, part, row, column, rows, tokens, gate_stride,
+            M, GELU, APPROXIMATE, ONE_IMAGE, PART,
         )  # fmt: skip
         if TAIL > 0:
             _write(
-                out, bias, gate, tail, part, row, column + HEAD, rows, outputs, tokens, gate_stride,
-                GELU, APPROXIMATE, ONE_IMAGE, PART,
+                out, bias, gate, tail, part, row, column + HEAD, rows, tokens, gate_stride,
+                M, GELU, APPROXIMATE, ONE_IMAGE, PART,
             )  # fmt: skip
 
 
@@ -309,7 +309,9 @@ def _launch(
         return
     splits, rows, outputs = out.shape
     head, tail = split(tiles.columns)
-    part = min(64, head, tail or head) if out.dtype == x.dtype else 32  # 128 bytes of a row
+    # A part's bytes per row, which pass through shared memory; a residual comes in the same way.
+    written = 256 if tiles.num_warps == 8 and gate is None else 128
+    part = min(written // out.element_size(), head, tail or head)
 
     def described(tensor: Tensor, *block: int) -> TensorDescriptor:
         return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
@@ -323,9 +325,9 @@ def _launch(
         out, described(x, tiles.rows, tiles.depth), described(weight, head, tiles.depth),
         described(weight, tail, tiles.depth) if tail else None,
         described(out, 1, tiles.rows, part),
-        bias, gate, rows, x.shape[1], outputs, tokens, gate.stride(0) if gate is not None else 0,
-        ROWS=tiles.rows, HEAD=head, TAIL=tail, DEPTH=tiles.depth, SPLITS=splits,
-        FUSED_LOOPS=fused_loops, GELU=gelu, APPROXIMATE=x.device.type != "cpu",
+        bias, gate, rows, tokens, gate.stride(0) if gate is not None else 0,
+        K=x.shape[1], M=outputs, ROWS=tiles.rows, HEAD=head, TAIL=tail, DEPTH=tiles.depth,
+        SPLITS=splits, FUSED_LOOPS=fused_loops, GELU=gelu, APPROXIMATE=x.device.type != "cpu",
         ONE_IMAGE=tokens % tiles.rows == 0, PART=part,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip

@@ -93,10 +93,12 @@ class ModelConfig:
 
     @cached_property
     def mlp_hidden_size(self) -> int:
+        """Width of the MLP's hidden layer."""
         return int(self.hidden_size * self.mlp_ratio)
 
     @cached_property
     def out_channels(self) -> int:
+        """Channels of the model's output; the second half, if any, is the variance's."""
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @cached_property

@@ -72,6 +72,8 @@ def position_embedding(hidden_size: int, side: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
+    """Each patch of p × p latents to one token (paper, section 3.2, figure 4)."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         p = config.patch_size
@@ -82,6 +84,8 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
+    """Time steps as sinusoids (`timestep_embedding`), then two layers."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.spacing = 128 if config.numerics == "official" else 127
@@ -94,6 +98,8 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
+    """A learned vector per class, and one for the null class where there is one."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embedding_table = nn.Embedding(config.label_rows, config.hidden_size)
@@ -103,6 +109,8 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention over the tokens of an image."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
@@ -118,6 +126,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two layers with tanh-GELU between them."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.mlp_hidden_size)
@@ -149,6 +159,8 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """adaLN and one layer, from tokens to the numbers of their patches."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d, p = config.hidden_size, config.patch_size
@@ -196,9 +208,11 @@ class DiT(nn.Module):
         return self.unpatchify(self.final_layer(tokens, c))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """See the class."""
         return self.forward_conditioned(x, self.condition(t, y))
 
-    def unpatchify(self, tokens: Tensor) -> Tensor:  # (N, T, p·p·C_out) → (N, C_out, S, S)
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """Tokens (N, T, p·p·C_out) → (N, C_out, S, S)."""
         p = self.config.patch_size
         side = self.config.input_size // p
         patches = tokens.view(-1, side, side, p, p, self.config.out_channels)

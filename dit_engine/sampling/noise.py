@@ -20,6 +20,8 @@ AHEAD = 4
 
 
 class NoiseSource(Protocol):
+    """Where a batch's noise comes from, on ``device``."""
+
     device: torch.device
 
     def start(self) -> Tensor:

@@ -84,10 +84,9 @@ FAULTS = {
         "labels in one product": "if « → not »by_label:\n            starts",
         "shift and scale swapped":
             "«shift, scale → "
-            "scale, shift» = vectors[6 * i + 6 : 6 * i + 8]\n            if i + 1 <",
+            "scale, shift» = vectors[6 * i + 6 : 6 * i + 8]\n            norm = norms.next",
         "wrong epsilon before the MLP":
-            "gate_msa, shift_mlp, scale_mlp, «eps → "
-            "NORM_EPS», memory)\n            y = block.fc2("},
+            "(gate_msa, shift_mlp, scale_mlp, «eps → NORM_EPS»), norms.next"},
     "engine/test_lean_vae": {
         "upsampling taps swapped":
             "SUMS = ((0, 0, 1), («0, 1, 1), (1, 1, 0 → 1, 1, 0), (0, 1, 1»), (1, 0, 0))",

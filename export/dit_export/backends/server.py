@@ -280,10 +280,8 @@ class _Bounded:
         """The parts of a response that tritonclient uses."""
         from gevent import Timeout  # installed with tritonclient's HTTP client
 
-        body, limit = (
-            bytearray(),
-            _LEAST_BYTES + _TIMES_THE_QUESTION * len(options.get("body", b"")),
-        )
+        body = bytearray()
+        limit = _LEAST_BYTES + _TIMES_THE_QUESTION * len(options.get("body", b""))
         try:
             with Timeout(TOTAL_SECONDS):
                 response = ask(*arguments, **options)

@@ -13,6 +13,7 @@ import torch
 from tiny import tiny_dit, tiny_engine, tiny_vae
 
 from dit_bench import cli as bench
+from dit_bench.contenders import bf16_eager
 from dit_engine.backends import create_backend
 from dit_engine.backends.lean.vae import LeanDecoder
 from dit_engine.cli import generate as generate_command
@@ -190,6 +191,14 @@ def test_the_references_of_a_step_wait_for_no_result() -> None:
             assert (after.device, after.dtype, x0.shape) == (device, torch.float32, z.shape)
         images = LeanDecoder(tiny_vae(), torch.float32, device)(z)
         assert (images.device, images.shape) == (device, (2, 3, 16, 16))
+
+
+def test_bounds_of_float16_need_no_bfloat16(gpus: Gpus) -> None:
+    """dit-bench allows float16 an eighth of eager bfloat16's error, where there is bfloat16."""
+    errors = {"bf16": 0.5, "fp16": 0.25}
+    for capability, expected in ((TURING, 2.0), ((8, 0), 0.5)):
+        gpus(1, capability)
+        assert bf16_eager(lambda precision: errors[precision], GPU) == expected
 
 
 def test_an_engine_on_the_cpu_asks_no_gpu(gpus: Gpus) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_bench.contenders import allowed_error, relative_error
+from dit_bench.contenders import allowed_error, bf16_eager, relative_error
 from dit_bench.speed.forward import CHANNELS, SCALE, Work, decoder_precision
 from dit_engine.engine import Generation, Progress
 from dit_engine.runtime import in_halves
@@ -102,7 +102,9 @@ class GenerationCheck:
     def bf16_errors(self) -> np.ndarray:
         """`errors` of eager bfloat16, found once."""
         if self._bf16 is None:
-            self._bf16, _ = self.errors("eager", "bf16")
+            device = self.work.engine.device
+            found: np.ndarray = bf16_eager(lambda p: self.errors("eager", p)[0], device)
+            self._bf16 = found
         return self._bf16
 
     def retaken(self, latents: Tensor) -> Tensor:

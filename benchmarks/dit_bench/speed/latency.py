@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dit_bench.ceilings import Ceilings
-from dit_bench.contenders import Contender, Function, build, relative_error
+from dit_bench.contenders import Contender, Function, bf16_eager, build, relative_error
 from dit_bench.load import OtherLoad
 from dit_bench.progress import LEAST_ROUNDS, Progress
 from dit_bench.report import Row
@@ -103,7 +103,11 @@ def reference(
         expected = run("eager", "fp32")()
         if all(contender.precision == "fp32" for contender in contenders):
             return expected, 0.0
-        return expected, relative_error(run("eager", "bf16")(), expected)
+
+        def error(precision: str) -> float:
+            return relative_error(run("eager", precision)(), expected)
+
+        return expected, bf16_eager(error, expected.device)
 
 
 def quantiles(found: Spread) -> dict[str, float]:

@@ -114,8 +114,8 @@ def launcher(operator: str, device: torch.device) -> Run:
     if chosen(operator, "auto", device) != "reference":
         return run
 
-    def write(*arguments: Any, out: Any = None) -> Any:
-        results = run(*arguments)
+    def write(*arguments: Any, out: Any = None, **options: Any) -> Any:
+        results = run(*arguments, **options)
         if out is None:
             return results
         if isinstance(out, torch.Tensor):

@@ -60,9 +60,18 @@ def embed(z: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, patch_size
     return F.linear(patches.transpose(1, 2), weight.t(), bias) + positions
 
 
-def groupnorm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def groupnorm_silu(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, *, add: Tensor | None = None,
+    shift: Tensor | None = None, silu: bool = True,
+) -> Tensor:  # fmt: skip
+    """For inner loops: x += ``add`` in place, then normalises x + ``shift``, (C,) in float32."""
+    if add is not None:
+        x.add_(add)
     wide, weight, bias = _wide(x, weight, bias)
-    return F.silu(F.group_norm(wide, groups, weight, bias, eps)).to(x.dtype)
+    if shift is not None:
+        wide = wide + shift.view(-1, 1, 1)
+    normed = F.group_norm(wide, groups, weight, bias, eps)
+    return (F.silu(normed) if silu else normed).to(x.dtype)
 
 
 def guided_step(

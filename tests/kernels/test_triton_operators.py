@@ -88,16 +88,56 @@ def test_codes_of_halves_and_of_values_that_are_not_finite() -> None:
 
 
 @interpreted
-def test_group_norm_in_several_tiles_per_chunk_and_far_from_zero() -> None:
+def test_group_norm_of_many_tiles_and_far_from_zero() -> None:
     run, affine = launcher("groupnorm_silu"), cases.random(2, 128, seed=2)
-    for chunks, shape, mean in ((3, (1, 128, 19, 17), 0.5), (256, (1, 128, 16, 16), 1000.0)):
+    for programs, shape, mean in (
+        (4, (1, 128, 33, 31), 0.5),  # two tiles, of which the second ends in its third row
+        (8, (1, 128, 27, 16), 0.5),  # a chunk whose last tile has no pixel
+        (256, (1, 128, 16, 16), 1000.0),
+    ):
         x = cases.images(shape, torch.float32, mean)
         exact = reference.groupnorm_silu(x.double(), 32, *affine.double(), EPS)
         same = reference.groupnorm_silu(x, 32, *affine, EPS)
-        with patch("dit_kernels.triton.groupnorm_silu._CHUNKS", chunks):
+        with patch("dit_kernels.triton.groupnorm_silu._PROGRAMS", programs):
             actual = run(x, 32, *affine, EPS)
         assert_close_to_reference(actual, exact, same_dtype=same)
         assert actual.is_contiguous(memory_format=torch.channels_last)
+
+
+@ALL_DTYPES
+@interpreted
+def test_group_norm_of_a_sum_and_shifted(dtype: torch.dtype) -> None:
+    """What the VAE's decoder leaves to the norm: the residual's sum and the convolution's bias."""
+    run = launcher("groupnorm_silu")
+    for shape, groups in (((2, 128, 8, 8), 32), ((1, 36, 5, 7), 4)):
+        x, add = cases.images(shape, dtype), cases.images(shape, dtype, mean=-1).flip(0)
+        weight, bias, shift = cases.random(3, shape[1], seed=2)
+        for options in (
+            {"add": add, "silu": False},
+            {"shift": shift * 3},
+            {"add": add, "shift": shift},
+        ):
+            given, expected = x.clone(), x.clone()
+            actual = run(given, groups, weight, bias, EPS, **options)
+            same = reference.groupnorm_silu(expected, groups, weight, bias, EPS, **options)
+            assert torch.equal(given, expected)
+            options = {
+                k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()
+            }
+            options.pop("add", None)
+            exact = reference.groupnorm_silu(
+                expected.double(), groups, weight.double(), bias.double(), EPS, **options
+            )
+            assert_close_to_reference(actual, exact, same_dtype=same)
+
+
+@interpreted
+def test_group_norm_gives_an_image_the_same_bits_in_any_batch() -> None:
+    x = cases.images((3, 64, 8, 12), torch.float32)
+    run, affine = launcher("groupnorm_silu"), cases.random(2, 64, seed=2)
+    together = run(x, 32, *affine, EPS)
+    for i in range(3):
+        assert torch.equal(run(x[i : i + 1], 32, *affine, EPS)[0], together[i])
 
 
 @interpreted

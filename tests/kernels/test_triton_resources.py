@@ -126,7 +126,7 @@ def _candidates(variant: str) -> Sequence[Any]:
     return found
 
 
-def _launches(case: Case) -> Iterator[tuple[Any, dict[str, Any]]]:
+def _launches(case: Case, **more: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
     """(kernel, its arguments by name) for every launch that the launcher makes on such a GPU."""
     from triton.runtime.jit import JITFunction
 
@@ -150,7 +150,7 @@ def _launches(case: Case) -> Iterator[tuple[Any, dict[str, Any]]]:
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel")
     }
-    options: dict[str, Any] = {}
+    options = dict(more)
     if case.tiles is not None:
         options["tiles"] = _candidates(case.operator)[case.tiles]
     facts = (case.capability // 10, PROCESSORS)
@@ -233,3 +233,41 @@ def test_no_spills_enough_shared_memory_and_tensor_cores(capability: int) -> Non
             small = case.sizes[1] < 64
             wanted = "HMMA" if small else MATRIX_INSTRUCTION[capability // 10]
             assert all(r.matrix[wanted] > 0 for r in kernels.values()), str(case)
+
+
+def groupnorm_code(channels: int, side: int, add: bool) -> tuple[int, list[Counter[str]]]:
+    """Numbers of a thread's tile, and how often each instruction stands in both kernels."""
+    x = EMPTY(1, channels, side, side, dtype=BRAIN).to(memory_format=torch.channels_last)
+    options = {"add": x, "shift": EMPTY(channels)} if add else {}
+    counts: list[Counter[str]] = []
+    for kernel, given in _launches(
+        Case("groupnorm_silu", 90, BRAIN, (1, channels, side)), **options
+    ):
+        code = _disassemble(_compile(kernel, given, 90))
+        counts.append(Counter(re.findall(r"\*/ +(?:@!?U?P\d+ +)?([A-Z0-9_.]+)", code)))
+    return given["ROWS"] * 8, counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("channels", "side", "add"),
+    [(512, 32, False), (512, 128, False), (256, 128, True), (128, 256, True), (128, 512, False)],
+)
+def test_group_norm_at_the_published_widths(channels: int, side: int, add: bool) -> None:
+    """Images are read and written 16 bytes at a time, and a number takes two slow instructions."""
+    require_triton()
+    numbers, (moments, norm) = compilers().submit(groupnorm_code, channels, side, add).result()
+
+    def count(code: Counter[str], start: str) -> int:
+        return sum(n for name, n in code.items() if name.startswith(start))
+
+    for code in (moments, norm):
+        assert count(code, "LDL") == count(code, "STL") == 0 and count(code, "BAR.SYNC") <= 6
+    assert count(moments, "LDG") == moments["LDG.E.128"] >= numbers // 8 * (1 + add)
+    assert moments["STG.E.128"] == (numbers // 8 if add else 0) and moments["STG.E"] == 2
+    assert count(moments, "MUFU") <= 3  # none per number
+    assert count(norm, "STG") == norm["STG.E.128"] == numbers // 8
+    assert norm["LDG.E.128"] >= numbers // 8
+    # The few others are the group's moments and its channels' weight, bias and shift, once.
+    assert count(norm, "LDG") - norm["LDG.E.128"] <= 6
+    assert norm["MUFU.EX2"] == numbers and numbers < norm["MUFU.RCP"] <= numbers + 4

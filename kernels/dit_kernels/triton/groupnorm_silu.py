@@ -1,10 +1,15 @@
-"""SiLU(GroupNorm(x)) in channels-last memory: partial moments, their sum, then the result.
+"""SiLU(GroupNorm(x)) in channels-last memory, in two launches: partial moments, then the result.
 
-Three launches read x twice. There are no atomics, and how an image is cut depends on its shape
-alone, so results repeat exactly and do not depend on the rest of the batch.
+A program takes whole groups, about 32 or 64 channels wide, of a chunk of an image's pixels. The
+second launch adds up the few partial moments of its groups, and reads x from its end, because the
+first launch read it from its beginning and the cache holds what was read last. There are no
+atomics, and how an image is cut depends on its shape alone, so results repeat exactly and do not
+depend on the rest of the batch.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,152 +18,238 @@ from torch import Tensor
 
 from dit_kernels.triton.launch import launch, power_of_two
 
-_TILE = 4096  # elements
-_CHUNKS = 256  # most partial moments per image
-_NUM_WARPS = 4
+_PROGRAMS = 256  # per image, if it has the pixels: two for each of an H100's 132 multiprocessors
+_NUM_WARPS = 8
+_ROWS = 4  # most accesses of 16 bytes by a thread at a time
 
 
 @triton.jit
-def _offsets(
+def _channels(part, GROUPS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr):
+    """The channels of the groups part·PART to (part + 1)·PART, and which of them exist."""
+    PADDED: tl.constexpr = triton.next_power_of_2(SIZE)
+    lane = tl.arange(0, PART * PADDED)
+    if PADDED == SIZE:
+        channel = part * (PART * SIZE) + lane
+        return channel, channel < GROUPS * SIZE
+    group, member = part * PART + lane // PADDED, lane % PADDED
+    return group * SIZE + member, (group < GROUPS) & (member < SIZE)
+
+
+@triton.jit
+def _tile(
     first,  # pixel
-    GROUPS: tl.constexpr,
-    SIZE: tl.constexpr,  # channels per group
+    end,  # of the pixels
+    channel,
+    exists,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
     PIXELS: tl.constexpr,
-    GROUPS_PADDED: tl.constexpr,
-    SIZE_PADDED: tl.constexpr,
+    EVEN: tl.constexpr,  # all tiles are whole, or begin at the end
 ):
-    """Offsets of the channels of PIXELS pixels, by group: (PIXELS, GROUPS_PADDED, SIZE_PADDED)."""
-    pixel = (first + tl.arange(0, PIXELS))[:, None, None]
-    group = tl.arange(0, GROUPS_PADDED)[None, :, None]
-    member = tl.arange(0, SIZE_PADDED)[None, None, :]
-    return pixel * (GROUPS * SIZE) + group * SIZE + member
+    """Offsets (ROWS, PIXELS, channels) of the pixels from first on, and which of them exist.
+
+    A thread has 16 bytes of one of the PIXELS in each of the ROWS.
+    """
+    pixel = first + tl.arange(0, ROWS)[:, None] * PIXELS + tl.arange(0, PIXELS)[None, :]
+    offsets = pixel[:, :, None] * C + channel[None, None, :]
+    if EVEN:
+        return offsets, tl.broadcast_to(first < end, offsets.shape)
+    return offsets, (pixel < end)[:, :, None] & exists[None, None, :]
 
 
 @triton.jit
-def _inside(
-    first,
-    pixels,  # H·W
-    GROUPS: tl.constexpr,
-    SIZE: tl.constexpr,
-    PIXELS: tl.constexpr,
-    GROUPS_PADDED: tl.constexpr,
-    SIZE_PADDED: tl.constexpr,
-):
-    """Which of ``_offsets`` are elements of the image."""
-    mask = ((first + tl.arange(0, PIXELS)) < pixels)[:, None, None]
-    mask = mask & (tl.arange(0, GROUPS_PADDED) < GROUPS)[None, :, None]
-    return mask & (tl.arange(0, SIZE_PADDED) < SIZE)[None, None, :]
+def _rows_until(count, lane, PIXELS: tl.constexpr):
+    """How many of the pixels lane, lane + PIXELS, … are among the first ``count``."""
+    return tl.maximum((count - lane + PIXELS - 1) // PIXELS, 0).to(tl.float32)
 
 
 @triton.jit
 def _partial_moments_kernel(
     x,  # (N, H·W, C)
-    means,  # (N, chunks, GROUPS) float32
-    squares,  # (N, chunks, GROUPS) float32: sums of squared distances from the mean
+    y,  # None, or added to x, (N, H·W, C)
+    shift,  # None, or (C,): added to what is normalised, but not to x
+    means,  # (N, GROUPS, chunks) float32
+    squares,  # (N, GROUPS, chunks) float32: sums of squared distances from the mean
     pixels,  # H·W
     chunks,
-    tiles,  # of PIXELS pixels, in a chunk
+    tiles,  # of ROWS·PIXELS pixels, in a chunk
     GROUPS: tl.constexpr,
-    SIZE: tl.constexpr,
+    SIZE: tl.constexpr,  # channels per group
+    PART: tl.constexpr,  # groups per program
+    ROWS: tl.constexpr,
     PIXELS: tl.constexpr,
-    GROUPS_PADDED: tl.constexpr,
-    SIZE_PADDED: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
+    PARTS: tl.constexpr = (GROUPS + PART - 1) // PART
+    C: tl.constexpr = GROUPS * SIZE
+    PADDED: tl.constexpr = triton.next_power_of_2(SIZE)
     program = tl.program_id(0)
-    x += (program // chunks).to(tl.int64) * pixels * (GROUPS * SIZE)
-    start = (program % chunks) * tiles * PIXELS
-    count = 0.0
-    mean = tl.zeros((GROUPS_PADDED,), tl.float32)
-    square = tl.zeros((GROUPS_PADDED,), tl.float32)
+    part, chunk, image = program % PARTS, program // PARTS % chunks, program // PARTS // chunks
+    x += image.to(tl.int64) * pixels * C
+    if y is not None:
+        y += image.to(tl.int64) * pixels * C
+    channel, exists = _channels(part, GROUPS, SIZE, PART)
+    start = chunk * tiles * (ROWS * PIXELS)
+    end = tl.minimum(start + tiles * (ROWS * PIXELS), pixels)
+
+    # Of each thread's pixels and channels, so that threads exchange nothing in the loop.
+    lane = tl.arange(0, PIXELS)
+    mean = tl.zeros((PIXELS, PART * PADDED), tl.float32)
+    square = tl.zeros((PIXELS, PART * PADDED), tl.float32)
+    offsets, mask = _tile(start, end, channel, exists, C, ROWS, PIXELS, EVEN)
+    coming = tl.load(x + offsets, mask=mask, other=0.0)
+    if y is not None:
+        coming_y = tl.load(y + offsets, mask=mask, other=0.0)
     for tile in range(tiles):
-        first = start + tile * PIXELS
-        offsets = _offsets(first, GROUPS, SIZE, PIXELS, GROUPS_PADDED, SIZE_PADDED)
-        mask = _inside(first, pixels, GROUPS, SIZE, PIXELS, GROUPS_PADDED, SIZE_PADDED)
-        values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-        # In the last chunk, all tiles but the first may lie past the image's end.
-        here = tl.maximum(tl.minimum(pixels - first, PIXELS), 0) * (SIZE * 1.0)
-        tile_mean = tl.sum(tl.sum(values, 2), 0) / tl.maximum(here, 1.0)
-        centered = tl.where(mask, values - tile_mean[None, :, None], 0.0)
-        tile_square = tl.sum(tl.sum(centered * centered, 2), 0)
-        # Chan, Golub & LeVeque 1979: moments of a union from those of its parts.
+        first = start + tile * (ROWS * PIXELS)
+        values = coming
+        if y is not None:
+            values = (values.to(tl.float32) + coming_y.to(tl.float32)).to(x.dtype.element_ty)
+        # The next tile is on its way while this one is computed.
+        offsets, mask = _tile(first + ROWS * PIXELS, end, channel, exists, C, ROWS, PIXELS, EVEN)
+        coming = tl.load(x + offsets, mask=mask, other=0.0)
+        if y is not None:
+            coming_y = tl.load(y + offsets, mask=mask, other=0.0)
+        offsets, mask = _tile(first, end, channel, exists, C, ROWS, PIXELS, EVEN)
+        if y is not None:
+            tl.store(x + offsets, values, mask=mask)
+        values = values.to(tl.float32)
+        if EVEN:
+            here = tl.full((PIXELS,), ROWS, tl.float32)
+        else:
+            here = tl.minimum(_rows_until(end - first, lane, PIXELS), ROWS * 1.0)
+        tile_mean = tl.sum(values, 0) * (1 / tl.maximum(here, 1.0))[:, None]
+        centered = values - tile_mean[None, :, :]
+        if not EVEN:
+            centered = tl.where(mask, centered, 0.0)
+        # Chan, Golub & LeVeque 1979: moments of a union from those of its parts. If this tile has
+        # a row, all tiles before it are full.
+        count = tile * (ROWS * 1.0)
         distance = tile_mean - mean
-        part = here / (count + here)
-        mean += distance * part
-        square += tile_square + distance * distance * count * part
-        count += here
-    group = tl.arange(0, GROUPS_PADDED)
-    place = program.to(tl.int64) * GROUPS + group
-    tl.store(means + place, mean, mask=group < GROUPS)
+        share = here / tl.maximum(count + here, 1.0)
+        mean += distance * share[:, None]
+        square += tl.sum(centered * centered, 0) + distance * distance * (count * share)[:, None]
+
+    if shift is not None:
+        mean += tl.load(shift + channel, mask=exists, other=0.0)[None, :]
+    elements = tl.maximum(end - start, 1) * (SIZE * 1.0)
+    count = _rows_until(end - start, lane, PIXELS)
+    SPLIT: tl.constexpr = (PIXELS, PART, PADDED)
+    whole = tl.sum(tl.sum(tl.reshape(mean * count[:, None], SPLIT), 2), 0) / elements  # (PART,)
+    distance = tl.reshape(mean, SPLIT) - whole[None, :, None]
+    distance = tl.where(tl.reshape(exists, (PART, PADDED))[None, :, :], distance, 0.0)
+    square = tl.reshape(square, SPLIT) + distance * distance * count[:, None, None]
+    square = tl.sum(tl.sum(square, 2), 0)
+    group = part * PART + tl.arange(0, PART)
+    place = (image.to(tl.int64) * GROUPS + group) * chunks + chunk
+    tl.store(means + place, whole, mask=group < GROUPS)
     tl.store(squares + place, square, mask=group < GROUPS)
 
 
 @triton.jit
-def _moments_kernel(
-    means,  # (N, chunks, GROUPS)
-    squares,  # (N, chunks, GROUPS)
-    mean_out,  # (N, GROUPS)
-    inverse_out,  # (N, GROUPS): 1/√(variance + eps)
-    pixels,
-    chunks,
-    chunk,  # pixels per chunk
-    eps,
-    GROUPS: tl.constexpr,
-    SIZE: tl.constexpr,
-    CHUNKS_PADDED: tl.constexpr,
-    GROUPS_PADDED: tl.constexpr,
-):
-    image = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, CHUNKS_PADDED)
-    group = tl.arange(0, GROUPS_PADDED)
-    mask = (part < chunks)[:, None] & (group < GROUPS)[None, :]
-    offsets = image * chunks * GROUPS + part[:, None] * GROUPS + group[None, :]
-    mean = tl.load(means + offsets, mask=mask, other=0.0)
-    square = tl.load(squares + offsets, mask=mask, other=0.0)
-    share = tl.maximum(tl.minimum(pixels - part * chunk, chunk), 0).to(tl.float32) / pixels
-    whole = tl.sum(mean * share[:, None], 0)
-    distance = tl.where(mask, mean - whole[None, :], 0.0)
-    variance = tl.sum(square, 0) / (pixels * SIZE) + tl.sum(distance * distance * share[:, None], 0)
-    place = image * GROUPS + group
-    tl.store(mean_out + place, whole, mask=group < GROUPS)
-    tl.store(inverse_out + place, tl.rsqrt(variance + eps), mask=group < GROUPS)
-
-
-@triton.jit
-def _normalize_silu_kernel(
+def _normalize_kernel(
     x,  # (N, H·W, C)
-    mean,  # (N, GROUPS) float32
-    inverse,  # (N, GROUPS) float32
+    shift,  # None or (C,)
+    means,  # (N, GROUPS, chunks)
+    squares,  # (N, GROUPS, chunks)
     weight,  # (C,)
     bias,  # (C,)
     out,  # (N, H·W, C)
     pixels,
-    blocks,  # programs per image
+    chunks,
+    tiles,
+    eps,
+    SILU: tl.constexpr,
+    COMPILED: tl.constexpr,
+    CHUNKS_PADDED: tl.constexpr,
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
+    PART: tl.constexpr,
+    ROWS: tl.constexpr,
     PIXELS: tl.constexpr,
-    GROUPS_PADDED: tl.constexpr,
-    SIZE_PADDED: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    image = (program // blocks).to(tl.int64)
-    x += image * pixels * (GROUPS * SIZE)
-    out += image * pixels * (GROUPS * SIZE)
-    first = (program % blocks) * PIXELS
-    offsets = _offsets(first, GROUPS, SIZE, PIXELS, GROUPS_PADDED, SIZE_PADDED)
-    mask = _inside(first, pixels, GROUPS, SIZE, PIXELS, GROUPS_PADDED, SIZE_PADDED)
-    values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-    group = tl.arange(0, GROUPS_PADDED)
-    center = tl.load(mean + image * GROUPS + group, mask=group < GROUPS, other=0.0)
-    factor = tl.load(inverse + image * GROUPS + group, mask=group < GROUPS, other=0.0)
-    member = tl.arange(0, SIZE_PADDED)[None, :]
-    channel = group[:, None] * SIZE + member
-    inside = (group < GROUPS)[:, None] & (member < SIZE)
-    gain = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
-    offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-    values = (values - center[None, :, None]) * (factor[:, None] * gain)[None, :, :]
-    values += offset[None, :, :]
-    values *= tl.sigmoid(values)
-    tl.store(out + offsets, values.to(out.dtype.element_ty), mask=mask)
+    PARTS: tl.constexpr = (GROUPS + PART - 1) // PART
+    C: tl.constexpr = GROUPS * SIZE
+    PADDED: tl.constexpr = triton.next_power_of_2(SIZE)
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    part, chunk, image = program % PARTS, program // PARTS % chunks, program // PARTS // chunks
+    x += image.to(tl.int64) * pixels * C
+    out += image.to(tl.int64) * pixels * C
+
+    length = tiles * (ROWS * PIXELS)
+    start = chunk * length
+    end = tl.minimum(start + length, pixels)
+    channel, exists = _channels(part, GROUPS, SIZE, PART)
+    last = start + (tiles - 1) * (ROWS * PIXELS)
+    offsets, mask = _tile(last, end, channel, exists, C, ROWS, PIXELS, EVEN)
+    coming = tl.load(x + offsets, mask=mask, other=0.0)
+
+    piece = tl.arange(0, CHUNKS_PADDED)
+    group = part * PART + tl.arange(0, PART)
+    found = (group < GROUPS)[:, None] & (piece < chunks)[None, :]
+    places = (image.to(tl.int64) * GROUPS + group)[:, None] * chunks + piece[None, :]
+    mean = tl.load(means + places, mask=found, other=0.0)
+    square = tl.load(squares + places, mask=found, other=0.0)
+    share = tl.maximum(tl.minimum(pixels - piece * length, length), 0).to(tl.float32) / pixels
+    whole = tl.sum(mean * share[None, :], 1)  # (PART,)
+    distance = tl.where(found, mean - whole[:, None], 0.0)
+    variance = tl.sum(square, 1) / (pixels * SIZE)
+    variance += tl.sum(distance * distance * share[None, :], 1)
+    inverse = tl.rsqrt(variance + eps)
+
+    # A pixel's value times a factor of its channel plus an offset of its channel is the norm.
+    by_channel = tl.zeros((PART, PADDED), tl.float32)
+    center = tl.reshape(whole[:, None] + by_channel, (PART * PADDED,))
+    factor = tl.reshape(inverse[:, None] + by_channel, (PART * PADDED,))
+    factor *= tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)
+    if shift is not None:
+        center -= tl.load(shift + channel, mask=exists, other=0.0)
+    offset = tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32) - center * factor
+
+    for tile in range(tiles):
+        first = last - tile * (ROWS * PIXELS)
+        values = coming.to(tl.float32) * factor[None, None, :] + offset[None, None, :]
+        before = tl.where(tile + 1 < tiles, first - ROWS * PIXELS, pixels)
+        offsets, mask = _tile(before, end, channel, exists, C, ROWS, PIXELS, EVEN)
+        coming = tl.load(x + offsets, mask=mask, other=0.0)
+        if SILU:
+            denominator = 1 + tl.exp2(values * -1.4426950408889634)
+            if COMPILED:  # one instruction; a division would check the range of its denominator
+                values *= tl.inline_asm_elementwise(
+                    "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator],
+                    dtype=tl.float32, is_pure=True, pack=1,
+                )  # fmt: skip
+            else:
+                values /= denominator
+        offsets, mask = _tile(first, end, channel, exists, C, ROWS, PIXELS, EVEN)
+        tl.store(out + offsets, values.to(out.dtype.element_ty), mask=mask)
+
+
+class Cut(NamedTuple):
+    """How an image is cut: programs = parts (of channels) · chunks (of pixels)."""
+
+    part: int  # groups per program
+    parts: int
+    pixels: int  # that one access of all threads reaches
+    rows: int  # accesses of one tile
+    tiles: int  # in a chunk
+    chunks: int
+
+
+def cut(pixels: int, groups: int, size: int, item_size: int) -> Cut:
+    """The cut of an image of ``groups`` groups of ``size`` channels, of ``item_size`` bytes each."""
+    channels, padded = groups * size, power_of_two(size)
+    wide = 32 if channels <= 128 else 64  # narrow: fewer partial moments per program; 64 bytes
+    part = min(max(wide // padded, 1), power_of_two(groups))
+    parts = -(-groups // part)
+    at_once = max(_NUM_WARPS * 32 * (16 // item_size) // (part * padded), 1)
+    at_once = min(at_once, power_of_two(pixels))
+    accesses = -(-pixels // at_once)
+    each = -(-accesses // max(_PROGRAMS // parts, 1))  # per program
+    rows = min(power_of_two(each), _ROWS)
+    tiles = -(-each // rows)
+    return Cut(part, parts, at_once, rows, tiles, -(-accesses // (rows * tiles)))
 
 
 def groupnorm_silu(
@@ -169,10 +260,13 @@ def groupnorm_silu(
     eps: float,
     *,
     out: Tensor | None = None,
+    add: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
 ) -> Tensor:
     """x (N, C, H, W) channels-last, weight, bias (C,) → (N, C, H, W) channels-last.
 
-    ``out`` may be x.
+    ``out`` may be x. ``add``, ``shift`` and ``silu``: see `dit_kernels.reference.groupnorm_silu`.
     """
     if out is None:
         out = torch.empty_like(x, memory_format=torch.channels_last)
@@ -180,29 +274,20 @@ def groupnorm_silu(
         return out
     n, channels, height, width = x.shape
     pixels, size = height * width, channels // groups
-    padded = {"GROUPS_PADDED": power_of_two(groups), "SIZE_PADDED": power_of_two(size)}
-    rows = max(_TILE // (padded["GROUPS_PADDED"] * padded["SIZE_PADDED"]), 1)
-    rows = min(rows, power_of_two(pixels))
-    blocks = -(-pixels // rows)
-    tiles = -(-blocks // _CHUNKS)
-    chunk = tiles * rows
-    chunks = -(-pixels // chunk)
-    partial = torch.empty(2, n, chunks, groups, dtype=torch.float32, device=x.device)
-    moments = torch.empty(2, n, groups, dtype=torch.float32, device=x.device)
+    way = cut(pixels, groups, size, x.element_size())
+    moments = torch.empty(2, n, groups, way.chunks, dtype=torch.float32, device=x.device)
+    even = way.pixels * way.rows * way.tiles * way.chunks == pixels
+    even = even and size == power_of_two(size) and groups % way.part == 0
+    constants = {"GROUPS": groups, "SIZE": size, "PART": way.part, "ROWS": way.rows,
+                 "PIXELS": way.pixels, "EVEN": even, "num_warps": _NUM_WARPS}  # fmt: skip
+    programs = n * way.parts * way.chunks
     launch(
-        _partial_moments_kernel, n * chunks,
-        x, partial[0], partial[1], pixels, chunks, tiles,
-        GROUPS=groups, SIZE=size, PIXELS=rows, **padded, num_warps=_NUM_WARPS,
+        _partial_moments_kernel, programs,
+        x, add, shift, *moments, pixels, way.chunks, way.tiles, **constants,
     )  # fmt: skip
     launch(
-        _moments_kernel, n,
-        partial[0], partial[1], moments[0], moments[1], pixels, chunks, chunk, eps,
-        GROUPS=groups, SIZE=size, CHUNKS_PADDED=power_of_two(chunks),
-        GROUPS_PADDED=padded["GROUPS_PADDED"], num_warps=2 * _NUM_WARPS,
-    )  # fmt: skip
-    launch(
-        _normalize_silu_kernel, n * blocks,
-        x, moments[0], moments[1], weight, bias, out, pixels, blocks,
-        GROUPS=groups, SIZE=size, PIXELS=rows, **padded, num_warps=_NUM_WARPS,
+        _normalize_kernel, programs,
+        x, shift, *moments, weight, bias, out, pixels, way.chunks, way.tiles, eps, SILU=silu,
+        COMPILED=x.device.type != "cpu", CHUNKS_PADDED=power_of_two(way.chunks), **constants,
     )  # fmt: skip
     return out

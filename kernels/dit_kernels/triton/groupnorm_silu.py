@@ -238,7 +238,7 @@ class Cut(NamedTuple):
 
 
 def cut(pixels: int, groups: int, size: int, item_size: int) -> Cut:
-    """The cut of an image of ``groups`` groups of ``size`` channels, of ``item_size`` bytes each."""
+    """For ``groups`` groups of ``size`` channels, whose numbers have ``item_size`` bytes."""
     channels, padded = groups * size, power_of_two(size)
     wide = 32 if channels <= 128 else 64  # narrow: fewer partial moments per program; 64 bytes
     part = min(max(wide // padded, 1), power_of_two(groups))

@@ -193,6 +193,17 @@ def test_the_references_of_a_step_wait_for_no_result() -> None:
         assert (images.device, images.shape) == (device, (2, 3, 16, 16))
 
 
+@pytest.mark.parametrize("options", [[], ["--check"]])
+def test_a_gpu_run_without_a_gpu(
+    options: list[str], gpus: Gpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpus(0)
+    assert bench.main(["gpu", *options]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.count("\n") == 1
+    assert told.err.startswith("error: no CUDA device: ")
+
+
 def test_bounds_of_float16_need_no_bfloat16(gpus: Gpus) -> None:
     """dit-bench allows float16 an eighth of eager bfloat16's error, where there is bfloat16."""
     errors = {"bf16": 0.5, "fp16": 0.25}

@@ -155,7 +155,9 @@ def update_document(text: str, block: str, table: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that `run` reads."""
-    parser.add_argument("results", type=Path, help="JSON of a dit-bench command")
+    parser.add_argument(
+        "results", type=Path, help="JSON of a dit-bench command; for predictions also none"
+    )
     parser.add_argument("documents", type=Path, nargs="+")
     parser.add_argument("--block", help="name of the block; the kind of the report unless given")
     parser.add_argument("--operators", type=Path, help="report of the operators, for bounds")

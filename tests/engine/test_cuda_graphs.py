@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import gc
-import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from launches import Launches
+from played_cuda import Stream, counted_launches, current_stream, events, log, played_cuda
 from tiny import tiny_dit
 from torch import Tensor
 
@@ -24,91 +23,12 @@ from dit_engine.backends.lean.backend import FusedLeanDenoiser, LeanBackend
 from dit_engine.backends.lean.cuda_graphs import StepGraph, step_graphs
 
 CPU = torch.device("cpu")
-_log: list[tuple[str, Any]] = []
-_launches: list[Launches] = []
-_local = threading.local()
-
-
-@contextmanager
-def played() -> Iterator[Launches]:
-    """Counts launches, and those of replays apart."""
-    with Launches() as launches:
-        _launches.append(launches)
-        try:
-            yield launches
-        finally:
-            _launches.pop()
-
-
-def log(name: str, what: Any = None) -> None:
-    _log.append((name, what))
-
-
-class Stream:
-    cuda_stream = 7
-
-    def __init__(self, device: object = None) -> None:
-        self.device, self.waited = device, list[object]()
-
-    def wait_event(self, event: Event) -> None:
-        log("wait", self)
-
-    def wait_stream(self, other: Stream) -> None:
-        self.waited.append(other)
-
-
-class Event:
-    synchronised = 0
-
-    def record(self, stream: Stream) -> None:
-        log("record", stream)
-
-    def synchronize(self) -> None:
-        self.synchronised += 1
-
-
-class Graph:
-    """Replays ``work``, which is run once before, into the memory that it was written for."""
-
-    def __init__(self, work: Any, pool: Any) -> None:
-        self.work, self.own_pool = work, pool or ("pool of", id(self))
-        work()
-
-    def pool(self) -> Any:
-        return self.own_pool
-
-    def replay(self) -> None:
-        log("replay")
-        with _launches[-1].within_a_graph() if _launches else nullcontext():
-            self.work()
-
-
-@contextmanager
-def captured(graph: Any, **options: Any) -> Iterator[None]:
-    """torch.cuda.graph."""
-    assert not gc.isenabled() and options["capture_error_mode"] == "thread_local"
-    log("begin")
-    yield
-    log("end")
-
-
-def current_stream(device: object = None) -> Stream:
-    """A thread's own."""
-    if not hasattr(_local, "stream"):
-        _local.stream = Stream()
-    return _local.stream
 
 
 @pytest.fixture(autouse=True)
-def _cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, stand_in in (
-        ("Stream", Stream), ("Event", Event), ("CUDAGraph", object), ("graph", captured),
-        ("stream", lambda stream: nullcontext()), ("current_stream", current_stream),
-    ):  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    clear = "_cuda_clearCublasWorkspaces"  # not in a torch without CUDA
-    monkeypatch.setattr(torch._C, clear, lambda: log("clear workspaces"), raising=False)
-    _log.clear()
+def _cuda(request: pytest.FixtureRequest) -> Iterator[None]:
+    with played_cuda("steps" in request.fixturenames):
+        yield
 
 
 class Steps:
@@ -142,13 +62,8 @@ class Steps:
 
 
 @pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+def steps() -> Steps:
     """Its graphs are played; `capture_graph` has a test of its own."""
-
-    def play(work: Callable[[], Any], stream: Any, pool: Any = None) -> tuple[Graph, Any]:
-        return Graph(work, pool), None
-
-    monkeypatch.setattr(capture, "capture_graph", play)
     return Steps()
 
 
@@ -180,7 +95,7 @@ def test_results_are_passed_on_without_copies_and_arguments_stay(steps: Steps) -
     graph = graph_of(fused)
     assert found[0] is graph.z and found[1] is graph.x0
     for step in (1, 2):
-        with played() as launches:
+        with counted_launches() as launches:
             assert fused.guided_step(*found, None, step, True)[0] is graph.z
         # Outside of the graph are only the coefficients, which Triton's kernel would pick inside.
         assert launches.outside == {"copy_": 1} and launches.inside["add_"] == 1
@@ -211,20 +126,20 @@ def test_copies_wait_for_the_replay_before(steps: Steps, monkeypatch: pytest.Mon
     graph = graph_of(first)
     assert graph_of(second) is not graph
     second.release()
-    _log.clear()
+    events.clear()
     monkeypatch.setattr(Stream, "wait_event", lambda self, _: log("wait", graph.z.clone()))
     first.guided_step(*z, 0, True)
     after = graph.z.clone()
-    assert [name for name, _ in _log] == ["wait", "replay", "record"]
+    assert [name for name, _ in events] == ["wait", "replay", "record"]
     first.release()
-    assert [name for name, _ in _log[3:]] == ["wait", "record"]  # after the reads of the results
+    assert [name for name, _ in events[3:]] == ["wait", "record"]  # after the reads of the results
     with ThreadPoolExecutor(1) as elsewhere:
         second = steps.fused(steps.graphed, 2, 5)
         steps.graphs._graphs.reverse()  # so that it takes the first one's graph
         elsewhere.submit(second.guided_step, *other, 0, True).result()
     assert graph_of(second) is graph
-    waits = [seen for name, seen in _log if name == "wait"]
-    records = [stream for name, stream in _log if name == "record"]
+    waits = [seen for name, seen in events if name == "wait"]
+    records = [stream for name, stream in events if name == "record"]
     assert torch.equal(waits[-1], after)  # the other's latents had not been copied yet
     assert records[0] is current_stream() is not records[-1]
 
@@ -253,13 +168,13 @@ def test_at_most_so_many_graphs_and_the_one_unused_for_longest_goes(steps: Steps
 @torch.inference_mode()
 def test_too_little_memory_for_a_graph(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
     """Idle graphs are dropped; if that does not suffice, the step runs without one."""
-    played, most = capture.capture_graph, 8
+    honest, most = capture.capture_graph, 8
 
     def limited(work: Any, stream: Any, pool: Any = None) -> Any:
         rows = work.__self__.rows
         if rows + sum(graph.rows for graph in steps.graphs._graphs) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return played(work, stream, pool)
+        return honest(work, stream, pool)
 
     monkeypatch.setattr(capture, "capture_graph", limited)
     with warnings.catch_warnings():
@@ -296,11 +211,11 @@ def test_a_capture_has_workspaces_of_its_own(fails: bool) -> None:
 
     def work() -> None:
         log("step")
-        assert not (fails and ("begin", None) in _log)
+        assert not (fails and ("begin", None) in events)
 
     with pytest.raises(AssertionError) if fails else nullcontext():
         capture_graph(work, stream)
     expected = ["step", "step", "clear workspaces", "begin", "step", "end", "clear workspaces"]
-    assert [name for name, _ in _log] == [name for name in expected if not fails or name != "end"]
+    assert [name for name, _ in events] == [name for name in expected if not fails or name != "end"]
     assert gc.isenabled() and stream.waited == [current_stream()]
     assert current_stream().waited[-1] is stream  # also for what a failure left under way

@@ -34,9 +34,6 @@ def _embed_kernel(
     UNROLLED: tl.constexpr,
 ):
     program = tl.program_id(0)
-    if counter is not None:  # noqa: SIM102 - known when the kernel is compiled
-        if program == 0:
-            tl.store(counter, tl.load(counter) + 1)
     row = (program // BLOCKS) * ROWS + tl.arange(0, ROWS)[:, None]
     column = (program % BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     valid, inside = row < rows, column < D
@@ -58,6 +55,9 @@ def _embed_kernel(
     tl.store(out, tokens, mask=valid & inside)
     if HALVES == 2:
         tl.store(out + rows.to(tl.int64) * D, tokens, mask=valid & inside)
+    if counter is not None:  # noqa: SIM102 - known when the kernel is compiled
+        if program == 0:
+            tl.store(counter, tl.load(counter) + 1)
 
 
 def embed(

@@ -39,6 +39,10 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
+        with self:  # an operator that is written in terms of others counts as those
+            results = func.decompose(*args, **(kwargs or {}))
+        if results is not NotImplemented:
+            return results
         results = func(*args, **(kwargs or {}))
         given, made = (
             {t.untyped_storage()._cdata for t in tree_leaves(tree) if isinstance(t, Tensor)}

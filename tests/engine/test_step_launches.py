@@ -1,0 +1,93 @@
+"""How many launches a captured step of XL/2 takes, and that nothing is launched beside its graph.
+
+The step runs on tensors without values: everything is done but the arithmetic.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import patch
+
+import pytest
+import torch
+from played_cuda import counted_launches, played_cuda
+from triton_workers import require_triton
+
+from dit_engine.backends.capture import Turns
+from dit_engine.backends.lean.conditioning import ModulationTable
+from dit_engine.backends.lean.cuda_graphs import StepGraph
+from dit_engine.backends.lean.forward import LeanTransformer
+from dit_engine.config import ModelConfig
+from dit_engine.model import DiT
+from dit_kernels import quantized, triton
+
+GPU = torch.device("meta")
+XL = ModelConfig.named("DiT-XL/2")
+COMMON = {"_embed_kernel": 1, "_select_step_kernel": 1, "_guided_step_kernel": 1}
+BLOCK = {"_attention_kernel": 1, "addmm": 3, "_addmm_activation": 1,
+         "_gate_residual_layernorm_modulate_kernel": 2}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors without values pass for those of a GPU, whose kernels are counted and not run."""
+    require_triton()
+    monkeypatch.setattr(triton, "why_not", lambda device=None: None)
+    monkeypatch.setattr(quantized, "quantized_why_not", lambda kind, device: None)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: GPU.index)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    with played_cuda(), torch.inference_mode():
+        yield
+
+
+@functools.cache
+def _model() -> DiT:
+    with GPU:
+        return DiT(XL)
+
+
+def launches_of(rows: int, kind: str | None, steps: int = 3) -> tuple[Counter[str], ...]:
+    """By name, what one step of ``rows`` rows launches in its graph, and what the steps after the
+    first one launch beside it."""
+    from triton.runtime.jit import KernelInterface
+
+    n = rows // 2
+    with counted_launches() as launches:
+
+        def counted(kernel: Any, grid: object) -> Any:
+            return lambda *_, **__: launches.counted(kernel.__name__)
+
+        with patch.object(KernelInterface, "__getitem__", counted):
+            transformer = LeanTransformer(_model(), torch.bfloat16, GPU, kind)
+            graph = StepGraph(transformer, (n, True, 3), Turns(GPU), None)
+            width = graph.modulation.shape[1]
+            table = torch.empty(steps, rows, width, device=GPU, dtype=torch.bfloat16)
+            label = torch.arange(rows, device=GPU)
+            given = SimpleNamespace(index=label, steps_from=lambda step: (0, table))
+            coefficients, scales = torch.ones(steps, 9, device=GPU), torch.ones(n, device=GPU)
+            graph.start(cast(ModulationTable, given), coefficients, scales)
+            z, x0 = torch.ones(2, n, *XL.latent_shape, device=GPU)
+            z, x0 = graph(z, x0, None, 0)
+            launches.inside.clear()
+            launches.outside.clear()
+            for step in range(1, steps):
+                z, x0 = graph(z, x0, None, step)
+    assert all(count % (steps - 1) == 0 for count in launches.inside.values())
+    each = {name: count // (steps - 1) for name, count in launches.inside.items()}
+    return Counter(each), launches.outside
+
+
+@pytest.mark.parametrize("rows", [2, 64])
+def test_seven_launches_a_block_and_five_besides(rows: int) -> None:
+    inside, outside = launches_of(rows, None)
+    norms = {"_layernorm_modulate_kernel": 1, "addmm": 1}  # before the blocks, and the last layer
+    expected = Counter(COMMON) + Counter(norms)
+    for _ in range(XL.depth):
+        expected += Counter(BLOCK)
+    assert inside == expected and inside.total() == 7 * XL.depth + 5
+    assert not outside

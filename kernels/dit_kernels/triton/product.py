@@ -2,18 +2,14 @@
 
 A persistent kernel: each program takes every n-th tile of the result. Tiles go along the columns
 first, so the tiles that run together share few rows of x and all of the weight, which stays in the
-second-level cache. Letters: R rows, K inputs, M outputs, S splits of K, N images, T tokens.
+second-level cache. While one of two programs on a multiprocessor writes, the other multiplies; a
+program that is alone fuses its loop over tiles with the one over K, so that the next tile's
+operands arrive while this one is written.
 
-A tile's sides are powers of two in Triton, so a tile of 192 columns has two accumulators, of 128
-and 64 columns: 1152 = 6 · 192 and 3456 = 18 · 192 then waste nothing. Tiles of 4 warps leave room
-for two programs per multiprocessor, of which one multiplies while the other writes. With 8 warps a
-program is alone, and the loop over tiles is fused with the one over K, so that the next tile's
-operands are fetched while this one is written.
+Letters: R rows, K inputs, M outputs, S splits of K, N images, T tokens.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -23,6 +19,12 @@ from torch import Tensor
 from dit_kernels.checks import Unavailable
 from dit_kernels.triton.attention import device_facts
 from dit_kernels.triton.launch import launch, split
+from dit_kernels.triton.product_tiles import ProductTiles, candidates
+
+__all__ = (
+    "ProductTiles", "candidates", "product", "product_gate_residual", "product_partial_sums",
+    "why_not",
+)  # fmt: skip
 
 
 @triton.jit
@@ -102,11 +104,12 @@ def _write(
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
 def _product_kernel(
-    result,  # (S, R, M), reached through its descriptor
+    result,  # (S·R, M), reached through its descriptors
     x,  # descriptor of (R, K), blocks (ROWS, DEPTH)
     weight_head,  # descriptor of (M, K), blocks (HEAD, DEPTH)
     weight_tail,  # the same with blocks (TAIL, DEPTH), None when TAIL is 0
-    out,  # descriptor of (S, R, M)
+    out_head,  # descriptor of (S, R, M), blocks (1, ROWS, HEAD_PART)
+    out_tail,  # the same with blocks (1, ROWS, TAIL_PART), None when TAIL is 0
     bias,
     gate,
     rows,  # R
@@ -123,7 +126,8 @@ def _product_kernel(
     GELU: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     ONE_IMAGE: tl.constexpr,
-    PART: tl.constexpr,
+    HEAD_PART: tl.constexpr,
+    TAIL_PART: tl.constexpr,
 ):
     across = tl.cdiv(M, HEAD + TAIL)
     tiles = tl.cdiv(rows, ROWS) * across
@@ -147,78 +151,14 @@ def _product_kernel(
             if TAIL > 0:
                 tail = tl.dot(rows_of_x, weight_tail.load([column + HEAD, k]).T, tail)
         _write(
-            out, bias, gate, head, part, row, column, rows, tokens, gate_stride,
-            M, GELU, APPROXIMATE, ONE_IMAGE, PART,
+            out_head, bias, gate, head, part, row, column, rows, tokens, gate_stride,
+            M, GELU, APPROXIMATE, ONE_IMAGE, HEAD_PART,
         )  # fmt: skip
         if TAIL > 0:
             _write(
-                out, bias, gate, tail, part, row, column + HEAD, rows, tokens, gate_stride,
-                M, GELU, APPROXIMATE, ONE_IMAGE, PART,
+                out_tail, bias, gate, tail, part, row, column + HEAD, rows, tokens, gate_stride,
+                M, GELU, APPROXIMATE, ONE_IMAGE, TAIL_PART,
             )  # fmt: skip
-
-
-class ProductTiles(NamedTuple):
-    """How a product is cut, and what the compiler is told of it."""
-
-    rows: int
-    columns: int  # a power of two, or the sum of two
-    depth: int  # of K, per step of the loop
-    num_warps: int
-    num_stages: int
-    splits: int = 1  # of K
-
-
-# Sides of tiles → the share of the matrix rate that shared memory lets them reach. Per 16 of K it
-# delivers 128 bytes a cycle: each group of 64 rows reads its own operands and the columns' (the
-# latter once per accumulator), and both are written once. 2048 multiplications take a cycle.
-_REACHED = {(128, 256): 1.0, (128, 192): 0.8, (128, 128): 0.8, (64, 192): 0.67, (64, 128): 0.67}
-_SHARED_MEMORY = 232448  # bytes, of a block; a multiprocessor has 1 KB more for each block
-_FEW_ROWS = 1024  # up to here, partial sums are small beside the weight
-
-
-def _tiles(rows: int, columns: int, count: int, processors: int, splits: int = 1) -> ProductTiles:
-    """Tiles with as many stages as shared memory allows, for ``count`` · splits of them.
-
-    A multiprocessor holds two programs of 4 warps, of which one writes while the other multiplies,
-    or one program with more stages, if there are no more tiles than multiprocessors.
-    """
-    alone = count * splits <= processors or columns == 256
-    num_warps = 8 if alone and rows == 128 else 4
-    written = rows * 128 * (2 if alone else 1)  # with a residual, read and written
-    memory = _SHARED_MEMORY if alone else _SHARED_MEMORY // 2
-    stages = (memory - written - 512) // (2 * 64 * (rows + columns))
-    return ProductTiles(rows, columns, 64, num_warps, min(stages, 6), splits)
-
-
-def candidates(rows: int, inputs: int, outputs: int, processors: int) -> dict[str, ProductTiles]:
-    """Up to 6 tilings of a product (R, K) · (M, K)ᵀ that may be the quickest, by name.
-
-    Those whose rounds of tiles over the multiprocessors, each at the rate that shared memory
-    allows, take at most 1.4 times as long as the best. For few rows, of which the tiles do not fill
-    the multiprocessors, also splits of K that do; `product_partial_sums` takes only those.
-    """
-    counts = {(down, across): -(-rows // down) * -(-outputs // across) for down, across in _REACHED}
-    times = {
-        sides: -(-count // processors) * sides[0] * sides[1] / _REACHED[sides]
-        for sides, count in counts.items()
-    }
-    chosen = [sides for sides in counts if times[sides] <= 1.4 * min(times.values())]
-    found = {}
-    for down, across in sorted(chosen, key=times.__getitem__)[:3]:
-        found[f"{down}x{across}"] = _tiles(down, across, counts[down, across], processors)
-    if (128, 128) in chosen and counts[128, 128] > processors:
-        found["128x128 8 warps"] = _tiles(128, 128, 1, processors)
-    if rows <= _FEW_ROWS:
-        for sides in ((128, 128), (128, 192)):
-            # One tile per multiprocessor, or two where that would leave many of them idle.
-            splits = processors // counts[sides]
-            if splits < 2:
-                splits = 2 * processors // counts[sides]
-            splits = min(splits, 8, inputs // 256)
-            if splits >= 2 and counts[sides] <= 0.6 * processors:
-                name = f"{sides[0]}x{sides[1]} split {splits}"
-                found[name] = _tiles(*sides, counts[sides], processors, splits)
-    return found
 
 
 def why_not(x: Tensor, weight: Tensor) -> str | None:
@@ -303,15 +243,17 @@ def _launch(
 
     if (reason := why_not(x, weight)) is not None:
         raise Unavailable(f"product: {reason}")
-    tokens = x.shape[-2] if x.ndim > 1 else 1
-    x = x.flatten(0, -2)
     if out.numel() == 0:
         return
+    if out.device.type != "meta" and out.data_ptr() % 16:
+        raise Unavailable("product: the result does not start at a multiple of 16 bytes")
+    tokens = x.shape[-2] if gate is not None else 1
+    x = x.reshape(-1, x.shape[-1])
     splits, rows, outputs = out.shape
     head, tail = split(tiles.columns)
     # A part's bytes per row, which pass through shared memory; a residual comes in the same way.
     written = 256 if tiles.num_warps == 8 and gate is None else 128
-    part = min(written // out.element_size(), head, tail or head)
+    head_part, tail_part = (min(written // out.element_size(), side) for side in (head, tail))
 
     def described(tensor: Tensor, *block: int) -> TensorDescriptor:
         return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
@@ -322,12 +264,15 @@ def _launch(
     fused_loops = count > programs and tiles.num_warps == 8 and tail == 0 and splits == 1
     launch(
         _product_kernel, programs,
-        out, described(x, tiles.rows, tiles.depth), described(weight, head, tiles.depth),
+        out.view(-1, outputs),
+        described(x, tiles.rows, tiles.depth), described(weight, head, tiles.depth),
         described(weight, tail, tiles.depth) if tail else None,
-        described(out, 1, tiles.rows, part),
+        described(out, 1, tiles.rows, head_part),
+        described(out, 1, tiles.rows, tail_part) if tail else None,
         bias, gate, rows, tokens, gate.stride(0) if gate is not None else 0,
         K=x.shape[1], M=outputs, ROWS=tiles.rows, HEAD=head, TAIL=tail, DEPTH=tiles.depth,
         SPLITS=splits, FUSED_LOOPS=fused_loops, GELU=gelu, APPROXIMATE=x.device.type != "cpu",
-        ONE_IMAGE=tokens % tiles.rows == 0, PART=part,
+        ONE_IMAGE=gate is not None and tokens % tiles.rows == 0,
+        HEAD_PART=head_part, TAIL_PART=tail_part,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip

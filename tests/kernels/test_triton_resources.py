@@ -26,7 +26,8 @@ PROCESSORS = 132
 MATRIX_INSTRUCTION = {8: "HMMA", 9: "HGMMA", 10: "UTCHMMA", 12: "HMMA"}
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
-TYPES = {FULL: "fp32", BRAIN: "bf16", HALF: "fp16", INT8: "i8", FP8: "fp8e4nv"}
+TYPES = {FULL: "fp32", BRAIN: "bf16", HALF: "fp16", INT8: "i8", FP8: "fp8e4nv",
+         torch.int32: "i32", torch.int64: "i64"}  # fmt: skip
 CANDIDATES = {"attention": 3, "attention_tma": 5}  # tiles to choose from on Hopper
 EMPTY = functools.partial(torch.empty, device="meta")  # no numbers: a launcher costs its Python
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import re
+from collections import Counter
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
 import pytest
+import test_triton_resources as resources
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, random
 from numerics import assert_close_to_reference
 from torch import Tensor
-from triton_workers import interpreted
+from triton_workers import compilers, interpreted, require_triton
 
 EMBEDDINGS = {  # (images, channels, latent side, patch, width)
     (2, 4, 8, 2, 48): "a small model",
@@ -86,3 +93,78 @@ def test_select_step() -> None:
 @pytest.mark.gpu
 def test_select_step_on_a_gpu() -> None:
     check_select_step("cuda")
+
+
+class Size(NamedTuple):
+    """A model's sizes, and what else the kernels are compiled for."""
+
+    patch: int
+    width: int
+    halves: int = 2
+    dtype: torch.dtype = torch.bfloat16
+    capability: int = 90
+
+
+SIZES = [
+    *(Size(p, d) for p in (2, 4, 8) for d in (384, 1152)),
+    *(Size(2, d) for d in (768, 1024)),
+    Size(2, 1152, halves=1),
+    Size(2, 1152, dtype=torch.float32),
+    *(Size(2, 1152, capability=sm) for sm in (80, 89, 100, 120)),
+]
+
+
+def instructions(size: Size) -> list[Counter[str]]:
+    """How often each instruction stands in the code of embed, and in that of select_step."""
+    from dit_kernels.triton import embed, select_step
+
+    class Recorder:
+        """Stands in for a kernel, and keeps the arguments of its launch."""
+
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def run(*given: Any, **named: Any) -> None:
+                arguments = dict(zip(self.kernel.arg_names, given, strict=False)) | named
+                compiled = resources._compile(self.kernel, arguments, size.capability)
+                code = resources._disassemble(compiled)
+                assert compiled.metadata.shared == 0
+                counts.append(Counter(re.findall(r"\*/ +(?:@!?U?P\d+ +)?([A-Z0-9_.]+)", code)))
+
+            return run
+
+    counts: list[Counter[str]] = []
+    empty = functools.partial(torch.empty, device="meta")
+    n, p, d, tokens = 32, size.patch, size.width, (32 // size.patch) ** 2
+    with patch.object(embed, "_embed_kernel", Recorder(embed._embed_kernel)):
+        embed.embed(
+            empty(n, 4, 32, 32), empty(4 * p * p, d), empty(d), empty(tokens, d), p,
+            out=empty(size.halves * n, tokens, d, dtype=size.dtype),
+            counter=empty(1, dtype=torch.int64),
+        )  # fmt: skip
+    kernel = Recorder(select_step._select_step_kernel)
+    with patch.object(select_step, "_select_step_kernel", kernel):
+        modulation = empty(2 * n, (6 * 28 + 2) * d, dtype=size.dtype)
+        label, where = empty(2 * n, dtype=torch.int64), empty(5, dtype=torch.int64)
+        select_step.select_step(modulation, label, empty(9), where)
+    return counts
+
+
+@pytest.mark.slow
+def test_machine_code_at_the_published_sizes() -> None:
+    """Threads exchange and spill nothing; rows are read and written 16 bytes at a time."""
+    require_triton()
+    scalars = ("LDG.E.64", "STG.E.64", "LDG.E", "STG.E")
+    for size, (embed, select) in zip(SIZES, compilers().map(instructions, SIZES), strict=True):
+        for code in (embed, select):
+            assert not [name for name in code if re.match(r"LDL|STL|BAR|LDS|STS", name)], size
+            memory = {name for name in code if re.match(r"LDG|STG|ATOM|RED", name)}
+            assert memory <= {"LDG.E.128", "STG.E.128", *scalars}, size
+        # A thread has 16 bytes of columns. Only latents are read singly, each for all of these.
+        columns = 16 // size.dtype.itemsize
+        assert embed["LDG.E"] * columns == embed["FFMA"] > 0, size
+        rows = embed["STG.E.128"] // size.halves
+        assert rows in (2, 4) and [embed[name] for name in scalars[:2]] == [1, 1], size  # counter
+        assert [select[name] for name in scalars] == [6, 0, 1, 1], size  # coefficients
+        assert select["LDG.E.128"] == select["STG.E.128"] == 2, size

@@ -125,9 +125,18 @@ class Work:
         backend = self.networks.backend(name, precision)
         table = step_coefficients("ddpm", one, config.learn_sigma)
         fused = backend.fuse(*conditions, table, scales, channels)
-        if fused is not None:
-            always, draws, clip = np.ones(1, dtype=bool), uses_noise(table), clipping("ddpm", one)
+        if fused is not None and (clip := clipping("ddpm", one)) is not None:
+            always, draws = np.ones(1, dtype=bool), uses_noise(table)
             return lambda: sample_fused(fused, self.x, draws, always, _no_noise, _ignore, clip)
+        if fused is not None:
+            # As the loop takes it: the x0 that it gives is the next step's x0 before.
+            before = [torch.zeros_like(self.x)]
+
+            def step() -> Tensor:
+                z, before[0] = fused.guided_step(self.x, before[0], None, 0, True)
+                return z
+
+            return step
         denoise = guided(backend.prepare(*conditions), scales.to(device), channels)
         return lambda: ddpm(denoise, self.x, one, _no_noise)
 

@@ -104,12 +104,12 @@ class LeanDenoiser:
             device = self.backend.device
             self._tokens[rows] = torch.empty(*shape, dtype=transformer.dtype, device=device)
         tokens = self._tokens[rows]  # (M, T, D)
-        alone = self.backend.one_by_one
-        for half in tokens.split(max(len(x), 1)):
-            for z, into in zip(x.split(1), half.split(1), strict=True) if alone else [(x, half)]:
-                transformer.embed(z, into)
-        if not alone:
+        if not self.backend.one_by_one:
+            transformer.embed(x, tokens)
             return transformer.forward(tokens, modulation)
+        for half in tokens.split(max(len(x), 1)):
+            for z, into in zip(x.split(1), half.split(1), strict=True):
+                transformer.embed(z, into)
         each = zip(tokens.split(1), modulation.split(1), strict=True)
         return torch.cat([transformer.forward(*row) for row in each])
 
@@ -141,8 +141,7 @@ class RecordedForwards:
         transformer = self.transformer
         tokens, narrow, attended = self._narrow[:, :rows]
         modulation = table.step(step, rows, out=self._modulation[:rows])
-        for half in tokens.split(max(len(x), 1)):
-            transformer.embed(x, half)
+        transformer.embed(x, tokens)
         recording = self._recordings.get(rows)
         if recording is not None:
             recording.replay()

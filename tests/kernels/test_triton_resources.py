@@ -115,7 +115,9 @@ def arguments_of(case: Case) -> list[Any]:
         "gate_residual": [x, x, gate],
         "gate_residual_layernorm_modulate": [x, x, gate, shift, scale, 1e-6],
         "layernorm_modulate_quantize": [x, shift, scale, 1e-6, case.codes],
+        "gate_residual_layernorm_modulate_quantize": [x, x, gate, shift, scale, 1e-6, case.codes],
         "quantize_rows": [x, case.codes],
+        "gelu_quantize_rows": [x, case.codes],
         "gelu": [x],
     }[case.operator]
 
@@ -173,8 +175,10 @@ def _compile(kernel: Any, arguments: dict[str, Any], capability: int) -> Any:
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for position, name in enumerate(kernel.arg_names):
-        value, is_int = arguments[name], type(arguments[name]) is int
-        if kernel.params[position].is_constexpr or value is None or (is_int and value == 1):
+        value, parameter = arguments[name], kernel.params[position]
+        is_int = type(value) is int
+        special = is_int and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and value == 1):
             signature[name] = "constexpr"
             constants[(position,)] = value
         elif isinstance(value, Tensor):
@@ -184,7 +188,8 @@ def _compile(kernel: Any, arguments: dict[str, Any], capability: int) -> Any:
         else:  # a tensor descriptor
             block = ",".join(map(str, value.block_shape))
             signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
-        if signature[name].startswith("*") or (signature[name] == "i32" and value % 16 == 0):
+        aligned = special and signature[name] == "i32" and value % 16 == 0
+        if signature[name].startswith("*") or aligned:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     options = {name: value for name, value in arguments.items() if name not in kernel.arg_names}

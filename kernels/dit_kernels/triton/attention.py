@@ -7,7 +7,6 @@ rather than padded to 128.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_kernels.triton.launch import launch, power_of_two, split
+from dit_kernels.triton.launch import device_facts, launch, power_of_two, split
 
 
 @triton.jit
@@ -186,15 +185,6 @@ def attention_tiles(
     # would take 131 on Hopper, but needs no spills with 128; on other GPUs it would spill.
     bound = 128 if major == 9 and d <= 80 and queries == 128 else None
     return AttentionTiles(queries, keys, stages, num_warps=queries // 16, maxnreg=bound)
-
-
-@functools.cache
-def device_facts(device: torch.device) -> tuple[int, int]:
-    """The GPU's major version and number of multiprocessors; a Hopper GPU's in the interpreter."""
-    if device.type != "cuda":
-        return 9, 132
-    properties = torch.cuda.get_device_properties(device)
-    return properties.major, properties.multi_processor_count
 
 
 def usual_tiles(qkv: Tensor, num_heads: int) -> AttentionTiles:

@@ -8,33 +8,60 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_kernels.triton.launch import launch_rows
-from dit_kernels.triton.rows import load_columns, load_rows, modulate, normalize, store_rows
+from dit_kernels.triton.rows import load_row, normalize, store_row
 
 
 @triton.jit
+def gated_sum(
+    x,  # (D,), of this row
+    y,  # (D,), of this row in the first part
+    gate,  # (D,)
+    bias,  # (D,) or None
+    part_stride,  # from one part of y to the next
+    residual,  # (D,)
+    SPLITS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """x + gate · (the parts of y and the bias), rounded as it is written to ``residual``."""
+    branch = load_row(y, D, BLOCK)
+    for part in tl.static_range(1, SPLITS):
+        branch += load_row(y + part * part_stride, D, BLOCK)
+    if bias is not None:
+        branch += load_row(bias, D, BLOCK)
+    values = load_row(x, D, BLOCK) + load_row(gate, D, BLOCK) * branch
+    values = values.to(residual.dtype.element_ty)
+    store_row(residual, values, D, BLOCK)
+    # The norm reads the rounded sum, as a later step that starts from it will.
+    return values.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows", "blocks", "images"])
 def _gate_residual_layernorm_modulate_kernel(
     x,  # (N, T, D) contiguous
-    y,  # (N, T, D) contiguous
+    y,  # (N, T, D) contiguous, or with a bias (SPLITS, N, T, D)
     gate,  # (N, D), rows gate_stride apart
     shift,  # (N, D), rows shift_stride apart
     scale,  # (N, D), rows scale_stride apart
     residual,  # (N, T, D) contiguous
     out,  # (N, T, D) contiguous
+    bias,  # (D,) or None
     tokens,  # T
+    rows,  # of one program
     blocks,  # programs per image
+    images,  # N
     gate_stride,
     shift_stride,
     scale_stride,
     eps,
+    SPLITS: tl.constexpr,
     D: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
     image = (program // blocks).to(tl.int64)
-    rows = (program % blocks) * ROWS + tl.arange(0, ROWS)
-    valid = rows < tokens
+    first = (program % blocks) * rows
+    part_stride = images.to(tl.int64) * tokens * D
     x += image * tokens * D
     y += image * tokens * D
     residual += image * tokens * D
@@ -42,23 +69,14 @@ def _gate_residual_layernorm_modulate_kernel(
     gate += image * gate_stride
     shift += image * shift_stride
     scale += image * scale_stride
-    # The norm reads the rounded sum, as a later step that starts from it will.
-    rounded = residual.dtype.element_ty
-    head = load_columns(gate, 0, HEAD, D) * load_rows(y, rows, valid, 0, HEAD, D)
-    head = (load_rows(x, rows, valid, 0, HEAD, D) + head).to(rounded)
-    store_rows(residual, head, rows, valid, 0, HEAD, D)
-    head = head.to(tl.float32)
-    tail = head
-    if TAIL > 0:
-        tail = load_columns(gate, HEAD, TAIL, D) * load_rows(y, rows, valid, HEAD, TAIL, D)
-        tail = (load_rows(x, rows, valid, HEAD, TAIL, D) + tail).to(rounded)
-        store_rows(residual, tail, rows, valid, HEAD, TAIL, D)
-        tail = tail.to(tl.float32)
-    head, tail = normalize(head, tail, eps, HEAD, TAIL, D)
-    store_rows(out, modulate(head, shift, scale, 0, HEAD, D), rows, valid, 0, HEAD, D)
-    if TAIL > 0:
-        tail = modulate(tail, shift, scale, HEAD, TAIL, D)
-        store_rows(out, tail, rows, valid, HEAD, TAIL, D)
+    for row in range(first, tl.minimum(first + rows, tokens)):
+        start = row * D
+        shifts = load_row(shift, D, BLOCK)
+        factors = 1 + load_row(scale, D, BLOCK)
+        values = gated_sum(
+            x + start, y + start, gate, bias, part_stride, residual + start, SPLITS, D, BLOCK
+        )
+        store_row(out + start, normalize(values, eps, D, BLOCK) * factors + shifts, D, BLOCK)
 
 
 def gate_residual_layernorm_modulate(
@@ -70,13 +88,21 @@ def gate_residual_layernorm_modulate(
     eps: float,
     *,
     out: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x, y (N, T, D) contiguous, gate, shift, scale (N, D) → (r, its modulated norm).
 
     ``out`` holds both results, each (N, T, D); r may be x or y, the norm may be y.
+
+    With ``bias`` (D,), y is (S, N, T, D) float32: S parts, which are added up in order, then the
+    bias, in float32 and not rounded before the gate. Such a y is a product's sums over parts of
+    its inputs. Results may then be x, but not y.
     """
     residual, normed = (torch.empty_like(x), torch.empty_like(x)) if out is None else out
-    tensors = (x, y, gate, shift, scale, residual, normed)
+    tensors = (x, y, gate, shift, scale, residual, normed, bias)
     strides = gate.stride(0), shift.stride(0), scale.stride(0)
-    launch_rows(_gate_residual_layernorm_modulate_kernel, tensors, (*strides, eps))
+    launch_rows(
+        _gate_residual_layernorm_modulate_kernel, tensors, (len(x), *strides, eps),
+        SPLITS=1 if bias is None else len(y),
+    )  # fmt: skip
     return residual, normed

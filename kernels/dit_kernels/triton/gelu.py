@@ -13,6 +13,14 @@ _BLOCK = 1024
 
 
 @triton.jit
+def tanh_gelu(x):
+    """½x(1 + tanh u) with √(2/π)(x + 0.044715x³) for u, of float32."""
+    # That is x sigmoid(2u), with −2u as a power of two.
+    power = x * (-2.302208198 - 0.1029432397 * (x * x))
+    return x / (1 + tl.exp2(power))
+
+
+@triton.jit
 def _gelu_kernel(
     x,  # contiguous
     out,  # contiguous
@@ -23,9 +31,7 @@ def _gelu_kernel(
     offsets = tl.arange(0, BLOCK)
     mask = first + offsets < total
     value = tl.load(x + first + offsets, mask=mask, other=0.0).to(tl.float32)
-    # ½(1 + tanh u) is sigmoid(2u), with √(2/π)(x + 0.044715x³) for u.
-    inner = 1.5957691216057308 * value * (1 + 0.044715 * value * value)
-    tl.store(out + first + offsets, (value * tl.sigmoid(inner)).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + first + offsets, tanh_gelu(value).to(out.dtype.element_ty), mask=mask)
 
 
 def gelu(x: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -8,42 +8,36 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_kernels.triton.launch import launch_rows
-from dit_kernels.triton.rows import load_rows, modulate, normalize, store_rows
+from dit_kernels.triton.rows import load_row, normalize, store_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "blocks"])
 def _layernorm_modulate_kernel(
     x,  # (N, T, D) contiguous
     shift,  # (N, D), rows shift_stride apart
     scale,  # (N, D), rows scale_stride apart
     out,  # (N, T, D) contiguous
     tokens,  # T
+    rows,  # of one program
     blocks,  # programs per image
     shift_stride,
     scale_stride,
     eps,
     D: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
     image = (program // blocks).to(tl.int64)
-    rows = (program % blocks) * ROWS + tl.arange(0, ROWS)
-    valid = rows < tokens
+    first = (program % blocks) * rows
     x += image * tokens * D
     out += image * tokens * D
     shift += image * shift_stride
     scale += image * scale_stride
-    head = load_rows(x, rows, valid, 0, HEAD, D)
-    tail = head
-    if TAIL > 0:
-        tail = load_rows(x, rows, valid, HEAD, TAIL, D)
-    head, tail = normalize(head, tail, eps, HEAD, TAIL, D)
-    store_rows(out, modulate(head, shift, scale, 0, HEAD, D), rows, valid, 0, HEAD, D)
-    if TAIL > 0:
-        tail = modulate(tail, shift, scale, HEAD, TAIL, D)
-        store_rows(out, tail, rows, valid, HEAD, TAIL, D)
+    for row in range(first, tl.minimum(first + rows, tokens)):
+        shifts = load_row(shift, D, BLOCK)
+        factors = 1 + load_row(scale, D, BLOCK)
+        normed = normalize(load_row(x + row * D, D, BLOCK), eps, D, BLOCK)
+        store_row(out + row * D, normed * factors + shifts, D, BLOCK)
 
 
 def layernorm_modulate(

@@ -9,19 +9,10 @@ from torch import Tensor
 
 from dit_kernels.triton.launch import launch_rows
 from dit_kernels.triton.quantize_rows import check_codes_on, code_limit, new_codes
-from dit_kernels.triton.rows import (
-    encode,
-    larger,
-    largest,
-    load_rows,
-    modulate,
-    normalize,
-    row_scale,
-    store_rows,
-)
+from dit_kernels.triton.rows import load_row, normalize, quantize, store_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "blocks"])
 def _layernorm_modulate_quantize_kernel(
     x,  # (N, T, D) contiguous
     shift,  # (N, D), rows shift_stride apart
@@ -29,6 +20,7 @@ def _layernorm_modulate_quantize_kernel(
     codes,  # (N, T, D) contiguous
     scales,  # (N, T) contiguous
     tokens,  # T
+    rows,  # of one program
     blocks,  # programs per image
     shift_stride,
     scale_stride,
@@ -36,34 +28,23 @@ def _layernorm_modulate_quantize_kernel(
     LIMIT: tl.constexpr,
     INTEGER: tl.constexpr,
     D: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
     image = (program // blocks).to(tl.int64)
-    rows = (program % blocks) * ROWS + tl.arange(0, ROWS)
-    valid = rows < tokens
+    first = (program % blocks) * rows
     x += image * tokens * D
     codes += image * tokens * D
     scales += image * tokens
     shift += image * shift_stride
     scale += image * scale_stride
-    head = load_rows(x, rows, valid, 0, HEAD, D)
-    tail = head
-    if TAIL > 0:
-        tail = load_rows(x, rows, valid, HEAD, TAIL, D)
-    head, tail = normalize(head, tail, eps, HEAD, TAIL, D)
-    head = modulate(head, shift, scale, 0, HEAD, D)
-    peak = largest(head)
-    if TAIL > 0:
-        tail = modulate(tail, shift, scale, HEAD, TAIL, D)
-        peak = larger(peak, largest(tail))
-    row_scales = row_scale(peak, LIMIT)
-    tl.store(scales + rows, row_scales, mask=valid)
-    store_rows(codes, encode(head, row_scales, INTEGER), rows, valid, 0, HEAD, D)
-    if TAIL > 0:
-        store_rows(codes, encode(tail, row_scales, INTEGER), rows, valid, HEAD, TAIL, D)
+    for row in range(first, tl.minimum(first + rows, tokens)):
+        shifts = load_row(shift, D, BLOCK)
+        factors = 1 + load_row(scale, D, BLOCK)
+        normed = normalize(load_row(x + row * D, D, BLOCK), eps, D, BLOCK)
+        row_codes, row_scale = quantize(normed * factors + shifts, LIMIT, INTEGER, EXACT=False)
+        tl.store(scales + row, row_scale)
+        store_row(codes + row * D, row_codes, D, BLOCK)
 
 
 def layernorm_modulate_quantize(

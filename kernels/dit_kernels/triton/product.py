@@ -17,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_kernels.checks import Unavailable
-from dit_kernels.triton.attention import device_facts
-from dit_kernels.triton.launch import launch, split
+from dit_kernels.triton.launch import device_facts, launch, split
 from dit_kernels.triton.product_tiles import ProductTiles, candidates
 
 __all__ = (

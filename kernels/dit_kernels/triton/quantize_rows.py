@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_kernels.triton.launch import launch, row_tiles
-from dit_kernels.triton.rows import encode, larger, largest, load_rows, row_scale, store_rows
+from dit_kernels.triton.launch import launch, row_tile
+from dit_kernels.triton.rows import load_row, quantize, store_row
 
 
 @triton.jit
@@ -16,30 +16,15 @@ def _quantize_rows_kernel(
     x,  # (R, D) contiguous
     codes,  # (R, D) contiguous
     scales,  # (R,)
-    total,  # R
     LIMIT: tl.constexpr,
     INTEGER: tl.constexpr,
     D: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    rows = tl.arange(0, ROWS)
-    valid = first + rows < total
-    x += first * D
-    codes += first * D
-    head = load_rows(x, rows, valid, 0, HEAD, D)
-    tail = head
-    peak = largest(head)
-    if TAIL > 0:
-        tail = load_rows(x, rows, valid, HEAD, TAIL, D)
-        peak = larger(peak, largest(tail))
-    scale = row_scale(peak, LIMIT)
-    tl.store(scales + first + rows, scale, mask=valid)
-    store_rows(codes, encode(head, scale, INTEGER), rows, valid, 0, HEAD, D)
-    if TAIL > 0:
-        store_rows(codes, encode(tail, scale, INTEGER), rows, valid, HEAD, TAIL, D)
+    row = tl.program_id(0).to(tl.int64)
+    row_codes, row_scale = quantize(load_row(x + row * D, D, BLOCK), LIMIT, INTEGER, EXACT=True)
+    tl.store(scales + row, row_scale)
+    store_row(codes + row * D, row_codes, D, BLOCK)
 
 
 def check_codes_on(device: torch.device, dtype: torch.dtype) -> None:
@@ -76,11 +61,8 @@ def quantize_rows(
     codes, scales = out or new_codes(x, dtype)
     if x.numel() == 0:
         return codes, scales
-    head, tail, rows, num_warps = row_tiles(x.shape[-1])
-    total = scales.numel()
     launch(
-        _quantize_rows_kernel, -(-total // rows),
-        x, codes, scales, total, LIMIT=code_limit(dtype), INTEGER=dtype == torch.int8,
-        D=x.shape[-1], HEAD=head, TAIL=tail, ROWS=rows, num_warps=num_warps,
+        _quantize_rows_kernel, scales.numel(), x, codes, scales,
+        LIMIT=code_limit(dtype), INTEGER=dtype == torch.int8, **row_tile(x.shape[-1], columns=80),
     )  # fmt: skip
     return codes, scales

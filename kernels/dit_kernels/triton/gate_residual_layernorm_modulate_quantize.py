@@ -1,0 +1,87 @@
+"""The end of one branch and the start of the next, whose result is codes for an fp8 linear."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_kernels.triton.gate_residual_layernorm_modulate import gated_sum
+from dit_kernels.triton.launch import launch_rows
+from dit_kernels.triton.quantize_rows import check_codes_on, code_limit, new_codes
+from dit_kernels.triton.rows import load_row, normalize, quantize, store_row
+
+
+@triton.jit(do_not_specialize=["rows", "blocks"])
+def _gate_residual_layernorm_modulate_quantize_kernel(
+    x,  # (N, T, D) contiguous
+    y,  # (N, T, D) contiguous
+    gate,  # (N, D), rows gate_stride apart
+    shift,  # (N, D), rows shift_stride apart
+    scale,  # (N, D), rows scale_stride apart
+    residual,  # (N, T, D) contiguous
+    codes,  # (N, T, D) contiguous
+    scales,  # (N, T) contiguous
+    tokens,  # T
+    rows,  # of one program
+    blocks,  # programs per image
+    gate_stride,
+    shift_stride,
+    scale_stride,
+    eps,
+    LIMIT: tl.constexpr,
+    INTEGER: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    image = (program // blocks).to(tl.int64)
+    first = (program % blocks) * rows
+    x += image * tokens * D
+    y += image * tokens * D
+    residual += image * tokens * D
+    codes += image * tokens * D
+    scales += image * tokens
+    gate += image * gate_stride
+    shift += image * shift_stride
+    scale += image * scale_stride
+    for row in range(first, tl.minimum(first + rows, tokens)):
+        start = row * D
+        shifts = load_row(shift, D, BLOCK)
+        factors = 1 + load_row(scale, D, BLOCK)
+        values = gated_sum(x + start, y + start, gate, None, 0, residual + start, 1, D, BLOCK)
+        normed = normalize(values, eps, D, BLOCK) * factors + shifts
+        row_codes, row_scale = quantize(normed, LIMIT, INTEGER, EXACT=False)
+        tl.store(scales + row, row_scale)
+        store_row(codes + start, row_codes, D, BLOCK)
+
+
+def gate_residual_layernorm_modulate_quantize(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, y (N, T, D) contiguous, gate, shift, scale (N, D) → r = x + gate · y, and of its modulated
+    norm codes (N, T, D) and float32 scales (N, T).
+
+    ``out`` holds the three results; r may be x or y.
+
+    Raises:
+        ValueError: float8 on a GPU older than compute capability 8.9.
+    """
+    check_codes_on(x.device, dtype)
+    results = out or (torch.empty_like(x), *new_codes(x, dtype))
+    launch_rows(
+        _gate_residual_layernorm_modulate_quantize_kernel,
+        (x, y, gate, shift, scale, *results),
+        (gate.stride(0), shift.stride(0), scale.stride(0), eps),
+        LIMIT=code_limit(dtype), INTEGER=dtype == torch.int8,
+    )  # fmt: skip
+    return results

@@ -24,7 +24,8 @@ OLDEST_WITH_TMA = (9, 0)
 NATIVE: dict[str, Run] = {run.__name__: run for run in (
     native.attention, native.embed, native.gate_residual, native.gate_residual_layernorm_modulate,
     native.gelu, native.groupnorm_silu, native.guided_step, native.layernorm_modulate,
-    native.layernorm_modulate_quantize, native.quantize_rows,
+    native.gate_residual_layernorm_modulate_quantize, native.layernorm_modulate_quantize,
+    native.quantize_rows,
 )}  # fmt: skip
 
 
@@ -53,6 +54,8 @@ def why_not(implementation: str, operator: str, device: torch.device) -> str | N
     if implementation == "native":
         if device.type != "cpu":
             return f"native kernels are for the CPU, not for {device}"
+        if operator not in NATIVE:
+            return f"{operator} has no native implementation"
         return native.why_not()
     if implementation in FOR_ATTENTION and operator != "attention":
         return f"{operator} has no {implementation} implementation"

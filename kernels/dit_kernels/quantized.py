@@ -127,13 +127,17 @@ class Quantizer:
     def __init__(self, kind: str, device: torch.device) -> None:
         self._dtype = FP8 if kind == "fp8" else torch.uint8
         self._rows = launcher("quantize_rows", device)
+        self._gelu_rows = launcher("gelu_quantize_rows", device)
         self._norm = launcher("layernorm_modulate_quantize", device)
-        self._residual = launcher("gate_residual", device)
-        self._fused = kind == "int8" and native.available()
+        self._gated_norm = launcher("gate_residual_layernorm_modulate_quantize", device)
 
     def rows(self, x: Tensor, *, out: Codes | None = None) -> Codes:
         """x (…, K) → codes (…, K) and float32 scales (…)."""
         return self._rows(x, self._dtype, out=out)
+
+    def gelu_rows(self, x: Tensor, *, out: Codes | None = None) -> Codes:
+        """`rows` of the unrounded tanh-GELU of x."""
+        return self._gelu_rows(x, self._dtype, out=out)
 
     def norm(
         self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Codes | None = None
@@ -146,16 +150,10 @@ class Quantizer:
         *, out: Codes | None = None,
     ) -> Codes:  # fmt: skip
         """The codes of the modulated norm of x + gate · y; this sum is written over x."""
-        if not self._fused:
-            # In Triton, the residual moves x's bytes 3 times and the norm with codes 1½ times. The
-            # fused norm (4 times), quantised afterwards (1½ times), would move more.
-            return self.norm(self._residual(x, y, gate, out=x), shift, scale, eps, out=out)
         if out is None:
             scales = y.new_empty(y.shape[:-1], dtype=torch.float32)
             out = y.new_empty(y.shape, dtype=self._dtype), scales
-        native.gate_residual_layernorm_modulate_quantize(
-            x, y, gate, shift, scale, eps, self._dtype, out=(x, *out)
-        )
+        self._gated_norm(x, y, gate, shift, scale, eps, self._dtype, out=(x, *out))
         return out
 
 

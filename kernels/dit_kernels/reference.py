@@ -123,5 +123,16 @@ def layernorm_modulate_quantize(
     return quantize_rows(layernorm_modulate(x, shift, scale, eps), dtype)
 
 
+def gate_residual_layernorm_modulate_quantize(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    residual = gate_residual(x, y, gate)
+    return residual, *layernorm_modulate_quantize(residual, shift, scale, eps, dtype)
+
+
+def gelu_quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return quantize_rows(gelu(*_wide(x)), dtype)
+
+
 def gelu(x: Tensor) -> Tensor:
     return F.gelu(*_wide(x), approximate="tanh").to(x.dtype)

@@ -14,12 +14,14 @@ from products import has_int8, require_int8
 from tiny import tiny_dit, tiny_engine
 from torch import Tensor
 
+import dit_engine.backends.lean.backend as backend_module
 import dit_engine.backends.lean.conditioning as conditioning_module
 from dit_engine.backends import create_backend
 from dit_engine.backends.lean.conditioning import GRAIN, ModulationTable
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
 from dit_engine.sampling.samplers import SAMPLERS
+from dit_kernels import quantized
 from dit_kernels.cpu import operators as native
 from dit_kernels.cpu import product as native_product
 
@@ -90,6 +92,18 @@ def test_int8_error_is_that_of_seven_bits() -> None:
     # A step of 1/127 of a row's maximum, over four blocks of random weights; a wrong scale, zero
     # point or channel would give an error near 1.
     assert 1e-3 < error < 0.05
+
+
+@pytest.mark.filterwarnings("ignore:.*native kernels")
+def test_fp8_error_is_that_of_three_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU computes it from the references; the GPU's way of calling them is the same."""
+    monkeypatch.setattr(native, "why_not", lambda: "not here")
+    for module in (quantized, backend_module):
+        monkeypatch.setattr(module, "quantized_why_not", lambda *_: None)
+    model = tiny_dit()
+    error = relative_error(run("lean", model, "fp8"), exact(model))
+    # Without its GELU, or with two, it would be 0.035 or 0.015.
+    assert 0.004 < error < 0.011
 
 
 def test_the_model_is_left_as_it_is() -> None:

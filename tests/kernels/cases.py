@@ -32,13 +32,13 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 
 
 ROWS = {
-    (2, 3, 384): "S's width: tiles of 256 + 128 in Triton",
-    (2, 3, 1024): "L's width: a single tile",
-    (2, 3, 1152): "XL's width: 1024 + 128",
-    (2, 5, 2048): "the widest tile, with more warps than the others",
-    (2, 5, 250): "a tile that ends behind the row",
-    (2, 5, 24): "a second tile, and less than a vector of AVX-512 behind the first one",
-    (3, 7, 36): "a number of tokens that no program's rows divide; half a vector of AVX2 left",
+    (2, 3, 384): "S's width: a tile of 512 in Triton",
+    (2, 3, 1024): "L's width: a full tile",
+    (2, 3, 1152): "XL's width: a tile of 2,048",
+    (2, 5, 2048): "a full tile, with more warps than the others",
+    (2, 5, 250): "no whole number of vectors of 16 bytes in Triton",
+    (2, 5, 24): "less than a vector of AVX-512 behind the first one",
+    (3, 7, 36): "half a vector of AVX2 left",
     (2, 5, 17): "one element behind whole vectors",
     (1, 1, 3): "less than a vector",
     (2, 1, 1): "a single element, whose variance is 0",
@@ -165,6 +165,11 @@ def _gelu(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("a single element", (random(1, dtype=dtype),))
 
 
+def _gelu_quantize_rows(dtype: torch.dtype) -> Iterator[Case]:
+    for case in _quantize_rows(dtype):
+        yield Case(case.reason, (case.arguments[0] * 1.5, torch.int8), case.large)
+
+
 def _quantize_rows(dtype: torch.dtype) -> Iterator[Case]:
     for shape, reason in ROWS.items():
         x = random(*shape, dtype=dtype) * 2
@@ -181,13 +186,18 @@ CASES: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
     "layernorm_modulate_quantize": lambda t: _rows(
         t, lambda x, y, g, b, s: (x, b, s, EPS, torch.int8)
     ),
+    "gate_residual_layernorm_modulate_quantize": lambda t: _rows(
+        t, lambda *v: (*v, EPS, torch.int8)
+    ),
     "quantize_rows": _quantize_rows,
+    "gelu_quantize_rows": _gelu_quantize_rows,
     "attention": _attention,
     "groupnorm_silu": _groupnorm,
     "guided_step": _guided_step,
     "gelu": _gelu,
 }
 TO_FLOATS = [operator for operator in CASES if "quantize" not in operator]
+TRITON_ONLY = ("gelu_quantize_rows",)
 # Operator → which arguments the results may be written over.
 OVERWRITTEN: dict[str, tuple[int, ...]] = {
     "layernorm_modulate": (0,),
@@ -235,10 +245,14 @@ def check(
             continue
         arguments = case.arguments if device == "cpu" else moved(case.arguments, device)
         actual = as_tuple(run(*arguments))
+        floats = operator
         if operator not in TO_FLOATS:
             check_codes(operator, arguments, actual)
-            continue
-        for a, exact, same in zip(actual, *definitions(operator, arguments), strict=True):
+            if len(actual) == 2:
+                continue
+            # The codes are those of the norm of the first result.
+            actual, arguments, floats = actual[:1], arguments[:3], "gate_residual"
+        for a, exact, same in zip(actual, *definitions(floats, arguments), strict=True):
             assert a.dtype == same.dtype and a.shape == same.shape, case.reason
             if a.numel() < 2000:
                 few.append((a.flatten().cpu(), exact.flatten().cpu(), same.flatten().cpu()))
@@ -251,14 +265,16 @@ def check(
 
 def check_codes(operator: str, arguments: Sequence[Any], actual: Sequence[Tensor]) -> None:
     """Half a step from the exact values, up to the float32 in which they were computed."""
-    x = arguments[0].double()
-    if operator == "layernorm_modulate_quantize":
-        x = reference.layernorm_modulate(x, *(v.double() for v in arguments[1:3]), arguments[3])
-    codes, scales = (v.double() for v in actual)
-    if actual[0].dtype == torch.uint8:
+    codes, scales = (v.double() for v in actual[-2:])
+    x = (arguments[0] if len(actual) == 2 else actual[0]).double()
+    if "layernorm_modulate" in operator:
+        x = reference.layernorm_modulate(x, *(v.double() for v in arguments[-4:-2]), arguments[-2])
+    elif operator == "gelu_quantize_rows":
+        x = reference.gelu(x)
+    if actual[-2].dtype == torch.uint8:
         codes -= 128
     assert codes.shape == x.shape and scales.shape == x.shape[:-1]
-    assert actual[1].dtype == torch.float32 and codes.abs().max() <= 127
+    assert actual[-1].dtype == torch.float32 and codes.abs().max() <= 127
     steps = x.abs().amax(-1).clamp(min=1e-12) / 127
     torch.testing.assert_close(scales, steps, rtol=1e-5, atol=1e-15)
     assert (codes - x / scales.unsqueeze(-1)).abs().max() <= 0.501

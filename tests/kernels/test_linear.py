@@ -173,16 +173,21 @@ def test_a_quantizer_gives_the_codes_of_the_unrounded_norm(
     fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not fused:
-        monkeypatch.setattr(quantized.native, "available", lambda: False)
+        monkeypatch.setattr(quantized.native, "why_not", lambda: "not built")
     quantize = Quantizer("int8", torch.device("cpu"))
     norm: tuple[Any, ...] = (SHIFT, SCALE, 1e-6)
     residual = X + GATE[:, None] * Y
     x = X.clone()
     for (codes, scales), operator, arguments in (
         (quantize.rows(X), "quantize_rows", (X,)),
-        (quantize.norm(X, *norm), "layernorm_modulate_quantize", (X, *norm)),
-        (quantize.gated_norm(x, Y, GATE, *norm), "layernorm_modulate_quantize", (residual, *norm)),
+        (quantize.norm(X, *norm), "layernorm_modulate_quantize", (X, *norm, torch.uint8)),
+        (
+            quantize.gated_norm(x, Y, GATE, *norm),
+            "layernorm_modulate_quantize",
+            (residual, *norm, torch.uint8),
+        ),
     ):
         assert codes.dtype == torch.uint8 and scales.shape == (N, T)
         cases.check_codes(operator, arguments, (codes, scales))
+    cases.check_codes("gelu_quantize_rows", (X,), quantize.gelu_rows(X))
     assert relative_error(x, residual) < 1e-6  # in place

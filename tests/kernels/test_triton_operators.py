@@ -52,23 +52,69 @@ def test_every_case_and_an_empty_batch(variant: str, dtype: torch.dtype) -> None
 @interpreted
 def test_codes_of_float8(dtype: torch.dtype) -> None:
     for width in (384, 1152):
-        x, _, _, shift, scale = cases.row_inputs(2, 3, width, dtype)
+        x, y, gate, shift, scale = cases.row_inputs(2, 3, width, dtype)
         x[0, 0] = 0
         rows, expected = launcher("quantize_rows")(x, FP8), reference.quantize_rows(x, FP8)
         assert torch.equal(rows[0].float(), expected[0].float())
         assert torch.equal(rows[1], expected[1])
-        arguments = (x, shift, scale, EPS)
-        codes, scales = launcher("layernorm_modulate_quantize")(*arguments, FP8)
-        same, same_scales = reference.layernorm_modulate_quantize(*arguments, FP8)
-        torch.testing.assert_close(scales, same_scales, rtol=1e-6, atol=0)
-        # A value that lies at the border of two codes may fall to either side.
-        assert (codes.double() != same.double()).double().mean() < 1e-3
-        wide = (x.double(), shift.double(), scale.double(), EPS)
+        for operator, arguments in (
+            ("layernorm_modulate_quantize", (x, shift, scale, EPS)),
+            ("gate_residual_layernorm_modulate_quantize", (x, y, gate, shift, scale, EPS)),
+            ("gelu_quantize_rows", (x,)),
+        ):
+            codes, scales = launcher(operator)(*arguments, FP8)[-2:]
+            same, same_scales = getattr(reference, operator)(*arguments, FP8)[-2:]
+            torch.testing.assert_close(scales, same_scales, rtol=1e-6, atol=0)
+            # A value that lies at the border of two codes may fall to either side.
+            assert (codes.double() != same.double()).double().mean() < 1e-3
+            wide = [v.double() if isinstance(v, torch.Tensor) else v for v in arguments]
+            if "residual" in operator:  # the norm reads the rounded sum
+                wide = [reference.gate_residual(x, y, gate).double(), *wide[3:]]
+            exact = reference.gelu if operator.startswith("gelu") else reference.layernorm_modulate
+            assert_close_to_reference(
+                codes.double() * scales.double()[..., None],
+                exact(*wide),
+                same_dtype=same.double() * same_scales.double()[..., None],
+            )
+
+
+@ALL_DTYPES
+@interpreted
+def test_partial_sums_of_a_product_and_its_bias_are_added_before_the_gate(
+    dtype: torch.dtype,
+) -> None:
+    run = launcher("gate_residual_layernorm_modulate")
+    for splits, width in ((1, 384), (3, 1152), (2, 17)):
+        x, _, gate, shift, scale = cases.row_inputs(2, 3, width, dtype)
+        parts = cases.random(splits, 2, 3, width, seed=3)
+        bias = cases.random(width, dtype=dtype, seed=4) * 3
+        whole = parts[0].clone()
+        for part in parts[1:]:
+            whole += part
+        whole += bias.float()
+        residual, normed = run(x, parts, gate, shift, scale, EPS, bias=bias)
+        wide = (x.double(), parts.double().sum(0) + bias.double(), gate.double())
         assert_close_to_reference(
-            codes.double() * scales.double()[..., None],
-            reference.layernorm_modulate(*wide),
-            same_dtype=same.double() * same_scales.double()[..., None],
+            residual,
+            reference.gate_residual(*wide),
+            same_dtype=reference.gate_residual(x, whole, gate),
         )
+        own = x.clone()
+        again = run(own, parts, gate, shift, scale, EPS, bias=bias, out=(own, normed.clone()))
+        assert again[0] is own and torch.equal(own, residual) and torch.equal(again[1], normed)
+        assert torch.equal(normed, launcher("layernorm_modulate")(residual, shift, scale, EPS))
+
+
+@interpreted
+def test_a_rows_bits_do_not_depend_on_how_many_rows_a_program_takes() -> None:
+    x, y, gate, shift, scale = cases.row_inputs(2, 33, 72, torch.bfloat16)
+    arguments = (x, y, gate, shift, scale, EPS, FP8)
+    run = launcher("gate_residual_layernorm_modulate_quantize")
+    one = run(*arguments)
+    with patch.object(launch, "device_facts", lambda _: (9, 1)):  # 4 rows, of 33
+        four = run(*arguments)
+    for a, b in zip(one, four, strict=True):
+        assert torch.equal(a.float(), b.float())
 
 
 @interpreted

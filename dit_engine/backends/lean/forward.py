@@ -7,7 +7,7 @@ loop (`dit_engine.backends.lean.conditioning`). Shape letters: M rows, T tokens,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +58,8 @@ class LeanTransformer:
         self.quantized = quantized
         self.norms = _norms(device, quantized)
         usual = Parts(_attention(model, device))
+        if quantized == "fp8":  # its GELU comes with the codes, in `Norms.hidden`
+            usual = replace(usual, fc1=usual.qkv)
         self.parts: Callable[[int], Parts] = lambda rows: usual
         """Number of rows → what computes them."""
 
@@ -164,7 +166,7 @@ class Parts:
 
     Attributes:
         attention: (packed qkv (M, T, 3·D), heads, out=) → (M, T, D).
-        qkv, fc1: (product, h, out=) → (M, T, 3·D) and, with GELU, (M, T, 4·D).
+        qkv, fc1: (product, h, out=) → (M, T, 3·D) and, with GELU unless "fp8", (M, T, 4·D).
         proj, fc2: as `product_norm`.
     """
 
@@ -230,7 +232,8 @@ class Norms:
     Attributes:
         first: (x, shift, scale, eps, memory). next: (x, y, gate, shift, scale, eps, memory), after
             the branch y. last: the same without memory, of the final layer, never quantised.
-        attended, hidden: (h, memory), for the results of attention and of the hidden layer.
+        attended, hidden: (h, memory), for the results of attention and of the hidden layer; of
+            "fp8", hidden applies the GELU.
     """
 
     first: Run
@@ -258,10 +261,11 @@ def _norms(device: torch.device, quantized: str | None) -> Norms:
             hidden=lambda h, memory: h,
         )
     quantize = Quantizer(quantized, device)
+    hidden = quantize.gelu_rows if quantized == "fp8" else quantize.rows
     return Norms(
         first=lambda *given: quantize.norm(*given[:-1], out=given[-1].codes),
         next=lambda *given: quantize.gated_norm(*given[:-1], out=given[-1].codes),
         last=last,
         attended=lambda h, memory: quantize.rows(h, out=memory.codes),
-        hidden=lambda h, memory: quantize.rows(h, out=memory.hidden_codes),
+        hidden=lambda h, memory: hidden(h, out=memory.hidden_codes),
     )

@@ -68,7 +68,7 @@ def row_tile(width: int, columns: int = 40) -> dict[str, int]:
 
 
 def launch_rows(
-    kernel: Any, tensors: tuple[Tensor, ...], rest: tuple[Any, ...], **constants: Any
+    kernel: Any, tensors: tuple[Any, ...], rest: tuple[Any, ...], **constants: Any
 ) -> None:
     """Start a kernel over the rows of tensors[0], (N, T, D), unless it has none.
 

@@ -22,7 +22,8 @@ def _quantize_rows_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    row_codes, row_scale = quantize(load_row(x + row * D, D, BLOCK), LIMIT, INTEGER, EXACT=True)
+    values = load_row(x + row * D, D, BLOCK)
+    row_codes, row_scale = quantize(values, LIMIT, INTEGER, EXACT=True)
     tl.store(scales + row, row_scale)
     store_row(codes + row * D, row_codes, D, BLOCK)
 

@@ -41,12 +41,14 @@ class Case(NamedTuple):
     sizes: tuple[int, ...]  # as `arguments_of` takes them
     codes: torch.dtype | None = None
     tiles: int | None = None  # which of attention's candidates for Hopper
+    parts: int = 0  # of a product's sums, before a gated norm
 
 
 class Resources(NamedTuple):
     shared_bytes: int
     spills: int  # instructions that move registers to or from local memory
     matrix: Counter[str]  # tensor-core instruction → how many
+    instructions: Counter[str]  # with their suffixes → how many
 
 
 def cases() -> list[Case]:
@@ -61,8 +63,9 @@ def cases() -> list[Case]:
             Case(op, sm, BRAIN, rows) for op in ("layernorm_modulate", fused, "gate_residual")
         ]
         for codes in (INT8, FP8) if sm >= 89 else (INT8,):
-            found.append(Case("layernorm_modulate_quantize", sm, BRAIN, rows, codes))
-            found.append(Case("quantize_rows", sm, BRAIN, (2, 256, 4608), codes))
+            for op in ("layernorm_modulate_quantize", f"{fused}_quantize", "quantize_rows"):
+                found.append(Case(op, sm, BRAIN, rows, codes))
+            found.append(Case("gelu_quantize_rows", sm, BRAIN, (2, 256, 4608), codes))
         found.append(Case("groupnorm_silu", sm, BRAIN, (1, 512, 64)))
         found.append(Case("guided_step", sm, HALF, (2, 32)))
         found.append(Case("gelu", sm, BRAIN, (2, 256, 4608)))
@@ -94,6 +97,22 @@ def cases() -> list[Case]:
     ]
 
 
+def row_cases() -> list[Case]:
+    """Every kernel of whole rows, at every published width (S, B, L, XL)."""
+    fused, found = "gate_residual_layernorm_modulate", []
+    for width in (384, 768, 1024, 1152):
+        row, hidden = (64, 256, width), (64, 256, 4 * width)
+        found += [
+            *(Case(op, 90, BRAIN, row) for op in ("layernorm_modulate", "gate_residual", fused)),
+            Case(fused, 90, BRAIN, row, parts=3),
+            Case("layernorm_modulate_quantize", 90, BRAIN, row, FP8),
+            Case(f"{fused}_quantize", 90, BRAIN, row, FP8),
+            *(Case("quantize_rows", 90, BRAIN, sizes, FP8) for sizes in (row, hidden)),
+            Case("gelu_quantize_rows", 90, BRAIN, hidden, FP8),
+        ]
+    return found
+
+
 def arguments_of(case: Case) -> list[Any]:
     """What the launcher is called with."""
     n, *sizes = case.sizes
@@ -109,11 +128,12 @@ def arguments_of(case: Case) -> list[Any]:
         tokens = EMPTY(2 * n, sizes[0] ** 2 // 4, 32, dtype=case.dtype)
         return [tokens, *EMPTY(3, n, 4, sizes[0], sizes[0]), EMPTY(n), EMPTY(9), 3, 2]
     x = EMPTY(n, *sizes, dtype=case.dtype)
+    y = EMPTY(case.parts, *x.shape) if case.parts else x
     gate, shift, scale = EMPTY(n, 6 * sizes[1], dtype=case.dtype).chunk(6, 1)[:3]
     return {
         "layernorm_modulate": [x, shift, scale, 1e-6],
         "gate_residual": [x, x, gate],
-        "gate_residual_layernorm_modulate": [x, x, gate, shift, scale, 1e-6],
+        "gate_residual_layernorm_modulate": [x, y, gate, shift, scale, 1e-6],
         "layernorm_modulate_quantize": [x, shift, scale, 1e-6, case.codes],
         "gate_residual_layernorm_modulate_quantize": [x, x, gate, shift, scale, 1e-6, case.codes],
         "quantize_rows": [x, case.codes],
@@ -156,6 +176,8 @@ def _launches(case: Case, **more: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
     options = dict(more)
     if case.tiles is not None:
         options["tiles"] = _candidates(case.operator)[case.tiles]
+    if case.parts:
+        options["bias"] = EMPTY(case.sizes[-1], dtype=case.dtype)
     facts = (case.capability // 10, PROCESSORS)
     with (
         patch.multiple(module, **stand_ins),
@@ -212,7 +234,11 @@ def _inspect(compiled: Any) -> Resources:
     # A store of RZ, the zero register, keeps nothing: Triton 3.6 has such beside TMA on sm_120.
     spills = len(re.findall(r"\bLDL\b|\bSTL\b(?!.*, RZ\b)", code))
     matrix = Counter(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", code))
-    return Resources(compiled.metadata.shared, spills, matrix)
+    return Resources(compiled.metadata.shared, spills, matrix, instructions(code))
+
+
+def instructions(code: str) -> Counter[str]:
+    return Counter(re.findall(r"\*/ +(?:@!?U?P\d+ +)?([A-Z0-9_.]+)", code))
 
 
 def measure(case: Case) -> dict[str, Resources]:
@@ -249,8 +275,7 @@ def groupnorm_code(channels: int, side: int, add: bool) -> tuple[int, list[Count
     for kernel, given in _launches(
         Case("groupnorm_silu", 90, BRAIN, (1, channels, side)), **options
     ):
-        code = _disassemble(_compile(kernel, given, 90))
-        counts.append(Counter(re.findall(r"\*/ +(?:@!?U?P\d+ +)?([A-Z0-9_.]+)", code)))
+        counts.append(instructions(_disassemble(_compile(kernel, given, 90))))
     return given["ROWS"] * 8, counts
 
 
@@ -277,3 +302,23 @@ def test_group_norm_at_the_published_widths(channels: int, side: int, add: bool)
     # The few others are the group's moments and its channels' weight, bias and shift, once.
     assert count(norm, "LDG") - norm["LDG.E.128"] <= 6
     assert norm["MUFU.EX2"] == numbers and numbers < norm["MUFU.RCP"] <= numbers + 4
+
+
+@pytest.mark.slow
+def test_row_kernels_wait_little_and_access_memory_in_whole_vectors() -> None:
+    require_triton()
+    chosen = row_cases()
+    for case, kernels in zip(chosen, compilers().map(measure, chosen), strict=True):
+        (resources,) = kernels.values()
+        assert resources.spills == 0, case
+        # One warp takes a row, two a hidden layer's or sums': only these wait for each other.
+        width, seen = case.sizes[-1], resources.instructions
+        barriers = sum(count for name, count in seen.items() if name.startswith("BAR."))
+        assert barriers <= (6 if case.parts else 2 if width > 1152 else 0), case
+        accesses = {n: seen[n] for n in seen if n.startswith(("LDG", "STG"))}
+        scale = {"STG.E": 1} if case.codes else {}  # of a row; all else is in whole vectors
+        assert {n: accesses[n] for n in accesses if not n.endswith(".128")} == scale, case
+        if not case.codes and not case.parts:
+            # Nothing behind the row is loaded: 1152 are 5 vectors of 8 in each of 32 threads.
+            tensors = 5 if case.operator.startswith("gate_residual_") else 3
+            assert accesses["LDG.E.128"] == tensors * -(-width // 256), case

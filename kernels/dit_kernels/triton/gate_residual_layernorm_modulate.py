@@ -103,6 +103,6 @@ def gate_residual_layernorm_modulate(
     strides = gate.stride(0), shift.stride(0), scale.stride(0)
     launch_rows(
         _gate_residual_layernorm_modulate_kernel, tensors, (len(x), *strides, eps),
-        SPLITS=1 if bias is None else len(y),
+        columns=40 if bias is None else 20, SPLITS=1 if bias is None else len(y),
     )  # fmt: skip
     return residual, normed

@@ -68,18 +68,21 @@ def row_tile(width: int, columns: int = 40) -> dict[str, int]:
 
 
 def launch_rows(
-    kernel: Any, tensors: tuple[Any, ...], rest: tuple[Any, ...], **constants: Any
-) -> None:
+    kernel: Any, tensors: tuple[Any, ...], rest: tuple[Any, ...], columns: int = 40,
+    **constants: Any,
+) -> None:  # fmt: skip
     """Start a kernel over the rows of tensors[0], (N, T, D), unless it has none.
 
     The kernel's arguments are the tensors, T, the rows of one program, the programs per image and
-    ``rest``.
+    ``rest``. ``columns``: as in `row_tile`.
     """
     n, tokens, width = tensors[0].shape
     if tensors[0].numel() == 0:
         return
+    # A program's rows share the loads of their image's vectors; a few rows go to as many programs.
     rows = min(max(n * tokens // (16 * device_facts(tensors[0].device)[1]), 1), 4)
     blocks = -(-tokens // rows)
     launch(
-        kernel, n * blocks, *tensors, tokens, rows, blocks, *rest, **row_tile(width), **constants
-    )
+        kernel, n * blocks, *tensors, tokens, rows, blocks, *rest,
+        **row_tile(width, columns), **constants,
+    )  # fmt: skip

@@ -16,7 +16,9 @@ from torch import Tensor
 from dit_engine.backends.capture import GRAPH_LIMIT
 from dit_engine.backends.lean.vae import LeanDecoder
 from dit_engine.engine import Engine
+from dit_engine.sampling.coefficients import step_coefficients
 from dit_engine.sampling.samplers import SAMPLERS
+from dit_engine.sampling.schedule import make_schedule
 from dit_engine.vae import AutoencoderKL, VAEConfig
 from dit_kernels.quantized import quantized_why_not
 
@@ -73,6 +75,26 @@ def test_half_precision_is_as_near_to_float32_as_eager(engine: Engine, precision
     found = {b: latents(engine, b, sampler="ddim", precision=precision) for b in ("lean", "eager")}
     # Five steps add rounding to rounding, in an order of each one's own.
     assert relative_error(found["lean"], exact) < 3 * relative_error(found["eager"], exact)
+
+
+def test_a_step_after_another_is_one_launch(engine: Engine) -> None:
+    lean = engine._backend("lean", "fp32")
+    labels, timesteps = torch.tensor([1, 10]), torch.linspace(999, 0, 6).round().long()
+    with torch.inference_mode():
+        coefficients = step_coefficients("ddim", make_schedule(6), learned=True)
+        fused = lean.fuse(labels.cuda(), timesteps.cuda(), coefficients, torch.tensor([4.0]), 3)
+        assert fused is not None
+        z, x0 = torch.randn(2, 1, *engine.config.latent_shape, device=DEVICE)
+        for step in range(2):
+            z, x0 = fused.guided_step(z, x0, None, step, True)
+        with torch.profiler.profile() as seen:
+            for step in range(2, 6):
+                z, x0 = fused.guided_step(z, x0, None, step, True)
+            torch.cuda.synchronize()
+        fused.release()
+    calls = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
+    launched = [event.name for event in seen.events() or () if event.name.startswith(calls)]
+    assert launched == ["cudaGraphLaunch"] * 4
 
 
 def test_more_batch_sizes_than_graphs_are_kept(engine: Engine) -> None:

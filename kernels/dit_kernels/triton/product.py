@@ -27,14 +27,6 @@ __all__ = (
 
 
 @triton.jit
-def _halves(values):  # (A, B)
-    """Columns 0 to B/2 and B/2 to B: in registers, nothing moves."""
-    A: tl.constexpr = values.shape[0]
-    B: tl.constexpr = values.shape[1]
-    return tl.split(tl.permute(tl.reshape(values, (A, 2, B // 2)), (0, 2, 1)))
-
-
-@triton.jit
 def _tanh_gelu(values, APPROXIMATE: tl.constexpr):
     half = 0.5 * values
     inner = values * (0.7978845608028654 + 0.035677408136300125 * values * values)
@@ -70,7 +62,8 @@ def _write(
     ROWS: tl.constexpr = sums.shape[0]
     WIDTH: tl.constexpr = sums.shape[1]
     if WIDTH > PART:
-        left, right = _halves(sums)
+        # In registers, nothing moves.
+        left, right = tl.split(tl.permute(tl.reshape(sums, (ROWS, 2, WIDTH // 2)), (0, 2, 1)))
         _write(
             out, bias, gate, left, part, row, column, rows, tokens, gate_stride,
             M, GELU, APPROXIMATE, ONE_IMAGE, PART,

@@ -47,7 +47,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """One worker runs all tests of a file, so that the file's fixtures are made once, and all files
-    of the server, so that it starts once. (pytest-xdist 3.8 ignores its groups with pytest 9.2.)"""
+    of the server, so that it starts once. (pytest-xdist 3.8 ignores its groups with pytest 9.2.)
+    With --dist worksteal, workers take single tests, as `dit-bench gpu --check` asks for."""
+    if config.getoption("dist") == "worksteal":
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dit_bench.timing import Function, interleave, spread
+from dit_bench.timing import Function, interleave, spread, sustained
 from dit_engine.io.printable import one_line
 from dit_kernels.quantized import FAST_ACCUMULATION
 
@@ -45,17 +45,21 @@ def measure_ceilings(
     copy_mib: int | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
     rounds: int = 10,
+    seconds: float | None = None,
 ) -> Ceilings:
     """Medians over ``rounds`` products of size × size matrices and copies of ``copy_mib``.
 
-    A product that is too slow for so many rounds gets fewer.
+    A product that is too slow for so many rounds gets fewer. seconds: each is repeated for so long
+    without a break instead, and the rates are those that the machine sustains.
     """
     cuda = device.type == "cuda"
     size, copy_mib = size or (8192 if cuda else 1024), copy_mib or (2048 if cuda else 256)
     if dtypes is None:
         dtypes = (torch.bfloat16, torch.float16, FP8) if cuda else (torch.float32, torch.bfloat16)
 
-    def median_ms(function: Function) -> float:
+    def usual_ms(function: Function) -> float:
+        if seconds is not None:
+            return sustained(function, device, seconds)
         taken = interleave({"": function}, rounds, device=device, visit_ms=0, pause_s=0, warmup=2,
                            seconds=_SECONDS)  # fmt: skip
         return spread(taken[""]).median
@@ -65,7 +69,7 @@ def measure_ceilings(
 
     def measure(dtype: torch.dtype) -> None:
         try:
-            rates[NAMES[dtype]] = 2 * size**3 / median_ms(matmul(device, dtype, size)) / 1e9
+            rates[NAMES[dtype]] = 2 * size**3 / usual_ms(matmul(device, dtype, size)) / 1e9
         except (RuntimeError, NotImplementedError) as error:
             missing[NAMES[dtype]] = one_line(error)[:200]
 
@@ -73,7 +77,7 @@ def measure_ceilings(
         measure(dtype)
     source = torch.randint(256, (copy_mib * 2**20,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy_gb_s = 2 * source.numel() / median_ms(lambda: target.copy_(source)) / 1e6
+    copy_gb_s = 2 * source.numel() / usual_ms(lambda: target.copy_(source)) / 1e6
     return Ceilings(copy_gb_s, rates, size, copy_mib, missing)
 
 

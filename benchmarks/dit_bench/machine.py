@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import platform
 import re
+import statistics
 import subprocess
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dit_engine.io.printable import one_line
 from dit_kernels import available
 
 BUSY = 0.5
@@ -32,6 +35,13 @@ INSTRUCTIONS = (
 _CPUINFO = Path("/proc/cpuinfo")
 _GPU_STATE = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "power.limit",
               "temperature.gpu")  # fmt: skip
+_SAMPLED = ("clocks.sm", "power.draw", "temperature.gpu", "clocks_throttle_reasons.active")
+_SAMPLE_S = 0.1
+THROTTLES = (
+    "idle", "application clocks", "power cap", "hardware slowdown", "sync boost",
+    "thermal (software)", "thermal (hardware)", "power brake", "display clocks",
+)  # fmt: skip
+"""The meanings of the lowest bits of NVML's clock event reasons, the lowest first."""
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -148,16 +158,107 @@ def describe_cuda(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
-    command = ["nvidia-smi", f"--query-gpu={','.join(_GPU_STATE)}", "--format=csv,noheader,nounits"]
-    if (uuid := getattr(properties, "uuid", None)) is not None:
-        # Not by number: torch may number the devices in another way.
-        command.append(f"--id=GPU-{str(uuid).removeprefix('GPU-')}")
-    answers: list[str] = []
-    with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        answers = [part.strip() for part in done.stdout.strip().split("\n")[0].split(",")]
-    known = len(answers) == len(_GPU_STATE)
-    return found | dict(zip(_GPU_STATE, answers if known else [None] * 6, strict=True))
+    try:
+        answers: Sequence[str | None] = _nvidia_smi(device, _GPU_STATE)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        answers = [None] * len(_GPU_STATE)
+    return found | dict(zip(_GPU_STATE, answers, strict=True))
+
+
+def _uuid(device: torch.device) -> str | None:
+    """Names a device in NVML and nvidia-smi, where torch's numbers may mean other devices."""
+    found = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return None if found is None else f"GPU-{str(found).removeprefix('GPU-')}"
+
+
+def _nvidia_smi(device: torch.device, fields: Sequence[str]) -> list[str]:
+    """Raises OSError, ValueError or SubprocessError if nvidia-smi does not tell them all."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    if (uuid := _uuid(device)) is not None:
+        command.append(f"--id={uuid}")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    answers = [part.strip() for part in done.stdout.strip().split("\n")[0].split(",")]
+    if len(answers) != len(fields):
+        raise ValueError(f"nvidia-smi answers {one_line(done.stdout)[:100]!r}")
+    return answers
+
+
+class DeviceState:
+    """Samples a GPU's clock (MHz), power (W), temperature (°C) and what slows it down, through NVML
+    (the package nvidia-ml-py) or else nvidia-smi; ``source`` tells by which, or why by neither."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._read: Callable[[], tuple[float, ...]] | None = None
+        reasons = []
+        for name, make in (("NVML", _nvml_reader), ("nvidia-smi", _nvidia_smi_reader)):
+            try:
+                reader = make(device)
+                reader()
+            except Exception as error:  # NVML's errors are of no common class
+                reasons.append(f"{name}: {type(error).__name__}: {one_line(error)[:80]}")
+                continue
+            self._read, self.source = reader, name
+            return
+        self.source = f"nothing ({'; '.join(reasons)})"
+
+    @contextmanager
+    def sampled(self) -> Iterator[dict[str, Any]]:
+        """While the block runs; the dict is filled at its end, and stays empty without samples."""
+        found: dict[str, Any] = {}
+        if self._read is None:
+            yield found
+            return
+        read, samples, end = self._read, list[tuple[float, ...]](), threading.Event()
+
+        def collect() -> None:
+            with suppress(Exception):  # what was sampled until then is kept
+                while not end.is_set():
+                    samples.append(read())
+                    end.wait(_SAMPLE_S)
+
+        thread = threading.Thread(target=collect, daemon=True)
+        thread.start()
+        try:
+            yield found
+        finally:
+            end.set()
+            thread.join(5)
+            if taken := [*samples]:  # a thread that hangs may still add some
+                *columns, masks = zip(*taken, strict=True)
+                for key, values in zip(("sm_mhz", "power_w", "celsius"), columns, strict=True):
+                    found[key] = {"min": min(values), "median": statistics.median(values),
+                                  "max": max(values)}  # fmt: skip
+                bits = range(1, max(int(mask).bit_length() for mask in masks))  # 0: idle
+                found["throttled"] = [
+                    THROTTLES[i] if i < len(THROTTLES) else f"bit {i}"
+                    for i in bits
+                    if any(int(mask) >> i & 1 for mask in masks)
+                ]
+
+
+def _nvml_reader(device: torch.device) -> Callable[[], tuple[float, ...]]:
+    import pynvml  # pyright: ignore[reportMissingImports]
+
+    pynvml.nvmlInit()
+    uuid = _uuid(device)
+    handle = (pynvml.nvmlDeviceGetHandleByIndex(device.index or 0) if uuid is None
+              else pynvml.nvmlDeviceGetHandleByUUID(uuid))  # fmt: skip
+    reasons = getattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
+    reasons = reasons or pynvml.nvmlDeviceGetCurrentClocksThrottleReasons
+    return lambda: (
+        float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
+        pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+        float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
+        float(reasons(handle)),
+    )
+
+
+def _nvidia_smi_reader(device: torch.device) -> Callable[[], tuple[float, ...]]:
+    def read() -> tuple[float, ...]:
+        *numbers, mask = _nvidia_smi(device, _SAMPLED)
+        return (*map(float, numbers), float(int(mask, 16)))
+
+    return read
 
 
 def load_average() -> float | None:

@@ -31,8 +31,7 @@ def compiled(module: DiT, form: str, *inputs: Tensor) -> Forward:
     """torch.compile of the reference model for this one shape, which is its best case.
 
     form: "compile"; "compile frozen", with constant weights, which the compiler packs as lean does;
-    "autotune", with timed candidates and CUDA graphs (the next call overwrites the result); or
-    "compile blocks", see `compiled_blocks`.
+    or "compile blocks", see `compiled_blocks`.
     """
     if form == "compile blocks":
         return compiled_blocks(module)
@@ -40,8 +39,7 @@ def compiled(module: DiT, form: str, *inputs: Tensor) -> Forward:
     def forward(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return module(x, t, y)
 
-    options = {"mode": "max-autotune"} if form == "autotune" else {}
-    run = compile_static(forward, **options)
+    run = compile_static(forward)
     if form == "compile frozen":
         from torch._inductor import config
 
@@ -50,25 +48,27 @@ def compiled(module: DiT, form: str, *inputs: Tensor) -> Forward:
     return run
 
 
-def compiled_blocks(model: DiT) -> Forward:
+def compiled_blocks(model: DiT, **options: Any) -> Forward:
     """The model with its repeated block under torch.compile, as in diffusers'
     ``compile_repeated_blocks``: one compilation serves all blocks, while that of a whole XL/2 takes
-    a minute. Everything around the blocks runs eagerly."""
+    a minute. Everything around the blocks runs eagerly. options: of torch.compile."""
 
     def run(block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
         return block(x, c)
 
-    own, block_forward = twin(model), compile_static(run)  # the model must stay as it is
+    own, block_forward = twin(model), compile_static(run, **options)  # the model must stay as it is
     for ours, block in zip(own.blocks, model.blocks, strict=True):
         ours.forward = partial(block_forward, block)
     return own
 
 
-def graphed(module: Callable[..., Tensor], *inputs: Tensor) -> Function:
-    """Replays a CUDA graph of the eager forward, which takes the launches out: the best time that a
-    plain model could reach."""
-    stream = torch.cuda.Stream(inputs[0].device)
-    graph, result = capture_graph(lambda: module(*inputs).float(), stream)
+def graphed(forward: Callable[[], Tensor], device: torch.device) -> Function:
+    """Replays a CUDA graph of the forward, which takes the launches out: the best time that it
+    could reach. Raises ValueError without CUDA."""
+    if device.type != "cuda":
+        raise ValueError("CUDA graphs need a CUDA device")
+    forward()  # what it compiles or chooses must not be captured
+    graph, result = capture_graph(forward, torch.cuda.Stream(device))
 
     def run() -> Tensor:
         graph.replay()

@@ -69,6 +69,7 @@ SCHEMA: Schema = {
         "rows": "list",
         "ratios?": "list",  # of kind "cpu": times of one contender over those of another
         "comparison?": "object",  # with an older report
+        "parts_done?": "text[]",  # of kind "gpu"
         "complete": "bool",  # whether the run came to its end
         "failure?": "text",  # what ended it early
         "seconds?": "number",
@@ -108,11 +109,11 @@ SCHEMA: Schema = {
         **_all("size? error? bound? goal? other_load? percent_of_ceiling? n_reference? distance? "
                "fewer_than_features? published_gflops? published_million_parameters?", "number?"),
         **_all("bytes? rate? idle_ms? busy_ms? value? gmacs?", "positive"),
-        **_all("neighbours? steps?", "count"), "n?": "count?",
+        **_all("neighbours? steps? launches?", "count"), "n?": "count?",
         **_all("noisy? interrupted?", "bool"), "unit?": ("TFLOP/s", "GB/s"),
         **_all("ms? ratio? settings? speedup_over? operators_ms? needed? after_load? by_class? "
-               "peak_while_loading? peak_while_running? final_latent_error? parts? total?",
-               "object"),
+               "peak_while_loading? peak_while_running? final_latent_error? parts? total? "
+               "device_state? host_launches?", "object"),
         **_all("psnr_db? sets?", "object?"), "shares?": "list", "samples_ms?": "number[]",
         "latent_error_by_step?": "number?[]",
     },
@@ -120,8 +121,10 @@ SCHEMA: Schema = {
     "rows[].ratio": _all("p5 median p95", "number"),
     "rows[].speedup_over": {"<text>": "number"},  # contender → its time over this one's
     # The parts of a forward's time: "ms" is the forward's, "operators_ms" that of each part alone.
-    "rows[].shares[]": {"part": "text", "ms": "number", "share": "number"},
+    "rows[].shares[]": {"part": "text", **_all("ms share", "number"), "count?": "count"},
     "rows[].operators_ms": {"<text>": "number"},
+    # While a part of a GPU run was measured; empty where nothing tells.
+    "rows[].device_state": {**_all("sm_mhz? power_w? celsius?", "object"), "throttled?": "text[]"},
     # Resident bytes of a lean forward; "value" is the peak over what is needed.
     "rows[].needed": {"<text>": "count"},
     "rows[].after_load": _BYTES,
@@ -157,6 +160,7 @@ SECTIONS: Mapping[str, str] = {
     **dict.fromkeys(WORK, "ms precision model images noisy images_s"),
     "operator": "operator shape dtype",
     "profile": "ms precision shares operators_ms",
+    "kernels": "ms launches shares",  # of one step, by torch's profiler
     "busy": "neighbours idle_ms busy_ms ratio",  # "ratio": beside busy programs over idle
     "check": "",  # without a time
     "memory": "value needed after_load peak_while_loading peak_while_running",

@@ -26,9 +26,10 @@ PAUSE_S = 0.02
 """Threads that spin while they wait for work have gone to sleep by then."""
 _FLUSH_FLOATS = 2**26
 _FLUSHES = 4
-"""256 MiB, several times any L2, written so often before every CUDA sample. It is also work for the
-device, some 0.25 ms at 4 TB/s, while the host queues the sample's launches: a sample must not
-measure how long Python takes to start a kernel that runs for microseconds."""
+"""256 MiB, several times any L2, read so often before every CUDA sample. (After a write, the cache
+would hold lines that the sample has to write back.) It is also work for the device, some 0.25 ms at
+4 TB/s, while the host queues the sample's launches: a sample must not measure how long Python takes
+to start a kernel that runs for microseconds."""
 
 
 class Budget:
@@ -102,7 +103,7 @@ def interleave(
     for function in functions.values():
         for _ in range(warmup):
             function()
-    scratch = torch.empty(_FLUSH_FLOATS if cuda else 0, device=device)
+    scratch = torch.zeros(_FLUSH_FLOATS if cuda else 0, device=device)
     if cuda:
         torch.cuda.synchronize(device)
     samples: dict[Key, list[float]] = {name: [] for name in functions}
@@ -137,6 +138,29 @@ def _visit(function: Function, visit_ms: float, clock: Callable[[], float]) -> f
     return statistics.median(recorded) if recorded else first
 
 
+def sustained(function: Function, device: torch.device, seconds: float) -> float:
+    """Milliseconds of one call among calls one right after another for about ``seconds``, after
+    which clocks and power have settled. Calls take turns with nothing and find warm caches."""
+
+    def mean(count: int) -> float:
+        if device.type != "cuda":
+            start = time.perf_counter()
+            for _ in range(count):
+                function()
+            return (time.perf_counter() - start) * 1e3 / count
+        stream = torch.cuda.current_stream(device)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record(stream)
+        for _ in range(count):
+            function()
+        end.record(stream)
+        end.synchronize()
+        return begin.elapsed_time(end) / count
+
+    mean(2)  # what the first calls load
+    return mean(max(1, int(1e3 * seconds / max(mean(3), 1e-3))))
+
+
 def _cuda_round(
     functions: Sequence[Function], scratch: torch.Tensor, device: torch.device
 ) -> list[float]:
@@ -144,7 +168,7 @@ def _cuda_round(
     stream = torch.cuda.current_stream(device)  # ``device`` need not be the current one
     for function in functions:
         for _ in range(_FLUSHES):
-            scratch.zero_()
+            scratch.sum()
         begin = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         begin.record(stream)

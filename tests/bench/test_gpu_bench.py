@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,15 +14,19 @@ from typing import Any
 import pytest
 import torch
 
-from dit_bench import cli, machine
-from dit_bench.ceilings import Ceilings
+from dit_bench import cli, machine, peers
+from dit_bench.ceilings import measure_ceilings
+from dit_bench.progress import Progress
 from dit_bench.report import read
-from dit_bench.speed import gpu, models, operators
+from dit_bench.speed import gpu, gpu_check, latency, models, operators
 from dit_bench.speed.forward import Work
+from dit_bench.speed.latency import Timer
 from dit_bench.speed.operator_cases import cases_of
-from dit_bench.subjects import random_model
-from dit_bench.timing import Budget
+from dit_bench.subjects import random_model, random_vae
+from dit_bench.timing import Budget, interleave
 from dit_engine.config import ModelConfig
+from dit_engine.engine import Engine
+from dit_engine.vae import VAEConfig
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(depth=1, hidden_size=64, num_heads=1, patch_size=2, input_size=8,
@@ -45,28 +52,78 @@ def test_a_gpu_whose_torch_and_driver_tell_little(monkeypatch: pytest.MonkeyPatc
     assert machine.describe_cuda(torch.device("cuda"))["driver_version"] is None
 
 
+TESTS = """
+import pytest
+pytestmark = pytest.mark.gpu
+def test_right(): pass
+@pytest.mark.parametrize("case", ["a b"])
+def test_wrong(case): assert 1 == 2, "one is not two"
+"""
+
+
+class Nvml(ModuleType):
+    """A GPU that gets warmer and is held back by its power."""
+
+    NVML_CLOCK_SM, NVML_TEMPERATURE_GPU = 1, 0
+    asked = 0
+
+    def nvmlInit(self) -> None: ...
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        assert uuid == "GPU-12"
+        return "handle"
+
+    def nvmlDeviceGetClockInfo(self, handle: str, kind: int) -> int:
+        return 1980
+
+    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
+        return 650_000  # milliwatts
+
+    def nvmlDeviceGetTemperature(self, handle: str, sensor: int) -> int:
+        self.asked += 1
+        return 40 + self.asked
+
+    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:
+        return 0b101  # idle; power cap
+
+
 @pytest.fixture
-def as_gpu(monkeypatch: pytest.MonkeyPatch, small_ceilings: None, tmp_path: Path) -> Any:
+def as_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Rows of ``dit-bench gpu`` as it is, but for sizes, on a CPU that passes for CUDA."""
+    vae = random_vae(VAEConfig(block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8))
     subject = SimpleNamespace(
-        name="S/8", weights="random", model=random_model(TINY), vae=None,
-        label_names=None, size=16,
+        name="S/8", weights="random", model=random_model(TINY), vae=vae, label_names=None, size=16,
     )  # fmt: skip
     compiler = torch.compile  # what is traced, without Inductor's half of a minute
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend="eager", **how))
     monkeypatch.setattr(gpu, "cuda_device", lambda: CPU)
-    monkeypatch.setattr(gpu, "all_cases", lambda _: cases_of(2, 5, 64, 2)[:1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(uuid="12"))
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml("pynvml"))
+    cases = {case.operator: case for case in cases_of(2, 5, 64, 2)}
+    few = [cases[name] for name in ("attention", "layernorm_modulate")]
+    ragged = cases_of(3, 7, 64, 2)[:1]
+    for module in (gpu, gpu_check):
+        monkeypatch.setattr(module, "all_cases", lambda _: few)
+        monkeypatch.setattr(module, "ragged_cases", lambda: ragged)
     monkeypatch.setattr(gpu, "MANY", 4)
     monkeypatch.setattr(gpu, "ROUNDS", 2)
-    monkeypatch.setattr(gpu, "PEERS", gpu.PEERS[:4])
-    monkeypatch.setattr(gpu, "LATE_PEERS", ())
+    monkeypatch.setattr(gpu, "CEILING_SECONDS", 0.01)
+    small = partial(measure_ceilings, size=32, copy_mib=1)
+    monkeypatch.setattr(gpu, "measure_ceilings", small)
+    monkeypatch.setattr(latency, "interleave", partial(interleave, visit_ms=0, pause_s=0))
+    monkeypatch.setattr(peers, "graphed", lambda forward, _: forward)
+    monkeypatch.setattr(gpu_check, "ROWS", (2,))
+    monkeypatch.setattr(gpu_check, "IMAGES", 2)
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     monkeypatch.setattr("dit_bench.speed.operators.opponents", lambda *_: {})
-    for module in (models, gpu):
+    for module in (models, gpu_check):
         monkeypatch.setattr(module, "load_subject", lambda *_, **__: subject)
+    (tmp_path / "tests/unit").mkdir(parents=True)
+    (tmp_path / "tests/unit/test_gpu.py").write_text(TESTS)
 
     def run(*options: str, code: int = 0) -> list[dict[str, Any]]:
         path = tmp_path / "gpu.json"
-        assert cli.main(["gpu", "--json", str(path), "--sizes", "S/8", *options]) == code
+        assert cli.main(["gpu", "--json", str(path), "--sizes", "S/8", "S/8", *options]) == code
         report = read(path, "gpu")
         assert report["complete"] and not (tmp_path / "gpu.json.partial").exists()
         return report["rows"]
@@ -74,48 +131,84 @@ def as_gpu(monkeypatch: pytest.MonkeyPatch, small_ceilings: None, tmp_path: Path
     return run
 
 
-def test_a_gpu_run_from_end_to_end(as_gpu: Any) -> None:
-    found = {(row["section"], row.get("images"), row["contender"]): row for row in as_gpu()}
+def test_a_gpu_run_from_end_to_end(as_gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = as_gpu()
+    found = {(row["section"], row.get("images"), row["contender"]): row for row in rows}
     for images in (2, 4):
-        for name in ("lean bf16", "eager bf16", "diffusers bf16"):
+        for name in ("lean bf16", "eager bf16", "graph bf16", "autotuned blocks graph bf16"):
             assert found["forward", images, name]["ms"]["median"] > 0
-        assert found["step", images, "lean bf16"]["status"] == "ok"
-        assert found["forward", images, "graph bf16"]["reason"] == "CUDA graphs need a CUDA device"
-        assert found["image", images // 2, "lean bf16"]["status"] == "ok"
-    assert found["operator", None, "native"]["rate"] > 0
+        step = found["step", images // 2, "lean bf16"]
+        assert step["status"] == "ok" and found["step", images // 2, "lean fp8"]["reason"]
+        row = found["kernels", images // 2, "lean bf16"]
+        assert 0 < len(row["shares"]) <= 20 <= row["launches"]
+        assert sum(part["share"] for part in row["shares"]) <= 1 + 1e-9
+        assert row["shares"] == sorted(row["shares"], key=lambda part: -part["ms"])
+    for images in (1, 2, 8):
+        assert found["image", images, "lean bf16"]["status"] == "ok"
+    for name in ("lean bf16", "eager bf16", "compile vae bf16"):
+        assert found["decode", 8, name]["status"] == "ok"
+    operators = [row for row in rows if row["section"] == "operator"]
+    assert len(operators) == 3 and all(row["rate"] > 0 for row in operators)
+    state = found["image", 8, "lean bf16"]["device_state"]
+    assert state["sm_mhz"] == {"min": 1980, "median": 1980, "max": 1980}
+    assert state["power_w"]["max"] == 650 and state["throttled"] == ["power cap"]
+    before = found["image", 1, "lean bf16"]["device_state"]
+    assert state["celsius"]["min"] > before["celsius"]["max"]  # each part has its own samples
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) < 60 and "slowed by power cap" in shown
 
 
-def test_a_gpu_check_times_nothing(as_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = as_gpu("--check")
+def test_a_gpu_check_times_nothing(
+    as_gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = as_gpu("--check", code=1)  # one of the GPU's tests fails
     assert not any("ms" in row for row in rows)
-    by_name = {(row["case"], row["contender"]): row["status"] for row in rows}
-    assert by_name["forward of S/8", "lean bf16"] == "ok"
-    assert by_name["bits of an image, alone and in a batch", "lean bf16"] == "ok"
-    assert sum(row["section"] == "operator" for row in rows) == 1
-    monkeypatch.setattr(torch, "equal", lambda *_: False)
-    wrong = [row["reason"] for row in as_gpu("--check", code=1) if row["status"] == "wrong"]
-    assert wrong == ["bits differ"] * 2
+    status = {(row["case"], row["contender"]): row["status"] for row in rows}
+    assert status["forward of S/8, 2 rows", "lean bf16"] == "ok"
+    assert status["forward of S/8, 2 rows", "graph bf16"] == "ok"
+    same = next(row for row in rows if row["case"].startswith("images alone"))
+    assert same["remark"] == "alone: same bits, in another order: same bits"
+    assert sum(row["section"] == "operator" for row in rows) == 2
+    tests = {row["contender"]: row for row in rows if row["case"] == "tests on the GPU"}
+    assert tests.pop("pytest")["remark"] == "1 passed, 1 failed"
+    ((name, row),) = tests.items()
+    assert name.endswith("::test_wrong[a b]") and "one is not two" in row["reason"]
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "one is not two" in last
 
 
-def test_attention_of_other_packages_is_compared_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of them is right, the other is not installed; our own rows are not made twice."""
+def test_images_that_depend_on_their_batch_by_more_than_rounding_are_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generate = gpu_check.Engine.generate
 
-    def right(packed: torch.Tensor) -> torch.Tensor:
-        q, k, v = packed.permute(2, 0, 3, 1, 4)
-        return (
-            torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
-        )
+    off: dict[str, float] = {}
 
-    module: Any = ModuleType("flash_attn")
-    module.flash_attn_qkvpacked_func = right
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    cases = [case for case in cases_of(2, 5, 64, 2) if case.operator == "attention"]
-    report: dict[str, Any] = {"rows": []}
-    operators.measure_third_party(cases, report, CPU, Ceilings(1.0, {}, 1, 1))
-    two, four = report["rows"]
-    assert two["contender"] == "flash-attn" and two["speedup_over"]["native"] > 0
-    assert two["error_over_reference"] < 20
-    assert (four["contender"], four["status"]) == ("flash-attn-4", "skipped")
+    def worse(self: Any, labels: Any, **options: Any) -> Any:
+        made = generate(self, labels, **options)
+        factor = 1 + off[options["precision"]] * (len(labels) == 1)
+        return replace(made, images=made.images * factor)
+
+    monkeypatch.setattr(gpu_check.Engine, "generate", worse)
+    engine = Engine(random_model(TINY), device=CPU)
+    for float32, bfloat16, expected in ((1e-4, 0.1, "ok"), (1e-2, 0.9, "wrong")):
+        off |= {"fp32": float32, "bf16": bfloat16}
+        for precision in off:
+            row = gpu_check.image_row(engine, precision)
+            assert row["status"] == expected, row
+            assert "alone: off by" in row["remark"] and "order: same bits" in row["remark"]
+
+
+def test_tests_that_do_not_end_are_ended(as_gpu: Any, tmp_path: Path) -> None:
+    hangs = "import time\ndef test_later(): time.sleep(99)\n"
+    (tmp_path / "tests/unit/test_gpu.py").write_text(TESTS + hangs)
+    tests = gpu_check.GpuTests()
+    *_, row = tests.rows(Timer(CPU, 1, 1, budget=Budget(8)))
+    assert row["status"] == "late" and "1 passed, 1 failed" in row["reason"]
+    assert gpu_check.GpuTests.running is None
+    (tmp_path / "tests/unit/test_gpu.py").unlink()
+    (row,) = gpu_check.GpuTests().rows(Timer(CPU, 1, 1, budget=Budget(8)))
+    assert (row["status"], row["reason"]) == ("skipped", f"no tests in {tmp_path}")
 
 
 def test_what_breaks_loses_its_part_alone(as_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,41 +225,78 @@ def test_what_breaks_loses_its_part_alone(as_gpu: Any, monkeypatch: pytest.Monke
             raise RuntimeError("an illegal memory access")
         return timed(functions, *arguments, **options)
 
+    def no_kernels(*_: Any) -> Any:
+        raise RuntimeError("no CUPTI")
+
     monkeypatch.setattr(Work, "guided_step", no_step)
     monkeypatch.setattr(operators, "interleave", no_timing)
+    monkeypatch.setattr(gpu, "kernel_row", no_kernels)
     rows = as_gpu(code=1)
-    lost = [(r["section"], r["reason"]) for r in rows if r["status"] == "failed"]
-    said = ("step", "RuntimeError: CUDA out of memory")
-    assert lost == [said, said, ("operator", "RuntimeError: an illegal memory access")]
-    assert sum(r["section"] == "image" and r["status"] == "ok" for r in rows) == 4
+    lost = {(row["section"], row["reason"]) for row in rows if row["status"] == "failed"}
+    assert lost == {("step", "RuntimeError: CUDA out of memory"),
+                    ("operator", "RuntimeError: an illegal memory access"),
+                    ("check", "RuntimeError: no CUPTI")}  # fmt: skip
+    assert sum(row["section"] == "image" and row["status"] == "ok" for row in rows) == 6
 
 
-def test_each_part_has_its_share_of_what_is_left(
+def test_a_lost_device_starts_the_program_again_without_what_is_done(
+    as_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As after an illegal access to memory in the first operator."""
+    measure, commands = operators.measure, list[list[str]]()
+    lost = False
+
+    def illegal(*arguments: Any, **options: Any) -> None:
+        nonlocal lost
+        lost = not commands
+        measure(*arguments, **options)
+
+    def execute(program: str, command: list[str]) -> None:
+        assert program == sys.executable == command[0]
+        commands.append(command)
+        raise SystemExit
+
+    monkeypatch.setattr(operators, "measure", illegal)
+    monkeypatch.setattr(gpu, "usable", lambda _: not lost)
+    monkeypatch.setattr(os, "execv", execute)
+    with pytest.raises(SystemExit):
+        as_gpu()
+    (command,) = commands
+    assert command[1:4] == ["-m", "dit_bench", "gpu"]
+    assert 0 < float(command[command.index("--minutes") + 1]) < 9
+    before = read(tmp_path / "gpu.json.partial", "gpu")
+    again: list[str] = []
+    monkeypatch.setattr(Progress, "stage", lambda self, name: again.append(name))
+    rows = as_gpu(*command[command.index("--minutes") :])
+    assert rows[: len(before["rows"])] == before["rows"]
+    assert before["parts_done"] and not set(before["parts_done"]) & set(again)
+    assert sum(row["section"] == "operator" for row in rows) == 3
+
+
+def test_each_group_has_its_share_of_what_is_left(
     as_gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However long the parts before it took: the operators do not take the decoder's time."""
+    """However long the parts before it took: what overruns its group does not take all the rest."""
     now, left = [0.0], list[float]()
 
-    def model(plan: Any, name: str, report: Any, timer: Any, keep: Any) -> None:
+    def spend(timer: Timer) -> None:
+        assert timer.budget is not None
         left.append(round(timer.budget.left(), 6))
-        now[0] += timer.budget.left()
-
-    def cases(*arguments: Any, **_: Any) -> None:
-        left.append(round(arguments[3].left(), 6))
-        now[0] += arguments[3].left()
+        now[0] += timer.budget.left() * 1.5
 
     monkeypatch.setattr(gpu, "Budget", lambda _: Budget(100, clock=lambda: now[0]))
-    monkeypatch.setattr(models, "_measure_model", model)
-    monkeypatch.setattr(operators, "measure", cases)
-    as_gpu()
-    assert left == [40, 30, 18, 7.2, 4.8]
+    parts = [("a", spend), ("b", spend)]
+    monkeypatch.setattr(gpu, "groups", lambda *_: [(0.5, parts), (0.8, [("c", spend)])])
+    (row,) = as_gpu()
+    assert left == [50, 20] and row["reason"] == "no time was left"  # of b
 
 
 def test_without_time_everything_is_skipped(as_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "Budget", lambda _: Budget(0))
     rows = as_gpu()
     assert {row["reason"] for row in rows} == {"no time was left"}
-    assert {"forward", "step", "image", "operator"} <= {row["section"] for row in rows}
+    cases = " ".join(row["case"] for row in rows)
+    assert all(part in cases for part in ("forward", "step", "image", "decode", "attention"))
 
 
 def test_the_gpu_command_refuses_what_it_cannot_do(
@@ -178,7 +308,7 @@ def test_the_gpu_command_refuses_what_it_cannot_do(
     assert capsys.readouterr().err.startswith("error: no CUDA device: ") and not path.exists()
     monkeypatch.setattr(gpu, "cuda_device", lambda: CPU)
     for options, said in ((["--sizes", "M/2"], "model 'M/2' is unknown"),
-                          (["--minutes", "0.1"], "minutes 0.1 is not above 0.5")):  # fmt: skip
+                          (["--minutes", "0.1"], "minutes 0.1 is not above 0.416667")):  # fmt: skip
         assert cli.main(["gpu", *options]) == 2
         assert said in capsys.readouterr().err
 
@@ -189,7 +319,7 @@ from dit_bench import cli
 from dit_bench.speed import gpu
 gpu.cuda_device = lambda: torch.device("cpu")
 gpu.START_SECONDS = gpu.RESERVE_SECONDS = 0.0
-gpu.measure = lambda *_: time.sleep(120)
+gpu.sustained_ceilings = lambda *_: time.sleep(120)
 cli.main(["gpu", "--minutes", "0.01", "--json", sys.argv[1]])
 """
 

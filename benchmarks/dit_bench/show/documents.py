@@ -50,7 +50,9 @@ def report_markdown(report: Report) -> str:
     others = [row for row in report["rows"] if row["section"] not in WORK]
     rest = report | {"rows": others, "models": [], "ratios": [], "complete": True}
     _, *tables = report_tables(rest)  # the first one describes the machine
-    if report.get("ratios"):  # they are of the times
+    if report["kind"] == "gpu":
+        tables = report_tables(report | {"complete": True})
+    elif report.get("ratios"):  # they are of the times
         tables.insert(0, ratio_grid(report["ratios"]))
     elif work:
         tables.insert(0, times_grid(work))

@@ -8,6 +8,7 @@ from dit_bench.load import warning
 from dit_bench.report import WORK, Report, Row
 from dit_bench.show import quality_tables as quality
 from dit_bench.show import speed_tables as speed
+from dit_bench.show.gpu_tables import gpu_tables
 from dit_bench.show.tables import Table
 
 TABLES: dict[str, tuple[Callable[[Report, list[Row]], Table], ...]] = {
@@ -21,7 +22,12 @@ TABLES: dict[str, tuple[Callable[[Report, list[Row]], Table], ...]] = {
 
 
 def report_tables(report: Report) -> list[Table]:
-    """Everything that the report holds. The first table describes the machine and the settings."""
+    """Everything that the report holds. The first table describes the machine and the settings. Of
+    a GPU run, only what fits on one page: its JSON has the rest."""
+    if report["kind"] == "gpu":
+        tables = [table for table in gpu_tables(report) if table.rows]
+        tables[-1].notes += interrupted(report)
+        return tables
     rows: dict[str, list[Row]] = {}
     for row in report["rows"]:
         rows.setdefault("work" if row["section"] in WORK else row["section"], []).append(row)

@@ -19,6 +19,7 @@ from torch import Tensor
 from dit_bench import peers
 from dit_bench.contenders import FORMS, Function, float_dtype
 from dit_engine.backends import Backend
+from dit_engine.backends.compile import compile_static
 from dit_engine.backends.eager import placed
 from dit_engine.backends.lean.vae import LeanDecoder
 from dit_engine.engine import Engine, Generation, Progress
@@ -36,10 +37,12 @@ SCALE, CHANNELS = 4.0, 3  # of guidance
 
 
 class Networks:
-    """An engine, and its reference model in every dtype that someone asks for."""
+    """An engine, and its reference model in every dtype that someone asks for. built_mib: what
+    building each contender took, see `dit_bench.contenders.Built`."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.built_mib: dict[str, float] = {}
         self._twins: dict[torch.dtype, DiT] = {}
 
     def model(self, dtype: torch.dtype) -> DiT:
@@ -76,9 +79,9 @@ class Work:
 
     def forward(self, name: str, precision: str) -> Function:
         """The network on all rows at once, by a backend, a library or a compiler."""
-        dtype = float_dtype(precision)
+        dtype, device = float_dtype(precision), self.engine.device
         if name == "unet":
-            return peers.unet_forward(self.images, self.engine.device, dtype)
+            return peers.unet_forward(self.images, device, dtype)
         if name == "openvino":
             # The network below its conditioning, which is computed before the timing begins: in a
             # bf16 graph, OpenVINO would round the angles of the time step's sinusoids, up to 999
@@ -89,6 +92,8 @@ class Work:
             return _openvino(model, "forward_conditioned", (self.x, c), precision)
         if name not in ("eager", "compile", "diffusers", *FORMS):
             denoise = self.networks.backend(name, precision).prepare(self.labels, self.timesteps)
+            if name == "lean" and device.type == "cuda":  # a graph, as in its steps
+                return peers.graphed(lambda: denoise(self.x, STEP), device)
             return lambda: denoise(self.x, STEP)
         model = self.networks.model(dtype)
         if name == "diffusers":
@@ -98,9 +103,10 @@ class Work:
             ).sample.float()
         inputs = (self.x.to(dtype), self.t, self.labels)
         if name == "graph":
-            if self.engine.device.type != "cuda":
-                raise ValueError("CUDA graphs need a CUDA device")
-            return peers.graphed(model, *inputs)
+            return peers.graphed(lambda: model(*inputs).float(), device)
+        if name == "autotuned blocks graph":  # the mode's own graphs would be one a block
+            blocks = peers.compiled_blocks(model, mode="max-autotune-no-cudagraphs")
+            return peers.graphed(lambda: blocks(*inputs).float(), device)
         run = model if name == "eager" else peers.compiled(model, name, *inputs)
         return lambda: run(self.x.to(dtype), self.t, self.labels).float()
 
@@ -141,21 +147,25 @@ class Work:
         return lambda: ddpm(denoise, self.x, one, _no_noise)
 
     def decode(self, name: str, precision: str) -> Function:
-        """The VAE's decoder: lean's, diffusers' or OpenVINO's, or else torch's."""
+        """The VAE's decoder: lean's, diffusers', OpenVINO's, torch's compiled, or else torch's."""
         decoder: Any = self.engine._decode
         vae = self.engine.vae
         assert vae is not None
         if name == "openvino":
             return _openvino(vae, "decode", (vae.config.denormalise(self.x),), precision)
-        if name != "diffusers":
+        if name not in ("diffusers", "compile vae"):
             return lambda: decoder(self.x, precision, LeanDecoder if name == "lean" else None)
         dtype = float_dtype(decoder_precision(precision))
         own = peers.channels_last(copy.deepcopy(vae).to(self.engine.device, dtype))
-        theirs = peers.diffusers_autoencoder(own)
+        if name == "compile vae":
+            decode: Any = compile_static(lambda z: own.decode(z))
+        else:
+            theirs = peers.diffusers_autoencoder(own)
+            decode = lambda z: theirs.decode(z).sample  # noqa: E731
 
         def run() -> Tensor:
             z = vae.config.denormalise(self.x).to(dtype, memory_format=torch.channels_last)
-            return theirs.decode(z).sample.float()
+            return decode(z).float()
 
         return run
 

@@ -1,127 +1,192 @@
 """``dit-bench gpu``: checks and measures DiT Engine on a CUDA machine in a limited time.
 
-The most important parts come first, in case time runs out: the machine's ceilings (matrix products,
-copies); forwards, guided steps and generations of XL/2 with many rows and with few, by every
-backend and its peers; the operators, checked against float64, then timed; the VAE's decoder; the
-other sizes; what takes minutes to compile; attention kernels of other packages. The JSON file is
-written as it goes, as <name>.partial.
+Every kernel is compiled first, in parallel. Then the most important parts come first, in case time
+runs out: the machine's ceilings; steps and forwards of XL/2 with many rows and with few; attention
+and products with all candidates, each checked against float64, then timed; row kernels; the kernels
+of one step; whole generations; compiled blocks; the VAE's decoder; ragged shapes and other sizes.
+The JSON file is written as it goes, as <name>.partial. While a part runs, the GPU's clock, power,
+temperature and throttling are sampled (`dit_bench.machine.DeviceState`) and stored with its rows.
 
-``--check`` only checks: every operator, a small model's forward by every contender, and whether an
-image has the same bits alone and in a batch.
+``--check`` only checks, see `dit_bench.speed.gpu_check`.
 
-What fails its check is never timed, and makes the exit code 1. So does a run that did not end in
-time: it tells where it stood, and its measurements stay in <name>.partial. The exit code is 2 if
-there is no CUDA device.
+What fails its check is never timed, and makes the exit code 1. A part that breaks loses its own
+rows. After an illegal access to memory no process can use the device any more: the program then
+starts itself again without the parts that are done. A run that did not end in time tells where it
+stood, and its measurements stay in <name>.partial. The exit code is 2 without a CUDA device.
 """
 
 from __future__ import annotations
 
 import argparse
 import faulthandler
+import functools
+import gc
+import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dit_bench.contenders import Contender, Name, build, failed, relative_error
-from dit_bench.machine import describe, slug
+from dit_bench.ceilings import FP8, Ceilings, measure_ceilings
+from dit_bench.contenders import Name, failed
+from dit_bench.load import OtherLoad
+from dit_bench.machine import DeviceState, describe, slug
 from dit_bench.progress import Progress
-from dit_bench.report import Report, Row, new_report
-from dit_bench.speed import operators
-from dit_bench.speed.forward import Networks, Work
+from dit_bench.report import Report, new_report, partial_path, read, write_partial
+from dit_bench.speed import gpu_check, operators
+from dit_bench.speed.forward import Work
 from dit_bench.speed.latency import Timer
-from dit_bench.speed.models import Plan, measure
-from dit_bench.speed.operator_cases import Case, all_cases
-from dit_bench.subjects import check_name, in_numerics, load_subject
+from dit_bench.speed.models import Plan, measure_model, open_model
+from dit_bench.speed.operator_cases import all_cases, ragged_cases
+from dit_bench.speed.profile import kernel_row
+from dit_bench.subjects import check_name
 from dit_bench.timing import Budget
-from dit_engine.backends import known_backends
-from dit_engine.engine import Engine
+from dit_engine.console.output import STDOUT
+from dit_engine.errors import BackendUnavailable
+from dit_engine.io.printable import one_line
+from dit_kernels import Unavailable
 
-SIZES = ("XL/2", "S/2", "L/2", "B/2")
+SIZES = ("XL/2", "S/2", "B/2", "L/2")
 """In the order of their worth."""
 SUBJECT: Name = ("lean", "bf16")
-PEERS: tuple[Name, ...] = (("lean", "fp8"), ("eager", "bf16"), ("graph", "bf16"),
-                           ("diffusers", "bf16"), ("compile blocks", "bf16"))  # fmt: skip
-LATE_PEERS: tuple[Name, ...] = (("compile", "bf16"), ("autotune", "bf16"))
-"""Their compilation takes minutes for a large model."""
-MANY, FEW, ROUNDS = 64, 2, 30
-START_SECONDS, RESERVE_SECONDS = 15.0, 15.0
+FP8_PEER: Name = ("lean", "fp8")
+EAGER: Name = ("eager", "bf16")
+MANY, FEW, ROUNDS, SECONDS = 64, 2, 30, 2.0
+CEILING_SECONDS = 2.0
+START_SECONDS, RESERVE_SECONDS = 15.0, 10.0
 """Kept back: for the imports, which came before the clock started, and for the table."""
+MINUTES, CHECK_MINUTES = 9.0, 3.5
 RESULTS = Path(__file__).parents[2] / "results"
 
+Part = tuple[str, Callable[[Timer], object]]
+"""A part of the run: its name, and what adds its rows to the report."""
+Group = tuple[float, Sequence[Part]]
+"""Parts, and the share that they may use of the time left when the first of them begins."""
 
-def steps(
-    device: torch.device, sizes: Sequence[str], budget: Budget, cases: Sequence[Case],
-    report: Report, keep: Callable[[], object],
-) -> list[Plan | Callable[[Timer], object]]:  # fmt: skip
-    """What is measured, in order. Each part may use a share of the time left when it begins."""
 
-    def plan(models: Sequence[str], share: float, **options: Any) -> Plan:
-        common: dict[str, Any] = {"subject": SUBJECT, "peers": PEERS, "device": device,
-                                  "rounds": ROUNDS, "seconds": 2.0}  # fmt: skip
-        return Plan(tuple(models), budget=budget, share=share, **common | options)
+def groups(device: torch.device, sizes: Sequence[str], report: Report) -> Iterator[Group]:
+    """What is measured, in order."""
+    opened = functools.lru_cache(1)(
+        partial(open_model, Plan((), SUBJECT, device, kinds=("image",)))
+    )
 
-    def check_and_time(timer: Timer) -> None:
-        assert timer.ceilings is not None
+    def work(name: str, kind: str, images: int, *peers: Name) -> Part:
+        plan = Plan((name,), SUBJECT, device, peers, (images,), (kind,), sampler="dpm++")
+        against = ", ".join(map(" ".join, peers))
+        return f"{name} {kind}, {images} ({against})", lambda timer: measure_model(
+            plan, opened(name), report, timer, lambda: None
+        )
 
-        def keep_and_look() -> None:
-            keep()
-            timer.progress.check()  # whether to stop
+    def kernels(images: int, *name: str) -> Part:
+        return f"kernels of a step, {images}, {' '.join(name)}", lambda _: report["rows"].append(
+            kernel_row(sizes[0], Work(opened(sizes[0]).networks, images), *name)
+        )
 
-        part = budget.part(0.6)
-        operators.measure(cases, report, device, part, timer.ceilings, keep=keep_and_look)
+    def operator_parts(cases: Any) -> list[Part]:
+        return [(case.title, partial(_operator, case, report)) for case in cases]
 
-    def third_party(timer: Timer) -> None:
-        assert timer.ceilings is not None
-        if budget.left() > 0:
-            operators.measure_third_party(cases, report, device, timer.ceilings)
-
-    ours = {"auto", "eager", "compile", "lean"}
-    added = tuple((name, "bf16") for name in known_backends() if name not in ours)
+    cases = all_cases(device)
+    products = [case for case in cases if case.flops]
+    row_kernels = [case for case in cases if not case.flops]
+    numbers = (MANY // 2, FEW // 2)
     first, rest = sizes[:1], sizes[1:]
-    return [
-        plan(first, 0.4, batches=(MANY, FEW), kinds=("forward", "step")),
-        plan(first, 0.5, batches=(FEW // 2, MANY // 2), kinds=("image",), sampler="dpm++"),
-        check_and_time,
-        plan(first, 0.6, batches=(1, 8), kinds=("decode",)),
-        plan(rest, 0.8, batches=(MANY, FEW), kinds=("forward",)),
-        plan(first, 1.0, batches=(FEW,), kinds=("forward",), peers=(*LATE_PEERS, *added)),
-        third_party,
-    ]
+    graph, blocks = ("graph", "bf16"), ("autotuned blocks graph", "bf16")
+    compiled = ("compile vae", "bf16")
+    yield 0.5, [work(n, "step", i, FP8_PEER, EAGER) for n in first for i in numbers]
+    yield 0.5, [work(n, "forward", i, FP8_PEER, EAGER, graph) for n in first for i in (MANY, FEW)]
+    yield 0.5, operator_parts(products)
+    yield 0.5, operator_parts(row_kernels)
+    yield 0.9, [kernels(i, *name) for _ in first for i in numbers for name in (SUBJECT, FP8_PEER)]
+    yield 0.7, [work(n, "image", i, FP8_PEER, EAGER) for n in first for i in (1, 8, MANY // 2)]
+    yield 0.8, [work(n, "forward", i, blocks) for n in first for i in (MANY, FEW)]
+    yield 0.7, [work(n, "decode", i, EAGER, compiled) for n in first for i in (1, 8)]
+    yield 0.5, operator_parts(ragged_cases())
+    yield 1.0, [work(n, "step", i, FP8_PEER) for n in rest for i in numbers]
 
 
-def check_rows(device: torch.device, model: str = "S/8") -> Iterator[Row]:
-    """The checks of whole models: every contender's forward, and the bits of images."""
-    subject = load_subject(model, with_vae=False)
-    engine = Engine(in_numerics(subject.model, "diffusers"), device=device)
-    work = Work(Networks(engine), FEW)
+def _operator(case: Any, report: Report, timer: Timer) -> None:
+    budget = timer.budget or Budget(0)
     with torch.inference_mode():
-        expected = work.forward("eager", "fp32")()
-        error = relative_error(work.forward("eager", "bf16")(), expected)
-    found = [
-        Contender(f"{name} {precision}", "subject" if name == "lean" else "peer", precision,
-                  partial(work.forward, name, precision))
-        for name, precision in (SUBJECT, ("lean", "fp32"), *PEERS, ("compile", "bf16"))
-    ]  # fmt: skip
-    built = build(found, expected, error, lambda _: None, device)
-    for contender in found:
-        yield {"section": "check", "case": f"forward of {subject.name}", "role": contender.role,
-               "contender": contender.name, **built.records[contender.name]}  # fmt: skip
-    for precision in ("fp32", "bf16"):
-        row: Row = {"section": "check", "case": "bits of an image, alone and in a batch",
-                    "role": "subject", "contender": f"lean {precision}"}  # fmt: skip
-        options: dict[str, Any] = {"steps": 4, "backend": "lean", "precision": precision,
-                                   "output": "latent"}  # fmt: skip
-        try:
-            together = engine.generate([1, 2, 3], seeds=[7, 8, 9], **options).images
-            alone = [engine.generate([i + 1], seeds=[i + 7], **options).images[0] for i in range(3)]
-        except Exception as broken:  # Triton's errors, say, are of no common class
-            yield row | failed(broken)
-            continue
-        same = all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
-        yield row | ({"status": "ok"} if same else {"status": "wrong", "reason": "bits differ"})
+        operators.measure([case], report, timer.device, budget, timer.ceilings, rounds=ROUNDS)
+
+
+def take(
+    all_groups: Sequence[Group], timer: Timer, report: Report, budget: Budget,
+    keep: Callable[[], object], restart: Callable[[], object],
+) -> None:  # fmt: skip
+    """Carry out what the report does not have yet; ``restart`` is called if the device is lost.
+
+    Raises KeyboardInterrupt after the part during which Ctrl-C was pressed.
+    """
+    state, rows, done = DeviceState(timer.device), report["rows"], report["parts_done"]
+    report["machine"]["sampled_by"] = state.source
+    with timer.progress.run(sum(len(parts) for _, parts in all_groups)):
+        for share, parts in all_groups:
+            timer.budget = budget.part(share)
+            for name, part in parts:
+                if name in done:
+                    continue
+                timer.progress.stage(name)
+                before = len(rows)
+                lost = {"section": "check", "case": name, "contender": "all", "role": "subject"}
+                with state.sampled() as sampled:
+                    try:
+                        if timer.budget.left() <= 0:
+                            raise Unavailable("no time was left")
+                        part(timer)
+                    except (BackendUnavailable, Unavailable) as reason:
+                        rows.append(lost | {"status": "skipped", "reason": one_line(reason)[:300]})
+                    except Exception as broken:  # what breaks loses its part alone
+                        rows.append(lost | failed(broken))
+                for row in rows[before:]:
+                    row["device_state"] = sampled
+                done.append(name)
+                torch.compiler.reset()  # what was compiled holds its model's weights
+                gc.collect()
+                keep()
+                if not usable(timer.device):
+                    restart()
+                timer.progress.done()
+
+
+def usable(device: torch.device) -> bool:
+    """Whether the device still computes: after some errors, this process cannot use it any more."""
+    try:
+        return torch.ones(2, device=device).sum().item() == 2
+    except RuntimeError:
+        return False
+
+
+def restart(arguments: argparse.Namespace, report: Report, budget: Budget) -> None:
+    """Start this program anew in place of this process, if enough time is left for it."""
+    minutes = (budget.left() + RESERVE_SECONDS) / 60
+    if minutes < (START_SECONDS + RESERVE_SECONDS) / 60:
+        return
+    path = arguments.json
+    if path in (None, STDOUT):
+        path = Path(tempfile.mkdtemp(prefix="dit-bench-")) / "gpu.json"
+    write_partial(report, path)
+    gpu_check.end_tests()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.execv(sys.executable, [
+        sys.executable, "-m", "dit_bench", *arguments.given,
+        "--minutes", f"{minutes:.3f}", "--resume", str(partial_path(path)),
+    ])  # fmt: skip
+
+
+def sustained_ceilings(device: torch.device, report: Report) -> Ceilings:
+    """Measured, unless the report has them."""
+    if (found := report.get("ceilings")) is not None:
+        return Ceilings(**{each.name: found[each.name] for each in fields(Ceilings)})
+    taken = measure_ceilings(device, dtypes=(torch.bfloat16, FP8), seconds=CEILING_SECONDS)
+    report["ceilings"] = {**vars(taken), "measured": f"sustained for {CEILING_SECONDS:g} s in"}
+    return taken
 
 
 def cuda_device() -> torch.device:
@@ -137,11 +202,13 @@ def cuda_device() -> torch.device:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--check", action="store_true", help="check everything and time nothing")
-    add("--minutes", type=float, default=9.0, help="the whole run ends by then")
+    add("--minutes", type=float, help="the whole run ends by then; "
+        f"{MINUTES:g} unless given, and {CHECK_MINUTES:g} with --check")  # fmt: skip
     add("--sizes", nargs="+", default=list(SIZES), help="models, such as XL/2; 'none' for none")
     add("--wide", action="store_true", help="all columns, wider than the terminal")
     add("--json", type=Path, metavar="FILE",
         help="benchmarks/results/gpu-<device>.json unless given or --check")  # fmt: skip
+    add("--resume", type=Path, help=argparse.SUPPRESS)  # the report of a run that lost its device
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -149,10 +216,11 @@ def run(arguments: argparse.Namespace) -> int:
     from dit_bench.outputs import check_outputs
 
     device = cuda_device()
-    seconds = 60 * arguments.minutes - START_SECONDS
+    minutes = arguments.minutes or (CHECK_MINUTES if arguments.check else MINUTES)
+    seconds = 60 * minutes - START_SECONDS
     if not seconds > RESERVE_SECONDS:
         least = (START_SECONDS + RESERVE_SECONDS) / 60
-        raise ValueError(f"minutes {arguments.minutes:g} is not above {least:g}")
+        raise ValueError(f"minutes {minutes:g} is not above {least:g}")
     sizes = [] if arguments.sizes == ["none"] else arguments.sizes
     for size in sizes:
         check_name(size)
@@ -162,17 +230,23 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.json = here / f"gpu-{slug(machine['gpu'] or 'unknown')}.json"
     check_outputs([arguments.json])
     budget = Budget(seconds - RESERVE_SECONDS)
-    settings = {"minutes": arguments.minutes, "steps": 20}
-    report = new_report("gpu", machine, settings, arguments.given)
+    report = new_report("gpu", machine, {"minutes": minutes, "steps": 20}, arguments.given)
+    if arguments.resume is not None:
+        report |= read(arguments.resume, "gpu")
+    report.setdefault("parts_done", [])
+    report.setdefault("models", [])
 
     def fill(progress: Progress, keep: Callable[[], object]) -> None:
-        cases = all_cases(device)
+        gpu_check.compile_kernels(device, sizes, report)
+        keep()
+        timer = Timer(device, ROUNDS, SECONDS, None, progress, OtherLoad(known=False), budget)
+        again = partial(restart, arguments, report, budget)
         if arguments.check:
-            with torch.inference_mode(), progress.run(len(cases)):
-                operators.measure(cases, report, device, budget, None, progress=progress)
-            report["rows"] += check_rows(device)
+            planned = gpu_check.groups(device, sizes, report)
         else:
-            measure(steps(device, sizes, budget, cases, report, keep), report, progress, keep)
+            timer.ceilings = sustained_ceilings(device, report)
+            planned = groups(device, sizes, report)
+        take(list(planned), timer, report, budget, keep, again)
 
     # A signal cannot interrupt a call that waits for a hung kernel. This ends the process even
     # then, with code 1, and prints to standard error which lines of the program were running.
@@ -181,3 +255,4 @@ def run(arguments: argparse.Namespace) -> int:
         return carry_out(report, fill, arguments)
     finally:
         faulthandler.cancel_dump_traceback_later()
+        gpu_check.end_tests()

@@ -10,7 +10,7 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -33,7 +33,6 @@ from dit_bench.speed.forward import Networks, Work, decoder_precision
 from dit_bench.speed.generation import GenerationCheck
 from dit_bench.speed.latency import Timer, reference, shares
 from dit_bench.subjects import Subject, in_numerics, load_subject
-from dit_bench.timing import Budget
 from dit_engine.config import ModelConfig
 from dit_engine.engine import Engine
 from dit_engine.model import DiT
@@ -51,9 +50,7 @@ class Plan:
     """What is measured.
 
     batches: numbers of images. parity: images of a paired comparison with eager float32, 0 for
-    none; sets: what is asked of these as sets. budget: of this and what comes after it, of which it
-    may use ``share`` of what is left when it begins; what breaks then is recorded, and the next
-    part begins. title: of the model in the rows.
+    none; sets: what is asked of these as sets. title: of the model in the rows.
     """
 
     models: tuple[str, ...]
@@ -72,8 +69,6 @@ class Plan:
     parts: tuple[Part, ...] = ()
     parity: int = 0
     sets: SetComparison | None = None
-    budget: Budget | None = None
-    share: float = 1.0
     title: str | None = None
 
     @property
@@ -83,20 +78,16 @@ class Plan:
 
 
 def measure(
-    steps: Plan | Sequence[Plan | Callable[[Timer], object]],
+    plans: Plan | Sequence[Plan],
     report: Report,
     progress: Progress,
     keep: Callable[[], object] = lambda: None,
 ) -> None:
-    """Fill ``report``.
-
-    steps: plans and functions that measure something else, in their order.
-    keep: called whenever the report has grown.
+    """Fill ``report``; ``keep`` is called whenever it has grown.
 
     Raises KeyboardInterrupt after the part during which Ctrl-C was pressed.
     """
-    steps = [steps] if isinstance(steps, Plan) else list(steps)
-    plans = [step for step in steps if isinstance(step, Plan)]
+    plans = [plans] if isinstance(plans, Plan) else list(plans)
     first = plans[0]
     report.setdefault("models", [])
     report["load_average"] = load_average()
@@ -105,7 +96,7 @@ def measure(
         if first.sets is not None:
             progress.stage("reference set")
             sets = first.sets.with_moments(progress.quiet, progress.check)
-            steps[steps.index(first)] = replace(first, sets=sets)
+            plans[0] = replace(first, sets=sets)
             progress.done()
         progress.stage("ceilings")
         dtypes = _dtypes(plans)
@@ -115,16 +106,11 @@ def measure(
         names = [name for plan in plans for name, _ in (plan.subject, *plan.peers)]
         served = any("://" in name for name in names)
         load = OtherLoad(known=not served)  # the load of our server is not other load
-        for step in steps:
-            plan = step if isinstance(step, Plan) else first
-            budget = None if plan.budget is None else plan.budget.part(plan.share)
-            timer = Timer(plan.device, plan.rounds, plan.seconds, ceilings, progress, load, budget)
-            if not isinstance(step, Plan):
-                with torch.inference_mode():
-                    step(timer)
-                continue
-            for name in step.models:
-                _measure_model(step, name, report, timer, keep)
+        for plan in plans:
+            timer = Timer(plan.device, plan.rounds, plan.seconds, ceilings, progress, load)
+            for name in plan.models:
+                progress.stage(f"{name}: loading")
+                measure_model(plan, open_model(plan, name), report, timer, keep)
                 torch.compiler.reset()  # what was compiled holds its model's weights
                 gc.collect()
         report["other_load"] = load.mean
@@ -136,11 +122,17 @@ def measure(
         progress.done()
 
 
-def _measure_model(
-    plan: Plan, name: str, report: Report, timer: Timer, keep: Callable[[], object]
-) -> None:
-    progress = timer.progress
-    progress.stage(f"{name}: loading")
+class Opened(NamedTuple):
+    """A model that is ready to be measured. own: its engine; networks: of the engine that is timed,
+    which is another one where peers compute another function; record: its entry in the report."""
+
+    subject: Subject
+    own: Engine
+    networks: Networks
+    record: dict[str, Any]
+
+
+def open_model(plan: Plan, name: str) -> Opened:
     with_vae = bool({"decode", "image"} & set(plan.kinds)) or plan.parity > 0
     subject = load_subject(name, size=plan.size, vae=plan.vae, with_vae=with_vae)
 
@@ -153,11 +145,16 @@ def _measure_model(
         # Times are of the function that all can compute; parity is of the model's own function.
         model = in_numerics(subject.model, "diffusers")
         timed = own if model is subject.model else engine_of(model)
-    record = _describe(subject, timed.config)
+    return Opened(subject, own, Networks(timed), _describe(subject, timed.config))
+
+
+def measure_model(
+    plan: Plan, opened: Opened, report: Report, timer: Timer, keep: Callable[[], object]
+) -> None:
+    progress, (subject, own, networks, record) = timer.progress, opened
     if plan.title is None and record["model"] not in [m["model"] for m in report["models"]]:
         report["models"].append(record)
     progress.done()
-    networks, built_mib = Networks(timed), dict[str, float]()
     for images in plan.batches:
         work = Work(networks, images)
         for kind in plan.kinds:
@@ -166,7 +163,7 @@ def _measure_model(
                 rows = _rows(plan, kind, work, record, timer)
                 for row in rows:
                     if "built_mib" in row:  # a backend is built once, and found there later
-                        whole = built_mib.setdefault(row["contender"], row["built_mib"])
+                        whole = networks.built_mib.setdefault(row["contender"], row["built_mib"])
                         row["peak_mib"] += whole - row["built_mib"]
                         row["built_mib"] = whole
                 report["rows"] += rows

@@ -67,7 +67,9 @@ def all_cases(device: torch.device) -> list[Case]:
     if device.type == "cuda":
         full = cases_of(64, TOKENS, d, heads)
         cases = [case for pair in zip(full, cases, strict=True) for case in pair]
-        return [case for case in cases if case.operator != "linear_int8"]
+        order = ("attention", "linear", "linear_gelu", "linear_fp8")  # then the row kernels
+        cases.sort(key=lambda case: [*order, case.operator].index(case.operator))
+        return [case for case in cases if "int8" not in case.title]
     return [case for case in cases if case.operator != "linear_fp8" and "to fp8" not in case.shape]
 
 
@@ -110,6 +112,7 @@ def cases_of(n: int, t: int, d: int, heads: int) -> list[Case]:
         _linear("linear", n * t, d, 3 * d),
         _linear("linear_gelu", n * t, d, 4 * d),
         _linear("linear", n * t, 4 * d, d),
+        _linear("linear", n * t, d, d),
     ]
     for operator, codes in (("linear_int8", torch.int8), ("linear_fp8", FP8)):
         for widths in ((d, 3 * d), (d, 4 * d), (4 * d, d)):
@@ -118,6 +121,13 @@ def cases_of(n: int, t: int, d: int, heads: int) -> list[Case]:
         *cases, _guided(images, 32),
         *(_groupnorm(min(8, images), *shape) for shape in ((512, 32), (128, 256))),
     ]  # fmt: skip
+
+
+def ragged_cases() -> list[Case]:
+    """Row kernels and attention of XL/2 where tiles are not full: 3 images of 250 tokens."""
+    _, d, heads = FAMILIES["XL"]
+    found = cases_of(3, 250, d, heads)
+    return [case for case in found if "T=250" in case.shape and "int8" not in case.shape]
 
 
 def plain_attention(qkv: Tensor, num_heads: int) -> Tensor:
@@ -227,10 +237,14 @@ def implementations(case: Case, device: torch.device) -> dict[str, Make]:
 
 
 def opponents(case: Case, device: torch.device) -> dict[str, Make]:
-    """What a plain torch model runs, torch.compile and, for attention, torch's other kernels."""
+    """What a plain torch model runs, torch.compile and, for attention, torch's other kernels. On
+    CUDA only what torch.compile can fuse is given to it: for the rest it calls the same libraries.
+    """
     if case.operator in ("linear_int8", "linear_fp8"):
         return {"eager": partial(_unquantized, case)}
-    found: dict[str, Make] = {"eager": _calling(case.plain), "compile": partial(_compiled, case)}
+    found: dict[str, Make] = {"eager": _calling(case.plain)}
+    if case.fusable or device.type != "cuda":
+        found["compile"] = partial(_compiled, case)
     if case.operator == "attention" and device.type == "cuda":
         for name in ("flash", "cudnn", "efficient"):
             found[f"sdpa-{name}"] = partial(_sdpa, f"{name.upper()}_ATTENTION")

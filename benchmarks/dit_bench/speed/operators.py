@@ -113,7 +113,8 @@ def measure(
     progress: Progress | None = None,
     keep: Callable[[], object] = lambda: None,
 ) -> None:
-    """Add a row for every case and contender to the report. Without ceilings nothing is timed."""
+    """Add a row for every case and contender to the report. Without ceilings nothing is timed, and
+    opponents are left out."""
     progress = progress or Progress(quiet=True)
     for case in cases:
         progress.stage(case.title)
@@ -121,52 +122,13 @@ def measure(
             report["rows"].append(_row(case, "all") | _skipped("no time was left"))
         else:
             try:
-                rows = rows_of(case, device, rounds, ceilings, opponents(case, device))
+                others = {} if ceilings is None else opponents(case, device)
+                rows = rows_of(case, device, rounds, ceilings, others)
             except Exception as broken:  # the reference, say; other operators are still measured
                 rows = [_row(case, "all") | failed(broken)]
             report["rows"] += rows
         keep()
         progress.done()
-
-
-def measure_third_party(
-    cases: Iterable[Case], report: Report, device: torch.device, ceilings: Ceilings
-) -> None:
-    """Attention kernels of other packages beside ours, whose rows the report has already. Call it
-    last: after an illegal access to memory, this process can no longer use the device."""
-    for case in cases:
-        if case.operator == "attention":
-            try:
-                rows = rows_of(case, device, 30, ceilings, third_party())
-            except Exception as lost:  # of whatever class
-                rows = [_row(case, "third party", "peer") | _skipped(lost)]
-            report["rows"] += [row for row in rows if row["role"] == "peer"]
-
-
-def third_party() -> dict[str, Make]:
-    """Attention kernels of other packages, for CUDA: FlashAttention 2 and FlashAttention 4."""
-    return {"flash-attn": _flash_attn, "flash-attn-4": _flash_attn_4}
-
-
-def _flash_attn(qkv: Tensor, num_heads: int) -> Run:
-    from flash_attn import flash_attn_qkvpacked_func  # pyright: ignore[reportMissingImports]
-
-    n, t, width = qkv.shape
-    packed = qkv.view(n, t, 3, num_heads, -1)
-    return lambda: flash_attn_qkvpacked_func(packed).view(n, t, width // 3)
-
-
-def _flash_attn_4(qkv: Tensor, num_heads: int) -> Run:
-    from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
-
-    n, t, width = qkv.shape
-    q, k, v = qkv.view(n, t, 3, num_heads, -1).unbind(2)  # each (N, T, H, d)
-
-    def run() -> Tensor:
-        result = flash_attn_func(q, k, v)  # some versions give the log-sum-exp beside it
-        return (result[0] if isinstance(result, tuple) else result).reshape(n, t, width // 3)
-
-    return run
 
 
 def rows_of(

@@ -1,4 +1,5 @@
-"""Where the lean forward's time goes: each of its operators alone, in sequence, weights cold.
+"""Where the lean forward's time goes: each of its operators alone, in sequence, weights cold; and,
+on a GPU, every kernel of one step, see `kernel_row`.
 
 Every part runs its operator once per block with that block's own weights, so that a block's weights
 have left the caches when it is its turn again (DiT-XL/2's are 900 MB in bf16; small models stay in
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dit_bench.report import Row
+from dit_bench.speed.forward import Work
 from dit_bench.speed.latency import Timer
 from dit_bench.timing import interleave, spread
 from dit_engine.backends.lean.forward import Activations, LeanTransformer
@@ -125,3 +127,45 @@ def shares(parts_ms: dict[str, float], forward_ms: float) -> list[dict[str, Any]
     }
     split["rest"] = forward_ms - sum(split.values())
     return [{"part": part, "ms": ms, "share": ms / forward_ms} for part, ms in split.items()]
+
+
+KERNELS = 20
+"""How many of a step's kernels a report names, the longest first."""
+
+
+def kernel_row(model: str, work: Work, backend: str, precision: str) -> Row:
+    """The kernels of one guided step by torch's profiler: their number, the longest ones, the
+    milliseconds of all, and by which calls the host launched them. (On a CPU, operators.)"""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = work.engine.device.type == "cuda"
+    activity, kind = ((ProfilerActivity.CUDA, DeviceType.CUDA) if cuda
+                      else (ProfilerActivity.CPU, DeviceType.CPU))  # fmt: skip
+    events: list[Any] = []
+    with torch.inference_mode():
+        step = work.guided_step(backend, precision)
+        step()
+        for _ in range(2):  # the first profile also starts the profiler's own machinery
+            if cuda:
+                torch.cuda.synchronize(work.engine.device)
+            with profile(activities=[activity]) as profiler:
+                step()
+                if cuda:
+                    torch.cuda.synchronize(work.engine.device)
+            events = list(profiler.key_averages())
+    time = "self_device_time_total" if cuda else "self_cpu_time_total"  # µs
+    kernels = [(e.key, e.count, getattr(e, time) / 1e3) for e in events if e.device_type == kind]
+    kernels.sort(key=lambda kernel: kernel[2], reverse=True)
+    total = sum(ms for _, _, ms in kernels)
+    if not total > 0:
+        raise RuntimeError("the profiler saw no kernel")
+    host = {e.key: e.count for e in events if "Launch" in e.key and e.device_type != kind}
+    return {
+        "section": "kernels", "case": f"{model}, batch {work.images}", "images": work.images,
+        "contender": f"{backend} {precision}", "role": "subject", "precision": precision,
+        "status": "ok", "ms": {"median": total}, "launches": sum(n for _, n, _ in kernels),
+        "host_launches": host,
+        "shares": [{"part": name, "count": count, "ms": ms, "share": ms / total}
+                   for name, count, ms in kernels[:KERNELS]],
+    }  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton_workers import require_triton
 
 from dit_bench import cli, machine, peers
 from dit_bench.ceilings import measure_ceilings
@@ -202,13 +203,23 @@ def test_images_that_depend_on_their_batch_by_more_than_rounding_are_wrong(
 def test_tests_that_do_not_end_are_ended(as_gpu: Any, tmp_path: Path) -> None:
     hangs = "import time\ndef test_later(): time.sleep(99)\n"
     (tmp_path / "tests/unit/test_gpu.py").write_text(TESTS + hangs)
-    tests = gpu_check.GpuTests()
-    *_, row = tests.rows(Timer(CPU, 1, 1, budget=Budget(8)))
+    tests = gpu_check.GpuTests
+    tests.start()
+    *_, row = tests.rows(Timer(CPU, 1, 1, budget=Budget(6)))
     assert row["status"] == "late" and "1 passed, 1 failed" in row["reason"]
-    assert gpu_check.GpuTests.running is None
+    assert tests.process is None
     (tmp_path / "tests/unit/test_gpu.py").unlink()
-    (row,) = gpu_check.GpuTests().rows(Timer(CPU, 1, 1, budget=Budget(8)))
+    tests.start()
+    (row,) = tests.rows(Timer(CPU, 1, 1, budget=Budget(6)))
     assert (row["status"], row["reason"]) == ("skipped", f"no tests in {tmp_path}")
+
+
+def few_parts(monkeypatch: pytest.MonkeyPatch, *wanted: int) -> None:
+    """Of each of these groups, the first part."""
+    whole = gpu.groups
+    monkeypatch.setattr(gpu, "groups", lambda *given: [
+        (share, parts[:1]) for i, (share, parts) in enumerate(whole(*given)) if i in wanted
+    ])  # fmt: skip
 
 
 def test_what_breaks_loses_its_part_alone(as_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,12 +242,13 @@ def test_what_breaks_loses_its_part_alone(as_gpu: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(Work, "guided_step", no_step)
     monkeypatch.setattr(operators, "interleave", no_timing)
     monkeypatch.setattr(gpu, "kernel_row", no_kernels)
+    few_parts(monkeypatch, 0, 2, 4, 5)
     rows = as_gpu(code=1)
-    lost = {(row["section"], row["reason"]) for row in rows if row["status"] == "failed"}
-    assert lost == {("step", "RuntimeError: CUDA out of memory"),
+    lost = [(row["section"], row["reason"]) for row in rows if row["status"] == "failed"]
+    assert lost == [("step", "RuntimeError: CUDA out of memory"),
                     ("operator", "RuntimeError: an illegal memory access"),
-                    ("check", "RuntimeError: no CUPTI")}  # fmt: skip
-    assert sum(row["section"] == "image" and row["status"] == "ok" for row in rows) == 6
+                    ("check", "RuntimeError: no CUPTI")]  # fmt: skip
+    assert sum(row["section"] == "image" and row["status"] == "ok" for row in rows) == 2
 
 
 def test_a_lost_device_starts_the_program_again_without_what_is_done(
@@ -256,6 +268,7 @@ def test_a_lost_device_starts_the_program_again_without_what_is_done(
         commands.append(command)
         raise SystemExit
 
+    few_parts(monkeypatch, 0, 2, 3, 8)
     monkeypatch.setattr(operators, "measure", illegal)
     monkeypatch.setattr(gpu, "usable", lambda _: not lost)
     monkeypatch.setattr(os, "execv", execute)
@@ -329,3 +342,65 @@ def test_a_run_that_hangs_ends_and_says_where(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", HANGS, str(tmp_path / "gpu.json")],
                           capture_output=True, text=True, timeout=100)  # fmt: skip
     assert done.returncode == 1 and "Timeout" in done.stderr and "gpu.py" in done.stderr
+
+
+def test_what_is_compiled_beforehand_can_be_called(
+    as_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ModelConfig(depth=3, hidden_size=64, num_heads=1, patch_size=2, input_size=8)
+    vae = random_vae(VAEConfig(block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8))
+    monkeypatch.setattr(gpu_check, "random_vae", lambda _: vae)
+    monkeypatch.setattr(ModelConfig, "named", lambda *_: small)
+    monkeypatch.setattr(gpu_check, "PRECISIONS", ("bf16", "fp32"))  # fp8 is for CUDA
+    for call in gpu_check.launches(CPU, ["S/8"]):
+        call()
+
+
+COMPILES = """
+import sys
+from types import SimpleNamespace
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+from dit_bench.speed.gpu_check import only_compiling
+from dit_kernels.triton.layernorm_modulate import layernorm_modulate
+from dit_kernels.triton.product import ProductTiles, product
+loaded = []
+driver.set_active(SimpleNamespace(  # of a Hopper GPU that is not there
+    get_current_device=lambda: 0, get_current_stream=lambda device: 0,
+    get_current_target=lambda: GPUTarget("cuda", 90, 32), launcher_cls=lambda *_: "launcher",
+    utils=SimpleNamespace(
+        get_device_properties=lambda _: {"max_shared_mem": 232448},
+        load_binary=lambda name, *_: loaded.append(name) or ("module", "function", 1, 0, 1024))))
+x = torch.zeros(2, 256, 1152, dtype=torch.bfloat16)
+w = torch.zeros(1152, 1152, dtype=torch.bfloat16)
+def launches():
+    layernorm_modulate(x, w[:2], w[2:4], 1e-6)
+    product(x.flatten(0, 1), w, w[0], ProductTiles(128, 128, 64, 4, 3))
+compiled, launch = [], jit.JITFunction.run
+knobs.compilation.listener = lambda **told: compiled.append(told["cache_hit"])
+with only_compiling(2, torch.device("cpu")) as kernels:
+    launches()
+    launches()
+    product(x.flatten(0, 1), w, w[0], ProductTiles(128, 100, 64, 4, 3))  # cannot be compiled
+assert jit.JITFunction.run is launch
+print([kernel.name for kernel in kernels], sorted(loaded), compiled)
+before = len(compiled)
+jit.JITFunction.run = lambda self, *given, **o: launch(self, *given, **o | {"warmup": True})
+launches()
+assert len(compiled) == before, "a launch compiles again"
+"""
+
+
+@pytest.mark.slow
+def test_kernels_are_compiled_beforehand_and_found_in_the_cache(tmp_path: Path) -> None:
+    require_triton()
+    for cached in (False, True):
+        done = subprocess.run(
+            [sys.executable, "-c", COMPILES], capture_output=True, text=True, timeout=100,
+            env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        names = ["_layernorm_modulate_kernel", "_product_kernel"]
+        assert done.stdout.strip() == f"{names} {names} {[cached, cached]}"

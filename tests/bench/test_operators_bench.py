@@ -13,6 +13,7 @@ import made_up
 import pytest
 import torch
 from products import has_int8
+from triton_workers import interpreted
 
 import dit_kernels
 from dit_bench import cli, machine
@@ -21,6 +22,8 @@ from dit_bench.report import finite, read, validate
 from dit_bench.speed import operators
 from dit_bench.speed.operator_cases import (
     Case,
+    _attentions,
+    _products,
     all_cases,
     cases_of,
     implementations,
@@ -108,6 +111,19 @@ def test_every_public_operator_has_a_case(device: str) -> None:
     public_names = {n for n in dit_kernels.__all__ if n[0].islower() and n != "available"}
     cases = {case.operator for case in all_cases(torch.device(device))}
     assert cases == public_names | {"linear_int8" if device == "cpu" else "linear_fp8"}
+
+
+@interpreted
+def test_what_the_lean_forward_chooses_among_on_hopper_is_right() -> None:
+    """Every tiling of attention and of the products, by a call as the run makes it."""
+    for case in cases_of(1, 64, 64, 1):
+        if case.operator in ("attention", "linear", "linear_gelu"):
+            make = _attentions if case.operator == "attention" else _products
+            found = make(case, CPU)
+            assert found and all(name.startswith("triton") for name in found)
+            target = Target(case, case.inputs(CPU))
+            for name, run in found.items():
+                assert target.worst(run(*target.arguments))[0] <= operators.ERROR_RATIO, name
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.title)

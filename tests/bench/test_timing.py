@@ -100,7 +100,9 @@ def test_cuda_samples_are_the_time_between_two_events(monkeypatch: pytest.Monkey
             return (end.at - self.at) * 1e3
 
     class Scratch:
-        zero_ = staticmethod(clock.work("flush", 5000))
+        """Can only be read: after a write, a sample would have to write the cache's lines back."""
+
+        sum = staticmethod(clock.work("flush", 5000))
 
     synchronized: list[object] = []
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -109,8 +111,37 @@ def test_cuda_samples_are_the_time_between_two_events(monkeypatch: pytest.Monkey
     functions = [clock.work("a", 250), clock.work("b", 2000)]
     found = timing._cuda_round(functions, Scratch(), torch.device("cuda:1"))  # pyright: ignore[reportArgumentType]
     assert found == pytest.approx([250, 2000])
-    # The caches are overwritten before each, for longer than a launch takes to be queued.
+    # The caches are filled with it before each, for longer than a launch takes to be queued.
     assert clock.now == pytest.approx(2 * 5 * timing._FLUSHES + 2.25)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_sustained_is_the_mean_of_calls_without_a_break(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many calls as fill the seconds at the pace of the first ones."""
+    clock, calls = Clock(), list[float]()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+
+        def record(self, stream: object) -> None:
+            self.at = clock.now
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end: Event) -> float:
+            return (end.at - self.at) * 1e3
+
+    def slower() -> None:
+        calls.append(1.0 if len(calls) < 5 else 2.0)  # ms; the clock rate falls
+        clock.now += calls[-1] / 1e3
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(timing.time, "perf_counter", clock)
+    assert timing.sustained(slower, torch.device(device), 0.1) == pytest.approx(2.0)
+    assert len(calls) == 2 + 3 + 100
 
 
 def test_budgets_and_long_rounds_keep_to_the_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +232,7 @@ def test_what_is_seen_during_a_run_counts_and_not_what_was_before() -> None:
     [
         (["--model", "S/8", "--device", "cpu"], "dit_bench.models_command.measure"),
         (["operators", "--device", "cpu"], "dit_bench.speed.operators.measure_ceilings"),
-        (["gpu", "--sizes", "none"], "dit_bench.speed.gpu.measure"),
+        (["gpu", "--sizes", "none"], "dit_bench.speed.gpu.sustained_ceilings"),
         (["parity", "--model", "builtin"], "dit_bench.quality.parity.try_step"),
     ],
 )

@@ -82,9 +82,9 @@ def groups(device: torch.device, sizes: Sequence[str], report: Report) -> Iterat
             plan, opened(name), report, timer, lambda: None
         )
 
-    def kernels(images: int, *name: str) -> Part:
-        return f"kernels of a step, {images}, {' '.join(name)}", lambda _: report["rows"].append(
-            kernel_row(sizes[0], Work(opened(sizes[0]).networks, images), *name)
+    def kernels(name: str, images: int, precision: str) -> Part:
+        return f"kernels of {name}, {images}, {precision}", lambda _: report["rows"].append(
+            kernel_row(name, Work(opened(name).networks, images), precision)
         )
 
     def operator_parts(cases: Any) -> list[Part]:
@@ -101,7 +101,7 @@ def groups(device: torch.device, sizes: Sequence[str], report: Report) -> Iterat
     yield 0.5, [work(n, "forward", i, FP8_PEER, EAGER, graph) for n in first for i in (MANY, FEW)]
     yield 0.5, operator_parts(products)
     yield 0.5, operator_parts(row_kernels)
-    yield 0.9, [kernels(i, *name) for _ in first for i in numbers for name in (SUBJECT, FP8_PEER)]
+    yield 0.9, [kernels(n, i, p) for n in first for i in numbers for p in ("bf16", "fp8")]
     yield 0.7, [work(n, "image", i, FP8_PEER, EAGER) for n in first for i in (1, 8, MANY // 2)]
     yield 0.8, [work(n, "forward", i, blocks) for n in first for i in (MANY, FEW)]
     yield 0.7, [work(n, "decode", i, EAGER, compiled) for n in first for i in (1, 8)]
@@ -112,7 +112,8 @@ def groups(device: torch.device, sizes: Sequence[str], report: Report) -> Iterat
 def _operator(case: Any, report: Report, timer: Timer) -> None:
     budget = timer.budget or Budget(0)
     with torch.inference_mode():
-        operators.measure([case], report, timer.device, budget, timer.ceilings, rounds=ROUNDS)
+        operators.measure([case], report, timer.device, budget, timer.ceilings, rounds=ROUNDS,
+                          progress=timer.progress)  # fmt: skip
 
 
 def take(
@@ -146,12 +147,12 @@ def take(
                 for row in rows[before:]:
                     row["device_state"] = sampled
                 done.append(name)
-                torch.compiler.reset()  # what was compiled holds its model's weights
-                gc.collect()
                 keep()
+                if timer.budget.left() > 0:  # else nothing ran, most likely
+                    torch.compiler.reset()  # what was compiled holds its model's weights
+                    gc.collect()
                 if not usable(timer.device):
                     restart()
-                timer.progress.done()
 
 
 def usable(device: torch.device) -> bool:
@@ -171,7 +172,7 @@ def restart(arguments: argparse.Namespace, report: Report, budget: Budget) -> No
     if path in (None, STDOUT):
         path = Path(tempfile.mkdtemp(prefix="dit-bench-")) / "gpu.json"
     write_partial(report, path)
-    gpu_check.end_tests()
+    gpu_check.GpuTests.end()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os.execv(sys.executable, [
@@ -237,8 +238,8 @@ def run(arguments: argparse.Namespace) -> int:
     report.setdefault("models", [])
 
     def fill(progress: Progress, keep: Callable[[], object]) -> None:
-        gpu_check.compile_kernels(device, sizes, report)
-        keep()
+        if device.type == "cuda":
+            report["rows"].append(gpu_check.compile_kernels(device, sizes))
         timer = Timer(device, ROUNDS, SECONDS, None, progress, OtherLoad(known=False), budget)
         again = partial(restart, arguments, report, budget)
         if arguments.check:
@@ -255,4 +256,4 @@ def run(arguments: argparse.Namespace) -> int:
         return carry_out(report, fill, arguments)
     finally:
         faulthandler.cancel_dump_traceback_later()
-        gpu_check.end_tests()
+        gpu_check.GpuTests.end()

@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -45,144 +46,143 @@ from dit_engine.vae import VAEConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 CORES = os.cpu_count() or 1
-NAMES = (("lean", "fp32"), ("lean", "bf16"), ("lean", "fp8"), ("eager", "bf16"), ("graph", "bf16"))
-IMAGES = 8
+PRECISIONS = ("bf16", "fp8", "fp32")
+IMAGES, ROWS = 8, (2, 64)
 FLOAT32_AGAIN = 1e-3
 """Relative difference of an image's latents in float32 after four steps; in other precisions,
 where guidance enlarges what rounding does, `AGAIN_BOUND`."""
-ROWS = (2, 64)
-ENDED = "the tests had to be ended"
 
 
 def groups(device: torch.device, sizes: Sequence[str], report: Report) -> Iterator[Any]:
     """The parts of a check, as `dit_bench.speed.gpu.groups` gives those of a run."""
-    rows, tests = report["rows"], GpuTests("the GPU's tests" not in report["parts_done"])
+    rows, tests = report["rows"], "the GPU's tests"
+    if tests not in report["parts_done"]:
+        GpuTests.start()
 
-    def case_part(case: Any, timer: Timer) -> None:
+    def operator(case: Any, timer: Timer) -> None:
         assert timer.budget is not None
         with torch.inference_mode():
-            operators.measure([case], report, device, timer.budget, None)
+            operators.measure([case], report, device, timer.budget, None, progress=timer.progress)
 
-    opened: dict[str, Networks] = {}
+    @cache
+    def networks(name: str) -> Networks:
+        return Networks(Engine(load_subject(name, with_vae=False).model, device=device))
 
-    def networks() -> Networks:
-        if not opened:
-            subject = load_subject(sizes[0], with_vae=False)
-            opened[""] = Networks(Engine(subject.model, device=device))
-        return opened[""]
+    def forward(name: str, images: int, timer: Timer) -> None:
+        rows.extend(forward_rows(name, Work(networks(name), images), timer))
 
-    yield 0.7, [(case.title, partial(case_part, case)) for case in all_cases(device)]
-    yield 0.9, [
-        *((f"forwards of {n}, {m} rows", lambda timer, m=m: rows.extend(
-            forward_rows(sizes[0], networks(), m, timer))) for n in sizes[:1] for m in ROWS),
-        *((f"images of {n}, {p}", lambda _, p=p: rows.append(image_row(networks().engine, p)))
-          for n in sizes[:1] for p in ("fp32", "bf16", "fp8")),
-    ]  # fmt: skip
-    yield 1.0, [("the GPU's tests", lambda timer: rows.extend(tests.rows(timer)))]
+    def images(name: str, precision: str, timer: Timer) -> None:
+        rows.append(image_row(networks(name).engine, precision))
+
+    yield 0.7, [(case.title, partial(operator, case)) for case in all_cases(device)]
+    yield 0.9, [(f"forward of {n}, {m}", partial(forward, n, m)) for n in sizes[:1] for m in ROWS]
+    yield 0.9, [(f"images of {n}, {p}", partial(images, n, p))
+                for n in sizes[:1] for p in PRECISIONS]  # fmt: skip
+    yield 1.0, [(tests, lambda timer: rows.extend(GpuTests.rows(timer)))]
 
 
-def forward_rows(model: str, networks: Networks, images: int, timer: Timer) -> Iterator[Row]:
-    work = Work(networks, images)
+def forward_rows(model: str, work: Work, timer: Timer) -> Iterator[Row]:
+    names = [*(("lean", precision) for precision in PRECISIONS), ("eager", "bf16"),
+             ("graph", "bf16")]  # fmt: skip
     found = [Contender(f"{name} {precision}", "subject" if name == "lean" else "peer", precision,
                        partial(work.forward, name, precision))
-             for name, precision in NAMES]  # fmt: skip
+             for name, precision in names]  # fmt: skip
     expected = reference(work.forward, found)
     built = build(found, *expected, lambda _: None, timer.device, timer.budget)
     for contender in found:
-        yield {"section": "check", "case": f"forward of {model}, {images} rows",
+        yield {"section": "check", "case": f"forward of {model}, {work.images} rows",
                "role": contender.role, "contender": contender.name,
                **built.records[contender.name]}  # fmt: skip
 
 
 def image_row(engine: Engine, precision: str) -> Row:
     """Images alone and in another order beside the same ones in a batch."""
-    row: Row = {"section": "check", "case": f"images alone and in a batch of {IMAGES}",
-                "role": "subject", "contender": f"lean {precision}"}  # fmt: skip
-    labels = [i % engine.config.num_classes for i in range(IMAGES)]
-    seeds = [i + 7 for i in range(IMAGES)]
 
     def make(order: Sequence[int]) -> torch.Tensor:
-        return engine.generate(
-            [labels[i] for i in order],
-            seeds=[seeds[i] for i in order],
-            steps=4,
-            backend="lean",
-            precision=precision,
-            output="latent",
-        ).images
+        classes = [i % engine.config.num_classes for i in order]
+        return engine.generate(classes, seeds=[i + 7 for i in order], steps=4, backend="lean",
+                               precision=precision, output="latent").images  # fmt: skip
 
-    try:
-        together = make(range(IMAGES))
-        others = {"alone": torch.cat([make([i]) for i in range(IMAGES)]),
-                  "in another order": make(range(IMAGES)[::-1]).flip(0)}  # fmt: skip
-    except Exception as broken:  # Triton's errors, say, are of no common class
-        return row | failed(broken)
+    together = make(range(IMAGES))
+    others = {"alone": torch.cat([make([i]) for i in range(IMAGES)]),
+              "in another order": make(range(IMAGES)[::-1]).flip(0)}  # fmt: skip
     errors = {how: relative_error(other, together) for how, other in others.items()}
-    told = ", ".join(
-        f"{how}: {'same bits' if torch.equal(other, together) else f'off by {errors[how]:.1e}'}"
-        for how, other in others.items()
-    )
+    same = {how: torch.equal(other, together) for how, other in others.items()}
+    told = ", ".join(f"{how}: {'same bits' if same[how] else f'off by {error:.1e}'}"
+                     for how, error in errors.items())  # fmt: skip
     bound, worst = FLOAT32_AGAIN if precision == "fp32" else AGAIN_BOUND, max(errors.values())
-    row |= {"error": worst, "bound": bound, "remark": told}
-    return row | ({"status": "ok"} if worst <= bound else {"status": "wrong", "reason": told})
+    return {
+        "section": "check", "case": f"images alone and in a batch of {IMAGES}", "role": "subject",
+        "contender": f"lean {precision}", "error": worst, "bound": bound, "remark": told,
+        "status": "ok" if worst <= bound else "wrong", "reason": told,
+    }  # fmt: skip
 
 
 class GpuTests:
-    """The tests that need a GPU, begun in the background. start: whether they are still needed."""
+    """The tests that need a GPU, in the background."""
 
-    running: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] | None = None
+    output: Path
+    why_not = ""
 
-    def __init__(self, start: bool = True) -> None:
-        needed = ("pytest", "xdist")
+    @classmethod
+    def start(cls) -> None:
         files = [str(path) for path in sorted((ROOT / "tests").glob("*/test_*.py"))
                  if "mark.gpu" in path.read_text(encoding="utf-8")]  # fmt: skip
-        missing = [f"{name} is not installed" for name in needed if find_spec(name) is None]
-        self.why_not = "; ".join(missing if files else [f"no tests in {ROOT}"])
-        self.output = Path(tempfile.mkdtemp(prefix="dit-bench-")) / "tests.txt"
-        if self.why_not or not start:
+        missing = [name for name in ("pytest", "xdist") if find_spec(name) is None]
+        cls.why_not = f"{', '.join(missing)} not installed" if missing else f"no tests in {ROOT}"
+        if missing or not files:
             return
+        cls.output = Path(tempfile.mkdtemp(prefix="dit-bench-")) / "tests.txt"
         packages = [str(ROOT / name) for name in ("", "kernels", "export", "benchmarks")]
         path = os.pathsep.join([*packages, *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, "-m", "pytest", *files, "-m", "gpu", "-v", "-n",
-                   str(max(1, CORES // 3)), "--dist", "worksteal", "--tb", "short", "--color", "no",
-                   "-p", "no:cacheprovider"]  # fmt: skip
-        with self.output.open("wb") as output:
-            GpuTests.running = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONPATH": path, "COLUMNS": "400"}, cwd=ROOT,
-                start_new_session=True,
+        options = ["-m", "gpu", "-v", "--tb", "short", "--color", "no", "-p", "no:cacheprovider",
+                   "-n", str(max(1, CORES // 3)), "--dist", "worksteal"]  # fmt: skip
+        with cls.output.open("wb") as output:
+            cls.process = subprocess.Popen(
+                [sys.executable, "-m", "pytest", *files, *options], cwd=ROOT,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONPATH": path, "COLUMNS": "400"}, start_new_session=True,
             )  # fmt: skip
 
-    def rows(self, timer: Timer) -> list[Row]:
-        """Waits until they end or the time is up; a row for each failure, and one for the rest."""
+    @classmethod
+    def rows(cls, timer: Timer) -> Iterator[Row]:
+        """Waits until they end or the time is up: a row for each failure, and one for the rest."""
         row: Row = {"section": "check", "case": "tests on the GPU", "role": "subject",
                     "contender": "pytest"}  # fmt: skip
-        process = GpuTests.running
-        if process is None:
-            return [row | {"status": "skipped", "reason": self.why_not}]
+        if cls.process is None:
+            yield row | {"status": "skipped", "reason": cls.why_not}
+            return
         assert timer.budget is not None
         code: int | None = None
         with suppress(subprocess.TimeoutExpired):
-            code = process.wait(timer.budget.left())
+            code = cls.process.wait(timer.budget.left())
         if code is None:
-            process.send_signal(signal.SIGINT)  # it then still tells why tests failed
+            cls.process.send_signal(signal.SIGINT)  # it then still tells why tests failed
             with suppress(subprocess.TimeoutExpired):
-                process.wait(8)
-        end_tests()
-        text = self.output.read_text(encoding="utf-8", errors="replace")
+                cls.process.wait(8)
+        cls.end()
+        text = cls.output.read_text(encoding="utf-8", errors="replace")
         counts, failures = outcomes(text)
-        told = ", ".join(f"{n} {word.lower()}" for word, n in counts.items()) or one_line(
-            text[-300:]
-        )
-        found = [row | {"contender": name, "status": "failed", "reason": reason[:300]}
-                 for name, reason in failures.items()]  # fmt: skip
+        for name, reason in failures.items():
+            yield row | {"contender": name, "status": "failed", "reason": reason[:300]}
+        told = ", ".join(f"{n} {word.lower()}" for word, n in counts.items())
         if code is None:
-            found.append(row | {"status": "late", "reason": f"{ENDED}; until then {told}"})
+            yield row | {"status": "late", "reason": f"had to be ended; until then {told}"}
         elif code == 0 or (code == 1 and failures):
-            found.append(row | {"status": "ok", "remark": told})
+            yield row | {"status": "ok", "remark": told}
         else:
-            found.append(row | {"status": "failed", "reason": f"pytest ended with {code}: {told}"})
-        return found
+            said = f"pytest ended with {code}: {told or one_line(text[-300:])}"
+            yield row | {"status": "failed", "reason": said}
+
+    @classmethod
+    def end(cls) -> None:
+        """End what may still run, with its workers."""
+        process, cls.process = cls.process, None
+        if process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def outcomes(text: str) -> tuple[Counter[str], dict[str, str]]:
@@ -192,19 +192,10 @@ def outcomes(text: str) -> tuple[Counter[str], dict[str, str]]:
         if told := re.match(r"\[gw\d+\] \[ *\d+%\] ([A-Z]+) (\S.*\S)", line):
             counts[told[1]] += 1
             if told[1] in ("FAILED", "ERROR"):
-                failures.setdefault(told[2].strip(), "no reason was told")
-        elif told := re.match(r"(?:FAILED|ERROR) (\S.*?)(?: - (.*))?$", line):
-            failures[told[1]] = told[2] or "no reason was told"
+                failures.setdefault(told[2], "no reason was told")
+        elif told := re.match(r"(?:FAILED|ERROR) (\S.*?) - (.*)$", line):
+            failures[told[1]] = told[2]
     return counts, failures
-
-
-def end_tests() -> None:
-    """End the tests that may still run, with their workers."""
-    process, GpuTests.running = GpuTests.running, None
-    if process is not None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @contextmanager
@@ -226,54 +217,45 @@ def only_compiling(workers: int, device: torch.device) -> Iterator[list[Any]]:
 
     with ThreadPoolExecutor(workers) as pool:
         mode = _async_compile.AsyncCompileMode(pool, ignore_errors=True)
-        jit.JITFunction.run = compile_only
-        try:
-            with mode:
-                yield kernels
-        finally:
-            jit.JITFunction.run = launch
+        with patch.object(jit.JITFunction, "run", compile_only), mode:
+            yield kernels
         compiled = [each.result() for each in mode.raw_futures if each.exception() is None]
         ready = [pool.submit(loaded, kernel) for kernel in compiled]
         kernels += [kernel for kernel, each in zip(compiled, ready, strict=True)
                     if each.exception() is None]  # fmt: skip
 
 
-def compile_kernels(device: torch.device, sizes: Sequence[str], report: Report) -> None:
-    """Compile what the check and the run launch: every candidate of every operator, and the steps
-    and decoders of models with one block. What goes wrong here goes wrong again where it counts."""
-    if device.type != "cuda":
-        return
-    start, before = time.perf_counter(), os.environ.get("DIT_KERNELS_CHOOSE")
-    os.environ["DIT_KERNELS_CHOOSE"] = "0"  # nothing can be measured where nothing runs
+def compile_kernels(device: torch.device, sizes: Sequence[str]) -> Row:
+    """Compile what the check and the run launch; what cannot be compiled fails again where it
+    counts. Nothing is chosen by measurement, because nothing runs."""
     row: Row = {"section": "check", "case": "kernels compiled beforehand", "role": "part",
                 "contender": "triton"}  # fmt: skip
+    start, workers = time.perf_counter(), max(1, CORES - CORES // 3)
     try:
-        with only_compiling(max(1, CORES - CORES // 3), device) as kernels:
+        with (patch.dict(os.environ, DIT_KERNELS_CHOOSE="0"),
+              only_compiling(workers, device) as kernels):  # fmt: skip
             for call in launches(device, sizes):
                 with suppress(Exception):
                     call()
-        told = f"{len(kernels)} in {time.perf_counter() - start:.0f} s"
-        report["rows"].append(row | {"status": "ok", "remark": told})
     except Exception as broken:  # they are then compiled one by one
-        report["rows"].append(row | failed(broken))
-    finally:
-        os.environ.pop("DIT_KERNELS_CHOOSE")
-        if before is not None:
-            os.environ["DIT_KERNELS_CHOOSE"] = before
+        return row | failed(broken)
+    told = f"{len(kernels)} in {time.perf_counter() - start:.0f} s"
+    return row | {"status": "ok", "remark": told}
 
 
 def launches(device: torch.device, sizes: Sequence[str]) -> Iterator[Callable[[], object]]:
+    """Calls that launch every candidate of every operator, the decoder's kernels, and those of
+    steps of models with one block."""
     for case in (*all_cases(device), *ragged_cases()):
         arguments = case.inputs(device)
         for make in implementations(case, device).values():
             yield lambda make=make, given=arguments: make(*given)()
-    vae = random_vae(VAEConfig())
-    decoder = LeanDecoder(vae, torch.bfloat16, device)
+    decoder = LeanDecoder(random_vae(VAEConfig()), torch.bfloat16, device)
     for images in (1, 8, 32):
         yield partial(decoder, torch.zeros(images, 4, 32, 32, device=device))
     for size in sizes:
         model = random_model(replace(ModelConfig.named(size, 256), depth=1))
         engine = Engine(model, device=device)
-        for precision, rows in product(("bf16", "fp8", "fp32"), ROWS):
+        for precision, rows in product(PRECISIONS, ROWS):
             yield partial(engine.generate, [0] * (rows // 2), steps=1, backend="lean",
                           precision=precision, output="latent")  # fmt: skip

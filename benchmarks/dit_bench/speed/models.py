@@ -110,7 +110,9 @@ def measure(
             timer = Timer(plan.device, plan.rounds, plan.seconds, ceilings, progress, load)
             for name in plan.models:
                 progress.stage(f"{name}: loading")
-                measure_model(plan, open_model(plan, name), report, timer, keep)
+                opened = open_model(plan, name)
+                progress.done()
+                measure_model(plan, opened, report, timer, keep)
                 torch.compiler.reset()  # what was compiled holds its model's weights
                 gc.collect()
         report["other_load"] = load.mean
@@ -154,7 +156,6 @@ def measure_model(
     progress, (subject, own, networks, record) = timer.progress, opened
     if plan.title is None and record["model"] not in [m["model"] for m in report["models"]]:
         report["models"].append(record)
-    progress.done()
     for images in plan.batches:
         work = Work(networks, images)
         for kind in plan.kinds:

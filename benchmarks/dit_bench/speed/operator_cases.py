@@ -19,7 +19,8 @@ from dit_bench.ceilings import FP8, NAMES
 from dit_engine.backends.compile import compile_graph
 from dit_engine.config import FAMILIES
 from dit_engine.model import NORM_EPS, modulate
-from dit_kernels import PackedLinear, QuantizedLinear, reference
+from dit_kernels import PackedLinear, QuantizedLinear, attention_libraries, reference
+from dit_kernels.dispatch import why_not
 
 DTYPE = torch.bfloat16
 TOKENS = 256  # of an image of 256 pixels
@@ -42,6 +43,7 @@ class Case:
         flops: of its matrix products, one multiply-add counted as two; 0 for memory-bound work.
         values: result → tensors to compare; the result's own by default.
         exact: (float64 arguments) → what ``values`` are compared with; ``reference`` by default.
+        sizes: of attention N, T, H and d; of a product R, inputs and outputs.
     """
 
     operator: str
@@ -53,6 +55,7 @@ class Case:
     flops: int = 0
     values: Callable[[Any], tuple[Tensor, ...]] | None = None
     exact: Callable[..., Any] | None = None
+    sizes: tuple[int, ...] = ()
 
     @property
     def title(self) -> str:
@@ -95,7 +98,7 @@ def cases_of(n: int, t: int, d: int, heads: int) -> list[Case]:
               x, x, vectors, plain=lambda x, y, gate: x + gate.unsqueeze(1) * y),
         _case("attention", f"N={n} T={t} H={heads} d={d // heads}",
               lambda qkv: (qkv, heads), (n, t, 3 * d), plain=plain_attention, fusable=False,
-              flops=4 * n * t * t * d),
+              flops=4 * n * t * t * d, sizes=(n, t, heads, d // heads)),
     ]  # fmt: skip
     for codes in (torch.int8, FP8):
         to = f"{shape} to {NAMES[codes]}"
@@ -171,7 +174,7 @@ def _linear(operator: str, rows: int, inputs: int, outputs: int) -> Case:
                  lambda weight, x, bias: (x, weight * inputs**-0.5, bias),
                  (outputs, inputs), (rows, inputs), (outputs,), fusable=False,
                  plain=_gelu if operator == "linear_gelu" else F.linear,
-                 flops=2 * rows * inputs * outputs)  # fmt: skip
+                 flops=2 * rows * inputs * outputs, sizes=(rows, inputs, outputs))  # fmt: skip
 
 
 def _quantized_linear(
@@ -228,12 +231,37 @@ def implementations(case: Case, device: torch.device) -> dict[str, Make]:
     if case.operator == "linear_fp8":
         return {"library": partial(_quantized, case)}
     if case.operator in ("linear", "linear_gelu"):
-        packed = {"packed": partial(_packed, case)} if device.type == "cpu" else {}
-        return {"library": public(case, "auto"), **packed}
+        own = (
+            {"packed": partial(_packed, case)} if device.type == "cpu" else _products(case, device)
+        )
+        return {"library": public(case, "auto"), **own}
     if device.type == "cpu":
         return {"native": public(case, "native")}
-    names = ("triton", "triton-tma") if case.operator == "attention" else ("triton",)
-    return {name: public(case, name) for name in names}
+    if case.operator == "attention":
+        return _attentions(case, device)
+    return {"triton": public(case, "triton")}
+
+
+def _products(case: Case, device: torch.device) -> dict[str, Make]:
+    """Our products in every tiling among which the lean forward chooses, without split sums."""
+    from dit_kernels.triton import product as own
+    from dit_kernels.triton.attention import device_facts
+
+    found = own.candidates(*case.sizes, device_facts(device)[1])
+    gelu = case.operator == "linear_gelu"
+    return {f"triton {name}": _calling(own.product, tiles=tiles, gelu=gelu)
+            for name, tiles in found.items() if tiles.splits == 1}  # fmt: skip
+
+
+def _attentions(case: Case, device: torch.device) -> dict[str, Make]:
+    """Our attention in every tiling among which the lean forward chooses."""
+    from dit_kernels.triton.attention import attention, candidates
+    from dit_kernels.triton.attention_tma import attention_tma
+
+    runs = {"triton": attention, "triton-tma": attention_tma}
+    return {f"{name} {tiles}": _calling(runs[name], tiles=tiles)
+            for name, all_tiles in candidates(*case.sizes, DTYPE, device).items()
+            if why_not(name, "attention", device) is None for tiles in all_tiles}  # fmt: skip
 
 
 def opponents(case: Case, device: torch.device) -> dict[str, Make]:
@@ -246,8 +274,7 @@ def opponents(case: Case, device: torch.device) -> dict[str, Make]:
     if case.fusable or device.type != "cuda":
         found["compile"] = partial(_compiled, case)
     if case.operator == "attention" and device.type == "cuda":
-        for name in ("flash", "cudnn", "efficient"):
-            found[f"sdpa-{name}"] = partial(_sdpa, f"{name.upper()}_ATTENTION")
+        found |= {name: public(case, name) for name in attention_libraries.NAMES}
     return found
 
 
@@ -284,15 +311,3 @@ def _compiled(case: Case, *arguments: Any) -> Run:
     # Without this, torch counts all shapes of a definition, and stops compiling after eight.
     torch.compiler.reset()
     return partial(compile_graph(case.reference if case.fusable else case.plain), *arguments)
-
-
-def _sdpa(backend: str, qkv: Tensor, num_heads: int) -> Run:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    chosen = getattr(SDPBackend, backend)
-
-    def run() -> Tensor:
-        with sdpa_kernel(chosen):
-            return plain_attention(qkv, num_heads)
-
-    return run

@@ -10,17 +10,20 @@ parts: calls, allocations, patches, and the effect of one operator's caches on t
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_bench.report import Row
-from dit_bench.speed.forward import Work
+from dit_bench.speed.forward import CHANNELS, SCALE, Work
 from dit_bench.speed.latency import Timer
 from dit_bench.timing import interleave, spread
 from dit_engine.backends.lean.forward import Activations, LeanTransformer
 from dit_engine.model import NORM_EPS
+from dit_engine.sampling.coefficients import step_coefficients
 
 Part = Callable[[], object]
 
@@ -133,39 +136,46 @@ KERNELS = 20
 """How many of a step's kernels a report names, the longest first."""
 
 
-def kernel_row(model: str, work: Work, backend: str, precision: str) -> Row:
-    """The kernels of one guided step by torch's profiler: their number, the longest ones, the
-    milliseconds of all, and by which calls the host launched them. (On a CPU, operators.)"""
+def kernel_row(model: str, work: Work, precision: str) -> Row:
+    """The kernels of one of the lean backend's guided steps amid others, by torch's profiler: their
+    number, the longest ones, the milliseconds of all, and by which calls the host launched them.
+    (On a CPU, operators.)"""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    cuda = work.engine.device.type == "cuda"
+    cuda, config = work.engine.device.type == "cuda", work.engine.config
     activity, kind = ((ProfilerActivity.CUDA, DeviceType.CUDA) if cuda
                       else (ProfilerActivity.CPU, DeviceType.CPU))  # fmt: skip
+    settle = partial(torch.cuda.synchronize, work.engine.device) if cuda else lambda: None
+    labels = torch.cat([work.classes, torch.full_like(work.classes, config.null_class)])
+    table = step_coefficients("ddim", work.schedule, config.learn_sigma)
+    scales = torch.full((work.images,), SCALE, dtype=torch.float64)
     events: list[Any] = []
     with torch.inference_mode():
-        step = work.guided_step(backend, precision)
-        step()
-        for _ in range(2):  # the first profile also starts the profiler's own machinery
-            if cuda:
-                torch.cuda.synchronize(work.engine.device)
-            with profile(activities=[activity]) as profiler:
-                step()
-                if cuda:
-                    torch.cuda.synchronize(work.engine.device)
-            events = list(profiler.key_averages())
+        fused = work.networks.backend("lean", precision).fuse(
+            labels, work.timesteps, table, scales, min(CHANNELS, config.in_channels)
+        )
+        assert fused is not None
+        z, x0 = work.x, torch.zeros_like(work.x)
+        for k in range(4):  # the first profile also starts the profiler's own machinery
+            settle()
+            with profile(activities=[activity]) if k > 1 else nullcontext() as profiler:
+                z, x0 = fused.guided_step(z, x0, None, k, True)
+                settle()
+            events = list(profiler.key_averages()) if profiler is not None else []
+        fused.release()
     time = "self_device_time_total" if cuda else "self_cpu_time_total"  # µs
     kernels = [(e.key, e.count, getattr(e, time) / 1e3) for e in events if e.device_type == kind]
     kernels.sort(key=lambda kernel: kernel[2], reverse=True)
     total = sum(ms for _, _, ms in kernels)
     if not total > 0:
         raise RuntimeError("the profiler saw no kernel")
-    host = {e.key: e.count for e in events if "Launch" in e.key and e.device_type != kind}
     return {
         "section": "kernels", "case": f"{model}, batch {work.images}", "images": work.images,
-        "contender": f"{backend} {precision}", "role": "subject", "precision": precision,
-        "status": "ok", "ms": {"median": total}, "launches": sum(n for _, n, _ in kernels),
-        "host_launches": host,
+        "contender": f"lean {precision}", "role": "subject", "precision": precision, "status": "ok",
+        "ms": {"median": total}, "launches": sum(count for _, count, _ in kernels),
+        "host_launches": {e.key: e.count for e in events
+                          if e.device_type != kind and "Launch" in e.key},
         "shares": [{"part": name, "count": count, "ms": ms, "share": ms / total}
                    for name, count, ms in kernels[:KERNELS]],
     }  # fmt: skip

@@ -27,9 +27,18 @@ from dit_kernels import quantized, triton
 
 GPU = torch.device("meta")
 XL = ModelConfig.named("DiT-XL/2")
-COMMON = {"_embed_kernel": 1, "_select_step_kernel": 1, "_guided_step_kernel": 1}
-BLOCK = {"_attention_kernel": 1, "addmm": 3, "_addmm_activation": 1,
-         "_gate_residual_layernorm_modulate_kernel": 2}  # fmt: skip
+STEP = Counter(
+    ["_embed_kernel", "_select_step_kernel", "_guided_step_kernel", "addmm"]  # the last layer
+)
+BLOCK = Counter(
+    ["addmm"] * 3 + ["_addmm_activation"] + ["_attention_kernel"]
+    + ["_gate_residual_layernorm_modulate_kernel"] * 2
+)  # fmt: skip
+FP8_BLOCK = Counter(
+    ["_scaled_mm"] * 4 + ["_attention_kernel", "_quantize_rows_kernel"]
+    + ["_gelu_quantize_rows_kernel"]
+    + ["_gate_residual_layernorm_modulate_quantize_kernel"] * 2
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -82,12 +91,23 @@ def launches_of(rows: int, kind: str | None, steps: int = 3) -> tuple[Counter[st
     return Counter(each), launches.outside
 
 
+def all_blocks(block: Counter[str]) -> Counter[str]:
+    return Counter({name: XL.depth * count for name, count in block.items()})
+
+
 @pytest.mark.parametrize("rows", [2, 64])
 def test_seven_launches_a_block_and_five_besides(rows: int) -> None:
     inside, outside = launches_of(rows, None)
-    norms = {"_layernorm_modulate_kernel": 1, "addmm": 1}  # before the blocks, and the last layer
-    expected = Counter(COMMON) + Counter(norms)
-    for _ in range(XL.depth):
-        expected += Counter(BLOCK)
-    assert inside == expected and inside.total() == 7 * XL.depth + 5
+    assert inside == all_blocks(BLOCK) + STEP + Counter(["_layernorm_modulate_kernel"])
+    assert inside.total() == 7 * XL.depth + 5
+    assert not outside
+
+
+def test_nine_launches_a_block_in_fp8() -> None:
+    inside, outside = launches_of(2, "fp8")
+    expected = all_blocks(FP8_BLOCK) + STEP + Counter(["_layernorm_modulate_quantize_kernel"])
+    # The norm of the last layer, which is not quantised, stands for the last block's.
+    expected["_gate_residual_layernorm_modulate_quantize_kernel"] -= 1
+    expected["_gate_residual_layernorm_modulate_kernel"] += 1
+    assert inside == expected and inside.total() == 9 * XL.depth + 5
     assert not outside

@@ -32,7 +32,8 @@ GAP_US = 1.5
 """Between the end of a kernel and the first work of the next, which depends on it, in a graph."""
 TILE_US = 1.0
 """Of a tile of a product: until its first operands are there, and its result leaves registers."""
-TILES, SPLITS = (128, 192, 256), (2, 3, 4)  # columns of tiles of 128 rows; parts of a split product
+TILES = (128, 192, 256)  # columns, of tiles of 128 rows
+SPLITS = (2, 3, 4)
 GROUPS = ("products", "attention", "norms", "the rest")
 PROFILED = {
     "attention": "attention|flash|fmha", "norms": "layernorm",
@@ -150,8 +151,18 @@ def _product_us(
     rows: int, inputs: int, outputs: int, columns: int, splits: int, gpu: Rates
 ) -> float:
     tiles = math.ceil(rows / 128) * math.ceil(outputs / columns) * splits
-    tile = PROCESSORS * gpu.flops_us(2 * 128 * columns * inputs / splits) + TILE_US
-    return math.ceil(tiles / PROCESSORS) * tile
+    tile = PROCESSORS * gpu.flops_us(2 * 128 * columns * inputs / splits) / fed(columns)
+    return math.ceil(tiles / PROCESSORS) * (tile + TILE_US)
+
+
+def fed(columns: int) -> float:
+    """The share of the matrix rate at which shared memory can feed a tile of 128 rows.
+
+    For 16 inputs, the tile takes ``columns`` cycles. Shared memory delivers 128 bytes a cycle: each
+    half of the rows reads its own operands and those of all columns, and all are written once.
+    """
+    read, written = 2 * 32 * (64 + columns), 32 * (128 + columns)
+    return min(1.0, 128 * columns / (read + written))
 
 
 def step_us(config: ModelConfig, rows: int, splits: int | None, gpu: Rates) -> dict[str, float]:
@@ -249,8 +260,9 @@ def sources() -> str:
         f"reached that on the H200 ({DATASHEET_TFLOP_S:.0f} in both datasheets). A launch's "
         f"activations count only if they exceed the L2 of {L2_BYTES / 1e6:.0f} MB. Predictions add "
         f"{GAP_US} µs between kernels, round products up to whole tiles on {PROCESSORS} "
-        f"multiprocessors, of {' or '.join(f'128 × {n}' for n in TILES)}, with {TILE_US:g} µs for "
-        "each, and count every byte."
+        f"multiprocessors, of {' or '.join(f'128 × {n}' for n in TILES)}, at the rate at which "
+        f"shared memory can feed them and with {TILE_US:g} µs for each, and count every byte. "
+        "Large products run at the power limit: with few rows the clock may be higher."
     )
 
 

@@ -176,6 +176,8 @@ class GraphCache(Generic[K, G]):
         self.turns = Turns(device)
         self._make, self._what = make, what
         self._graphs: list[G] = []  # the one taken last is the last
+        # For these no graphs are dropped again; but they are tried again, as memory may be there.
+        self._refused = set[K]()
         self._lock = threading.Lock()
 
     def take(self, key: K) -> G | None:
@@ -216,11 +218,13 @@ class GraphCache(Generic[K, G]):
                 if not any(map(is_out_of_memory, (error, error.__context__ or error))):
                     raise
             # Outside of the except block, where the traceback would keep memory.
-            if not self._drop_idle(GRAPH_LIMIT):
+            if key in self._refused or not self._drop_idle(GRAPH_LIMIT):
                 break
-        warnings.warn(
-            f"too little memory for a CUDA graph of {self._what(key)}: running without one, which "
-            "is slower",
-            stacklevel=4,
-        )
+        if key not in self._refused:
+            self._refused.add(key)
+            warnings.warn(
+                f"too little memory for a CUDA graph of {self._what(key)}: running without one, "
+                "which is slower",
+                stacklevel=4,
+            )
         return None

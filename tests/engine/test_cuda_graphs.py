@@ -113,6 +113,7 @@ def test_other_steps_than_the_next_and_other_guidance(steps: Steps) -> None:
         noise = steps.inputs(2, seed=step)[2]
         found = fused.guided_step(*found, noise, step, guide)
         expected = plain.guided_step(*expected, noise, step, guide)
+        assert graph_of(fused, guide).where[0] == step
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert keys(steps) == [(2, True, 3), (2, False, 3)]
 
@@ -188,6 +189,17 @@ def test_too_little_memory_for_a_graph(steps: Steps, monkeypatch: pytest.MonkeyP
     assert keys(steps) == []
     fused = steps.fused(steps.graphed, 2)
     assert graph_of(fused).rows == 4  # a smaller one, later
+    fused.release()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps.check(5)  # told once; nor is another graph dropped for it again
+        assert keys(steps) == [(2, True, 3)]
+        most = 100
+        steps.check(5)  # but tried again
+        assert keys(steps) == [(2, True, 3), (5, True, 3)]
+    most = 8
+    fused = steps.fused(steps.graphed, 2)
+    graph_of(fused)
     other = steps.fused(steps.graphed, 3)
     with pytest.warns(UserWarning, match="a batch of 3"):
         other.guided_step(*steps.inputs(3), 0, True)

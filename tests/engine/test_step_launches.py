@@ -60,7 +60,9 @@ def _model() -> DiT:
         return DiT(XL)
 
 
-def launches_of(rows: int, kind: str | None, steps: int = 3) -> tuple[Counter[str], ...]:
+def launches_of(
+    rows: int, kind: str | None = None, steps: int = 3, draws: bool = False
+) -> tuple[Counter[str], ...]:
     """By name, what one step of ``rows`` rows launches in its graph, and what the steps after the
     first one launch beside it."""
     from triton.runtime.jit import KernelInterface
@@ -81,11 +83,12 @@ def launches_of(rows: int, kind: str | None, steps: int = 3) -> tuple[Counter[st
             coefficients, scales = torch.ones(steps, 9, device=GPU), torch.ones(n, device=GPU)
             graph.start(cast(ModulationTable, given), coefficients, scales)
             z, x0 = torch.ones(2, n, *XL.latent_shape, device=GPU)
-            z, x0 = graph(z, x0, None, 0)
+            noise = torch.ones_like(z) if draws else None
+            z, x0 = graph(z, x0, noise, 0)
             launches.inside.clear()
             launches.outside.clear()
             for step in range(1, steps):
-                z, x0 = graph(z, x0, None, step)
+                z, x0 = graph(z, x0, noise, step)
     assert all(count % (steps - 1) == 0 for count in launches.inside.values())
     each = {name: count // (steps - 1) for name, count in launches.inside.items()}
     return Counter(each), launches.outside
@@ -97,10 +100,15 @@ def all_blocks(block: Counter[str]) -> Counter[str]:
 
 @pytest.mark.parametrize("rows", [2, 64])
 def test_seven_launches_a_block_and_five_besides(rows: int) -> None:
-    inside, outside = launches_of(rows, None)
+    inside, outside = launches_of(rows)
     assert inside == all_blocks(BLOCK) + STEP + Counter(["_layernorm_modulate_kernel"])
     assert inside.total() == 7 * XL.depth + 5
     assert not outside
+
+
+def test_a_draw_is_copied_once() -> None:
+    inside, outside = launches_of(2, draws=True)
+    assert inside.total() == 7 * XL.depth + 5 and outside == {"copy_": 2}  # of two steps
 
 
 def test_nine_launches_a_block_in_fp8() -> None:

@@ -88,7 +88,23 @@ def overview() -> dict[str, dict[str, Any]]:
         except (ImportError, ValueError, RuntimeError, OSError) as error:  # noqa: PERF203
             backends[name] = one_line(error)
     return {"hardware": hardware, "versions": found["versions"], "kernels": found["kernels"],
-            "quantised products": products, "backends": backends}  # fmt: skip
+            "quantised products": products, "backends": backends, **choices()}  # fmt: skip
+
+
+def choices() -> dict[str, dict[str, str]]:
+    """What the lean backend has chosen by measurement, for each kind of device."""
+    from dit_engine.backends.lean.choice_file import remembered
+    from dit_kernels.chooser import quickest
+
+    def told(times: dict[str, float | None]) -> str:
+        default, name = next(iter(times)), quickest(times)
+        of_default = "" if name == default else f" ({default} {times[default] or 0:.4f})"
+        return f"{name} {times[name] or 0:.4f} ms{of_default}"
+
+    return {
+        f"chosen on {device}": {key: told(times) for key, times in known.items() if times}
+        for device, known in remembered().items()
+    }
 
 
 def versions() -> dict[str, str]:

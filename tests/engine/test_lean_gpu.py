@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from tiny import tiny_dit, tiny_vae
 from torch import Tensor
 
 from dit_engine.backends.capture import GRAPH_LIMIT
+from dit_engine.backends.lean.choice_file import remembered
 from dit_engine.backends.lean.vae import LeanDecoder
 from dit_engine.engine import Engine
 from dit_engine.sampling.coefficients import step_coefficients
@@ -30,6 +33,12 @@ pytestmark = [
 
 NARROW = VAEConfig(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8)
 SCALES = [1.0, 4.0, 2.0]
+
+
+@pytest.fixture(autouse=True)
+def _no_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring compiles every candidate, which takes longer than these tests."""
+    monkeypatch.setenv("DIT_KERNELS_CHOOSE", "0")
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +84,23 @@ def test_half_precision_is_as_near_to_float32_as_eager(engine: Engine, precision
     found = {b: latents(engine, b, sampler="ddim", precision=precision) for b in ("lean", "eager")}
     # Five steps add rounding to rounding, in an order of each one's own.
     assert relative_error(found["lean"], exact) < 3 * relative_error(found["eager"], exact)
+
+
+def test_what_was_chosen_is_right_and_remembered(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIT_KERNELS_CHOOSE", "1")
+    monkeypatch.setenv("DIT_ENGINE_CACHE", str(tmp_path))
+    options: dict[str, Any] = {"sampler": "ddim", "precision": "bf16"}
+    exact, eager = latents(engine, "eager", sampler="ddim"), latents(engine, "eager", **options)
+    first = latents(Engine(engine.model, device=DEVICE), "lean", **options)
+    assert relative_error(first, exact) < 3 * relative_error(eager, exact)
+    (known,) = remembered().values()
+    assert {key.split()[0] for key in known} == {"qkv", "attention", "proj", "fc1", "fc2"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = latents(Engine(engine.model, device=DEVICE), "lean", **options)
+    assert torch.equal(again, first) and [*remembered().values()] == [known]
 
 
 def test_a_step_after_another_is_one_launch(engine: Engine) -> None:

@@ -12,6 +12,7 @@ import torch
 from cases import random
 from torch import Tensor
 
+from dit_kernels import chooser
 from dit_kernels.chooser import BUDGET_S, ROUNDS, VARIABLE, Chooser, Times, quickest, worst_row
 
 KEY = "fc1 2x256x1152 to 4608, bfloat16"
@@ -153,6 +154,7 @@ def test_the_errors_of_rows() -> None:
     assert worst_row(found, wanted) == pytest.approx(0.5 / (2525 / 3) ** 0.5)
     assert worst_row(10 * wanted, wanted) == pytest.approx(9)
     assert math.isnan(worst_row(found * math.nan, wanted))
+    assert worst_row(0 * wanted, 0 * wanted) == 0 and worst_row(wanted, 0 * wanted) > 1
 
 
 @pytest.mark.parametrize("stale", [{"library": 1.0, "tall": 0.2}, {"own": 0.1, "library": 1.0}, {}])
@@ -179,3 +181,32 @@ def test_turned_off_nothing_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_candidate_needs_no_measurement() -> None:
     bench = Bench(library=1.0)
     assert bench.choose() == "library" and not bench.calls and bench.memory == {}
+
+
+def test_a_sample_on_cuda_begins_with_cold_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed is the call alone, on the device's current stream."""
+    log: list[object] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: object) -> None:
+            log.append(stream)
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+        def elapsed_time(self, end: object) -> float:
+            assert isinstance(end, Event) and end is not self
+            return 0.25
+
+    flush = torch.Tensor.max
+    monkeypatch.setattr(torch.Tensor, "max", lambda x: log.append("read") or flush(x))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(chooser, "_FLUSH_BYTES", 64)
+    sample = chooser.cuda_sample(torch.device("cpu"))
+    assert sample(lambda: log.append("call")) == 0.25
+    stream = "stream of cpu"
+    assert log == [*["read"] * chooser._FLUSHES, stream, "call", stream, "wait"]

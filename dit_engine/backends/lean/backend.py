@@ -57,8 +57,10 @@ class LeanBackend(Backend):
         self.update = launcher("guided_step", device)
         self.graphs = None
         if device.type == "cuda":
+            from dit_engine.backends.lean.choices import by_measurement
             from dit_engine.backends.lean.cuda_graphs import step_graphs
 
+            self.transformer.parts = by_measurement(self.transformer)
             self.graphs = step_graphs(self.transformer)
 
     def prepare(self, labels: Tensor, timesteps: Tensor) -> LeanDenoiser:

@@ -60,6 +60,7 @@ class LeanTransformer:
         usual = Parts(_attention(model, device))
         if quantized == "fp8":  # its GELU comes with the codes, in `Norms.hidden`
             usual = replace(usual, fc1=usual.qkv)
+        self.usual = usual
         self.parts: Callable[[int], Parts] = lambda rows: usual
         """Number of rows → what computes them."""
 
@@ -91,7 +92,7 @@ class LeanTransformer:
     @property
     def native(self) -> bool:
         """Whether `trunk` makes only calls of the native library."""
-        return self.parts(1).attention is native.attention and all(
+        return self.usual.attention is native.attention and all(
             product.native
             for block in self.blocks
             for product in (block.qkv, block.proj, block.fc1, block.fc2)

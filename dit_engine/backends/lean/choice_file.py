@@ -1,0 +1,122 @@
+"""The file in which the times of measured kernels are kept between processes."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_engine._version import __version__
+from dit_engine.io.caches import cache_directory, private_cache
+from dit_engine.io.files import atomic_path, locked
+from dit_engine.io.json_files import Schema, check_schema, read_json
+from dit_engine.io.printable import one_line
+from dit_kernels.chooser import Times
+
+FOLDER = "choices"
+SCHEMA: Schema = {
+    "": {"facts": "object", "times": "object"},
+    "facts": {"device": "line", "<line>": "line"},
+    "times": {"<line>": "object"},
+    "times{}": {"<line>": "positive?"},
+}
+_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+class ChoiceFile:
+    """What was measured on a device, by its name. Nothing that is wrong with the file is an error:
+    it costs one warning, and kernels are measured again.
+
+    Only what was measured with the same driver and versions counts; the rest is overwritten.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.facts = facts(device)
+        self._times: dict[str, Times] = {}
+        self._path: Path | None = None
+        try:
+            folder = private_cache(FOLDER)
+        except (OSError, ValueError) as error:
+            self._tell(f"what is measured is not kept: {one_line(error)}")
+            return
+        name = re.sub(r"[^a-z0-9]+", "-", self.facts["device"].lower()).strip("-")
+        self._path = folder / f"{name}.json"
+        try:
+            self._times = self._read()
+        except (OSError, ValueError) as error:
+            self._tell(f"{one_line(error)}; kernels are measured again")
+
+    def recall(self, key: str) -> Times | None:
+        return self._times.get(key)
+
+    def remember(self, key: str, times: Times) -> None:
+        """Add it to what other processes may have written meanwhile."""
+        self._times[key] = times
+        if self._path is None:
+            return
+        try:
+            with locked(self._path.parent):
+                with suppress(OSError, ValueError):
+                    self._times = self._read() | self._times
+                with atomic_path(self._path) as partial:
+                    held = {"facts": self.facts, "times": self._times}
+                    partial.write_text(json.dumps(held, indent=1), encoding="utf-8")
+        except OSError as error:
+            self._tell(f"what is measured is not kept: {one_line(error)}")
+            self._path = None
+
+    def _read(self) -> dict[str, Times]:
+        assert self._path is not None
+        if not self._path.exists():
+            return {}
+        held = _read(self._path)
+        for name, value in self.facts.items():
+            if held["facts"].get(name) != value:
+                was = held["facts"].get(name)
+                raise ValueError(f"{self._path}: measured with {name} {was}, which is now {value}")
+        return held["times"]
+
+    @staticmethod
+    def _tell(what: str) -> None:
+        warnings.warn(what, stacklevel=2)
+
+
+def remembered() -> dict[str, dict[str, Times]]:
+    """Name of a device → what was measured on it, from the files that can be read."""
+    found = {}
+    with suppress(OSError, ValueError):
+        for path in sorted((cache_directory() / FOLDER).glob("*.json")):
+            with suppress(OSError, ValueError):
+                held = _read(path)
+                found[held["facts"]["device"]] = held["times"]
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    held = read_json(path)
+    check_schema(held, SCHEMA, path)
+    return held
+
+
+def facts(device: torch.device) -> dict[str, str]:
+    """What a measurement on a CUDA device depends on."""
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "driver": driver(),
+        "torch": torch.__version__,
+        "triton": import_module("triton").__version__,
+        "dit_engine": __version__,
+    }
+
+
+def driver() -> str:
+    """The version of NVIDIA's driver, or of the CUDA that it supports."""
+    said = _DRIVER.read_text(encoding="utf-8") if _DRIVER.exists() else ""
+    found = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", said)
+    return found[1] if found else f"CUDA {torch._C._cuda_getDriverVersion()}"  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,199 @@
+"""What computes the products and the attention on CUDA: chosen by measurement, and remembered.
+
+A forward of M rows takes for each of its parts (`dit_engine.backends.lean.forward.Parts`) the
+quickest of the `candidates` on this device. `dit_engine.backends.lean.choice_file` remembers.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_engine.backends.lean.choice_file import ChoiceFile
+from dit_engine.backends.lean.forward import (
+    Activations,
+    LeanTransformer,
+    Parts,
+    Run,
+    product_norm,
+)
+from dit_kernels import PackedLinear
+from dit_kernels.checks import HEAD_DIM_LIMIT
+from dit_kernels.chooser import Chooser, choosing, cuda_sample
+from dit_kernels.dispatch import attention_candidates, implementation, why_not
+
+
+def by_measurement(transformer: LeanTransformer) -> Callable[[int], Parts]:
+    """The ``parts`` of a transformer on CUDA: `ChosenParts` with the file of its device, unless
+    there is nothing to choose or choosing is turned off.
+
+    Raises ValueError for a `dit_kernels.chooser.VARIABLE` that is neither 0 nor 1.
+    """
+    if not choosing() or not candidates(transformer, 1):
+        return transformer.parts
+    file, device = ChoiceFile(transformer.device), transformer.device
+    return ChosenParts(transformer, Chooser(file.recall, file.remember, cuda_sample(device)))
+
+
+class ChosenParts:
+    """Number of rows → `Parts`, chosen at the first call for this number. Threads may share it.
+
+    Every call of a forward goes through here, so that a number of rows has the same parts whether
+    its forward is in a graph or not.
+    """
+
+    def __init__(self, transformer: LeanTransformer, chooser: Chooser) -> None:
+        self.transformer, self.chooser = transformer, chooser
+        self._chosen: dict[int, Parts] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, rows: int) -> Parts:
+        with self._lock:
+            if rows not in self._chosen:
+                try:
+                    self._chosen[rows] = self._choose(rows)
+                except torch.OutOfMemoryError:
+                    warnings.warn(
+                        f"too little memory to measure a forward of {rows} rows, which may be "
+                        "slower than it could be",
+                        stacklevel=2,
+                    )
+                    self._chosen[rows] = self.transformer.usual
+            return self._chosen[rows]
+
+    def _choose(self, rows: int) -> Parts:
+        chosen: dict[str, Run] = {}
+        for part, ways in candidates(self.transformer, rows).items():
+            # Made at the first call: there is none if the choice is remembered.
+            example = functools.cache(functools.partial(_Example, self.transformer, part, rows))
+            calls = {name: lambda e=example, way=way: e().call(way) for name, way in ways.items()}
+            key = _key(self.transformer, part, rows)
+            with torch.inference_mode():
+                name = self.chooser.choose(key, calls, lambda e=example: e().reset())
+            chosen[part] = ways[name]
+        return replace(self.transformer.usual, **chosen)
+
+
+def _key(transformer: LeanTransformer, part: str, rows: int) -> str:
+    config, dtype = transformer.config, str(transformer.dtype).removeprefix("torch.")
+    inputs, outputs = _widths(transformer, part)
+    heads = f", {config.num_heads} heads" if part == "attention" else ""
+    return f"{part} {rows}x{config.num_tokens}x{inputs} to {outputs}{heads}, {dtype}"
+
+
+def _widths(transformer: LeanTransformer, part: str) -> tuple[int, int]:
+    d, hidden = transformer.config.hidden_size, transformer.config.mlp_hidden_size
+    return {"qkv": (d, 3 * d), "attention": (3 * d, d), "proj": (d, d), "fc1": (d, hidden),
+            "fc2": (hidden, d)}[part]  # fmt: skip
+
+
+def candidates(transformer: LeanTransformer, rows: int) -> dict[str, dict[str, Run]]:
+    """For parts of a forward of ``rows`` rows: name → the function, the default first. Parts that
+    are not there have only their default."""
+    dtype, device, config = transformer.dtype, transformer.device, transformer.config
+    if dtype == torch.float32 or rows == 0 or why_not("triton", "attention", device) is not None:
+        return {}
+    found: dict[str, dict[str, Run]] = {}
+    heads, d = config.num_heads, config.hidden_size // config.num_heads
+    if d % 8 == 0 and d <= HEAD_DIM_LIMIT:
+        shape = rows, config.num_tokens, heads, d
+        found["attention"] = attention_candidates(*shape, dtype, device)
+    if transformer.quantized is None:
+        for part in ("qkv", "proj", "fc1", "fc2"):
+            found[part] = _products(transformer, part, rows)
+    return found
+
+
+def _products(transformer: LeanTransformer, part: str, rows: int) -> dict[str, Run]:
+    """The library's product and our own; at the end of a branch, with the norm after it."""
+    from dit_kernels.triton import product as own
+    from dit_kernels.triton.attention import device_facts
+
+    end = part in ("proj", "fc2")
+    found: dict[str, Run] = {"library": getattr(transformer.usual, part)}
+    layer = getattr(transformer.blocks[0], part)
+    x = torch.empty(0, layer.in_features, dtype=layer.dtype, device=transformer.device)
+    if own.why_not(x, layer.weight) is not None:
+        return found
+    norm, gated = (
+        implementation(name, "triton", transformer.device)
+        for name in ("layernorm_modulate", "gate_residual_layernorm_modulate")
+    )
+
+    def product(
+        tiles: Any, layer: PackedLinear, h: Tensor, gelu: bool = False, out: Tensor | None = None
+    ) -> Tensor:
+        return own.product(h, layer.weight, layer.bias, tiles, gelu=gelu, out=out)
+
+    def then_norm(tiles: Any, layer: PackedLinear, *given: Any) -> Tensor:
+        return product_norm(functools.partial(product, tiles, layer), *given)
+
+    def with_residual(
+        tiles: Any, layer: PackedLinear, h: Tensor, x: Tensor, vectors: tuple[Any, ...],
+        _: Run, memory: Activations,
+    ) -> Tensor:  # fmt: skip
+        gate, shift, scale, eps = vectors
+        own.product_gate_residual(h, layer.weight, layer.bias, gate, x, tiles)
+        return norm(x, shift, scale, eps, out=memory.narrow)
+
+    def partial_sums(
+        tiles: Any, layer: PackedLinear, h: Tensor, x: Tensor, vectors: tuple[Any, ...],
+        _: Run, memory: Activations,
+    ) -> Tensor:  # fmt: skip
+        sums = own.product_partial_sums(h, layer.weight, tiles)
+        out = x, torch.empty_like(x) if memory.narrow is None else memory.narrow
+        return gated(x, sums, *vectors, out=out, bias=layer.bias)[1]
+
+    processors = device_facts(transformer.device)[1]
+    tokens = rows * transformer.config.num_tokens
+    for name, tiles in own.candidates(tokens, *_widths(transformer, part), processors).items():
+        ways: dict[str, Run] = {}
+        if tiles.splits > 1:
+            ways = {name: partial_sums} if end else {}
+        elif end:
+            ways = {name: then_norm, f"{name} with residual": with_residual}
+        else:
+            ways = {name: functools.partial(product, gelu=part == "fc1")}
+        found |= {each: functools.partial(way, tiles) for each, way in ways.items()}
+    return found
+
+
+class _Example:
+    """A call of one part of the first block with random activations."""
+
+    def __init__(self, transformer: LeanTransformer, part: str, rows: int) -> None:
+        config, self.transformer, self.part = transformer.config, transformer, part
+        draw = torch.Generator(transformer.device).manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            like: dict[str, Any] = {"dtype": transformer.dtype, "device": transformer.device}
+            return torch.randn(shape, generator=draw, **like)
+
+        d = config.hidden_size
+        self.h = random(rows, config.num_tokens, _widths(transformer, part)[0])
+        self.product: Any = getattr(transformer.blocks[0], part, None)
+        if part in ("proj", "fc2"):
+            # As large as the branch, so that errors of both are seen.
+            size = self.product(self.h).float().square().mean().sqrt().item()
+            self.before = random(rows, config.num_tokens, d) * size
+            self.x = torch.empty_like(self.before)
+            self.vectors = *random(rows, 6 * d).split(d, dim=1)[:3], config.mlp_norm_eps
+
+    def reset(self) -> None:
+        if self.part in ("proj", "fc2"):
+            self.x.copy_(self.before)
+
+    def call(self, way: Run) -> Any:
+        if self.part == "attention":
+            return way(self.h, self.transformer.config.num_heads, out=None)
+        if self.part in ("qkv", "fc1"):
+            return way(self.product, self.h, out=None)
+        norm = self.transformer.norms.next
+        return self.x, way(self.product, self.h, self.x, self.vectors, norm, Activations())

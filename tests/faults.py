@@ -115,6 +115,11 @@ FAULTS = {
         "strided modulation accepted":
             "if «tensor.stride(-1) != 1 and tensor.shape[-1] != 1 → False»:",
         "odd head dimension accepted": "if d «% 8 or d  → »> HEAD_DIM_LIMIT:"},
+    "kernels/test_triton_operators": {
+        "columns behind the row in the variance":
+            "centered = «tl.where(tl.arange(0, BLOCK) < D, centered, 0.0) → centered»",
+        "one part of a product's sums left out": "tl.static_range(«1 → 2», SPLITS)",
+        "rows of the last program left out": "kernel, «-(-total // rows) → total // rows», *t"},
     "kernels/test_native_operators": {
         "native norm's epsilon": "variance + «a.eps → 1e-6f»",
         "native norm keeps the first image's modulation": "if («row / a.t != image → image < 0») {",

@@ -354,4 +354,6 @@ def test_an_image_whose_offsets_do_not_fit_is_refused() -> None:
     launch.launch(Kernel(), 1, torch.empty(2**40, 8, device="meta"))
     with pytest.raises(ValueError, match=r"^shape \(.*: .* images of up to 2147483647 num"):
         launch.launch(Kernel(), 1, torch.empty(3, 2**21, 1024, device="meta"))
+    with pytest.raises(ValueError, match=r"^shape \(.*: .* up to 2147483643 rows"):
+        launch.launch_rows(Kernel(), (torch.empty(2**16, 2**15, 1, device="meta"),), ())
     assert len(launched) == 2

@@ -11,30 +11,26 @@ from dit_kernels.triton.launch import launch_rows
 from dit_kernels.triton.rows import load_row, store_row
 
 
-@triton.jit(do_not_specialize=["rows", "blocks"])
+@triton.jit(do_not_specialize=["total", "rows"])
 def _gate_residual_kernel(
     x,  # (N, T, D) contiguous
     y,  # (N, T, D) contiguous
     gate,  # (N, D), rows gate_stride apart
     out,  # (N, T, D) contiguous
     tokens,  # T
+    total,  # N·T
     rows,  # of one program
-    blocks,  # programs per image
     gate_stride,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    image = (program // blocks).to(tl.int64)
-    first = (program % blocks) * rows
-    x += image * tokens * D
-    y += image * tokens * D
-    out += image * tokens * D
-    gate += image * gate_stride
-    for row in range(first, tl.minimum(first + rows, tokens)):
-        branch = load_row(gate, D, BLOCK) * load_row(y + row * D, D, BLOCK)
-        values = load_row(x + row * D, D, BLOCK) + branch
-        store_row(out + row * D, values, D, BLOCK)
+    first = tl.program_id(0) * rows
+    for row in range(first, tl.minimum(first + rows, total)):
+        image = tl.cast(row // tokens, tl.int64)
+        start = tl.cast(row, tl.int64) * D
+        branch = load_row(gate + image * gate_stride, D, BLOCK) * load_row(y + start, D, BLOCK)
+        values = load_row(x + start, D, BLOCK) + branch
+        store_row(out + start, values, D, BLOCK)
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -36,7 +36,7 @@ def gated_sum(
     return values.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "images"])
+@triton.jit(do_not_specialize=["total", "rows"])
 def _gate_residual_layernorm_modulate_kernel(
     x,  # (N, T, D) contiguous
     y,  # (N, T, D) contiguous, or with a bias (SPLITS, N, T, D)
@@ -47,9 +47,8 @@ def _gate_residual_layernorm_modulate_kernel(
     out,  # (N, T, D) contiguous
     bias,  # (D,) or None
     tokens,  # T
+    total,  # N·T
     rows,  # of one program
-    blocks,  # programs per image
-    images,  # N
     gate_stride,
     shift_stride,
     scale_stride,
@@ -58,23 +57,22 @@ def _gate_residual_layernorm_modulate_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    image = (program // blocks).to(tl.int64)
-    first = (program % blocks) * rows
-    part_stride = images.to(tl.int64) * tokens * D
-    x += image * tokens * D
-    y += image * tokens * D
-    residual += image * tokens * D
-    out += image * tokens * D
-    gate += image * gate_stride
-    shift += image * shift_stride
-    scale += image * scale_stride
-    for row in range(first, tl.minimum(first + rows, tokens)):
-        start = row * D
-        shifts = load_row(shift, D, BLOCK)
-        factors = 1 + load_row(scale, D, BLOCK)
+    first = tl.program_id(0) * rows
+    for row in range(first, tl.minimum(first + rows, total)):
+        image = tl.cast(row // tokens, tl.int64)
+        start = tl.cast(row, tl.int64) * D
+        shifts = load_row(shift + image * shift_stride, D, BLOCK)
+        factors = 1 + load_row(scale + image * scale_stride, D, BLOCK)
         values = gated_sum(
-            x + start, y + start, gate, bias, part_stride, residual + start, SPLITS, D, BLOCK
+            x + start,
+            y + start,
+            gate + image * gate_stride,
+            bias,
+            tl.cast(total, tl.int64) * D,
+            residual + start,
+            SPLITS,
+            D,
+            BLOCK,
         )
         store_row(out + start, normalize(values, eps, D, BLOCK) * factors + shifts, D, BLOCK)
 
@@ -102,7 +100,7 @@ def gate_residual_layernorm_modulate(
     tensors = (x, y, gate, shift, scale, residual, normed, bias)
     strides = gate.stride(0), shift.stride(0), scale.stride(0)
     launch_rows(
-        _gate_residual_layernorm_modulate_kernel, tensors, (len(x), *strides, eps),
+        _gate_residual_layernorm_modulate_kernel, tensors, (*strides, eps),
         columns=40 if bias is None else 20, SPLITS=1 if bias is None else len(y),
     )  # fmt: skip
     return residual, normed

@@ -13,7 +13,7 @@ from dit_kernels.triton.quantize_rows import check_codes_on, code_limit, new_cod
 from dit_kernels.triton.rows import load_row, normalize, quantize, store_row
 
 
-@triton.jit(do_not_specialize=["rows", "blocks"])
+@triton.jit(do_not_specialize=["total", "rows"])
 def _gate_residual_layernorm_modulate_quantize_kernel(
     x,  # (N, T, D) contiguous
     y,  # (N, T, D) contiguous
@@ -24,8 +24,8 @@ def _gate_residual_layernorm_modulate_quantize_kernel(
     codes,  # (N, T, D) contiguous
     scales,  # (N, T) contiguous
     tokens,  # T
+    total,  # N·T
     rows,  # of one program
-    blocks,  # programs per image
     gate_stride,
     shift_stride,
     scale_stride,
@@ -35,22 +35,15 @@ def _gate_residual_layernorm_modulate_quantize_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    image = (program // blocks).to(tl.int64)
-    first = (program % blocks) * rows
-    x += image * tokens * D
-    y += image * tokens * D
-    residual += image * tokens * D
-    codes += image * tokens * D
-    scales += image * tokens
-    gate += image * gate_stride
-    shift += image * shift_stride
-    scale += image * scale_stride
-    for row in range(first, tl.minimum(first + rows, tokens)):
-        start = row * D
-        shifts = load_row(shift, D, BLOCK)
-        factors = 1 + load_row(scale, D, BLOCK)
-        values = gated_sum(x + start, y + start, gate, None, 0, residual + start, 1, D, BLOCK)
+    first = tl.program_id(0) * rows
+    for row in range(first, tl.minimum(first + rows, total)):
+        image = tl.cast(row // tokens, tl.int64)
+        start = tl.cast(row, tl.int64) * D
+        shifts = load_row(shift + image * shift_stride, D, BLOCK)
+        factors = 1 + load_row(scale + image * scale_stride, D, BLOCK)
+        values = gated_sum(
+            x + start, y + start, gate + image * gate_stride, None, 0, residual + start, 1, D, BLOCK
+        )
         normed = normalize(values, eps, D, BLOCK) * factors + shifts
         row_codes, row_scale = quantize(normed, LIMIT, INTEGER, EXACT=False)
         tl.store(scales + row, row_scale)

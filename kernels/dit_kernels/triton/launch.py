@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGEST_IMAGE = 2**31 - 1
+LARGEST = 2**31 - 1
+ROWS = 4  # at most, of one program that takes whole rows
 
 
 def launch(kernel: Any, programs: int, x: Tensor, *arguments: Any, **constants: Any) -> None:
@@ -20,9 +21,9 @@ def launch(kernel: Any, programs: int, x: Tensor, *arguments: Any, **constants: 
     Raises:
         ValueError: images of 2³¹ numbers or more, whose offsets would not fit 32 bits.
     """
-    if x.ndim > 2 and x.numel() // len(x) > LARGEST_IMAGE:
+    if x.ndim > 2 and x.numel() // len(x) > LARGEST:
         raise ValueError(
-            f"shape {tuple(x.shape)}: Triton kernels take images of up to {LARGEST_IMAGE} numbers"
+            f"shape {tuple(x.shape)}: Triton kernels take images of up to {LARGEST} numbers"
         )
     elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
     with torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext():
@@ -37,9 +38,8 @@ def power_of_two(size: int) -> int:
 def split(size: int, smallest_tail: int = 1) -> tuple[int, int]:
     """``size`` as a power of two and a smaller one; the second is 0 if one is enough.
 
-    A tile's length is a power of two: 1152 as 1024 + 128 wastes nothing, as 2048 it wastes 44 %.
-    The last part may reach past ``size`` and is masked there: 72 with tails of at least 16 is
-    64 + 16.
+    A tile's length is a power of two: 192 as 128 + 64 wastes nothing, as 256 it wastes 25 %. The
+    last part may reach past ``size`` and is masked there: 72 with tails of at least 16 is 64 + 16.
     """
     head = power_of_two(size + 1) // 2
     if head == size:
@@ -73,16 +73,23 @@ def launch_rows(
 ) -> None:  # fmt: skip
     """Start a kernel over the rows of tensors[0], (N, T, D), unless it has none.
 
-    The kernel's arguments are the tensors, T, the rows of one program, the programs per image and
-    ``rest``. ``columns``: as in `row_tile`.
+    The kernel's arguments are the tensors, T, N·T, the rows of one program and ``rest``.
+    ``columns``: as in `row_tile`.
+
+    Raises:
+        ValueError: images that `launch` refuses, or about 2³¹ rows.
     """
     n, tokens, width = tensors[0].shape
+    total = n * tokens
     if tensors[0].numel() == 0:
         return
-    # A program's rows share the loads of their image's vectors; a few rows go to as many programs.
-    rows = min(max(n * tokens // (16 * device_facts(tensors[0].device)[1]), 1), 4)
-    blocks = -(-tokens // rows)
+    if total > LARGEST - ROWS:  # a program's end must fit 32 bits, too
+        raise ValueError(
+            f"shape {tuple(tensors[0].shape)}: Triton kernels take up to {LARGEST - ROWS} rows"
+        )
+    # A program's rows share what they load of their image; few rows go to as many programs.
+    rows = min(max(total // (16 * device_facts(tensors[0].device)[1]), 1), ROWS)
     launch(
-        kernel, n * blocks, *tensors, tokens, rows, blocks, *rest,
+        kernel, -(-total // rows), *tensors, tokens, total, rows, *rest,
         **row_tile(width, columns), **constants,
     )  # fmt: skip

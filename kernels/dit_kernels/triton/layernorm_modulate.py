@@ -11,33 +11,29 @@ from dit_kernels.triton.launch import launch_rows
 from dit_kernels.triton.rows import load_row, normalize, store_row
 
 
-@triton.jit(do_not_specialize=["rows", "blocks"])
+@triton.jit(do_not_specialize=["total", "rows"])
 def _layernorm_modulate_kernel(
     x,  # (N, T, D) contiguous
     shift,  # (N, D), rows shift_stride apart
     scale,  # (N, D), rows scale_stride apart
     out,  # (N, T, D) contiguous
     tokens,  # T
+    total,  # N·T
     rows,  # of one program
-    blocks,  # programs per image
     shift_stride,
     scale_stride,
     eps,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    image = (program // blocks).to(tl.int64)
-    first = (program % blocks) * rows
-    x += image * tokens * D
-    out += image * tokens * D
-    shift += image * shift_stride
-    scale += image * scale_stride
-    for row in range(first, tl.minimum(first + rows, tokens)):
-        shifts = load_row(shift, D, BLOCK)
-        factors = 1 + load_row(scale, D, BLOCK)
-        normed = normalize(load_row(x + row * D, D, BLOCK), eps, D, BLOCK)
-        store_row(out + row * D, normed * factors + shifts, D, BLOCK)
+    first = tl.program_id(0) * rows
+    for row in range(first, tl.minimum(first + rows, total)):
+        image = tl.cast(row // tokens, tl.int64)
+        start = tl.cast(row, tl.int64) * D
+        shifts = load_row(shift + image * shift_stride, D, BLOCK)
+        factors = 1 + load_row(scale + image * scale_stride, D, BLOCK)
+        normed = normalize(load_row(x + start, D, BLOCK), eps, D, BLOCK)
+        store_row(out + start, normed * factors + shifts, D, BLOCK)
 
 
 def layernorm_modulate(

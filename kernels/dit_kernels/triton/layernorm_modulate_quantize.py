@@ -12,7 +12,7 @@ from dit_kernels.triton.quantize_rows import check_codes_on, code_limit, new_cod
 from dit_kernels.triton.rows import load_row, normalize, quantize, store_row
 
 
-@triton.jit(do_not_specialize=["rows", "blocks"])
+@triton.jit(do_not_specialize=["total", "rows"])
 def _layernorm_modulate_quantize_kernel(
     x,  # (N, T, D) contiguous
     shift,  # (N, D), rows shift_stride apart
@@ -20,8 +20,8 @@ def _layernorm_modulate_quantize_kernel(
     codes,  # (N, T, D) contiguous
     scales,  # (N, T) contiguous
     tokens,  # T
+    total,  # N·T
     rows,  # of one program
-    blocks,  # programs per image
     shift_stride,
     scale_stride,
     eps,
@@ -30,21 +30,16 @@ def _layernorm_modulate_quantize_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    image = (program // blocks).to(tl.int64)
-    first = (program % blocks) * rows
-    x += image * tokens * D
-    codes += image * tokens * D
-    scales += image * tokens
-    shift += image * shift_stride
-    scale += image * scale_stride
-    for row in range(first, tl.minimum(first + rows, tokens)):
-        shifts = load_row(shift, D, BLOCK)
-        factors = 1 + load_row(scale, D, BLOCK)
-        normed = normalize(load_row(x + row * D, D, BLOCK), eps, D, BLOCK)
+    first = tl.program_id(0) * rows
+    for row in range(first, tl.minimum(first + rows, total)):
+        image = tl.cast(row // tokens, tl.int64)
+        start = tl.cast(row, tl.int64) * D
+        shifts = load_row(shift + image * shift_stride, D, BLOCK)
+        factors = 1 + load_row(scale + image * scale_stride, D, BLOCK)
+        normed = normalize(load_row(x + start, D, BLOCK), eps, D, BLOCK)
         row_codes, row_scale = quantize(normed * factors + shifts, LIMIT, INTEGER, EXACT=False)
         tl.store(scales + row, row_scale)
-        store_row(codes + row * D, row_codes, D, BLOCK)
+        store_row(codes + start, row_codes, D, BLOCK)
 
 
 def layernorm_modulate_quantize(

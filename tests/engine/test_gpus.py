@@ -194,7 +194,7 @@ def test_the_references_of_a_step_wait_for_no_result() -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--check"]])
-def test_a_gpu_run_without_a_gpu(
+def test_a_gpu_run_without_a_gpu_that_it_can_use(
     options: list[str], gpus: Gpus, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpus(0)
@@ -202,6 +202,10 @@ def test_a_gpu_run_without_a_gpu(
     told = capsys.readouterr()
     assert told.out == "" and told.err.count("\n") == 1
     assert told.err.startswith("error: no CUDA device: ")
+    gpus(1, TURING)
+    assert bench.main(["gpu", *options]) == 2
+    said = "error: cuda:0 has compute capability 7.5, and bfloat16 needs 8.0, which dit-bench gpu "
+    assert capsys.readouterr().err == f"{said}checks and measures\n"
 
 
 def test_bounds_of_float16_need_no_bfloat16(gpus: Gpus) -> None:

@@ -49,6 +49,7 @@ from dit_bench.timing import Budget
 from dit_engine.console.output import STDOUT
 from dit_engine.errors import BackendUnavailable
 from dit_engine.io.printable import one_line
+from dit_engine.runtime import bfloat16_why_not
 from dit_kernels import Unavailable
 
 SIZES = ("XL/2", "S/2", "B/2", "L/2")
@@ -191,13 +192,16 @@ def sustained_ceilings(device: torch.device, report: Report) -> Ceilings:
 
 
 def cuda_device() -> torch.device:
-    """The current CUDA device. Raises ValueError if there is none."""
+    """The current CUDA device. Raises ValueError if there is none, or one without bfloat16."""
     if not torch.cuda.is_available():
         raise ValueError(
             f"no CUDA device: torch {torch.__version__} finds none, and this is for CUDA "
             "(dit-bench cpu and dit-bench operators --device cpu are for the CPU)"
         )
-    return torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", torch.cuda.current_device())
+    if (reason := bfloat16_why_not(device)) is not None:
+        raise ValueError(f"{reason}, which dit-bench gpu checks and measures")
+    return device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

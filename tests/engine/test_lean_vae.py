@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from launches import Launches
 from numerics import assert_close_to_reference
 from tiny import tiny_vae
 from torch import Tensor
 
-from dit_engine.backends.lean.vae import LeanDecoder
+from dit_engine.backends.lean import vae_layers
+from dit_engine.backends.lean.vae import LARGEST_BATCH, LeanDecoder
 from dit_engine.vae import AutoencoderKL, VAEConfig
+from dit_kernels import dispatch
 
 BUILTIN = VAEConfig(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8,
                     mid_block_add_attention=False)  # fmt: skip
@@ -93,11 +99,65 @@ def test_inputs_stay_and_the_weights_are_its_own() -> None:
     assert torch.equal(decoder(z), images)
 
 
-def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path of other devices, through plain convolutions."""
+@pytest.mark.parametrize(("config", "shape"), [*SHAPES[:2], *SHAPES[3:6]])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_without_onednn(
+    config: VAEConfig, shape: tuple[int, int, int], gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through plain convolutions, also as on a GPU, where sums are left to the norms."""
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    vae = random_vae(BUILTIN)
-    check_both_precisions(vae, latents(vae, 2, 5, 7))
+    if gpu:
+        monkeypatch.setattr(vae_layers, "leaves_sums", lambda device: True)
+        monkeypatch.setattr(dispatch, "chosen", lambda *_: "reference")
+    vae = random_vae(config)
+    check_both_precisions(vae, latents(vae, *shape))
+
+
+def test_launches_of_a_decode_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stable Diffusion's decoder without numbers. Its 30 norms are two launches each, which
+    tests/kernels/test_triton_resources.py shows."""
+    norms = list[dict[str, Any]]()
+
+    def norm(x: Tensor, *affine: Any, out: Tensor | None = None, **options: Any) -> Tensor:
+        norms.append(options)
+        return torch.empty_like(x) if out is None else out
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        launches.counted("attention")
+        return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+    def as_by_cudnn(convolution: Any, x: Tensor, *given: Any, **options: Any) -> Tensor:
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        made = convolution(x, *given, **options)
+        return torch.empty_like(made, memory_format=torch.channels_last)
+
+    monkeypatch.setattr(vae_layers, "launcher", lambda name, device: norm)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    for name in ("conv2d", "conv_transpose2d"):
+        monkeypatch.setattr(F, name, partial(as_by_cudnn, getattr(F, name)))
+    with torch.device("meta"):
+        vae, z = AutoencoderKL(VAEConfig()), torch.empty(1, 4, 32, 32)
+    decoder = LeanDecoder(vae.to_empty(device="cpu"), torch.bfloat16, "meta")
+    with Launches() as launches:
+        assert decoder(z).shape == (1, 3, 256, 256)
+    assert launches.outside == {
+        "_to_copy": 1,  # the latents as bfloat16
+        "convolution": 2 * 14 + 2 + 3,
+        "addmm": 1 + 2 + 2,  # after the quantisation, shortcuts, attention
+        "attention": 1,
+        "add_": 3 + 3,  # before each upsampling: the residual block's sum and its bias
+        "add": 1,  # the last bias, with the conversion to float32
+    }
+    assert len(norms) == 2 * 14 + 1 + 1
+    assert sum("add" in options for options in norms) == 12  # of residual blocks and attention
+
+
+def test_batches_on_a_gpu_have_few_sizes() -> None:
+    decoder = LeanDecoder(AutoencoderKL(SINGLE), torch.bfloat16, "meta")
+    assert decoder._batches(32, 32 * 32) == [LARGEST_BATCH] * 4
+    assert decoder._batches(15, 64 * 64) == [8, 4, 2, 1]
+    assert decoder._batches(3, 128 * 128) == [2, 1] and decoder._batches(2, 256 * 256) == [1, 1]
+    assert decoder(torch.empty(0, 4, 8, 8)).shape == (0, 3, 8, 8)
 
 
 def test_nan_stays_in_its_image_and_what_is_refused() -> None:

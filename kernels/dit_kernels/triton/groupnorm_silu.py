@@ -88,7 +88,9 @@ def _partial_moments_kernel(
     x += image.to(tl.int64) * pixels * C
     if y is not None:
         y += image.to(tl.int64) * pixels * C
-    channel, exists = _channels(part, GROUPS, SIZE, PART)
+    channel, exists = _channels(  # pyright: ignore[reportGeneralTypeIssues]
+        part, GROUPS, SIZE, PART
+    )
     start = chunk * tiles * (ROWS * PIXELS)
     end = tl.minimum(start + tiles * (ROWS * PIXELS), pixels)
 
@@ -180,7 +182,9 @@ def _normalize_kernel(
     length = tiles * (ROWS * PIXELS)
     start = chunk * length
     end = tl.minimum(start + length, pixels)
-    channel, exists = _channels(part, GROUPS, SIZE, PART)
+    channel, exists = _channels(  # pyright: ignore[reportGeneralTypeIssues]
+        part, GROUPS, SIZE, PART
+    )
     last = start + (tiles - 1) * (ROWS * PIXELS)
     offsets, mask = _tile(last, end, channel, exists, C, ROWS, PIXELS, EVEN)
     coming = tl.load(x + offsets, mask=mask, other=0.0)

@@ -95,17 +95,17 @@ FAULTS = {
             "«skip, y = self.shortcut(x), self.norm1(x, over=True) → "
             "y, skip = self.norm1(x, over=True), self.shortcut(x)»",
         "constant lost in a residual block": "self.shift = «shift +  → »self.shift",
-        "constant lost in a shortcut": "bias = bias.to(shift)« + (weight.to(shift) * shift).sum(1) → »",
+        "constant lost in a shortcut":
+            "bias = bias.to(shift)« + (weight.to(shift) * shift).sum(1) → »",
         "constant lost before an upsampling": "x = x.add_(«self.before → 0»)"},
     "engine/test_vae_graphs": {
-        "cuDNN's switch stays on": "cudnn.benchmark = «before → True»
-",
+        "cuDNN's switch stays on": "finally:\n            cudnn.benchmark = «before → True»",
         "shape captured at once": "if «again and  → »key not in self._refused",
         "pixels of the graph": "pixels.copy_(«self.pixels → self.pixels * 0»)"},
     "kernels/test_triton_operators": {
         "group norm counts what is not there":
             "centered = «tl.where(mask, centered, 0.0) → centered»",
-        "group norm's second tile weighs too much": "count = «tile * (ROWS → tile * 0 * (ROWS» * 1.0)",
+        "group norm's second tile weighs too much": "count = «tile → 0 * tile» * (ROWS * 1.0)",
         "group norm without the shift's factor": "center -= «tl.load(shift → 0 * tl.load(shift»"},
     "engine/test_recorded": {
         "replay reads old modulations": "table.step(step, rows«, out=self._modulation[:rows] → »)",

@@ -102,11 +102,6 @@ FAULTS = {
         "cuDNN's switch stays on": "finally:\n            cudnn.benchmark = «before → True»",
         "shape captured at once": "if «again and  → »key not in self._refused",
         "pixels of the graph": "pixels.copy_(«self.pixels → self.pixels * 0»)"},
-    "kernels/test_triton_operators": {
-        "group norm counts what is not there":
-            "centered = «tl.where(mask, centered, 0.0) → centered»",
-        "group norm's second tile weighs too much": "count = «tile → 0 * tile» * (ROWS * 1.0)",
-        "group norm without the shift's factor": "center -= «tl.load(shift → 0 * tl.load(shift»"},
     "engine/test_recorded": {
         "replay reads old modulations": "table.step(step, rows«, out=self._modulation[:rows] → »)",
         "replay of another number of rows":
@@ -132,7 +127,11 @@ FAULTS = {
         "columns behind the row in the variance":
             "centered = «tl.where(tl.arange(0, BLOCK) < D, centered, 0.0) → centered»",
         "one part of a product's sums left out": "tl.static_range(«1 → 2», SPLITS)",
-        "rows of the last program left out": "kernel, «-(-total // rows) → total // rows», *t"},
+        "rows of the last program left out": "kernel, «-(-total // rows) → total // rows», *t",
+        "group norm counts what is not there":
+            "centered = «tl.where(mask, centered, 0.0) → centered»",
+        "group norm's second tile weighs too much": "count = «tile → 0 * tile» * (ROWS * 1.0)",
+        "group norm without the shift's factor": "center -= «tl.load(shift → 0 * tl.load(shift»"},
     "kernels/test_native_operators": {
         "native norm's epsilon": "variance + «a.eps → 1e-6f»",
         "native norm keeps the first image's modulation": "if («row / a.t != image → image < 0») {",

@@ -162,8 +162,10 @@ def test_vae_decode(config: VAEConfig, n: int) -> None:
     z = torch.randn(n, config.latent_channels, 9, 7, device=DEVICE)
     with torch.inference_mode():
         exact = copy.deepcopy(vae).double().decode(z.double())
-        lean = LeanDecoder(vae, torch.float32, DEVICE)(z)
-        assert_close_to_reference(lean, exact, tolerance=1e-5)
+        decoder = LeanDecoder(vae, torch.float32, DEVICE)
+        for _ in range(3):  # as it is, captured, and replayed
+            assert_close_to_reference(decoder(z), exact, tolerance=1e-5)
+        assert not torch.backends.cudnn.benchmark
         half = copy.deepcopy(vae).bfloat16().decode(z.bfloat16())
         lean = LeanDecoder(vae, torch.bfloat16, DEVICE)(z)
         assert_close_to_reference(lean, exact, same_dtype=half.float())

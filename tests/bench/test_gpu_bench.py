@@ -352,8 +352,12 @@ def test_what_is_compiled_beforehand_can_be_called(
     monkeypatch.setattr(gpu_check, "random_vae", lambda _: vae)
     monkeypatch.setattr(ModelConfig, "named", lambda *_: small)
     monkeypatch.setattr(gpu_check, "PRECISIONS", ("bf16", "fp32"))  # fp8 is for CUDA
+    called: list[Any] = []
+    ways = {"broken": None, "library": lambda *given, **_: called.append(given)}
+    monkeypatch.setattr(gpu_check.choices, "candidates", lambda *_: {"proj": ways, "fc1": ways})
     for call in gpu_check.launches(CPU, ["S/8"]):
         call()
+    assert len(called) == 2 * 2 * len(gpu_check.ROWS)
 
 
 COMPILES = """

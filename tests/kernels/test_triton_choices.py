@@ -136,7 +136,7 @@ def test_what_is_not_chosen() -> None:
 def test_too_little_memory_to_measure_is_no_error() -> None:
     forward = Forward()
     forward.transformer.parts = ChosenParts(forward.transformer, Chooser({}.get, {}.update, float))
-    no_room = patch("dit_engine.backends.lean.choices._Example", side_effect=torch.OutOfMemoryError)
+    no_room = patch("dit_engine.backends.lean.choices.Example", side_effect=torch.OutOfMemoryError)
     with no_room, pytest.warns(UserWarning, match="^too little memory to measure a forward of 3 r"):
         made = forward()
     with warnings.catch_warnings():

@@ -38,6 +38,8 @@ from dit_bench.speed.generation import AGAIN_BOUND
 from dit_bench.speed.latency import Timer, reference
 from dit_bench.speed.operator_cases import all_cases, implementations, ragged_cases
 from dit_bench.subjects import load_subject, random_model, random_vae
+from dit_engine.backends.lean import choices
+from dit_engine.backends.lean.backend import LeanBackend
 from dit_engine.backends.lean.vae import LeanDecoder
 from dit_engine.config import ModelConfig
 from dit_engine.engine import Engine
@@ -259,3 +261,15 @@ def launches(device: torch.device, sizes: Sequence[str]) -> Iterator[Callable[[]
         for precision, rows in product(PRECISIONS, ROWS):
             yield partial(engine.generate, [0] * (rows // 2), steps=1, backend="lean",
                           precision=precision, output="latent")  # fmt: skip
+            yield partial(call_candidates, engine, precision, rows)
+
+
+def call_candidates(engine: Engine, precision: str, rows: int) -> None:
+    """Those that the lean forward will measure; with the norms after the products."""
+    backend = engine._backend("lean", precision)
+    assert isinstance(backend, LeanBackend)
+    for part, ways in choices.candidates(backend.transformer, rows).items():
+        example = choices.Example(backend.transformer, part, rows)
+        for way in ways.values():
+            with suppress(Exception):
+                example.call(way)

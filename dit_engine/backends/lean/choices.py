@@ -72,7 +72,7 @@ class ChosenParts:
         chosen: dict[str, Run] = {}
         for part, ways in candidates(self.transformer, rows).items():
             # Made at the first call: there is none if the choice is remembered.
-            example = functools.cache(functools.partial(_Example, self.transformer, part, rows))
+            example = functools.cache(functools.partial(Example, self.transformer, part, rows))
             calls = {name: lambda e=example, way=way: e().call(way) for name, way in ways.items()}
             key = _key(self.transformer, part, rows)
             with torch.inference_mode():
@@ -165,7 +165,7 @@ def _products(transformer: LeanTransformer, part: str, rows: int) -> dict[str, R
     return found
 
 
-class _Example:
+class Example:
     """A call of one part of the first block with random activations."""
 
     def __init__(self, transformer: LeanTransformer, part: str, rows: int) -> None:

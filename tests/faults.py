@@ -111,6 +111,7 @@ FAULTS = {
         "graphs share a workspace": "with «_own_workspaces(),  → »into:",
         "graph keeps old noise": "«, (self.noise, noise) → »):",
         "counter is never set again": "if «known is None or number != known[i] → known is None»:",
+        "graph's own memory given away": "return «z.clone() → z»",
         "graph of two users": "graph.taken = «True → False»",
         "latents copied onto themselves": "if given is not None« and given is not own → »:"},
     "kernels/test_linear": {"signed codes taken as unsigned":

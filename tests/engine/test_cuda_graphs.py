@@ -21,6 +21,7 @@ from dit_engine.backends import capture
 from dit_engine.backends.capture import GRAPH_LIMIT, capture_graph
 from dit_engine.backends.lean.backend import FusedLeanDenoiser, LeanBackend
 from dit_engine.backends.lean.cuda_graphs import StepGraph, step_graphs
+from dit_engine.sampling.loop import sample_fused
 
 CPU = torch.device("cpu")
 
@@ -102,6 +103,16 @@ def test_results_are_passed_on_without_copies_and_arguments_stay(steps: Steps) -
         expected = plain.guided_step(*expected, graph.noise, step, True)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(torch.stack([z, before, noise]), steps.inputs(2))
+
+
+@torch.inference_mode()
+def test_what_leaves_the_loop_is_the_callers_own(steps: Steps) -> None:
+    fused, draws, guides = steps.fused(steps.graphed, 2), np.zeros(4, bool), np.ones(4, bool)
+    z, _, noise = steps.inputs(2)
+    own = sample_fused(fused, z, draws, guides, lambda k: noise, lambda k, z: None)
+    kept = own.clone()
+    fused.guided_step(z, z, None, 0, True)
+    assert torch.equal(own, kept) and torch.equal(z, steps.inputs(2)[0])
 
 
 @torch.inference_mode()

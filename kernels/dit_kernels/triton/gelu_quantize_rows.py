@@ -24,7 +24,7 @@ def _gelu_quantize_rows_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    values = tanh_gelu(load_row(x + row * D, D, BLOCK))
+    values = tanh_gelu(load_row(x + row * D, D, BLOCK), EXACT=False)
     row_codes, row_scale = quantize(values, LIMIT, INTEGER, EXACT=False)
     tl.store(scales + row, row_scale)
     store_row(codes + row * D, row_codes, D, BLOCK)

@@ -70,6 +70,7 @@ SCHEMA: Schema = {
         "ratios?": "list",  # of kind "cpu": times of one contender over those of another
         "comparison?": "object",  # with an older report
         "parts_done?": "text[]",  # of kind "gpu"
+        "choices?": "object",  # device → part of a forward → candidate → ms, as lean measured them
         "complete": "bool",  # whether the run came to its end
         "failure?": "text",  # what ended it early
         "seconds?": "number",

@@ -147,3 +147,45 @@ def scaling() -> dict[str, Any]:
         for steps in (1500, 3000)
     ]  # fmt: skip
     return report() | {"kind": "scaling", "settings": {"metric": "FD-Lite0"}, "rows": rows}
+
+
+def gpu() -> dict[str, Any]:
+    """A GPU run of all that there is, in which 13 operators went wrong."""
+    state = {"sm_mhz": spread3(1500, 1980), "power_w": spread3(80.5, 700.0),
+             "celsius": spread3(35, 61), "throttled": ["power cap"]}  # fmt: skip
+    own, rows = {"status": "ok", "device_state": state}, list[dict[str, Any]]()
+    names = ("lean bf16", "lean fp8", "eager bf16", "graph bf16", "autotuned blocks graph bf16")
+    work = {"step": (32, 1), "forward": (64, 2), "image": (1, 8, 32), "decode": (1, 8)}
+    for model in ("XL/2", "S/2", "B/2", "L/2"):
+        for section in work if model == "XL/2" else ("step",):
+            for images in work[section]:
+                for i, name in enumerate(names if section == "forward" else names[:3]):
+                    made = row(model, section, images, name, "peer" if i else "subject",
+                               1.25 * images * (i + 1), 118.0 * images)  # fmt: skip
+                    rows.append(made | own | {"percent_of_matmul": 81.0})
+    for images in (32, 1):
+        parts = [{"part": f"kernel_{i}", "ms": 1.0 / (i + 1), "share": 0.2 / (i + 1), "count": 28}
+                 for i in range(20)]  # fmt: skip
+        rows.append(own | {"section": "kernels", "case": f"XL/2, batch {images}", "images": images,
+                           "contender": "lean bf16", "role": "subject", "precision": "bf16",
+                           "ms": {"median": 24.5}, "launches": 201, "shares": parts})  # fmt: skip
+    one = operators()["rows"][0] | own | {"error_over_reference": 1.1, "error": 1e-3}
+    for k in range(18):
+        for lead in ("N=64", "N=2"):
+            shape = f"{lead} T=256 D={k}"
+            for name, role in (("triton 128x64", "subject"), ("triton-tma", "subject"),
+                               ("compile", "peer")):  # fmt: skip
+                rows.append(one | {"case": f"linear {shape}", "shape": shape, "contender": name,
+                                   "role": role})  # fmt: skip
+    broken = {"section": "operator", "role": "subject", "contender": "triton", "status": "failed",
+              "reason": "AcceleratorError: illegal access to memory " * 9}  # fmt: skip
+    rows += [broken | {"case": f"attention N={n}"} for n in range(13)]
+    machine = MACHINE | {"gpu": "NVIDIA H200", "device": "cuda", "cuda": {"driver_version": "580"},
+                         "versions": {"torch": "2.11.0", "triton": "3.6.0"}}  # fmt: skip
+    ceilings = report()["ceilings"] | {"measured": "sustained for 2 s in"}
+    return report() | {"kind": "gpu", "machine": machine, "settings": {"minutes": 8.0},
+                       "rows": rows, "ceilings": ceilings, "parts_done": []}  # fmt: skip
+
+
+def spread3(low: float, high: float) -> dict[str, float]:
+    return {"min": low, "median": (low + high) / 2, "max": high}

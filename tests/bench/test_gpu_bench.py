@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import made_up
 import pytest
 import torch
 from triton_workers import require_triton
@@ -18,7 +20,8 @@ from triton_workers import require_triton
 from dit_bench import cli, machine, peers
 from dit_bench.ceilings import measure_ceilings
 from dit_bench.progress import Progress
-from dit_bench.report import read
+from dit_bench.report import read, validate
+from dit_bench.show.reports import report_tables
 from dit_bench.speed import gpu, gpu_check, latency, models, operators
 from dit_bench.speed.forward import Work
 from dit_bench.speed.latency import Timer
@@ -304,6 +307,27 @@ def test_each_group_has_its_share_of_what_is_left(
     assert left == [50, 20] and row["reason"] == "no time was left"  # of b
 
 
+def test_the_tables_of_a_whole_run_fit_on_a_page(tmp_path: Path) -> None:
+    """On the terminal and in a document, with what failed last."""
+    found = made_up.gpu()
+    validate(found)
+    shown = "\n".join(table.text() for table in report_tables(found)).splitlines()
+    assert len(shown) < 60
+    assert max(map(len, shown)) < 220
+    assert shown[-1] == "  and 3 more, which the JSON has" and shown[-2].startswith("attention")
+    assert "SM 1500–1980 MHz, 80–700 W, 35–61 °C, slowed by power cap" in "\n".join(shown)
+    (line,) = (line for line in shown if line.startswith("XL/2: one guided step"))
+    assert "32: 40 (81%), 1: 1.25 (81%) 32: 80 (81%), 1: 2.5 (81%)" in " ".join(line.split())
+    (line,) = (line for line in shown if line.startswith("linear T=256 D=3 "))
+    assert line.count("1 triton 128x64, 50%; compile 1") == 2
+    (tmp_path / "gpu.json").write_text(json.dumps(found))
+    (tmp_path / "page.md").write_text("<!-- gpu -->\n<!-- /gpu -->\n")
+    assert cli.main(["documents", *(str(tmp_path / name) for name in ("gpu.json", "page.md"))]) == 0
+    page = (tmp_path / "page.md").read_text()
+    assert "| XL/2: one guided step | 32: 40 (81%), 1: 1.25 (81%) | 32: 80 (81%)" in page
+    assert "Measured on NVIDIA H200" in page
+
+
 def test_without_time_everything_is_skipped(as_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "Budget", lambda _: Budget(0))
     rows = as_gpu()
@@ -351,11 +375,10 @@ def test_what_is_compiled_beforehand_can_be_called(
     vae = random_vae(VAEConfig(block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8))
     monkeypatch.setattr(gpu_check, "random_vae", lambda _: vae)
     monkeypatch.setattr(ModelConfig, "named", lambda *_: small)
-    monkeypatch.setattr(gpu_check, "PRECISIONS", ("bf16", "fp32"))  # fp8 is for CUDA
     called: list[Any] = []
     ways = {"broken": None, "library": lambda *given, **_: called.append(given)}
     monkeypatch.setattr(gpu_check.choices, "candidates", lambda *_: {"proj": ways, "fc1": ways})
-    for call in gpu_check.launches(CPU, ["S/8"]):
+    for call in gpu_check.launches(CPU, ["S/8"], ("bf16", "fp32")):  # fp8 is for CUDA
         call()
     assert len(called) == 2 * 2 * len(gpu_check.ROWS)
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dit_bench.report import Report, Row
-from dit_bench.show.speed_tables import WHAT, verdict, what
+from dit_bench.show.speed_tables import WHAT, verdict
 from dit_bench.show.tables import Table, cell_of, grid
 
-MOST_LOST = 14
+MOST_LOST, MOST_LOST_OF_A_CHECK = 10, 30
 """Rows that are shown of what failed."""
+RAGGED = " T=250 "
+"""Cases that are shown only if they fail."""
 
 
 def gpu_tables(report: Report) -> list[Table]:
-    """A GPU run in few lines: times, operators with many rows and with few, and failures last."""
+    """Times, operators with many rows and with few, and what failed, which comes last."""
     machine, rows = report["machine"], report["rows"]
     head = Table("Measured on", ["", ""])
     facts = {"Python": machine.get("python"), **machine["versions"]}
@@ -26,28 +28,44 @@ def gpu_tables(report: Report) -> list[Table]:
         head.add("ceilings", f"products {rates} TFLOP/s, copy {ceilings['copy_gb_s']:.4g} GB/s, "
                  f"{ceilings.get('measured', '')} this run")  # fmt: skip
     head.add("clocks", _clocks(report))
-    for row in rows:
-        if row["section"] == "check" and row["status"] == "ok":
+    good = [row for row in rows if row["status"] == "ok"]
+    for row in good:
+        if row["section"] == "check":
             told = row.get("remark") or f"right, error {cell_of(row, 'error:error')}"
             head.add(f"{row['case']}, {row['contender']}", told)
-        elif row["section"] == "kernels" and row["status"] == "ok":
+        elif row["section"] == "kernels" and row["precision"] == "bf16":
             longest = ", ".join(f"{p['share']:.0%} {p['part'][:24]}" for p in row["shares"][:3])
             told = f"kernels: {row['launches']}, {row['ms']['median']:.4g} ms; {longest}"
             head.add(f"{row['case']}, a step of {row['contender']}", told)
-    errors = [row["error_over_reference"] for row in rows if row["status"] == "ok"
-              and row["section"] == "operator" and row["role"] == "subject"]  # fmt: skip
-    if errors:
-        head.add("operators", f"right: {len(errors)}, errors at most {max(errors):.2f} × torch's")
-    work = [row for row in rows if row["section"] in WHAT]
-    times = grid("Medians in ms", work, {"": what}, _time_cells)
+    ours = [row for row in good if row["section"] == "operator" and row["role"] == "subject"]
+    if ours:
+        worst = max(row["error_over_reference"] for row in ours)
+        head.add("operators", f"right: {len(ours)}, errors at most {worst:.2f} × torch's")
     lost = Table("Not right or not measured", ["", "by", ""])
     bad = [row for row in rows if row["status"] in ("wrong", "failed", "late")]
     skipped = [row for row in rows if row["status"] == "skipped" and row.get("role") == "subject"]
-    for row in (*skipped, *bad)[-MOST_LOST:]:
+    most = MOST_LOST if ceilings is not None else MOST_LOST_OF_A_CHECK
+    for row in (*skipped, *bad)[-most:]:
         lost.add(row["case"], row["contender"], verdict(row)[:120])
-    if len(skipped) + len(bad) > MOST_LOST:
-        lost.notes.append(f"and {len(skipped) + len(bad) - MOST_LOST} more, which the JSON has")
-    return [head, times, _gpu_operators(rows), lost]
+    if len(skipped) + len(bad) > most:
+        lost.notes.append(f"and {len(skipped) + len(bad) - most} more, which the JSON has")
+    return [head, _times(good), _operators(good), lost]
+
+
+def _times(rows: Iterable[Row]) -> Table:
+    """One line for a kind of work of a model, in which each contender has all numbers of images."""
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if row["section"] in WHAT:
+            name = f"{row['model']}: {WHAT[row['section']]}"
+            told = f"{row['images']}: {row['ms']['median']:.4g}{' noisy' * row['noisy']}"
+            if "percent_of_matmul" in row:
+                told += f" ({row['percent_of_matmul']:.0f}%)"
+            line = lines.setdefault(name, {"": name})
+            before = line.get(row["contender"])
+            line[row["contender"]] = told if before is None else f"{before}, {told}"
+    return grid("Number of images: median in ms (% of the ceiling of products)", lines.values(),
+                {"": ""}, lambda line: {k: v for k, v in line.items() if k})  # fmt: skip
 
 
 def _clocks(report: Report) -> str:
@@ -63,20 +81,11 @@ def _clocks(report: Report) -> str:
     return f"SM {', '.join(spans)}, slowed by {', '.join(slowed) or 'nothing'}"
 
 
-def _time_cells(row: Row) -> dict[str, object]:
-    if row["status"] != "ok":
-        return {row["contender"]: row["status"]}
-    shown = f"{cell_of(row, 'ms.median:ms')}{' noisy' * row['noisy']}"
-    if "percent_of_matmul" in row:
-        shown += f" ({row['percent_of_matmul']:.0f}%)"
-    return {row["contender"]: shown}
-
-
-def _gpu_operators(rows: Iterable[Row]) -> Table:
+def _operators(rows: Iterable[Row]) -> Table:
     """One line for an operator and its widths: 64 rows (32 images, 8 of a decoder) and 2 (1)."""
     cases: dict[str, list[Row]] = {}
     for row in rows:
-        if row["section"] == "operator" and "ms" in row:
+        if row["section"] == "operator" and "ms" in row and RAGGED not in row["case"]:
             cases.setdefault(row["case"], []).append(row)
     lines: dict[str, dict[str, object]] = {}
     for found in cases.values():

@@ -29,6 +29,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -46,6 +47,7 @@ from dit_bench.speed.operator_cases import all_cases, ragged_cases
 from dit_bench.speed.profile import kernel_row
 from dit_bench.subjects import check_name
 from dit_bench.timing import Budget
+from dit_engine.backends.lean.choice_file import remembered
 from dit_engine.console.output import STDOUT
 from dit_engine.errors import BackendUnavailable
 from dit_engine.io.printable import one_line
@@ -243,21 +245,32 @@ def run(arguments: argparse.Namespace) -> int:
 
     def fill(progress: Progress, keep: Callable[[], object]) -> None:
         if device.type == "cuda":
-            report["rows"].append(gpu_check.compile_kernels(device, sizes))
+            used = (
+                (sizes[:1], gpu_check.PRECISIONS) if arguments.check else (sizes, ("bf16", "fp8"))
+            )
+            report["rows"].append(gpu_check.compile_kernels(device, *used))
         timer = Timer(device, ROUNDS, SECONDS, None, progress, OtherLoad(known=False), budget)
         again = partial(restart, arguments, report, budget)
+
+        def keep_choices() -> None:
+            report["choices"] = remembered()
+            keep()
+
         if arguments.check:
             planned = gpu_check.groups(device, sizes, report)
         else:
             timer.ceilings = sustained_ceilings(device, report)
             planned = groups(device, sizes, report)
-        take(list(planned), timer, report, budget, keep, again)
+        take(list(planned), timer, report, budget, keep_choices, again)
 
+    # The tests run beside a check, so what it measures and chooses is not kept for other runs.
+    kept = {"DIT_ENGINE_CACHE": tempfile.mkdtemp(prefix="dit-bench-")} if arguments.check else {}
     # A signal cannot interrupt a call that waits for a hung kernel. This ends the process even
     # then, with code 1, and prints to standard error which lines of the program were running.
     faulthandler.dump_traceback_later(seconds, exit=True, file=2)
     try:
-        return carry_out(report, fill, arguments)
+        with patch.dict(os.environ, kept):
+            return carry_out(report, fill, arguments)
     finally:
         faulthandler.cancel_dump_traceback_later()
         gpu_check.GpuTests.end()

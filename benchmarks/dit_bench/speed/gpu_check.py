@@ -139,7 +139,7 @@ class GpuTests:
         packages = [str(ROOT / name) for name in ("", "kernels", "export", "benchmarks")]
         path = os.pathsep.join([*packages, *filter(None, [os.environ.get("PYTHONPATH")])])
         options = ["-m", "gpu", "-v", "--tb", "short", "--color", "no", "-p", "no:cacheprovider",
-                   "-n", str(max(1, CORES // 3)), "--dist", "worksteal"]  # fmt: skip
+                   "-n", str(max(1, CORES * 3 // 4)), "--dist", "worksteal"]  # fmt: skip
         with cls.output.open("wb") as output:
             cls.process = subprocess.Popen(
                 [sys.executable, "-m", "pytest", *files, *options], cwd=ROOT,
@@ -227,16 +227,16 @@ def only_compiling(workers: int, device: torch.device) -> Iterator[list[Any]]:
                     if each.exception() is None]  # fmt: skip
 
 
-def compile_kernels(device: torch.device, sizes: Sequence[str]) -> Row:
+def compile_kernels(device: torch.device, sizes: Sequence[str], precisions: Sequence[str]) -> Row:
     """Compile what the check and the run launch; what cannot be compiled fails again where it
     counts. Nothing is chosen by measurement, because nothing runs."""
     row: Row = {"section": "check", "case": "kernels compiled beforehand", "role": "part",
                 "contender": "triton"}  # fmt: skip
-    start, workers = time.perf_counter(), max(1, CORES - CORES // 3)
+    start = time.perf_counter()
     try:
         with (patch.dict(os.environ, DIT_KERNELS_CHOOSE="0"),
-              only_compiling(workers, device) as kernels):  # fmt: skip
-            for call in launches(device, sizes):
+              only_compiling(CORES, device) as kernels):  # fmt: skip
+            for call in launches(device, sizes, precisions):
                 with suppress(Exception):
                     call()
     except Exception as broken:  # they are then compiled one by one
@@ -245,7 +245,9 @@ def compile_kernels(device: torch.device, sizes: Sequence[str]) -> Row:
     return row | {"status": "ok", "remark": told}
 
 
-def launches(device: torch.device, sizes: Sequence[str]) -> Iterator[Callable[[], object]]:
+def launches(
+    device: torch.device, sizes: Sequence[str], precisions: Sequence[str]
+) -> Iterator[Callable[[], object]]:
     """Calls that launch every candidate of every operator, the decoder's kernels, and those of
     steps of models with one block."""
     for case in (*all_cases(device), *ragged_cases()):
@@ -258,7 +260,7 @@ def launches(device: torch.device, sizes: Sequence[str]) -> Iterator[Callable[[]
     for size in sizes:
         model = random_model(replace(ModelConfig.named(size, 256), depth=1))
         engine = Engine(model, device=device)
-        for precision, rows in product(PRECISIONS, ROWS):
+        for precision, rows in product(precisions, ROWS):
             yield partial(engine.generate, [0] * (rows // 2), steps=1, backend="lean",
                           precision=precision, output="latent")  # fmt: skip
             yield partial(call_candidates, engine, precision, rows)

@@ -19,8 +19,9 @@ from dit_bench.ceilings import FP8, NAMES
 from dit_engine.backends.compile import compile_graph
 from dit_engine.config import FAMILIES
 from dit_engine.model import NORM_EPS, modulate
-from dit_kernels import PackedLinear, QuantizedLinear, attention_libraries, reference
-from dit_kernels.dispatch import why_not
+from dit_kernels import PackedLinear, QuantizedLinear, reference
+from dit_kernels.attention_libraries import NAMES as LIBRARIES
+from dit_kernels.dispatch import attention_candidates
 
 DTYPE = torch.bfloat16
 TOKENS = 256  # of an image of 256 pixels
@@ -129,8 +130,7 @@ def cases_of(n: int, t: int, d: int, heads: int) -> list[Case]:
 def ragged_cases() -> list[Case]:
     """Row kernels and attention of XL/2 where tiles are not full: 3 images of 250 tokens."""
     _, d, heads = FAMILIES["XL"]
-    found = cases_of(3, 250, d, heads)
-    return [case for case in found if "T=250" in case.shape and "int8" not in case.shape]
+    return [c for c in cases_of(3, 250, d, heads) if "T=250" in c.shape and "int8" not in c.shape]
 
 
 def plain_attention(qkv: Tensor, num_heads: int) -> Tensor:
@@ -238,7 +238,8 @@ def implementations(case: Case, device: torch.device) -> dict[str, Make]:
     if device.type == "cpu":
         return {"native": public(case, "native")}
     if case.operator == "attention":
-        return _attentions(case, device)
+        found = attention_candidates(*case.sizes, DTYPE, device)
+        return {name: _calling(run) for name, run in found.items() if name not in LIBRARIES}
     return {"triton": public(case, "triton")}
 
 
@@ -247,34 +248,20 @@ def _products(case: Case, device: torch.device) -> dict[str, Make]:
     from dit_kernels.triton import product as own
     from dit_kernels.triton.attention import device_facts
 
-    found = own.candidates(*case.sizes, device_facts(device)[1])
-    gelu = case.operator == "linear_gelu"
-    return {f"triton {name}": _calling(own.product, tiles=tiles, gelu=gelu)
-            for name, tiles in found.items() if tiles.splits == 1}  # fmt: skip
-
-
-def _attentions(case: Case, device: torch.device) -> dict[str, Make]:
-    """Our attention in every tiling among which the lean forward chooses."""
-    from dit_kernels.triton.attention import attention, candidates
-    from dit_kernels.triton.attention_tma import attention_tma
-
-    runs = {"triton": attention, "triton-tma": attention_tma}
-    return {f"{name} {tiles}": _calling(runs[name], tiles=tiles)
-            for name, all_tiles in candidates(*case.sizes, DTYPE, device).items()
-            if why_not(name, "attention", device) is None for tiles in all_tiles}  # fmt: skip
+    return {f"triton {name}": _calling(own.product, tiles=t, gelu=case.operator == "linear_gelu")
+            for name, t in own.candidates(*case.sizes, device_facts(device)[1]).items()
+            if t.splits == 1}  # fmt: skip
 
 
 def opponents(case: Case, device: torch.device) -> dict[str, Make]:
-    """What a plain torch model runs, torch.compile and, for attention, torch's other kernels. On
-    CUDA only what torch.compile can fuse is given to it: for the rest it calls the same libraries.
-    """
+    """What a plain torch model runs, torch.compile (on CUDA of what it can fuse), and libraries."""
     if case.operator in ("linear_int8", "linear_fp8"):
         return {"eager": partial(_unquantized, case)}
     found: dict[str, Make] = {"eager": _calling(case.plain)}
     if case.fusable or device.type != "cuda":
         found["compile"] = partial(_compiled, case)
     if case.operator == "attention" and device.type == "cuda":
-        found |= {name: public(case, name) for name in attention_libraries.NAMES}
+        found |= {name: public(case, name) for name in LIBRARIES}
     return found
 
 

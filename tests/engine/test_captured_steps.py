@@ -17,6 +17,7 @@ from tiny import tiny_dit
 from torch import Tensor
 from triton_workers import interpreted
 
+from dit_engine.backends import capture
 from dit_engine.backends.lean import backend as lean_backend
 from dit_engine.backends.lean import conditioning, cuda_graphs, forward
 from dit_engine.backends.lean.cuda_graphs import step_graphs
@@ -79,6 +80,14 @@ def test_a_clipped_diffusion() -> None:
     with gpu_engine(model) as engine:
         lean, eager = (latents(engine, b, sampler="ddpm", steps=3) for b in ("lean", "eager"))
     assert relative_error(lean, eager) < 1e-5
+
+
+@interpreted
+def test_without_graphs() -> None:
+    """As where all are in use."""
+    with gpu_engine(tiny_dit(**SMALL)) as engine, patch.object(capture, "GRAPH_LIMIT", 0):
+        lean, eager = (latents(engine, b, sampler="ddpm", steps=2) for b in ("lean", "eager"))
+    assert relative_error(lean, eager) < 1e-5 and not events
 
 
 @interpreted

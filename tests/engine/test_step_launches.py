@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import patch
@@ -18,12 +19,13 @@ from played_cuda import counted_launches, played_cuda
 from triton_workers import require_triton
 
 from dit_engine.backends.capture import Turns
+from dit_engine.backends.lean.choices import candidates
 from dit_engine.backends.lean.conditioning import ModulationTable
 from dit_engine.backends.lean.cuda_graphs import StepGraph
 from dit_engine.backends.lean.forward import LeanTransformer
 from dit_engine.config import ModelConfig
 from dit_engine.model import DiT
-from dit_kernels import quantized, triton
+from dit_kernels import attention_libraries, quantized, triton
 
 GPU = torch.device("meta")
 XL = ModelConfig.named("DiT-XL/2")
@@ -55,14 +57,15 @@ def _hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @functools.cache
-def _model() -> DiT:
+def _model(depth: int = XL.depth) -> DiT:
     with GPU:
-        return DiT(XL)
+        return DiT(replace(XL, depth=depth))
 
 
 def launches_of(
-    rows: int, kind: str | None = None, steps: int = 3, draws: bool = False
-) -> tuple[Counter[str], ...]:
+    rows: int, kind: str | None = None, steps: int = 3, draws: bool = False,
+    transformer: LeanTransformer | None = None,
+) -> tuple[Counter[str], ...]:  # fmt: skip
     """By name, what one step of ``rows`` rows launches in its graph, and what the steps after the
     first one launch beside it."""
     from triton.runtime.jit import KernelInterface
@@ -74,7 +77,7 @@ def launches_of(
             return lambda *_, **__: launches.counted(kernel.__name__)
 
         with patch.object(KernelInterface, "__getitem__", counted):
-            transformer = LeanTransformer(_model(), torch.bfloat16, GPU, kind)
+            transformer = transformer or LeanTransformer(_model(), torch.bfloat16, GPU, kind)
             graph = StepGraph(transformer, (n, True, 3), Turns(GPU), None)
             width = graph.modulation.shape[1]
             table = torch.empty(steps, rows, width, device=GPU, dtype=torch.bfloat16)
@@ -104,6 +107,22 @@ def test_seven_launches_a_block_and_five_besides(rows: int) -> None:
     assert inside == all_blocks(BLOCK) + STEP + Counter(["_layernorm_modulate_kernel"])
     assert inside.total() == 7 * XL.depth + 5
     assert not outside
+
+
+@pytest.mark.parametrize("rows", [2, 64])
+def test_whatever_is_chosen_takes_as_many_launches(rows: int) -> None:
+    transformer = LeanTransformer(_model(depth=2), torch.bfloat16, GPU)
+    found = candidates(transformer, rows)
+    assert set(found) == {"qkv", "attention", "proj", "fc1", "fc2"}
+    for part, ways in found.items():
+        assert len(ways) > 2
+        for name, way in ways.items():
+            if name in attention_libraries.NAMES:  # they do not take tensors without values
+                continue
+            parts = replace(transformer.usual, **{part: way})
+            transformer.parts = lambda rows, parts=parts: parts
+            inside, outside = launches_of(rows, transformer=transformer)
+            assert inside.total() == 7 * 2 + 5 and not outside, (part, name, inside)
 
 
 def test_a_draw_is_copied_once() -> None:

@@ -3,6 +3,7 @@ CPU a forward is a recording of its native calls."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import TYPE_CHECKING
 
@@ -213,4 +214,5 @@ class FusedLeanDenoiser(FusedDenoiser):
                 graph.release()
 
     def __del__(self) -> None:
-        self.release()
+        if not sys.is_finalizing():  # at the end of the process the device may be gone
+            self.release()

@@ -74,6 +74,11 @@ def groupnorm_silu(
     return (F.silu(normed) if silu else normed).to(x.dtype)
 
 
+def softmax(scores: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """softmax(scale · scores) over the last dimension, computed in the scores' own dtype."""
+    return torch.softmax(scores * scale, -1).to(dtype)
+
+
 def guided_step(
     tokens: Tensor,
     z: Tensor,

@@ -15,7 +15,7 @@ from numerics import assert_close_to_reference
 from tiny import tiny_vae
 from torch import Tensor
 
-from dit_engine.backends.lean import vae_layers
+from dit_engine.backends.lean import vae, vae_layers
 from dit_engine.backends.lean.vae import LARGEST_BATCH, LeanDecoder
 from dit_engine.vae import AutoencoderKL, VAEConfig
 from dit_kernels import dispatch
@@ -108,9 +108,11 @@ def test_without_onednn(
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     if gpu:
         monkeypatch.setattr(vae_layers, "leaves_sums", lambda device: True)
+        monkeypatch.setattr(vae, "leaves_sums", lambda device: True)
+        monkeypatch.setattr(vae_layers, "LARGEST_SCORES", 40)  # of 64, 35 and 15 tokens
         monkeypatch.setattr(dispatch, "chosen", lambda *_: "reference")
-    vae = random_vae(config)
-    check_both_precisions(vae, latents(vae, *shape))
+    model = random_vae(config)
+    check_both_precisions(model, latents(model, *shape))
 
 
 def test_launches_of_a_decode_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,17 +124,17 @@ def test_launches_of_a_decode_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         norms.append(options)
         return torch.empty_like(x) if out is None else out
 
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        launches.counted("attention")
-        return torch.empty_like(v, memory_format=torch.contiguous_format)
+    def softmax(scores: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        launches.counted("softmax")
+        return torch.empty_like(scores, dtype=dtype)
 
     def as_by_cudnn(convolution: Any, x: Tensor, *given: Any, **options: Any) -> Tensor:
         assert x.is_contiguous(memory_format=torch.channels_last)
         made = convolution(x, *given, **options)
         return torch.empty_like(made, memory_format=torch.channels_last)
 
-    monkeypatch.setattr(vae_layers, "launcher", lambda name, device: norm)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    triton = {"groupnorm_silu": norm, "softmax": softmax}
+    monkeypatch.setattr(vae_layers, "launcher", lambda name, device: triton[name])
     for name in ("conv2d", "conv_transpose2d"):
         monkeypatch.setattr(F, name, partial(as_by_cudnn, getattr(F, name)))
     with torch.device("meta"):
@@ -144,11 +146,13 @@ def test_launches_of_a_decode_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "_to_copy": 1,  # the latents as bfloat16
         "convolution": 2 * 14 + 2 + 3,
         "addmm": 1 + 2 + 2,  # after the quantisation, shortcuts, attention
-        "attention": 1,
+        "bmm": 2,
+        "softmax": 1,
         "add_": 3 + 3,  # before each upsampling: the residual block's sum and its bias
         "add": 1,  # the last bias, with the conversion to float32
     }
     assert len(norms) == 2 * 14 + 1 + 1
+    assert launches.outside.total() + 2 * len(norms) == 109
     assert sum("add" in options for options in norms) == 12  # of residual blocks and attention
 
 

@@ -16,7 +16,7 @@ from torch.backends import cudnn
 
 from dit_engine.backends import capture
 from dit_engine.backends.capture import GRAPH_LIMIT
-from dit_engine.backends.lean import vae_layers
+from dit_engine.backends.lean import vae, vae_layers
 from dit_engine.backends.lean.vae import DecoderGraphs, LeanDecoder, convolutions_measured
 from dit_kernels import dispatch
 
@@ -25,8 +25,8 @@ class Decodes:
     """A tiny VAE's decoder twice, with and without graphs."""
 
     def __init__(self) -> None:
-        vae = tiny_vae()
-        self.plain, self.graphed = (LeanDecoder(vae, torch.bfloat16, "cpu") for _ in range(2))
+        model = tiny_vae()
+        self.plain, self.graphed = (LeanDecoder(model, torch.bfloat16, "cpu") for _ in range(2))
         self.graphs = self.graphed._graphs = DecoderGraphs(self.graphed._network)
 
     @property
@@ -43,7 +43,8 @@ class Decodes:
 
 @pytest.fixture
 def decodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Decodes]:
-    monkeypatch.setattr(vae_layers, "leaves_sums", lambda device: True)
+    for module in (vae, vae_layers):
+        monkeypatch.setattr(module, "leaves_sums", lambda device: True)
     monkeypatch.setattr(dispatch, "chosen", lambda *_: "reference")
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     with played_cuda():

@@ -186,6 +186,27 @@ def test_group_norm_gives_an_image_the_same_bits_in_any_batch() -> None:
         assert torch.equal(run(x[i : i + 1], 32, *affine, EPS)[0], together[i])
 
 
+@ALL_DTYPES
+@interpreted
+def test_softmax(dtype: torch.dtype) -> None:
+    run = launcher("softmax")
+    for t in (1, 37, 1024):
+        scores = cases.random(2, 3, t) * 30
+        scores[0, 1, 0] = 1e4
+        exact = reference.softmax(scores.double(), 0.3, torch.float64)
+        same = reference.softmax(scores, 0.3, dtype)
+        actual = run(scores, 0.3, dtype)
+        assert actual.dtype == dtype
+        if t == 1:
+            assert torch.equal(actual, torch.ones(2, 3, 1, dtype=dtype))
+            continue
+        assert_close_to_reference(actual, exact, same_dtype=same)
+    scores[1, 2, 5] = torch.nan
+    nan = run(scores, 0.3, dtype).isnan()
+    assert nan[1, 2].all() and nan.sum() == t
+    assert run(scores[:0], 0.3, dtype).shape == (0, 3, t)
+
+
 @interpreted
 def test_attention_of_large_scores_and_of_keys_that_are_impossible_at_first() -> None:
     qkv = cases.random(1, 40, 3 * 64, dtype=torch.float16)

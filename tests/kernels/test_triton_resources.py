@@ -127,6 +127,8 @@ def arguments_of(case: Case) -> list[Any]:
     if case.operator == "guided_step":
         tokens = EMPTY(2 * n, sizes[0] ** 2 // 4, 32, dtype=case.dtype)
         return [tokens, *EMPTY(3, n, 4, sizes[0], sizes[0]), EMPTY(n), EMPTY(9), 3, 2]
+    if case.operator == "softmax":
+        return [EMPTY(n, *sizes), 0.5, case.dtype]
     x = EMPTY(n, *sizes, dtype=case.dtype)
     y = EMPTY(case.parts, *x.shape) if case.parts else x
     gate, shift, scale = EMPTY(n, 6 * sizes[1], dtype=case.dtype).chunk(6, 1)[:3]
@@ -302,6 +304,19 @@ def test_group_norm_at_the_published_widths(channels: int, side: int, add: bool)
     # The few others are the group's moments and its channels' weight, bias and shift, once.
     assert count(norm, "LDG") - norm["LDG.E.128"] <= 6
     assert norm["MUFU.EX2"] == numbers and numbers < norm["MUFU.RCP"] <= numbers + 4
+
+
+@pytest.mark.slow
+def test_softmax_reads_and_writes_whole_vectors() -> None:
+    require_triton()
+    for case in (
+        Case("softmax", 90, dtype, (1, t, t)) for t in (1024, 4096) for dtype in (BRAIN, FULL)
+    ):
+        (found,) = compilers().submit(measure, case).result().values()
+        assert found.spills == 0
+        for name, count in found.instructions.items():
+            assert not name.startswith(("LDG", "STG")) or name.endswith(".128"), f"{case}: {name}"
+            assert not name.startswith("BAR.SYNC") or count <= 5, f"{case}: {count} barriers"
 
 
 @pytest.mark.slow

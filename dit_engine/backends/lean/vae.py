@@ -16,12 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from dit_engine.backends.capture import GRAPH_LIMIT, CapturedGraph, GraphCache, Turns
-from dit_engine.backends.lean.vae_layers import Conv, Layer, Norm, Pointwise, layer_of
+from dit_engine.backends.lean.vae_layers import Conv, Layer, Norm, Pointwise, layer_of, leaves_sums
 from dit_engine.vae import AutoencoderKL, Decoder, Level
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ALIGNMENT = 8
+"""Channels of the first and last layers on a GPU are padded to a multiple of this."""
 LARGEST_BATCH = 8
 LARGEST_BATCH_LATENTS = 8 * 64 * 64
 """How much a GPU decodes at a time: 8 images of up to 512 pixels a side, fewer of larger ones. More
@@ -93,15 +96,20 @@ class Network:
 
     def __init__(self, vae: AutoencoderKL, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.dtype, self.device, decoder = vae.config, dtype, device, vae.decoder
-        self.post_quant = Pointwise(vae.post_quant_conv, dtype, device)
-        self.conv_in = Conv(decoder.conv_in, dtype, device)
+        post_quant, conv_in, conv_out = vae.post_quant_conv, decoder.conv_in, decoder.conv_out
+        if leaves_sums(device):
+            post_quant = _padded(post_quant, outputs=ALIGNMENT)
+            conv_in = _padded(conv_in, inputs=ALIGNMENT)
+            conv_out = _padded(conv_out, outputs=ALIGNMENT)
+        self.post_quant = Pointwise(post_quant, dtype, device)
+        self.conv_in = Conv(conv_in, dtype, device)
         shift, self.layers = self.conv_in.shift, list[Layer]()
         for module in _modules(decoder):
             layer = layer_of(module, shift, dtype, device)
             self.layers.append(layer)
             shift = layer.shift
         self.norm_out = Norm(decoder.conv_norm_out, device, shift)
-        self.conv_out = Conv(decoder.conv_out, dtype, device)
+        self.conv_out = Conv(conv_out, dtype, device)
 
     def empty_images(self, shape: Sequence[int]) -> Tensor:
         """Memory for the float32 images (N, 3, H, W) of latents of this shape."""
@@ -119,7 +127,24 @@ class Network:
         if self.conv_out.shift is None:
             pixels.copy_(x)
         else:
-            torch.add(x, self.conv_out.shift.view(-1, 1, 1), out=pixels)
+            last = self.config.out_channels
+            torch.add(x[:, :last], self.conv_out.shift[:last, None, None], out=pixels)
+
+
+def _padded(conv: nn.Conv2d, inputs: int = 1, outputs: int = 1) -> nn.Conv2d:
+    """The convolution with more channels, of zeros, up to multiples of ``inputs`` and ``outputs``.
+
+    cuDNN's kernels for tensor cores read and write 16 bytes of channels at a time.
+    """
+    m, c = conv.weight.shape[:2]
+    wide = skip_init(
+        nn.Conv2d, c + -c % inputs, m + -m % outputs, conv.kernel_size[0], dtype=conv.weight.dtype
+    )
+    assert conv.bias is not None and wide.bias is not None
+    for parameter in wide.parameters():
+        parameter.zero_()
+    wide.weight[:m, :c], wide.bias[:m] = conv.weight, conv.bias
+    return wide
 
 
 def _modules(decoder: Decoder) -> Iterator[nn.Module]:

@@ -30,6 +30,8 @@ from dit_kernels.linear import onednn_takes
 
 TYPICAL_SIDE = 32
 """oneDNN chooses the layout of the weights for this input size; inputs of any size run with it."""
+LARGEST_SCORES = 4096
+"""Most tokens for which a GPU keeps the attention's scores in memory: 67 MB per image."""
 FLOAT32_CHAIN = 128
 """Input channels of one float32 convolution. oneDNN adds up the products of a channels-last
 convolution one after another, 9 · C_in of them. Shorter sums halve the error of a convolution of
@@ -208,13 +210,19 @@ class LeanResnet:
 
 
 class LeanAttention:
-    """Single-head self-attention over the pixels, with one packed projection to q, k and v."""
+    """Single-head self-attention over the pixels, with one packed projection to q, k and v.
+
+    A head of 512 dimensions is wider than any fused kernel of a GPU takes in its registers, and
+    there is only one, so few of the multiprocessors would have work. Products with the scores in
+    memory use all of them.
+    """
 
     def __init__(
         self, module: Attention, shift: Tensor | None, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.shift, norm, out = shift, module.group_norm, module.to_out[0]
         assert isinstance(out, nn.Linear)
+        self.softmax = launcher("softmax", device) if leaves_sums(device) else None
         if shift is not None:
             self.norm = Norm(norm, device, shift, silu=False)
         else:
@@ -229,13 +237,23 @@ class LeanAttention:
         """(N, C, H, W) → (N, C, H, W). It writes over x."""
         n, c, h, w = x.shape
         tokens = self.norm(x, add).permute(0, 2, 3, 1).reshape(n, h * w, c)
-        q, k, v = self.qkv(tokens).unsqueeze(1).chunk(3, dim=-1)  # each (N, 1, H·W, C)
-        y = F.scaled_dot_product_attention(q, k, v).reshape(n, h, w, c)
-        y = self.out(y).permute(0, 3, 1, 2)
+        q, k, v = self.qkv(tokens).chunk(3, dim=-1)  # each (N, H·W, C)
+        if self.softmax is None or h * w > LARGEST_SCORES:
+            y = F.scaled_dot_product_attention(*(t.unsqueeze(1) for t in (q, k, v)))
+        else:
+            y = torch.bmm(self.softmax(_scores(q, k), c**-0.5, v.dtype), v)
+        y = self.out(y.reshape(n, h, w, c)).permute(0, 3, 1, 2)
         return (x.add_(y), None) if self.shift is None else (x, y)
 
 
 Layer = LeanResnet | LeanAttention | UpsampleConv
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """q · kᵀ in float32, (N, T, T)."""
+    if q.dtype == torch.float32 or q.device.type == "cpu":
+        return torch.bmm(q.float(), k.float().mT)
+    return torch.bmm(q, k.mT, out_dtype=torch.float32)
 
 
 def _group_norm(

@@ -133,6 +133,18 @@ FAULTS = {
             "centered = «tl.where(mask, centered, 0.0) → centered»",
         "group norm's second tile weighs too much": "count = «tile → 0 * tile» * (ROWS * 1.0)",
         "group norm without the shift's factor": "center -= «tl.load(shift → 0 * tl.load(shift»"},
+    "kernels/test_chooser": {
+        "a candidate's NaN passes": "if «not error <= allowed → error > allowed»:",
+        "a wrong row among many passes": "norms.maximum(usual)).«max → mean»().item()",
+        "a tie changes the default": "known[best] <= «(1 - ADVANTAGE) * usual → usual»",
+        "other candidates' times taken": "and «list(times) != list(candidates) → False»:"},
+    "kernels/test_triton_choices": {
+        "split sums without the bias": "out=out, bias=«layer.bias → 0 * layer.bias»)[1]",
+        "no GELU in the chosen product": 'gelu=«part == "fc1" → False»)',
+        "shift taken for the gate": "«gate, shift → shift, gate», scale, eps = vectors"},
+    "engine/test_choice_file": {
+        "another driver's times taken": 'if «held["facts"].get(name) != value → False»:',
+        "another process's times lost": "self._times = «self._read() |  → »self._times"},
     "kernels/test_native_operators": {
         "native norm's epsilon": "variance + «a.eps → 1e-6f»",
         "native norm keeps the first image's modulation": "if («row / a.t != image → image < 0») {",

@@ -1,4 +1,8 @@
-"""Attention by torch's own kernels and by the package flash-attn, each asked for by its name."""
+"""Attention by torch's own kernels and by the package flash-attn, each asked for by its name.
+
+torch's are called as operators: `torch.nn.attention.sdpa_kernel`, which chooses among them, does so
+for the whole process, and attention in other threads would fail meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,16 @@ from importlib import import_module
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dit_kernels.checks import Unavailable
 
-SDPA = {"cudnn": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION"}
+OF_TORCH = ("cudnn", "flash")
 FLASH_ATTN = (
     ("flash_attn.cute", "flash_attn_func"),  # FlashAttention 4: (q, k, v)
     ("flash_attn", "flash_attn_qkvpacked_func"),  # FlashAttention 2: packed
 )
-NAMES = (*SDPA, "flash-attn")
+NAMES = (*OF_TORCH, "flash-attn")
 
 
 def why_not(impl: str, device: torch.device) -> str | None:
@@ -39,9 +42,11 @@ def launcher(impl: str) -> Callable[..., Tensor]:
 
     def attention(qkv: Tensor, num_heads: int, *, out: Tensor | None = None) -> Tensor:
         n, t, width = qkv.shape
+        if n == 0:
+            return qkv.new_empty(n, t, width // 3) if out is None else out
         packed = qkv.view(n, t, 3, num_heads, width // 3 // num_heads)
         try:
-            made = _by_sdpa(packed, impl) if impl in SDPA else _by_flash_attn(packed)
+            made = _by_torch(packed, impl) if impl in OF_TORCH else _by_flash_attn(packed)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, AssertionError, ValueError) as error:
@@ -53,13 +58,17 @@ def launcher(impl: str) -> Callable[..., Tensor]:
     return attention
 
 
-def _by_sdpa(packed: Tensor, impl: str) -> Tensor:
-    """Packed (N, T, 3, H, d) → (N, T, H, d), by this one backend of torch's or with an error."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
+def _by_torch(packed: Tensor, impl: str) -> Tensor:
+    """Packed (N, T, 3, H, d) → (N, T, H, d)."""
     q, k, v = packed.permute(2, 0, 3, 1, 4)  # each (N, H, T, d)
-    with sdpa_kernel(getattr(SDPBackend, SDPA[impl])):
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    aten = torch.ops.aten
+    if impl == "cudnn":
+        made = aten._scaled_dot_product_cudnn_attention(q, k, v, None, compute_log_sumexp=False)
+    elif packed.device.type == "cpu":
+        made = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    else:
+        made = aten._scaled_dot_product_flash_attention(q, k, v)
+    return made[0].transpose(1, 2)
 
 
 def _by_flash_attn(packed: Tensor) -> Tensor:

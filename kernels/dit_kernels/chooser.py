@@ -15,7 +15,7 @@ VARIABLE = "DIT_KERNELS_CHOOSE"
 ADVANTAGE = 0.02
 """A candidate must need at least this share less time than the default. Smaller differences are
 those of two runs."""
-ROUNDS = 3, 15
+ROUNDS = 5, 40
 BUDGET_S = 0.3
 """For the samples of one choice. The fewest rounds are run even if they take longer."""
 ERRORS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

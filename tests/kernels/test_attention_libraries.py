@@ -99,8 +99,8 @@ def test_what_is_missing_is_said_and_nothing_else_runs(monkeypatch: pytest.Monke
 
 
 def test_a_refusal_of_the_library_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's backend is forced: on the CPU it has none of cuDNN's, and does not take another."""
-    with pytest.raises(Unavailable, match=r"^impl 'cudnn': No (viable|available) "):
+    """torch has no cuDNN for the CPU, and does not take another kernel."""
+    with pytest.raises(Unavailable, match=r"^impl 'cudnn': Could not run .*cudnn_attention' with"):
         attention_libraries.launcher("cudnn")(QKV, HEADS)
 
     def refuse(*_: Tensor) -> Tensor:
@@ -117,6 +117,24 @@ def test_a_refusal_of_the_library_is_unavailable(monkeypatch: pytest.MonkeyPatch
     installed(monkeypatch, "flash_attn.cute", flash_attn_func=no_room)
     with pytest.raises(torch.OutOfMemoryError):
         dit_kernels.attention(QKV, HEADS, impl="flash-attn")
+
+
+def test_torchs_switches_are_not_touched() -> None:
+    """They are those of the whole process, and count for other threads."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        check("flash")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["cudnn", "flash"])
+def test_torchs_kernels_on_a_gpu(impl: str) -> None:
+    for d in (64, 72):
+        qkv = cases.qkv_of(2, 256, HEADS, d, torch.bfloat16)
+        exact, same = reference.attention(qkv.double(), HEADS), reference.attention(qkv, HEADS)
+        found = dit_kernels.attention(qkv.cuda(), HEADS, impl=impl)
+        assert found.is_contiguous()
+        assert_close_to_reference(found, exact, same_dtype=same)
 
 
 def test_a_gradient_is_never_dropped() -> None:

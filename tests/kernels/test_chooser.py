@@ -64,7 +64,8 @@ def refused(bench: Bench, name: str, reason: str) -> None:
 
 
 def test_the_quickest_is_chosen_by_medians_of_interleaved_rounds() -> None:
-    slow = [0.1] * 7 + [9.0] * 8  # quick at times only
+    quick = ROUNDS[1] // 2 - 1
+    slow = [0.1] * quick + [9.0] * (ROUNDS[1] - quick)  # quick at times only
     bench = Bench(library=1.0, tall=slow, wide=0.9, square=0.95)
     assert bench.choose() == "wide"
     assert bench.memory == {KEY: {"library": 1.0, "tall": 9.0, "wide": 0.9, "square": 0.95}}

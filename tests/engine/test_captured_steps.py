@@ -105,23 +105,23 @@ def test_half_precision_is_as_near_to_float32_as_eager() -> None:
 def test_generations_of_one_size_at_once() -> None:
     """One within the other, and in threads: each has a graph of its own."""
     with gpu_engine(tiny_dit(**SMALL)) as engine:
-        options = {"sampler": "ddpm", "steps": 3}
-        expected = [latents(engine, "eager", seed=seed, **options) for seed in range(3)]
+        options = {"sampler": "ddpm", "steps": 2}
+        expected = [latents(engine, "eager", seed=seed, **options) for seed in range(2)]
         inner: list[Tensor] = []
 
         def interrupt(progress: Progress) -> None:
-            if progress.step == 2:
+            if progress.step == 1:
                 inner.append(latents(engine, "lean", seed=1, **options))
 
         outer = latents(engine, "lean", seed=0, callback=interrupt, **options)
         assert relative_error(outer, expected[0]) < 1e-5
         assert relative_error(inner[0], expected[1]) < 1e-5
-        with ThreadPoolExecutor(3) as pool:
-            runs = [pool.submit(latents, engine, "lean", seed=i, **options) for i in range(3)]
+        with ThreadPoolExecutor(2) as pool:
+            runs = [pool.submit(latents, engine, "lean", seed=i, **options) for i in range(2)]
             for run, wanted in zip(runs, expected, strict=True):
                 assert relative_error(run.result(), wanted) < 1e-5
         lean = engine._backends["lean", "fp32"]
         assert isinstance(lean, lean_backend.LeanBackend) and lean.graphs is not None
         graphs = lean.graphs._graphs
-        assert {graph.key for graph in graphs} == {(2, True, 3)} and 2 <= len(graphs) <= 3
+        assert {graph.key for graph in graphs} == {(2, True, 3)} and len(graphs) == 2
         assert not any(graph.taken for graph in graphs)

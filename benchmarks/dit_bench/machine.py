@@ -36,7 +36,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 _GPU_STATE = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "power.limit",
               "temperature.gpu")  # fmt: skip
 _SAMPLED = ("clocks.sm", "power.draw", "temperature.gpu", "clocks_throttle_reasons.active")
-_SAMPLE_S = 0.1
+_SAMPLE_S = 0.2
 THROTTLES = (
     "idle", "application clocks", "power cap", "hardware slowdown", "sync boost",
     "thermal (software)", "thermal (hardware)", "power brake", "display clocks",

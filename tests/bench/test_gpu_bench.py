@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -287,6 +288,29 @@ def test_a_lost_device_starts_the_program_again_without_what_is_done(
     assert rows[: len(before["rows"])] == before["rows"]
     assert before["parts_done"] and not set(before["parts_done"]) & set(again)
     assert sum(row["section"] == "operator" for row in rows) == 3
+
+
+def test_a_part_that_hangs_is_left_out_of_the_program_that_starts_again(
+    as_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    left: list[dict[str, Any]] = []
+
+    def execute(program: str, command: list[str]) -> None:
+        left.append(read(Path(command[-1]), "gpu"))
+
+    def hang(timer: Timer) -> None:
+        until = time.monotonic() + 30
+        while not left and time.monotonic() < until:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(os, "execv", execute)
+    monkeypatch.setattr(gpu, "PART_SECONDS", 0.1)
+    monkeypatch.setattr(gpu, "PART_SHARE", 0.0)
+    monkeypatch.setattr(gpu, "groups", lambda *_: [(0.5, [("a", hang)]), (0.5, [])])
+    as_gpu(code=1)
+    (report,) = left
+    assert report["parts_done"] == ["a"]
+    assert [(row["case"], row["status"]) for row in report["rows"]] == [("a", "failed")]
 
 
 def test_each_group_has_its_share_of_what_is_left(

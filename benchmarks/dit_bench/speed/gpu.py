@@ -10,9 +10,10 @@ temperature and throttling are sampled (`dit_bench.machine.DeviceState`) and sto
 ``--check`` only checks, see `dit_bench.speed.gpu_check`.
 
 What fails its check is never timed, and makes the exit code 1. A part that breaks loses its own
-rows. After an illegal access to memory no process can use the device any more: the program then
-starts itself again without the parts that are done. A run that did not end in time tells where it
-stood, and its measurements stay in <name>.partial. The exit code is 2 without a CUDA device.
+rows. After an illegal access to memory a process cannot use the device any more, and a kernel may
+hang: the program then starts itself again without the parts that are done. A run that did not end
+in time tells where it stood, and its measurements stay in <name>.partial. The exit code is 2
+without a CUDA device.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import gc
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
@@ -38,7 +40,7 @@ from dit_bench.contenders import Name, failed
 from dit_bench.load import OtherLoad
 from dit_bench.machine import DeviceState, describe, slug
 from dit_bench.progress import Progress
-from dit_bench.report import Report, new_report, partial_path, read, write_partial
+from dit_bench.report import Report, Row, new_report, partial_path, read, write_partial
 from dit_bench.speed import gpu_check, operators
 from dit_bench.speed.forward import Work
 from dit_bench.speed.latency import Timer
@@ -64,6 +66,8 @@ CEILING_SECONDS = 2.0
 START_SECONDS, RESERVE_SECONDS = 15.0, 10.0
 """Kept back: for the imports, which came before the clock started, and for the table."""
 MINUTES, CHECK_MINUTES = 9.0, 3.5
+PART_SECONDS, PART_SHARE = 60.0, 0.3
+"""After so long, and so much of all time, a part hangs."""
 RESULTS = Path(__file__).parents[2] / "results"
 
 Part = tuple[str, Callable[[Timer], object]]
@@ -123,12 +127,21 @@ def take(
     all_groups: Sequence[Group], timer: Timer, report: Report, budget: Budget,
     keep: Callable[[], object], restart: Callable[[], object],
 ) -> None:  # fmt: skip
-    """Carry out what the report does not have yet; ``restart`` is called if the device is lost.
+    """Carry out what the report does not have yet; ``restart`` is called if the device is lost, or
+    from another thread if a part hangs.
 
     Raises KeyboardInterrupt after the part during which Ctrl-C was pressed.
     """
     state, rows, done = DeviceState(timer.device), report["rows"], report["parts_done"]
     report["machine"]["sampled_by"] = state.source
+    limit = max(PART_SECONDS, PART_SHARE * budget.left())
+
+    def end(lost: Row) -> None:
+        faulthandler.dump_traceback(file=2)
+        rows.append(lost | {"status": "failed", "reason": f"did not end in {limit:.0f} s"})
+        done.append(lost["case"])
+        restart()
+
     with timer.progress.run(sum(len(parts) for _, parts in all_groups)):
         for share, parts in all_groups:
             timer.budget = budget.part(share)
@@ -138,6 +151,10 @@ def take(
                 timer.progress.stage(name)
                 before = len(rows)
                 lost = {"section": "check", "case": name, "contender": "all", "role": "subject"}
+                watch = threading.Timer(limit, end, [lost])
+                watch.daemon = True
+                if parts is not all_groups[-1][1]:  # else nothing would be left to do
+                    watch.start()
                 with state.sampled() as sampled:
                     try:
                         if timer.budget.left() <= 0:
@@ -147,6 +164,8 @@ def take(
                         rows.append(lost | {"status": "skipped", "reason": one_line(reason)[:300]})
                     except Exception as broken:  # what breaks loses its part alone
                         rows.append(lost | failed(broken))
+                    finally:
+                        watch.cancel()
                 for row in rows[before:]:
                     row["device_state"] = sampled
                 done.append(name)

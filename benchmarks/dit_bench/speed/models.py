@@ -230,7 +230,8 @@ def contenders(
     for i, (name, precision) in enumerate(dict.fromkeys(names)):
         if name in left_out:
             continue
-        more: dict[str, Any] = {"flops": flops * work.images}
+        seconds = COMPILE_SECONDS.get(name, 0.0)
+        more: dict[str, Any] = {"flops": flops * work.images, "seconds": seconds}
         if kind == "image":
             build = partial(work.generation, name, precision, check.steps, check.sampler)
             more["check"] = partial(check, name, precision)
@@ -239,7 +240,6 @@ def contenders(
             # int8 and bf16 decode in the same way, and so do compilers: only the first is timed.
             precision = decoder_precision(precision)
         else:
-            more["seconds"] = COMPILE_SECONDS.get(name, 0.0)
             runs = {"forward": work.forward, "step": work.guided_step}
             build = partial(runs[kind], name, precision)
             size = 1 if precision in ("int8", "fp8") else float_dtype(precision).itemsize

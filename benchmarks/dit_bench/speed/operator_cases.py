@@ -56,7 +56,7 @@ class Case:
     flops: int = 0
     values: Callable[[Any], tuple[Tensor, ...]] | None = None
     exact: Callable[..., Any] | None = None
-    sizes: tuple[int, ...] = ()
+    sizes: Any = ()
 
     @property
     def title(self) -> str:

@@ -140,12 +140,10 @@ def kernel_row(model: str, work: Work, precision: str) -> Row:
     """The kernels of one of the lean backend's guided steps amid others, by torch's profiler: their
     number, the longest ones, the milliseconds of all, and by which calls the host launched them.
     (On a CPU, operators.)"""
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     cuda, config = work.engine.device.type == "cuda", work.engine.config
-    activity, kind = ((ProfilerActivity.CUDA, DeviceType.CUDA) if cuda
-                      else (ProfilerActivity.CPU, DeviceType.CPU))  # fmt: skip
+    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     settle = partial(torch.cuda.synchronize, work.engine.device) if cuda else lambda: None
     labels = torch.cat([work.classes, torch.full_like(work.classes, config.null_class)])
     table = step_coefficients("ddim", work.schedule, config.learn_sigma)
@@ -165,7 +163,8 @@ def kernel_row(model: str, work: Work, precision: str) -> Row:
             events = list(profiler.key_averages()) if profiler is not None else []
         fused.release()
     time = "self_device_time_total" if cuda else "self_cpu_time_total"  # µs
-    kernels = [(e.key, e.count, getattr(e, time) / 1e3) for e in events if e.device_type == kind]
+    own = [e for e in events if e.device_type.name == activity.name]  # not the host's calls
+    kernels = [(e.key, e.count, getattr(e, time) / 1e3) for e in own]
     kernels.sort(key=lambda kernel: kernel[2], reverse=True)
     total = sum(ms for _, _, ms in kernels)
     if not total > 0:
@@ -175,7 +174,7 @@ def kernel_row(model: str, work: Work, precision: str) -> Row:
         "contender": f"lean {precision}", "role": "subject", "precision": precision, "status": "ok",
         "ms": {"median": total}, "launches": sum(count for _, count, _ in kernels),
         "host_launches": {e.key: e.count for e in events
-                          if e.device_type != kind and "Launch" in e.key},
+                          if e not in own and "Launch" in e.key},
         "shares": [{"part": name, "count": count, "ms": ms, "share": ms / total}
                    for name, count, ms in kernels[:KERNELS]],
     }  # fmt: skip

@@ -97,7 +97,7 @@ FAULTS = {
         "constant lost in a residual block": "self.shift = «shift +  → »self.shift",
         "constant lost in a shortcut":
             "bias = bias.to(shift)« + (weight.to(shift) * shift).sum(1) → »",
-        "constant lost before an upsampling": "x = x.add_(«self.before → 0»)"},
+        "constant lost before an upsampling": "x = self.add(x, add, self.before« → * 0»)"},
     "engine/test_vae_graphs": {
         "cuDNN's switch stays on": "finally:\n            cudnn.benchmark = «before → True»",
         "shape captured at once": "if «again and  → »key not in self._refused",

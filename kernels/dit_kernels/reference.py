@@ -74,6 +74,11 @@ def groupnorm_silu(
     return (F.silu(normed) if silu else normed).to(x.dtype)
 
 
+def add_shift(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
+    """x += y + shift, in place, for images (N, C, H, W) and shift (C,)."""
+    return x.add_(y + shift.view(-1, 1, 1))
+
+
 def softmax(scores: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """softmax(scale · scores) over the last dimension, computed in the scores' own dtype."""
     return torch.softmax(scores * scale, -1).to(dtype)

@@ -188,6 +188,18 @@ def test_group_norm_gives_an_image_the_same_bits_in_any_batch() -> None:
 
 @ALL_DTYPES
 @interpreted
+def test_add_shift(dtype: torch.dtype) -> None:
+    for shape in ((2, 48, 9, 10), (1, 512, 4, 4), (1, 3, 1, 1)):
+        x, y = cases.images(shape, dtype), cases.images(shape, dtype).flip(0)
+        shift = cases.random(shape[1])
+        exact = reference.add_shift(x.double(), y.double(), shift.double())
+        same = reference.add_shift(x.clone(), y, shift)
+        assert launcher("add_shift")(x, y, shift) is x
+        assert_close_to_reference(x, exact, same_dtype=same)
+
+
+@ALL_DTYPES
+@interpreted
 def test_softmax(dtype: torch.dtype) -> None:
     run = launcher("softmax")
     for t in (1, 37, 1024):

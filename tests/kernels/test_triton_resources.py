@@ -127,6 +127,9 @@ def arguments_of(case: Case) -> list[Any]:
     if case.operator == "guided_step":
         tokens = EMPTY(2 * n, sizes[0] ** 2 // 4, 32, dtype=case.dtype)
         return [tokens, *EMPTY(3, n, 4, sizes[0], sizes[0]), EMPTY(n), EMPTY(9), 3, 2]
+    if case.operator == "add_shift":
+        x = EMPTY(n, *sizes, dtype=case.dtype).to(memory_format=torch.channels_last)
+        return [x, x, EMPTY(sizes[0])]
     if case.operator == "softmax":
         return [EMPTY(n, *sizes), 0.5, case.dtype]
     x = EMPTY(n, *sizes, dtype=case.dtype)
@@ -271,14 +274,12 @@ def test_no_spills_enough_shared_memory_and_tensor_cores(capability: int) -> Non
 
 def groupnorm_code(channels: int, side: int, add: bool) -> tuple[int, list[Counter[str]]]:
     """Numbers of a thread's tile, and how often each instruction stands in both kernels."""
-    x = EMPTY(1, channels, side, side, dtype=BRAIN).to(memory_format=torch.channels_last)
+    case = Case("groupnorm_silu", 90, BRAIN, (1, channels, side))
+    x = arguments_of(case)[0]
     options = {"add": x, "shift": EMPTY(channels)} if add else {}
-    counts: list[Counter[str]] = []
-    for kernel, given in _launches(
-        Case("groupnorm_silu", 90, BRAIN, (1, channels, side)), **options
-    ):
-        counts.append(instructions(_disassemble(_compile(kernel, given, 90))))
-    return given["ROWS"] * 8, counts
+    launches = list(_launches(case, **options))
+    codes = [instructions(_disassemble(_compile(*launch, 90))) for launch in launches]
+    return launches[0][1]["ROWS"] * 8, codes
 
 
 @pytest.mark.slow
@@ -307,10 +308,11 @@ def test_group_norm_at_the_published_widths(channels: int, side: int, add: bool)
 
 
 @pytest.mark.slow
-def test_softmax_reads_and_writes_whole_vectors() -> None:
+def test_the_vaes_other_kernels_read_and_write_whole_vectors() -> None:
     require_triton()
+    sizes = {"softmax": [(1, 1024, 1024), (1, 4096, 4096)], "add_shift": [(1, 512, 64, 64)]}
     for case in (
-        Case("softmax", 90, dtype, (1, t, t)) for t in (1024, 4096) for dtype in (BRAIN, FULL)
+        Case(op, 90, dtype, size) for op in sizes for size in sizes[op] for dtype in (BRAIN, FULL)
     ):
         (found,) = compilers().submit(measure, case).result().values()
         assert found.spills == 0

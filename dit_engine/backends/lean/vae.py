@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from dit_engine.backends.capture import GRAPH_LIMIT, CapturedGraph, GraphCache, Turns
 from dit_engine.backends.lean.vae_layers import Conv, Layer, Norm, Pointwise, layer_of, leaves_sums
@@ -137,9 +136,9 @@ def _padded(conv: nn.Conv2d, inputs: int = 1, outputs: int = 1) -> nn.Conv2d:
     cuDNN's kernels for tensor cores read and write 16 bytes of channels at a time.
     """
     m, c = conv.weight.shape[:2]
-    wide = skip_init(
-        nn.Conv2d, c + -c % inputs, m + -m % outputs, conv.kernel_size[0], dtype=conv.weight.dtype
-    )
+    channels, dtype = (c + -c % inputs, m + -m % outputs), conv.weight.dtype
+    wide = nn.Conv2d(*channels, conv.kernel_size[0], device="meta", dtype=dtype)
+    wide = wide.to_empty(device="cpu")
     assert conv.bias is not None and wide.bias is not None
     for parameter in wide.parameters():
         parameter.zero_()

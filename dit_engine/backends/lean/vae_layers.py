@@ -142,7 +142,9 @@ class UpsampleConv:
         # In float64, so that each sum is rounded once; (C_in, C_out, 4, 4).
         weight = torch.einsum("ka,lb,oiab->iokl", sums, sums, conv.weight.cpu().double())
         weight = _copy(weight, dtype, device)
-        self.before = None if shift is None else shift.view(-1, 1, 1)
+        self.before = shift
+        if shift is not None:
+            self.add = launcher("add_shift", device)
         self.bias, self.shift = _bias(conv, dtype, device)
         self.packed = device.type == "cpu" and onednn_takes(dtype)
         if self.packed:
@@ -155,10 +157,9 @@ class UpsampleConv:
     def __call__(self, x: Tensor, add: Tensor | None) -> tuple[Tensor, None]:
         """(N, C, H, W) → (N, C, 2H, 2W). It may write over x."""
         # No norm comes before this convolution, whose padding is 0 and not ``shift``.
-        if add is not None:
-            x = x.add_(add)
         if self.before is not None:
-            x = x.add_(self.before)
+            assert add is not None, "a residual block comes before"
+            x = self.add(x, add, self.before)
         if self.packed:
             y = torch.ops.mkldnn._convolution_transpose_pointwise(
                 x, self.weight, self.bias, [1, 1], [0, 0], [2, 2], [1, 1], 1, "none", [], ""
@@ -237,10 +238,12 @@ class LeanAttention:
         """(N, C, H, W) → (N, C, H, W). It writes over x."""
         n, c, h, w = x.shape
         tokens = self.norm(x, add).permute(0, 2, 3, 1).reshape(n, h * w, c)
-        q, k, v = self.qkv(tokens).chunk(3, dim=-1)  # each (N, H·W, C)
+        qkv = self.qkv(tokens)  # (N, H·W, 3·C)
         if self.softmax is None or h * w > LARGEST_SCORES:
-            y = F.scaled_dot_product_attention(*(t.unsqueeze(1) for t in (q, k, v)))
+            q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
+            y = F.scaled_dot_product_attention(q, k, v)
         else:
+            q, k, v = qkv.chunk(3, dim=-1)
             y = torch.bmm(self.softmax(_scores(q, k), c**-0.5, v.dtype), v)
         y = self.out(y.reshape(n, h, w, c)).permute(0, 3, 1, 2)
         return (x.add_(y), None) if self.shift is None else (x, y)

@@ -6,7 +6,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -74,13 +74,18 @@ class Chooser:
         if not self._on or len(candidates) == 1:
             return next(iter(candidates))
         times = self._recall(key)
-        if times is not None and list(times) != list(candidates):
-            warnings.warn(f"{key}: there are other candidates now; measured again", stacklevel=2)
-            times = None
-        if times is None:
+        if times is None or self.measures(key, candidates):
+            if times is not None:
+                told = f"{key}: there are other candidates now; measured again"
+                warnings.warn(told, stacklevel=2)
             times = self._measured(key, candidates, prepare)
             self._remember(key, times)
         return quickest(times)
+
+    def measures(self, key: str, candidates: Iterable[str]) -> bool:
+        """Whether `choose` would measure."""
+        names, times = list(candidates), self._recall(key)
+        return self._on and len(names) > 1 and (times is None or list(times) != names)
 
     def _measured(
         self,

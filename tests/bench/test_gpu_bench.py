@@ -414,7 +414,7 @@ import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
-from dit_bench.speed.gpu_check import only_compiling
+from dit_kernels.triton.compiling import only_compiling
 from dit_kernels.triton.layernorm_modulate import layernorm_modulate
 from dit_kernels.triton.product import ProductTiles, product
 loaded = []

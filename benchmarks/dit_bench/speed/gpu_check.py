@@ -18,8 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -45,6 +44,7 @@ from dit_engine.config import ModelConfig
 from dit_engine.engine import Engine
 from dit_engine.io.printable import one_line
 from dit_engine.vae import VAEConfig
+from dit_kernels.triton.compiling import only_compiling
 
 ROOT = Path(__file__).resolve().parents[3]
 CORES = os.cpu_count() or 1
@@ -198,33 +198,6 @@ def outcomes(text: str) -> tuple[Counter[str], dict[str, str]]:
         elif told := re.match(r"(?:FAILED|ERROR) (\S.*?) - (.*)$", line):
             failures[told[1]] = told[2]
     return counts, failures
-
-
-@contextmanager
-def only_compiling(workers: int, device: torch.device) -> Iterator[list[Any]]:
-    """In this block, Triton's kernels are compiled where they would be launched, on ``workers``
-    threads, and are not run. At its end the list holds what was compiled, ready to be launched; a
-    kernel that cannot be compiled or loaded will say so when it is launched."""
-    from triton.runtime import _async_compile, jit
-
-    launch: Any = jit.JITFunction.run
-    kernels: list[Any] = []
-
-    def compile_only(self: Any, *given: Any, **options: Any) -> Any:
-        return launch(self, *given, **options | {"warmup": True})
-
-    def loaded(kernel: Any) -> Any:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            return kernel.run  # Triton 3.6 compiles a launcher in C here
-
-    with ThreadPoolExecutor(workers) as pool:
-        mode = _async_compile.AsyncCompileMode(pool, ignore_errors=True)
-        with patch.object(jit.JITFunction, "run", compile_only), mode:
-            yield kernels
-        compiled = [each.result() for each in mode.raw_futures if each.exception() is None]
-        ready = [pool.submit(loaded, kernel) for kernel in compiled]
-        kernels += [kernel for kernel, each in zip(compiled, ready, strict=True)
-                    if each.exception() is None]  # fmt: skip
 
 
 def compile_kernels(device: torch.device, sizes: Sequence[str], precisions: Sequence[str]) -> Row:

@@ -7,9 +7,11 @@ quickest of the `candidates` on this device. `dit_engine.backends.lean.choice_fi
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +30,8 @@ from dit_kernels import PackedLinear
 from dit_kernels.checks import HEAD_DIM_LIMIT
 from dit_kernels.chooser import Chooser, choosing, cuda_sample
 from dit_kernels.dispatch import attention_candidates, implementation, why_not
+
+CORES = os.cpu_count() or 1
 
 
 def by_measurement(transformer: LeanTransformer) -> Callable[[int], Parts]:
@@ -69,8 +73,9 @@ class ChosenParts:
             return self._chosen[rows]
 
     def _choose(self, rows: int) -> Parts:
-        chosen: dict[str, Run] = {}
-        for part, ways in candidates(self.transformer, rows).items():
+        found, chosen = candidates(self.transformer, rows), dict[str, Run]()
+        self._compile(rows, found)
+        for part, ways in found.items():
             # Made at the first call: there is none if the choice is remembered.
             example = functools.cache(functools.partial(Example, self.transformer, part, rows))
             calls = {name: lambda e=example, way=way: e().call(way) for name, way in ways.items()}
@@ -79,6 +84,23 @@ class ChosenParts:
                 name = self.chooser.choose(key, calls, lambda e=example: e().reset())
             chosen[part] = ways[name]
         return replace(self.transformer.usual, **chosen)
+
+    def _compile(self, rows: int, found: Mapping[str, Mapping[str, Run]]) -> None:
+        """All that will be measured, on all cores: a kernel takes about a second. What fails here
+        fails again where it is measured."""
+        from dit_kernels.triton.compiling import only_compiling
+
+        named = {part: _key(self.transformer, part, rows) for part in found}
+        parts = [part for part in found if self.chooser.measures(named[part], found[part])]
+        if not parts:
+            return
+        device = self.transformer.device
+        with suppress(Exception), torch.inference_mode(), only_compiling(CORES, device):
+            for part in parts:
+                example = Example(self.transformer, part, rows)
+                for way in found[part].values():
+                    with suppress(Exception):
+                        example.call(way)
 
 
 def _key(transformer: LeanTransformer, part: str, rows: int) -> str:

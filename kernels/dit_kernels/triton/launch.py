@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
 LARGEST = 2**31 - 1
+ONLY_COMPILING = ContextVar("dit_kernels_only_compiling", default=False)
+"""Set by `dit_kernels.triton.compiling`: kernels are then compiled and not run."""
 ROWS = 4  # at most, of one program that takes whole rows
 
 
@@ -27,7 +30,10 @@ def launch(kernel: Any, programs: int, x: Tensor, *arguments: Any, **constants: 
         )
     elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
     with torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext():
-        kernel[(programs,)](x, *arguments, **constants)
+        if ONLY_COMPILING.get():
+            kernel.warmup(x, *arguments, grid=(programs,), **constants)
+        else:
+            kernel[(programs,)](x, *arguments, **constants)
 
 
 def power_of_two(size: int) -> int:

@@ -1,0 +1,47 @@
+"""Compile kernels several at a time, before they are launched."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dit_kernels.triton.launch import ONLY_COMPILING
+
+
+@contextmanager
+def only_compiling(workers: int, device: torch.device) -> Iterator[list[Any]]:
+    """In this block, launchers that this thread calls compile their kernels, on ``workers``
+    threads, and do not run them. At its end the list holds what was compiled, ready to be launched;
+    a kernel that cannot be compiled or loaded will say so when it is launched.
+
+    Raises ImportError for a Triton without `AsyncCompileMode`.
+    """
+    from triton.runtime._async_compile import AsyncCompileMode
+
+    kernels: list[Any] = []
+
+    def loaded(kernel: Any) -> Any:
+        here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with here:
+            return kernel.run  # Triton 3.6 compiles a launcher in C here
+
+    with ThreadPoolExecutor(workers) as pool:
+        mode = AsyncCompileMode(pool, ignore_errors=True)
+        before = ONLY_COMPILING.set(True)
+        try:
+            with mode:
+                yield kernels
+        finally:
+            ONLY_COMPILING.reset(before)
+        compiled = [each.result() for each in mode.raw_futures if each.exception() is None]
+        ready = [pool.submit(loaded, kernel) for kernel in compiled]
+        kernels += [
+            kernel
+            for kernel, each in zip(compiled, ready, strict=True)
+            if each.exception() is None
+        ]  # fmt: skip

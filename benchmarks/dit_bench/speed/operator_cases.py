@@ -56,7 +56,7 @@ class Case:
     flops: int = 0
     values: Callable[[Any], tuple[Tensor, ...]] | None = None
     exact: Callable[..., Any] | None = None
-    sizes: Any = ()
+    sizes: tuple[int, ...] = ()
 
     @property
     def title(self) -> str:
@@ -238,7 +238,7 @@ def implementations(case: Case, device: torch.device) -> dict[str, Make]:
     if device.type == "cpu":
         return {"native": public(case, "native")}
     if case.operator == "attention":
-        found = attention_candidates(*case.sizes, DTYPE, device)
+        found = attention_candidates(*case.sizes[:4], dtype=DTYPE, device=device)
         return {name: _calling(run) for name, run in found.items() if name not in LIBRARIES}
     return {"triton": public(case, "triton")}
 
@@ -248,9 +248,9 @@ def _products(case: Case, device: torch.device) -> dict[str, Make]:
     from dit_kernels.triton import product as own
     from dit_kernels.triton.attention import device_facts
 
+    found = own.candidates(*case.sizes[:3], processors=device_facts(device)[1])
     return {f"triton {name}": _calling(own.product, tiles=t, gelu=case.operator == "linear_gelu")
-            for name, t in own.candidates(*case.sizes, device_facts(device)[1]).items()
-            if t.splits == 1}  # fmt: skip
+            for name, t in found.items() if t.splits == 1}  # fmt: skip
 
 
 def opponents(case: Case, device: torch.device) -> dict[str, Make]:

@@ -3,10 +3,12 @@ and the table of predictions."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import made_up
 import pytest
 import torch
 from tiny import tiny_dit
@@ -157,3 +159,8 @@ def test_a_measurement_stands_beside_its_prediction(tmp_path: Path) -> None:
     document.write_text("<!-- predictions -->\n<!-- /predictions -->\n")
     assert main(["documents", "none", str(document), "--block", "predictions"]) == 0
     assert document.read_text().count("| sum: a step | 201 |") == 2
+    report_file = tmp_path / "gpu.json"  # as a run writes it
+    report_file.write_text(json.dumps(made_up.gpu()))
+    assert main(["documents", str(report_file), str(document), "--block", "predictions"]) == 0
+    ends = [line.split("| ")[-1] for line in document.read_text().splitlines() if "a step" in line]
+    assert ends == ["40,000 |", "1,250 |"]

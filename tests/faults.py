@@ -181,7 +181,17 @@ FAULTS = {
         "a vector is its own neighbour": "topk(min(k« + 1 → », both.shape[1])"},
     "bench/test_compare": {"--compare without its noise bound":
         "if «low > old_high and  → »ratio > 1 + LEAST:"},
-    "bench/test_timing": {"every round has the same order": "    «shuffle(order) → pass»\n"},
+    "bench/test_timing": {
+        "every round has the same order": "    «shuffle(order) → pass»\n",
+        "references in TF32": "switch.allow_tf32 = «False → True»"},
+    "bench/test_prediction": {
+        "tiles that are not whole": "return «math.ceil(tiles / PROCESSORS) → tiles / PROCESSORS»",
+        "residual read for nothing": "made, moved=made.moved« + x → » + vector)"},
+    "engine/test_gpus": {
+        "an index that torch misreads": "    if «str(parsed) != str(device) → False»:  # torch",
+        "bfloat16 on every GPU": "if capability «>= OLDEST_WITH_BFLOAT16 → > (0, 0)»:",
+        "decoding without bfloat16":
+            '"fp16")« or bfloat16_why_not(self.device) is not None → »\n'},
     "export/test_onnx": {
         "exported step guides scale 1":
             "«guided = torch.where(scale == 1, cond[:, :g], guided) → pass»",

@@ -162,8 +162,8 @@ def test_a_link_is_replaced_and_its_target_stays(cache: Path, tmp_path: Path) ->
     [
         ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug", "535.104.05"),
         ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Re", "580.65.06"),
-        ("something else", "CUDA 13000"),
-        (None, "CUDA 13000"),
+        ("something else", "unknown"),
+        (None, "unknown"),
     ],
 )  # fmt: skip
 def test_the_drivers_version(
@@ -173,7 +173,6 @@ def test_the_drivers_version(
     if said is not None:
         place.write_text(said)
     monkeypatch.setattr(choice_file, "_DRIVER", place)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
     assert driver() == version
 
 

@@ -116,7 +116,9 @@ def facts(device: torch.device) -> dict[str, str]:
 
 
 def driver() -> str:
-    """The version of NVIDIA's driver, or of the CUDA that it supports."""
-    said = _DRIVER.read_text(encoding="utf-8") if _DRIVER.exists() else ""
-    found = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", said)
-    return found[1] if found else f"CUDA {torch._C._cuda_getDriverVersion()}"  # pyright: ignore[reportAttributeAccessIssue]
+    """The version of NVIDIA's driver; "unknown" where Linux does not tell, as in WSL."""
+    with suppress(OSError):
+        said = _DRIVER.read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"Kernel Module.*?(\d+\.[\d.]+)", said):
+            return found[1]
+    return "unknown"

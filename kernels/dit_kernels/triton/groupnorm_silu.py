@@ -37,18 +37,13 @@ def _channels(part, GROUPS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr
 
 @triton.jit
 def _tile(
-    first,  # pixel
-    end,  # of the pixels
-    channel,
-    exists,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    PIXELS: tl.constexpr,
-    EVEN: tl.constexpr,  # all tiles are whole, or begin at the end
-):
+    first, end, channel, exists, C: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
     """Offsets (ROWS, PIXELS, channels) of the pixels from first on, and which of them exist.
 
-    A thread has 16 bytes of one of the PIXELS in each of the ROWS.
+    A thread has 16 bytes of one of the PIXELS in each of the ROWS. EVEN: a tile that begins before
+    the end is whole.
     """
     pixel = first + tl.arange(0, ROWS)[:, None] * PIXELS + tl.arange(0, PIXELS)[None, :]
     offsets = pixel[:, :, None] * C + channel[None, None, :]
@@ -58,9 +53,10 @@ def _tile(
 
 
 @triton.jit
-def _rows_until(count, lane, PIXELS: tl.constexpr):
-    """How many of the pixels lane, lane + PIXELS, … are among the first ``count``."""
-    return tl.maximum((count - lane + PIXELS - 1) // PIXELS, 0).to(tl.float32)
+def _rows_until(count, PIXELS: tl.constexpr):
+    """How many of the pixels i, i + PIXELS, … are among the first ``count``, for each i < PIXELS"""
+    left = count - tl.arange(0, PIXELS)
+    return tl.maximum((left + PIXELS - 1) // PIXELS, 0).to(tl.float32)
 
 
 @triton.jit
@@ -88,14 +84,12 @@ def _partial_moments_kernel(
     x += image.to(tl.int64) * pixels * C
     if y is not None:
         y += image.to(tl.int64) * pixels * C
-    channel, exists = _channels(  # pyright: ignore[reportGeneralTypeIssues]
-        part, GROUPS, SIZE, PART
-    )
+    channels = _channels(part, GROUPS, SIZE, PART)
+    channel, exists = channels  # pyright: ignore[reportGeneralTypeIssues]
     start = chunk * tiles * (ROWS * PIXELS)
     end = tl.minimum(start + tiles * (ROWS * PIXELS), pixels)
 
     # Of each thread's pixels and channels, so that threads exchange nothing in the loop.
-    lane = tl.arange(0, PIXELS)
     mean = tl.zeros((PIXELS, PART * PADDED), tl.float32)
     square = tl.zeros((PIXELS, PART * PADDED), tl.float32)
     offsets, mask = _tile(start, end, channel, exists, C, ROWS, PIXELS, EVEN)
@@ -119,14 +113,13 @@ def _partial_moments_kernel(
         if EVEN:
             here = tl.full((PIXELS,), ROWS, tl.float32)
         else:
-            here = tl.minimum(_rows_until(end - first, lane, PIXELS), ROWS * 1.0)
+            here = tl.minimum(_rows_until(end - first, PIXELS), ROWS * 1.0)
         tile_mean = tl.sum(values, 0) * (1 / tl.maximum(here, 1.0))[:, None]
         centered = values - tile_mean[None, :, :]
         if not EVEN:
             centered = tl.where(mask, centered, 0.0)
-        # Chan, Golub & LeVeque 1979: moments of a union from those of its parts. If this tile has
-        # a row, all tiles before it are full.
-        count = tile * (ROWS * 1.0)
+        # Chan, Golub & LeVeque 1979: moments of a union from those of its parts.
+        count = tile * (ROWS * 1.0)  # if this tile has a row, all before it are full
         distance = tile_mean - mean
         share = here / tl.maximum(count + here, 1.0)
         mean += distance * share[:, None]
@@ -135,7 +128,7 @@ def _partial_moments_kernel(
     if shift is not None:
         mean += tl.load(shift + channel, mask=exists, other=0.0)[None, :]
     elements = tl.maximum(end - start, 1) * (SIZE * 1.0)
-    count = _rows_until(end - start, lane, PIXELS)
+    count = _rows_until(end - start, PIXELS)
     SPLIT: tl.constexpr = (PIXELS, PART, PADDED)
     whole = tl.sum(tl.sum(tl.reshape(mean * count[:, None], SPLIT), 2), 0) / elements  # (PART,)
     distance = tl.reshape(mean, SPLIT) - whole[None, :, None]
@@ -146,6 +139,25 @@ def _partial_moments_kernel(
     place = (image.to(tl.int64) * GROUPS + group) * chunks + chunk
     tl.store(means + place, whole, mask=group < GROUPS)
     tl.store(squares + place, square, mask=group < GROUPS)
+
+
+@triton.jit
+def _sigmoid(values, EXACT: tl.constexpr, COMPILED: tl.constexpr):
+    """1 / (1 + exp(−values)) in two slow instructions per number."""
+    exponent = values * -1.4426950408889634
+    if EXACT:
+        exponent = tl.minimum(exponent, 126.0)  # the correction below needs finite numbers
+    denominator = 1 + tl.exp2(exponent)
+    if COMPILED:  # a division would check the range of its denominator
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], dtype=tl.float32, is_pure=True,
+            pack=1,
+        )  # fmt: skip
+        if EXACT:  # Newton's step: the instruction may be wrong in the last bit
+            inverse += inverse * (1 - denominator * inverse)
+    else:
+        inverse = 1 / denominator
+    return inverse
 
 
 @triton.jit
@@ -180,12 +192,10 @@ def _normalize_kernel(
     out += image.to(tl.int64) * pixels * C
 
     length = tiles * (ROWS * PIXELS)
-    start = chunk * length
-    end = tl.minimum(start + length, pixels)
-    channel, exists = _channels(  # pyright: ignore[reportGeneralTypeIssues]
-        part, GROUPS, SIZE, PART
-    )
-    last = start + (tiles - 1) * (ROWS * PIXELS)
+    end = tl.minimum((chunk + 1) * length, pixels)
+    channels = _channels(part, GROUPS, SIZE, PART)
+    channel, exists = channels  # pyright: ignore[reportGeneralTypeIssues]
+    last = (chunk + 1) * length - ROWS * PIXELS
     offsets, mask = _tile(last, end, channel, exists, C, ROWS, PIXELS, EVEN)
     coming = tl.load(x + offsets, mask=mask, other=0.0)
 
@@ -218,14 +228,7 @@ def _normalize_kernel(
         offsets, mask = _tile(before, end, channel, exists, C, ROWS, PIXELS, EVEN)
         coming = tl.load(x + offsets, mask=mask, other=0.0)
         if SILU:
-            denominator = 1 + tl.exp2(values * -1.4426950408889634)
-            if COMPILED:  # one instruction; a division would check the range of its denominator
-                values *= tl.inline_asm_elementwise(
-                    "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator],
-                    dtype=tl.float32, is_pure=True, pack=1,
-                )  # fmt: skip
-            else:
-                values /= denominator
+            values *= _sigmoid(values, out.dtype.element_ty == tl.float32, COMPILED)
         offsets, mask = _tile(first, end, channel, exists, C, ROWS, PIXELS, EVEN)
         tl.store(out + offsets, values.to(out.dtype.element_ty), mask=mask)
 

@@ -29,6 +29,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -43,6 +44,7 @@ from dit_bench.progress import Progress
 from dit_bench.report import Report, Row, new_report, partial_path, read, write_partial
 from dit_bench.speed import gpu_check, operators
 from dit_bench.speed.forward import Work
+from dit_bench.speed.gpu_check import compile_kernels, model_calls, operator_calls
 from dit_bench.speed.latency import Timer
 from dit_bench.speed.models import Plan, measure_model, open_model
 from dit_bench.speed.operator_cases import all_cases, ragged_cases
@@ -113,7 +115,11 @@ def groups(device: torch.device, sizes: Sequence[str], report: Report) -> Iterat
     yield 0.8, [work(n, "forward", i, blocks) for n in first for i in (MANY, FEW)]
     yield 0.7, [work(n, "decode", i, EAGER, compiled) for n in first for i in (1, 8)]
     yield 0.5, operator_parts(ragged_cases())
-    yield 1.0, [work(n, "step", i, FP8_PEER) for n in rest for i in numbers]
+    compiling = (
+        f"compile {', '.join(rest)}",
+        lambda _: report["rows"].append(compile_kernels(device, model_calls(device, rest))),
+    )
+    yield 1.0, [compiling, *(work(n, "step", i, FP8_PEER) for n in rest for i in numbers)]
 
 
 def _operator(case: Any, report: Report, timer: Timer) -> None:
@@ -262,11 +268,8 @@ def run(arguments: argparse.Namespace) -> int:
     report.setdefault("models", [])
 
     def fill(progress: Progress, keep: Callable[[], object]) -> None:
-        if device.type == "cuda":
-            used = (
-                (sizes[:1], gpu_check.PRECISIONS) if arguments.check else (sizes, ("bf16", "fp8"))
-            )
-            report["rows"].append(gpu_check.compile_kernels(device, *used))
+        calls = chain(operator_calls(device), model_calls(device, sizes[:1]))
+        report["rows"].append(compile_kernels(device, calls))
         timer = Timer(device, ROUNDS, SECONDS, None, progress, OtherLoad(known=False), budget)
         again = partial(restart, arguments, report, budget)
 

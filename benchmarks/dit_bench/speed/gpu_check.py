@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
@@ -200,16 +200,18 @@ def outcomes(text: str) -> tuple[Counter[str], dict[str, str]]:
     return counts, failures
 
 
-def compile_kernels(device: torch.device, sizes: Sequence[str], precisions: Sequence[str]) -> Row:
-    """Compile what the check and the run launch; what cannot be compiled fails again where it
-    counts. Nothing is chosen by measurement, because nothing runs."""
+def compile_kernels(device: torch.device, calls: Iterable[Callable[[], object]]) -> Row:
+    """Compile what ``calls`` launch; what cannot be compiled fails again where it counts. Nothing
+    is chosen by measurement, because nothing runs."""
     row: Row = {"section": "check", "case": "kernels compiled beforehand", "role": "part",
                 "contender": "triton"}  # fmt: skip
+    if device.type != "cuda":
+        return row | {"status": "skipped", "reason": f"{device} has no kernels to compile"}
     start = time.perf_counter()
     try:
         with (patch.dict(os.environ, DIT_KERNELS_CHOOSE="0"),
               only_compiling(CORES, device) as kernels):  # fmt: skip
-            for call in launches(device, sizes, precisions):
+            for call in calls:
                 with suppress(Exception):
                     call()
     except Exception as broken:  # they are then compiled one by one
@@ -218,11 +220,8 @@ def compile_kernels(device: torch.device, sizes: Sequence[str], precisions: Sequ
     return row | {"status": "ok", "remark": told}
 
 
-def launches(
-    device: torch.device, sizes: Sequence[str], precisions: Sequence[str]
-) -> Iterator[Callable[[], object]]:
-    """Calls that launch every candidate of every operator, the decoder's kernels, and those of
-    steps of models with one block."""
+def operator_calls(device: torch.device) -> Iterator[Callable[[], object]]:
+    """Every candidate of every operator, and the decoder."""
     for case in (*all_cases(device), *ragged_cases()):
         arguments = case.inputs(device)
         for make in implementations(case, device).values():
@@ -230,10 +229,14 @@ def launches(
     decoder = LeanDecoder(random_vae(VAEConfig()), torch.bfloat16, device)
     for images in (1, 8):
         yield partial(decoder, torch.zeros(images, 4, 32, 32, device=device))
+
+
+def model_calls(device: torch.device, sizes: Iterable[str]) -> Iterator[Callable[[], object]]:
+    """Steps of models with one block, and every candidate of their parts."""
     for size in sizes:
         model = random_model(replace(ModelConfig.named(size, 256), depth=1))
         engine = Engine(model, device=device)
-        for precision, rows in product(precisions, ROWS):
+        for precision, rows in product(PRECISIONS, ROWS):
             yield partial(engine.generate, [0] * (rows // 2), steps=1, backend="lean",
                           precision=precision, output="latent")  # fmt: skip
             yield partial(call_candidates, engine, precision, rows)

@@ -99,7 +99,7 @@ FAULTS = {
             "bias = bias.to(shift)« + (weight.to(shift) * shift).sum(1) → »",
         "constant lost before an upsampling": "x = self.add(x, add, self.before« → * 0»)"},
     "engine/test_vae_graphs": {
-        "cuDNN's switch stays on": "finally:\n            cudnn.benchmark = «before → True»",
+        "cuDNN's switch stays on": "finally:\n        cudnn.benchmark = «before → True»",
         "shape captured at once": "if «again and  → »key not in self._refused",
         "pixels of the graph": "pixels.copy_(«self.pixels → self.pixels * 0»)"},
     "engine/test_recorded": {

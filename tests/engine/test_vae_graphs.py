@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -122,33 +124,35 @@ def test_too_little_memory_for_a_graph(decodes: Decodes, monkeypatch: pytest.Mon
 def test_cudnn_measures_while_a_decode_is_captured(
     decodes: Decodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, fails = list[bool](), False
+    """In a thread that has not decoded before, because torch keeps cuDNN's choices by thread."""
+    seen, fails = list[tuple[bool, int]](), False
     network = type(decodes.graphed._network)
     honest = network.__call__
 
     def seeing(self: Any, x: Tensor, pixels: Tensor) -> None:
-        seen.append(cudnn.benchmark)
+        seen.append((cudnn.benchmark, threading.get_ident()))
         if fails:
             raise RuntimeError("the capture fails")
         honest(self, x, pixels)
 
     monkeypatch.setattr(network, "__call__", seeing)
     monkeypatch.setattr(cudnn, "benchmark", False)
+    captured = list[tuple[bool, int]]()
     for deterministic in (False, True):
         monkeypatch.setattr(cudnn, "deterministic", deterministic)
-        for n in (1, 2) if deterministic else (3, 4):
-            z = torch.zeros(n, 4, 4, 4)
+        for fails in (False, True):
+            z = torch.zeros(1 + fails + 2 * deterministic, 4, 4, 4)
+            fails, failing = False, fails
             decodes.graphed(z)
-            assert seen.pop() is False
-            fails = n in (2, 4)
-            if fails:
-                with pytest.raises(RuntimeError, match="the capture fails"):
-                    decodes.graphed(z)
-            else:
+            fails = failing
+            with pytest.raises(RuntimeError, match="the capture fails") if fails else nullcontext():
                 decodes.graphed(z)
-            fails = False
-            assert seen[0] is not deterministic and cudnn.benchmark is False
+            assert seen[0] == (False, threading.get_ident()) and cudnn.benchmark is False
+            captured.append(seen[1])
             seen.clear()
+    assert [measures for measures, _ in captured] == [True, True, False, False]
+    (thread,) = {thread for _, thread in captured}
+    assert thread != threading.get_ident()
     monkeypatch.setattr(cudnn, "deterministic", False)
     torch.use_deterministic_algorithms(True)
     try:
@@ -156,15 +160,3 @@ def test_cudnn_measures_while_a_decode_is_captured(
             assert cudnn.benchmark is False
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def test_captures_of_several_threads_leave_cudnn_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cudnn, "benchmark", False)
-
-    def measure(_: int) -> bool:
-        with convolutions_measured():
-            return cudnn.benchmark
-
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(measure, range(64)))
-    assert cudnn.benchmark is False

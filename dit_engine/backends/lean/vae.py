@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -168,12 +169,19 @@ class DecodeGraph(CapturedGraph):
         self, network: Network, refused: set[Key], key: Key, turns: Turns, pool: Any
     ) -> None:
         super().__init__(key, turns)
-        refused.add(key)  # if memory does not suffice
         z = torch.zeros(key, dtype=network.dtype, device=network.device)
         self.z, self.pixels = z.to(memory_format=torch.channels_last), network.empty_images(key)
-        with convolutions_measured():
-            self.capture(lambda: network(self.z, self.pixels), pool)
+        stream = torch.cuda.current_stream(network.device)
+        try:
+            _CAPTURING.submit(self._capture, network, stream, pool).result()
+        except RuntimeError:
+            refused.add(key)  # unless another try, with more memory, follows
+            raise
         refused.discard(key)
+
+    def _capture(self, network: Network, stream: torch.cuda.Stream, pool: Any) -> None:
+        with torch.cuda.stream(stream), convolutions_measured():
+            self.capture(lambda: network(self.z, self.pixels), pool)
 
     def decode(self, z: Tensor, pixels: Tensor) -> None:
         """Latents z (N, c, h, w) → the caller's ``pixels`` (N, 3, H, W). It releases the graph."""
@@ -212,21 +220,24 @@ class DecoderGraphs:
         return self._cache.take(key) if again and key not in self._refused else None
 
 
-_MEASURING = threading.Lock()
+_CAPTURING = ThreadPoolExecutor(1, "decoder-capture")
+"""Decodes are captured in one thread of their own. torch keeps cuDNN's choice for a shape by
+thread, measured or not: where the shape has been decoded before, nothing would be measured. It
+keeps the choice, which graphs use, for as long as the thread lives."""
 
 
 @contextmanager
 def convolutions_measured() -> Iterator[None]:
     """cuDNN measures its algorithms for each convolution that comes for the first time in the
     thread, unless the user has asked for deterministic ones: another measurement could choose
-    another. torch has one such switch for the process, so other threads may measure meanwhile.
+    another. torch has one such switch for the process, so other threads may measure meanwhile. For
+    one thread at a time.
     """
     cudnn = torch.backends.cudnn
-    with _MEASURING:
-        before = cudnn.benchmark
-        try:
-            if not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled()):
-                cudnn.benchmark = True
-            yield
-        finally:
-            cudnn.benchmark = before
+    before = cudnn.benchmark
+    try:
+        if not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled()):
+            cudnn.benchmark = True
+        yield
+    finally:
+        cudnn.benchmark = before

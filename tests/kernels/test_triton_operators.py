@@ -178,6 +178,21 @@ def test_group_norm_of_a_sum_and_shifted(dtype: torch.dtype) -> None:
 
 
 @interpreted
+def test_group_norm_of_one_image_fills_a_gpu() -> None:
+    """Stable Diffusion's decoder at 256 and at 512 pixels: two programs for each of 132
+    multiprocessors, and no more than 4 KB of partial moments for each program to read."""
+    from dit_kernels.triton.groupnorm_silu import cut
+
+    for channels, side in ((512, 32), (512, 64), (512, 128), (256, 128), (256, 256), (128, 256)):
+        for pixels in (side**2, 4 * side**2):
+            for item_size in (2, 4):
+                way = cut(pixels, 32, channels // 32, item_size)
+                assert 250 <= way.parts * way.chunks <= 264
+                assert way.chunks * way.tiles * way.rows * way.pixels == pixels
+                assert 2 * 4 * way.part * way.chunks <= 4096
+
+
+@interpreted
 def test_group_norm_gives_an_image_the_same_bits_in_any_batch() -> None:
     x = cases.images((3, 64, 8, 12), torch.float32)
     run, affine = launcher("groupnorm_silu"), cases.random(2, 64, seed=2)

@@ -183,7 +183,12 @@ FAULTS = {
         "if «low > old_high and  → »ratio > 1 + LEAST:"},
     "bench/test_timing": {
         "every round has the same order": "    «shuffle(order) → pass»\n",
-        "references in TF32": "switch.allow_tf32 = «False → True»"},
+        "references in TF32": "switch.allow_tf32 = «False → True»",
+        "the caches hold what a sample must write back": "scratch.«sum → zero_»()"},
+    "bench/test_gpu_bench": {
+        "a lost device goes unnoticed": "if «not usable(timer.device) → False»:",
+        "other images than asked for are the same": "«worst <= bound → True» else \"wrong\"",
+        "tests of a GPU that fail": "if told[1] in («\"FAILED\", \"ERROR\" → \"NEVER\",»):"},
     "bench/test_prediction": {
         "tiles that are not whole": "return «math.ceil(tiles / PROCESSORS) → tiles / PROCESSORS»",
         "residual read for nothing": "made, moved=made.moved« + x → » + vector)"},

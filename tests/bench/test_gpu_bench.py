@@ -400,6 +400,14 @@ def test_a_run_that_hangs_ends_and_says_where(tmp_path: Path) -> None:
     assert done.returncode == 1 and "Timeout" in done.stderr and "gpu.py" in done.stderr
 
 
+def test_failures_of_tests_that_could_not_sum_up_are_known() -> None:
+    lines = ["[gw1] [  5%] PASSED tests/a.py::b", "[gw0] [ 10%] FAILED tests/a.py::c[x - y] ",
+             "ERROR    root:a.py:3 a message - of a log"]  # fmt: skip
+    counts, failures = gpu_check.outcomes("\n".join(lines))
+    assert counts == {"PASSED": 1, "FAILED": 1}
+    assert failures == {"tests/a.py::c[x - y]": "no reason was told"}
+
+
 def test_what_is_compiled_beforehand_can_be_called(
     as_gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -268,20 +268,18 @@ def run(arguments: argparse.Namespace) -> int:
     report.setdefault("models", [])
 
     def fill(progress: Progress, keep: Callable[[], object]) -> None:
+        timer = Timer(device, ROUNDS, SECONDS, None, progress, OtherLoad(known=False), budget)
+        if not arguments.check:
+            timer.ceilings = sustained_ceilings(device, report)
         calls = chain(operator_calls(device), model_calls(device, sizes[:1]))
         report["rows"].append(compile_kernels(device, calls))
-        timer = Timer(device, ROUNDS, SECONDS, None, progress, OtherLoad(known=False), budget)
         again = partial(restart, arguments, report, budget)
 
         def keep_choices() -> None:
             report["choices"] = remembered()
             keep()
 
-        if arguments.check:
-            planned = gpu_check.groups(device, sizes, report)
-        else:
-            timer.ceilings = sustained_ceilings(device, report)
-            planned = groups(device, sizes, report)
+        planned = (gpu_check.groups if arguments.check else groups)(device, sizes, report)
         take(list(planned), timer, report, budget, keep_choices, again)
 
     # The tests run beside a check, so what it measures and chooses is not kept for other runs.

@@ -406,6 +406,8 @@ def test_failures_of_tests_that_could_not_sum_up_are_known() -> None:
     counts, failures = gpu_check.outcomes("\n".join(lines))
     assert counts == {"PASSED": 1, "FAILED": 1}
     assert failures == {"tests/a.py::c[x - y]": "no reason was told"}
+    _, failures = gpu_check.outcomes("\n".join([*lines, "FAILED tests/a.py::c[x - y] - a - b"]))
+    assert failures == {"tests/a.py::c[x - y]": "a - b"}
 
 
 def test_what_is_compiled_beforehand_can_be_called(

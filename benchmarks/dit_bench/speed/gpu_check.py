@@ -194,9 +194,11 @@ def outcomes(text: str) -> tuple[Counter[str], dict[str, str]]:
         if told := re.match(r"\[gw\d+\] \[ *\d+%\] ([A-Z]+) (\S.*\S)", line):
             counts[told[1]] += 1
             if told[1] in ("FAILED", "ERROR"):
-                failures.setdefault(told[2], "no reason was told")
-        elif told := re.match(r"(?:FAILED|ERROR) (\S.*?) - (.*)$", line):
-            failures[told[1]] = told[2]
+                failures[told[2]] = "no reason was told"
+        elif told := re.match(r"(?:FAILED|ERROR) (\S.*)", line):
+            known = (name for name in failures if told[1].startswith(name))
+            name = next(known, told[1].partition(" - ")[0])
+            failures[name] = told[1].removeprefix(name).removeprefix(" - ")
     return counts, failures
 
 

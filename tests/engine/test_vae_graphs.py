@@ -112,7 +112,7 @@ def test_too_little_memory_for_a_graph(decodes: Decodes, monkeypatch: pytest.Mon
     assert decodes.keys == [(2, 4, 4, 4)]
     most = 0
     decodes.check(3)
-    with pytest.warns(UserWarning, match=r"for a CUDA graph of decoding latents \(3, 4, 4, 4\)"):
+    with pytest.warns(UserWarning, match=r"for a CUDA graph of a decode of latents \(3, 4, 4, 4\)"):
         decodes.check(3)
     tried = len(attempts)
     with warnings.catch_warnings():

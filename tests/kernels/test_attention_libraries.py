@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -96,6 +97,19 @@ def test_what_is_missing_is_said_and_nothing_else_runs(monkeypatch: pytest.Monke
         assert "\n" not in str(error.value)
         with pytest.raises(Unavailable, match=f"layernorm_modulate has no {impl} implementation"):
             dit_kernels.layernorm_modulate(QKV, QKV[:, 0], QKV[:, 0], impl=impl)
+
+
+def test_a_package_that_breaks_while_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one built for another torch may. The lean backend asks for it, and runs without it."""
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text("raise OSError('other\\nsymbols')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        Unavailable, match=r"^impl 'flash-attn': .*\(other symbols; other symbols\)$"
+    ):
+        dit_kernels.attention(QKV, HEADS, impl="flash-attn")
 
 
 def test_a_refusal_of_the_library_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock, patch
@@ -110,6 +111,8 @@ def test_what_was_chosen_runs() -> None:
     ]  # fmt: skip
     parts = chosen(ROWS)
     assert chosen(ROWS) is parts and len(calls) == 5
+    with ThreadPoolExecutor(1) as elsewhere, chosen._lock:  # while another thread measures
+        assert elsewhere.submit(chosen, ROWS).result(10) is parts
     assert chosen(ROWS + 1) is not parts and len(calls) == 10
     assert {"with_residual"} == {getattr(p, "func", p).__name__ for p in (parts.proj, parts.fc2)}
     exact, same = forward.eager(torch.float64), forward.eager(BF16)
@@ -142,6 +145,19 @@ def test_too_little_memory_to_measure_is_no_error() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(forward(), made)  # without another try
+
+
+@interpreted
+def test_after_an_interrupt_kernels_are_compiled_and_run_as_ever() -> None:
+    from triton.runtime import _async_compile
+
+    from dit_kernels.triton.compiling import only_compiling
+    from dit_kernels.triton.launch import ONLY_COMPILING
+
+    interrupt = patch.object(_async_compile, "as_completed", side_effect=KeyboardInterrupt)
+    with interrupt, pytest.raises(KeyboardInterrupt), only_compiling(1, CPU):
+        pass
+    assert _async_compile.active_mode.get() is None and not ONLY_COMPILING.get()
 
 
 @interpreted

@@ -54,7 +54,7 @@ def _embed_kernel(
     tokens = total.to(out.dtype.element_ty)
     tl.store(out, tokens, mask=valid & inside)
     if HALVES == 2:
-        tl.store(out + rows.to(tl.int64) * D, tokens, mask=valid & inside)
+        tl.store(out + tl.cast(rows, tl.int64) * D, tokens, mask=valid & inside)
     if counter is not None:  # noqa: SIM102 - known when the kernel is compiled
         if program == 0:
             tl.store(counter, tl.load(counter) + 1)

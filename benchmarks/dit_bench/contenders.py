@@ -32,10 +32,9 @@ Name = tuple[str, str]
 
 LIBRARIES = ("diffusers", "openvino", "unet")
 """Peers that are not backends of the engine."""
-FORMS = ("compile frozen", "compile blocks", "autotuned blocks graph", "graph")
+FORMS = ("compile frozen", "autotuned blocks graph", "graph")
 """Other ways to run the reference model, which the CPU and GPU runs add (`dit_bench.peers`)."""
-COMPILE_SECONDS = {"compile blocks": 30.0, "autotuned blocks graph": 60.0, "compile": 90.0,
-                   "compile vae": 45.0}  # fmt: skip
+COMPILE_SECONDS = {"autotuned blocks graph": 60.0, "compile": 90.0, "compile vae": 45.0}
 """What must be left of a time budget for them to be begun: a compilation cannot be cut short."""
 
 # Relative errors (`relative_error`) against float32 eager. In low precision the order of rounding

@@ -30,11 +30,9 @@ CLASSES = 1000  # of the U-Net
 def compiled(module: DiT, form: str, *inputs: Tensor) -> Forward:
     """torch.compile of the reference model for this one shape, which is its best case.
 
-    form: "compile"; "compile frozen", with constant weights, which the compiler packs as lean does;
-    or "compile blocks", see `compiled_blocks`.
+    form: "compile"; or "compile frozen", with constant weights, which the compiler packs as lean
+    does.
     """
-    if form == "compile blocks":
-        return compiled_blocks(module)
 
     def forward(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return module(x, t, y)
@@ -48,15 +46,16 @@ def compiled(module: DiT, form: str, *inputs: Tensor) -> Forward:
     return run
 
 
-def compiled_blocks(model: DiT, **options: Any) -> Forward:
-    """The model with its repeated block under torch.compile, as in diffusers'
+def autotuned_blocks(model: DiT) -> Forward:
+    """The model with its repeated block under torch.compile with timed candidates, as in diffusers'
     ``compile_repeated_blocks``: one compilation serves all blocks, while that of a whole XL/2 takes
-    a minute. Everything around the blocks runs eagerly. options: of torch.compile."""
+    minutes. Everything around the blocks runs eagerly; for a CUDA graph of all of it."""
 
     def run(block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
         return block(x, c)
 
-    own, block_forward = twin(model), compile_static(run, **options)  # the model must stay as it is
+    own = twin(model)  # the model must stay as it is
+    block_forward = compile_static(run, mode="max-autotune-no-cudagraphs")
     for ours, block in zip(own.blocks, model.blocks, strict=True):
         ours.forward = partial(block_forward, block)
     return own

@@ -13,6 +13,7 @@ import torch
 from tiny import NAMES, tiny_dit, tiny_engine
 from torch import Tensor
 
+from dit_bench import peers
 from dit_bench.contenders import (
     BF16_TIMES_EAGER,
     Contender,
@@ -73,7 +74,7 @@ def test_everyone_computes_the_forward_and_the_decode(name: str, work: Work) -> 
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("form", ["compile blocks", "compile frozen"])
+@pytest.mark.parametrize("form", ["autotuned blocks graph", "compile frozen"])
 def test_compiled_models_compute_the_forward(
     form: str, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,11 +84,13 @@ def test_compiled_models_compute_the_forward(
     frozen: list[bool] = []
     compiler = torch.compile
 
-    def traced(graph: torch.fx.GraphModule, inputs: object) -> object:
+    def traced(graph: torch.fx.GraphModule, inputs: object, mode: str = "") -> object:
+        assert mode == ("" if form == "compile frozen" else "max-autotune-no-cudagraphs")
         frozen.append(config.freezing)
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=traced, **how))
+    monkeypatch.setattr(peers, "graphed", lambda forward, _: forward)
     expected = work.forward("eager", "fp32")()
     error = relative_error(work.forward(form, "bf16")(), expected)
     assert error <= allowed_error("bf16", relative_error(work.forward("eager", "bf16")(), expected))

@@ -104,8 +104,8 @@ class Work:
         inputs = (self.x.to(dtype), self.t, self.labels)
         if name == "graph":
             return peers.graphed(lambda: model(*inputs).float(), device)
-        if name == "autotuned blocks graph":  # the mode's own graphs would be one a block
-            blocks = peers.compiled_blocks(model, mode="max-autotune-no-cudagraphs")
+        if name == "autotuned blocks graph":
+            blocks = peers.autotuned_blocks(model)
             return peers.graphed(lambda: blocks(*inputs).float(), device)
         run = model if name == "eager" else peers.compiled(model, name, *inputs)
         return lambda: run(self.x.to(dtype), self.t, self.labels).float()

@@ -50,12 +50,15 @@ def launcher(impl: str) -> Callable[..., Tensor]:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise Unavailable(f"impl {impl!r}: {reason}") from error
+            raise Unavailable(f"impl {impl!r}: {_line(error)}") from error
         made = made.reshape(n, t, width // 3)
         return made if out is None else out.copy_(made)
 
     return attention
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _by_torch(packed: Tensor, impl: str) -> Tensor:
@@ -92,8 +95,8 @@ def _flash_attn(newest_first: bool) -> tuple[Callable[..., Any], bool]:
     for module, name in FLASH_ATTN if newest_first else reversed(FLASH_ATTN):
         try:
             return getattr(import_module(module), name), name.endswith("packed_func")
-        except (ImportError, AttributeError) as error:  # noqa: PERF203
-            reasons.append(str(error))
+        except Exception as error:  # noqa: PERF203 - made for another torch, it may die of anything
+            reasons.append(_line(error))
     raise ImportError(
         "the package flash-attn is needed: pip install flash-attn (FlashAttention 2) or "
         f"flash-attn-4 (FlashAttention 4, Hopper and later) ({'; '.join(reasons)})"

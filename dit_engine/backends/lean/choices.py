@@ -59,6 +59,8 @@ class ChosenParts:
         self._lock = threading.Lock()
 
     def __call__(self, rows: int) -> Parts:
+        if (known := self._chosen.get(rows)) is not None:
+            return known  # without waiting for a measurement, as in a capture
         with self._lock:
             if rows not in self._chosen:
                 try:

@@ -207,7 +207,7 @@ class DecoderGraphs:
         self._refused = set[Key]()
         self._lock = threading.Lock()
         make = partial(DecodeGraph, network, self._refused)
-        self._cache = GraphCache(network.device, make, lambda key: f"decoding latents {key}")
+        self._cache = GraphCache(network.device, make, lambda key: f"a decode of latents {key}")
 
     def take(self, key: Key) -> DecodeGraph | None:
         """A graph of ``key`` for the caller alone, or None: the decode is then run without."""

@@ -254,7 +254,7 @@ Layer = LeanResnet | LeanAttention | UpsampleConv
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """q · kᵀ in float32, (N, T, T)."""
-    if q.dtype == torch.float32 or q.device.type == "cpu":
+    if q.dtype == torch.float32 or q.device.type in ("cpu", "mps", "xpu"):  # have no out_dtype
         return torch.bmm(q.float(), k.float().mT)
     return torch.bmm(q, k.mT, out_dtype=torch.float32)
 

@@ -21,7 +21,7 @@ def only_compiling(workers: int, device: torch.device) -> Iterator[list[Any]]:
 
     Raises ImportError for a Triton without `AsyncCompileMode`.
     """
-    from triton.runtime._async_compile import AsyncCompileMode
+    from triton.runtime._async_compile import AsyncCompileMode, active_mode
 
     kernels: list[Any] = []
 
@@ -32,11 +32,12 @@ def only_compiling(workers: int, device: torch.device) -> Iterator[list[Any]]:
 
     with ThreadPoolExecutor(workers) as pool:
         mode = AsyncCompileMode(pool, ignore_errors=True)
-        before = ONLY_COMPILING.set(True)
+        outer, before = active_mode.get(), ONLY_COMPILING.set(True)
         try:
             with mode:
                 yield kernels
         finally:
+            active_mode.set(outer)  # where an interrupt came while the mode ended
             ONLY_COMPILING.reset(before)
         compiled = [each.result() for each in mode.raw_futures if each.exception() is None]
         ready = [pool.submit(loaded, kernel) for kernel in compiled]

@@ -104,6 +104,7 @@ class Size(NamedTuple):
     halves: int = 2
     dtype: torch.dtype = torch.bfloat16
     capability: int = 90
+    images: int = 32
 
 
 SIZES = [
@@ -112,6 +113,7 @@ SIZES = [
     Size(2, 1152, halves=1),
     Size(2, 1152, dtype=torch.float32),
     *(Size(2, 1152, capability=sm) for sm in (80, 89, 100, 120)),
+    Size(32, 1152, images=1),  # a number of rows of 1 becomes a constant
 ]
 
 
@@ -137,7 +139,7 @@ def instructions(size: Size) -> list[Counter[str]]:
 
     counts: list[Counter[str]] = []
     empty = functools.partial(torch.empty, device="meta")
-    n, p, d, tokens = 32, size.patch, size.width, (32 // size.patch) ** 2
+    n, p, d, tokens = size.images, size.patch, size.width, (32 // size.patch) ** 2
     with patch.object(embed, "_embed_kernel", Recorder(embed._embed_kernel)):
         embed.embed(
             empty(n, 4, 32, 32), empty(4 * p * p, d), empty(d), empty(tokens, d), p,

@@ -282,14 +282,15 @@ def run(arguments: argparse.Namespace) -> int:
         planned = (gpu_check.groups if arguments.check else groups)(device, sizes, report)
         take(list(planned), timer, report, budget, keep_choices, again)
 
-    # The tests run beside a check, so what it measures and chooses is not kept for other runs.
-    kept = {"DIT_ENGINE_CACHE": tempfile.mkdtemp(prefix="dit-bench-")} if arguments.check else {}
     # A signal cannot interrupt a call that waits for a hung kernel. This ends the process even
     # then, with code 1, and prints to standard error which lines of the program were running.
     faulthandler.dump_traceback_later(seconds, exit=True, file=2)
     try:
-        with patch.dict(os.environ, kept):
-            return carry_out(report, fill, arguments)
+        with tempfile.TemporaryDirectory("dit-bench", ignore_cleanup_errors=True) as folder:
+            # The tests run beside a check, so what it measures and chooses is not kept for others.
+            own = {"DIT_ENGINE_CACHE": folder} if arguments.check else {}
+            with patch.dict(os.environ, own):
+                return carry_out(report, fill, arguments)
     finally:
         faulthandler.cancel_dump_traceback_later()
         gpu_check.GpuTests.end()

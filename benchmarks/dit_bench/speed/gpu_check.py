@@ -24,7 +24,7 @@ from functools import cache, partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from unittest.mock import patch
 
 import torch
@@ -124,7 +124,7 @@ class GpuTests:
     """The tests that need a GPU, in the background."""
 
     process: subprocess.Popen[bytes] | None = None
-    output: Path
+    output: IO[bytes]
     why_not = ""
 
     @classmethod
@@ -135,17 +135,16 @@ class GpuTests:
         cls.why_not = f"{', '.join(missing)} not installed" if missing else f"no tests in {ROOT}"
         if missing or not files:
             return
-        cls.output = Path(tempfile.mkdtemp(prefix="dit-bench-")) / "tests.txt"
+        cls.output = tempfile.TemporaryFile()  # noqa: SIM115 - `rows` closes it
         packages = [str(ROOT / name) for name in ("", "kernels", "export", "benchmarks")]
         path = os.pathsep.join([*packages, *filter(None, [os.environ.get("PYTHONPATH")])])
         options = ["-m", "gpu", "-v", "--tb", "short", "--color", "no", "-p", "no:cacheprovider",
                    "-n", str(max(1, CORES * 3 // 4)), "--dist", "worksteal"]  # fmt: skip
-        with cls.output.open("wb") as output:
-            cls.process = subprocess.Popen(
-                [sys.executable, "-m", "pytest", *files, *options], cwd=ROOT,
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONPATH": path, "COLUMNS": "400"}, start_new_session=True,
-            )  # fmt: skip
+        cls.process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *files, *options], cwd=ROOT, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=cls.output, stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": path, "COLUMNS": "400"},
+        )  # fmt: skip
 
     @classmethod
     def rows(cls, timer: Timer) -> Iterator[Row]:
@@ -164,7 +163,9 @@ class GpuTests:
             with suppress(subprocess.TimeoutExpired):
                 cls.process.wait(8)
         cls.end()
-        text = cls.output.read_text(encoding="utf-8", errors="replace")
+        cls.output.seek(0)
+        with cls.output:
+            text = cls.output.read().decode(errors="replace")
         counts, failures = outcomes(text)
         for name, reason in failures.items():
             yield row | {"contender": name, "status": "failed", "reason": reason[:300]}

@@ -107,22 +107,33 @@ def test_partial_sums_of_a_product_and_its_bias_are_added_before_the_gate(
 
 @interpreted
 def test_a_rows_bits_do_not_depend_on_how_many_rows_a_program_takes() -> None:
-    x, y, gate, shift, scale = cases.row_inputs(2, 33, 72, torch.bfloat16)
-    arguments = (x, y, gate, shift, scale, EPS, FP8)
-    run = launcher("gate_residual_layernorm_modulate_quantize")
-    one = run(*arguments)
-    with patch.object(launch, "device_facts", lambda _: (9, 1)):  # 4 rows, of 33
-        four = run(*arguments)
-    for a, b in zip(one, four, strict=True):
-        assert torch.equal(a.float(), b.float())
+    x, y, gate, shift, scale = cases.row_inputs(3, 11, 24, torch.bfloat16)
+    norm, gated = (shift, scale, EPS), (y, gate, shift, scale, EPS)
+    for operator, arguments in (
+        ("layernorm_modulate", norm),
+        ("gate_residual", (y, gate)),
+        ("gate_residual_layernorm_modulate", gated),
+        ("layernorm_modulate_quantize", (*norm, FP8)),
+        ("gate_residual_layernorm_modulate_quantize", (*gated, FP8)),
+    ):
+        one = cases.as_tuple(launcher(operator)(x, *arguments))
+        behind = [torch.full((4, *a.shape[1:]), 7.0).to(a.dtype) for a in one]
+        out = tuple(memory[:3] for memory in behind)
+        with patch.object(launch, "device_facts", lambda _: (9, 1)):  # 2 rows, also of two images
+            launcher(operator)(x, *arguments, out=out if len(out) > 1 else out[0])
+        for a, b in zip(one, behind, strict=True):
+            assert torch.equal(a.float(), b[:3].float()), operator
+            assert (b[3].float() == 7).all(), f"{operator} writes rows that do not exist"
 
 
 @interpreted
 def test_codes_of_halves_and_of_values_that_are_not_finite() -> None:
     run = launcher("quantize_rows")
-    halves = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5, -127.0]])
-    codes, scales = run(halves, torch.int8)
-    assert codes.tolist() == [[127, 0, 2, 2, 0, -2, 126, -127]] and scales.tolist() == [1.0]
+    halves = torch.arange(127.0) + 0.5
+    halves = torch.cat([torch.tensor([127.0, -127.0]), halves, -halves])
+    for scale in (1.0, 7.0):  # products with the float32 that is nearest to 1/7 are no halves
+        codes, scales = run(scale * halves[None], torch.int8)
+        assert torch.equal(codes[0].float(), halves.round()) and scales.tolist() == [scale]
     x = cases.random(4, 384)
     x[0, 3], x[1, 300], x[2, 5] = torch.nan, torch.inf, -torch.inf
     for dtype in (torch.int8, FP8):

@@ -133,7 +133,7 @@ def instructions(size: Size) -> list[Counter[str]]:
                 compiled = resources._compile(self.kernel, arguments, size.capability)
                 code = resources._disassemble(compiled)
                 assert compiled.metadata.shared == 0
-                counts.append(Counter(re.findall(r"\*/ +(?:@!?U?P\d+ +)?([A-Z0-9_.]+)", code)))
+                counts.append(resources.instructions(code))
 
             return run
 

@@ -31,8 +31,8 @@ def _tanh_gelu(values, APPROXIMATE: tl.constexpr):
     half = 0.5 * values
     inner = values * (0.7978845608028654 + 0.035677408136300125 * values * values)
     if APPROXIMATE:
-        # One instruction, whose relative error is at most 2⁻¹¹. It moves a result by at most 2⁻¹² of
-        # the value, no more than rounding the value to float16 may.
+        # One instruction, whose relative error is at most 2⁻¹¹. It moves a result by at most 2⁻¹²
+        # of the value, no more than rounding the value to float16 may.
         tanh = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [inner], dtype=tl.float32, is_pure=True, pack=1
         )

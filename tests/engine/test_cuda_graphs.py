@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from dit_engine.backends import capture
 from dit_engine.backends.capture import GRAPH_LIMIT, capture_graph
 from dit_engine.backends.lean.backend import FusedLeanDenoiser, LeanBackend
 from dit_engine.backends.lean.cuda_graphs import StepGraph, step_graphs
+from dit_engine.engine import Engine
+from dit_engine.results import Progress
 from dit_engine.sampling.loop import sample_fused
 
 CPU = torch.device("cpu")
@@ -130,6 +133,49 @@ def test_other_steps_than_the_next_and_other_guidance(steps: Steps) -> None:
 
 
 @torch.inference_mode()
+def test_after_an_interrupt_a_step_is_taken_from_its_arguments(steps: Steps) -> None:
+    fused, inputs = steps.fused(steps.graphed, 2), steps.inputs(2)
+    graph = graph_of(fused)
+    fused.guided_step(*inputs, 0, True)
+
+    def interrupted(run: Callable[..., object]) -> Callable[..., None]:
+        def run_and_interrupt(*given: Any) -> None:
+            run(*given)
+            raise KeyboardInterrupt
+
+        return run_and_interrupt
+
+    expected = steps.fused(steps.plain, 2).guided_step(*inputs, 1, True)
+    for place, name, step in ((Tensor, "fill_", 3), (graph.graph, "replay", 1)):
+        interrupt = patch.object(place, name, interrupted(getattr(place, name)))
+        with interrupt, pytest.raises(KeyboardInterrupt):
+            fused.guided_step(*inputs, step, True)
+        found = fused.guided_step(*inputs, 1, True)
+        assert graph.where[0] == 1
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_generation_that_is_broken_off_gives_its_graph_and_table_back(steps: Steps) -> None:
+    engine = Engine(tiny_dit(), device="cpu")
+    engine._backends["lean", "fp32"] = steps.graphed
+    tables = list[Any]()
+
+    def fail(progress: Progress) -> None:
+        (graph,) = steps.graphs._graphs
+        assert graph.taken
+        tables.append(weakref.ref(graph._table))
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more") as kept:  # and with it the loop's variables
+        engine.generate([1], steps=3, output="latent", callback=fail)
+    (graph,) = steps.graphs._graphs
+    assert not graph.taken
+    del kept
+    gc.collect()
+    assert tables[0]() is None
+
+
+@torch.inference_mode()
 def test_copies_wait_for_the_replay_before(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
     """Generations of one size have a graph each, and then one after the other; their turns are in
     order, on whatever streams."""
@@ -185,7 +231,11 @@ def test_too_little_memory_for_a_graph(steps: Steps, monkeypatch: pytest.MonkeyP
     def limited(work: Any, stream: Any, pool: Any = None) -> Any:
         rows = work.__self__.rows
         if rows + sum(graph.rows for graph in steps.graphs._graphs) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            finally:  # as where the capture then cannot be ended, either
+                if rows % 4 == 0:
+                    raise RuntimeError("operation failed due to a previous error during capture")
         return honest(work, stream, pool)
 
     monkeypatch.setattr(capture, "capture_graph", limited)

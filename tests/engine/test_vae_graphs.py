@@ -110,6 +110,9 @@ def test_too_little_memory_for_a_graph(decodes: Decodes, monkeypatch: pytest.Mon
         for n in (1, 1, 2, 2):  # the second in the place of the first
             decodes.check(n)
     assert decodes.keys == [(2, 4, 4, 4)]
+    events.clear()
+    decodes.check(2)
+    assert ("replay", None) in events
     most = 0
     decodes.check(3)
     with pytest.warns(UserWarning, match=r"for a CUDA graph of a decode of latents \(3, 4, 4, 4\)"):

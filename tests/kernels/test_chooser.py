@@ -129,10 +129,13 @@ def test_every_tensor_of_a_result_is_compared_after_preparation() -> None:
     def add(step: float, last: float) -> tuple[Tensor, Tensor]:
         return x.add_(step), torch.full((2, 8), last)
 
-    bench = Bench(library=1.0, own=0.5, other=0.1)
+    bench = Bench(library=1.0, own=0.5, first=0.1, last=0.1)
     bench.results |= {"library": lambda: add(1.0, 2.0), "own": lambda: add(1.0, 2.0)}
-    bench.results["other"] = lambda: add(1.0, 3.0)
-    with pytest.warns(UserWarning, match="^other is not used for .* a row of its result is 0.5 of"):
+    bench.results |= {"first": lambda: add(3.0, 2.0), "last": lambda: add(1.0, 3.0)}
+    with (
+        pytest.warns(UserWarning, match="^first is not used for .* a row of its result is 2 off"),
+        pytest.warns(UserWarning, match="^last is not used for .* a row of its result is 0.5 off"),
+    ):
         assert bench.choose(prepare=x.zero_) == "own"
 
 

@@ -13,10 +13,6 @@ from torch import Tensor
 
 from dit_kernels.triton.launch import launch
 
-FIELDS = 5
-"""Of ``where``, the numbers in the device's memory that say where a step's numbers are: the step;
-the address of the table and the step that it begins with; how many labels the table has; the
-address of the coefficients of all steps. The addresses are multiples of 16."""
 _COEFFICIENTS = tl.constexpr(9)
 _BLOCK = 1024  # words of 4 bytes
 
@@ -26,7 +22,7 @@ def _select_step_kernel(
     modulation,  # (M, WIDTH) contiguous, as words of 4 bytes
     label,  # (M,) int64, each row's place among the table's labels
     coefficients,  # (9,), as words
-    where,  # (FIELDS,) int64
+    where,  # (5,) int64
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,  # programs per row
@@ -54,7 +50,11 @@ def select_step(modulation: Tensor, label: Tensor, coefficients: Tensor, where: 
     """Write this step's modulations (M, W), W even, and 9 float32 coefficients.
 
     label: (M,) int64, each row's place among the labels of the table (steps, labels, W), which has
-    modulation's dtype. where: (FIELDS,) int64.
+    modulation's dtype.
+
+    where: (5,) int64: the step; the address of the table and the step that it begins with; how many
+    labels the table has; the address of the coefficients of all steps. The addresses are multiples
+    of 16.
     """
     words = modulation.view(torch.int32)
     rows, width = words.shape

@@ -44,6 +44,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """After an illegal access to memory a process cannot use its GPU any more. A worker then ends,
+    and another takes its place: one more test is lost, and not all that follow."""
+    if item.get_closest_marker("gpu") and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """One worker runs all tests of a file, so that the file's fixtures are made once, and all files

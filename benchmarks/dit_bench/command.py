@@ -6,6 +6,7 @@ An exception that ends a run early is raised after everything that was finished 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -104,6 +105,22 @@ def finish(
     bad = any(r["status"] in ("wrong", "failed") and r.get("role") == "subject"
               for r in report["rows"])  # fmt: skip
     return 1 if bad else code
+
+
+def give_up(
+    report: Report, arguments: argparse.Namespace, first: Callable[[], object] = lambda: None
+) -> None:
+    """End this process with what the report has, tell which lines were running, and call ``first``
+    before the end. For another thread, because nothing interrupts one that waits for a device."""
+    try:
+        faulthandler.dump_traceback(file=2)
+        report["failure"] = "it did not end in time"
+        finish(report, None, arguments)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        first()
+    finally:
+        os._exit(1)
 
 
 def check_threads(threads: int | None) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,10 +120,11 @@ def build(
                     record |= _checked(contender, output, expected, bf16_error)
         except Exception as error:  # whatever one dies of, the others are still measured
             cannot = isinstance(error, CANNOT_RUN) or is_out_of_memory(error)
-            name = "" if cannot else f"{type(error).__name__}: "
-            record["reason"] = f"{name}{one_line(error)}"[:200] or type(error).__name__
-            if contender.role != "peer" and not cannot:
-                record["status"] = "failed"
+            record |= failed(error)
+            if cannot:
+                record["reason"] = one_line(error)[:200] or type(error).__name__
+            if contender.role == "peer" or cannot:
+                record["status"] = "skipped"
             log(f"  {contender.name}: {record['status']}: {record['reason']}")
             continue
         if "reason" in record:
@@ -135,8 +138,14 @@ def build(
 
 
 def failed(error: BaseException) -> dict[str, str]:
-    """Of a row: its status, and what broke."""
-    return {"status": "failed", "reason": f"{type(error).__name__}: {one_line(error)[:300]}"}
+    """Of a row: its status, and what broke where. Of a long message, which may begin with a
+    kernel's source or a compiler's command, also its end."""
+    said = one_line(error)
+    if len(said) > 300:
+        said = f"{said[:120]} … {said[-180:]}"
+    frames = traceback.extract_tb(error.__traceback__)[:-4:-1]
+    where = ", ".join(f"{Path(each.filename).name}:{each.lineno}" for each in frames)
+    return {"status": "failed", "reason": f"{type(error).__name__}: {said} ({where})"}
 
 
 def _checked(

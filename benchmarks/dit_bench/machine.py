@@ -199,6 +199,14 @@ def _nvidia_smi(device: torch.device, fields: Sequence[str]) -> list[str]:
     return answers
 
 
+def usable(device: torch.device) -> bool:
+    """Whether the device still computes: after some errors, this process cannot use it any more."""
+    try:
+        return torch.ones(2, device=device).sum().item() == 2
+    except RuntimeError:
+        return False
+
+
 class DeviceState:
     """Samples a GPU's clock (MHz), power (W), temperature (°C) and what slows it down, through NVML
     (the package nvidia-ml-py) or else nvidia-smi; ``source`` tells by which, or why by neither."""

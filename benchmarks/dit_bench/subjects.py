@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dit_engine.config import PUBLISHED, ModelConfig
-from dit_engine.model import DiT
+from dit_engine.model import DiT, position_embedding
 from dit_engine.vae import AutoencoderKL, VAEConfig
 
 M = TypeVar("M", bound=nn.Module)
@@ -97,7 +97,13 @@ def twin(model: DiT, config: ModelConfig | None = None) -> DiT:
 
 def random_model(config: ModelConfig) -> DiT:
     """A float32 DiT whose every weight is random, in eval mode."""
-    return _randomised(DiT(config))
+    with torch.device("meta"):  # torch's own random numbers would take longer than ours
+        model = DiT(config)
+    model.to_empty(device="cpu")
+    side = config.input_size // config.patch_size
+    with torch.no_grad():
+        model.pos_embed.copy_(position_embedding(config.hidden_size, side))
+    return _randomised(model)
 
 
 def random_vae(config: VAEConfig) -> AutoencoderKL:

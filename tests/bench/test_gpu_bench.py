@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -217,7 +218,7 @@ def test_tests_that_do_not_end_are_ended(as_gpu: Any, tmp_path: Path) -> None:
     (tmp_path / "tests/unit/test_gpu.py").write_text(TESTS + hangs)
     tests = gpu_check.GpuTests
     tests.start()
-    *_, row = tests.rows(Timer(CPU, 1, 1, budget=Budget(6)))
+    *_, row = tests.rows(Timer(CPU, 1, 1, budget=Budget(6 + gpu_check.SUMMARY_SECONDS)))
     assert row["status"] == "late" and "1 passed, 1 failed" in row["reason"]
     assert tests.process is None
     (tmp_path / "tests/unit/test_gpu.py").unlink()
@@ -256,7 +257,9 @@ def test_what_breaks_loses_its_part_alone(as_gpu: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(gpu, "kernel_row", no_kernels)
     few_parts(monkeypatch, 0, 2, 4, 5)
     rows = as_gpu(code=1)
-    lost = [(row["section"], row["reason"]) for row in rows if row["status"] == "failed"]
+    broken = [row for row in rows if row["status"] == "failed"]
+    assert all(re.search(r" \(test_gpu_bench.py:\d+, .*\)$", row["reason"]) for row in broken)
+    lost = [(row["section"], row["reason"].partition(" (")[0]) for row in broken]
     assert lost == [("step", "RuntimeError: CUDA out of memory"),
                     ("operator", "RuntimeError: an illegal memory access"),
                     ("check", "RuntimeError: no CUPTI")]  # fmt: skip
@@ -346,7 +349,9 @@ def test_the_tables_of_a_whole_run_fit_on_a_page(tmp_path: Path) -> None:
     shown = "\n".join(table.text() for table in report_tables(found)).splitlines()
     assert len(shown) < 60
     assert max(map(len, shown)) < 220
-    assert shown[-1] == "  and 3 more, which the JSON has" and shown[-2].startswith("attention")
+    assert shown[-1] == "  and 2 other reasons, which the JSON has"
+    assert shown[-2].startswith("attention N=11   triton   failed: CompilationError: at 11: source")
+    assert shown[-2].endswith("(rows.py:11, launch.py:1); 1 more: attention N=12 triton")
     assert "SM 1500–1980 MHz, 80–700 W, 35–61 °C, slowed by power cap" in "\n".join(shown)
     (line,) = (line for line in shown if line.startswith("XL/2: one guided step"))
     assert "32: 40 (81%), 1: 1.25 (81%) 32: 80 (81%), 1: 2.5 (81%)" in " ".join(line.split())
@@ -383,21 +388,33 @@ def test_the_gpu_command_refuses_what_it_cannot_do(
 
 
 HANGS = """
-import sys, time, torch
+import ctypes, sys, time, torch
 from dit_bench import cli
 from dit_bench.speed import gpu
 gpu.cuda_device = lambda: torch.device("cpu")
-gpu.START_SECONDS = gpu.RESERVE_SECONDS = 0.0
-gpu.sustained_ceilings = lambda *_: time.sleep(120)
-cli.main(["gpu", "--minutes", "0.01", "--json", sys.argv[1]])
+gpu.START_SECONDS, gpu.RESERVE_SECONDS, gpu.LAST_SECONDS = 0.0, 4.0, 3.0
+hang = ctypes.PyDLL(None).sleep if sys.argv[2] == "with the lock" else time.sleep
+gpu.sustained_ceilings = lambda _, report: report["rows"].append(
+    {"section": "check", "case": "a part", "contender": "b", "status": "wrong", "reason": "c"})
+gpu.compile_kernels = lambda *_: hang(120)
+cli.main(["gpu", "--minutes", "0.08", "--json", sys.argv[1]])
 """
 
 
 @pytest.mark.slow
-def test_a_run_that_hangs_ends_and_says_where(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", HANGS, str(tmp_path / "gpu.json")],
+@pytest.mark.parametrize("how", ["waits", "with the lock"])
+def test_a_run_that_hangs_ends_and_says_where(tmp_path: Path, how: str) -> None:
+    """And it shows and writes what it has, unless the call that hangs keeps Python's lock."""
+    path = tmp_path / "gpu.json"
+    done = subprocess.run([sys.executable, "-c", HANGS, str(path), how],
                           capture_output=True, text=True, timeout=100)  # fmt: skip
-    assert done.returncode == 1 and "Timeout" in done.stderr and "gpu.py" in done.stderr
+    assert done.returncode == 1 and "gpu.py" in done.stderr
+    if how == "waits":
+        report = read(path, "gpu")
+        assert not report["complete"] and [row["case"] for row in report["rows"]] == ["a part"]
+        assert "INTERRUPTED (it did not end in time)" in done.stdout and "a part" in done.stdout
+    else:
+        assert "Timeout" in done.stderr
 
 
 def test_failures_of_tests_that_could_not_sum_up_are_known() -> None:

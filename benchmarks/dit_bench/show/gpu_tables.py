@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from dit_bench.report import Report, Row
@@ -10,6 +11,8 @@ from dit_bench.show.tables import Table, cell_of, grid
 
 MOST_LOST, MOST_LOST_OF_A_CHECK = 10, 30
 """Rows that are shown of what failed."""
+WIDTH = 150
+"""Of a reason: its beginning, and its end, which tells where it was."""
 RAGGED = " T=250 "
 """Cases that are shown only if they fail."""
 
@@ -45,10 +48,21 @@ def gpu_tables(report: Report) -> list[Table]:
     bad = [row for row in rows if row["status"] in ("wrong", "failed", "late")]
     skipped = [row for row in rows if row["status"] == "skipped" and row.get("role") == "subject"]
     most = MOST_LOST if ceilings is not None else MOST_LOST_OF_A_CHECK
-    for row in (*skipped, *bad)[-most:]:
-        lost.add(row["case"], row["contender"], verdict(row)[:120])
-    if len(skipped) + len(bad) > most:
-        lost.notes.append(f"and {len(skipped) + len(bad) - most} more, which the JSON has")
+    # What is lost for one reason is one line, and what was lost first is its case: after an illegal
+    # access to memory, all that follows fails.
+    alike: dict[str, list[Row]] = {}
+    for row in (*skipped, *bad):
+        alike.setdefault(re.sub(r" \([^()]*\.py:[^()]*\)$", "", verdict(row)), []).append(row)
+    for first, *others in [*alike.values()][-most:]:
+        told = verdict(first)
+        told = told if len(told) <= WIDTH else f"{told[: WIDTH // 3]} … {told[-2 * WIDTH // 3 :]}"
+        if others:
+            names = (each["contender"].rpartition("::")[2] if "::" in each["contender"]
+                     else f"{each['case']} {each['contender']}" for each in others)  # fmt: skip
+            told += f"; {len(others)} more: {', '.join(names)}"[: 2 * WIDTH]
+        lost.add(first["case"], first["contender"], told)
+    if len(alike) > most:
+        lost.notes.append(f"and {len(alike) - most} other reasons, which the JSON has")
     return [head, _times(good), _operators(good), lost]
 
 

@@ -12,8 +12,8 @@ temperature and throttling are sampled (`dit_bench.machine.DeviceState`) and sto
 What fails its check is never timed, and makes the exit code 1. A part that breaks loses its own
 rows. After an illegal access to memory a process cannot use the device any more, and a kernel may
 hang: the program then starts itself again without the parts that are done. A run that did not end
-in time tells where it stood, and its measurements stay in <name>.partial. The exit code is 2
-without a CUDA device.
+in time tells where it stood, and shows and writes what it has. The exit code is 2 without a CUDA
+device.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import torch
 from dit_bench.ceilings import FP8, Ceilings, measure_ceilings
 from dit_bench.contenders import Name, failed
 from dit_bench.load import OtherLoad
-from dit_bench.machine import DeviceState, describe, slug
+from dit_bench.machine import DeviceState, describe, slug, usable
 from dit_bench.progress import Progress
 from dit_bench.report import Report, Row, new_report, partial_path, read, write_partial
 from dit_bench.speed import gpu_check, operators
@@ -66,8 +66,9 @@ EAGER: Name = ("eager", "bf16")
 MANY, FEW, ROUNDS, SECONDS = 64, 2, 30, 2.0
 IMAGE_SECONDS = 12.0  # five rounds of 32 images
 CEILING_SECONDS = 2.0
-START_SECONDS, RESERVE_SECONDS = 15.0, 10.0
-"""Kept back: for the imports, which came before the clock started, and for the table."""
+START_SECONDS, RESERVE_SECONDS, LAST_SECONDS = 15.0, 10.0, 4.0
+"""Kept back: for the imports, which came before the clock started, and for the table; and of that,
+for the table of a run that did not end in time."""
 MINUTES, CHECK_MINUTES = 9.0, 3.5
 PART_SECONDS, PART_SHARE = 90.0, 0.3
 """After so long, and so much of all time, a part hangs."""
@@ -185,14 +186,6 @@ def take(
             gc.collect()
 
 
-def usable(device: torch.device) -> bool:
-    """Whether the device still computes: after some errors, this process cannot use it any more."""
-    try:
-        return torch.ones(2, device=device).sum().item() == 2
-    except RuntimeError:
-        return False
-
-
 def restart(arguments: argparse.Namespace, report: Report, budget: Budget) -> None:
     """Start this program anew in place of this process, if enough time is left for it."""
     minutes = (budget.left() + RESERVE_SECONDS) / 60
@@ -246,7 +239,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from dit_bench.command import carry_out
+    from dit_bench.command import carry_out, give_up
     from dit_bench.outputs import check_outputs
 
     device = cuda_device()
@@ -270,6 +263,10 @@ def run(arguments: argparse.Namespace) -> int:
     report.setdefault("parts_done", [])
     report.setdefault("models", [])
 
+    end_tests = gpu_check.GpuTests.end
+    last = threading.Timer(seconds - LAST_SECONDS, give_up, [report, arguments, end_tests])
+    last.daemon = True
+
     def fill(progress: Progress, keep: Callable[[], object]) -> None:
         timer = Timer(device, ROUNDS, SECONDS, None, progress, OtherLoad(known=False), budget)
         if not arguments.check:
@@ -284,10 +281,13 @@ def run(arguments: argparse.Namespace) -> int:
 
         planned = (gpu_check.groups if arguments.check else groups)(device, sizes, report)
         take(list(planned), timer, report, budget, keep_choices, again)
+        last.cancel()
 
-    # A signal cannot interrupt a call that waits for a hung kernel. This ends the process even
-    # then, with code 1, and prints to standard error which lines of the program were running.
+    if not faulthandler.is_enabled():
+        faulthandler.enable(file=2)  # also tells where a library crashed
+    # If even `give_up` does not come to its end, as where a call keeps Python's lock.
     faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+    last.start()
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             # The tests run beside a check, so what it measures and chooses is not kept for others.
@@ -295,5 +295,6 @@ def run(arguments: argparse.Namespace) -> int:
             with patch.dict(os.environ, own):
                 return carry_out(report, fill, arguments)
     finally:
+        last.cancel()
         faulthandler.cancel_dump_traceback_later()
-        gpu_check.GpuTests.end()
+        end_tests()

@@ -53,6 +53,8 @@ IMAGES, ROWS = 8, (2, 64)
 FLOAT32_AGAIN = 1e-3
 """Relative difference of an image's latents in float32 after four steps; in other precisions,
 where guidance enlarges what rounding does, `AGAIN_BOUND`."""
+SUMMARY_SECONDS = 8.0
+"""For tests that are broken off to tell why others failed."""
 
 
 def groups(device: torch.device, sizes: Sequence[str], report: Report) -> Iterator[Any]:
@@ -157,11 +159,11 @@ class GpuTests:
         assert timer.budget is not None
         code: int | None = None
         with suppress(subprocess.TimeoutExpired):
-            code = cls.process.wait(timer.budget.left())
+            code = cls.process.wait(max(0.0, timer.budget.left() - SUMMARY_SECONDS))
         if code is None:
             cls.process.send_signal(signal.SIGINT)  # it then still tells why tests failed
             with suppress(subprocess.TimeoutExpired):
-                cls.process.wait(8)
+                cls.process.wait(SUMMARY_SECONDS)
         cls.end()
         cls.output.seek(0)
         with cls.output:

@@ -1,8 +1,9 @@
-"""What a step of XL/2 should cost on Hopper, kernel by kernel, before any GPU was at hand.
+"""Predicts what a step of XL/2 costs on Hopper, kernel by kernel. No kernel is run for it.
 
 The floor is the longer of two times: the bytes that must cross the memory at the rate of large
-copies, and the operations at the rate of large matrix products. A prediction adds what kernels of
-this kind lose: whole tiles on whole multiprocessors, the ends of each tile, and launches.
+copies, and the operations at the rate of large matrix products. A prediction adds three losses:
+products are rounded up to whole tiles on whole multiprocessors, each tile has a start and an end,
+and time passes between two kernels.
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ DATASHEET_GB_S = {"H100": 3350, "H200": 4800}
 DATASHEET_TFLOP_S = 989.5
 """Dense bf16 of both, half of the datasheets' figure, which is with sparsity."""
 MEASURED_GB_S, MEASURED_TFLOP_S = 4300, 790
-"""On an H200: large copies, reading and writing, and products of 8192³."""
+"""What large copies (bytes read and written) and bf16 products of 8192³ reach on an H200. No report
+in benchmarks/results holds these two figures."""
 PROCESSORS = 132
 L2_BYTES = 50 * 10**6
-"""Activations of one launch that are fewer need not cross the memory."""
+"""If the activations of one launch have at most so many bytes, the floor does not count them."""
 FLOPS_PER_EXPONENTIAL = 256
-"""A multiprocessor's 4096 operations a cycle in bf16 over its 16 exponentials a cycle."""
+"""A multiprocessor's 4096 bf16 operations per cycle, divided by its 16 exponentials per cycle."""
 GAP_US = 1.5
-"""Between the end of a kernel and the first work of the next, which depends on it, in a graph."""
+"""Assumed, not measured: the time in a graph between the end of a kernel and the first work of the
+next one, which depends on it."""
 TILE_US = 1.0
-"""Of a tile of a product: until its first operands are there, and its result leaves registers."""
+"""Assumed, not measured: what a tile of a product costs beside its arithmetic, until its first
+operands arrive and while its result leaves the registers."""
 TILES = (128, 192, 256)  # columns, of tiles of 128 rows
 SPLITS = (2, 3, 4)
 GROUPS = ("products", "attention", "norms", "the rest")
@@ -39,7 +43,7 @@ PROFILED = {
     "attention": "attention|flash|fmha", "norms": "layernorm",
     "products": "product|gemm|nvjet|cutlass|splitk",
 }  # fmt: skip
-"""Group → what the names of its kernels hold in a profile."""
+"""Group → pattern of the names that its kernels have in a profile."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,11 @@ class Kernel:
     """A kernel of a sampler step, launched ``launches`` times; the other figures are of one launch.
 
     Attributes:
-        flops: of matrix products. read: bytes of weights, and of tables that change with the step.
-        moved: bytes of activations, each tensor counted once for reading and once for writing.
-        product: rows, inputs and outputs, if it is a linear layer.
-        exponentials: of attention.
+        moved: bytes of activations; a tensor that is read and written counts twice.
+        read: bytes of weights, and of tables that change with the step.
+        flops: operations of matrix products.
+        product: rows, inputs and outputs, if the kernel is a linear layer.
+        exponentials: how many attention computes.
     """
 
     name: str
@@ -66,8 +71,8 @@ def step_kernels(config: ModelConfig, rows: int, splits: int | None = 0) -> list
     """The kernels of a guided step of the lean backend in bf16, with 2 rows per image.
 
     splits: how a branch ends. 0: the norm after it adds the branch to the residual. None: the
-        product does, in its epilogue. Above 0: the product is split in so many, whose float32
-        partial sums the norm adds up.
+        product adds it, in its epilogue. Above 0: the product is split over K into this number of
+        parts, and the norm adds up their float32 partial sums.
     """
     d, t, depth = config.hidden_size, config.num_tokens, config.depth
     tokens, images, patch = rows * t, rows // 2, config.patch_size**2
@@ -111,7 +116,8 @@ def step_kernels(config: ModelConfig, rows: int, splits: int | None = 0) -> list
 
 
 class Rates(NamedTuple):
-    """gb_s: of copies. tflop_s: of matrix products in bf16."""
+    """What a GPU sustains. gb_s: copies, 10⁹ bytes read and written per second. tflop_s: matrix
+    products in bf16."""
 
     gb_s: float
     tflop_s: float
@@ -124,19 +130,20 @@ class Rates(NamedTuple):
 
 
 def rates(gpu: str) -> Rates:
-    """What one of `DATASHEET_GB_S` sustains: of its bandwidth, the share that an H200 does."""
+    """The rates of "H100" or "H200". Copies reach the share of the datasheet's bandwidth that they
+    reach on an H200."""
     share = MEASURED_GB_S / DATASHEET_GB_S["H200"]
     return Rates(share * DATASHEET_GB_S[gpu], MEASURED_TFLOP_S)
 
 
 def floor_us(kernel: Kernel, gpu: Rates) -> float:
-    """Of one launch."""
+    """Microseconds that one launch needs at least."""
     crossing = kernel.read + (kernel.moved if kernel.moved > L2_BYTES else 0)
     return max(gpu.bytes_us(crossing), gpu.flops_us(kernel.flops))
 
 
 def predicted_us(kernel: Kernel, gpu: Rates, splits: int = 1) -> float:
-    """Of one launch; splits: into how many a product is."""
+    """Microseconds predicted for one launch; splits: the number of parts of K in a product."""
     least = gpu.bytes_us(kernel.read + kernel.moved)
     if kernel.product is not None:
         least = max(least, min(_product_us(*kernel.product, n, splits, gpu) for n in TILES))
@@ -194,8 +201,9 @@ def group_of(kernel: Kernel) -> str:
 
 
 def measured_us(report: Report, rows: int) -> dict[str, float]:
-    """Group → microseconds in a GPU report's profile of a step, of its longest kernels; "a step" →
-    the step as it was timed, with what is between the kernels. Without such rows it is empty."""
+    """Group → microseconds of its kernels in a GPU report's profile of a step, which holds the
+    longest kernels only; "a step" → the timed step, with the gaps between kernels. Empty if the
+    report has no such rows."""
     found: dict[str, float] = {}
     for row in report["rows"]:
         own = row["case"] == f"XL/2, batch {rows // 2}" and row["contender"] == "lean bf16"
@@ -211,7 +219,7 @@ def measured_us(report: Report, rows: int) -> dict[str, float]:
 
 
 def table(rows: int, report: Report | None = None) -> tuple[list[str], list[list[str]], str]:
-    """Columns, lines and a note for a step of XL/2, with what ``report`` measured."""
+    """Columns, lines and a note for a step of XL/2 of ``rows`` rows, with the times of ``report``."""
     config = ModelConfig.named("XL/2")
     splits = best_ending(config, rows)
     kernels = step_kernels(config, rows, splits)
@@ -239,10 +247,13 @@ def table(rows: int, report: Report | None = None) -> tuple[list[str], list[list
         lines.append([f"sum: {name}", count, "", "", *times(chosen), taken])
     others = [f"{_ending(end)} {_us(total)}" for end, total in endings(config, rows).items()
               if end != splits]  # fmt: skip
-    where = "no GPU yet" if report is None else str(report["machine"]["gpu"])
+    measurement = "Not measured on a GPU yet"
+    if report is not None:
+        measurement = f"Measured on {report['machine']['gpu']}"
     note = (
-        f"{rows} rows, branches that end with {_ending(splits)}. Predicted on an H200 with other "
-        f"ends, in µs: {', '.join(others)}. Measured on {where}."
+        f"The table above has {rows} rows, and each branch ends with {_ending(splits)}. "
+        f"The whole step with other ends, predicted on an H200, in µs: {', '.join(others)}. "
+        f"{measurement}."
     )
     columns = ["kernel", "launches", "MB each", "GFLOP each"]
     columns += [f"{gpu} {kind}, µs" for gpu in DATASHEET_GB_S for kind in ("floor", "predicted")]
@@ -253,25 +264,26 @@ def sources() -> str:
     """Where the rates of the tables come from."""
     h100, h200 = (rates(gpu).gb_s / 1e3 for gpu in ("H100", "H200"))
     return (
-        f"Floors use {h200:.2g} TB/s for the H200, which large copies reached on one "
-        f"({DATASHEET_GB_S['H200'] / 1e3:.2g} in the datasheet), {h100:.2g} TB/s for the H100 SXM, "
-        f"the same share of its datasheet's {DATASHEET_GB_S['H100'] / 1e3:.3g}, and "
-        f"{MEASURED_TFLOP_S} TFLOP/s for both, which have one chip: products of 8192³ in bf16 "
-        f"reached that on the H200 ({DATASHEET_TFLOP_S:.0f} in both datasheets). A launch's "
-        f"activations count only if they exceed the L2 of {L2_BYTES / 1e6:.0f} MB. Predictions add "
-        f"{GAP_US} µs between kernels, round products up to whole tiles on {PROCESSORS} "
-        f"multiprocessors, of {' or '.join(f'128 × {n}' for n in TILES)}, at the rate at which "
-        f"shared memory can feed them and with {TILE_US:g} µs for each, and count every byte. "
-        "Large products run at the power limit: with few rows the clock may be higher."
+        f"Floors use {h200:.2g} TB/s for the H200, which large copies reached on an H200 "
+        f"(datasheet: {DATASHEET_GB_S['H200'] / 1e3:.2g}), and {h100:.2g} TB/s for the H100 SXM, "
+        f"the same share of its datasheet's {DATASHEET_GB_S['H100'] / 1e3:.3g}. They use "
+        f"{MEASURED_TFLOP_S} TFLOP/s for both GPUs, which have the same chip; products of "
+        f"8192³ in bf16 reached that on the H200 (datasheet: {DATASHEET_TFLOP_S:.0f}). No report "
+        "in benchmarks/results holds these two rates. A launch's activations count only if they "
+        f"exceed the L2 cache of {L2_BYTES / 1e6:.0f} MB. Predictions count every byte and assume "
+        f"{GAP_US} µs between kernels. They round products up to whole tiles of "
+        f"{' or '.join(f'128 × {n}' for n in TILES)} on {PROCESSORS} multiprocessors, at the rate "
+        f"at which shared memory can feed them, and add {TILE_US:g} µs per tile. Large products "
+        "run at the power limit, so with few rows the clock may be higher."
     )
 
 
 def _ending(splits: int | None) -> str:
     if splits is None:
-        return "the residual in the product"
-    return (
-        f"sums of {splits} partial products in the norm" if splits else "the residual in the norm"
-    )
+        return "the product adding the residual"
+    if splits:
+        return f"the norm adding {splits} partial sums and the residual"
+    return "the norm adding the residual"
 
 
 def _us(count: float) -> str:

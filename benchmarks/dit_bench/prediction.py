@@ -219,7 +219,7 @@ def measured_us(report: Report, rows: int) -> dict[str, float]:
 
 
 def table(rows: int, report: Report | None = None) -> tuple[list[str], list[list[str]], str]:
-    """Columns, lines and a note for a step of XL/2 of ``rows`` rows, with the times of ``report``."""
+    """Columns, lines and a note for a step of XL/2 with ``rows`` rows; ``report`` has the times."""
     config = ModelConfig.named("XL/2")
     splits = best_ending(config, rows)
     kernels = step_kernels(config, rows, splits)

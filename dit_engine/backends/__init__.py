@@ -48,27 +48,28 @@ class Denoiser(Protocol):
 
 
 class FusedDenoiser(Protocol):
-    """Like `Denoiser`, but each call also guides and takes the sampler's step. A class that derives
-    from this one inherits what is optional."""
+    """Like `Denoiser`, but each call also applies guidance and the sampler's update. `release` is
+    optional: a class that derives from this one inherits a version that does nothing."""
 
     def guided_step(
         self, z: Tensor, x0_before: Tensor, noise: Tensor | None, step: int, guide: bool
     ) -> tuple[Tensor, Tensor]:
         """Latents z (N, C, S, S) at the ``step``-th time step → (the next z, the predicted x0).
 
-        Both may be memory of the denoiser, which its next call overwrites: copy what is to be kept.
-        They are quickest passed on as they are. The arguments stay as they are, unless they are
-        such memory.
+        Both results may be in memory of the denoiser, which the next call overwrites: copy what is
+        to be kept. It is fastest to pass both to the next call as they are. Arguments are not
+        changed, except results of an earlier call.
 
         Args:
-            noise: what the step draws, like z; None if it draws nothing.
+            x0_before: (N, C, S, S), the predicted x0 of the step before.
+            noise: (N, C, S, S), the noise that the step adds; None if it adds none.
             guide: whether to compute the unconditional half, whose labels are the last N prepared.
         """
         ...
 
     def release(self) -> None:
-        """Give back what steps hold: called when no result is needed any more. A further step is
-        allowed."""
+        """Release what steps hold, such as a CUDA graph. Called when the results are no longer
+        needed. Further steps are allowed."""
 
 
 Decode = Callable[["Tensor"], "Tensor"]

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 GRAPH_LIMIT = 8
-"""How many graphs a `GraphCache` keeps; of those that nobody uses, the one that was taken longest
-ago is dropped first."""
+"""How many graphs a `GraphCache` keeps. When it needs room, it drops the graph that is not in use
+and was taken longest ago."""
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -95,11 +95,11 @@ def _own_workspaces() -> Iterator[None]:
 
 
 class Turns:
-    """Gives the graphs' common memory to one user at a time, across threads and streams.
+    """Lets one user at a time use the memory that graphs share, across threads and streams.
 
-    The lock puts the launches in order, and the event puts what they launch in order: on the
-    device, the copies into a graph's inputs wait for the replay before them. The host waits for
-    nothing.
+    A lock puts the launches in order on the host, and an event puts the launched work in order on
+    the device: copies into the inputs of a graph wait for the replay before them. The host does not
+    wait for the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -108,13 +108,13 @@ class Turns:
         # All captures use one stream: a pool reuses memory only on the stream that it came from.
         self.capture_stream = torch.cuda.Stream(device)
         self.done = torch.cuda.Event()
-        # A thread may take a turn within its own: a graph may be released by a destructor.
+        # Reentrant: a destructor may release a graph while its thread has a turn.
         self._lock = threading.RLock()
         self._stream = partial(torch.cuda.current_stream, device)
 
     @contextmanager
     def take(self) -> Iterator[Any]:
-        """The caller's current stream; what it runs from now on waits for all earlier turns."""
+        """Yields the caller's current stream, whose further work waits for all earlier turns."""
         with self._lock:
             stream = self._stream()
             stream.wait_event(self.done)
@@ -125,9 +125,11 @@ class Turns:
 
 
 class CapturedGraph:
-    """One piece of work, captured, with inputs and results of its own. A user takes it out of a
-    `GraphCache` and has it alone until `release`; what it computes is to be launched, copied and
-    read in turns."""
+    """One captured piece of work, with its own inputs and results.
+
+    A user takes it from a `GraphCache` and is its only user until `release`. The user must launch
+    it, and copy or read its results, within `Turns.take`.
+    """
 
     graph: torch.cuda.CUDAGraph
 
@@ -136,7 +138,7 @@ class CapturedGraph:
         self.taken = True
 
     def capture(self, work: Callable[[], T], pool: Any) -> T:
-        """What ``work`` returned, into whose memory each replay computes."""
+        """Capture ``work`` and return what it returned. Each replay writes into that memory."""
         import torch
 
         with self.turns.take(), torch.inference_mode():
@@ -144,26 +146,26 @@ class CapturedGraph:
         return results
 
     def release(self) -> None:
-        """What the user has queued by now, such as copies of the results, comes before all that
-        the next user does."""
+        """Let others use the graph. Work that is queued by now, such as copies of the results, runs
+        before that of the next user."""
         with self.turns.take():
             self.taken = False
 
     def __del__(self) -> None:
-        # The memory is free for the stream that it came from, which does not know of a replay that
-        # still runs on another stream.
+        # The freed memory can be reused on the capture stream at once, even while a replay still
+        # runs on another stream.
         self.turns.done.synchronize()
 
 
 class GraphCache(Generic[K, G]):
-    """At most `GRAPH_LIMIT` graphs by key, several of one key if several are in use at once.
-    Threads may share it.
+    """At most `GRAPH_LIMIT` graphs by key. A key has several if several are in use at once. Threads
+    may share the cache.
 
-    Each has inputs of its own. All share one memory pool for what else they allocate, which is as
-    large as the largest of them needs.
+    Each graph has its own inputs. All graphs share one memory pool for everything else, which is as
+    large as the largest graph needs.
 
     Args:
-        make: (key, turns, pool) → a captured graph; pool None makes a new pool.
+        make: (key, turns, pool) → a captured graph; it makes a new pool if pool is None.
         what: key → what the graph computes, for a warning.
     """
 
@@ -175,20 +177,22 @@ class GraphCache(Generic[K, G]):
     ) -> None:
         self.turns = Turns(device)
         self._make, self._what = make, what
-        self._graphs: list[G] = []  # the one taken last is the last
-        # For these no graphs are dropped again; but they are tried again, as memory may be there.
+        self._graphs: list[G] = []  # ordered by when they were last taken
+        # A capture of these keys failed. It is tried again, but no graph is dropped for it again.
         self._refused = set[K]()
         self._lock = threading.Lock()
 
     def take(self, key: K) -> G | None:
-        """A graph of ``key`` for the caller alone, until its `release`.
+        """A graph of ``key`` that only the caller uses, until its `release`.
 
-        None if all graphs are in use (to wait for one could be to wait for ever, because a user may
-        need two), or if memory does not suffice for another, of which a warning tells. The work is
-        then to be run without a graph.
+        None if all graphs are in use (waiting for one could deadlock, because a user may need two),
+        or, with a warning, if there is too little memory for another. The caller must then run the
+        work without a graph.
+
+        Raises RuntimeError if a capture fails for another reason than memory.
         """
         with self._lock:
-            latest = reversed(self._graphs)  # so that others of its key become old
+            latest = reversed(self._graphs)  # so that other graphs of the key become the oldest
             graph = next((g for g in latest if g.key == key and not g.taken), None)
             if graph is not None:
                 self._graphs.remove(graph)
@@ -200,7 +204,7 @@ class GraphCache(Generic[K, G]):
             return graph
 
     def _drop_idle(self, most: int) -> int:
-        """Drop up to ``most`` graphs that nobody uses, and say how many."""
+        """Drop up to ``most`` graphs that are not in use, the oldest first; return the number."""
         dropped = [i for i, graph in enumerate(self._graphs) if not graph.taken][:most]
         self._graphs = [graph for i, graph in enumerate(self._graphs) if i not in dropped]
         return len(dropped)
@@ -210,14 +214,14 @@ class GraphCache(Generic[K, G]):
 
         while True:
             try:
-                # The pool of a living graph: torch refuses one whose graphs are all gone.
+                # The pool of an existing graph, because torch refuses a pool that has no graph.
                 pool = next((graph.graph.pool() for graph in self._graphs), None)
                 return self._make(key, self.turns, pool)
             except RuntimeError as error:
-                # To end a capture that failed may fail too, and hides the reason.
+                # Ending a failed capture may fail too, and that error hides the first one.
                 if not any(map(is_out_of_memory, (error, error.__context__ or error))):
                     raise
-            # Outside of the except block, where the traceback would keep memory.
+            # Not inside the except block, where the traceback keeps tensors alive.
             if key in self._refused or not self._drop_idle(GRAPH_LIMIT):
                 break
         if key not in self._refused:

@@ -1,7 +1,7 @@
-"""Attention by torch's own kernels and by the package flash-attn, each asked for by its name.
+"""Attention by torch's own kernels and by the package flash-attn. A caller names the kernel.
 
-torch's are called as operators: `torch.nn.attention.sdpa_kernel`, which chooses among them, does so
-for the whole process, and attention in other threads would fail meanwhile.
+torch's kernels are called as aten operators, not through `torch.nn.attention.sdpa_kernel`: that
+switches kernels for the whole process, so attention in other threads could fail.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ NAMES = (*OF_TORCH, "flash-attn")
 
 
 def why_not(impl: str, device: torch.device) -> str | None:
-    """Why ``impl`` cannot run on ``device`` as far as is known without a call, or None."""
+    """Why ``impl``, one of `NAMES`, cannot run on ``device``; None if no reason is known. A kernel
+    that passes may still refuse a shape or dtype when it is called."""
     if impl == "cudnn" and device.type != "cuda":
         return f"cuDNN is for CUDA devices, not for {device}"
     if impl != "flash-attn":
@@ -38,7 +39,11 @@ def why_not(impl: str, device: torch.device) -> str | None:
 
 
 def launcher(impl: str) -> Callable[..., Tensor]:
-    """(qkv (N, T, 3·H·d), heads, out=) → (N, T, H·d). ``out`` costs a copy."""
+    """The function (qkv (N, T, 3·H·d), heads, out=) → (N, T, H·d) for one of `NAMES`. With ``out``
+    the result is copied once more.
+
+    The function raises Unavailable if the library refuses the call.
+    """
 
     def attention(qkv: Tensor, num_heads: int, *, out: Tensor | None = None) -> Tensor:
         n, t, width = qkv.shape
@@ -77,11 +82,11 @@ def _by_torch(packed: Tensor, impl: str) -> Tensor:
 def _by_flash_attn(packed: Tensor) -> Tensor:
     run, takes_packed = _flash_attn(_newest_first(packed.device))
     made = run(packed) if takes_packed else run(*packed.unbind(2))
-    return made[0] if isinstance(made, tuple) else made  # some give the log-sum-exp beside it
+    return made[0] if isinstance(made, tuple) else made  # some versions add the log-sum-exp
 
 
 def _newest_first(device: torch.device) -> bool:
-    """FlashAttention 4 was made for Hopper and Blackwell."""
+    """Whether to try FlashAttention 4 first: it is made for Hopper and Blackwell."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -89,13 +94,13 @@ def _newest_first(device: torch.device) -> bool:
 def _flash_attn(newest_first: bool) -> tuple[Callable[..., Any], bool]:
     """The function of the installed package, and whether it takes q, k and v packed.
 
-    Raises ImportError, which names what to install.
+    Raises ImportError if neither version can be imported; the message says what to install.
     """
     reasons = []
     for module, name in FLASH_ATTN if newest_first else reversed(FLASH_ATTN):
         try:
             return getattr(import_module(module), name), name.endswith("packed_func")
-        except Exception as error:  # noqa: PERF203 - made for another torch, it may die of anything
+        except Exception as error:  # noqa: PERF203 - a build for another torch may raise anything
             reasons.append(_line(error))
     raise ImportError(
         "the package flash-attn is needed: pip install flash-attn (FlashAttention 2) or "

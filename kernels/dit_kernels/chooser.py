@@ -1,4 +1,4 @@
-"""The quickest of several functions that compute the same, by measurement on the device."""
+"""Measures several functions that compute the same result and chooses the fastest."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ from torch import Tensor
 
 VARIABLE = "DIT_KERNELS_CHOOSE"
 ADVANTAGE = 0.02
-"""A candidate must need at least this share less time than the default. Smaller differences are
-those of two runs."""
+"""A candidate must be at least this share faster than the default. Two runs of one kernel can
+differ by less than that."""
 ROUNDS = 5, 40
+"""Fewest and most rounds of one choice."""
 BUDGET_S = 0.3
-"""For the samples of one choice. The fewest rounds are run even if they take longer."""
+"""Seconds for the rounds of one choice. The fewest rounds are run even if they take longer."""
 ERRORS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""How far a row of a result may be from the default's, relative to its norm: two units in the last
-place, several times what rounding both gives."""
+"""Largest allowed distance between a row of a result and the default's row, relative to the norm of
+the row: two units in the last place, several times what rounding both results gives."""
 _FLUSH_BYTES = 2**28
 _FLUSHES = 4
 
 Result = Tensor | tuple[Tensor, ...]
 Times = dict[str, float | None]
-"""Candidate → median milliseconds, None if it was dropped; the default comes first."""
+"""Candidate → median in milliseconds, or None if it was dropped. The default comes first."""
 Sample = Callable[[Callable[[], object]], float]
 """Runs a function once and returns its milliseconds."""
 
 
 class Chooser:
-    """Chooses once for each key, and remembers.
+    """Chooses once for each key and stores the times.
 
     Args:
-        recall, remember: the memory, such as a dictionary's ``get`` and ``__setitem__``, or a file.
-        sample: `cuda_sample` of the device.
-        clock: seconds, for the budget.
+        recall, remember: read and write stored times by key, such as a dictionary's ``get`` and
+            ``__setitem__``, or those of a file.
+        sample: measures one run, such as `cuda_sample` of the device.
+        clock: returns seconds; it limits the rounds to `BUDGET_S`.
 
     Raises ValueError if the environment's `VARIABLE` is neither 0 nor 1.
     """
@@ -59,31 +61,33 @@ class Chooser:
         candidates: Mapping[str, Callable[[], Result]],
         prepare: Callable[[], object] = lambda: None,
     ) -> str:
-        """The name of the candidate to use; the first one is the default.
+        """The name of the candidate to use. The first candidate is the default.
 
-        A candidate that raises, or whose result is not the default's but for rounding (`ERRORS`),
-        is dropped with a warning of one line. Where choosing is turned off, it is the default.
+        A candidate is dropped with a one-line warning if it raises, or if its result differs from
+        the default's by more than rounding (`ERRORS`). If choosing is turned off, the default is
+        returned and nothing is called.
 
         Args:
-            key: the operator, shape and dtype, as one line.
-            prepare: called before every call of a candidate, not measured.
+            key: one line with the operator, shape and dtype.
+            prepare: called before every call of a candidate; its time is not measured.
 
-        Raises torch.OutOfMemoryError if there is not enough memory for a candidate; nothing is
-        remembered then.
+        Raises:
+            torch.OutOfMemoryError: too little memory for a candidate; nothing is stored then.
+            Exception: whatever the default itself raises.
         """
         if not self._on or len(candidates) == 1:
             return next(iter(candidates))
         times = self._recall(key)
         if times is None or self.measures(key, candidates):
             if times is not None:
-                told = f"{key}: there are other candidates now; measured again"
+                told = f"{key}: the candidates have changed; they are measured again"
                 warnings.warn(told, stacklevel=2)
             times = self._measured(key, candidates, prepare)
             self._remember(key, times)
         return quickest(times)
 
     def measures(self, key: str, candidates: Iterable[str]) -> bool:
-        """Whether `choose` would measure."""
+        """Whether `choose` would measure these candidates because their times are not known."""
         names, times = list(candidates), self._recall(key)
         return self._on and len(names) > 1 and (times is None or list(times) != names)
 
@@ -104,7 +108,7 @@ class Chooser:
                 what()
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # whatever a kernel may die of
+            except Exception as error:  # a kernel may raise anything
                 if name == default:
                     raise
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -119,7 +123,7 @@ class Chooser:
         for i in range(most):
             if i >= least and self._clock() - start > BUDGET_S:
                 break
-            # Each round begins elsewhere, so that no candidate always follows the same one.
+            # Each round starts with another candidate, so that none is always the first.
             order = list(runs)
             shift = i % len(order)
             for name in order[shift:] + order[:shift]:
@@ -128,7 +132,10 @@ class Chooser:
 
 
 def choosing() -> bool:
-    """Whether anything is measured: unless the environment has ``DIT_KERNELS_CHOOSE=0``."""
+    """Whether kernels may be measured: True unless the environment has ``DIT_KERNELS_CHOOSE=0``.
+
+    Raises ValueError if the variable is neither 0 nor 1.
+    """
     given = os.environ.get(VARIABLE, "1")
     if given not in ("0", "1"):
         raise ValueError(f"{VARIABLE}={given!r}: choose 0 (defaults) or 1 (measure)")
@@ -136,7 +143,7 @@ def choosing() -> bool:
 
 
 def quickest(times: Mapping[str, float | None]) -> str:
-    """The candidate with the least time, or the first one unless that is clearly slower."""
+    """The fastest candidate if it saves at least `ADVANTAGE`, otherwise the default (the first)."""
     default = next(iter(times))
     known = {name: ms for name, ms in times.items() if ms is not None}
     best = min(known, key=known.__getitem__, default=default)
@@ -145,15 +152,15 @@ def quickest(times: Mapping[str, float | None]) -> str:
 
 
 def cuda_sample(device: torch.device) -> Sample:
-    """A `Sample` that finds cold caches: weights come from memory in a forward too, whose other
-    layers have passed through the caches."""
+    """A `Sample` with cold caches on a CUDA device. In a forward, weights also come from memory,
+    because the other layers have used the caches since."""
 
     def sample(run: Callable[[], object]) -> float:
         stream = torch.cuda.current_stream(device)
         scratch = torch.empty(_FLUSH_BYTES // 4, device=device)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # Reads, after which the caches have nothing to write back. They also keep the device busy
-        # while the host queues the launches, whose Python must not be measured.
+        # These only read, so the caches have nothing to write back. They also keep the device busy
+        # while the host queues the launches, so that the time of Python is not measured.
         for _ in range(_FLUSHES):
             scratch.max()
         begin.record(stream)
@@ -170,7 +177,7 @@ def _tensors(result: Result) -> tuple[Tensor, ...]:
 
 
 def _check(result: Result, expected: list[Tensor]) -> None:
-    """Raise ValueError unless the result is the expected one, but for rounding."""
+    """Raise ValueError if the result differs from the expected one by more than rounding."""
     for found, wanted in zip(_tensors(result), expected, strict=True):
         if found.shape != wanted.shape or found.dtype != wanted.dtype:
             raise ValueError(
@@ -179,13 +186,16 @@ def _check(result: Result, expected: list[Tensor]) -> None:
             )
         error, allowed = worst_row(found, wanted), ERRORS[wanted.dtype]
         if not error <= allowed:  # NaN does not pass
-            raise ValueError(f"a row of its result is {error:.2g} off, allowed is {allowed:g}")
+            raise ValueError(f"a row of its result has error {error:.2g}, allowed is {allowed:g}")
 
 
 def worst_row(found: Tensor, wanted: Tensor) -> float:
-    """The largest relative error of a row, in the Frobenius norm; rows of less than the usual norm
-    are divided by that. Over all rows at once, a few wrong ones would not show."""
-    # Image by image: whole results in float32 would need more memory than a forward.
+    """The largest relative error of a row (N, …, D), in the 2-norm.
+
+    A row's error is divided by the norm of the wanted row, or by the root mean square of all norms
+    if that is larger. An error over all rows at once would hide a few wrong rows.
+    """
+    # Per image, because whole results in float32 would need more memory than a forward.
     norms = torch.stack([b.float().norm(dim=-1) for b in wanted])
     errors = torch.stack(
         [(a.float() - b.float()).norm(dim=-1) for a, b in zip(found, wanted, strict=True)]

@@ -74,7 +74,8 @@ def why_not(implementation: str, operator: str, device: torch.device) -> str | N
 def chosen(operator: str, impl: str, device: torch.device) -> str:
     """The implementation of ``operator`` that runs on ``device``: "reference" or one of KERNELS.
 
-    "auto" takes none of `FOR_ATTENTION`: the lean forward chooses among them by measurement.
+    "auto" never means one of `FOR_ATTENTION`; the lean forward measures those
+    (`dit_engine.backends.lean.choices`).
 
     Raises:
         ValueError: an unknown ``impl``.
@@ -98,8 +99,8 @@ def implementation(operator: str, impl: str, device: torch.device) -> Run:
 
 @functools.cache
 def _imported(operator: str, kind: str) -> Run:
-    """A reference, or the function of the operator's module in dit_kernels/triton/, which needs the
-    package triton."""
+    """A reference, a library's attention, or the function of the operator's module in
+    dit_kernels/triton/, whose import needs the package triton."""
     if kind == "reference":
         return without_autocast(getattr(reference, operator))
     if kind in attention_libraries.NAMES:
@@ -133,10 +134,10 @@ def launcher(operator: str, device: torch.device) -> Run:
 def attention_candidates(
     n: int, tokens: int, heads: int, d: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Run]:
-    """What may compute attention in half precision on qkv (N, T, 3·H·d): name → (qkv, heads, out=).
-    The first is what "auto" takes on a GPU.
+    """Candidates for attention in half precision on qkv (N, T, 3·H·d): name → function (qkv, heads,
+    out=). The first is the one that "auto" uses on a GPU.
 
-    Raises Unavailable where there are no Triton kernels.
+    Raises Unavailable if Triton's kernels cannot run on ``device``.
     """
     chosen("attention", "triton", device)
     tiles = import_module("dit_kernels.triton.attention").candidates(

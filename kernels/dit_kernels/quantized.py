@@ -21,7 +21,7 @@ from dit_kernels.dispatch import launcher
 from dit_kernels.linear import gelu_
 
 FP8 = torch.float8_e4m3fn
-OLDEST_WITH_FP8 = (9, 0)  # with one scale a row
+OLDEST_WITH_FP8 = (9, 0)  # for products with one scale per row
 CODES = {"int8": (torch.int8, torch.uint8), "fp8": (FP8,)}
 # torch's fp8 product adds no bias to float32 results, and only some of its libraries give float16.
 RESULTS = {"int8": (torch.float32, torch.bfloat16), "fp8": (torch.bfloat16,)}
@@ -136,7 +136,7 @@ class Quantizer:
         return self._rows(x, self._dtype, out=out)
 
     def gelu_rows(self, x: Tensor, *, out: Codes | None = None) -> Codes:
-        """`rows` of the unrounded tanh-GELU of x."""
+        """As `rows`, of the tanh-GELU of x (…, K), which is not rounded before it is quantised."""
         return self._gelu_rows(x, self._dtype, out=out)
 
     def norm(
@@ -149,7 +149,11 @@ class Quantizer:
         self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float,
         *, out: Codes | None = None,
     ) -> Codes:  # fmt: skip
-        """The codes of the modulated norm of x + gate · y; this sum is written over x."""
+        """x += gate · y in place, then the codes of the modulated norm of x.
+
+        x and y are (N, T, D); gate, shift and scale are (N, D); the results are codes (N, T, D) and
+        float32 scales (N, T).
+        """
         if out is None:
             scales = y.new_empty(y.shape[:-1], dtype=torch.float32)
             out = y.new_empty(y.shape, dtype=self._dtype), scales

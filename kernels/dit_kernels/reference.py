@@ -64,7 +64,8 @@ def groupnorm_silu(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, *, add: Tensor | None = None,
     shift: Tensor | None = None, silu: bool = True,
 ) -> Tensor:  # fmt: skip
-    """For inner loops: x += ``add`` in place, then normalises x + ``shift``, (C,) in float32."""
+    """SiLU(GroupNorm(x + shift)) for x (N, C, H, W), shift (C,) float32; no SiLU if ``silu`` is
+    False. ``add`` (N, C, H, W) is first added to x, in place."""
     if add is not None:
         x.add_(add)
     wide, weight, bias = _wide(x, weight, bias)

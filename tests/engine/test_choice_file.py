@@ -131,7 +131,7 @@ def test_a_place_that_cannot_be_written_costs_one_warning(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache.write_text("no directory")
-    with pytest.warns(UserWarning, match=r"^what is measured is not kept: .* is not a directory"):
+    with pytest.warns(UserWarning, match=r"^kernel times are not stored: .* is not a directory"):
         file = ChoiceFile(CUDA)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -140,7 +140,7 @@ def test_a_place_that_cannot_be_written_costs_one_warning(
     cache.unlink()
     file = quiet()
     file_of(cache).mkdir()  # root may write in a directory of any mode, but not over another
-    with pytest.warns(UserWarning, match=r"^what is measured is not kept: .*nvidia-h200\.json"):
+    with pytest.warns(UserWarning, match=r"^kernel times are not stored: .*nvidia-h200\.json"):
         file.remember("fc1", TIMES)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -171,7 +171,7 @@ def test_before_ampere_lean_runs_on_torch_references_and_says_so_once(
         warnings.simplefilter("always")
         with pytest.raises((AssertionError, RuntimeError)):  # this torch has no CUDA
             create_backend("lean", tiny_dit(), "fp16", GPU)
-    said = f"lean runs without its triton kernels, slower, on torch references: {why}"
+    said = f"lean runs without its triton kernels, on slower torch references: {why}"
     assert [str(warning.message) for warning in told] == [said]
 
 

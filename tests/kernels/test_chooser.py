@@ -100,8 +100,8 @@ NAN[3, 5] = math.nan
 ROW[2] *= 1.03  # more than rounding; over all four rows it would be half of that, and pass
 WRONG: list[tuple[Callable[[], Any], str]] = [
     (broken, "out of resource: shared memory"),
-    (lambda: NAN, "a row of its result is nan off, allowed is 0.016"),
-    (lambda: ROW, "a row of its result is 0.026 off"),
+    (lambda: NAN, "a row of its result has error nan, allowed is 0.016"),
+    (lambda: ROW, "a row of its result has error 0.026"),
     (lambda: RIGHT.float(), "its result is torch.float32 (4, 64), not torch.bfloat16 (4, 64)"),
     (lambda: RIGHT[:1], "its result is torch.bfloat16 (1, 64), not"),
     (lambda: (RIGHT, RIGHT), "zip() argument"),
@@ -133,8 +133,12 @@ def test_every_tensor_of_a_result_is_compared_after_preparation() -> None:
     bench.results |= {"library": lambda: add(1.0, 2.0), "own": lambda: add(1.0, 2.0)}
     bench.results |= {"first": lambda: add(3.0, 2.0), "last": lambda: add(1.0, 3.0)}
     with (
-        pytest.warns(UserWarning, match="^first is not used for .* a row of its result is 2 off"),
-        pytest.warns(UserWarning, match="^last is not used for .* a row of its result is 0.5 off"),
+        pytest.warns(
+            UserWarning, match="^first is not used for .* a row of its result has error 2"
+        ),
+        pytest.warns(
+            UserWarning, match="^last is not used for .* a row of its result has error 0.5"
+        ),
     ):
         assert bench.choose(prepare=x.zero_) == "own"
 
@@ -165,7 +169,9 @@ def test_the_errors_of_rows() -> None:
 def test_a_choice_among_other_candidates_is_made_again(stale: Times) -> None:
     bench = Bench(library=1.0, own=0.5)
     bench.memory[KEY] = stale
-    with pytest.warns(UserWarning, match=f"^{KEY}: there are other candidates now; measured again"):
+    with pytest.warns(
+        UserWarning, match=f"^{KEY}: the candidates have changed; they are measured again"
+    ):
         assert bench.choose() == "own"
     assert bench.memory == {KEY: {"library": 1.0, "own": 0.5}}
 

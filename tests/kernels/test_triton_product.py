@@ -142,7 +142,9 @@ def test_what_is_refused() -> None:
     with patch("torch.cuda.get_device_capability", return_value=(12, 0)):
         on_gpu = torch.empty(4, 72, dtype=BRAIN, device="meta")
         with patch.object(Tensor, "is_cuda", True):
-            assert why_not(on_gpu, weight) == "compute capability 12.0: 9.0 (Hopper) is needed"
+            assert (
+                why_not(on_gpu, weight) == "compute capability 12.0: only 9.0 (Hopper) is supported"
+            )
 
 
 def test_candidates_fill_the_processors() -> None:

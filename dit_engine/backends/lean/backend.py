@@ -30,10 +30,13 @@ QUANTIZED = {"int8": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 class LeanBackend(Backend):
-    """In float32 on the CPU, an image's bits do not depend on the batch: if the matrix product
+    """Runs the model with packed weights and fused operators.
+
+    In float32 on the CPU, an image's bits do not depend on the batch: if the matrix product
     does not guarantee that, images are computed one by one, as in the eager backend.
 
-    Warns where its kernels cannot run, natively on a CPU or in Triton on a GPU, and says why.
+    Warns if the fused operators (native on a CPU, Triton on a GPU) cannot run, with the reason.
+    Raises BackendUnavailable for "int8" or "fp8" on a device without such products.
     """
 
     decoder = LeanDecoder
@@ -45,7 +48,7 @@ class LeanBackend(Backend):
         kernels = "native" if device.type == "cpu" else "triton"
         if (reason := why_not(kernels, "attention", device)) is not None:
             warnings.warn(
-                f"lean runs without its {kernels} kernels, slower, on torch references: {reason}",
+                f"lean runs without its {kernels} kernels, on slower torch references: {reason}",
                 stacklevel=2,
             )
         self.dtype = QUANTIZED.get(precision) or DTYPES[precision]
@@ -173,8 +176,8 @@ class RecordedForwards:
 
 
 class FusedLeanDenoiser(FusedDenoiser):
-    """See `dit_engine.backends.FusedDenoiser`. On CUDA it has a graph for itself, or two where not
-    all steps are guided, until it is released."""
+    """See `dit_engine.backends.FusedDenoiser`. On CUDA it takes one graph until it is released, or
+    two if only some of the steps are guided."""
 
     def __init__(
         self, denoiser: LeanDenoiser, coefficients: np.ndarray, scales: Tensor, channels: int

@@ -1,4 +1,4 @@
-"""The file in which the times of measured kernels are kept between processes."""
+"""Stores the measured times of kernels in a file, so that later processes need not measure."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 class ChoiceFile:
-    """What was measured on a device, by its name. Nothing that is wrong with the file is an error:
-    it costs one warning, and kernels are measured again.
+    """The times measured on GPUs of one model. The file is named after the model.
 
-    Only what was measured with the same driver and versions counts; the rest is overwritten.
+    A broken or unwritable file raises nothing: there is one warning, and kernels are measured again
+    or their times are not stored. Times measured with another driver or another version of torch,
+    Triton or DiT Engine are ignored and overwritten.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,20 +44,21 @@ class ChoiceFile:
         try:
             folder = private_cache(FOLDER)
         except (OSError, ValueError) as error:
-            self._tell(f"what is measured is not kept: {one_line(error)}")
+            self._warn(f"kernel times are not stored: {one_line(error)}")
             return
         name = re.sub(r"[^a-z0-9]+", "-", self.facts["device"].lower()).strip("-")
         self._path = folder / f"{name}.json"
         try:
             self._times = self._read()
         except (OSError, ValueError) as error:
-            self._tell(f"{one_line(error)}; kernels are measured again")
+            self._warn(f"{one_line(error)}; kernels are measured again")
 
     def recall(self, key: str) -> Times | None:
+        """The stored times of a key of `dit_kernels.chooser.Chooser`, or None."""
         return self._times.get(key)
 
     def remember(self, key: str, times: Times) -> None:
-        """Add it to what other processes may have written meanwhile."""
+        """Store the times of a key beside those that other processes may have stored meanwhile."""
         self._times[key] = times
         if self._path is None:
             return
@@ -68,7 +70,7 @@ class ChoiceFile:
                     held = {"facts": self.facts, "times": self._times}
                     partial.write_text(json.dumps(held, indent=1), encoding="utf-8")
         except OSError as error:
-            self._tell(f"what is measured is not kept: {one_line(error)}")
+            self._warn(f"kernel times are not stored: {one_line(error)}")
             self._path = None
 
     def _read(self) -> dict[str, Times]:
@@ -83,12 +85,12 @@ class ChoiceFile:
         return held["times"]
 
     @staticmethod
-    def _tell(what: str) -> None:
+    def _warn(what: str) -> None:
         warnings.warn(what, stacklevel=2)
 
 
 def remembered() -> dict[str, dict[str, Times]]:
-    """Name of a device → what was measured on it, from the files that can be read."""
+    """GPU model → key → times in milliseconds, from all files that can be read."""
     found = {}
     with suppress(OSError, ValueError):
         for path in sorted((cache_directory() / FOLDER).glob("*.json")):
@@ -105,7 +107,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def facts(device: torch.device) -> dict[str, str]:
-    """What a measurement on a CUDA device depends on."""
+    """The GPU model and the versions that a measurement on a CUDA device depends on."""
     return {
         "device": torch.cuda.get_device_name(device),
         "driver": driver(),
@@ -116,7 +118,7 @@ def facts(device: torch.device) -> dict[str, str]:
 
 
 def driver() -> str:
-    """The version of NVIDIA's driver; "unknown" where Linux does not tell, as in WSL."""
+    """The version of NVIDIA's driver; "unknown" if it is not in /proc, as in WSL."""
     with suppress(OSError):
         said = _DRIVER.read_text(encoding="utf-8", errors="replace")
         if found := re.search(r"Kernel Module.*?(\d+\.[\d.]+)", said):

@@ -35,7 +35,7 @@ def _add_shift_kernel(
 
 
 def add_shift(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
-    """x, y (N, C, H, W) channels-last and shift (C,) float32 → x, overwritten by x + y + shift."""
+    """x += y + shift in place, for x, y (N, C, H, W) channels-last and shift (C,) float32 → x."""
     if x.numel() > 0:
         channels = x.shape[1]
         pixels, padded = x.numel() // channels, power_of_two(channels)

@@ -139,7 +139,7 @@ def _attention_kernel(
 
 
 class AttentionTiles(NamedTuple):
-    """How a launch is cut, and what the compiler is told of it."""
+    """The tile sizes of a launch, and options of Triton's compiler."""
 
     queries: int
     keys: int
@@ -194,7 +194,7 @@ def usual_tiles(qkv: Tensor, num_heads: int) -> AttentionTiles:
     return attention_tiles(tokens, n * num_heads, d, qkv.dtype, *device_facts(qkv.device))
 
 
-# Tiles for Hopper with d up to 80: none spills. With 4 warps, 128x128 would.
+# Tiles for Hopper with d up to 80; none of them spills registers. 128x128 with 4 warps would.
 POINTERS = (
     AttentionTiles(128, 64, 3, 8, 128),
     AttentionTiles(64, 64, 3, 4, None),
@@ -212,8 +212,8 @@ DESCRIPTORS = (
 def candidates(
     n: int, tokens: int, heads: int, d: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, list[AttentionTiles]]:
-    """Tiles for half precision that may be the quickest: "triton", for this kernel, of which the
-    first are `attention_tiles`, and "triton-tma", for that of `dit_kernels.triton.attention_tma`.
+    """Tiles for half precision that are worth measuring: "triton" for this kernel, with
+    `attention_tiles` first, and "triton-tma" for the kernel of `dit_kernels.triton.attention_tma`.
     """
     major, processors = device_facts(device)
     usual = attention_tiles(tokens, n * heads, d, dtype, major, processors)
@@ -230,7 +230,10 @@ def candidates(
 def attention(
     qkv: Tensor, num_heads: int, *, out: Tensor | None = None, tiles: AttentionTiles | None = None
 ) -> Tensor:
-    """qkv (N, T, 3·H·d) contiguous, d a multiple of 8 up to 128 → (N, T, H·d)."""
+    """qkv (N, T, 3·H·d) contiguous, d a multiple of 8 up to 128 → (N, T, H·d).
+
+    tiles: `usual_tiles` unless given.
+    """
     n, tokens, packed = qkv.shape
     width = packed // 3
     if out is None:

@@ -1,10 +1,10 @@
 """``attention`` with keys and values fetched by tensor descriptors (TMA): Hopper and later.
 
-It runs if it is asked for by name, ``dit_kernels.attention(qkv, heads, impl="triton-tma")``, and in
-the lean forward if it was measured to be the quickest (`dit_kernels.chooser`).
+It runs if a caller names it, ``dit_kernels.attention(qkv, heads, impl="triton-tma")``, and in the
+lean forward if it was measured to be the fastest (`dit_kernels.chooser`).
 
-The descriptor sees qkv as (N, T, 3·H, d), so the hardware fills with zeros both the tokens past T
-and the columns past d: no head reads its neighbour's numbers.
+The descriptor sees qkv as (N, T, 3·H, d), so the hardware returns zeros for tokens past T and for
+columns past d, and no head reads the values of the next head.
 """
 
 from __future__ import annotations

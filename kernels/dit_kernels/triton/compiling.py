@@ -1,4 +1,4 @@
-"""Compile kernels several at a time, before they are launched."""
+"""Compiles several kernels at the same time, before they are launched."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from dit_kernels.triton.launch import ONLY_COMPILING
 
 @contextmanager
 def only_compiling(workers: int, device: torch.device) -> Iterator[list[Any]]:
-    """In this block, launchers that this thread calls compile their kernels, on ``workers``
-    threads, and do not run them. At its end the list holds what was compiled, ready to be launched;
-    a kernel that cannot be compiled or loaded will say so when it is launched.
+    """Inside the block, launchers that this thread calls compile their kernels on ``workers``
+    threads and do not run them.
 
-    Raises ImportError for a Triton without `AsyncCompileMode`.
+    After the block, the yielded list holds the compiled kernels, which are loaded on ``device``. A
+    kernel that cannot be compiled or loaded raises its error later, when it is launched.
+
+    Raises ImportError if this version of Triton has no `AsyncCompileMode`.
     """
     from triton.runtime._async_compile import AsyncCompileMode, active_mode
 
@@ -28,7 +30,7 @@ def only_compiling(workers: int, device: torch.device) -> Iterator[list[Any]]:
     def loaded(kernel: Any) -> Any:
         here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with here:
-            return kernel.run  # Triton 3.6 compiles a launcher in C here
+            return kernel.run  # reading this loads the kernel; Triton 3.6 compiles its C launcher
 
     with ThreadPoolExecutor(workers) as pool:
         mode = AsyncCompileMode(pool, ignore_errors=True)
@@ -37,7 +39,7 @@ def only_compiling(workers: int, device: torch.device) -> Iterator[list[Any]]:
             with mode:
                 yield kernels
         finally:
-            active_mode.set(outer)  # where an interrupt came while the mode ended
+            active_mode.set(outer)  # an interrupt at the end of the mode would have left it set
             ONLY_COMPILING.reset(before)
         compiled = [each.result() for each in mode.raw_futures if each.exception() is None]
         ready = [pool.submit(loaded, kernel) for kernel in compiled]

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from dit_kernels.triton.launch import launch, power_of_two
 
-# So narrow that every load takes the layout of the stores: no exchange through shared memory.
+# So narrow that loads and stores have the same layout, without an exchange through shared memory.
 _ROWS, _COLUMNS = 32, 64
-_UNROLLED = 16  # inputs, at most: all of a patch of 2 × 2 latents of 4 channels
+_UNROLLED = 16  # at most so many inputs; a patch of 2 × 2 latents with 4 channels has 16
 
 
 @triton.jit
@@ -64,10 +64,10 @@ def embed(
     z: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, patch_size: int,
     *, out: Tensor, counter: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Latents z (N, C, S, S) → tokens (N, T, D) or twice these, (2·N, T, D), in ``out``.
+    """Latents z (N, C, S, S) → tokens in ``out``, (N, T, D), or (2·N, T, D) with the tokens twice.
 
-    z, weight (C·p·p, D), bias (D,) and positions (T, D) are float32, as are the sums. ``counter``,
-    an int64 number on the device, is raised by one.
+    z, weight (C·p·p, D), bias (D,) and positions (T, D) are float32, and sums are taken in float32.
+    ``counter``, one int64 number on the device, is incremented.
     """
     n, channels, side, _ = z.shape
     d = len(bias)

@@ -23,7 +23,8 @@ def gated_sum(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x + gate · (the parts of y and the bias), rounded as it is written to ``residual``."""
+    """x + gate · (sum of the parts of y + bias), written to ``residual`` and returned as rounded
+    there."""
     branch = load_row(y, D, BLOCK)
     for part in tl.static_range(1, SPLITS):
         branch += load_row(y + part * part_stride, D, BLOCK)
@@ -32,7 +33,7 @@ def gated_sum(
     values = load_row(x, D, BLOCK) + load_row(gate, D, BLOCK) * branch
     values = values.to(residual.dtype.element_ty)
     store_row(residual, values, D, BLOCK)
-    # The norm reads the rounded sum, as a later step that starts from it will.
+    # The norm reads the rounded sum, because later kernels read it too.
     return values.to(tl.float32)
 
 
@@ -88,13 +89,14 @@ def gate_residual_layernorm_modulate(
     out: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x, y (N, T, D) contiguous, gate, shift, scale (N, D) → (r, its modulated norm).
+    """x, y (N, T, D) contiguous, gate, shift, scale (N, D) → (r, modulated norm of r).
 
-    ``out`` holds both results, each (N, T, D); r may be x or y, the norm may be y.
+    r is x + gate · y. ``out`` holds both results, each (N, T, D). There, r may be x or y, and the
+    norm may be y.
 
-    With ``bias`` (D,), y is (S, N, T, D) float32: S parts, which are added up in order, then the
-    bias, in float32 and not rounded before the gate. Such a y is a product's sums over parts of
-    its inputs. Results may then be x, but not y.
+    With ``bias`` (D,), y is (S, N, T, D) float32, the partial sums of a product that is split over
+    its inputs. The S sums are added up in order, then the bias is added, in float32 and without
+    rounding before the gate. A result may then be x, but not y.
     """
     residual, normed = (torch.empty_like(x), torch.empty_like(x)) if out is None else out
     tensors = (x, y, gate, shift, scale, residual, normed, bias)

@@ -1,4 +1,4 @@
-"""The end of one branch and the start of the next, whose result is codes for an fp8 linear."""
+"""The end of one branch and the start of the next, with quantised values for an fp8 product."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def gate_residual_layernorm_modulate_quantize(
     *,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x, y (N, T, D) contiguous, gate, shift, scale (N, D) → r = x + gate · y, and of its modulated
-    norm codes (N, T, D) and float32 scales (N, T).
+    """x, y (N, T, D) contiguous, gate, shift, scale (N, D) → (r, codes, scales).
 
-    ``out`` holds the three results; r may be x or y.
+    r = x + gate · y is (N, T, D). The codes (N, T, D) with float32 scales (N, T) are its modulated
+    norm, quantised per row. ``out`` holds the three results; r may be x or y.
 
     Raises:
         ValueError: float8 on a GPU older than compute capability 8.9.

@@ -14,11 +14,12 @@ _BLOCK = 1024
 
 @triton.jit
 def tanh_gelu(x, EXACT: tl.constexpr):
-    """½x(1 + tanh u) with √(2/π)(x + 0.044715x³) for u, of float32.
+    """½x(1 + tanh u) with u = √(2/π)(x + 0.044715x³), for float32 x.
 
-    EXACT: to float32's precision; else to a few units in its last place, with fewer instructions.
+    EXACT: accurate to float32's precision; otherwise to a few units in the last place of float32,
+    with fewer instructions.
     """
-    # That is x sigmoid(2u), with −2u as a power of two.
+    # The formula equals x · sigmoid(2u), and exp(−2u) is computed as a power of two.
     denominator = 1 + tl.exp2(x * (-2.302208198 - 0.1029432397 * (x * x)))
     if EXACT:
         return x / denominator

@@ -1,10 +1,10 @@
 """SiLU(GroupNorm(x)) in channels-last memory, in two launches: partial moments, then the result.
 
-A program takes whole groups, about 32 or 64 channels wide, of a chunk of an image's pixels. The
-second launch adds up the few partial moments of its groups, and reads x from its end, because the
-first launch read it from its beginning and the cache holds what was read last. There are no
-atomics, and how an image is cut depends on its shape alone, so results repeat exactly and do not
-depend on the rest of the batch.
+A program computes a chunk of an image's pixels in whole groups, about 32 or 64 channels wide. Each
+program of the second launch combines the partial moments of its groups. The second launch reads x
+from the end, because the first reads from the start and the cache holds what was read last. There
+are no atomics, and an image is always cut in the same way for its shape, so results repeat exactly
+and do not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from dit_kernels.triton.launch import launch, power_of_two
 
-_PROGRAMS = 256  # per image, if it has the pixels: two for each of an H100's 132 multiprocessors
+_PROGRAMS = 256  # at most, per image: about two for each of an H100's 132 multiprocessors
 _NUM_WARPS = 8
-_ROWS = 4  # most accesses of 16 bytes by a thread at a time
+_ROWS = 4  # at most so many accesses of 16 bytes per thread at a time
 
 
 @triton.jit
@@ -40,10 +40,10 @@ def _tile(
     first, end, channel, exists, C: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Offsets (ROWS, PIXELS, channels) of the pixels from first on, and which of them exist.
+    """Offsets (ROWS, PIXELS, channels) of the pixels from ``first`` on, and which of them exist.
 
-    A thread has 16 bytes of one of the PIXELS in each of the ROWS. EVEN: a tile that begins before
-    the end is whole.
+    In each of the ROWS a thread has 16 bytes of one pixel. EVEN: every tile that starts before
+    ``end`` is full.
     """
     pixel = first + tl.arange(0, ROWS)[:, None] * PIXELS + tl.arange(0, PIXELS)[None, :]
     offsets = pixel[:, :, None] * C + channel[None, None, :]
@@ -54,7 +54,7 @@ def _tile(
 
 @triton.jit
 def _rows_until(count, PIXELS: tl.constexpr):
-    """How many of the pixels i, i + PIXELS, … are among the first ``count``, for each i < PIXELS"""
+    """For each i < PIXELS: how many of the pixels i, i + PIXELS, … are below ``count``."""
     left = count - tl.arange(0, PIXELS)
     return tl.maximum((left + PIXELS - 1) // PIXELS, 0).to(tl.float32)
 
@@ -62,7 +62,7 @@ def _rows_until(count, PIXELS: tl.constexpr):
 @triton.jit
 def _partial_moments_kernel(
     x,  # (N, H·W, C)
-    y,  # None, or added to x, (N, H·W, C)
+    y,  # None, or (N, H·W, C): added to x in place
     shift,  # None, or (C,): added to what is normalised, but not to x
     means,  # (N, GROUPS, chunks) float32
     squares,  # (N, GROUPS, chunks) float32: sums of squared distances from the mean
@@ -89,7 +89,7 @@ def _partial_moments_kernel(
     start = chunk * tiles * (ROWS * PIXELS)
     end = tl.minimum(start + tiles * (ROWS * PIXELS), pixels)
 
-    # Of each thread's pixels and channels, so that threads exchange nothing in the loop.
+    # Moments of each thread's own pixels and channels: threads exchange nothing in the loop.
     mean = tl.zeros((PIXELS, PART * PADDED), tl.float32)
     square = tl.zeros((PIXELS, PART * PADDED), tl.float32)
     offsets, mask = _tile(start, end, channel, exists, C, ROWS, PIXELS, EVEN)
@@ -101,7 +101,7 @@ def _partial_moments_kernel(
         values = coming
         if y is not None:
             values = (values.to(tl.float32) + coming_y.to(tl.float32)).to(x.dtype.element_ty)
-        # The next tile is on its way while this one is computed.
+        # The next tile is loaded while this one is computed.
         offsets, mask = _tile(first + ROWS * PIXELS, end, channel, exists, C, ROWS, PIXELS, EVEN)
         coming = tl.load(x + offsets, mask=mask, other=0.0)
         if y is not None:
@@ -119,7 +119,7 @@ def _partial_moments_kernel(
         if not EVEN:
             centered = tl.where(mask, centered, 0.0)
         # Chan, Golub & LeVeque 1979: moments of a union from those of its parts.
-        count = tile * (ROWS * 1.0)  # if this tile has a row, all before it are full
+        count = tile * (ROWS * 1.0)  # if this tile has a row, all tiles before it are full
         distance = tile_mean - mean
         share = here / tl.maximum(count + here, 1.0)
         mean += distance * share[:, None]
@@ -143,10 +143,10 @@ def _partial_moments_kernel(
 
 @triton.jit
 def _sigmoid(values, EXACT: tl.constexpr, COMPILED: tl.constexpr):
-    """1 / (1 + exp(−values)) in two slow instructions per number."""
+    """1 / (1 + exp(−values)), with two instructions of the special function unit per number."""
     exponent = values * -1.4426950408889634
     if EXACT:
-        exponent = tl.minimum(exponent, 126.0)  # the correction below needs finite numbers
+        exponent = tl.minimum(exponent, 126.0)  # the Newton step below needs finite numbers
     denominator = 1 + tl.exp2(exponent)
     if COMPILED:  # a division would check the range of its denominator
         inverse = tl.inline_asm_elementwise(
@@ -212,7 +212,7 @@ def _normalize_kernel(
     variance += tl.sum(distance * distance * share[None, :], 1)
     inverse = tl.rsqrt(variance + eps)
 
-    # A pixel's value times a factor of its channel plus an offset of its channel is the norm.
+    # The norm of a value is factor · value + offset, with one factor and offset per channel.
     by_channel = tl.zeros((PART, PADDED), tl.float32)
     center = tl.reshape(whole[:, None] + by_channel, (PART * PADDED,))
     factor = tl.reshape(inverse[:, None] + by_channel, (PART * PADDED,))
@@ -234,20 +234,20 @@ def _normalize_kernel(
 
 
 class Cut(NamedTuple):
-    """How an image is cut: programs = parts (of channels) · chunks (of pixels)."""
+    """How an image is divided among programs: parts (of channels) · chunks (of pixels)."""
 
     part: int  # groups per program
     parts: int
-    pixels: int  # that one access of all threads reaches
-    rows: int  # accesses of one tile
-    tiles: int  # in a chunk
+    pixels: int  # that one access of all threads covers
+    rows: int  # accesses per tile
+    tiles: int  # per chunk
     chunks: int
 
 
 def cut(pixels: int, groups: int, size: int, item_size: int) -> Cut:
-    """For ``groups`` groups of ``size`` channels, whose numbers have ``item_size`` bytes."""
+    """For ``pixels`` pixels, ``groups`` groups of ``size`` channels, ``item_size`` bytes each."""
     channels, padded = groups * size, power_of_two(size)
-    wide = 32 if channels <= 128 else 64  # narrow: fewer partial moments per program; 64 bytes
+    wide = 32 if channels <= 128 else 64  # narrow: fewer partial moments to read; at least 64 bytes
     part = min(max(wide // padded, 1), power_of_two(groups))
     parts = -(-groups // part)
     at_once = max(_NUM_WARPS * 32 * (16 // item_size) // (part * padded), 1)

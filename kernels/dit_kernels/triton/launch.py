@@ -12,8 +12,8 @@ from torch import Tensor
 
 LARGEST = 2**31 - 1
 ONLY_COMPILING = ContextVar("dit_kernels_only_compiling", default=False)
-"""Set by `dit_kernels.triton.compiling`: kernels are then compiled and not run."""
-ROWS = 4  # at most, of one program that takes whole rows
+"""True inside `dit_kernels.triton.compiling.only_compiling`: kernels are compiled and not run."""
+ROWS = 4  # at most so many rows per program of a kernel that takes whole rows
 
 
 def launch(kernel: Any, programs: int, x: Tensor, *arguments: Any, **constants: Any) -> None:
@@ -42,10 +42,11 @@ def power_of_two(size: int) -> int:
 
 
 def split(size: int, smallest_tail: int = 1) -> tuple[int, int]:
-    """``size`` as a power of two and a smaller one; the second is 0 if one is enough.
+    """``size`` as the sum of a power of two and a smaller one, or of a power of two and 0.
 
-    A tile's length is a power of two: 192 as 128 + 64 wastes nothing, as 256 it wastes 25 %. The
-    last part may reach past ``size`` and is masked there: 72 with tails of at least 16 is 64 + 16.
+    The length of a tile is a power of two: 128 + 64 wastes nothing of 192 columns, and 256 wastes
+    25 %. The sum may exceed ``size``, and kernels mask the rest: 72 with tails of at least 16 is
+    64 + 16.
     """
     head = power_of_two(size + 1) // 2
     if head == size:
@@ -56,7 +57,8 @@ def split(size: int, smallest_tail: int = 1) -> tuple[int, int]:
 
 @functools.cache
 def device_facts(device: torch.device) -> tuple[int, int]:
-    """The GPU's major version and number of multiprocessors; a Hopper GPU's in the interpreter."""
+    """The major compute capability and the number of multiprocessors of a GPU. For other devices,
+    which run Triton's interpreter, these are a Hopper GPU's: (9, 132)."""
     if device.type != "cuda":
         return 9, 132
     properties = torch.cuda.get_device_properties(device)
@@ -64,10 +66,11 @@ def device_facts(device: torch.device) -> tuple[int, int]:
 
 
 def row_tile(width: int, columns: int = 40) -> dict[str, int]:
-    """The tile and the warps of a kernel that takes a row at a time, ``columns`` to a thread.
+    """The constants of a kernel that takes one row at a time: its width, its tile and its warps.
 
-    One warp needs no barrier, and knows when it is compiled which of its loads of 16 bytes are
-    behind the row: 3 of 8 at 1152, which cost nothing.
+    There are enough warps that a thread has at most ``columns`` columns. With one warp no barrier
+    is needed, and the compiler knows which 16-byte loads lie past the end of the row, and drops
+    them: 3 of 8 at a width of 1152.
     """
     warps = power_of_two(-(-width // (32 * columns)))
     return {"D": width, "BLOCK": power_of_two(width), "num_warps": min(warps, 16)}
@@ -77,13 +80,13 @@ def launch_rows(
     kernel: Any, tensors: tuple[Any, ...], rest: tuple[Any, ...], columns: int = 40,
     **constants: Any,
 ) -> None:  # fmt: skip
-    """Start a kernel over the rows of tensors[0], (N, T, D), unless it has none.
+    """Start a kernel over the rows of tensors[0], (N, T, D); nothing is started if it is empty.
 
-    The kernel's arguments are the tensors, T, N·T, the rows of one program and ``rest``.
-    ``columns``: as in `row_tile`.
+    The kernel's arguments are the tensors, T, N·T, the rows per program, and ``rest``.
+    ``columns`` is that of `row_tile`.
 
     Raises:
-        ValueError: images that `launch` refuses, or about 2³¹ rows.
+        ValueError: images that `launch` refuses, or more than 2³¹ − 5 rows.
     """
     n, tokens, width = tensors[0].shape
     total = n * tokens
@@ -93,7 +96,7 @@ def launch_rows(
         raise ValueError(
             f"shape {tuple(tensors[0].shape)}: Triton kernels take up to {LARGEST - ROWS} rows"
         )
-    # A program's rows share what they load of their image; few rows go to as many programs.
+    # The rows of a program share the loads of their image's vectors. Few rows get one program each.
     rows = min(max(total // (16 * device_facts(tensors[0].device)[1]), 1), ROWS)
     launch(
         kernel, -(-total // rows), *tensors, tokens, total, rows, *rest,

@@ -1,10 +1,10 @@
-"""Matrix products with fused epilogues for Hopper: x · weightᵀ, operands fetched by TMA.
+"""Matrix products x · weightᵀ with fused epilogues for Hopper, whose operands are loaded by TMA.
 
-A persistent kernel: each program takes every n-th tile of the result. Tiles go along the columns
-first, so the tiles that run together share few rows of x and all of the weight, which stays in the
-second-level cache. While one of two programs on a multiprocessor writes, the other multiplies; a
-program that is alone fuses its loop over tiles with the one over K, so that the next tile's
-operands arrive while this one is written.
+The kernel is persistent: each of n programs computes every n-th tile of the result. Tiles are
+numbered along the columns first, so tiles that run at the same time share few rows of x and all of
+the weight, which stays in the L2 cache. If two programs share a multiprocessor, one multiplies
+while the other writes. A program that has a multiprocessor to itself fuses its loop over tiles with
+the loop over K, so that the next tile's operands are loaded while this tile is written.
 
 Letters: R rows, K inputs, M outputs, S splits of K, N images, T tokens.
 """
@@ -47,9 +47,9 @@ def _write(
     bias,  # (M,), None for partial sums
     gate,  # (N, M), rows gate_stride apart, or None
     sums,  # (ROWS, WIDTH) float32
-    part,  # of the S
-    row,  # of R, the first
-    column,  # of M, the first
+    part,  # index among the S splits
+    row,  # first row of the tile
+    column,  # first column of the tile
     rows,  # R
     tokens,  # T
     gate_stride,
@@ -59,11 +59,11 @@ def _write(
     ONE_IMAGE: tl.constexpr,  # ROWS divides T
     PART: tl.constexpr,
 ):
-    """The epilogue, PART columns at a time, because the result passes through shared memory."""
+    """The epilogue, PART columns at a time, which bounds the shared memory for the result."""
     ROWS: tl.constexpr = sums.shape[0]
     WIDTH: tl.constexpr = sums.shape[1]
     if WIDTH > PART:
-        # In registers, nothing moves.
+        # Both halves stay in the registers in which they are.
         left, right = tl.split(tl.permute(tl.reshape(sums, (ROWS, 2, WIDTH // 2)), (0, 2, 1)))
         _write(
             out, bias, gate, left, part, row, column, rows, tokens, gate_stride,
@@ -97,7 +97,7 @@ def _write(
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
 def _product_kernel(
-    result,  # (S·R, M), reached through its descriptors
+    result,  # (S·R, M), written only through the descriptors out_head and out_tail
     x,  # descriptor of (R, K), blocks (ROWS, DEPTH)
     weight_head,  # descriptor of (M, K), blocks (HEAD, DEPTH)
     weight_tail,  # the same with blocks (TAIL, DEPTH), None when TAIL is 0
@@ -155,7 +155,7 @@ def _product_kernel(
 
 
 def why_not(x: Tensor, weight: Tensor) -> str | None:
-    """Why there is no such product of x (…, K) and weight (M, K), or None if there is one."""
+    """Why this kernel cannot multiply x (…, K) and weight (M, K), or None if it can."""
     if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
         return f"dtypes {x.dtype} and {weight.dtype}: both bfloat16 or both float16 are supported"
     for name, tensor in (("x", x), ("weight", weight)):
@@ -167,7 +167,7 @@ def why_not(x: Tensor, weight: Tensor) -> str | None:
         return f"{len(weight)} outputs: a multiple of 8 is needed"
     if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] != 9:
         major, minor = torch.cuda.get_device_capability(x.device)
-        return f"compute capability {major}.{minor}: 9.0 (Hopper) is needed"
+        return f"compute capability {major}.{minor}: only 9.0 (Hopper) is supported"
     return None
 
 
@@ -180,7 +180,7 @@ def product(
     gelu: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """x (…, K) · weight (M, K)ᵀ + bias (M,), then tanh-GELU if wanted → (…, M) contiguous.
+    """x (…, K) · weight (M, K)ᵀ + bias (M,), then tanh-GELU if ``gelu`` → (…, M) contiguous.
 
     Raises:
         Unavailable: operands that `why_not` refuses.
@@ -194,9 +194,10 @@ def product(
 def product_gate_residual(
     x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, residual: Tensor, tiles: ProductTiles
 ) -> Tensor:
-    """residual (N, T, M) += gate (N, M) · (x (N, T, K) · weight (M, K)ᵀ + bias), rounded once.
+    """residual (N, T, M) += gate (N, M) · (x (N, T, K) · weight (M, K)ᵀ + bias (M,)), rounded once.
 
-    ``residual`` is contiguous and overwritten; the rows of gate may lie at any stride.
+    ``residual`` is contiguous, is overwritten and is returned. The rows of gate may have any
+    stride.
 
     Raises:
         Unavailable: operands that `why_not` refuses.
@@ -210,7 +211,7 @@ def product_partial_sums(
 ) -> Tensor:
     """x (N, T, K) · weight (M, K)ᵀ over each of S = ``tiles.splits`` parts of K → (S, N, T, M).
 
-    The sums are float32; who reads them next adds them up and adds the bias.
+    The result is float32. The kernel that reads it must add up the S sums and the bias.
 
     Raises:
         Unavailable: operands that `why_not` refuses.
@@ -244,7 +245,7 @@ def _launch(
     x = x.reshape(-1, x.shape[-1])
     splits, rows, outputs = out.shape
     head, tail = split(tiles.columns)
-    # A part's bytes per row, which pass through shared memory; a residual comes in the same way.
+    # Bytes per row of the part that is in shared memory at once; a residual is loaded through it.
     written = 256 if tiles.num_warps == 8 and gate is None else 128
     head_part, tail_part = (min(written // out.element_size(), side) for side in (head, tail))
 
@@ -253,7 +254,7 @@ def _launch(
 
     count = -(-outputs // tiles.columns) * -(-rows // tiles.rows) * splits
     programs = min(count, device_facts(x.device)[1] * (1 if tiles.num_warps == 8 else 2))
-    # With two accumulators ptxas would wait for each of their matrix instructions (C7515).
+    # With two accumulators, ptxas would make each matrix instruction wait (its warning C7515).
     fused_loops = count > programs and tiles.num_warps == 8 and tail == 0 and splits == 1
     launch(
         _product_kernel, programs,

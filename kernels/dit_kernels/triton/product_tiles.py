@@ -1,7 +1,7 @@
-"""The tilings of `dit_kernels.triton.product`, and which of them are worth a measurement.
+"""The tilings of `dit_kernels.triton.product`, and which of them are worth measuring.
 
-A tile's sides are powers of two in Triton, so a tile of 192 columns has two accumulators, of 128
-and 64 columns: 1152 = 6 · 192 and 3456 = 18 · 192 then waste nothing.
+The sides of a tile are powers of two in Triton. A tile of 192 columns therefore has two
+accumulators, of 128 and 64 columns. 1152 = 6 · 192 and 3456 = 18 · 192 columns waste nothing then.
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ from typing import NamedTuple
 
 from dit_kernels.triton.launch import split
 
-DEPTH = 64  # of K, per step: 128 bytes, the widest that shared memory swizzles
-SHARED_MEMORY = 232448  # bytes, of a block; a multiprocessor has 1 KB more for each block
+DEPTH = 64  # inputs per step of the loop: 128 bytes, the widest swizzle of shared memory
+SHARED_MEMORY = 232448  # bytes per block; a multiprocessor has 1 KB more for each block
 SIDES = ((128, 128), (128, 144), (128, 192), (128, 256), (64, 128), (64, 144), (64, 192))
-FEW_ROWS = 1024  # up to here, partial sums are small beside the weight
+FEW_ROWS = 1024  # up to this number of rows, partial sums have few bytes beside the weight
 
 
 class ProductTiles(NamedTuple):
-    """How a product is cut, and what the compiler is told of it."""
+    """The tile sizes and splits of a product, and options of Triton's compiler."""
 
     rows: int
     columns: int  # a power of two, or the sum of two
-    depth: int  # of K, per step of the loop
+    depth: int  # inputs per step of the loop
     num_warps: int
     num_stages: int
-    splits: int = 1  # of K
+    splits: int = 1  # number of parts of K
 
 
 def reached(rows: int, columns: int) -> float:
-    """The share of the matrix rate at which shared memory can feed a tile's operands.
+    """The share of the rate of the tensor cores at which shared memory can feed a tile (at most 1).
 
-    Per 16 of K, 2048 multiplications take a cycle, and shared memory delivers 128 bytes in it. For
-    each accumulator, every group of 64 rows reads its rows and the accumulator's columns; both are
-    written once, when they arrive.
+    For 16 inputs, the tile takes ``rows`` · ``columns`` / 128 cycles. Shared memory moves 128 bytes
+    per cycle. For each accumulator, every group of 64 rows reads its own rows of x and the columns
+    of the accumulator. Both operands are also written once, when they arrive.
     """
     accumulators = 2 if split(columns)[1] else 1
     read = rows // 64 * 32 * (64 * accumulators + columns)
@@ -42,14 +42,15 @@ def reached(rows: int, columns: int) -> float:
 def tiles_for(
     rows: int, columns: int, count: int, processors: int, splits: int = 1
 ) -> ProductTiles:
-    """Tiles with as many stages as shared memory allows, if there are ``count`` · ``splits``.
+    """Tiles with as many stages as fit into shared memory, but at most 6.
 
-    A multiprocessor holds two programs of 4 warps, of which one writes while the other multiplies;
-    or one program with more stages, if there are no more tiles than multiprocessors.
+    A multiprocessor holds two programs, of which one writes while the other multiplies. It holds
+    one program, with more stages, if there are no more tiles (``count`` · ``splits``) than
+    multiprocessors (``processors``), or if a tile has 256 columns.
     """
     alone = count * splits <= processors or columns == 256
     num_warps = 8 if alone and rows == 128 else 4
-    # Through which the result leaves, a part of each accumulator at a time.
+    # Bytes of shared memory through which the result is written, a part of an accumulator at once.
     part = 256 if num_warps == 8 else 128
     through = rows * (part + min(part, 4 * split(columns)[1]))
     memory = SHARED_MEMORY if alone else (SHARED_MEMORY - 1024) // 2
@@ -58,12 +59,13 @@ def tiles_for(
 
 
 def candidates(rows: int, inputs: int, outputs: int, processors: int) -> dict[str, ProductTiles]:
-    """Up to 6 tilings of a product (R, K) · (M, K)ᵀ that may be the quickest, by name.
+    """Name → up to 6 tilings of a product (R, K) · (M, K)ᵀ that are worth measuring.
 
-    The work of the busiest multiprocessor, and the rate that `reached` gives, estimate each
-    tiling's time. Those of up to 1.4 times the least are left, except where another one with as
-    many warps is quicker and worse in neither. For few rows, whose tiles leave multiprocessors
-    idle, also splits of K that occupy them; only `product_partial_sums` takes those.
+    A tiling's time is estimated from the work of the busiest multiprocessor and the rate that
+    `reached` gives. At most four tilings are kept, all within 1.4 times the shortest time. A tiling
+    is left out if another with as many warps takes less than 0.95 of its time and is not worse in
+    work or in rate. For few rows, whose tiles leave multiprocessors idle, up to two tilings that
+    split K are added; they are only for `product_partial_sums`.
     """
     counts, tiles, merits = {}, {}, {}
     for down, across in SIDES:
@@ -89,7 +91,7 @@ def candidates(rows: int, inputs: int, outputs: int, processors: int) -> dict[st
             found[f"{sides[0]}x{sides[1]}"] = tiles[sides]
     if rows <= FEW_ROWS:
         for sides in ((128, 128), (128, 192)):
-            # One tile per multiprocessor, or two where that would leave many of them idle.
+            # One tile per multiprocessor, or two if one would allow no split.
             splits = processors // counts[sides]
             if splits < 2:
                 splits = 2 * processors // counts[sides]

@@ -29,7 +29,7 @@ def normalize(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """LayerNorm over the D columns, mean first."""
+    """LayerNorm over the D columns without weight and bias; the mean is subtracted first."""
     centered = values - tl.sum(values, 0) * (1.0 / D)
     centered = tl.where(tl.arange(0, BLOCK) < D, centered, 0.0)
     return centered * tl.rsqrt(tl.sum(centered * centered, 0) * (1.0 / D) + eps)
@@ -44,20 +44,22 @@ def quantize(
 ):
     """(codes, scale) of a row: its largest magnitude becomes the code LIMIT.
 
-    Integer codes are whole numbers, and 0 for NaN. The scale belongs to a magnitude of at least
-    1e-12, and is NaN if the row has one: as bits, NaN is larger than every number.
+    Integer codes are whole numbers; the code of NaN is 0. The scale is that of a magnitude of at
+    least 1e-12, and NaN if the row has a NaN, whose bits are larger than those of any number.
 
-    EXACT: the quotients are rounded correctly. That matters where values / scale can lie exactly
-    between two codes, as bfloat16 values do, and not for values that are themselves results.
+    EXACT: the quotients are rounded correctly. This is needed for values as they come from memory:
+    in bfloat16, values / scale can lie exactly between two codes. Values that were just computed in
+    float32 do not need it.
     """
     bits = tl.abs(values).to(tl.int32, bitcast=True)
     peak = tl.max(bits, 0).to(tl.float32, bitcast=True)
     # Not tl.maximum, which would drop a NaN.
     scale = tl.div_rn(tl.where(peak < 1e-12, 1e-12, peak), LIMIT * 1.0)
-    # One reciprocal a row. A quotient is at most two ulps above LIMIT, and rounds to it: no clamp.
+    # One reciprocal per row. A quotient is at most two ulps above LIMIT and rounds to LIMIT, so no
+    # clamp is needed.
     inverse = tl.div_rn(1.0, scale)
     codes = values * inverse
-    if EXACT:  # Markstein 1990: corrected by what is left over
+    if EXACT:  # Markstein 1990: corrected by the remainder
         codes = tl.fma(tl.fma(codes, -scale, values), inverse, codes)
     if INTEGER:
         # Half to even for numbers below 2²²: around 1.5 · 2²³, a float32 has no fraction.

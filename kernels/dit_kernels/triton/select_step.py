@@ -1,7 +1,7 @@
-"""What a sampler's step needs beside the latents, taken out of tables by a counter on the device.
+"""Copies the modulations and coefficients of one sampler step from tables in device memory.
 
-A CUDA graph that begins with it has nothing of the step as an argument, so a step is the launch of
-the graph alone. `dit_kernels.triton.embed` moves the counter.
+A counter in device memory says which step it is; `dit_kernels.triton.embed` increments it. A CUDA
+graph that contains both kernels needs no arguments per step, so a step is one launch of the graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BLOCK = 1024  # words of 4 bytes
 @triton.jit
 def _select_step_kernel(
     modulation,  # (M, WIDTH) contiguous, as words of 4 bytes
-    label,  # (M,) int64, each row's place among the table's labels
+    label,  # (M,) int64, index of each row's label in the table
     coefficients,  # (9,), as words
     where,  # (5,) int64
     WIDTH: tl.constexpr,
@@ -47,14 +47,14 @@ def _select_step_kernel(
 
 
 def select_step(modulation: Tensor, label: Tensor, coefficients: Tensor, where: Tensor) -> None:
-    """Write this step's modulations (M, W), W even, and 9 float32 coefficients.
+    """Write this step's values into ``modulation`` (M, W) and ``coefficients`` (9,) float32.
 
-    label: (M,) int64, each row's place among the labels of the table (steps, labels, W), which has
-    modulation's dtype.
-
-    where: (5,) int64: the step; the address of the table and the step that it begins with; how many
-    labels the table has; the address of the coefficients of all steps. The addresses are multiples
-    of 16.
+    Args:
+        modulation: in the dtype of the table (steps, labels, W); a row has a multiple of 4 bytes.
+        label: (M,) int64, the index of each row's label in the table.
+        where: (5,) int64 on the device: the step; the table's address; the table's first step; its
+            number of labels; the address of the coefficients (steps, 9). Both addresses are
+            multiples of 16 and are not checked.
     """
     words = modulation.view(torch.int32)
     rows, width = words.shape

@@ -1,4 +1,4 @@
-"""Softmax over rows of float32 scores, each held whole in registers."""
+"""Softmax over rows of float32 scores; a program holds a whole row in registers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dit_kernels.triton.launch import launch, power_of_two
 def _softmax_kernel(
     scores,  # (R, T) float32
     out,  # (R, T)
-    factor,  # of the scores, as exponents of 2
+    factor,  # scale · log2(e)
     length,  # T
     BLOCK: tl.constexpr,
 ):
@@ -29,7 +29,8 @@ def _softmax_kernel(
 
 
 def softmax(scores: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """softmax(scale · scores) over the last dimension, for scores (…, T) in contiguous float32."""
+    """softmax(scale · scores) over the last dimension of contiguous float32 scores (…, T), in
+    ``dtype``."""
     out = torch.empty_like(scores, dtype=dtype)
     if scores.numel() > 0:
         length = scores.shape[-1]

@@ -96,7 +96,10 @@ def test_what_was_chosen_is_right_and_remembered(
     first = latents(Engine(engine.model, device=DEVICE), "lean", **options)
     assert relative_error(first, exact) < 3 * relative_error(eager, exact)
     (known,) = remembered().values()
-    assert {key.split()[0] for key in known} == {"qkv", "attention", "proj", "fc1", "fc2"}
+    products = (
+        {"qkv", "proj", "fc1", "fc2"} if torch.cuda.get_device_capability()[0] == 9 else set()
+    )
+    assert {key.split()[0] for key in known} == {"attention", *products}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = latents(Engine(engine.model, device=DEVICE), "lean", **options)

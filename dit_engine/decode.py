@@ -62,11 +62,11 @@ class LatentDecoder:
     def __call__(self, z: Tensor, precision: str, make: MakeDecoder | None = None) -> Tensor:
         """Sampler latents z (N, c, h, w) → float32 images (N, 3, H, W), about [-1, 1].
 
-        Decoding is in float32 for precision "fp32" and "fp16" (Stable Diffusion's decoder
-        overflows float16), else in bfloat16 where the device has that. In float32 on the CPU it
-        goes image by image, so that an image's bits do not depend on the batch. When memory runs
-        short it goes image by image too, then tile by tile, with a warning (tiles change colours a
-        little).
+        Decoding is in float32 for precision "fp32" and "fp16" (Stable Diffusion's decoder overflows
+        float16) and on devices without bfloat16, otherwise in bfloat16. In float32 on the CPU
+        images are decoded one by one, so that an image's bits do not depend on the batch. If memory
+        runs out, images are decoded one by one, then tile by tile, with a warning (tiles change
+        colours a little).
 
         make: the `Backend.decoder` of the backend that sampled; None is the VAE's own decoder.
         """

@@ -207,8 +207,9 @@ class Engine:
                 While "compile" compiles, PYTHONSAFEPATH is set in this process's environment.
             precision: "fp32", "bf16" or "fp16", of the model; with "lean" also "int8" (on the CPU)
                 and "fp8" (on CUDA), which quantise the blocks' matrix products. The sampler is
-                always float32; the VAE decodes in float32 for "fp32" and "fp16" and on GPUs before
-                Ampere, which have no bfloat16 and refuse "bf16", else in bfloat16.
+                always float32. The VAE decodes in float32 for "fp32" and "fp16", otherwise in
+                bfloat16. GPUs before Ampere have no bfloat16: they refuse "bf16" and decode in
+                float32.
             output: "pil", "np", "pt" or "latent"; None is "pil", or "latent" without a VAE.
             callback: called with a `Progress` after every step.
 

@@ -72,7 +72,7 @@ def position_embedding(hidden_size: int, side: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Each patch of p × p latents to one token (paper, section 3.2, figure 4)."""
+    """Latents (N, C, S, S) → tokens (N, T, D), one per patch (paper, section 3.2, figure 4)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Time steps as sinusoids (`timestep_embedding`), then two layers."""
+    """Time steps (N,) → (N, D): sinusoids (`timestep_embedding`), then two linear layers."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """A learned vector per class, and one for the null class where there is one."""
+    """Labels (N,) → (N, D): a learned vector per class, and for the null class if there is one."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the tokens of an image."""
+    """Multi-head self-attention over the tokens of an image, (N, T, D) → (N, T, D)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with tanh-GELU between them."""
+    """Two linear layers with tanh-GELU between them, (N, T, D) → (N, T, D)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """adaLN and one layer, from tokens to the numbers of their patches."""
+    """adaLN and a linear layer: tokens (N, T, D) → patches (N, T, p·p·C_out)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class DiT(nn.Module):
         return self.unpatchify(self.final_layer(tokens, c))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """See the class."""
+        """x (N, C, S, S), t (N,) and y (N,) → (N, C_out, S, S), see the class."""
         return self.forward_conditioned(x, self.condition(t, y))
 
     def unpatchify(self, tokens: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from dit_engine.arguments import shown
 T = TypeVar("T")
 
 OLDEST_WITH_BFLOAT16 = (8, 0)
-"""The compute capability of Ampere. Older GPUs have no such products; torch emulates some of them,
-slowly, and refuses the convolutions."""
+"""The compute capability of Ampere. Older GPUs have no bfloat16 arithmetic: torch emulates matrix
+products, slowly, and refuses convolutions."""
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
@@ -52,7 +52,7 @@ def parse_device(device: str | torch.device | None) -> torch.device:
 
 
 def bfloat16_why_not(device: torch.device) -> str | None:
-    """Why nothing can be computed in bfloat16 on ``device``, or None if it can."""
+    """Why ``device`` cannot compute in bfloat16, or None if it can."""
     if device.type != "cuda":
         return None
     capability = torch.cuda.get_device_capability(device)

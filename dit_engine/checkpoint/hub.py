@@ -135,7 +135,7 @@ def open_directory(path: Path) -> tuple[Path, Path | None, tuple[str, ...] | Non
 
 
 def find_weights(directory: Path) -> Path:
-    """The file of weights in ``directory``; ValueError, which lists what is there, without one."""
+    """The weights file in ``directory``. Raises ValueError if there is none, with a file list."""
     for name in WEIGHT_NAMES:
         if (directory / name).is_file():
             return directory / name
@@ -146,5 +146,5 @@ def find_weights(directory: Path) -> Path:
 
 
 def listing(directory: Path) -> str:
-    """Some of the names in ``directory``, for messages."""
+    """Some of the file names in ``directory``, for an error message."""
     return some_of(sorted(p.name for p in directory.iterdir() if not p.name.startswith(".")))

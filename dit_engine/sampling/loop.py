@@ -64,11 +64,12 @@ def sample_fused(
     report: Callback,
     clip: tuple[float, np.ndarray] | None = None,
 ) -> Tensor:
-    """z (N, C, S, S) float32, the starting noise → latents of the same shape, the caller's own.
+    """Starting noise z (N, C, S, S) float32 → latents of the same shape, in memory of their own.
 
     Args:
         draws, guides: (steps,) bool: which steps add noise, and which are guided.
-        report: the latents that it is given are overwritten by the next step.
+        noise: k → the noise of step k, (N, C, S, S).
+        report: called after each step; the next step overwrites the latents that it gets.
         clip: of `dit_engine.sampling.coefficients.clipping`.
     """
     z = z.contiguous()  # latents from the caller may have any strides

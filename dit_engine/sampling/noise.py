@@ -20,7 +20,7 @@ AHEAD = 4
 
 
 class NoiseSource(Protocol):
-    """Where a batch's noise comes from, on ``device``."""
+    """Gives the noise of one batch, on ``device``."""
 
     device: torch.device
 
@@ -29,7 +29,7 @@ class NoiseSource(Protocol):
         ...
 
     def __call__(self, step: int) -> Tensor:
-        """The draw of the ``step``-th step taken, (N, C, S, S) float32."""
+        """The noise that the ``step``-th step adds, (N, C, S, S) float32."""
         ...
 
 

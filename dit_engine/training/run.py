@@ -116,7 +116,7 @@ def train(
     beside the model, say if the model is plainly not trained (`judge`).
 
     Args:
-        device: "cpu", "cuda", …; None chooses CUDA where there is one.
+        device: "cpu", "cuda", …; None is CUDA if there is a GPU, otherwise the CPU.
         decoder_budget: trains the VAE's decoder again at the end; the latents stay as they are.
         threads: of the CPU. None takes what other programs leave free, but at most torch's own
             number; if the environment has OMP_NUM_THREADS, it takes that number.
@@ -124,8 +124,8 @@ def train(
     Returns:
         The directory for `Engine.from_pretrained`, and the outcome.
 
-    Raises ValueError, before anything is read, for a device that is not there, and for a GPU before
-    Ampere: networks are trained in bfloat16.
+    Raises ValueError, before any file is read, for a device that does not exist and for a GPU
+    before Ampere, because networks are trained in bfloat16.
     """
     device = parse_device(device)
     if (reason := bfloat16_why_not(device)) is not None:

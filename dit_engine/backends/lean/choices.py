@@ -1,7 +1,7 @@
-"""What computes the products and the attention on CUDA: chosen by measurement, and remembered.
+"""Chooses by measurement which kernels compute the products and the attention on CUDA.
 
-A forward of M rows takes for each of its parts (`dit_engine.backends.lean.forward.Parts`) the
-quickest of the `candidates` on this device. `dit_engine.backends.lean.choice_file` remembers.
+For each of its parts (`dit_engine.backends.lean.forward.Parts`) a forward of M rows uses the
+fastest of the `candidates` on its device. `dit_engine.backends.lean.choice_file` stores the times.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ CORES = os.cpu_count() or 1
 
 
 def by_measurement(transformer: LeanTransformer) -> Callable[[int], Parts]:
-    """The ``parts`` of a transformer on CUDA: `ChosenParts` with the file of its device, unless
-    there is nothing to choose or choosing is turned off.
+    """The function for `LeanTransformer.parts` on CUDA: `ChosenParts` with the file of the device,
+    or the transformer's own function if there is nothing to choose or choosing is turned off.
 
     Raises ValueError for a `dit_kernels.chooser.VARIABLE` that is neither 0 nor 1.
     """
@@ -49,8 +49,8 @@ def by_measurement(transformer: LeanTransformer) -> Callable[[int], Parts]:
 class ChosenParts:
     """Number of rows → `Parts`, chosen at the first call for this number. Threads may share it.
 
-    Every call of a forward goes through here, so that a number of rows has the same parts whether
-    its forward is in a graph or not.
+    Every forward asks here, so forwards with the same number of rows use the same parts, inside and
+    outside of graphs.
     """
 
     def __init__(self, transformer: LeanTransformer, chooser: Chooser) -> None:
@@ -60,7 +60,7 @@ class ChosenParts:
 
     def __call__(self, rows: int) -> Parts:
         if (known := self._chosen.get(rows)) is not None:
-            return known  # without waiting for a measurement, as in a capture
+            return known  # without the lock: a capture must not wait for another measurement
         with self._lock:
             if rows not in self._chosen:
                 try:
@@ -78,7 +78,7 @@ class ChosenParts:
         found, chosen = candidates(self.transformer, rows), dict[str, Run]()
         self._compile(rows, found)
         for part, ways in found.items():
-            # Made at the first call: there is none if the choice is remembered.
+            # The example is made at the first call, and never if the choice is already stored.
             example = functools.cache(functools.partial(Example, self.transformer, part, rows))
             calls = {name: lambda e=example, way=way: e().call(way) for name, way in ways.items()}
             key = _key(self.transformer, part, rows)
@@ -88,8 +88,8 @@ class ChosenParts:
         return replace(self.transformer.usual, **chosen)
 
     def _compile(self, rows: int, found: Mapping[str, Mapping[str, Run]]) -> None:
-        """All that will be measured, on all cores: a kernel takes about a second. What fails here
-        fails again where it is measured."""
+        """Compile all candidates that will be measured, on all cores, because each takes about a
+        second. Errors are ignored here: they occur again when the candidate is measured."""
         from dit_kernels.triton.compiling import only_compiling
 
         named = {part: _key(self.transformer, part, rows) for part in found}
@@ -119,8 +119,8 @@ def _widths(transformer: LeanTransformer, part: str) -> tuple[int, int]:
 
 
 def candidates(transformer: LeanTransformer, rows: int) -> dict[str, dict[str, Run]]:
-    """For parts of a forward of ``rows`` rows: name → the function, the default first. Parts that
-    are not there have only their default."""
+    """Part of a forward of ``rows`` rows → name → function, the default first. A part that is not
+    in the result has only its default."""
     dtype, device, config = transformer.dtype, transformer.device, transformer.config
     if dtype == torch.float32 or rows == 0 or why_not("triton", "attention", device) is not None:
         return {}
@@ -136,7 +136,8 @@ def candidates(transformer: LeanTransformer, rows: int) -> dict[str, dict[str, R
 
 
 def _products(transformer: LeanTransformer, part: str, rows: int) -> dict[str, Run]:
-    """The library's product and our own; at the end of a branch, with the norm after it."""
+    """Name → product of ``part``: cuBLASLt's ("library") and ours in several tilings. For "proj"
+    and "fc2" the function also computes the norm after the product."""
     from dit_kernels.triton import product as own
     from dit_kernels.triton.attention import device_facts
 
@@ -190,7 +191,7 @@ def _products(transformer: LeanTransformer, part: str, rows: int) -> dict[str, R
 
 
 class Example:
-    """A call of one part of the first block with random activations."""
+    """Calls one part of the first block with random activations."""
 
     def __init__(self, transformer: LeanTransformer, part: str, rows: int) -> None:
         config, self.transformer, self.part = transformer.config, transformer, part
@@ -204,7 +205,7 @@ class Example:
         self.h = random(rows, config.num_tokens, _widths(transformer, part)[0])
         self.product: Any = getattr(transformer.blocks[0], part, None)
         if part in ("proj", "fc2"):
-            # As large as the branch, so that errors of both are seen.
+            # The residual is as large as the branch, so that errors in either of them show.
             size = self.product(self.h).float().square().mean().sqrt().item()
             self.before = random(rows, config.num_tokens, d) * size
             self.x = torch.empty_like(self.before)

@@ -108,8 +108,10 @@ class ModulationTable:
         self._table = torch.empty(0)
 
     def steps_from(self, k: int) -> tuple[int, Tensor]:
-        """The chunk of the table that holds step k: its first step, and the modulations of this and
-        the following steps (steps, L, width)."""
+        """The chunk that holds step k: (its first step, its modulations (steps, L, width)).
+
+        Another chunk is computed, and the one before is freed, if k is not in the current chunk.
+        """
         first = k - k % self.chunk
         if first != self._first:
             self._table = torch.empty(0)  # freed before the next chunk is made

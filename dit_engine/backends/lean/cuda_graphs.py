@@ -1,4 +1,4 @@
-"""Whole sampler steps as CUDA graphs: one launch in place of some three hundred."""
+"""Whole sampler steps as CUDA graphs: one launch in place of 201 for XL/2 in bf16."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dit_engine.backends.lean.forward import LeanTransformer, Run
 from dit_kernels.dispatch import chosen, launcher
 
 Key = tuple[int, bool, int]
-"""N images, whether they are guided, and how many of their channels are."""
+"""The number of images, whether they are guided, and the number of guided channels."""
 
 
 class Where(NamedTuple):
-    """What `dit_kernels.triton.select_step` reads in the device's memory."""
+    """The five numbers that `dit_kernels.triton.select_step` reads from device memory."""
 
     step: int
     table: int  # address
@@ -34,8 +34,10 @@ def step_graphs(transformer: LeanTransformer) -> GraphCache[Key, StepGraph]:
 
 
 class StepGraph(CapturedGraph):
-    """One captured step of N images. Its latents are updated in place, and a counter in its memory
-    says which step it takes next, so that a step after another is the launch of the graph alone.
+    """One captured step of N images.
+
+    The latents are updated in place, and a counter in device memory holds the next step. The step
+    after the last one is therefore one launch of the graph and nothing else.
     """
 
     def __init__(self, transformer: LeanTransformer, key: Key, turns: Turns, pool: Any) -> None:
@@ -52,7 +54,7 @@ class StepGraph(CapturedGraph):
         width = (6 * config.depth + 2) * config.hidden_size
         self.modulation = static(self.rows, width, dtype=dtype)
         self.tokens = static(self.rows, config.num_tokens, config.hidden_size, dtype=dtype)
-        self.label = static(self.rows, dtype=torch.int64)  # each row's place in the table
+        self.label = static(self.rows, dtype=torch.int64)  # index of each row's label in the table
         self.where = static(len(Where._fields), dtype=torch.int64)
         self._known: Where | None = None  # what is in `where`
         self._table: ModulationTable | None = None
@@ -64,7 +66,7 @@ class StepGraph(CapturedGraph):
             self._select = select_step
         self._update: Run = launcher("guided_step", transformer.device)
         transformer.parts(self.rows)  # measured and chosen before the capture
-        # The runs before the capture take steps 1 and 2, of a table of no labels.
+        # The runs before the capture take steps 1 and 2 of a table with no labels.
         spare = static(8, 9)
         here = Where(0, self.modulation.data_ptr(), 0, 0, spare.data_ptr())
         self._tell(here)
@@ -92,8 +94,8 @@ class StepGraph(CapturedGraph):
     def __call__(
         self, z: Tensor, x0_before: Tensor, noise: Tensor | None, step: int
     ) -> tuple[Tensor, Tensor]:
-        """The step from these latents; its results are in this graph's memory, and the next step
-        copies neither them nor anything else."""
+        """Take a step, as `dit_engine.backends.FusedDenoiser.guided_step`. The results are in the
+        graph's memory; passed to the next call, they are not copied."""
         assert self._table is not None
         coefficients = self._coefficients.data_ptr()
         with self.turns.take(), torch.inference_mode():
@@ -101,7 +103,7 @@ class StepGraph(CapturedGraph):
             for own, given in ((self.z, z), (self.x0, x0_before), (self.noise, noise)):
                 if given is not None and given is not own:
                     own.copy_(given)
-            if self._select is None:  # torch has nothing that reads from an address
+            if self._select is None:  # without Triton: torch cannot read from an address
                 self._table.step(step, self.rows, out=self.modulation)
                 self.coefficients.copy_(self._coefficients[step])
             here = Where(step - 1, chunk.data_ptr(), first, chunk.shape[1], coefficients)
@@ -112,8 +114,8 @@ class StepGraph(CapturedGraph):
         return self.z, self.x0
 
     def _tell(self, here: Where) -> None:
-        """Write what the device does not know yet, by launches for which the host does not wait."""
-        known, self._known = self._known, None  # an interrupt in between leaves nothing known
+        """Write the numbers of `Where` that have changed; the host does not wait for the writes."""
+        known, self._known = self._known, None  # after an interrupt, all are written again
         for i, number in enumerate(here):
             if known is None or number != known[i]:
                 self.where[i].fill_(number)

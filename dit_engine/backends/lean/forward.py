@@ -58,11 +58,11 @@ class LeanTransformer:
         self.quantized = quantized
         self.norms = _norms(device, quantized)
         usual = Parts(_attention(model, device))
-        if quantized == "fp8":  # its GELU comes with the codes, in `Norms.hidden`
+        if quantized == "fp8":  # `Norms.hidden` applies the GELU, with the quantisation
             usual = replace(usual, fc1=usual.qkv)
         self.usual = usual
         self.parts: Callable[[int], Parts] = lambda rows: usual
-        """Number of rows → what computes them."""
+        """Number of rows → the `Parts` that compute a forward of so many rows."""
 
         def packed(layer: nn.Linear) -> Product:
             if quantized is None:
@@ -99,8 +99,8 @@ class LeanTransformer:
         )
 
     def embed(self, z: Tensor, out: Tensor, counter: Tensor | None = None) -> None:
-        """Latents z (N, C, S, S) → tokens (M, T, D) in ``out``, M = N, or 2·N for the same tokens
-        twice. ``counter``, an int64 number on the device, is raised by one."""
+        """Latents z (N, C, S, S) → tokens (M, T, D) in ``out``. M is N, or 2·N for the same tokens
+        twice. ``counter``, one int64 number on the device, is incremented."""
         z = z.float().contiguous()
         rest = *self.patches, self.config.patch_size
         if self._embeds_halves:
@@ -128,7 +128,7 @@ class LeanTransformer:
         h = norms.first(x, vectors[0], vectors[1], NORM_EPS, memory)
         for i, block in enumerate(self.blocks):
             _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors[6 * i : 6 * i + 6]
-            # One variable for all activations, so that each is freed before the peak.
+            # All activations have one name, so that each is freed as soon as the next is made.
             h = parts.qkv(block.qkv, h, out=memory.qkv)
             h = parts.attention(h, config.num_heads, out=memory.attended)
             h = norms.attended(h, memory)
@@ -153,22 +153,25 @@ class LeanTransformer:
 def product_norm(
     product: Run, h: Any, x: Tensor, vectors: tuple[Any, ...], norm: Run, memory: Activations
 ) -> Any:
-    """The end of a branch: a product, then the residual and the next norm; what ``norm`` returns.
+    """The end of a branch: x += gate · product(h) in place, then the next norm; returns the norm.
 
     Args:
+        h: (M, T, K), what ``product`` takes. x: (M, T, D), the residual.
         vectors: gate, shift and scale, each (M, D), and eps.
+        norm: `Norms.next` or `Norms.last`.
     """
     return norm(x, product(h, out=memory.narrow), *vectors, memory)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What computes the five parts of every block between the norms.
+    """The functions that compute the five parts of every block.
 
     Attributes:
         attention: (packed qkv (M, T, 3·D), heads, out=) → (M, T, D).
-        qkv, fc1: (product, h, out=) → (M, T, 3·D) and, with GELU unless "fp8", (M, T, 4·D).
-        proj, fc2: as `product_norm`.
+        qkv: (product, h, out=) → (M, T, 3·D).
+        fc1: (product, h, out=) → the hidden layer (M, T, 4·D), after the GELU except for "fp8".
+        proj, fc2: the end of a branch, with the arguments and result of `product_norm`.
     """
 
     attention: Run
@@ -227,14 +230,16 @@ def _attention(model: DiT, device: torch.device) -> Run:
 
 @dataclass
 class Norms:
-    """adaLN between the products. Each norm updates x in place and returns what the next product
-    takes: the modulated norm, or its codes and row scales.
+    """adaLN between the products. Each function returns what the next product takes: the modulated
+    norm, or for quantised products its codes and row scales.
 
     Attributes:
-        first: (x, shift, scale, eps, memory). next: (x, y, gate, shift, scale, eps, memory), after
-            the branch y. last: the same without memory, of the final layer, never quantised.
-        attended, hidden: (h, memory), for the results of attention and of the hidden layer; of
-            "fp8", hidden applies the GELU.
+        first: (x, shift, scale, eps, memory), before the first block.
+        next: (x, y, gate, shift, scale, eps, memory) after a branch with result y; x += gate · y in
+            place.
+        last: as next, before the final layer: never quantised.
+        attended: (h, memory), for the result of attention.
+        hidden: (h, memory), for the hidden layer; for "fp8" it also applies the GELU.
     """
 
     first: Run

@@ -1,6 +1,6 @@
 """The fast decoder of a VAE: it computes what `AutoencoderKL.decode` computes, in packed layers.
 
-On a GPU, a decode of a shape that comes again is a CUDA graph.
+On a GPU, a shape that is decoded repeatedly runs as a CUDA graph.
 
 Shape letters: N images, H and W pixels, c latent channels, h and w latent rows and columns.
 """
@@ -27,8 +27,8 @@ ALIGNMENT = 8
 """Channels of the first and last layers on a GPU are padded to a multiple of this."""
 LARGEST_BATCH = 8
 LARGEST_BATCH_LATENTS = 8 * 64 * 64
-"""How much a GPU decodes at a time: 8 images of up to 512 pixels a side, fewer of larger ones. More
-at a time would not be quicker."""
+"""A GPU decodes at most so much at a time: 8 images of up to 512 × 512 pixels, fewer if they are
+larger. Larger batches are not expected to be faster; this is not measured."""
 
 
 class LeanDecoder:
@@ -58,8 +58,8 @@ class LeanDecoder:
         """The network's latents z (N, c, h, w) → float32 images (N, 3, H, W) on the device.
 
         In float32 on the CPU the images are decoded one by one, so that the bits of an image do not
-        depend on the batch, and on a GPU in batches of 8, 4, 2 and 1, so that few shapes occur.
-        Raises ValueError for a shape that the decoder does not take.
+        depend on the batch. A GPU decodes them in batches of 8, 4, 2 and 1, so that there are few
+        shapes to capture. Raises ValueError for latents of another shape.
         """
         if z.ndim != 4 or z.shape[1] != self.config.latent_channels or 0 in z.shape[2:]:
             raise ValueError(
@@ -79,7 +79,7 @@ class LeanDecoder:
         return images
 
     def _batches(self, n: int, latents: int) -> list[int]:
-        """How many images of ``latents`` pixels of latents are decoded together: their sum is n."""
+        """The sizes of the batches in which n images of h · w = ``latents`` are decoded."""
         if self.device.type == "cpu":
             return [1] * n if self.dtype == torch.float32 and n > 1 else [n]
         most, sizes = LARGEST_BATCH, list[int]()
@@ -92,7 +92,7 @@ class LeanDecoder:
 
 
 class Network:
-    """The decoder's layers, apart from `LeanDecoder` because graphs hold it too."""
+    """The decoder's layers. They are apart from `LeanDecoder` because graphs refer to them too."""
 
     def __init__(self, vae: AutoencoderKL, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.dtype, self.device, decoder = vae.config, dtype, device, vae.decoder
@@ -119,7 +119,7 @@ class Network:
         return torch.empty(size, dtype=torch.float32, device=self.device)
 
     def __call__(self, x: Tensor, pixels: Tensor) -> None:
-        """Latents x (N, c, h, w), which stay, → float32 ``pixels`` (N, 3, H, W)."""
+        """Latents x (N, c, h, w), which are not changed, → float32 ``pixels`` (N, 3, H, W)."""
         x, add = self.conv_in(self.post_quant(x)), None
         for layer in self.layers:
             x, add = layer(x, add)
@@ -132,7 +132,7 @@ class Network:
 
 
 def _padded(conv: nn.Conv2d, inputs: int = 1, outputs: int = 1) -> nn.Conv2d:
-    """The convolution with more channels, of zeros, up to multiples of ``inputs`` and ``outputs``.
+    """The convolution, padded with zero channels to multiples of ``inputs`` and ``outputs``.
 
     cuDNN's kernels for tensor cores read and write 16 bytes of channels at a time.
     """
@@ -163,7 +163,7 @@ Key = tuple[int, ...]
 
 
 class DecodeGraph(CapturedGraph):
-    """One captured decode, of latents in its own memory to pixels in its own memory."""
+    """One captured decode, from the graph's own latents to the graph's own pixels."""
 
     def __init__(
         self, network: Network, refused: set[Key], key: Key, turns: Turns, pool: Any
@@ -175,7 +175,7 @@ class DecodeGraph(CapturedGraph):
         try:
             _CAPTURING.submit(self._capture, network, stream, pool).result()
         except RuntimeError:
-            refused.add(key)  # unless another try, with more memory, follows
+            refused.add(key)  # `GraphCache` may drop graphs and try again, which clears this
             raise
         refused.discard(key)
 
@@ -184,7 +184,7 @@ class DecodeGraph(CapturedGraph):
             self.capture(lambda: network(self.z, self.pixels), pool)
 
     def decode(self, z: Tensor, pixels: Tensor) -> None:
-        """Latents z (N, c, h, w) → the caller's ``pixels`` (N, 3, H, W). It releases the graph."""
+        """Latents z (N, c, h, w) → the caller's ``pixels`` (N, 3, H, W). Then release the graph."""
         try:
             with self.turns.take(), torch.inference_mode():
                 self.z.copy_(z)
@@ -197,9 +197,9 @@ class DecodeGraph(CapturedGraph):
 class DecoderGraphs:
     """The captured decodes of one decoder. Threads may share it.
 
-    A shape is captured when it comes for the second time among the last shapes, because the capture
-    takes seconds: a rest that comes once is not worth it. A shape for whose graph memory did not
-    suffice is not tried again.
+    A shape is captured at its second decode, if it is still among the last `GRAPH_LIMIT` shapes. A
+    capture takes seconds, which a shape that occurs once, such as a last smaller batch, is not
+    worth. A shape whose capture failed for lack of memory is not tried again.
     """
 
     def __init__(self, network: Network) -> None:
@@ -210,7 +210,7 @@ class DecoderGraphs:
         self._cache = GraphCache(network.device, make, lambda key: f"a decode of latents {key}")
 
     def take(self, key: Key) -> DecodeGraph | None:
-        """A graph of ``key`` for the caller alone, or None: the decode is then run without."""
+        """A graph of ``key`` that only the caller uses, or None to decode without a graph."""
         with self._lock:
             again = key in self._seen
             self._seen[key] = None
@@ -221,17 +221,18 @@ class DecoderGraphs:
 
 
 _CAPTURING = ThreadPoolExecutor(1, "decoder-capture")
-"""Decodes are captured in one thread of their own. torch keeps cuDNN's choice for a shape by
-thread, measured or not: where the shape has been decoded before, nothing would be measured. It
-keeps the choice, which graphs use, for as long as the thread lives."""
+"""Decodes are captured in a separate thread. torch caches cuDNN's choice of algorithm per shape and
+thread, even a choice made without measuring. In a thread that has decoded the shape before, nothing
+would be measured. The cache, which graphs use, lives as long as its thread."""
 
 
 @contextmanager
 def convolutions_measured() -> Iterator[None]:
-    """cuDNN measures its algorithms for each convolution that comes for the first time in the
-    thread, unless the user has asked for deterministic ones: another measurement could choose
-    another. torch has one such switch for the process, so other threads may measure meanwhile. For
-    one thread at a time.
+    """Inside the block, cuDNN measures its algorithms for convolutions that are new to the thread.
+
+    It does not if the user has asked for deterministic algorithms, because two measurements could
+    choose different ones. torch's switch is for the whole process, so other threads may measure
+    too. Only one thread at a time may enter the block.
     """
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark

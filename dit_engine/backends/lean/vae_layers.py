@@ -4,13 +4,13 @@ All activations are in channels-last memory, so a 1×1 convolution is a linear l
 and the tokens of the attention are a view. Group norm and SiLU are one operator. Doubling the size
 and the 3×3 convolution after it are one transposed convolution (see `UpsampleConv`).
 
-On the CPU, oneDNN adds a convolution's bias to its result, and the result of a residual block's
-last convolution to the block's input. On x86 it reads weights in a layout of its own, and the
+On the CPU, oneDNN adds a convolution's bias to its result, and adds the result of a residual
+block's last convolution to the block's input. On x86 oneDNN has its own layout of weights, and the
 decoder holds only that copy of them.
 
-On a GPU each of these sums would be a pass over memory of its own, so they are left to the norm
-that comes next. Layers hand on x and what is still to be added to it: a tensor ``add``, or None,
-and ``shift``, a constant per channel that is known when the layers are made.
+On a GPU each of these sums would need another pass over memory, so the next norm adds them. A layer
+returns x and ``add``, a tensor that is still to be added to x, or None. Its attribute ``shift`` is
+a constant per channel that is also still to be added, or None.
 
 Shape letters: N images, H and W pixels, C channels.
 """
@@ -31,16 +31,17 @@ from dit_kernels.linear import onednn_takes
 TYPICAL_SIDE = 32
 """oneDNN chooses the layout of the weights for this input size; inputs of any size run with it."""
 LARGEST_SCORES = 4096
-"""Most tokens for which a GPU keeps the attention's scores in memory: 67 MB per image."""
+"""Up to this number of tokens a GPU holds the attention's scores in memory: 67 MB per image."""
 FLOAT32_CHAIN = 128
-"""Input channels of one float32 convolution. oneDNN adds up the products of a channels-last
-convolution one after another, 9 · C_in of them. Shorter sums halve the error of a convolution of
-512 channels and cost a few percent of its time."""
+"""A float32 convolution with more input channels than this is split on the CPU. oneDNN adds up the
+9 · C_in products of a channels-last convolution one after another. With shorter sums, a convolution
+of 512 channels has half the error and takes a few percent longer."""
 
 
 def layer_of(
     module: nn.Module, shift: Tensor | None, dtype: torch.dtype, device: torch.device
 ) -> LeanResnet | LeanAttention | UpsampleConv:
+    """The fast layer for a module of the decoder; ``shift`` is that of the layer before."""
     if isinstance(module, ResnetBlock):
         return LeanResnet(module, shift, dtype, device)
     if isinstance(module, Attention):
@@ -50,13 +51,13 @@ def layer_of(
 
 
 def leaves_sums(device: torch.device) -> bool:
-    """Whether the sums after convolutions are left to the next norm."""
+    """Whether the next norm adds what is left of a convolution or a residual block."""
     return device.type != "cpu"
 
 
 class Norm:
-    """Group norm and SiLU of x + ``add`` + ``shift``. Weight and bias stay in float32, in which the
-    operator computes."""
+    """Group norm and SiLU of x + ``add`` + ``shift``. The operator computes in float32, so weight
+    and bias stay in float32."""
 
     def __init__(
         self, norm: nn.GroupNorm, device: torch.device, shift: Tensor | None, silu: bool = True
@@ -68,7 +69,8 @@ class Norm:
         self.run = partial(run, shift=shift, silu=silu) if leaves_sums(device) else run
 
     def __call__(self, x: Tensor, add: Tensor | None = None, over: bool = False) -> Tensor:
-        """x (N, C, H, W), to which ``add`` is added in place. over: write the result over x too."""
+        """x (N, C, H, W) → the same shape. ``add`` is added to x in place. over: overwrite x with
+        the result."""
         options = {} if add is None else {"add": add}
         out = x if over else None
         return self.run(x, self.groups, self.weight, self.bias, self.eps, out=out, **options)
@@ -78,7 +80,7 @@ class Conv:
     """A 3×3 convolution with padding 1.
 
     Attributes:
-        shift: its bias in float32 (C_out,) where that is left to the next norm, else None.
+        shift: its bias (C_out,) in float32 if the next norm adds it, otherwise None.
     """
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, device: torch.device) -> None:
@@ -106,7 +108,8 @@ class Conv:
         return _channels_last(y)
 
     def add_to(self, skip: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """skip (N, C_out, H, W) + the convolution of x, written over ``skip`` or handed on."""
+        """The sum of skip (N, C_out, H, W) and the convolution of x: (sum, None), written over
+        ``skip``, or (skip, the convolution) if the next norm adds them."""
         if self.shift is not None:
             return skip, self(x)
         if not self.packed:
@@ -132,7 +135,7 @@ class UpsampleConv:
     pixel, and the doubled tensor is never made. Zero padding has the same effect in both forms.
     """
 
-    # Each row is a tap of the transposed convolution, and a 1 marks a tap that it adds up.
+    # A row is a tap of the transposed convolution; the 1s mark the 3×3 taps that it adds up.
     SUMS = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
 
     def __init__(
@@ -155,8 +158,8 @@ class UpsampleConv:
         self.weight = weight
 
     def __call__(self, x: Tensor, add: Tensor | None) -> tuple[Tensor, None]:
-        """(N, C, H, W) → (N, C, 2H, 2W). It may write over x."""
-        # No norm comes before this convolution, whose padding is 0 and not ``shift``.
+        """x (N, C, H, W) → (N, C, 2H, 2W); x may be overwritten."""
+        # ``shift`` must be added here, because the padding of this convolution is 0.
         if self.before is not None:
             assert add is not None, "a residual block comes before"
             x = self.add(x, add, self.before)
@@ -170,7 +173,7 @@ class UpsampleConv:
 
 
 class Pointwise:
-    """A 1×1 convolution of x + ``shift``: a linear layer over the channels of each pixel."""
+    """A 1×1 convolution of x + ``shift``, as a linear layer over the channels of each pixel."""
 
     def __init__(
         self, conv: nn.Conv2d, dtype: torch.dtype, device: torch.device, shift: Tensor | None = None
@@ -186,6 +189,8 @@ class Pointwise:
 
 
 class LeanResnet:
+    """A residual block: (x, add) → (x, add), see the module."""
+
     def __init__(
         self, block: ResnetBlock, shift: Tensor | None, dtype: torch.dtype, device: torch.device
     ) -> None:
@@ -201,7 +206,7 @@ class LeanResnet:
                 self.shift = shift + self.shift
 
     def __call__(self, x: Tensor, add: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(N, C_in, H, W) → (N, C_out, H, W). It may write over x."""
+        """x (N, C_in, H, W) → (N, C_out, H, W); x may be overwritten."""
         if self.shortcut is not None and add is None:
             skip, y = self.shortcut(x), self.norm1(x, over=True)
         else:
@@ -213,9 +218,9 @@ class LeanResnet:
 class LeanAttention:
     """Single-head self-attention over the pixels, with one packed projection to q, k and v.
 
-    A head of 512 dimensions is wider than any fused kernel of a GPU takes in its registers, and
-    there is only one, so few of the multiprocessors would have work. Products with the scores in
-    memory use all of them.
+    A head of 512 dimensions does not fit into the registers of a fused GPU kernel. With only one
+    head, such a kernel would also use few multiprocessors. On a GPU, two matrix products with the
+    scores in memory use all of them.
     """
 
     def __init__(
@@ -235,7 +240,7 @@ class LeanAttention:
         self.out = PackedLinear(_copy(out.weight, dtype, device), _copy(out.bias, dtype, device))
 
     def __call__(self, x: Tensor, add: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(N, C, H, W) → (N, C, H, W). It writes over x."""
+        """x (N, C, H, W) → the same shape; x is overwritten."""
         n, c, h, w = x.shape
         tokens = self.norm(x, add).permute(0, 2, 3, 1).reshape(n, h * w, c)
         qkv = self.qkv(tokens)  # (N, H·W, 3·C)
@@ -254,7 +259,7 @@ Layer = LeanResnet | LeanAttention | UpsampleConv
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """q · kᵀ in float32, (N, T, T)."""
-    if q.dtype == torch.float32 or q.device.type in ("cpu", "mps", "xpu"):  # have no out_dtype
+    if q.dtype == torch.float32 or q.device.type in ("cpu", "mps", "xpu"):  # bmm has no out_dtype
         return torch.bmm(q.float(), k.float().mT)
     return torch.bmm(q, k.mT, out_dtype=torch.float32)
 
@@ -268,19 +273,19 @@ def _group_norm(
 def _bias(
     conv: nn.Conv2d, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What the library adds to the convolution, and what is left to the next norm."""
+    """(the bias for the library's convolution, the bias that the next norm adds); one is None."""
     if leaves_sums(device):
         return None, _copy(conv.bias, torch.float32, device)
     return _copy(conv.bias, dtype, device), None
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """x itself, unless the convolution of a library has chosen another memory format."""
+    """x in channels-last memory. This copies only if a convolution chose another format."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def _copy(tensor: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A weight in memory of its own, channels-last if it has four dimensions."""
+    """A copy of a weight, in channels-last memory if it has four dimensions."""
     assert tensor is not None
     layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
     return tensor.detach().to(device, dtype, copy=True, memory_format=layout)

@@ -10,7 +10,7 @@ from dit_bench.show.speed_tables import WHAT, verdict
 from dit_bench.show.tables import Table, cell_of, grid
 
 MOST_LOST, MOST_LOST_OF_A_CHECK = 10, 30
-"""Rows that are shown of what failed."""
+"""The number of failed or skipped rows that are shown."""
 WIDTH = 150
 """Of a reason: its beginning, and its end, which tells where it was."""
 RAGGED = " T=250 "
@@ -18,7 +18,7 @@ RAGGED = " T=250 "
 
 
 def gpu_tables(report: Report) -> list[Table]:
-    """Times, operators with many rows and with few, and what failed, which comes last."""
+    """The machine and the checks, times, operators with many and with few rows, then failures."""
     machine, rows = report["machine"], report["rows"]
     head = Table("Measured on", ["", ""])
     facts = {"Python": machine.get("python"), **machine["versions"]}
@@ -67,7 +67,7 @@ def gpu_tables(report: Report) -> list[Table]:
 
 
 def _times(rows: Iterable[Row]) -> Table:
-    """One line for a kind of work of a model, in which each contender has all numbers of images."""
+    """One line per model and kind of work; a cell has a contender's times for all batch sizes."""
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
         if row["section"] in WHAT:
@@ -83,7 +83,7 @@ def _times(rows: Iterable[Row]) -> Table:
 
 
 def _clocks(report: Report) -> str:
-    """The lowest and highest of what was sampled while parts were measured."""
+    """The lowest and highest clock, power and temperature that were sampled during the parts."""
     states = [row["device_state"] for row in report["rows"] if row.get("device_state")]
     if not states:
         return f"not sampled: {report['machine'].get('sampled_by', 'nothing')}"
@@ -96,7 +96,7 @@ def _clocks(report: Report) -> str:
 
 
 def _operators(rows: Iterable[Row]) -> Table:
-    """One line for an operator and its widths: 64 rows (32 images, 8 of a decoder) and 2 (1)."""
+    """One line per operator and width, with 64 rows (32 images; 8 for the decoder) and 2 (1)."""
     cases: dict[str, list[Row]] = {}
     for row in rows:
         if row["section"] == "operator" and "ms" in row and RAGGED not in row["case"]:

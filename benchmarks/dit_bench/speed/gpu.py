@@ -1,19 +1,19 @@
 """``dit-bench gpu``: checks and measures DiT Engine on a CUDA machine in a limited time.
 
-Every kernel is compiled first, in parallel. Then the most important parts come first, in case time
+All kernels are compiled first, in parallel. Then the most important parts come first, in case time
 runs out: the machine's ceilings; steps and forwards of XL/2 with many rows and with few; attention
 and products with all candidates, each checked against float64, then timed; row kernels; the kernels
 of one step; whole generations; compiled blocks; the VAE's decoder; ragged shapes and other sizes.
-The JSON file is written as it goes, as <name>.partial. While a part runs, the GPU's clock, power,
-temperature and throttling are sampled (`dit_bench.machine.DeviceState`) and stored with its rows.
+Results so far are in <name>.partial beside the JSON file. While a part runs, the GPU's clock,
+power, temperature and throttling are sampled (`dit_bench.machine.DeviceState`) into its rows.
 
 ``--check`` only checks, see `dit_bench.speed.gpu_check`.
 
-What fails its check is never timed, and makes the exit code 1. A part that breaks loses its own
-rows. After an illegal access to memory a process cannot use the device any more, and a kernel may
-hang: the program then starts itself again without the parts that are done. A run that did not end
-in time tells where it stood, and shows and writes what it has. The exit code is 2 without a CUDA
-device.
+A result that fails its check is never timed, and the exit code is then 1. An error loses only the
+rows of its own part. If a kernel hangs, or an illegal memory access makes the device unusable for
+this process, the program restarts itself without the parts that are done. A run that does not end
+in time prints where it was, and shows and writes its results so far. Without a CUDA device the exit
+code is 2.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from dit_engine.runtime import bfloat16_why_not
 from dit_kernels import Unavailable
 
 SIZES = ("XL/2", "S/2", "B/2", "L/2")
-"""In the order of their worth."""
+"""Model sizes, the most important first."""
 SUBJECT: Name = ("lean", "bf16")
 FP8_PEER: Name = ("lean", "fp8")
 EAGER: Name = ("eager", "bf16")
@@ -67,21 +67,21 @@ MANY, FEW, ROUNDS, SECONDS = 64, 2, 30, 2.0
 IMAGE_SECONDS = 12.0  # five rounds of 32 images
 CEILING_SECONDS = 2.0
 START_SECONDS, RESERVE_SECONDS, LAST_SECONDS = 15.0, 10.0, 4.0
-"""Kept back: for the imports, which came before the clock started, and for the table; and of that,
-for the table of a run that did not end in time."""
+"""Kept back: START for the imports before the clock starts, RESERVE for the table at the end. Of
+RESERVE, LAST is for the table of a run that did not end in time."""
 MINUTES, CHECK_MINUTES = 9.0, 3.5
 PART_SECONDS, PART_SHARE = 90.0, 0.3
-"""After so long, and so much of all time, a part hangs."""
+"""A part that takes longer than both this time and this share of the whole time counts as hung."""
 RESULTS = Path(__file__).parents[2] / "results"
 
 Part = tuple[str, Callable[[Timer], object]]
-"""A part of the run: its name, and what adds its rows to the report."""
+"""A part of the run: its name, and the function that adds its rows to the report."""
 Group = tuple[float, Sequence[Part]]
-"""Parts, and the share that they may use of the time left when the first of them begins."""
+"""A share and parts: the parts may use this share of the time that is left when they begin."""
 
 
 def groups(device: torch.device, sizes: Sequence[str], report: Report) -> Iterator[Group]:
-    """What is measured, in order."""
+    """The parts of a measurement, the most important first."""
     opened = functools.lru_cache(1)(
         partial(open_model, Plan((), SUBJECT, device, kinds=("image",)))
     )
@@ -137,8 +137,8 @@ def take(
     all_groups: Sequence[Group], timer: Timer, report: Report, budget: Budget,
     keep: Callable[[], object], restart: Callable[[], object],
 ) -> None:  # fmt: skip
-    """Carry out what the report does not have yet; ``restart`` is called if the device is lost, or
-    from another thread if a part hangs.
+    """Run the parts that the report does not have, and call ``keep`` after each. ``restart`` is
+    called if the device is lost, or from another thread if a part hangs.
 
     Raises KeyboardInterrupt after the part during which Ctrl-C was pressed.
     """
@@ -163,7 +163,7 @@ def take(
                 lost = {"section": "check", "case": name, "contender": "all", "role": "subject"}
                 watch = threading.Timer(limit, end, [lost])
                 watch.daemon = True
-                if parts is not all_groups[-1][1]:  # else nothing would be left to do
+                if parts is not all_groups[-1][1]:  # after the last group nothing is left to do
                     watch.start()
                 with state.sampled() as sampled:
                     try:
@@ -172,7 +172,7 @@ def take(
                         part(timer)
                     except (BackendUnavailable, Unavailable) as reason:
                         rows.append(lost | {"status": "skipped", "reason": one_line(reason)[:300]})
-                    except Exception as broken:  # what breaks loses its part alone
+                    except Exception as broken:  # an error loses only its own part
                         rows.append(lost | failed(broken))
                     finally:
                         watch.cancel()
@@ -182,12 +182,12 @@ def take(
                 keep()
                 if not usable(timer.device):
                     restart()
-            torch.compiler.reset()  # what was compiled holds its model's weights
+            torch.compiler.reset()  # compiled code keeps the weights of its model alive
             gc.collect()
 
 
 def restart(arguments: argparse.Namespace, report: Report, budget: Budget) -> None:
-    """Start this program anew in place of this process, if enough time is left for it."""
+    """Replace this process by a new run of the program, if enough time is left."""
     minutes = (budget.left() + RESERVE_SECONDS) / 60
     if minutes < (START_SECONDS + RESERVE_SECONDS) / 60:
         return
@@ -205,7 +205,7 @@ def restart(arguments: argparse.Namespace, report: Report, budget: Budget) -> No
 
 
 def sustained_ceilings(device: torch.device, report: Report) -> Ceilings:
-    """Measured, unless the report has them."""
+    """The ceilings in the report; they are measured if the report has none."""
     if (found := report.get("ceilings")) is not None:
         return Ceilings(**{each.name: found[each.name] for each in fields(Ceilings)})
     taken = measure_ceilings(device, dtypes=(torch.bfloat16, FP8), seconds=CEILING_SECONDS)

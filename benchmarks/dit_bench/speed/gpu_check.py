@@ -1,10 +1,10 @@
-"""What ``dit-bench gpu`` checks, and how it compiles all kernels beforehand.
+"""What ``dit-bench gpu --check`` checks, and how ``dit-bench gpu`` compiles all kernels beforehand.
 
-The tests that need a GPU run in processes of their own beside the other checks: every operator at
-XL/2's shapes against float64, every contender's forward against eager float32, and whether an image
-is the same alone, in a batch and in another order. On a GPU nothing promises that its bits are the
-same, because libraries choose a product's kernel by its number of rows: the difference is told, and
-it is wrong if it is more than rounding could make it.
+The tests that need a GPU run in other processes at the same time as these checks: every operator at
+XL/2's shapes against float64, every contender's forward against eager float32, and images made
+alone and in another order against the same images made in one batch. On a GPU the bits of an image
+may depend on its batch, because libraries choose the kernel of a product by its number of rows. The
+check reports the difference and fails if rounding cannot explain it.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ CORES = os.cpu_count() or 1
 PRECISIONS = ("bf16", "fp8", "fp32")
 IMAGES, ROWS = 8, (2, 64)
 FLOAT32_AGAIN = 1e-3
-"""Relative difference of an image's latents in float32 after four steps; in other precisions,
-where guidance enlarges what rounding does, `AGAIN_BOUND`."""
+"""Largest allowed relative difference of an image's latents in float32 after four steps. In other
+precisions guidance enlarges rounding errors, and `AGAIN_BOUND` is allowed."""
 SUMMARY_SECONDS = 8.0
-"""For tests that are broken off to tell why others failed."""
+"""Time for pytest to print why tests failed after it was interrupted."""
 
 
 def groups(device: torch.device, sizes: Sequence[str], report: Report) -> Iterator[Any]:
@@ -86,6 +86,7 @@ def groups(device: torch.device, sizes: Sequence[str], report: Report) -> Iterat
 
 
 def forward_rows(model: str, work: Work, timer: Timer) -> Iterator[Row]:
+    """A row per contender: its forward against eager float32, checked and not timed."""
     names = [*(("lean", precision) for precision in PRECISIONS), ("eager", "bf16"),
              ("graph", "bf16")]  # fmt: skip
     found = [Contender(f"{name} {precision}", "subject" if name == "lean" else "peer", precision,
@@ -100,7 +101,7 @@ def forward_rows(model: str, work: Work, timer: Timer) -> Iterator[Row]:
 
 
 def image_row(engine: Engine, precision: str) -> Row:
-    """Images alone and in another order beside the same ones in a batch."""
+    """Compares images made alone and in another order with the same images made in one batch."""
 
     def make(order: Sequence[int]) -> torch.Tensor:
         classes = [i % engine.config.num_classes for i in order]
@@ -123,7 +124,7 @@ def image_row(engine: Engine, precision: str) -> Row:
 
 
 class GpuTests:
-    """The tests that need a GPU, in the background."""
+    """Runs the tests that need a GPU in the background, in one pytest process for this program."""
 
     process: subprocess.Popen[bytes] | None = None
     output: IO[bytes]
@@ -150,7 +151,7 @@ class GpuTests:
 
     @classmethod
     def rows(cls, timer: Timer) -> Iterator[Row]:
-        """Waits until they end or the time is up: a row for each failure, and one for the rest."""
+        """Wait until the tests end or time is up: a row for each failure and one for the rest."""
         row: Row = {"section": "check", "case": "tests on the GPU", "role": "subject",
                     "contender": "pytest"}  # fmt: skip
         if cls.process is None:
@@ -161,7 +162,7 @@ class GpuTests:
         with suppress(subprocess.TimeoutExpired):
             code = cls.process.wait(max(0.0, timer.budget.left() - SUMMARY_SECONDS))
         if code is None:
-            cls.process.send_signal(signal.SIGINT)  # it then still tells why tests failed
+            cls.process.send_signal(signal.SIGINT)  # pytest then prints why tests failed
             with suppress(subprocess.TimeoutExpired):
                 cls.process.wait(SUMMARY_SECONDS)
         cls.end()
@@ -182,7 +183,7 @@ class GpuTests:
 
     @classmethod
     def end(cls) -> None:
-        """End what may still run, with its workers."""
+        """Kill pytest and its workers if they still run."""
         process, cls.process = cls.process, None
         if process is not None:
             with suppress(ProcessLookupError):
@@ -191,7 +192,7 @@ class GpuTests:
 
 
 def outcomes(text: str) -> tuple[Counter[str], dict[str, str]]:
-    """From the output of pytest -v -n: how many tests passed and so on; failed test → reason."""
+    """From the output of ``pytest -v -n``: (outcome → number of tests, failed test → reason)."""
     counts, failures = Counter[str](), dict[str, str]()
     for line in text.splitlines():
         if told := re.match(r"\[gw\d+\] \[ *\d+%\] ([A-Z]+) (\S.*\S)", line):
@@ -206,8 +207,11 @@ def outcomes(text: str) -> tuple[Counter[str], dict[str, str]]:
 
 
 def compile_kernels(device: torch.device, calls: Iterable[Callable[[], object]]) -> Row:
-    """Compile what ``calls`` launch; what cannot be compiled fails again where it counts. Nothing
-    is chosen by measurement, because nothing runs."""
+    """Compile the kernels that ``calls`` launch, without running them; return a row with the count.
+
+    Errors are ignored here, because they occur again when the kernel is checked. Nothing is chosen
+    by measurement, because nothing runs.
+    """
     row: Row = {"section": "check", "case": "kernels compiled beforehand", "role": "part",
                 "contender": "triton"}  # fmt: skip
     if device.type != "cuda":
@@ -219,14 +223,14 @@ def compile_kernels(device: torch.device, calls: Iterable[Callable[[], object]])
             for call in calls:
                 with suppress(Exception):
                     call()
-    except Exception as broken:  # they are then compiled one by one
+    except Exception as broken:  # kernels are then compiled when they are first launched
         return row | failed(broken)
     told = f"{len(kernels)} in {time.perf_counter() - start:.0f} s"
     return row | {"status": "ok", "remark": told}
 
 
 def operator_calls(device: torch.device) -> Iterator[Callable[[], object]]:
-    """Every candidate of every operator, and the decoder."""
+    """Calls of every candidate of every operator, and of the VAE's decoder."""
     for case in (*all_cases(device), *ragged_cases()):
         arguments = case.inputs(device)
         for make in implementations(case, device).values():
@@ -237,7 +241,7 @@ def operator_calls(device: torch.device) -> Iterator[Callable[[], object]]:
 
 
 def model_calls(device: torch.device, sizes: Iterable[str]) -> Iterator[Callable[[], object]]:
-    """Steps of models with one block, and every candidate of their parts."""
+    """Steps of models cut to one block, and calls of every candidate of their parts."""
     for size in sizes:
         model = random_model(replace(ModelConfig.named(size, 256), depth=1))
         engine = Engine(model, device=device)
@@ -248,7 +252,7 @@ def model_calls(device: torch.device, sizes: Iterable[str]) -> Iterator[Callable
 
 
 def call_candidates(engine: Engine, precision: str, rows: int) -> None:
-    """Those that the lean forward will measure; with the norms after the products."""
+    """Call the candidates that the lean forward would measure for ``rows`` rows; ignore errors."""
     backend = engine._backend("lean", precision)
     assert isinstance(backend, LeanBackend)
     for part, ways in choices.candidates(backend.transformer, rows).items():

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from dit_bench.ceilings import measure_ceilings
 from dit_bench.progress import Progress
 from dit_bench.report import read, validate
 from dit_bench.show.reports import report_tables
-from dit_bench.speed import gpu, gpu_check, latency, models, operators
+from dit_bench.speed import gpu, gpu_check, gpu_parts, latency, models, operators
 from dit_bench.speed.forward import Work
 from dit_bench.speed.latency import Timer
 from dit_bench.speed.operator_cases import cases_of
@@ -33,6 +34,7 @@ from dit_bench.timing import Budget, interleave
 from dit_engine.config import ModelConfig
 from dit_engine.engine import Engine
 from dit_engine.vae import VAEConfig
+from dit_kernels.chooser import VARIABLE, choosing
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(depth=1, hidden_size=64, num_heads=1, patch_size=2, input_size=8,
@@ -117,6 +119,7 @@ def as_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(gpu_check, "PRECISIONS", ("bf16", "fp32"))  # fp8 is for CUDA
     monkeypatch.setattr(gpu_check, "random_vae", lambda _: vae)
     monkeypatch.setattr(gpu_check, "random_model", lambda _: subject.model)
+    monkeypatch.setenv(VARIABLE, "1")  # and as it was, afterwards
     monkeypatch.setattr(gpu, "MANY", 4)
     monkeypatch.setattr(gpu, "ROUNDS", 2)
     monkeypatch.setattr(gpu, "CEILING_SECONDS", 0.01)
@@ -285,7 +288,7 @@ def test_a_lost_device_starts_the_program_again_without_what_is_done(
 
     few_parts(monkeypatch, 0, 2, 3, 8)
     monkeypatch.setattr(operators, "measure", illegal)
-    monkeypatch.setattr(gpu, "usable", lambda _: not lost)
+    monkeypatch.setattr(gpu_parts, "usable", lambda _: not lost)
     monkeypatch.setattr(os, "execv", execute)
     with pytest.raises(SystemExit):
         as_gpu()
@@ -301,12 +304,37 @@ def test_a_lost_device_starts_the_program_again_without_what_is_done(
     assert sum(row["section"] == "operator" for row in rows) == 3
 
 
+def test_a_device_lost_with_a_candidate_is_tried_once_more_without_choices(
+    as_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[dict[str, Any]] = []
+
+    def execute(program: str, command: list[str]) -> None:
+        left.append(read(Path(command[-1]), "gpu"))
+        assert not choosing()
+
+    def part(timer: Timer) -> None:
+        for module in ("torch/a.py", "dit_kernels/chooser.py"):
+            said = f"128x192 is not used for qkv: an illegal access of {module}"
+            warnings.warn_explicit(said, UserWarning, f"/x/{module}", 1)
+
+    monkeypatch.setattr(os, "execv", execute)
+    monkeypatch.setattr(gpu_parts, "usable", lambda _: len(left) > 1)
+    monkeypatch.setattr(gpu, "groups", lambda *_: [(0.5, [("a", part), ("b", part)])])
+    as_gpu()
+    assert [report["parts_done"] for report in left] == [[], ["b"]]  # b has no choices any more
+    row = left[0]["rows"][1]
+    assert (row["case"], row["contender"], row["status"]) == ("a", "a warning", "skipped")
+    assert row["reason"].endswith("an illegal access of dit_kernels/chooser.py")
+
+
 def test_a_part_that_hangs_is_left_out_of_the_program_that_starts_again(
     as_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     left: list[dict[str, Any]] = []
 
     def execute(program: str, command: list[str]) -> None:
+        assert not choosing()
         left.append(read(Path(command[-1]), "gpu"))
 
     def hang(timer: Timer) -> None:
@@ -315,8 +343,8 @@ def test_a_part_that_hangs_is_left_out_of_the_program_that_starts_again(
             time.sleep(0.01)
 
     monkeypatch.setattr(os, "execv", execute)
-    monkeypatch.setattr(gpu, "PART_SECONDS", 0.1)
-    monkeypatch.setattr(gpu, "PART_SHARE", 0.0)
+    monkeypatch.setattr(gpu_parts, "PART_SECONDS", 0.1)
+    monkeypatch.setattr(gpu_parts, "PART_SHARE", 0.0)
     monkeypatch.setattr(gpu, "groups", lambda *_: [(0.5, [("a", hang)]), (0.5, [])])
     as_gpu(code=1)
     (report,) = left

@@ -11,7 +11,7 @@ power, temperature and throttling are sampled (`dit_bench.machine.DeviceState`) 
 
 A result that fails its check is never timed, and the exit code is then 1. An error loses only the
 rows of its own part. If a kernel hangs, or an illegal memory access makes the device unusable for
-this process, the program restarts itself without the parts that are done. A run that does not end
+this process, the program restarts itself, see `dit_bench.speed.gpu_parts`. A run that does not end
 in time prints where it was, and shows and writes its results so far. Without a CUDA device the exit
 code is 2.
 """
@@ -21,9 +21,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import functools
-import gc
 import os
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -37,14 +35,22 @@ from unittest.mock import patch
 import torch
 
 from dit_bench.ceilings import FP8, Ceilings, measure_ceilings
-from dit_bench.contenders import Name, failed
+from dit_bench.contenders import Name
 from dit_bench.load import OtherLoad
-from dit_bench.machine import DeviceState, describe, slug, usable
+from dit_bench.machine import describe, slug
 from dit_bench.progress import Progress
-from dit_bench.report import Report, Row, new_report, partial_path, read, write_partial
+from dit_bench.report import Report, new_report, read
 from dit_bench.speed import gpu_check, operators
 from dit_bench.speed.forward import Work
 from dit_bench.speed.gpu_check import compile_kernels, model_calls, operator_calls
+from dit_bench.speed.gpu_parts import (
+    RESERVE_SECONDS,
+    START_SECONDS,
+    Group,
+    Part,
+    restart,
+    take,
+)
 from dit_bench.speed.latency import Timer
 from dit_bench.speed.models import Plan, measure_model, open_model
 from dit_bench.speed.operator_cases import all_cases, ragged_cases
@@ -52,11 +58,7 @@ from dit_bench.speed.profile import kernel_row
 from dit_bench.subjects import check_name
 from dit_bench.timing import Budget
 from dit_engine.backends.lean.choice_file import remembered
-from dit_engine.console.output import STDOUT
-from dit_engine.errors import BackendUnavailable
-from dit_engine.io.printable import one_line
 from dit_engine.runtime import bfloat16_why_not
-from dit_kernels import Unavailable
 
 SIZES = ("XL/2", "S/2", "B/2", "L/2")
 """Model sizes, the most important first."""
@@ -66,18 +68,10 @@ EAGER: Name = ("eager", "bf16")
 MANY, FEW, ROUNDS, SECONDS = 64, 2, 30, 2.0
 IMAGE_SECONDS = 12.0  # five rounds of 32 images
 CEILING_SECONDS = 2.0
-START_SECONDS, RESERVE_SECONDS, LAST_SECONDS = 15.0, 10.0, 4.0
-"""Kept back: START for the imports before the clock starts, RESERVE for the table at the end. Of
-RESERVE, LAST is for the table of a run that did not end in time."""
+LAST_SECONDS = 4.0
+"""Of `RESERVE_SECONDS`, for the table of a run that did not end in time."""
 MINUTES, CHECK_MINUTES = 9.0, 3.5
-PART_SECONDS, PART_SHARE = 90.0, 0.3
-"""A part that takes longer than both this time and this share of the whole time counts as hung."""
 RESULTS = Path(__file__).parents[2] / "results"
-
-Part = tuple[str, Callable[[Timer], object]]
-"""A part of the run: its name, and the function that adds its rows to the report."""
-Group = tuple[float, Sequence[Part]]
-"""A share and parts: the parts may use this share of the time that is left when they begin."""
 
 
 def groups(device: torch.device, sizes: Sequence[str], report: Report) -> Iterator[Group]:
@@ -131,77 +125,6 @@ def _operator(case: Any, report: Report, timer: Timer) -> None:
     with torch.inference_mode():
         operators.measure([case], report, timer.device, budget, timer.ceilings, rounds=ROUNDS,
                           progress=timer.progress)  # fmt: skip
-
-
-def take(
-    all_groups: Sequence[Group], timer: Timer, report: Report, budget: Budget,
-    keep: Callable[[], object], restart: Callable[[], object],
-) -> None:  # fmt: skip
-    """Run the parts that the report does not have, and call ``keep`` after each. ``restart`` is
-    called if the device is lost, or from another thread if a part hangs.
-
-    Raises KeyboardInterrupt after the part during which Ctrl-C was pressed.
-    """
-    state, rows, done = DeviceState(timer.device), report["rows"], report["parts_done"]
-    report["machine"]["sampled_by"] = state.source
-    limit = max(PART_SECONDS, PART_SHARE * budget.left())
-
-    def end(lost: Row) -> None:
-        faulthandler.dump_traceback(file=2)
-        rows.append(lost | {"status": "failed", "reason": f"did not end in {limit:.0f} s"})
-        done.append(lost["case"])
-        restart()
-
-    with timer.progress.run(sum(len(parts) for _, parts in all_groups)):
-        for share, parts in all_groups:
-            timer.budget = budget.part(share)
-            for name, part in parts:
-                if name in done:
-                    continue
-                timer.progress.stage(name)
-                before = len(rows)
-                lost = {"section": "check", "case": name, "contender": "all", "role": "subject"}
-                watch = threading.Timer(limit, end, [lost])
-                watch.daemon = True
-                if parts is not all_groups[-1][1]:  # after the last group nothing is left to do
-                    watch.start()
-                with state.sampled() as sampled:
-                    try:
-                        if timer.budget.left() <= 0:
-                            raise Unavailable("no time was left")
-                        part(timer)
-                    except (BackendUnavailable, Unavailable) as reason:
-                        rows.append(lost | {"status": "skipped", "reason": one_line(reason)[:300]})
-                    except Exception as broken:  # an error loses only its own part
-                        rows.append(lost | failed(broken))
-                    finally:
-                        watch.cancel()
-                for row in rows[before:]:
-                    row["device_state"] = sampled
-                done.append(name)
-                keep()
-                if not usable(timer.device):
-                    restart()
-            torch.compiler.reset()  # compiled code keeps the weights of its model alive
-            gc.collect()
-
-
-def restart(arguments: argparse.Namespace, report: Report, budget: Budget) -> None:
-    """Replace this process by a new run of the program, if enough time is left."""
-    minutes = (budget.left() + RESERVE_SECONDS) / 60
-    if minutes < (START_SECONDS + RESERVE_SECONDS) / 60:
-        return
-    path = arguments.json
-    if path in (None, STDOUT):
-        path = Path(tempfile.mkdtemp(prefix="dit-bench-")) / "gpu.json"
-    write_partial(report, path)
-    gpu_check.GpuTests.end()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os.execv(sys.executable, [
-        sys.executable, "-m", "dit_bench", *arguments.given,
-        "--minutes", f"{minutes:.3f}", "--resume", str(partial_path(path)),
-    ])  # fmt: skip
 
 
 def sustained_ceilings(device: torch.device, report: Report) -> Ceilings:

@@ -1,0 +1,132 @@
+"""The parts of a GPU run: each runs by itself, and an error loses only the rows of its own part.
+
+After an illegal memory access a process cannot use the device any more, and a call that waits for a
+kernel that hangs does not return. The program then restarts itself with its results so far. It
+chooses no kernels by measurement any more, because a candidate may have been at fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import gc
+import os
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from dit_bench.contenders import failed
+from dit_bench.machine import DeviceState, usable
+from dit_bench.report import Report, Row, partial_path, write_partial
+from dit_bench.speed import gpu_check
+from dit_bench.speed.latency import Timer
+from dit_bench.timing import Budget
+from dit_engine.console.output import STDOUT
+from dit_engine.errors import BackendUnavailable
+from dit_engine.io.printable import one_line
+from dit_kernels import Unavailable
+from dit_kernels.chooser import VARIABLE, choosing
+
+START_SECONDS, RESERVE_SECONDS = 15.0, 10.0
+"""Kept back: START for the imports before the clock starts, RESERVE for the table at the end."""
+PART_SECONDS, PART_SHARE = 90.0, 0.3
+"""A part that takes longer than both this time and this share of the whole time counts as hung."""
+
+Part = tuple[str, Callable[[Timer], object]]
+"""A part of the run: its name, and the function that adds its rows to the report."""
+Group = tuple[float, Sequence[Part]]
+"""A share and parts: the parts may use this share of the time that is left when they begin."""
+
+
+def take(
+    all_groups: Sequence[Group], timer: Timer, report: Report, budget: Budget,
+    keep: Callable[[], object], restart: Callable[[], object],
+) -> None:  # fmt: skip
+    """Run the parts that the report does not have, and call ``keep`` after each. ``restart`` is
+    called if the device is lost, or from another thread if a part hangs. Our packages' warnings,
+    such as that a kernel is not used, become rows of the report.
+
+    Raises KeyboardInterrupt after the part during which Ctrl-C was pressed.
+    """
+    state, rows, done = DeviceState(timer.device), report["rows"], report["parts_done"]
+    report["machine"]["sampled_by"] = state.source
+    limit = max(PART_SECONDS, PART_SHARE * budget.left())
+
+    def end(lost: Row) -> None:
+        faulthandler.dump_traceback(file=2)
+        rows.append(lost | {"status": "failed", "reason": f"did not end in {limit:.0f} s"})
+        done.append(lost["case"])
+        os.environ[VARIABLE] = "0"
+        restart()
+
+    with timer.progress.run(sum(len(parts) for _, parts in all_groups)):
+        for share, parts in all_groups:
+            timer.budget = budget.part(share)
+            for name, part in parts:
+                if name in done:
+                    continue
+                timer.progress.stage(name)
+                before = len(rows)
+                lost = {"section": "check", "case": name, "contender": "all", "role": "subject"}
+                watch = threading.Timer(limit, end, [lost])
+                watch.daemon = True
+                if parts is not all_groups[-1][1]:  # after the last group nothing is left to do
+                    watch.start()
+                with state.sampled() as sampled, warnings.catch_warnings(record=True) as told:
+                    try:
+                        if timer.budget.left() <= 0:
+                            raise Unavailable("no time was left")
+                        part(timer)
+                    except (BackendUnavailable, Unavailable) as reason:
+                        rows.append(lost | {"status": "skipped", "reason": one_line(reason)[:300]})
+                    except Exception as broken:  # an error loses only its own part
+                        rows.append(lost | failed(broken))
+                    finally:
+                        watch.cancel()
+                said = _of_ours(told)
+                rows[before:before] = [
+                    lost | {"contender": "a warning", "status": "skipped", "reason": each[:400]}
+                    for each in said
+                ]
+                for row in rows[before:]:
+                    row["device_state"] = sampled
+                done.append(name)
+                keep()
+                if not usable(timer.device):
+                    if said and choosing():  # once more, without the candidates
+                        done.remove(name)
+                    os.environ[VARIABLE] = "0"
+                    restart()
+            torch.compiler.reset()  # compiled code keeps the weights of its model alive
+            gc.collect()
+
+
+def _of_ours(told: Iterable[warnings.WarningMessage]) -> list[str]:
+    """The warnings of our own packages, each once."""
+    ours = ("dit_engine", "dit_kernels", "dit_bench")
+    return list(dict.fromkeys(
+        one_line(each.message) for each in told if set(ours) & set(Path(each.filename).parts)
+    ))  # fmt: skip
+
+
+def restart(arguments: argparse.Namespace, report: Report, budget: Budget) -> None:
+    """Replace this process by a new run of the program, if enough time is left."""
+    minutes = (budget.left() + RESERVE_SECONDS) / 60
+    if minutes < (START_SECONDS + RESERVE_SECONDS) / 60:
+        return
+    path = arguments.json
+    if path in (None, STDOUT):
+        path = Path(tempfile.mkdtemp(prefix="dit-bench-")) / "gpu.json"
+    write_partial(report, path)
+    gpu_check.GpuTests.end()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.execv(sys.executable, [
+        sys.executable, "-m", "dit_bench", *arguments.given,
+        "--minutes", f"{minutes:.3f}", "--resume", str(partial_path(path)),
+    ])  # fmt: skip

@@ -49,8 +49,8 @@ def measure_ceilings(
 ) -> Ceilings:
     """Medians over ``rounds`` products of size × size matrices and copies of ``copy_mib``.
 
-    A product that is too slow for so many rounds gets fewer. seconds: each is repeated for so long
-    without a break instead, and the rates are those that the machine sustains.
+    A product that is too slow for so many rounds gets fewer. With ``seconds``, each product and
+    copy is instead repeated without a pause for that time, which gives sustained rates.
     """
     cuda = device.type == "cuda"
     size, copy_mib = size or (8192 if cuda else 1024), copy_mib or (2048 if cuda else 256)

@@ -35,7 +35,7 @@ def carry_out(report: Report, fill: Fill, arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def true_float32() -> Iterator[None]:
-    """Float32 products and convolutions in float32 and not in TF32, which the references need."""
+    """Inside the block, float32 products and convolutions do not use TF32: references need this."""
     import torch
 
     switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)

@@ -202,8 +202,8 @@ def allowed_error(precision: str, bf16_error: float) -> float:
 
 
 def bf16_eager(errors: Callable[[str], Any], device: torch.device) -> Any:
-    """What ``errors`` gives for eager "bf16"; on a GPU without bfloat16, eight times what it gives
-    for "fp16", which rounds eight times finer."""
+    """``errors`` of eager "bf16". On a GPU without bfloat16 it is eight times that of eager "fp16",
+    whose rounding is eight times finer."""
     return errors("bf16") if bfloat16_why_not(device) is None else 8 * errors("fp16")
 
 

@@ -92,7 +92,7 @@ def overview() -> dict[str, dict[str, Any]]:
 
 
 def choices() -> dict[str, dict[str, str]]:
-    """What the lean backend has chosen by measurement, for each kind of device."""
+    """For each GPU model: part of a forward → the kernel that lean chose, with its time."""
     from dit_engine.backends.lean.choice_file import remembered
     from dit_kernels.chooser import quickest
 
@@ -182,13 +182,13 @@ def describe_cuda(device: torch.device) -> dict[str, Any]:
 
 
 def _uuid(device: torch.device) -> str | None:
-    """Names a device in NVML and nvidia-smi, where torch's numbers may mean other devices."""
+    """The device's name for NVML and nvidia-smi, whose device numbers may differ from torch's."""
     found = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     return None if found is None else f"GPU-{str(found).removeprefix('GPU-')}"
 
 
 def _nvidia_smi(device: torch.device, fields: Sequence[str]) -> list[str]:
-    """Raises OSError, ValueError or SubprocessError if nvidia-smi does not tell them all."""
+    """The values of ``fields``. Raises OSError, ValueError or SubprocessError if one is missing."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     if (uuid := _uuid(device)) is not None:
         command.append(f"--id={uuid}")
@@ -200,7 +200,7 @@ def _nvidia_smi(device: torch.device, fields: Sequence[str]) -> list[str]:
 
 
 def usable(device: torch.device) -> bool:
-    """Whether the device still computes: after some errors, this process cannot use it any more."""
+    """Whether the device still computes. After some errors this process can no longer use it."""
     try:
         return torch.ones(2, device=device).sum().item() == 2
     except RuntimeError:
@@ -208,8 +208,8 @@ def usable(device: torch.device) -> bool:
 
 
 class DeviceState:
-    """Samples a GPU's clock (MHz), power (W), temperature (°C) and what slows it down, through NVML
-    (the package nvidia-ml-py) or else nvidia-smi; ``source`` tells by which, or why by neither."""
+    """Samples a GPU's clock (MHz), power (W), temperature (°C) and throttling through NVML (the
+    package nvidia-ml-py) or else nvidia-smi; ``source`` is which, or why neither works."""
 
     def __init__(self, device: torch.device) -> None:
         self._read: Callable[[], tuple[float, ...]] | None = None
@@ -218,7 +218,7 @@ class DeviceState:
             try:
                 reader = make(device)
                 reader()
-            except Exception as error:  # NVML's errors are of no common class
+            except Exception as error:  # NVML's errors have no common base class
                 reasons.append(f"{name}: {type(error).__name__}: {one_line(error)[:80]}")
                 continue
             self._read, self.source = reader, name
@@ -227,7 +227,7 @@ class DeviceState:
 
     @contextmanager
     def sampled(self) -> Iterator[dict[str, Any]]:
-        """While the block runs; the dict is filled at its end, and stays empty without samples."""
+        """Samples while the block runs; the dict is filled at its end, or stays empty."""
         found: dict[str, Any] = {}
         if self._read is None:
             yield found
@@ -235,7 +235,7 @@ class DeviceState:
         read, samples, end = self._read, list[tuple[float, ...]](), threading.Event()
 
         def collect() -> None:
-            with suppress(Exception):  # what was sampled until then is kept
+            with suppress(Exception):  # earlier samples are kept
                 while not end.is_set():
                     samples.append(read())
                     end.wait(_SAMPLE_S)
@@ -247,7 +247,7 @@ class DeviceState:
         finally:
             end.set()
             thread.join(5)
-            if taken := [*samples]:  # a thread that hangs may still add some
+            if taken := [*samples]:  # a copy, because a thread that hangs may still add samples
                 *columns, masks = zip(*taken, strict=True)
                 for key, values in zip(("sm_mhz", "power_w", "celsius"), columns, strict=True):
                     found[key] = {"min": min(values), "median": statistics.median(values),

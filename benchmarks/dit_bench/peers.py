@@ -47,14 +47,16 @@ def compiled(module: DiT, form: str, *inputs: Tensor) -> Forward:
 
 
 def autotuned_blocks(model: DiT) -> Forward:
-    """The model with its repeated block under torch.compile with timed candidates, as in diffusers'
-    ``compile_repeated_blocks``: one compilation serves all blocks, while that of a whole XL/2 takes
-    minutes. Everything around the blocks runs eagerly; for a CUDA graph of all of it."""
+    """The model whose blocks run under torch.compile in the mode max-autotune-no-cudagraphs.
+
+    As in diffusers' ``compile_repeated_blocks``, one compilation serves all blocks; that of a whole
+    XL/2 takes minutes. The rest of the model runs eagerly. The caller captures a CUDA graph of all.
+    """
 
     def run(block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
         return block(x, c)
 
-    own = twin(model)  # the model must stay as it is
+    own = twin(model)  # ``model`` must not be changed
     block_forward = compile_static(run, mode="max-autotune-no-cudagraphs")
     for ours, block in zip(own.blocks, model.blocks, strict=True):
         ours.forward = partial(block_forward, block)
@@ -62,11 +64,11 @@ def autotuned_blocks(model: DiT) -> Forward:
 
 
 def graphed(forward: Callable[[], Tensor], device: torch.device) -> Function:
-    """Replays a CUDA graph of the forward, which takes the launches out: the best time that it
-    could reach. Raises ValueError without CUDA."""
+    """A function that replays a CUDA graph of ``forward``: the best time that it could reach if
+    launches cost nothing. Raises ValueError without CUDA."""
     if device.type != "cuda":
         raise ValueError("CUDA graphs need a CUDA device")
-    forward()  # what it compiles or chooses must not be captured
+    forward()  # compiles and measures, which must not be captured
     graph, result = capture_graph(forward, torch.cuda.Stream(device))
 
     def run() -> Tensor:

@@ -26,10 +26,10 @@ PAUSE_S = 0.02
 """Threads that spin while they wait for work have gone to sleep by then."""
 _FLUSH_FLOATS = 2**26
 _FLUSHES = 4
-"""256 MiB, several times any L2, read so often before every CUDA sample. (After a write, the cache
-would hold lines that the sample has to write back.) It is also work for the device, some 0.25 ms at
-4 TB/s, while the host queues the sample's launches: a sample must not measure how long Python takes
-to start a kernel that runs for microseconds."""
+"""256 MiB, several times any L2 cache, are read this number of times before every CUDA sample.
+Writing them would leave cache lines that the sample must write back. The reads also keep the device
+busy, for about 0.25 ms at 4 TB/s, while the host queues the launches of the sample: otherwise the
+time that Python takes to start a kernel of a few microseconds would be measured."""
 
 
 class Budget:
@@ -139,8 +139,8 @@ def _visit(function: Function, visit_ms: float, clock: Callable[[], float]) -> f
 
 
 def sustained(function: Function, device: torch.device, seconds: float) -> float:
-    """Milliseconds of one call among calls one right after another for about ``seconds``, after
-    which clocks and power have settled. Calls take turns with nothing and find warm caches."""
+    """Mean milliseconds of a call, over calls without a pause for about ``seconds``. Clocks and
+    power settle meanwhile. Caches are warm, because nothing else runs between the calls."""
 
     def mean(count: int) -> float:
         if device.type != "cuda":
@@ -157,7 +157,7 @@ def sustained(function: Function, device: torch.device, seconds: float) -> float
         end.synchronize()
         return begin.elapsed_time(end) / count
 
-    mean(2)  # what the first calls load
+    mean(2)  # the first calls load libraries and kernels
     return mean(max(1, int(1e3 * seconds / max(mean(3), 1e-3))))
 
 

@@ -37,8 +37,10 @@ SCALE, CHANNELS = 4.0, 3  # of guidance
 
 
 class Networks:
-    """An engine, and its reference model in every dtype that someone asks for. built_mib: what
-    building each contender took, see `dit_bench.contenders.Built`."""
+    """An engine, and copies of its reference model in the dtypes that contenders need.
+
+    built_mib: memory that building each contender took, see `dit_bench.contenders.Built`.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -92,7 +94,7 @@ class Work:
             return _openvino(model, "forward_conditioned", (self.x, c), precision)
         if name not in ("eager", "compile", "diffusers", *FORMS):
             denoise = self.networks.backend(name, precision).prepare(self.labels, self.timesteps)
-            if name == "lean" and device.type == "cuda":  # a graph, as in its steps
+            if name == "lean" and device.type == "cuda":  # in a graph, as its sampler steps are
                 return peers.graphed(lambda: denoise(self.x, STEP), device)
             return lambda: denoise(self.x, STEP)
         model = self.networks.model(dtype)
@@ -135,7 +137,7 @@ class Work:
             always, draws = np.ones(1, dtype=bool), uses_noise(table)
             return lambda: sample_fused(fused, self.x, draws, always, _no_noise, _ignore, clip)
         if fused is not None:
-            # As the loop takes it: the x0 that it gives is the next step's x0 before.
+            # As in the sampling loop, the x0 of a step is x0_before of the next step.
             before = [torch.zeros_like(self.x)]
 
             def step() -> Tensor:
@@ -147,7 +149,7 @@ class Work:
         return lambda: ddpm(denoise, self.x, one, _no_noise)
 
     def decode(self, name: str, precision: str) -> Function:
-        """The VAE's decoder: lean's, diffusers', OpenVINO's, torch's compiled, or else torch's."""
+        """The VAE's decoder of lean, diffusers, OpenVINO or torch.compile; else eager torch's."""
         decoder: Any = self.engine._decode
         vae = self.engine.vae
         assert vae is not None

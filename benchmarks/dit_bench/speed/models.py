@@ -125,8 +125,11 @@ def measure(
 
 
 class Opened(NamedTuple):
-    """A model that is ready to be measured. own: its engine; networks: of the engine that is timed,
-    which is another one where peers compute another function; record: its entry in the report."""
+    """A model that is ready to be measured.
+
+    own: the model's engine. networks: those of the timed engine, which is another one if diffusers
+    is a peer and computes a slightly different function. record: the model's entry in the report.
+    """
 
     subject: Subject
     own: Engine

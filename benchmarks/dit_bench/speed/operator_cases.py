@@ -39,12 +39,12 @@ class Case:
         inputs: device → arguments, the same at every call.
         reference: the definition; given float64 arguments it computes in float64.
         plain: what a plain torch model runs for it, in `DTYPE`.
-        fusable: torch.compile gets the definition, else ``plain``: the definitions of products are
-            in float32, and would be easy opponents of half precision.
+        fusable: torch.compile gets the definition, otherwise ``plain``. The definitions of products
+            compute in float32, which would be too slow an opponent for half precision.
         flops: of its matrix products, one multiply-add counted as two; 0 for memory-bound work.
         values: result → tensors to compare; the result's own by default.
         exact: (float64 arguments) → what ``values`` are compared with; ``reference`` by default.
-        sizes: of attention N, T, H and d; of a product R, inputs and outputs.
+        sizes: (N, T, H, d) of attention; (rows, inputs, outputs) of a product.
     """
 
     operator: str
@@ -128,7 +128,7 @@ def cases_of(n: int, t: int, d: int, heads: int) -> list[Case]:
 
 
 def ragged_cases() -> list[Case]:
-    """Row kernels and attention of XL/2 where tiles are not full: 3 images of 250 tokens."""
+    """Row kernels and attention of XL/2 with tiles that are not full: 3 images of 250 tokens."""
     _, d, heads = FAMILIES["XL"]
     return [c for c in cases_of(3, 250, d, heads) if "T=250" in c.shape and "int8" not in c.shape]
 
@@ -244,7 +244,7 @@ def implementations(case: Case, device: torch.device) -> dict[str, Make]:
 
 
 def _products(case: Case, device: torch.device) -> dict[str, Make]:
-    """Our products in every tiling among which the lean forward chooses, without split sums."""
+    """Our product in every tiling among which the lean forward chooses, except split ones."""
     from dit_kernels.triton import product as own
     from dit_kernels.triton.attention import device_facts
 
@@ -254,7 +254,7 @@ def _products(case: Case, device: torch.device) -> dict[str, Make]:
 
 
 def opponents(case: Case, device: torch.device) -> dict[str, Make]:
-    """What a plain torch model runs, torch.compile (on CUDA of what it can fuse), and libraries."""
+    """The opponents: plain torch, torch.compile (on CUDA only if it can fuse) and libraries."""
     if case.operator in ("linear_int8", "linear_fp8"):
         return {"eager": partial(_unquantized, case)}
     found: dict[str, Make] = {"eager": _calling(case.plain)}

@@ -113,8 +113,8 @@ def measure(
     progress: Progress | None = None,
     keep: Callable[[], object] = lambda: None,
 ) -> None:
-    """Add a row for every case and contender to the report. Without ceilings nothing is timed, and
-    opponents are left out."""
+    """Add a row for every case and contender to the report. If ``ceilings`` is None, nothing is
+    timed and opponents are left out."""
     progress = progress or Progress(quiet=True)
     for case in cases:
         progress.stage(case.title)

@@ -133,13 +133,16 @@ def shares(parts_ms: dict[str, float], forward_ms: float) -> list[dict[str, Any]
 
 
 KERNELS = 20
-"""How many of a step's kernels a report names, the longest first."""
+"""The number of a step's kernels in a report, the longest first."""
 
 
 def kernel_row(model: str, work: Work, precision: str) -> Row:
-    """The kernels of one of the lean backend's guided steps amid others, by torch's profiler: their
-    number, the longest ones, the milliseconds of all, and by which calls the host launched them.
-    (On a CPU, operators.)"""
+    """Profiles one of several guided steps of the lean backend, with torch's profiler.
+
+    The row has the number of kernels (on a CPU, of operators), the `KERNELS` longest ones, the
+    milliseconds of all, and the calls with which the host launched them.
+    Raises RuntimeError if the profiler recorded no kernel.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     cuda, config = work.engine.device.type == "cuda", work.engine.config
@@ -155,7 +158,7 @@ def kernel_row(model: str, work: Work, precision: str) -> Row:
         )
         assert fused is not None
         z, x0 = work.x, torch.zeros_like(work.x)
-        for k in range(4):  # the first profile also starts the profiler's own machinery
+        for k in range(4):  # the first profile also contains the start of the profiler
             settle()
             with profile(activities=[activity]) if k > 1 else nullcontext() as profiler:
                 z, x0 = fused.guided_step(z, x0, None, k, True)

@@ -112,7 +112,7 @@ FAULTS = {
         "graph keeps old noise": "«, (self.noise, noise) → »):",
         "counter is never set again": "if «known is None or number != known[i] → known is None»:",
         "graph's own memory given away": "return «z.clone() → z»",
-        "graph of two users": "graph.taken = «True → False»",
+        "graph of two users": "graph.taken = «alone → False»",
         "latents copied onto themselves": "if given is not None« and given is not own → »:"},
     "kernels/test_linear": {"signed codes taken as unsigned":
         "codes.view(torch.uint8)« ^ 0x80 → »"},

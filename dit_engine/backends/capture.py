@@ -182,8 +182,9 @@ class GraphCache(Generic[K, G]):
         self._refused = set[K]()
         self._lock = threading.Lock()
 
-    def take(self, key: K) -> G | None:
-        """A graph of ``key`` that only the caller uses, until its `release`.
+    def take(self, key: K, alone: bool = True) -> G | None:
+        """A graph of ``key`` that only the caller uses, until its `release`. If not ``alone``,
+        others may use it too, and each use must be a single turn.
 
         None if all graphs are in use (waiting for one could deadlock, because a user may need two),
         or, with a warning, if there is too little memory for another. The caller must then run the
@@ -199,7 +200,7 @@ class GraphCache(Generic[K, G]):
             elif len(self._graphs) < GRAPH_LIMIT or self._drop_idle(1):
                 graph = self._captured(key)
             if graph is not None:
-                graph.taken = True
+                graph.taken = alone
                 self._graphs.append(graph)
             return graph
 

@@ -65,7 +65,7 @@ def test_a_shape_that_comes_again_is_captured(decodes: Decodes) -> None:
         images = decodes.graphed(z)
     assert launches.outside == {"copy_": 2}  # into the graph's memory and out of it
     assert launches.inside.total() > 20  # the network
-    assert [name for name, _ in events] == ["wait", "replay", "record", "wait", "record"]
+    assert [name for name, _ in events] == ["wait", "replay", "record"]
     assert torch.equal(images, decodes.plain(z))
     assert torch.equal(first, copy)  # the caller's own
     decodes.check(2, seed=3)  # outside of inference mode again
@@ -90,7 +90,7 @@ def test_shapes_that_come_once_or_seldom_are_not_captured(decodes: Decodes) -> N
 def test_threads_share_a_decoder(decodes: Decodes) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: decodes.check(1 + i % 2, seed=i), range(16)))
-    assert {key[0] for key in decodes.keys} == {1, 2}
+    assert sorted(decodes.keys) == [(1, 4, 4, 4), (2, 4, 4, 4)]  # each captured once
     assert not any(graph.taken for graph in decodes.graphs._cache._graphs)
 
 

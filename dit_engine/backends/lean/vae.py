@@ -184,14 +184,11 @@ class DecodeGraph(CapturedGraph):
             self.capture(lambda: network(self.z, self.pixels), pool)
 
     def decode(self, z: Tensor, pixels: Tensor) -> None:
-        """Latents z (N, c, h, w) → the caller's ``pixels`` (N, 3, H, W). Then release the graph."""
-        try:
-            with self.turns.take(), torch.inference_mode():
-                self.z.copy_(z)
-                self.graph.replay()
-                pixels.copy_(self.pixels)
-        finally:
-            self.release()
+        """Latents z (N, c, h, w) → the caller's ``pixels`` (N, 3, H, W)."""
+        with self.turns.take(), torch.inference_mode():
+            self.z.copy_(z)
+            self.graph.replay()
+            pixels.copy_(self.pixels)
 
 
 class DecoderGraphs:
@@ -210,14 +207,14 @@ class DecoderGraphs:
         self._cache = GraphCache(network.device, make, lambda key: f"a decode of latents {key}")
 
     def take(self, key: Key) -> DecodeGraph | None:
-        """A graph of ``key`` that only the caller uses, or None to decode without a graph."""
+        """The graph of ``key``, which threads share, or None to decode without a graph."""
         with self._lock:
             again = key in self._seen
             self._seen[key] = None
             self._seen.move_to_end(key)
             if len(self._seen) > GRAPH_LIMIT:
                 self._seen.popitem(last=False)
-        return self._cache.take(key) if again and key not in self._refused else None
+        return self._cache.take(key, alone=False) if again and key not in self._refused else None
 
 
 _CAPTURING = ThreadPoolExecutor(1, "decoder-capture")

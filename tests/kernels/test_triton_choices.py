@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -145,6 +147,21 @@ def test_too_little_memory_to_measure_is_no_error() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(forward(), made)  # without another try
+
+
+@interpreted
+def test_weights_are_freed_with_their_transformer() -> None:
+    transformer = Forward().transformer
+    with patch.dict("os.environ", DIT_KERNELS_CHOOSE="0"):
+        transformer.parts = ChosenParts(transformer, Chooser({}.get, {}.update, float))
+        transformer.parts(ROWS)
+    freed = weakref.ref(transformer)
+    gc.disable()
+    try:
+        del transformer
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 @interpreted

@@ -10,6 +10,7 @@ import functools
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -54,7 +55,9 @@ class ChosenParts:
     """
 
     def __init__(self, transformer: LeanTransformer, chooser: Chooser) -> None:
-        self.transformer, self.chooser = transformer, chooser
+        # A weak reference, because the transformer holds this object: its weights must be freed at
+        # once, not by a later garbage collection.
+        self.transformer, self.chooser = weakref.proxy(transformer), chooser
         self._chosen: dict[int, Parts] = {}
         self._lock = threading.Lock()
 

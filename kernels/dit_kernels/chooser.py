@@ -111,7 +111,9 @@ class Chooser:
             except Exception as error:  # a kernel may raise anything
                 if name == default:
                     raise
-                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                reason = " ".join(str(error).split()) or type(error).__name__
+                if len(reason) > 300:  # Triton's begin with source code and end with what is wrong
+                    reason = f"{reason[:120]} … {reason[-180:]}"
                 warnings.warn(f"{name} is not used for {key}: {reason}", stacklevel=4)
                 del runs[name]
 

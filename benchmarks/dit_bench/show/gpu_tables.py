@@ -55,7 +55,7 @@ def gpu_tables(report: Report) -> list[Table]:
         alike.setdefault(re.sub(r" \([^()]*\.py:[^()]*\)$", "", verdict(row)), []).append(row)
     for first, *others in [*alike.values()][-most:]:
         told = verdict(first)
-        told = told if len(told) <= WIDTH else f"{told[: WIDTH // 3]} … {told[-2 * WIDTH // 3 :]}"
+        told = told if len(told) <= WIDTH else f"{told[: WIDTH // 2]} … {told[-WIDTH // 2 :]}"
         if others:
             names = (each["contender"].rpartition("::")[2] if "::" in each["contender"]
                      else f"{each['case']} {each['contender']}" for each in others)  # fmt: skip

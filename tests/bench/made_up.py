@@ -150,7 +150,7 @@ def scaling() -> dict[str, Any]:
 
 
 def gpu() -> dict[str, Any]:
-    """A GPU run of all that there is, in which 13 operators went wrong."""
+    """The report of a GPU run with every kind of row, in which 13 operators failed."""
     state = {"sm_mhz": spread3(1500, 1980), "power_w": spread3(80.5, 700.0),
              "celsius": spread3(35, 61), "throttled": ["power cap"]}  # fmt: skip
     own, rows = {"status": "ok", "device_state": state}, list[dict[str, Any]]()

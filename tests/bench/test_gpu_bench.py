@@ -41,7 +41,7 @@ TINY = ModelConfig(depth=1, hidden_size=64, num_heads=1, patch_size=2, input_siz
                    num_classes=10, numerics="diffusers")  # fmt: skip
 
 
-def test_a_gpu_whose_torch_and_driver_tell_little(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_whose_torch_and_driver_report_few_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     few = SimpleNamespace(name="G", total_memory=3, uuid="GPU-12")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: few)
@@ -70,7 +70,7 @@ def test_wrong(case): assert 1 == 2, "one is not two"
 
 
 class Nvml(ModuleType):
-    """A GPU that gets warmer and is held back by its power."""
+    """NVML of a GPU that gets warmer and is throttled by its power cap."""
 
     NVML_CLOCK_SM, NVML_TEMPERATURE_GPU = 1, 0
     asked = 0
@@ -216,7 +216,7 @@ def test_images_that_depend_on_their_batch_by_more_than_rounding_are_wrong(
             assert "alone: off by" in row["remark"] and "order: same bits" in row["remark"]
 
 
-def test_tests_that_do_not_end_are_ended(as_gpu: Any, tmp_path: Path) -> None:
+def test_hung_tests_are_stopped(as_gpu: Any, tmp_path: Path) -> None:
     hangs = "import time\ndef test_later(): time.sleep(99)\n"
     (tmp_path / "tests/unit/test_gpu.py").write_text(TESTS + hangs)
     tests = gpu_check.GpuTests
@@ -231,14 +231,16 @@ def test_tests_that_do_not_end_are_ended(as_gpu: Any, tmp_path: Path) -> None:
 
 
 def few_parts(monkeypatch: pytest.MonkeyPatch, *wanted: int) -> None:
-    """Of each of these groups, the first part."""
+    """Keep only the first part of each of these groups."""
     whole = gpu.groups
     monkeypatch.setattr(gpu, "groups", lambda *given: [
         (share, parts[:1]) for i, (share, parts) in enumerate(whole(*given)) if i in wanted
     ])  # fmt: skip
 
 
-def test_what_breaks_loses_its_part_alone(as_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_loses_only_the_rows_of_its_part(
+    as_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Parts without a reference, or whose timing breaks, have failed; the others are measured."""
     step, timed = Work.guided_step, operators.interleave
 
@@ -269,10 +271,10 @@ def test_what_breaks_loses_its_part_alone(as_gpu: Any, monkeypatch: pytest.Monke
     assert sum(row["section"] == "image" and row["status"] == "ok" for row in rows) == 2
 
 
-def test_a_lost_device_starts_the_program_again_without_what_is_done(
+def test_after_a_lost_device_the_program_restarts_without_finished_parts(
     as_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As after an illegal access to memory in the first operator."""
+    """The first operator fails as after an illegal memory access."""
     measure, commands = operators.measure, list[list[str]]()
     lost = False
 
@@ -328,7 +330,7 @@ def test_a_device_lost_with_a_candidate_is_tried_once_more_without_choices(
     assert row["reason"].endswith("an illegal access of dit_kernels/chooser.py")
 
 
-def test_a_part_that_hangs_is_left_out_of_the_program_that_starts_again(
+def test_after_a_hung_part_the_program_restarts_without_it(
     as_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     left: list[dict[str, Any]] = []
@@ -352,10 +354,10 @@ def test_a_part_that_hangs_is_left_out_of_the_program_that_starts_again(
     assert [(row["case"], row["status"]) for row in report["rows"][1:]] == [("a", "failed")]
 
 
-def test_each_group_has_its_share_of_what_is_left(
+def test_each_group_gets_its_share_of_the_remaining_time(
     as_gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However long the parts before it took: what overruns its group does not take all the rest."""
+    """A part that exceeds the time of its group does not use up all the remaining time."""
     now, left = [0.0], list[float]()
 
     def spend(timer: Timer) -> None:
@@ -371,7 +373,7 @@ def test_each_group_has_its_share_of_what_is_left(
 
 
 def test_the_tables_of_a_whole_run_fit_on_a_page(tmp_path: Path) -> None:
-    """On the terminal and in a document, with what failed last."""
+    """On the terminal and in a document. Failures come last."""
     found = made_up.gpu()
     validate(found)
     shown = "\n".join(table.text() for table in report_tables(found)).splitlines()
@@ -445,7 +447,7 @@ def test_a_run_that_hangs_ends_and_says_where(tmp_path: Path, how: str) -> None:
         assert "Timeout" in done.stderr
 
 
-def test_failures_of_tests_that_could_not_sum_up_are_known() -> None:
+def test_failures_are_found_without_the_summary_of_pytest() -> None:
     lines = ["[gw1] [  5%] PASSED tests/a.py::b", "[gw0] [ 10%] FAILED tests/a.py::c[x - y] ",
              "ERROR    root:a.py:3 a message - of a log"]  # fmt: skip
     counts, failures = gpu_check.outcomes("\n".join(lines))
@@ -455,7 +457,7 @@ def test_failures_of_tests_that_could_not_sum_up_are_known() -> None:
     assert failures == {"tests/a.py::c[x - y]": "a - b"}
 
 
-def test_what_is_compiled_beforehand_can_be_called(
+def test_every_call_that_is_compiled_beforehand_runs(
     as_gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = ModelConfig(depth=3, hidden_size=64, num_heads=1, patch_size=2, input_size=8)

@@ -1,4 +1,4 @@
-"""What ``dit-bench --env`` tells of this machine's choices."""
+"""The choices of kernels that ``dit-bench --env`` lists."""
 
 from __future__ import annotations
 

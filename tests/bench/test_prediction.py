@@ -1,5 +1,5 @@
-"""Bytes and operations of a step's kernels against the tensors of their calls and torch's counter,
-and the table of predictions."""
+"""Compares the predicted bytes and operations of a step's kernels with the tensors of their calls
+and with torch's FLOP counter, and tests the table of predictions."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_bytes_are_those_of_the_calls_tensors(splits: int | None) -> None:
     assert kernels["qkv"].read == 2 * (96 + 1) * 3 * 96  # bf16 weights and bias
 
 
-def test_operations_are_those_of_torchs_counter_and_launches_seven_a_block() -> None:
+def test_operations_equal_those_of_torchs_counter_and_launches_are_seven_per_block() -> None:
     kernels = {k.name: k for k in prediction.step_kernels(CONFIG, ROWS)}
     model = tiny_dit(depth=3, hidden_size=96, num_classes=5)
     assert model.config == CONFIG

@@ -100,7 +100,7 @@ def test_cuda_samples_are_the_time_between_two_events(monkeypatch: pytest.Monkey
             return (end.at - self.at) * 1e3
 
     class Scratch:
-        """Can only be read: after a write, a sample would have to write the cache's lines back."""
+        """Allows reads only: after a write, a sample would have to write cache lines back."""
 
         sum = staticmethod(clock.work("flush", 5000))
 
@@ -116,10 +116,10 @@ def test_cuda_samples_are_the_time_between_two_events(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_what_is_sustained_is_the_mean_of_calls_without_a_break(
+def test_a_sustained_time_is_the_mean_of_calls_without_a_pause(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of as many calls as fill the seconds at the pace of the first ones."""
+    """The number of calls is estimated from the time of the first calls."""
     clock, calls = Clock(), list[float]()
 
     class Event:
@@ -239,7 +239,8 @@ def test_what_is_seen_during_a_run_counts_and_not_what_was_before() -> None:
 def test_no_command_measures_in_tf32(
     words: list[str], measures: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """References would then have TF32's 10 bits. Afterwards torch has its own settings again."""
+    """References would have only TF32's 10 bits of mantissa. Afterwards torch's settings are
+    restored."""
     switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     seen: list[bool] = []
 

@@ -1,5 +1,5 @@
-"""Whole generations by the kernels of a GPU, in Triton's interpreter, through the machinery of
-graphs, whose replays are played: against the eager backend."""
+"""Compares whole generations with the eager backend. The GPU's kernels run in Triton's interpreter,
+and stand-ins for CUDA graphs replay the steps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 
 @contextmanager
 def gpu_engine(model: DiT, precision: str = "fp32") -> Iterator[Engine]:
-    """Its "lean" computes as on a GPU, in graphs; a table holds two steps of two labels."""
+    """An engine whose "lean" runs in graphs as on a GPU; a table holds two steps of two labels."""
     with ExitStack() as patches:
         for module in (dispatch, forward, cuda_graphs):
             patches.enter_context(patch.object(module, "chosen", lambda *_: "triton"))
@@ -84,7 +84,7 @@ def test_a_clipped_diffusion() -> None:
 
 @interpreted
 def test_without_graphs() -> None:
-    """As where all are in use."""
+    """As if all graphs were in use."""
     with gpu_engine(tiny_dit(**SMALL)) as engine, patch.object(capture, "GRAPH_LIMIT", 0):
         lean, eager = (latents(engine, b, sampler="ddpm", steps=2) for b in ("lean", "eager"))
     assert relative_error(lean, eager) < 1e-5 and not events
@@ -102,7 +102,7 @@ def test_half_precision_is_as_near_to_float32_as_eager() -> None:
 
 @interpreted
 def test_generations_of_one_size_at_once() -> None:
-    """One within the other, and in threads: each has a graph of its own."""
+    """One generation inside another, and several in threads: each has its own graph."""
     with gpu_engine(tiny_dit(**SMALL)) as engine:
         options = {"sampler": "ddpm", "steps": 2}
         expected = [latents(engine, "eager", seed=seed, **options) for seed in range(2)]

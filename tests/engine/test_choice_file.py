@@ -1,4 +1,4 @@
-"""The file in which the times of measured kernels are kept between processes."""
+"""The file that stores measured times of kernels for later processes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def quiet() -> ChoiceFile:
 
 
 def write(first: int) -> None:
-    """In a process of its own."""
+    """Runs in another process."""
     with patch.object(choice_file, "facts", lambda _: FACTS):
         file = ChoiceFile(CUDA)
         for i in range(first, first + 20):
@@ -65,7 +65,7 @@ def test_processes_that_write_at_once_lose_nothing() -> None:
 
 
 def test_the_order_of_candidates_is_kept(cache: Path) -> None:
-    """The first is the default."""
+    """The first candidate is the default, so its place matters."""
     assert remembered() == {}
     quiet().remember("fc1", TIMES)
     read = quiet().recall("fc1")
@@ -75,7 +75,7 @@ def test_the_order_of_candidates_is_kept(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("fact", FACTS)
-def test_of_another_device_or_version_nothing_is_taken(
+def test_times_of_another_device_or_version_are_ignored(
     fact: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quiet().remember("fc1", TIMES)
@@ -127,7 +127,7 @@ def test_a_broken_file_is_ignored_with_one_line_and_replaced(kind: str, cache: P
     assert quiet().recall("qkv") == TIMES
 
 
-def test_a_place_that_cannot_be_written_costs_one_warning(
+def test_a_folder_that_cannot_be_written_gives_one_warning(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache.write_text("no directory")

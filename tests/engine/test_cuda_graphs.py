@@ -109,7 +109,7 @@ def test_results_are_passed_on_without_copies_and_arguments_stay(steps: Steps) -
 
 
 @torch.inference_mode()
-def test_what_leaves_the_loop_is_the_callers_own(steps: Steps) -> None:
+def test_latents_after_the_loop_are_in_memory_of_their_own(steps: Steps) -> None:
     fused, draws, guides = steps.fused(steps.graphed, 2), np.zeros(4, bool), np.ones(4, bool)
     z, _, noise = steps.inputs(2)
     own = sample_fused(fused, z, draws, guides, lambda k: noise, lambda k, z: None)
@@ -120,7 +120,7 @@ def test_what_leaves_the_loop_is_the_callers_own(steps: Steps) -> None:
 
 @torch.inference_mode()
 def test_other_steps_than_the_next_and_other_guidance(steps: Steps) -> None:
-    """As far as a step does not follow the last one of its graph, its inputs are copied."""
+    """Inputs that are not the results of the graph's last step are copied into the graph."""
     fused, plain = (steps.fused(backend, 2) for backend in (steps.graphed, steps.plain))
     found = expected = tuple(steps.inputs(2)[:2])
     for step, guide in ((0, True), (1, False), (2, True), (3, False), (1, False), (1, True)):
@@ -177,8 +177,8 @@ def test_a_generation_that_is_broken_off_gives_its_graph_and_table_back(steps: S
 
 @torch.inference_mode()
 def test_copies_wait_for_the_replay_before(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Generations of one size have a graph each, and then one after the other; their turns are in
-    order, on whatever streams."""
+    """Two generations of one size have a graph each, and later use one graph in turn. Their turns
+    are in order on any streams."""
     first, second = (steps.fused(steps.graphed, 2, seed) for seed in (0, 5))
     z, other = steps.inputs(2), steps.inputs(2, seed=5)
     graph = graph_of(first)
@@ -203,7 +203,7 @@ def test_copies_wait_for_the_replay_before(steps: Steps, monkeypatch: pytest.Mon
 
 
 @torch.inference_mode()
-def test_at_most_so_many_graphs_and_the_one_unused_for_longest_goes(steps: Steps) -> None:
+def test_the_number_of_graphs_is_limited_and_the_oldest_idle_one_is_dropped(steps: Steps) -> None:
     kept = [steps.fused(steps.graphed, 1) for _ in range(GRAPH_LIMIT)]
     graphs = [graph_of(fused) for fused in kept]
     assert len(set(map(id, graphs))) == GRAPH_LIMIT
@@ -225,7 +225,7 @@ def test_at_most_so_many_graphs_and_the_one_unused_for_longest_goes(steps: Steps
 
 @torch.inference_mode()
 def test_too_little_memory_for_a_graph(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Idle graphs are dropped; if that does not suffice, the step runs without one."""
+    """Idle graphs are dropped. If that is not enough, the step runs without a graph."""
     honest, most = capture.capture_graph, 8
 
     def limited(work: Any, stream: Any, pool: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Devices that are not there, and GPUs that lack something, with torch.cuda played on the CPU."""
+"""Devices that do not exist and GPUs without some features, with stand-ins for torch.cuda."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Gpus = Callable[[int, tuple[int, int]], None]
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
-    """Makes torch find so many GPUs of this compute capability."""
+    """Makes torch find this number of GPUs with this compute capability."""
 
     def find(count: int, capability: tuple[int, int] = (9, 0)) -> None:
         for name, found in (
@@ -57,7 +57,7 @@ def trained(device: Any) -> object:
 def test_a_gpu_that_is_not_there_is_refused_in_one_line_that_names_those_that_are(
     device: str, gpus: Gpus, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """torch itself reads "cuda:256" as "cuda:0", and "cuda:255" as any GPU."""
+    """torch itself takes "cuda:256" for "cuda:0", and "cuda:255" for any GPU."""
     for count in (0, 1):
         gpus(count, (9, 0))
         allowed = ["cpu", *(["cuda", "cuda:0"] if count else [])]
@@ -122,7 +122,7 @@ def test_bfloat16_by_name_is_refused_before_ampere(
     assert not Path("never").exists()
 
 
-def test_quantised_products_that_a_gpu_has_not(gpus: Gpus) -> None:
+def test_quantised_products_that_a_gpu_does_not_have(gpus: Gpus) -> None:
     for capability, found in (((7, 5), "7.5"), ((8, 9), "8.9")):
         gpus(1, capability)
         for precision, said in (
@@ -142,7 +142,7 @@ def test_quantised_products_that_a_gpu_has_not(gpus: Gpus) -> None:
 def test_images_are_decoded_in_float32_where_there_is_no_bfloat16(
     gpus: Gpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """float16 is no way out: Stable Diffusion's decoder overflows it."""
+    """Not in float16, which Stable Diffusion's decoder overflows."""
     asked: list[torch.dtype] = []
 
     def make(vae: object, dtype: torch.dtype, device: object) -> Any:
@@ -158,7 +158,7 @@ def test_images_are_decoded_in_float32_where_there_is_no_bfloat16(
     assert asked == [wide, wide, wide, wide, narrow, narrow]
 
 
-def test_before_ampere_lean_runs_on_torch_references_and_says_so_once(
+def test_before_ampere_lean_runs_on_torch_references_and_warns_once(
     gpus: Gpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus(1, TURING)
@@ -175,9 +175,9 @@ def test_before_ampere_lean_runs_on_torch_references_and_says_so_once(
     assert [str(warning.message) for warning in told] == [said]
 
 
-def test_the_references_of_a_step_wait_for_no_result() -> None:
-    """On tensors without values, whole steps and a decoding on the references: a graph could not
-    capture what reads a result on the host, or mixes in a tensor of the CPU."""
+def test_the_references_of_a_step_do_not_synchronise() -> None:
+    """Whole steps and a decode run on meta tensors with the references. They would fail if the host
+    read a result, or if a CPU tensor took part, which a graph could not capture."""
     device = torch.device("meta")
     with pytest.warns(UserWarning, match="lean runs without its triton kernels"):
         lean = create_backend("lean", tiny_dit(), "fp16", device)
@@ -194,7 +194,7 @@ def test_the_references_of_a_step_wait_for_no_result() -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--check"]])
-def test_a_gpu_run_without_a_gpu_that_it_can_use(
+def test_a_gpu_run_needs_a_gpu_with_bfloat16(
     options: list[str], gpus: Gpus, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpus(0)

@@ -96,7 +96,7 @@ def test_int8_error_is_that_of_seven_bits() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*native kernels")
 def test_fp8_error_is_that_of_three_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU computes it from the references; the GPU's way of calling them is the same."""
+    """On the CPU the references compute it; a GPU calls its kernels in the same way."""
     monkeypatch.setattr(native, "why_not", lambda: "not here")
     for module in (quantized, backend_module):
         monkeypatch.setattr(module, "quantized_why_not", lambda *_: None)

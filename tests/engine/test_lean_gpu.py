@@ -37,7 +37,7 @@ SCALES = [1.0, 4.0, 2.0]
 
 @pytest.fixture(autouse=True)
 def _no_choices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring compiles every candidate, which takes longer than these tests."""
+    """Turns measuring off, which would compile every candidate and take longer than these tests."""
     monkeypatch.setenv("DIT_KERNELS_CHOOSE", "0")
 
 
@@ -86,7 +86,7 @@ def test_half_precision_is_as_near_to_float32_as_eager(engine: Engine, precision
     assert relative_error(found["lean"], exact) < 3 * relative_error(found["eager"], exact)
 
 
-def test_what_was_chosen_is_right_and_remembered(
+def test_the_choice_is_right_and_stored(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DIT_KERNELS_CHOOSE", "1")
@@ -106,7 +106,7 @@ def test_what_was_chosen_is_right_and_remembered(
     assert torch.equal(again, first) and [*remembered().values()] == [known]
 
 
-def test_a_step_after_another_is_one_launch(engine: Engine) -> None:
+def test_the_next_step_is_one_launch(engine: Engine) -> None:
     lean = engine._backend("lean", "fp32")
     labels, timesteps = torch.tensor([1, 10]), torch.linspace(999, 0, 6).round().long()
     with torch.inference_mode():

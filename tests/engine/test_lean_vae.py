@@ -87,7 +87,7 @@ def test_float32_bits_do_not_depend_on_the_batch() -> None:
     assert torch.equal(together, decoder(wide[:, :, 1:, ::2]))
 
 
-def test_inputs_stay_and_the_weights_are_its_own() -> None:
+def test_inputs_are_not_changed_and_weights_are_copies() -> None:
     vae = tiny_vae()
     z = latents(vae, 2, 8, 8).contiguous(memory_format=torch.channels_last)
     kept, decoder = z.clone(), LeanDecoder(vae, torch.float32, "cpu")
@@ -104,7 +104,7 @@ def test_inputs_stay_and_the_weights_are_its_own() -> None:
 def test_without_onednn(
     config: VAEConfig, shape: tuple[int, int, int], gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through plain convolutions, also as on a GPU, where sums are left to the norms."""
+    """With plain convolutions; also as on a GPU, where the norms add biases and residuals."""
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     if gpu:
         monkeypatch.setattr(vae_layers, "leaves_sums", lambda device: True)
@@ -116,8 +116,8 @@ def test_without_onednn(
 
 
 def test_launches_of_a_decode_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stable Diffusion's decoder without numbers. Its 30 norms are two launches each, which
-    tests/kernels/test_triton_resources.py shows."""
+    """Stable Diffusion's decoder on meta tensors. Each of its 30 norms is two launches, see
+    `dit_kernels.triton.groupnorm_silu`."""
     norms = list[dict[str, Any]]()
 
     def norm(x: Tensor, *affine: Any, out: Tensor | None = None, **options: Any) -> Tensor:
@@ -168,7 +168,7 @@ def test_batches_on_a_gpu_have_few_sizes() -> None:
     assert decoder(torch.empty(0, 4, 8, 8)).shape == (0, 3, 8, 8)
 
 
-def test_nan_stays_in_its_image_and_what_is_refused() -> None:
+def test_nan_stays_in_its_image_and_wrong_inputs_are_refused() -> None:
     vae = tiny_vae()
     z = latents(vae, 2, 8, 8)
     z[0, 0, 0, 0] = torch.nan

@@ -1,6 +1,6 @@
-"""How many launches a captured step of XL/2 takes, and that nothing is launched beside its graph.
+"""Counts the launches of a captured step of XL/2, and checks that nothing else is launched.
 
-The step runs on tensors without values: everything is done but the arithmetic.
+The step runs on meta tensors, which have shapes but no values.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FP8_BLOCK = Counter(
 
 @pytest.fixture(autouse=True)
 def _hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tensors without values pass for those of a GPU, whose kernels are counted and not run."""
+    """Meta tensors stand for those of a Hopper GPU, whose kernels are counted and not run."""
     require_triton()
     monkeypatch.setattr(triton, "why_not", lambda device=None: None)
     monkeypatch.setattr(quantized, "quantized_why_not", lambda kind, device: None)
@@ -66,8 +66,8 @@ def launches_of(
     rows: int, kind: str | None = None, steps: int = 3, draws: bool = False,
     transformer: LeanTransformer | None = None,
 ) -> tuple[Counter[str], ...]:  # fmt: skip
-    """By name, what one step of ``rows`` rows launches in its graph, and what the steps after the
-    first one launch beside it."""
+    """(name → launches of one step inside its graph, name → launches outside of it by all steps
+    after the first)."""
     from triton.runtime.jit import KernelInterface
 
     n = rows // 2
@@ -102,7 +102,7 @@ def all_blocks(block: Counter[str]) -> Counter[str]:
 
 
 @pytest.mark.parametrize("rows", [2, 64])
-def test_seven_launches_a_block_and_five_besides(rows: int) -> None:
+def test_seven_launches_per_block_and_five_more(rows: int) -> None:
     inside, outside = launches_of(rows)
     assert inside == all_blocks(BLOCK) + STEP + Counter(["_layernorm_modulate_kernel"])
     assert inside.total() == 7 * XL.depth + 5
@@ -110,7 +110,7 @@ def test_seven_launches_a_block_and_five_besides(rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [2, 64])
-def test_whatever_is_chosen_takes_as_many_launches(rows: int) -> None:
+def test_every_choice_needs_the_same_number_of_launches(rows: int) -> None:
     transformer = LeanTransformer(_model(depth=2), torch.bfloat16, GPU)
     found = candidates(transformer, rows)
     assert set(found) == {"qkv", "attention", "proj", "fc1", "fc2"}
@@ -125,12 +125,12 @@ def test_whatever_is_chosen_takes_as_many_launches(rows: int) -> None:
             assert inside.total() == 7 * 2 + 5 and not outside, (part, name, inside)
 
 
-def test_a_draw_is_copied_once() -> None:
+def test_noise_is_copied_once_per_step() -> None:
     inside, outside = launches_of(2, draws=True)
     assert inside.total() == 7 * XL.depth + 5 and outside == {"copy_": 2}  # of two steps
 
 
-def test_nine_launches_a_block_in_fp8() -> None:
+def test_nine_launches_per_block_in_fp8() -> None:
     inside, outside = launches_of(2, "fp8")
     expected = all_blocks(FP8_BLOCK) + STEP + Counter(["_layernorm_modulate_quantize_kernel"])
     # The norm of the last layer, which is not quantised, stands for the last block's.

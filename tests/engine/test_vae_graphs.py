@@ -1,4 +1,4 @@
-"""Captured decodes, with torch.cuda's streams, events and graphs played on the CPU."""
+"""Captured decodes, with stand-ins on the CPU for torch.cuda's streams, events and graphs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dit_kernels import dispatch
 
 
 class Decodes:
-    """A tiny VAE's decoder twice, with and without graphs."""
+    """The decoder of a tiny VAE, once with graphs and once without."""
 
     def __init__(self) -> None:
         model = tiny_vae()
@@ -36,7 +36,7 @@ class Decodes:
         return [graph.key for graph in self.graphs._cache._graphs]
 
     def check(self, n: int, side: int = 4, seed: int = 0) -> Tensor:
-        """The images of the decoder with graphs, which are those of the other."""
+        """Decode with both decoders, compare the images and return them."""
         z = torch.randn(n, 4, side, side, generator=torch.Generator().manual_seed(seed))
         kept, images = z.clone(), self.graphed(z)
         assert torch.equal(images, self.plain(z)) and torch.equal(z, kept)
@@ -53,7 +53,7 @@ def decodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Decodes]:
         yield Decodes()
 
 
-def test_a_shape_that_comes_again_is_captured(decodes: Decodes) -> None:
+def test_a_shape_is_captured_at_its_second_decode(decodes: Decodes) -> None:
     decodes.check(2)
     assert decodes.keys == []
     first = decodes.check(2, seed=1)
@@ -74,7 +74,7 @@ def test_a_shape_that_comes_again_is_captured(decodes: Decodes) -> None:
     assert decodes.keys == [(2, 4, 4, 4), (1, 4, 6, 6)]
 
 
-def test_shapes_that_come_once_or_seldom_are_not_captured(decodes: Decodes) -> None:
+def test_shapes_that_occur_once_or_rarely_are_not_captured(decodes: Decodes) -> None:
     decodes.check(1)
     decodes.check(1)
     for _ in range(2):
@@ -127,7 +127,7 @@ def test_too_little_memory_for_a_graph(decodes: Decodes, monkeypatch: pytest.Mon
 def test_cudnn_measures_while_a_decode_is_captured(
     decodes: Decodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a thread that has not decoded before, because torch keeps cuDNN's choices by thread."""
+    """In a thread that has not decoded before, because torch caches cuDNN's choices per thread."""
     seen, fails = list[tuple[bool, int]](), False
     network = type(decodes.graphed._network)
     honest = network.__call__

@@ -1,4 +1,4 @@
-"""Attention of other packages by name: it runs, with the right numbers, or says what is missing."""
+"""Attention of other packages by name: it runs and is right, or the error says what is missing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> N
 
 
 def heads_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each (N, T, H, d), as FlashAttention takes them."""
+    """q, k, v (N, T, H, d) each, as FlashAttention takes them → (N, T, H, d)."""
     q, k, v = (each.transpose(1, 2) for each in (q, k, v))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
@@ -75,7 +75,7 @@ def test_flash_attn_by_its_package(version: str, monkeypatch: pytest.MonkeyPatch
     check("flash-attn")
 
 
-def test_of_both_versions_the_one_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_version_of_flash_attn_depends_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "flash_attn", flash_attn_qkvpacked_func=2)
     installed(monkeypatch, "flash_attn.cute", flash_attn_func=4)
     cuda = torch.device("cuda")
@@ -85,7 +85,7 @@ def test_of_both_versions_the_one_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -
         assert attention_libraries._flash_attn(newest) == (version, version == 2)
 
 
-def test_what_is_missing_is_said_and_nothing_else_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named_and_nothing_else_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("flash_attn", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, name, None)
     for impl, reason in (
@@ -102,7 +102,7 @@ def test_what_is_missing_is_said_and_nothing_else_runs(monkeypatch: pytest.Monke
 def test_a_package_that_breaks_while_it_is_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one built for another torch may. The lean backend asks for it, and runs without it."""
+    """A build for another version of torch may do so. The lean backend then runs without it."""
     (tmp_path / "flash_attn").mkdir()
     (tmp_path / "flash_attn" / "__init__.py").write_text("raise OSError('other\\nsymbols')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -112,8 +112,10 @@ def test_a_package_that_breaks_while_it_is_imported(
         dit_kernels.attention(QKV, HEADS, impl="flash-attn")
 
 
-def test_a_refusal_of_the_library_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch has no cuDNN for the CPU, and does not take another kernel."""
+def test_a_call_that_the_library_refuses_raises_unavailable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch has no cuDNN kernel for the CPU, and must not use another kernel instead."""
     with pytest.raises(Unavailable, match=r"^impl 'cudnn': Could not run .*cudnn_attention' with"):
         attention_libraries.launcher("cudnn")(QKV, HEADS)
 
@@ -133,8 +135,8 @@ def test_a_refusal_of_the_library_is_unavailable(monkeypatch: pytest.MonkeyPatch
         dit_kernels.attention(QKV, HEADS, impl="flash-attn")
 
 
-def test_torchs_switches_are_not_touched() -> None:
-    """They are those of the whole process, and count for other threads."""
+def test_torchs_global_switches_are_not_changed() -> None:
+    """The switches are for the whole process, so other threads would see a change."""
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert not torch.backends.cuda.flash_sdp_enabled()
         check("flash")

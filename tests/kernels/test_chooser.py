@@ -1,4 +1,4 @@
-"""The choice between functions that compute the same, with candidates and a clock of the test's."""
+"""The choice between functions that compute the same, with made-up candidates and clocks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RIGHT = random(4, 64, dtype=torch.bfloat16)
 
 
 class Bench:
-    """A chooser whose candidates take the milliseconds that the test says."""
+    """A chooser whose candidates take the milliseconds that the test sets."""
 
     def __init__(self, **ms: float | list[float]) -> None:
         self.now, self.ms = 0.0, {name: list(self.each(value)) for name, value in ms.items()}
@@ -84,7 +84,7 @@ def test_less_than_two_percent_keeps_the_default(ms: float, name: str) -> None:
     assert quickest({"library": 1.0, "own": ms}) == name
 
 
-def test_a_budget_ends_the_rounds_but_not_before_the_fewest() -> None:
+def test_a_budget_ends_the_rounds_after_the_fewest() -> None:
     for ms, rounds in ((1e3 * BUDGET_S, ROUNDS[0]), (1e3 * BUDGET_S / 11, 6), (0.1, ROUNDS[1])):
         bench = Bench(library=ms, own=ms)
         bench.choose()
@@ -109,13 +109,15 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
 
 
 @pytest.mark.parametrize(("wrong", "reason"), WRONG)
-def test_what_raises_or_is_wrong_is_dropped(wrong: Callable[[], Any], reason: str) -> None:
+def test_a_candidate_that_raises_or_is_wrong_is_dropped(
+    wrong: Callable[[], Any], reason: str
+) -> None:
     bench = Bench(library=1.0, own=0.1)
     bench.results["own"] = wrong
     refused(bench, "own", reason)
 
 
-def test_what_breaks_when_it_is_timed_is_dropped() -> None:
+def test_a_candidate_that_raises_while_it_is_timed_is_dropped() -> None:
     bench = Bench(library=1.0, own=0.1)
     results = iter([lambda: RIGHT, lambda: RIGHT])  # the check and the first round
     bench.results["own"] = lambda: next(results, broken)()
@@ -123,7 +125,7 @@ def test_what_breaks_when_it_is_timed_is_dropped() -> None:
 
 
 def test_every_tensor_of_a_result_is_compared_after_preparation() -> None:
-    """In place, as the end of a branch: the residual must begin at the same numbers."""
+    """The candidates work in place, as the end of a branch does, so ``prepare`` must reset x."""
     x = torch.zeros(2, 8)
 
     def add(step: float, last: float) -> tuple[Tensor, Tensor]:
@@ -143,7 +145,7 @@ def test_every_tensor_of_a_result_is_compared_after_preparation() -> None:
         assert bench.choose(prepare=x.zero_) == "own"
 
 
-def test_a_wrong_default_or_too_little_memory_is_not_hidden() -> None:
+def test_errors_of_the_default_and_out_of_memory_are_raised() -> None:
     for name, error in (("library", RuntimeError), ("own", torch.OutOfMemoryError)):
         bench = Bench(library=1.0, own=0.1)
 
@@ -166,7 +168,7 @@ def test_the_errors_of_rows() -> None:
 
 
 @pytest.mark.parametrize("stale", [{"library": 1.0, "tall": 0.2}, {"own": 0.1, "library": 1.0}, {}])
-def test_a_choice_among_other_candidates_is_made_again(stale: Times) -> None:
+def test_other_candidates_are_measured_again(stale: Times) -> None:
     bench = Bench(library=1.0, own=0.5)
     bench.memory[KEY] = stale
     with pytest.warns(
@@ -176,7 +178,7 @@ def test_a_choice_among_other_candidates_is_made_again(stale: Times) -> None:
     assert bench.memory == {KEY: {"library": 1.0, "own": 0.5}}
 
 
-def test_turned_off_nothing_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_called_if_choosing_is_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "0")
     bench = Bench(library=1.0, own=0.5)
     bench.memory[KEY] = {"library": 1.0, "own": 0.5}
@@ -194,7 +196,7 @@ def test_one_candidate_needs_no_measurement() -> None:
 
 
 def test_a_sample_on_cuda_begins_with_cold_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is timed is the call alone, on the device's current stream."""
+    """Only the call is timed, on the device's current stream."""
     log: list[object] = []
 
     class Event:

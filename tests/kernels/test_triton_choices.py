@@ -55,7 +55,7 @@ class Forward:
 
 
 def plain_weights() -> Any:
-    """Weights as they are on CUDA, not packed for the CPU."""
+    """Products keep plain weights, as on CUDA, and do not pack them for the CPU."""
     return patch.multiple(
         "dit_kernels.linear", onednn_takes=lambda _: False,
         native_product=type("None", (), {"why_not": staticmethod(lambda _: "not here")}),
@@ -85,9 +85,9 @@ def test_the_forward_with_each_candidate_equals_the_eager_model() -> None:
 
 @pytest.mark.slow
 @interpreted
-def test_what_was_chosen_runs() -> None:
-    """All candidates pass the check against the default on the examples, and those that the clock
-    favours are what the forward runs, the same for this number of rows from then on."""
+def test_the_forward_runs_the_chosen_candidates() -> None:
+    """All candidates pass the comparison with the default. The forward runs those that the clock
+    favours, and keeps them for this number of rows."""
     forward, favoured = Forward(), ["tma 64x64", "with residual", "128x128"]
     calls: list[str] = []
     memory: dict[str, Times] = {}
@@ -124,9 +124,9 @@ def test_what_was_chosen_runs() -> None:
 
 
 @interpreted
-def test_what_is_not_chosen() -> None:
-    """Nothing in float32, attention alone where the products are quantised, and no attention for
-    heads that the kernels do not have."""
+def test_parts_without_candidates() -> None:
+    """Float32 has no candidates, quantised forwards have them for attention only, and heads of a
+    size without kernels have none for attention."""
     model = tiny_dit(hidden_size=144, num_heads=2)
     with plain_weights():
         assert candidates(LeanTransformer(model, torch.float32, CPU), 2) == {}
@@ -178,7 +178,7 @@ def test_after_an_interrupt_kernels_are_compiled_and_run_as_ever() -> None:
 
 
 @interpreted
-def test_where_nothing_may_be_chosen_no_file_is_touched() -> None:
+def test_no_file_is_touched_if_choosing_is_turned_off() -> None:
     transformer = Forward().transformer
     with patch("dit_engine.backends.lean.choices.ChoiceFile") as file:
         for value, chosen in (("0", False), ("1", True)):
@@ -192,6 +192,6 @@ def test_where_nothing_may_be_chosen_no_file_is_touched() -> None:
             by_measurement(transformer)
 
 
-def test_where_there_is_no_triton_nothing_is_chosen() -> None:
+def test_nothing_is_chosen_without_triton() -> None:
     with patch("dit_kernels.triton.why_not", return_value="not installed"):
         assert candidates(LeanTransformer(tiny_dit(), BF16, CPU), 2) == {}

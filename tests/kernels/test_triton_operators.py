@@ -164,7 +164,7 @@ def test_group_norm_of_many_tiles_and_far_from_zero() -> None:
 @ALL_DTYPES
 @interpreted
 def test_group_norm_of_a_sum_and_shifted(dtype: torch.dtype) -> None:
-    """What the VAE's decoder leaves to the norm: the residual's sum and the convolution's bias."""
+    """The norm adds a residual and a convolution's bias, as in the VAE's decoder."""
     run = launcher("groupnorm_silu")
     for shape, groups in (((2, 128, 8, 8), 32), ((1, 36, 5, 7), 4)):
         x, add = cases.images(shape, dtype), cases.images(shape, dtype, mean=-1).flip(0)
@@ -272,7 +272,7 @@ def test_the_descriptor_variant_by_its_public_name() -> None:
 @pytest.mark.slow
 @interpreted
 def test_every_candidate_of_attention() -> None:
-    """Also for tokens that no tile divides. The first candidate is what "auto" takes on a GPU."""
+    """Also if no tile divides the number of tokens. "auto" uses the first candidate on a GPU."""
     for tokens, count in ((65, 8), (64, 2), (16, 1)):
         qkv = qkv_of(1, tokens, 1, 72, torch.bfloat16)
         exact, same = reference.attention(qkv.double(), 1), reference.attention(qkv, 1)
@@ -287,8 +287,8 @@ def test_every_candidate_of_attention() -> None:
             assert_close_to_reference(out, exact, same_dtype=same)
 
 
-def test_candidates_of_attention_that_are_known_not_to_run_are_left_out() -> None:
-    """Descriptors before Hopper, and Hopper's tiles elsewhere or for wider heads."""
+def test_candidates_of_attention_that_cannot_run_are_left_out() -> None:
+    """TMA descriptors before Hopper; Hopper's tiles on other GPUs or for wider heads."""
     cuda = torch.device("cuda")
     half = torch.bfloat16
     with patch("torch.cuda.is_available", return_value=True), pytest.MonkeyPatch.context() as m:

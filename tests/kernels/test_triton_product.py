@@ -1,4 +1,4 @@
-"""Our matrix product for Hopper: against float64 in Triton's interpreter, and its machine code."""
+"""Our matrix product for Hopper: its error against float64, and its machine code."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ PARTS = (
 
 
 def operands(case: Case, dtype: torch.dtype) -> list[Tensor]:
-    """x, weight, bias, gate (rows at a stride) and residual."""
+    """x (N, T, K), weight (M, K), bias (M,), gate (N, M) with strided rows, residual (N, T, M)."""
     n, t, k, m, *_ = case
     x, weight = random(n, t, k, dtype=dtype), random(m, k, dtype=dtype, seed=1) / k**0.5
     bias, residual = random(m, dtype=dtype, seed=2), random(n, t, m, dtype=dtype, seed=3)
@@ -80,7 +80,8 @@ def definition(epilogue: str, given: Sequence[Tensor]) -> Tensor:
 
 
 def check(epilogue: str, tiles: tuple[int, ...], given: Sequence[Tensor]) -> None:
-    """At most twice as far from float64 as the reference; partial sums as a float32 product."""
+    """The error against float64 is at most twice that of the reference; partial sums are compared
+    with a float32 product."""
     exact = definition(epilogue, [v.double() for v in given])
     same = definition(epilogue, [v.float() for v in given] if epilogue == "sums" else given)
     ours = run(epilogue, tiles, [*given[:4], given[4].clone()])
@@ -181,7 +182,7 @@ class Code(NamedTuple):
 
 
 def launches(widths: Sequence[int] = (1152, 1024, 768, 384)) -> list[Launch]:
-    """The candidates of a block's four products, at 2 images of 256 tokens and XL's also at 64."""
+    """The candidates of a block's four products for 2 rows of 256 tokens, and XL's also for 64."""
     from dit_kernels.triton.product import candidates
 
     found = {}
@@ -206,7 +207,7 @@ def machine_code(launch: Launch) -> Code:
     kernel, made = module._product_kernel, []
 
     class Recorder:
-        """Stands in for the kernel, and keeps the arguments of its launch."""
+        """Stands in for the kernel and records the arguments of its launch."""
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             def keep(*arguments: Any, **named: Any) -> None:

@@ -98,7 +98,7 @@ def cases() -> list[Case]:
 
 
 def row_cases() -> list[Case]:
-    """Every kernel of whole rows, at every published width (S, B, L, XL)."""
+    """Every kernel that computes whole rows, at every published width (S, B, L, XL)."""
     fused, found = "gate_residual_layernorm_modulate", []
     for width in (384, 768, 1024, 1152):
         row, hidden = (64, 256, width), (64, 256, 4 * width)
@@ -273,7 +273,7 @@ def test_no_spills_enough_shared_memory_and_tensor_cores(capability: int) -> Non
 
 
 def groupnorm_code(channels: int, side: int, add: bool) -> tuple[int, list[Counter[str]]]:
-    """Numbers of a thread's tile, and how often each instruction stands in both kernels."""
+    """Values per thread and tile, and the number of each instruction in both kernels."""
     case = Case("groupnorm_silu", 90, BRAIN, (1, channels, side))
     x = arguments_of(case)[0]
     options = {"add": x, "shift": EMPTY(channels)} if add else {}
@@ -288,7 +288,8 @@ def groupnorm_code(channels: int, side: int, add: bool) -> tuple[int, list[Count
     [(512, 32, False), (512, 128, False), (256, 128, True), (128, 256, True), (128, 512, False)],
 )
 def test_group_norm_at_the_published_widths(channels: int, side: int, add: bool) -> None:
-    """Images are read and written 16 bytes at a time, and a number takes two slow instructions."""
+    """Images are read and written 16 bytes at a time, with two special-function instructions per
+    value."""
     require_triton()
     numbers, (moments, norm) = compilers().submit(groupnorm_code, channels, side, add).result()
 
@@ -322,7 +323,7 @@ def test_the_vaes_other_kernels_read_and_write_whole_vectors() -> None:
 
 
 @pytest.mark.slow
-def test_row_kernels_wait_little_and_access_memory_in_whole_vectors() -> None:
+def test_row_kernels_have_few_barriers_and_access_memory_in_whole_vectors() -> None:
     require_triton()
     chosen = row_cases()
     for case, kernels in zip(chosen, compilers().map(measure, chosen), strict=True):

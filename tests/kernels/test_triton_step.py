@@ -1,4 +1,4 @@
-"""The kernels that a captured step begins with: in Triton's interpreter, on a GPU, and compiled."""
+"""The first two kernels of a captured step: in Triton's interpreter, on a GPU, and compiled."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_select_step_on_a_gpu() -> None:
 
 
 class Size(NamedTuple):
-    """A model's sizes, and what else the kernels are compiled for."""
+    """The sizes of a model and the other compile-time constants of the two kernels."""
 
     patch: int
     width: int
@@ -118,11 +118,11 @@ SIZES = [
 
 
 def instructions(size: Size) -> list[Counter[str]]:
-    """How often each instruction stands in the code of embed, and in that of select_step."""
+    """The number of each instruction in the machine code of embed and of select_step."""
     from dit_kernels.triton import embed, select_step
 
     class Recorder:
-        """Stands in for a kernel, and keeps the arguments of its launch."""
+        """Stands in for a kernel and records the arguments of its launch."""
 
         def __init__(self, kernel: Any) -> None:
             self.kernel = kernel
@@ -156,7 +156,7 @@ def instructions(size: Size) -> list[Counter[str]]:
 
 @pytest.mark.slow
 def test_machine_code_at_the_published_sizes() -> None:
-    """Threads exchange and spill nothing; rows are read and written 16 bytes at a time."""
+    """Threads exchange nothing and spill no registers; rows are accessed 16 bytes at a time."""
     require_triton()
     scalars = ("LDG.E.64", "STG.E.64", "LDG.E", "STG.E")
     for size, (embed, select) in zip(SIZES, compilers().map(instructions, SIZES), strict=True):

@@ -1,4 +1,4 @@
-"""Counts what a piece of work starts on a device, also where there is none."""
+"""Counts the operators and kernels that a piece of work launches, on any device, also on meta."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class Launches(TorchDispatchMode):
-    """While it is entered: torch's operators that are neither a view nor an allocation, by name;
-    Triton kernels are added by `counted`.
+    """Counts, while it is entered, torch's operators that are neither a view nor an allocation.
+    Stand-ins for Triton kernels add themselves with `counted`.
 
     Attributes:
-        inside: of work that a stand-in for a graph runs; ``outside``: of all else.
+        inside: name → number of launches within `within_a_graph`. outside: the same for all others.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
-        with self:  # an operator that is written in terms of others counts as those
+        with self:  # an operator that is composed of others is counted as those
             results = func.decompose(*args, **(kwargs or {}))
         if results is not NotImplemented:
             return results

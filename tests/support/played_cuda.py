@@ -1,4 +1,4 @@
-"""torch.cuda's streams, events and graphs, played on the CPU."""
+"""Stand-ins on the CPU for torch.cuda's streams, events and graphs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launches import Launches
 from dit_engine.backends import capture
 
 events: list[tuple[str, Any]] = []
-"""What was asked of the device, in order."""
+"""The recorded requests to the device, (name, object), in order."""
 _counting: list[Launches] = []
 _local = threading.local()
 
@@ -48,7 +48,7 @@ class Event:
 
 
 class Graph:
-    """Replays ``work``, which is run once before, into the memory that it was written for."""
+    """Runs ``work`` once when it is captured, and again, on the same memory, at each replay."""
 
     def __init__(self, work: Callable[[], Any], pool: Any) -> None:
         self.work, self.own_pool = work, pool or ("pool of", id(self))
@@ -64,7 +64,7 @@ class Graph:
 
 
 def current_stream(device: object = None) -> Stream:
-    """A thread's own."""
+    """The current stream of this thread."""
     if not hasattr(_local, "stream"):
         _local.stream = Stream()
     return _local.stream
@@ -72,7 +72,7 @@ def current_stream(device: object = None) -> Stream:
 
 @contextmanager
 def _captured(graph: Any, **options: Any) -> Iterator[None]:
-    """torch.cuda.graph."""
+    """Stands in for torch.cuda.graph."""
     assert not gc.isenabled() and options["capture_error_mode"] == "thread_local"
     log("begin")
     yield
@@ -88,7 +88,7 @@ def _capture_graph(
 
 @contextmanager
 def played_cuda(graphs: bool = True) -> Iterator[None]:
-    """Everything above in its place; without ``graphs``, `capture_graph` stays what it is."""
+    """Replaces torch.cuda's classes by those above and, with ``graphs``, also `capture_graph`."""
     events.clear()
     clear = "_cuda_clearCublasWorkspaces"  # not in a torch without CUDA
     with ExitStack() as patches:
@@ -106,7 +106,7 @@ def played_cuda(graphs: bool = True) -> Iterator[None]:
 
 @contextmanager
 def counted_launches() -> Iterator[Launches]:
-    """Launches of what runs meanwhile, those of replays apart."""
+    """Counts the launches inside the block, those of replays separately (`Launches.inside`)."""
     with Launches() as launches:
         _counting.append(launches)
         try:

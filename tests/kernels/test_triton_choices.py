@@ -165,7 +165,7 @@ def test_weights_are_freed_with_their_transformer() -> None:
 
 
 @interpreted
-def test_after_an_interrupt_kernels_are_compiled_and_run_as_ever() -> None:
+def test_kernels_compile_and_run_after_an_interrupt() -> None:
     from triton.runtime import _async_compile
 
     from dit_kernels.triton.compiling import only_compiling

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -97,9 +98,7 @@ def twin(model: DiT, config: ModelConfig | None = None) -> DiT:
 
 def random_model(config: ModelConfig) -> DiT:
     """A float32 DiT whose every weight is random, in eval mode."""
-    with torch.device("meta"):  # torch's own random numbers would take longer than ours
-        model = DiT(config)
-    model.to_empty(device="cpu")
+    model = _empty(lambda: DiT(config))
     side = config.input_size // config.patch_size
     with torch.no_grad():
         model.pos_embed.copy_(position_embedding(config.hidden_size, side))
@@ -108,12 +107,19 @@ def random_model(config: ModelConfig) -> DiT:
 
 def random_vae(config: VAEConfig) -> AutoencoderKL:
     """Random weights; the norms' scales lie around one, as a trained network's do."""
-    vae = _randomised(AutoencoderKL(config))
+    vae = _randomised(_empty(lambda: AutoencoderKL(config)))
     with torch.no_grad():
         for module in vae.modules():
             if isinstance(module, nn.GroupNorm):
                 module.weight.add_(1)
     return vae
+
+
+def _empty(make: Callable[[], M]) -> M:
+    """The module with any numbers: torch's own initialisation takes longer than `_randomised`."""
+    with torch.device("meta"):
+        module = make()
+    return module.to_empty(device="cpu")
 
 
 def _randomised(module: M) -> M:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,6 +29,7 @@ from dit_bench.timing import Budget
 from dit_engine.config import ModelConfig
 from dit_engine.engine import Engine
 from dit_engine.errors import BackendUnavailable
+from dit_engine.model import DiT
 from dit_engine.sampling.guidance import guided
 from dit_engine.vae import VAEConfig
 
@@ -235,3 +237,14 @@ def test_ctrl_c_is_heard_after_openvino() -> None:
     done = subprocess.run([sys.executable, "-c", AFTER_OPENVINO], capture_output=True, text=True,
                           timeout=120)  # fmt: skip
     assert done.returncode == 0 and "heard" in done.stdout, done.stderr[-2000:]
+
+
+def test_random_weights_are_all_drawn_and_the_same_every_time() -> None:
+    """They are drawn into memory that held anything before."""
+    config = VAEConfig(block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8)
+    for make in (partial(random_model, CONFIG), partial(random_vae, config)):
+        one, other = make().state_dict(), make().state_dict()
+        for name, weight in one.items():
+            assert torch.equal(weight, other[name]) and weight.std() > 0.01, name
+    expected = DiT(CONFIG).pos_embed
+    assert torch.equal(random_model(CONFIG).pos_embed, expected)

@@ -45,8 +45,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """After an illegal access to memory a process cannot use its GPU any more. A worker then ends,
-    and another takes its place: one more test is lost, and not all that follow."""
+    """After an illegal memory access a process can no longer use its GPU. The worker then ends and
+    another replaces it, so that one more test fails and not all the following ones."""
     if item.get_closest_marker("gpu") and "PYTEST_XDIST_WORKER" in os.environ:
         try:
             if torch.cuda.is_available():
@@ -57,9 +57,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One worker runs all tests of a file, so that the file's fixtures are made once, and all files
-    of the server, so that it starts once. (pytest-xdist 3.8 ignores its groups with pytest 9.2.)
-    With --dist worksteal, workers take single tests, as `dit-bench gpu --check` asks for."""
+    """One worker runs all tests of a file, so that its fixtures are made once, and one worker runs
+    all files that need the server, so that it starts once. (pytest-xdist 3.8 ignores its groups
+    with pytest 9.2.) With --dist worksteal, which `dit-bench gpu --check` uses, workers take single
+    tests."""
     if config.getoption("dist") == "worksteal":
         return None
     from xdist.scheduler import LoadScopeScheduling

@@ -110,8 +110,9 @@ def finish(
 def give_up(
     report: Report, arguments: argparse.Namespace, first: Callable[[], object] = lambda: None
 ) -> None:
-    """End this process with what the report has, tell which lines were running, and call ``first``
-    before the end. For another thread, because nothing interrupts one that waits for a device."""
+    """Print which lines were running, print and write the report so far, call ``first``, and end
+    this process with code 1. Another thread must call it, because a thread that waits for a device
+    cannot be interrupted."""
     try:
         faulthandler.dump_traceback(file=2)
         report["failure"] = "it did not end in time"

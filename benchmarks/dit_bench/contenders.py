@@ -138,8 +138,11 @@ def build(
 
 
 def failed(error: BaseException) -> dict[str, str]:
-    """Of a row: its status, and what broke where. Of a long message, which may begin with a
-    kernel's source or a compiler's command, also its end."""
+    """The "status" and "reason" of a row after ``error``: its type, message and lines of code.
+
+    A long message may begin with a kernel's source or a compiler's command, so its beginning and
+    its end are kept.
+    """
     said = one_line(error)
     if len(said) > 300:
         said = f"{said[:120]} … {said[-180:]}"

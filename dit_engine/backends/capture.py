@@ -127,8 +127,8 @@ class Turns:
 class CapturedGraph:
     """One captured piece of work, with its own inputs and results.
 
-    A user takes it from a `GraphCache` and is its only user until `release`. The user must launch
-    it, and copy or read its results, within `Turns.take`.
+    A user takes it from a `GraphCache` until `release`, and is meanwhile its only user unless it is
+    shared. A user must launch it, and copy or read its results, within one `Turns.take`.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -183,8 +183,8 @@ class GraphCache(Generic[K, G]):
         self._lock = threading.Lock()
 
     def take(self, key: K, alone: bool = True) -> G | None:
-        """A graph of ``key`` that only the caller uses, until its `release`. If not ``alone``,
-        others may use it too, and each use must be a single turn.
+        """A graph of ``key`` that only the caller uses, until its `release`. If ``alone`` is False,
+        others may use it too; then each use must be a single turn, and no `release` is needed.
 
         None if all graphs are in use (waiting for one could deadlock, because a user may need two),
         or, with a warning, if there is too little memory for another. The caller must then run the

@@ -306,7 +306,7 @@ def test_after_a_lost_device_the_program_restarts_without_finished_parts(
     assert sum(row["section"] == "operator" for row in rows) == 3
 
 
-def test_a_device_lost_with_a_candidate_is_tried_once_more_without_choices(
+def test_a_part_that_loses_the_device_is_run_again_without_candidates(
     as_gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left: list[dict[str, Any]] = []
@@ -379,7 +379,7 @@ def test_the_tables_of_a_whole_run_fit_on_a_page(tmp_path: Path) -> None:
     shown = "\n".join(table.text() for table in report_tables(found)).splitlines()
     assert len(shown) < 60
     assert max(map(len, shown)) < 220
-    assert shown[-1] == "  and 2 other reasons, which the JSON has"
+    assert shown[-1] == "  and 2 other reasons in the JSON"
     assert shown[-2].startswith("attention N=11   triton   failed: CompilationError: at 11: source")
     assert shown[-2].endswith("(rows.py:11, launch.py:1); 1 more: attention N=12 triton")
     assert "SM 1500–1980 MHz, 80–700 W, 35–61 °C, slowed by power cap" in "\n".join(shown)
@@ -434,7 +434,7 @@ cli.main(["gpu", "--minutes", "0.08", "--json", sys.argv[1]])
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["waits", "with the lock"])
 def test_a_run_that_hangs_ends_and_says_where(tmp_path: Path, how: str) -> None:
-    """And it shows and writes what it has, unless the call that hangs keeps Python's lock."""
+    """It also shows and writes its results so far, unless the hung call holds Python's lock."""
     path = tmp_path / "gpu.json"
     done = subprocess.run([sys.executable, "-c", HANGS, str(path), how],
                           capture_output=True, text=True, timeout=100)  # fmt: skip

@@ -133,7 +133,7 @@ def test_other_steps_than_the_next_and_other_guidance(steps: Steps) -> None:
 
 
 @torch.inference_mode()
-def test_after_an_interrupt_a_step_is_taken_from_its_arguments(steps: Steps) -> None:
+def test_after_an_interrupt_a_step_copies_its_arguments(steps: Steps) -> None:
     fused, inputs = steps.fused(steps.graphed, 2), steps.inputs(2)
     graph = graph_of(fused)
     fused.guided_step(*inputs, 0, True)
@@ -155,7 +155,7 @@ def test_after_an_interrupt_a_step_is_taken_from_its_arguments(steps: Steps) -> 
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_generation_that_is_broken_off_gives_its_graph_and_table_back(steps: Steps) -> None:
+def test_a_generation_that_raises_releases_its_graph_and_table(steps: Steps) -> None:
     engine = Engine(tiny_dit(), device="cpu")
     engine._backends["lean", "fp32"] = steps.graphed
     tables = list[Any]()

@@ -12,7 +12,8 @@ from dit_bench.show.tables import Table, cell_of, grid
 MOST_LOST, MOST_LOST_OF_A_CHECK = 10, 30
 """The number of failed or skipped rows that are shown."""
 WIDTH = 150
-"""Of a reason: its beginning, and its end, which tells where it was."""
+"""Characters of a reason that are shown: half from its beginning, half from its end, which says
+where the error occurred."""
 RAGGED = " T=250 "
 """Cases that are shown only if they fail."""
 
@@ -48,8 +49,8 @@ def gpu_tables(report: Report) -> list[Table]:
     bad = [row for row in rows if row["status"] in ("wrong", "failed", "late")]
     skipped = [row for row in rows if row["status"] == "skipped" and row.get("role") == "subject"]
     most = MOST_LOST if ceilings is not None else MOST_LOST_OF_A_CHECK
-    # What is lost for one reason is one line, and what was lost first is its case: after an illegal
-    # access to memory, all that follows fails.
+    # Rows with the same reason are one line, which names the first of them: after an illegal memory
+    # access, everything that follows fails.
     alike: dict[str, list[Row]] = {}
     for row in (*skipped, *bad):
         alike.setdefault(re.sub(r" \([^()]*\.py:[^()]*\)$", "", verdict(row)), []).append(row)
@@ -62,7 +63,7 @@ def gpu_tables(report: Report) -> list[Table]:
             told += f"; {len(others)} more: {', '.join(names)}"[: 2 * WIDTH]
         lost.add(first["case"], first["contender"], told)
     if len(alike) > most:
-        lost.notes.append(f"and {len(alike) - most} other reasons, which the JSON has")
+        lost.notes.append(f"and {len(alike) - most} other reasons in the JSON")
     return [head, _times(good), _operators(good), lost]
 
 

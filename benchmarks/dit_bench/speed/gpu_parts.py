@@ -1,8 +1,8 @@
-"""The parts of a GPU run: each runs by itself, and an error loses only the rows of its own part.
+"""Runs the parts of a GPU run one by one. An error loses only the rows of its own part.
 
-After an illegal memory access a process cannot use the device any more, and a call that waits for a
-kernel that hangs does not return. The program then restarts itself with its results so far. It
-chooses no kernels by measurement any more, because a candidate may have been at fault.
+After an illegal memory access a process can no longer use the device, and a call that waits for a
+hung kernel does not return. The program then restarts itself with its results so far. From then on
+it chooses no kernels by measurement, because a candidate may have caused the failure.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ def take(
     all_groups: Sequence[Group], timer: Timer, report: Report, budget: Budget,
     keep: Callable[[], object], restart: Callable[[], object],
 ) -> None:  # fmt: skip
-    """Run the parts that the report does not have, and call ``keep`` after each. ``restart`` is
-    called if the device is lost, or from another thread if a part hangs. Our packages' warnings,
-    such as that a kernel is not used, become rows of the report.
+    """Run the parts that are not yet in the report, and call ``keep`` after each of them.
+
+    ``restart`` is called if the device is lost, or from another thread if a part hangs. Warnings of
+    our packages, such as that a kernel is not used, become rows of the report.
 
     Raises KeyboardInterrupt after the part during which Ctrl-C was pressed.
     """
@@ -98,7 +99,7 @@ def take(
                 done.append(name)
                 keep()
                 if not usable(timer.device):
-                    if said and choosing():  # once more, without the candidates
+                    if said and choosing():  # the part runs once more, without candidates
                         done.remove(name)
                     os.environ[VARIABLE] = "0"
                     restart()
@@ -107,7 +108,7 @@ def take(
 
 
 def _of_ours(told: Iterable[warnings.WarningMessage]) -> list[str]:
-    """The warnings of our own packages, each once."""
+    """The texts of the warnings that come from our packages, without repetitions."""
     ours = ("dit_engine", "dit_kernels", "dit_bench")
     return list(dict.fromkeys(
         one_line(each.message) for each in told if set(ours) & set(Path(each.filename).parts)

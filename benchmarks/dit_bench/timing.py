@@ -25,11 +25,12 @@ VISIT_MS = 100.0
 PAUSE_S = 0.02
 """Threads that spin while they wait for work have gone to sleep by then."""
 _FLUSH_FLOATS = 2**26
-_FLUSHES = 4
+_FLUSHES = 8
 """256 MiB, several times any L2 cache, are read this number of times before every CUDA sample.
 Writing them would leave cache lines that the sample must write back. The reads also keep the device
-busy, for about 0.25 ms at 4 TB/s, while the host queues the launches of the sample: otherwise the
-time that Python takes to start a kernel of a few microseconds would be measured."""
+busy, for about 0.5 ms at 4 TB/s, while the host queues the launches of the sample: otherwise the
+time that Python takes to start a kernel of a few microseconds would be measured, which is up to
+0.2 ms with the descriptors of a product or the guards of torch.compile."""
 
 
 class Budget:

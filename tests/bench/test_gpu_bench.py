@@ -351,6 +351,7 @@ def test_after_a_hung_part_the_program_restarts_without_it(
     as_gpu(code=1)
     (report,) = left
     assert report["parts_done"] == ["a"]
+    assert re.search(r"did not end in 0 s \(gpu_parts.py:\d+ a, ", report["rows"][-1]["reason"])
     assert [(row["case"], row["status"]) for row in report["rows"][1:]] == [("a", "failed")]
 
 

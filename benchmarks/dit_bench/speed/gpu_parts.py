@@ -37,6 +37,9 @@ START_SECONDS, RESERVE_SECONDS = 15.0, 10.0
 PART_SECONDS, PART_SHARE = 90.0, 0.3
 """A part that takes longer than both this time and this share of the whole time counts as hung."""
 
+OURS = {"dit_engine", "dit_kernels", "dit_bench"}
+"""Our packages."""
+
 Part = tuple[str, Callable[[Timer], object]]
 """A part of the run: its name, and the function that adds its rows to the report."""
 Group = tuple[float, Sequence[Part]]
@@ -60,7 +63,10 @@ def take(
 
     def end(lost: Row) -> None:
         faulthandler.dump_traceback(file=2)
-        rows.append(lost | {"status": "failed", "reason": f"did not end in {limit:.0f} s"})
+        where = _standing(threading.main_thread())
+        rows.append(
+            lost | {"status": "failed", "reason": f"did not end in {limit:.0f} s ({where})"}
+        )
         done.append(lost["case"])
         os.environ[VARIABLE] = "0"
         restart()
@@ -109,10 +115,21 @@ def take(
 
 def _of_ours(told: Iterable[warnings.WarningMessage]) -> list[str]:
     """The texts of the warnings that come from our packages, without repetitions."""
-    ours = ("dit_engine", "dit_kernels", "dit_bench")
     return list(dict.fromkeys(
-        one_line(each.message) for each in told if set(ours) & set(Path(each.filename).parts)
+        one_line(each.message) for each in told if OURS & set(Path(each.filename).parts)
     ))  # fmt: skip
+
+
+def _standing(thread: threading.Thread) -> str:
+    """Our lines that a thread is in, the innermost first, with the name that it handles there, such
+    as that of a candidate."""
+    found, frame = list[str](), sys._current_frames().get(thread.ident or 0)
+    while frame is not None and len(found) < 8:
+        file, name = Path(frame.f_code.co_filename), frame.f_locals.get("name")
+        if OURS & set(file.parts):
+            found.append(f"{file.name}:{frame.f_lineno}" + f" {name}" * isinstance(name, str))
+        frame = frame.f_back
+    return ", ".join(found)
 
 
 def restart(arguments: argparse.Namespace, report: Report, budget: Budget) -> None:

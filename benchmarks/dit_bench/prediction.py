@@ -158,11 +158,11 @@ def _product_us(
     rows: int, inputs: int, outputs: int, columns: int, splits: int, gpu: Rates
 ) -> float:
     tiles = math.ceil(rows / 128) * math.ceil(outputs / columns) * splits
-    tile = PROCESSORS * gpu.flops_us(2 * 128 * columns * inputs / splits) / fed(columns)
+    tile = PROCESSORS * gpu.flops_us(2 * 128 * columns * inputs / splits) / feed_rate(columns)
     return math.ceil(tiles / PROCESSORS) * (tile + TILE_US)
 
 
-def fed(columns: int) -> float:
+def feed_rate(columns: int) -> float:
     """The share of the matrix rate at which shared memory can feed a tile of 128 rows.
 
     For 16 inputs, the tile takes ``columns`` cycles. Shared memory delivers 128 bytes a cycle: each

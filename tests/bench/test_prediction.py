@@ -119,12 +119,12 @@ def test_floors_and_predictions_in_closed_form() -> None:
         assert floor_us(made, gpu) == pytest.approx(tile * tiles / 132)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(prediction, "TILES", (128,))
-            patch.setattr(prediction, "fed", lambda _: 1.0)
+            patch.setattr(prediction, "feed_rate", lambda _: 1.0)
             assert predicted_us(made, gpu) == pytest.approx(GAP_US + waves * (tile + TILE_US))
             split = predicted_us(made, gpu, splits=4)  # 528 or 532 tiles of a quarter
             assert split == pytest.approx(GAP_US + (3 + waves) * (tile / 4 + TILE_US))
     # 160 cycles of shared memory for 128 of arithmetic, and 256 for 256.
-    assert (prediction.fed(128), prediction.fed(256)) == (0.8, 1.0)
+    assert (prediction.feed_rate(128), prediction.feed_rate(256)) == (0.8, 1.0)
     attention = Kernel("a", 1, 0, flops=72 * 132 * 10**6, exponentials=132 * 10**4)
     assert predicted_us(attention, gpu) == pytest.approx(GAP_US + 80 + 2.56)
 

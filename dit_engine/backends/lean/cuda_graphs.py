@@ -69,7 +69,7 @@ class StepGraph(CapturedGraph):
         # The runs before the capture take steps 1 and 2 of a table with no labels.
         spare = static(8, 9)
         here = Where(0, self.modulation.data_ptr(), 0, 0, spare.data_ptr())
-        self._tell(here)
+        self._write_where(here)
         self.capture(self._step, pool)
         self._known = None
 
@@ -107,13 +107,13 @@ class StepGraph(CapturedGraph):
                 self._table.step(step, self.rows, out=self.modulation)
                 self.coefficients.copy_(self._coefficients[step])
             here = Where(step - 1, chunk.data_ptr(), first, chunk.shape[1], coefficients)
-            self._tell(here)
+            self._write_where(here)
             self._known = None
             self.graph.replay()
             self._known = here._replace(step=step)
         return self.z, self.x0
 
-    def _tell(self, here: Where) -> None:
+    def _write_where(self, here: Where) -> None:
         """Write the numbers of `Where` that have changed; the host does not wait for the writes."""
         known, self._known = self._known, None  # after an interrupt, all are written again
         for i, number in enumerate(here):

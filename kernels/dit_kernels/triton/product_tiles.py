@@ -27,7 +27,7 @@ class ProductTiles(NamedTuple):
     splits: int = 1  # number of parts of K
 
 
-def reached(rows: int, columns: int) -> float:
+def feed_rate(rows: int, columns: int) -> float:
     """The share of the rate of the tensor cores at which shared memory can feed a tile (at most 1).
 
     For 16 inputs, the tile takes ``rows`` · ``columns`` / 128 cycles. Shared memory moves 128 bytes
@@ -62,7 +62,7 @@ def candidates(rows: int, inputs: int, outputs: int, processors: int) -> dict[st
     """Name → up to 6 tilings of a product (R, K) · (M, K)ᵀ that are worth measuring.
 
     A tiling's time is estimated from the work of the busiest multiprocessor and the rate that
-    `reached` gives. At most four tilings are kept, all within 1.4 times the shortest time. A tiling
+    `feed_rate` gives. At most four tilings are kept, all within 1.4 times the shortest time. A tiling
     is left out if another with as many warps takes less than 0.95 of its time and is not worse in
     work or in rate. For few rows, whose tiles leave multiprocessors idle, up to two tilings that
     split K are added; they are only for `product_partial_sums`.
@@ -73,7 +73,7 @@ def candidates(rows: int, inputs: int, outputs: int, processors: int) -> dict[st
         counts[sides] = -(-rows // down) * -(-outputs // across)
         tiles[sides] = tiles_for(down, across, counts[sides], processors)
         work = -(-counts[sides] // processors) * down * across
-        merits[sides] = -work, reached(down, across)
+        merits[sides] = -work, feed_rate(down, across)
     times = {sides: -work / rate for sides, (work, rate) in merits.items()}
 
     def beaten(one: tuple[int, int]) -> bool:

@@ -62,10 +62,10 @@ def candidates(rows: int, inputs: int, outputs: int, processors: int) -> dict[st
     """Name → up to 6 tilings of a product (R, K) · (M, K)ᵀ that are worth measuring.
 
     A tiling's time is estimated from the work of the busiest multiprocessor and the rate that
-    `feed_rate` gives. At most four tilings are kept, all within 1.4 times the shortest time. A tiling
-    is left out if another with as many warps takes less than 0.95 of its time and is not worse in
-    work or in rate. For few rows, whose tiles leave multiprocessors idle, up to two tilings that
-    split K are added; they are only for `product_partial_sums`.
+    `feed_rate` gives. At most four tilings are kept, all within 1.4 times the shortest time. One is
+    left out if another with as many warps takes less than 0.95 of its time and is not worse in work
+    or in rate. For few rows, whose tiles leave multiprocessors idle, up to two tilings that split K
+    are added; they are only for `product_partial_sums`.
     """
     counts, tiles, merits = {}, {}, {}
     for down, across in SIDES:

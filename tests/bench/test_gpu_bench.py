@@ -283,8 +283,12 @@ def test_after_a_lost_device_the_program_restarts_without_finished_parts(
         lost = not commands
         measure(*arguments, **options)
 
+    device = os.open(os.devnull, os.O_RDONLY)
+    os.set_inheritable(device, True)
+
     def execute(program: str, command: list[str]) -> None:
         assert program == sys.executable == command[0]
+        assert not os.get_inheritable(device) and os.get_inheritable(2)
         commands.append(command)
         raise SystemExit
 
@@ -294,6 +298,7 @@ def test_after_a_lost_device_the_program_restarts_without_finished_parts(
     monkeypatch.setattr(os, "execv", execute)
     with pytest.raises(SystemExit):
         as_gpu()
+    os.close(device)
     (command,) = commands
     assert command[1:4] == ["-m", "dit_bench", "gpu"]
     assert 0 < float(command[command.index("--minutes") + 1]) < 9

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -144,6 +145,10 @@ def restart(arguments: argparse.Namespace, report: Report, budget: Budget) -> No
     gpu_check.GpuTests.end()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    for each in Path("/proc/self/fd").glob("*"):  # the device too, or a kernel could hang on
+        if int(each.name) > 2:
+            with suppress(OSError):
+                os.set_inheritable(int(each.name), False)
     os.execv(sys.executable, [
         sys.executable, "-m", "dit_bench", *arguments.given,
         "--minutes", f"{minutes:.3f}", "--resume", str(partial_path(path)),

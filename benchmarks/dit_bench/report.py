@@ -124,7 +124,7 @@ SCHEMA: Schema = {
     # The parts of a forward's time: "ms" is the forward's, "operators_ms" that of each part alone.
     "rows[].shares[]": {"part": "text", **_all("ms share", "number"), "count?": "count"},
     "rows[].operators_ms": {"<text>": "number"},
-    # While a part of a GPU run was measured; empty where nothing tells.
+    # Sampled while a part of a GPU run was measured; empty without samples.
     "rows[].device_state": {**_all("sm_mhz? power_w? celsius?", "object"), "throttled?": "text[]"},
     # Resident bytes of a lean forward; "value" is the peak over what is needed.
     "rows[].needed": {"<text>": "count"},

@@ -207,7 +207,7 @@ def run(arguments: argparse.Namespace) -> int:
         last.cancel()
 
     if not faulthandler.is_enabled():
-        faulthandler.enable(file=2)  # also tells where a library crashed
+        faulthandler.enable(file=2)  # also prints where a library crashed
     # If even `give_up` does not come to its end, as where a call keeps Python's lock.
     faulthandler.dump_traceback_later(seconds, exit=True, file=2)
     last.start()

@@ -1,4 +1,4 @@
-"""Runs the parts of a GPU run one by one. An error loses only the rows of its own part.
+"""Runs the parts of a GPU run one by one. After an error, only the rows of its part are missing.
 
 After an illegal memory access a process can no longer use the device, and a call that waits for a
 hung kernel does not return. The program then restarts itself with its results so far. From then on
@@ -39,7 +39,7 @@ PART_SECONDS, PART_SHARE = 90.0, 0.3
 """A part that takes longer than both this time and this share of the whole time counts as hung."""
 
 OURS = {"dit_engine", "dit_kernels", "dit_bench"}
-"""Our packages."""
+"""The packages of this repository that run in a GPU run."""
 
 Part = tuple[str, Callable[[Timer], object]]
 """A part of the run: its name, and the function that adds its rows to the report."""
@@ -122,8 +122,8 @@ def _of_ours(told: Iterable[warnings.WarningMessage]) -> list[str]:
 
 
 def _standing(thread: threading.Thread) -> str:
-    """Our lines that a thread is in, the innermost first, with the name that it handles there, such
-    as that of a candidate."""
+    """Where a thread is in our packages: file and line of each frame, the innermost first, with the
+    value of its variable ``name`` if it has one, such as the name of a candidate."""
     found, frame = list[str](), sys._current_frames().get(thread.ident or 0)
     while frame is not None and len(found) < 8:
         file, name = Path(frame.f_code.co_filename), frame.f_locals.get("name")

@@ -32,7 +32,7 @@ larger. Larger batches are not expected to be faster; this is not measured."""
 
 
 class LeanDecoder:
-    """The decoder of ``vae`` with weights of its own, in ``dtype`` on ``device``.
+    """The decoder of ``vae`` with its own copy of the weights, in ``dtype`` on ``device``.
 
     It keeps no reference to ``vae`` and does not change it. The weights take the memory of the
     decoder's parameters in ``dtype``, except that those of the upsampling convolutions take 16/9 of

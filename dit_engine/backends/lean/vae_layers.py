@@ -51,7 +51,7 @@ def layer_of(
 
 
 def leaves_sums(device: torch.device) -> bool:
-    """Whether the next norm adds what is left of a convolution or a residual block."""
+    """Whether the next norm adds a convolution's bias and a residual block's sum."""
     return device.type != "cpu"
 
 

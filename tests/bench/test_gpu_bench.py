@@ -230,6 +230,43 @@ def test_hung_tests_are_stopped(as_gpu: Any, tmp_path: Path) -> None:
     assert (row["status"], row["reason"]) == ("skipped", f"no tests in {tmp_path}")
 
 
+LOSES_ITS_DEVICE = """
+import pytest, torch
+pytestmark = pytest.mark.gpu
+lost = []
+torch.cuda.is_available = lambda: True
+def synchronize():
+    if lost:
+        raise RuntimeError("CUDA error")
+torch.cuda.synchronize = synchronize
+@pytest.mark.parametrize("n", range(9))
+def test_a(n):
+    if n == 2 or lost:
+        lost.append(n)
+        raise RuntimeError("an illegal memory access")
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_loses_its_device_is_replaced(
+    as_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By the hook of our conftest, after one more test."""
+    (tmp_path / "tests/unit/test_gpu.py").write_text(LOSES_ITS_DEVICE)
+    ours = Path(__file__).parents[1]
+    (tmp_path / "tests/conftest.py").write_text(
+        f"import runpy, sys\nsys.path.append({str(ours / 'support')!r})\n"
+        f"found = runpy.run_path({str(ours / 'conftest.py')!r})\n"
+        "pytest_runtest_setup = found['pytest_runtest_setup']\n"
+    )
+    monkeypatch.setattr(gpu_check, "CORES", 1)
+    gpu_check.GpuTests.start()
+    first, crashed, rest = gpu_check.GpuTests.rows(Timer(CPU, 1, 1, budget=Budget(100)))
+    assert "an illegal memory access" in first["reason"] and "[2]" in first["contender"]
+    assert "crashed while running" in crashed["reason"] and "[3]" in crashed["contender"]
+    assert rest["remark"] == "7 passed, 2 failed"
+
+
 def few_parts(monkeypatch: pytest.MonkeyPatch, *wanted: int) -> None:
     """Keep only the first part of each of these groups."""
     whole = gpu.groups

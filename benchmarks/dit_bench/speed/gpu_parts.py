@@ -96,10 +96,12 @@ def take(
                         rows.append(lost | failed(broken))
                     finally:
                         watch.cancel()
+                for each in told:
+                    warnings.showwarning(each.message, each.category, each.filename, each.lineno)
                 said = _of_ours(told)
                 rows[before:before] = [
-                    lost | {"contender": "a warning", "status": "skipped", "reason": each[:400]}
-                    for each in said
+                    lost | {"contender": "a warning", "status": "skipped", "reason": one[:400]}
+                    for one in said
                 ]
                 for row in rows[before:]:
                     row["device_state"] = sampled

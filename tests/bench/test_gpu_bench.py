@@ -190,8 +190,9 @@ def test_a_gpu_check_times_nothing(
     assert tests.pop("pytest")["remark"] == "1 passed, 1 failed"
     ((name, row),) = tests.items()
     assert name.endswith("::test_wrong[a b]") and "one is not two" in row["reason"]
-    last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert "one is not two" in last
+    shown = capsys.readouterr()
+    assert "one is not two" in shown.out.strip().splitlines()[-1]
+    assert "one is not two" in shown.err  # as soon as it was known
 
 
 def test_images_that_depend_on_their_batch_by_more_than_rounding_are_wrong(

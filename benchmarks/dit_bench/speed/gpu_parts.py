@@ -105,6 +105,9 @@ def take(
                 ]
                 for row in rows[before:]:
                     row["device_state"] = sampled
+                    if row["status"] in ("wrong", "failed"):  # at once: a crash prints no table
+                        said_by = f"{row['case']}, {row['contender']}"
+                        timer.progress.say(f"{said_by}: {row['status']}: {row['reason'][:400]}")
                 done.append(name)
                 keep()
                 if not usable(timer.device):

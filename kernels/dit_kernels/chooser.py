@@ -112,7 +112,7 @@ class Chooser:
                 if name == default:
                     raise
                 reason = " ".join(str(error).split()) or type(error).__name__
-                if len(reason) > 300:  # Triton's begin with source code and end with what is wrong
+                if len(reason) > 300:  # Triton's start with source code and end with the error
                     reason = f"{reason[:120]} … {reason[-180:]}"
                 warnings.warn(f"{name} is not used for {key}: {reason}", stacklevel=4)
                 del runs[name]

@@ -252,7 +252,7 @@ def test_a(n):
 def test_a_worker_that_loses_its_device_is_replaced(
     as_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """By the hook of our conftest, after one more test."""
+    """The hook in tests/conftest.py ends it before its next test."""
     (tmp_path / "tests/unit/test_gpu.py").write_text(LOSES_ITS_DEVICE)
     ours = Path(__file__).parents[1]
     (tmp_path / "tests/conftest.py").write_text(

@@ -256,7 +256,7 @@ def test_a_worker_that_loses_its_device_is_replaced(
     (tmp_path / "tests/unit/test_gpu.py").write_text(LOSES_ITS_DEVICE)
     ours = Path(__file__).parents[1]
     (tmp_path / "tests/conftest.py").write_text(
-        f"import runpy, sys\nsys.path.append({str(ours / 'support')!r})\n"
+        f"import runpy, sys\nsys.path += {[str(Path(p).resolve()) for p in sys.path]!r}\n"
         f"found = runpy.run_path({str(ours / 'conftest.py')!r})\n"
         "pytest_runtest_setup = found['pytest_runtest_setup']\n"
     )

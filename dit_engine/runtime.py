@@ -47,7 +47,11 @@ def parse_device(device: str | torch.device | None) -> torch.device:
         allowed = [name for name, count in counts.items() if count]
         allowed += [f"cuda:{i}" for i in range(counts["cuda"])]
         name = shown(str(device) if isinstance(device, torch.device) else device).strip("'")
-        raise ValueError(f"device '{name}' is not available; allowed: {', '.join(allowed)}")
+        told = f"device '{name}' is not available; allowed: {', '.join(allowed)}"
+        if name.startswith("cuda") and not counts["cuda"]:
+            built = "finds no GPU" if torch.version.cuda else "is built without CUDA"
+            told += f" (torch {torch.__version__} {built})"
+        raise ValueError(told)
     return with_index(parsed)
 
 

@@ -88,7 +88,8 @@ def overview() -> dict[str, dict[str, Any]]:
         except (ImportError, ValueError, RuntimeError, OSError) as error:  # noqa: PERF203
             backends[name] = one_line(error)
     return {"hardware": hardware, "versions": found["versions"], "kernels": found["kernels"],
-            "quantised products": products, "backends": backends, **choices()}  # fmt: skip
+            "quantised products": products, "backends": backends,
+            **(choices() or {"chosen kernels": {"on CUDA": "none measured yet"}})}  # fmt: skip
 
 
 def choices() -> dict[str, dict[str, str]]:

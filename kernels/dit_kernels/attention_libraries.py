@@ -102,7 +102,8 @@ def _flash_attn(newest_first: bool) -> tuple[Callable[..., Any], bool]:
             return getattr(import_module(module), name), name.endswith("packed_func")
         except Exception as error:  # noqa: PERF203 - a build for another torch may raise anything
             reasons.append(_line(error))
+    told = "; ".join(dict.fromkeys(reasons))
     raise ImportError(
-        "the package flash-attn is needed: pip install flash-attn (FlashAttention 2) or "
-        f"flash-attn-4 (FlashAttention 4, Hopper and later) ({'; '.join(reasons)})"
+        "the package flash-attn is needed, which is for CUDA: pip install flash-attn "
+        f"(FlashAttention 2) or flash-attn-4 (FlashAttention 4, Hopper and later) ({told})"
     )

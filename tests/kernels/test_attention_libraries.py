@@ -89,7 +89,10 @@ def test_a_missing_library_is_named_and_nothing_else_runs(monkeypatch: pytest.Mo
     for name in ("flash_attn", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, name, None)
     for impl, reason in (
-        ("flash-attn", "the package flash-attn is needed: pip install flash-attn .* flash-attn-4"),
+        (
+            "flash-attn",
+            "the package flash-attn is needed, .*: pip install flash-attn .* flash-attn-4",
+        ),
         ("cudnn", "cuDNN is for CUDA devices, not for cpu$"),
     ):
         with pytest.raises(Unavailable, match=f"^impl '{impl}': {reason}") as error:
@@ -106,9 +109,7 @@ def test_a_package_that_breaks_while_it_is_imported(
     (tmp_path / "flash_attn").mkdir()
     (tmp_path / "flash_attn" / "__init__.py").write_text("raise OSError('other\\nsymbols')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(
-        Unavailable, match=r"^impl 'flash-attn': .*\(other symbols; other symbols\)$"
-    ):
+    with pytest.raises(Unavailable, match=r"^impl 'flash-attn': .*\(other symbols\)$"):
         dit_kernels.attention(QKV, HEADS, impl="flash-attn")
 
 

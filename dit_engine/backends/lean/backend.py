@@ -18,6 +18,7 @@ from dit_engine.backends.lean.forward import Activations, LeanTransformer
 from dit_engine.backends.lean.vae import LeanDecoder
 from dit_engine.errors import BackendUnavailable
 from dit_engine.model import DiT
+from dit_kernels.chooser import choosing
 from dit_kernels.cpu.recording import Recording, record
 from dit_kernels.dispatch import launcher, why_not
 from dit_kernels.quantized import quantized_why_not
@@ -42,6 +43,7 @@ class LeanBackend(Backend):
     decoder = LeanDecoder
 
     def __init__(self, model: DiT, precision: str, device: torch.device) -> None:
+        choosing()  # refuses another value of its variable, also where nothing is chosen
         quantized = precision if precision in QUANTIZED else None
         if quantized and (reason := quantized_why_not(quantized, device)) is not None:
             raise BackendUnavailable(f"precision {precision!r}: {reason}")

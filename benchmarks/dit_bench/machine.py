@@ -88,8 +88,7 @@ def overview() -> dict[str, dict[str, Any]]:
         except (ImportError, ValueError, RuntimeError, OSError) as error:  # noqa: PERF203
             backends[name] = one_line(error)
     return {"hardware": hardware, "versions": found["versions"], "kernels": found["kernels"],
-            "quantised products": products, "backends": backends,
-            **(choices() or {"chosen kernels": {"on CUDA": "none measured yet"}})}  # fmt: skip
+            "quantised products": products, "backends": backends, **choices()}  # fmt: skip
 
 
 def choices() -> dict[str, dict[str, str]]:
@@ -105,7 +104,7 @@ def choices() -> dict[str, dict[str, str]]:
     return {
         f"chosen on {device}": {key: told(times) for key, times in known.items() if times}
         for device, known in remembered().items()
-    }
+    } or {"chosen on CUDA": {"nothing": "none was measured yet"}}
 
 
 def versions() -> dict[str, str]:

@@ -109,16 +109,17 @@ def test_partial_sums_of_a_product_and_its_bias_are_added_before_the_gate(
 def test_a_rows_bits_do_not_depend_on_how_many_rows_a_program_takes() -> None:
     x, y, gate, shift, scale = cases.row_inputs(3, 11, 24, torch.bfloat16)
     norm, gated = (shift, scale, EPS), (y, gate, shift, scale, EPS)
-    for operator, arguments in (
+    runs: tuple[tuple[str, tuple[Any, ...]], ...] = (
         ("layernorm_modulate", norm),
         ("gate_residual", (y, gate)),
         ("gate_residual_layernorm_modulate", gated),
         ("layernorm_modulate_quantize", (*norm, FP8)),
         ("gate_residual_layernorm_modulate_quantize", (*gated, FP8)),
-    ):
+    )
+    for operator, arguments in runs:
         one = cases.as_tuple(launcher(operator)(x, *arguments))
         behind = [torch.full((4, *a.shape[1:]), 7.0).to(a.dtype) for a in one]
-        out = tuple(memory[:3] for memory in behind)
+        out: Any = tuple(memory[:3] for memory in behind)
         with patch.object(launch, "device_facts", lambda _: (9, 1)):  # 2 rows, also of two images
             launcher(operator)(x, *arguments, out=out if len(out) > 1 else out[0])
         for a, b in zip(one, behind, strict=True):

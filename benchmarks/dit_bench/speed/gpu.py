@@ -211,7 +211,8 @@ def run(arguments: argparse.Namespace) -> int:
     # If even `give_up` does not come to its end, as where a call keeps Python's lock.
     faulthandler.dump_traceback_later(seconds, exit=True, file=2)
     last.start()
-    cudnn, usual = torch.backends.cudnn, torch.backends.cudnn.benchmark
+    cudnn: Any = torch.backends.cudnn
+    usual = cudnn.benchmark
     # Convolutions of all decoders that are timed are those that cuDNN measured as the fastest, as
     # in lean's graphs.
     cudnn.benchmark = not arguments.check

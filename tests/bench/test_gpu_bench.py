@@ -148,6 +148,7 @@ def as_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return run
 
 
+@pytest.mark.slow
 def test_a_gpu_run_from_end_to_end(as_gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
     rows = as_gpu()
     found = {(row["section"], row.get("images"), row["contender"]): row for row in rows}
@@ -217,6 +218,7 @@ def test_images_that_depend_on_their_batch_by_more_than_rounding_are_wrong(
             assert "alone: off by" in row["remark"] and "order: same bits" in row["remark"]
 
 
+@pytest.mark.slow
 def test_hung_tests_are_stopped(as_gpu: Any, tmp_path: Path) -> None:
     hangs = "import time\ndef test_later(): time.sleep(99)\n"
     (tmp_path / "tests/unit/test_gpu.py").write_text(TESTS + hangs)
@@ -309,6 +311,7 @@ def test_an_error_loses_only_the_rows_of_its_part(
     assert sum(row["section"] == "image" and row["status"] == "ok" for row in rows) == 2
 
 
+@pytest.mark.slow
 def test_after_a_lost_device_the_program_restarts_without_finished_parts(
     as_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -439,6 +442,7 @@ def test_the_tables_of_a_whole_run_fit_on_a_page(tmp_path: Path) -> None:
     assert "Measured on NVIDIA H200" in page
 
 
+@pytest.mark.slow
 def test_without_time_everything_is_skipped(as_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "Budget", lambda _: Budget(0))
     rows = as_gpu()

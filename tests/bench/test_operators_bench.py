@@ -112,6 +112,7 @@ def test_every_public_operator_has_a_case(device: str) -> None:
     assert cases == public_names | {"linear_int8" if device == "cpu" else "linear_fp8"}
 
 
+@pytest.mark.slow
 @interpreted
 def test_our_products_in_every_tiling_of_the_chooser_are_right() -> None:
     for case in cases_of(1, 64, 64, 1):

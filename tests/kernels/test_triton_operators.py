@@ -33,7 +33,10 @@ def launcher(operator: str) -> Any:
 @ALL_DTYPES
 @pytest.mark.parametrize(
     "variant",
-    [pytest.param(v, marks=pytest.mark.slow) if "attention" in v else v for v in VARIANTS],
+    [
+        pytest.param(v, marks=pytest.mark.slow) if v in ("attention", TMA, "groupnorm_silu") else v
+        for v in VARIANTS
+    ],
 )
 @interpreted
 def test_every_case_and_an_empty_batch(variant: str, dtype: torch.dtype) -> None:
@@ -145,6 +148,7 @@ def test_codes_of_halves_and_of_values_that_are_not_finite() -> None:
         )
 
 
+@pytest.mark.slow
 @interpreted
 def test_group_norm_of_many_tiles_and_far_from_zero() -> None:
     run, affine = launcher("groupnorm_silu"), cases.random(2, 128, seed=2)
@@ -162,6 +166,7 @@ def test_group_norm_of_many_tiles_and_far_from_zero() -> None:
         assert actual.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
 @ALL_DTYPES
 @interpreted
 def test_group_norm_of_a_sum_and_shifted(dtype: torch.dtype) -> None:

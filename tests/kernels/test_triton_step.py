@@ -59,6 +59,7 @@ def check_embed(dtype: torch.dtype, device: str) -> None:
         assert torch.equal(embed(*given, p, out=alone), out[n:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @interpreted
 def test_embed(dtype: torch.dtype) -> None:

@@ -50,6 +50,7 @@ def test_tensors_that_claim_more_than_they_have(zipped: bool, state: State, tmp_
         refused(lambda: load_checkpoint(path), f"tensor '{EMBEDDING}' of shape")
 
 
+@pytest.mark.slow
 def test_copies_under_a_name_of_a_megabyte(tmp_path: Path) -> None:
     copies = {f"ema_{i}": {"x_embedder.proj.weight": 0} for i in range(3000)}
     torch.save({"ema" + " x" * 500_000: copies}, tmp_path / "m.pt")

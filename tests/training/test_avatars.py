@@ -24,6 +24,7 @@ def test_images_are_a_function_of_style_and_seed() -> None:
     assert first.std() > 20  # a picture, not a blank
 
 
+@pytest.mark.slow
 def test_splits_share_no_seed_and_are_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,10 +56,11 @@ def test_latents_are_eagers(given: str, options: dict[str, object]) -> None:
 
 
 @pytest.mark.slow
-def test_int8_latents_are_within_their_tolerance() -> None:
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_quantised_latents_are_within_their_tolerance(precision: str) -> None:
     engine = Engine(tiny_dit(), device="cpu")
-    address = f"onnxruntime://{quantized('int8', 'onnxruntime').path}"
-    actual = latents(engine, address, precision="int8")
+    address = f"onnxruntime://{quantized(precision, 'onnxruntime').path}"
+    actual = latents(engine, address, precision=precision)
     assert 1e-4 < relative_error(actual, latents(engine, "eager")) < 0.5
 
 
